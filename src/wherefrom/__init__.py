@@ -1,0 +1,23 @@
+"""Which training examples made a PyTorch model do what it did: influence functions on Kronecker-factored curvature."""
+
+from wherefrom.curvature import Factors
+from wherefrom.errors import WherefromError
+from wherefrom.fingerprint import LIBRARY as __version__
+from wherefrom.sampling import Sampler
+from wherefrom.scores import Hit, Scores
+from wherefrom.study import Study
+from wherefrom.task import CausalLM, Classification, Regression, Task
+
+__all__ = [
+    "CausalLM",
+    "Classification",
+    "Factors",
+    "Hit",
+    "Regression",
+    "Sampler",
+    "Scores",
+    "Study",
+    "Task",
+    "WherefromError",
+    "__version__",
+]

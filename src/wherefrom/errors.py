@@ -1,0 +1,37 @@
+"""Everything that wherefrom raises on purpose: one family, so that a caller can catch it whole.
+
+A message names the argument or file, the value found, what was expected and the next step. This module knows
+nothing else of the library.
+"""
+
+
+class WherefromError(Exception):
+    """The base of every error that wherefrom raises on purpose."""
+
+
+class InputError(WherefromError, ValueError):
+    """An argument, a dataset or a task cannot be used as it is."""
+
+
+class LayerError(WherefromError):
+    """A layer cannot be tracked, or was not seen in a pass."""
+
+
+class LossError(WherefromError):
+    """A loss or measurement is not a finite scalar that depends on the tracked layers."""
+
+
+class MismatchError(WherefromError):
+    """A stored result belongs to another model, dataset, task or set of options."""
+
+
+class DamagedError(WherefromError):
+    """A stored file is truncated, altered or not what its manifest says."""
+
+
+class StorageError(WherefromError):
+    """A file cannot be written or read: no space, no permission."""
+
+
+class MemoryLimitError(WherefromError):
+    """The work does not fit into memory even at the smallest batch."""

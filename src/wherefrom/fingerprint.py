@@ -1,0 +1,99 @@
+"""What makes two runs the same: digests of model weights and datasets, and the comparison of two descriptions.
+
+A fingerprint is a flat mapping of readable names to readable values or digests, so that a refusal can say what
+changed. This module knows nothing of files or of what is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from wherefrom.errors import InputError
+
+Fingerprint = Mapping[str, str]
+
+LIBRARY = version("wherefrom")
+
+Example = TypeVar("Example", covariant=True)
+
+
+class Dataset(Protocol[Example]):
+    """Anything with a length and integer positions: a list, a torch Dataset, a Hugging Face Dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> Example: ...
+
+
+def model_digest(model: nn.Module) -> str:
+    """The structure of a model and every byte of its parameters and buffers."""
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return _short(hashlib.sha256((repr(model) + tensors_digest(state)).encode()).hexdigest())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Names, dtypes, shapes and bytes of tensors, as a SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def dataset_digest(dataset: Dataset[object]) -> str:
+    """Every example of a dataset, in order.
+
+    Raises:
+        InputError: the dataset is empty or holds values that have no bytes of their own.
+    """
+    if len(dataset) == 0:
+        raise InputError("The dataset is empty: expected at least one example. Check the path or the filter.")
+    digest = hashlib.sha256()
+    for position in range(len(dataset)):
+        example = dataset[position]
+        digest.update(json.dumps(example, sort_keys=True, default=_describe).encode() + b"\n")
+    return f"{len(dataset)} examples {_short(digest.hexdigest())}"
+
+
+def differences(stored: Fingerprint, current: Fingerprint) -> list[str]:
+    """What differs, a readable phrase for each name."""
+    return [
+        f"{name}: stored {stored.get(name, 'nothing')}, now {current.get(name, 'nothing')}"
+        for name in sorted({*stored, *current})
+        if stored.get(name) != current.get(name)
+    ]
+
+
+def _describe(value: object) -> object:
+    """What json cannot write: tensors, arrays and images, as their kind, shape and bytes."""
+    if isinstance(value, Tensor):
+        data = _bytes(value)
+    elif callable(getattr(value, "tobytes", None)):
+        data = value.tobytes()  # type: ignore[attr-defined]  # numpy arrays and PIL images
+    elif isinstance(value, Mapping):
+        return dict(value)
+    elif isinstance(value, Sequence):
+        return list(value)
+    else:
+        raise InputError(
+            f"The dataset holds a {type(value).__name__}, which cannot be fingerprinted: expected numbers, "
+            "strings, tensors, arrays or images, in lists or dicts."
+        )
+    kind = f"{type(value).__name__} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}"
+    return [kind, hashlib.sha256(data).hexdigest()]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def _short(digest: str) -> str:
+    return digest[:24]

@@ -1,0 +1,80 @@
+"""How much memory there is and what a batch takes: free bytes, out-of-memory errors, batch sizes that fit."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+from torch import Tensor
+
+from wherefrom.errors import InputError, MemoryLimitError
+
+# Enough tokens a batch to fill the matrix units; more only costs memory.
+_TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
+# The part of the free memory that an automatically chosen batch may take.
+_BATCH_SHARE = 0.3
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device, PyTorch's own cache included."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) + cached
+    return int(psutil.virtual_memory().available)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that a device has in all."""
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        return int(total)
+    return int(psutil.virtual_memory().total)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that an allocation failed; on the CPU PyTorch raises a plain RuntimeError for it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+
+
+def fitting_batch_size(examples: int, bytes_each: int, tokens_each: int, device: torch.device) -> int:
+    """As many examples as fill the device without taking more than a share of its free memory; at least one."""
+    affordable = int(_BATCH_SHARE * free_memory(device) / bytes_each)
+    filling = _TOKENS_PER_BATCH.get(device.type, 4096) // tokens_each
+    return max(1, min(examples, affordable, filling))
+
+
+def halved(batch_size: int, sweep: str, device: torch.device) -> int:
+    """The next batch size to try after running out of memory.
+
+    Raises:
+        MemoryLimitError: a single example did not fit.
+    """
+    if batch_size == 1:
+        raise MemoryLimitError(
+            f"{sweep}: a single example does not fit into memory ({free_memory(device) / 2**30:.2f} GiB free on "
+            f"{device}). Shorten the sequences, track fewer layers, or use a device with more memory."
+        )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return batch_size // 2
+
+
+def checked_batch_size(batch_size: int | None) -> int | None:
+    """A batch size from a caller: None, or at least one."""
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"A batch size of {batch_size} is impossible: expected at least 1, or None to find one.")
+    return batch_size
+
+
+class SavedBytes:
+    """Counts what autograd keeps for the backward pass: pass `pack` to `saved_tensors_hooks`."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Count a tensor and keep it as it is."""
+        self.total += tensor.numel() * tensor.element_size()
+        return tensor

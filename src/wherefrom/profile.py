@@ -1,0 +1,115 @@
+"""Where the time went: named actions, throughput and peak memory, as a table.
+
+Actions may nest; an action's time excludes what its inner actions took, so the rows add up to the total. On a GPU
+each boundary waits for the device, but only while profiling is switched on.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass
+class _Action:
+    seconds: float = 0.0
+    calls: int = 0
+
+
+@dataclass
+class _Work:
+    """What one kind of sweep has processed."""
+
+    examples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Profile:
+    """Collects timings while `enabled`.
+
+    Attributes:
+        synchronize: wait for the GPU at every boundary, so that an action is charged with its own kernels.
+    """
+
+    synchronize: bool = False
+    _actions: dict[str, _Action] = field(default_factory=dict)
+    _work: dict[str, _Work] = field(default_factory=dict)
+    _inner: list[float] = field(default_factory=lambda: [0.0])
+
+    @contextmanager
+    def action(self, name: str) -> Iterator[None]:
+        """Charge the time spent inside to `name`, less what inner actions take."""
+        start = self._now()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = self._now() - start
+            record = self._actions.setdefault(name, _Action())
+            record.seconds += elapsed - self._inner.pop()
+            record.calls += 1
+            self._inner[-1] += elapsed
+
+    def processed(self, sweep: str, examples: int, tokens: int, seconds: float) -> None:
+        """Add to a sweep's throughput."""
+        work = self._work.setdefault(sweep, _Work())
+        work.examples += examples
+        work.tokens += tokens
+        work.seconds += seconds
+
+    def tables(self) -> list[Table]:
+        """The actions, slowest first, and the throughput of each kind of sweep."""
+        total = sum(action.seconds for action in self._actions.values())
+        actions = Table("Action", title="Profile", title_justify="left")
+        for heading in ("Mean duration (s)", "Calls", "Total time (s)", "Percentage (%)"):
+            actions.add_column(heading, justify="right")
+        calls = sum(action.calls for action in self._actions.values())
+        actions.add_row("Total", "-", str(calls), f"{total:.3f}", "100.0", end_section=True)
+        for name, action in sorted(self._actions.items(), key=lambda item: -item[1].seconds):
+            mean, share = action.seconds / action.calls, 100 * action.seconds / max(total, 1e-9)
+            actions.add_row(name, f"{mean:.5f}", str(action.calls), f"{action.seconds:.3f}", f"{share:.1f}")
+        work = Table("Sweep", caption=f"Peak memory: {_peak_memory()}", caption_justify="left")
+        for heading in ("Examples", "Tokens", "Seconds", "Examples/s", "Tokens/s"):
+            work.add_column(heading, justify="right")
+        for name, done in self._work.items():
+            rates = (done.examples / done.seconds, done.tokens / done.seconds)
+            work.add_row(
+                name,
+                f"{done.examples:,}",
+                f"{done.tokens:,}",
+                f"{done.seconds:.2f}",
+                *(f"{rate:,.0f}" for rate in rates),
+            )
+        return [actions, work]
+
+    def text(self) -> str:
+        """The tables as plain text."""
+        console = Console(width=110, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(*self.tables())
+        return capture.get()
+
+    def _now(self) -> float:
+        if self.synchronize:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _peak_memory() -> str:
+    # Linux counts in KiB, macOS in bytes.
+    scale = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    parts = [f"{host / 2**30:.2f} GiB host"]
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB GPU")
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""What a person looks at: pages and plots made from texts and scores."""

@@ -1,0 +1,363 @@
+"""One self-contained HTML page: which training sequences are behind each query.
+
+The page knows texts and a score matrix, nothing of models or factors. All of it is written here as
+HTML, so it reads without JavaScript; the script only picks, filters and unfolds what already stands
+in the document. That also keeps texts out of scripts and attributes: every one of them goes through
+the template's escaping into plain element content, and a content security policy allows the page's
+own style and script and nothing else.
+
+Each training sequence's text stands once, in the list at the foot, however many queries show it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import Tensor
+
+from wherefrom.errors import InputError, StorageError
+
+EXCERPT_LENGTH = 240
+HISTOGRAM_BINS = 144
+HISTOGRAM_HEIGHT = 40.0
+MINUS = "\N{MINUS SIGN}"
+
+# Control characters are shown as Unicode's pictures of them: a page must not carry them raw, and a
+# reader should see that a sequence holds them.
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"}
+CONTROL_PICTURES[0x7F] = 0x2421
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One sequence as the page shows it.
+
+    `label` is its class or topic; a training sequence with its query's label is marked.
+    """
+
+    text: str
+    title: str = ""
+    label: str = ""
+
+
+class Passages(Protocol):
+    """Passages by index: a list, or an adapter that decodes a sequence when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Passage: ...
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A training sequence in a query's list; `bar` is in percent of the query's longest bar."""
+
+    rank: int
+    index: int
+    score: str
+    bar: float
+    passage: Passage
+    excerpt: str
+    same_label: bool
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """A query's scores over the whole training set: SVG paths in a box `bins` wide."""
+
+    negative: str
+    positive: str
+    bins: int
+    zero: float  # where the score 0 lies, in percent of the width
+    low: str
+    high: str
+    quartiles: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class QueryView:
+    """What the page shows of a query; `histogram` is None where all its scores are zero."""
+
+    index: int
+    passage: Passage
+    excerpt: str
+    positive: Sequence[Hit]
+    negative: Sequence[Hit]
+    histogram: Histogram | None
+
+
+def render_report(
+    *,
+    title: str,
+    queries: Sequence[Passage],
+    train: Passages,
+    values: Tensor,
+    settings: Mapping[str, str],
+    profile: str = "",
+    summary: str = "",
+    k: int = 10,
+) -> str:
+    """The page as a string.
+
+    Args:
+        title: The heading of the page.
+        queries: The query sequences, in the order of the rows of `values`.
+        train: The training sequences, in the order of the columns; only those shown are read.
+        values: Scores [query, train], finite, on any device; positive where training on the
+            sequence lowers the query's loss.
+        settings: What gave the scores (model, data, strategy, damping, ...), as pairs.
+        profile: Preformatted text, such as a table of durations.
+        summary: One line under the title.
+        k: How many of the most positive and of the most negative sequences a query shows at most.
+    """
+    _check(queries, train, values, k)
+    reader = _Reader(train)
+    views = [
+        _query_view(index, _clean_passage(query), values[index], reader, k)
+        for index, query in enumerate(queries)
+    ]
+    environment = _environment()
+    style = environment.get_template("report.css").render()
+    script = environment.get_template("report.js").render()
+    return environment.get_template("report.html").render(
+        title=_clean(title),
+        summary=_clean(summary),
+        queries=views,
+        train_count=len(train),
+        sequences=sorted(reader.seen.items()),
+        settings=[(_clean(name), _clean(value)) for name, value in settings.items()],
+        profile=_clean(profile),
+        histogram_height=HISTOGRAM_HEIGHT,
+        style=style,
+        script=script,
+        policy=_policy(style, script),
+    )
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    queries: Sequence[Passage],
+    train: Passages,
+    values: Tensor,
+    settings: Mapping[str, str],
+    profile: str = "",
+    summary: str = "",
+    k: int = 10,
+) -> Path:
+    """Write the page of `render_report` to `path`, whole or not at all, and return the path."""
+    page = render_report(
+        title=title,
+        queries=queries,
+        train=train,
+        values=values,
+        settings=settings,
+        profile=profile,
+        summary=summary,
+        k=k,
+    )
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(page.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(
+            f"the report cannot be written to {str(path)!r}: {error.strerror or error}; "
+            "free some space, or give a path that can be written"
+        ) from error
+    finally:
+        with suppress(OSError):  # gone when all went well; beyond reach where the folder is
+            temporary.unlink()
+    return path
+
+
+def _check(queries: Sequence[Passage], train: Passages, values: Tensor, k: int) -> None:
+    """Refuse what cannot be shown, naming the argument, what it is and what was expected."""
+    if k < 1:
+        raise InputError(f"k is {k}; expected at least 1 sequence to show for each query")
+    for name, count in (("queries", len(queries)), ("train", len(train))):
+        if count == 0:
+            raise InputError(f"{name} is empty; expected at least one sequence")
+    expected = (len(queries), len(train))
+    if tuple(values.shape) != expected:
+        raise InputError(
+            f"values has shape {tuple(values.shape)}; expected {expected}: "
+            f"a row for each of {expected[0]} queries and a column for each of {expected[1]} "
+            "training sequences"
+        )
+    if values.is_complex():
+        raise InputError(f"values is {values.dtype}; expected real numbers")
+    for index, row in enumerate(values):
+        finite = torch.isfinite(row)
+        if not finite.all():
+            column = int((~finite).nonzero()[0])
+            raise InputError(
+                f"values[{index}, {column}] is {row[column].item()}; expected finite scores "
+                f"({int((~finite).sum())} of {len(row)} in this row are not)"
+            )
+
+
+class _Reader:
+    """Reads each training passage once, however many queries show it, and keeps it in `seen`."""
+
+    def __init__(self, train: Passages) -> None:
+        self.train = train
+        self.seen: dict[int, Passage] = {}
+
+    def __call__(self, index: int) -> Passage:
+        if index not in self.seen:
+            self.seen[index] = _clean_passage(self.train[index])
+        return self.seen[index]
+
+
+def _query_view(index: int, query: Passage, row: Tensor, reader: _Reader, k: int) -> QueryView:
+    """Everything shown for one query, from its scores `row` [train]."""
+    scores = row.detach().to("cpu", torch.float64)
+    return QueryView(
+        index=index,
+        passage=query,
+        excerpt=_excerpt(query.text),
+        positive=_hits(scores, query, reader, k, sign=1),
+        negative=_hits(scores, query, reader, k, sign=-1),
+        histogram=_histogram(scores),
+    )
+
+
+def _hits(scores: Tensor, query: Passage, reader: _Reader, k: int, sign: int) -> list[Hit]:
+    """The k largest of sign * scores [train], those above zero: no sequence is in both lists."""
+    limit = scores.abs().max().item()
+    order = torch.sort(sign * scores, descending=True, stable=True).indices[:k].tolist()
+    hits: list[Hit] = []
+    for index in order:
+        score = scores[index].item()
+        if sign * score <= 0:
+            break
+        passage = reader(index)
+        hits.append(
+            Hit(
+                rank=len(hits) + 1,
+                index=index,
+                score=_number(score, limit),
+                bar=round(100 * abs(score) / limit, 1),
+                passage=passage,
+                excerpt=_excerpt(passage.text),
+                same_label=bool(query.label) and passage.label == query.label,
+            )
+        )
+    return hits
+
+
+def _histogram(scores: Tensor) -> Histogram | None:
+    """Counts of scores [train] in equal bins with an edge at zero; heights are logarithmic.
+
+    Influence is heavy-tailed: nearly all sequences lie close to zero, and the few far out are the
+    ones that matter. On a linear scale of counts they would not be visible.
+    """
+    limit = scores.abs().max().item()
+    if limit == 0:
+        return None
+    scaled = scores / limit
+    low, high = min(scaled.min().item(), 0.0), max(scaled.max().item(), 0.0)
+    width = (high - low) / HISTOGRAM_BINS
+    below, above = math.ceil(-low / width), math.ceil(high / width)
+    places = (scaled / width).floor().long().clamp(-below, above - 1) + below
+    counts = torch.bincount(places, minlength=below + above).double()
+    heights = (counts.log1p() / counts.max().log1p() * HISTOGRAM_HEIGHT).tolist()
+    ordered = scores.sort().values
+    lower, upper = (ordered[round(part * (len(ordered) - 1))].item() for part in (0.25, 0.75))
+    typical = max(abs(lower), abs(upper))
+    return Histogram(
+        negative=_bars(heights[:below], start=0),
+        positive=_bars(heights[below:], start=below),
+        bins=below + above,
+        zero=round(100 * below / (below + above), 1),
+        low=_number(ordered[0].item(), limit),
+        high=_number(ordered[-1].item(), limit),
+        quartiles=(_number(lower, typical), _number(upper, typical)),
+    )
+
+
+def _bars(heights: Sequence[float], start: int) -> str:
+    """Bars of one unit's width with a small gap, the first at x = `start`, as one SVG path."""
+    return "".join(
+        f"M{start + place} {HISTOGRAM_HEIGHT:g}v-{height:.1f}h.8v{height:.1f}z"
+        for place, height in enumerate(heights)
+        if height > 0
+    )
+
+
+def _number(value: float, scale: float) -> str:
+    """A score with its sign, with as many decimals as give a number of size `scale` four digits."""
+    exponent = math.floor(math.log10(scale)) if scale > 0 else 0
+    if -4 < exponent < 6:
+        digits = f"{abs(value):,.{max(0, 3 - exponent)}f}"
+    else:
+        digits = f"{abs(value):.2e}".replace("-", MINUS)
+    sign = "+" if value > 0 else MINUS if value < 0 else ""
+    return sign + digits
+
+
+def _excerpt(text: str) -> str:
+    """The beginning of a text on one line."""
+    line = " ".join(text[: 4 * EXCERPT_LENGTH].split())
+    if len(line) <= EXCERPT_LENGTH:
+        return line
+    start = line[:EXCERPT_LENGTH]
+    # Cut between words, unless the text has none to cut between, as in Chinese.
+    cut = start.rfind(" ")
+    return (start[:cut] if cut > EXCERPT_LENGTH // 2 else start) + "…"
+
+
+def _clean_passage(passage: Passage) -> Passage:
+    return Passage(_clean(passage.text), _clean(passage.title), _clean(passage.label))
+
+
+def _clean(text: str) -> str:
+    """Plain text that any page can hold: no control characters, no half of a surrogate pair.
+
+    `str()` comes first because the template would trust a `Markup`, which is a string too.
+    """
+    plain = str(text).translate(CONTROL_PICTURES)
+    return plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _policy(style: str, script: str) -> str:
+    """A content security policy: this style, this script, embedded pictures, and nothing else."""
+    return (
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digest(source: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+@cache
+def _environment() -> Environment:
+    """The package's templates; style and script pass through it too, for uniform line ends."""
+    return Environment(
+        loader=PackageLoader("wherefrom.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,73 @@
+"""Scores of every (query, training example) pair, and the collector that adds them up in one training sweep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wherefrom.capture import Captured
+from wherefrom.curvature import weight_gradients
+from wherefrom.errors import InputError
+from wherefrom.fingerprint import Fingerprint
+from wherefrom.gradients import GradientBank
+from wherefrom.sweep import Collector
+
+
+class Hit(NamedTuple):
+    """One training example behind a query; rank 1 is the most influential."""
+
+    query: int
+    rank: int
+    train: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How much training on each example lowers each query's measured loss.
+
+    `values[q, t]` is the query's gradient, times the damped inverse curvature, times the training example's gradient:
+    `g_q^T (H + damping)^-1 g_t` (Koh & Liang 2017, equation 2, with the sign turned). Positive: training on the example
+    lowers the query's loss. Both losses are sums over tokens, and the curvature is a mean over examples, so removing
+    example t from N changes the query's loss by about `values[q, t] / N`.
+
+    Attributes:
+        values: [query, train] in dataset order; float32, or float64 for a float64 model.
+        strategy: the factors' strategy.
+        fingerprint: what the scores were computed from.
+    """
+
+    values: Tensor
+    strategy: str
+    fingerprint: Fingerprint
+
+    def top(self, k: int = 10) -> list[Hit]:
+        """The k most influential training examples of each query, best first, query by query.
+
+        Raises:
+            InputError: k is less than 1.
+        """
+        if k < 1:
+            raise InputError(f"k={k}: expected at least 1.")
+        best = self.values.topk(min(k, self.values.shape[1]), dim=1)
+        return [
+            Hit(query, rank, train, score)
+            for query, (row, scores) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            for rank, (train, score) in enumerate(zip(row, scores, strict=True), start=1)
+        ]
+
+
+class PairwiseCollector(Collector):
+    """Adds up, layer by layer, the products of resident query gradients with each training gradient."""
+
+    def __init__(
+        self, bank: GradientBank, queries: int, examples: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._bank = bank
+        self.sums = {"values": torch.zeros(queries, examples, dtype=dtype, device=device)}
+
+    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+        self.sums["values"][:, rows] += self._bank.product(layer, weight_gradients(captured))

@@ -1,0 +1,243 @@
+"""The run directory: tensors in safetensors, metadata in JSON, nothing unpickled, nothing half-written.
+
+A finished artifact is a directory with `tensors.safetensors` and `manifest.json`; it appears under its name by one
+rename, so presence means completion. The partial sums of a sweep are one safetensors file whose header says where
+the sweep stood. This module knows names, bytes and fingerprints; it does not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wherefrom.errors import DamagedError, InputError, MismatchError, StorageError
+from wherefrom.fingerprint import Fingerprint, differences, tensors_digest
+
+FORMAT = 1
+_TENSORS, _MANIFEST = "tensors.safetensors", "manifest.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def checked_name(name: str) -> str:
+    """A name that is one plain path component."""
+    if not _NAME.fullmatch(name):
+        raise InputError(f"name={name!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit.")
+    return name
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One finished result on disk.
+
+    Attributes:
+        path: its directory.
+        fingerprint: what it was computed from.
+    """
+
+    path: Path
+    fingerprint: Fingerprint
+
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors under a temporary name, flush, then rename.
+
+        Raises:
+            StorageError: the directory cannot be written or the disk is full; nothing is left behind.
+        """
+        part = self.path.with_name(self.path.name + ".part")
+        with _storing(part, tensors):
+            remove(part)
+            part.mkdir(parents=True)
+            digest = _write_tensors(part / _TENSORS, tensors, {})
+            manifest = {"format": FORMAT, "fingerprint": dict(self.fingerprint), "sha256": digest}
+            write_text(part / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            remove(self.path)
+            part.rename(self.path)
+            _flush(self.path.parent)
+
+    def load(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Read the tensors and check them against their digest.
+
+        Raises:
+            DamagedError: the files are not what was written.
+        """
+        tensors, header = _read_tensors(self.path / _TENSORS, device)
+        if header["sha256"] != read_manifest(self.path)["sha256"]:
+            raise _damaged(self.path / _TENSORS, "it belongs to another manifest")
+        return tensors
+
+    def available(self, overwrite: bool = False) -> bool:
+        """Whether a result with this fingerprint is there to be loaded.
+
+        Raises:
+            MismatchError: a result made from something else has this name, and `overwrite` is false.
+        """
+        if overwrite:
+            remove(self.path)
+        if not self.path.exists():
+            return False
+        check_same(self.path, read_manifest(self.path)["fingerprint"], self.fingerprint)
+        return True
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The sums of a sweep that is under way, so that a killed one continues where it was."""
+
+    path: Path
+    fingerprint: Fingerprint
+
+    def save(self, sums: Mapping[str, Tensor], position: int, batch_size: int) -> None:
+        """Replace the stored sums by `sums`, which cover the examples before `position`."""
+        part = self.path.with_name(self.path.name + ".part")
+        header = {
+            "position": position,
+            "batch_size": batch_size,
+            "fingerprint": dict(self.fingerprint),
+        }
+        with _storing(part, sums):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _write_tensors(part, sums, header)
+            part.replace(self.path)
+
+    def load(self, sums: Mapping[str, Tensor]) -> tuple[int, int] | None:
+        """Copy the stored sums into `sums`; (position, batch size), or None when nothing is stored.
+
+        Raises:
+            MismatchError: the stored sums belong to something else.
+            DamagedError: the file cannot be read or does not fit `sums`.
+        """
+        if not self.path.exists():
+            return None
+        tensors, header = _read_tensors(self.path, None)
+        check_same(self.path, header["fingerprint"], self.fingerprint)
+        if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in sums.items()}:
+            raise _damaged(self.path, "it does not hold the expected tensors")
+        for name, tensor in tensors.items():
+            sums[name].copy_(tensor)
+        return header["position"], header["batch_size"]
+
+    def discard(self) -> None:
+        """Forget the stored sums."""
+        self.path.unlink(missing_ok=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a finished artifact.
+
+    Raises:
+        DamagedError: it is missing, is not JSON, or is of another format.
+    """
+    file = path / _MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+        if manifest["format"] != FORMAT:
+            raise _damaged(file, f"format {manifest['format']} instead of {FORMAT}, from another version")
+        if not isinstance(manifest["fingerprint"], dict) or not isinstance(manifest["sha256"], str):
+            raise _damaged(file, "it does not have the expected entries")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(file, f"it is not a readable manifest ({type(error).__name__})") from error
+    return cast(dict[str, Any], manifest)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file under a temporary name, flush it to disk, then rename."""
+    part = file.with_name(file.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise StorageError(f"Cannot write {file}: {error.strerror}. Check the disk and its permissions.") from error
+
+
+def check_same(path: Path, stored: Fingerprint, current: Fingerprint) -> None:
+    """Refuse a stored result that was made from something else.
+
+    Raises:
+        MismatchError: names every difference and the ways out.
+    """
+    changed = differences(stored, current)
+    if changed:
+        raise MismatchError(
+            f"{path} was made from something else. " + "; ".join(changed) + ". "
+            "Pass overwrite=True (--overwrite) to replace it, or give the new result another name or directory."
+        )
+
+
+@contextlib.contextmanager
+def _storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Check the space, and turn a failed write into an error that leaves no temporary file."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    existing = next(parent for parent in part.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise StorageError(
+            f"Not enough space for {part.with_suffix('')}: {needed / 2**20:,.1f} MiB needed, "
+            f"{free / 2**20:,.1f} MiB free. Free some space or choose another run directory; what is finished is safe."
+        )
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        remove(part)
+        raise StorageError(
+            f"Cannot write {part.with_suffix('')} ({needed / 2**20:,.1f} MiB): {error}. "
+            "Check free space and permissions; what is finished is safe."
+        ) from error
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> str:
+    """Write and flush a safetensors file; its header holds `header` and the digest, which is returned."""
+    host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digest = tensors_digest(host)
+    save_file(host, file, metadata={"wherefrom": json.dumps({**header, "sha256": digest})})
+    _flush(file)
+    return digest
+
+
+def _read_tensors(file: Path, device: torch.device | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = json.loads(opened.metadata()["wherefrom"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(file, f"it is not a readable safetensors file ({error})") from error
+    if tensors_digest(tensors) != header.get("sha256"):
+        raise _damaged(file, "its content has changed since it was written")
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, header
+
+
+def _damaged(file: Path, reason: str) -> DamagedError:
+    return DamagedError(
+        f"{file} cannot be used: {reason}. Pass overwrite=True (--overwrite) to compute it again, or delete it."
+    )
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a directory, if it is there; a link is deleted, never followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

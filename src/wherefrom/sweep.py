@@ -1,0 +1,274 @@
+"""The sweep: one pass of a model over a dataset that hands every tracked layer's tensors to a collector.
+
+Batches, progress, resuming, out-of-memory back-off and the profile are written here once; a collector is tensor
+algebra on what it is handed. The sweep does not know what is collected or what it is for.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Generic, cast
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+
+from wherefrom.capture import Capture, Captured, Padding
+from wherefrom.errors import LossError
+from wherefrom.fingerprint import Dataset
+from wherefrom.layers import TrackedLayer
+from wherefrom.memory import SavedBytes, fitting_batch_size, halved, out_of_memory
+from wherefrom.profile import Profile
+from wherefrom.store import Partial
+from wherefrom.task import Batch, Task
+
+# Writing partial sums may take at most this part of the time.
+_CHECKPOINT_SHARE = 0.05
+# Losses are looked at in groups, so that a GPU is not waited for after every batch.
+_LOSSES_PER_CHECK = 16
+
+Objective = Callable[[nn.Module, Batch, Sequence[int]], Tensor]
+"""The summed loss of a batch, given the model, the batch and the dataset positions of its rows."""
+
+
+class Collector(ABC):
+    """Adds up what a sweep hands it.
+
+    Attributes:
+        sums: named tensors, zero at the start; all that there is to save, restore or reset.
+    """
+
+    sums: dict[str, Tensor]
+
+    @abstractmethod
+    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+        """Add one layer's share of the batch that holds the dataset positions `rows`."""
+
+
+@dataclass(frozen=True)
+class Sweep(Generic[Batch]):
+    """What all sweeps of a study have in common.
+
+    Attributes:
+        layers: the tracked layers by name.
+        progress: show a progress bar; None shows one when the standard error is a terminal.
+        checkpoint_seconds: how often partial sums are written to disk, at the most.
+    """
+
+    model: nn.Module
+    task: Task[Batch]
+    layers: Mapping[str, TrackedLayer]
+    profile: Profile = field(default_factory=Profile)
+    progress: bool | None = None
+    checkpoint_seconds: float = 60.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What sums are kept in: float32, or float64 for a float64 model."""
+        return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+
+    def run(
+        self,
+        name: str,
+        dataset: Dataset[object],
+        collector: Collector,
+        objective: Objective[Batch],
+        *,
+        batch_size: int | None = None,
+        partial: Partial | None = None,
+    ) -> None:
+        """Pass over the whole dataset once, in its order.
+
+        Args:
+            name: what the progress bar and the profile call this sweep.
+            batch_size: None finds one from the free memory.
+            partial: where sums are kept for resuming; None for a sweep that is quick to repeat.
+
+        Raises:
+            LossError: a loss is not finite; the batch is named.
+            MemoryLimitError: a single example does not fit.
+        """
+        state = _State(name, collector, partial, time.perf_counter() + self.checkpoint_seconds)
+        # A resumed sweep keeps the size that it had, so that its sums are the same to the last bit.
+        size = state.restore() or batch_size or self.suggest_batch_size(dataset, objective)
+        start = time.perf_counter()
+        with self._progress_bar(name, len(dataset)) as show:
+            while state.position < len(dataset):
+                rows = slice(state.position, min(state.position + size, len(dataset)))
+                if self._fits(state, dataset, rows, objective):
+                    self._checkpoint(state, size)
+                else:
+                    size = halved(size, name, self.device)
+                    state.restore()
+                show(state.position)
+        state.check_losses()
+        self.profile.processed(name, state.examples, state.tokens, time.perf_counter() - start)
+
+    def suggest_batch_size(self, dataset: Dataset[object], objective: Objective[Batch]) -> int:
+        """A batch size that fits, measured on the longest of a few examples."""
+        samples = range(0, len(dataset), max(1, len(dataset) // 32))
+        row = max(samples, key=lambda row: _numel(self.task.collate([dataset[row]])))
+        batch, padding = self._load(dataset, range(row, row + 1))
+        tokens, gradient_bytes = [1], [1]
+
+        def receive(layer: str, captured: Captured) -> None:
+            outputs, inputs = self.layers[layer].shape
+            tokens.append(captured.activations.shape[1])
+            gradient_bytes.append(outputs * inputs * captured.gradients.element_size())
+
+        saved = SavedBytes()
+        with (
+            Capture(self.model, self.layers, receive) as capture,
+            torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
+        ):
+            capture.run(lambda: objective(self.model, batch, [row]), 1, padding)
+        # A per-example gradient lives up to three times at once: itself, rotated, squared.
+        bytes_each = saved.total + 3 * max(gradient_bytes)
+        return fitting_batch_size(len(dataset), bytes_each, max(tokens), self.device)
+
+    def _fits(self, state: _State, dataset: Dataset[object], rows: slice, objective: Objective[Batch]) -> bool:
+        """Process one batch; False when there was not enough memory for it."""
+        try:
+            self._process(state, dataset, range(rows.start, rows.stop), objective)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _process(self, state: _State, dataset: Dataset[object], rows: range, objective: Objective[Batch]) -> None:
+        action = self.profile.action
+        with action(f"{state.name}: load batch"):
+            batch, padding = self._load(dataset, rows)
+        tokens = 0
+
+        def receive(layer: str, captured: Captured) -> None:
+            nonlocal tokens
+            tokens = max(tokens, captured.tokens)
+            with action(f"{state.name}: collect"):
+                state.collector.collect(layer, captured, slice(rows.start, rows.stop))
+
+        with (
+            Capture(self.model, self.layers, receive) as capture,
+            action(f"{state.name}: forward and backward"),
+        ):
+            loss = capture.run(lambda: objective(self.model, batch, rows), len(rows), padding)
+        state.advance(rows, tokens, loss)
+
+    def _load(self, dataset: Dataset[object], rows: range) -> tuple[Batch, Padding | None]:
+        """Collate examples and move them to the model's device."""
+        batch = self.task.collate([dataset[row] for row in rows])
+        mask = self.task.mask(batch)
+        padding = None
+        if mask is not None and not bool(mask.all()):
+            padding = Padding(mask.to(self.device).unsqueeze(-1), int(mask.sum()))
+        return cast(Batch, _moved(batch, self.device)), padding
+
+    def _checkpoint(self, state: _State, size: int) -> None:
+        if state.partial is None or time.perf_counter() < state.next_save:
+            return
+        state.check_losses()
+        start = time.perf_counter()
+        with self.profile.action(f"{state.name}: save partial sums"):
+            state.partial.save(state.collector.sums, state.position, size)
+        end = time.perf_counter()
+        pause = max(self.checkpoint_seconds, (end - start) / _CHECKPOINT_SHARE)
+        state.next_save = end + pause
+
+    @contextmanager
+    def _progress_bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        console = Console(stderr=True)
+        shown = console.is_terminal if self.progress is None else self.progress
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, disable=not shown) as progress:
+            line = progress.add_task(name, total=total)
+            yield lambda done: progress.update(line, completed=done)
+
+
+@dataclass
+class _State:
+    """How far one sweep has come."""
+
+    name: str
+    collector: Collector
+    partial: Partial | None
+    next_save: float
+    position: int = 0
+    examples: int = 0
+    tokens: int = 0
+    losses: list[tuple[range, Tensor]] = field(default_factory=list)
+
+    def restore(self) -> int | None:
+        """Go back to the sums on disk, or to zero; the batch size that they were made with, if any."""
+        for total in self.collector.sums.values():
+            total.zero_()
+        self.losses.clear()
+        stored = self.partial.load(self.collector.sums) if self.partial else None
+        self.position, size = stored or (0, None)
+        return size
+
+    def advance(self, rows: range, tokens: int, loss: Tensor) -> None:
+        """Count a finished batch."""
+        self.position = rows.stop
+        self.examples += len(rows)
+        self.tokens += tokens
+        self.losses.append((rows, loss))
+        if len(self.losses) == _LOSSES_PER_CHECK:
+            self.check_losses()
+
+    def check_losses(self) -> None:
+        """Raise for the first batch whose loss was not finite; called before anything is kept."""
+        batches, losses = [rows for rows, _ in self.losses], [loss for _, loss in self.losses]
+        self.losses.clear()
+        if not losses or bool(torch.stack(losses).isfinite().all()):
+            return
+        rows, loss = next(pair for pair in zip(batches, losses, strict=True) if not pair[1].isfinite())
+        raise LossError(
+            f"{self.name}: the loss of examples {rows.start} to {rows.stop - 1} is {loss.item()}. Look at these "
+            "examples and at the model's output for them; nothing of this batch was kept."
+        )
+
+
+def _moved(batch: object, device: torch.device) -> object:
+    """A batch with all tensors in its dicts, lists and tuples on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: _moved(value, device) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)([_moved(value, device) for value in batch])
+    return batch
+
+
+def _numel(batch: object) -> int:
+    """How many numbers a batch holds."""
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    if isinstance(batch, Mapping):
+        return sum(_numel(value) for value in batch.values())
+    if isinstance(batch, list | tuple):
+        return sum(_numel(value) for value in batch)
+    return 0

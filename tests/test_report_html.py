@@ -1,0 +1,272 @@
+"""The HTML report: what it shows, that hostile text stays text, that a file is whole or absent."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from markupsafe import Markup
+
+from wherefrom.errors import InputError, StorageError
+from wherefrom.report.html import MINUS, Passage, render_report, write_report
+
+HOSTILE = [
+    "<script>document.documentElement.dataset.broken = 1</script>",
+    "</script><script>document.documentElement.dataset.broken = 2</script>",
+    "<img src=x onerror='document.documentElement.dataset.broken = 3'>",
+    '"\'><svg onload="document.documentElement.dataset.broken = 4">',
+    "</title></textarea></style></pre></details></div><b onclick=alert(5)>",
+    "<!-- <script> ]]> --!> {{ 7 * 7 }} {% raw %} &lt;script&gt; &#60;b&#62;",
+    "javascript:alert(6) \u2028\u2029\u202e \x00\x08\x1b \ud83d\ude00 \ud800",
+    Markup("<script>document.documentElement.dataset.broken = 7</script>"),
+]
+
+
+def make_report(**changes: Any) -> str:
+    """A page of 2 queries and 6 training sequences, with `changes` to the arguments."""
+    arguments: dict[str, Any] = {
+        "title": "A title",
+        "summary": "A summary",
+        "queries": [Passage("first query", "Alpha", "Arts"), Passage("second query", "Beta")],
+        "train": [Passage(f"text {i}", f"Name {i}", "Arts" if i % 2 else "") for i in range(6)],
+        "values": torch.tensor([[0.5, 2, -1, 0, 4, -8], [0, 0, 0, 0, 0, 1.0]]),
+        "settings": {"strategy": "ekfac"},
+        "profile": "action  total",
+    }
+    return render_report(**{**arguments, **changes})
+
+
+class Page(HTMLParser):
+    """A parsed page: counts of tags with their attribute names, all attribute values, all text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        self.values: list[str] = []
+        self.text: list[str] = []
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements[tag, tuple(sorted(name for name, _ in attrs))] += 1
+        self.values += [value or "" for _, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def hits(page: str, query: int) -> list[tuple[int, str, str]]:
+    """(train index, score, bar length) of a query's hits, in the order of the page."""
+    section = page.split(f'id="query-{query}"')[1].split("</section>")[0]
+    pattern = r'class="score">([^<]*)<.*?rect width="([^"]*)".*?data-train="(\d+)"'
+    found = re.findall(pattern, section, re.DOTALL)
+    return [(int(index), score.replace(MINUS, "-"), bar) for score, bar, index in found]
+
+
+def hostile_report(text: str) -> str:
+    return make_report(
+        title=text,
+        summary=text,
+        queries=[Passage(text, text, text), Passage(text, text, text)],
+        train=[Passage(text, text, text) for _ in range(6)],
+        settings={text: text},
+        profile=text,
+    )
+
+
+def test_hits_are_the_largest_of_each_sign_on_one_scale() -> None:
+    page = make_report(k=2)
+    assert hits(page, 0) == [
+        (4, "+4.000", "50.0"),
+        (1, "+2.000", "25.0"),
+        (5, "-8.000", "100.0"),
+        (2, "-1.000", "12.5"),
+    ]
+    assert [index for index, _, _ in hits(make_report(k=99), 0)] == [4, 1, 0, 5, 2]
+    assert hits(page, 1) == [(5, "+1.000", "100.0")]
+    assert "No training sequence has a negative score." in page
+
+
+def test_equal_scores_keep_the_order_of_the_dataset() -> None:
+    page = make_report(values=torch.ones(2, 6), k=4)
+    assert [index for index, _, _ in hits(page, 0)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("scale", "shown"),
+    [
+        (1e-6, "+4.00e-06"),
+        (1e-2, "+0.04000"),
+        (1e2, "+400.0"),
+        (1e5, "+400,000"),
+        (1e9, "+4.00e+09"),
+    ],
+)
+def test_scores_of_any_size_are_legible(scale: float, shown: str) -> None:
+    values = torch.tensor([[0.5, 2, -1, 0, 4, -3], [0, 0, 0, 0, 0, 1.0]]) * scale
+    assert hits(make_report(values=values), 0)[0][1] == shown
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64])
+def test_any_real_dtype_is_shown(dtype: torch.dtype) -> None:
+    values = torch.tensor([[1, 2, -1, 0, 4, -8], [0, 0, 0, 0, 0, 1]], dtype=dtype)
+    assert hits(make_report(values=values), 0)[0][:2] == (4, "+4.000")
+
+
+def test_histogram_counts_every_sequence_on_its_side_of_zero() -> None:
+    page = make_report(values=torch.tensor([[-1, -1, -1, 0, 0.5, 1.0]] * 2))
+    negative, positive = re.findall(r'<path class="\w+" d="([^"]*)"', page)[:2]
+    assert negative.count("M") == 1  # three sequences in one bar, the tallest
+    assert "v-40.0" in negative
+    assert positive.count("M") == 3
+    assert f"from {MINUS}1.000 to +1.000" in page
+
+
+def test_all_scores_zero_is_a_page_without_histogram() -> None:
+    page = make_report(values=torch.zeros(2, 6))
+    assert "<figure" not in page
+    assert hits(page, 0) == []
+
+
+def test_equal_labels_are_marked_in_words_and_counted() -> None:
+    page = make_report()
+    assert page.count("(same as the query's)") == 2  # 1 and 5 for query 0; query 1 has no label
+    assert "1 of 3 share its label." in page
+
+
+def test_each_text_stands_once_and_only_shown_sequences_are_read() -> None:
+    read: list[int] = []
+
+    class Lazy:
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> Passage:
+            read.append(index)
+            return Passage(f"start {'word ' * 100} the end of {index}")
+
+    page = make_report(train=Lazy(), k=1)
+    assert sorted(read) == [4, 5]
+    assert page.count("the end of 5") == 1  # shown by both queries
+
+
+def test_fifty_queries_by_twenty_long_sequences_stay_under_five_megabytes() -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 55
+    page = render_report(
+        title="Large",
+        queries=[Passage(text, "Query", "Topic")] * 50,
+        train=[Passage(text, "Sequence", "Topic")] * 4000,
+        values=torch.randn(50, 4000, generator=torch.Generator().manual_seed(0)),
+        settings={},
+    )
+    assert len(page.encode()) < 5_000_000
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_adds_no_element_and_no_attribute(text: str) -> None:
+    hostile, harmless = Page(hostile_report(text)), Page(hostile_report("harmless words"))
+    assert hostile.elements == harmless.elements
+    assert hostile.values == harmless.values  # no text in any attribute
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]", "".join(hostile.text))
+
+
+@pytest.mark.parametrize("text", HOSTILE[:6])
+def test_hostile_text_is_shown_as_it_is(text: str) -> None:
+    assert Page(hostile_report(text)).text.count(text) >= 10
+
+
+def test_the_page_asks_nothing_of_the_network() -> None:
+    page = make_report()
+    addresses = re.findall(r'(?:src|href|action|data|poster)="([^"]*)"', page)
+    assert all(address.startswith("#") or address == "data:," for address in addresses)
+    assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttpRequest", page)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize("protected", [True, False], ids=["with policy", "without policy"])
+def test_browser_runs_the_page_and_no_hostile_text(tmp_path: Path, protected: bool) -> None:
+    """Without the content security policy it is the escaping alone that holds."""
+    page = hostile_report(" ".join(HOSTILE))
+    if not protected:
+        page, removed = re.subn(r"<meta http-equiv[^>]*>", "", page)
+        assert removed == 1
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --dump-dom "
+    flags += "--disable-background-networking --disable-component-update"
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+    run = subprocess.run(
+        [*command, (tmp_path / "page.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert '<html lang="en" class="js"' in run.stdout  # the page's own script ran
+    assert "data-broken" not in run.stdout.split(">", 2)[1]
+    assert 'aria-current="true"' in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"values": torch.zeros(2, 5)}, r"values has shape \(2, 5\); expected \(2, 6\)"),
+        ({"values": torch.zeros(12)}, r"values has shape \(12,\); expected \(2, 6\)"),
+        ({"values": torch.full((2, 6), torch.nan)}, r"values\[0, 0\] is nan; expected finite"),
+        ({"values": torch.full((2, 6), -torch.inf)}, r"values\[0, 0\] is -inf; expected finite"),
+        ({"values": torch.zeros(2, 6, dtype=torch.complex64)}, "expected real numbers"),
+        ({"queries": [], "values": torch.zeros(0, 6)}, "queries is empty"),
+        ({"train": [], "values": torch.zeros(2, 0)}, "train is empty"),
+        ({"k": 0}, "k is 0; expected at least 1"),
+    ],
+)
+def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_report(**changes)
+
+
+def write(path: Path) -> Path:
+    return write_report(
+        path,
+        title="Title",
+        queries=[Passage("query")],
+        train=[Passage("train")],
+        values=torch.ones(1, 1),
+        settings={},
+    )
+
+
+def test_a_report_is_written_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "reports" / "page.html"
+    assert write(path) == path
+    assert write(path).read_text(encoding="utf-8").endswith("</html>")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "page.html")
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wherefrom.report.html.os.fsync", full)
+    with pytest.raises(StorageError, match=r"page\.html.*No space left"):
+        write(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_path_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot be written"):
+        write(tmp_path / "file" / "page.html")

@@ -64,8 +64,8 @@ class Page(HTMLParser):
 
 def hits(page: str, query: int) -> list[tuple[int, str, str]]:
     """(train index, score, bar length) of a query's hits, in the order of the page."""
-    section = page.split(f'id="query-{query}"')[1].split("</section>")[0]
-    pattern = r'class="score">([^<]*)<.*?rect width="([^"]*)".*?data-train="(\d+)"'
+    section = page.split(f'id="query-{query}"')[1].partition("</section>")[0]
+    pattern = r'class="score">([^<]*)<.*?rect width="([^"]*)".*?href="#train-(\d+)"'
     found = re.findall(pattern, section, re.DOTALL)
     return [(int(index), score.replace(MINUS, "-"), bar) for score, bar, index in found]
 
@@ -259,7 +259,7 @@ def test_a_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.M
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wherefrom.report.html.os.fsync", full)
+    monkeypatch.setattr("wherefrom.store.os.fsync", full)
     with pytest.raises(StorageError, match=r"page\.html.*No space left"):
         write(path)
     assert path.read_bytes() == before
@@ -268,5 +268,5 @@ def test_a_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_path_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="Cannot write"):
         write(tmp_path / "file" / "page.html")

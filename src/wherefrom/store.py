@@ -152,17 +152,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file under a temporary name, flush it to disk, then rename."""
+    """Write a text file under a temporary name, flush it to disk, then rename.
+
+    Raises:
+        StorageError: it cannot be written; nothing is left behind.
+    """
     part = file.with_name(file.name + ".part")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with part.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(file)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StorageError(f"Cannot write {file}: {error.strerror}. Check the disk and its permissions.") from error
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise StorageError(f"Cannot write {file}: {error.strerror}. Check free space and permissions.") from error
 
 
 def check_same(path: Path, stored: Fingerprint, current: Fingerprint) -> None:
@@ -193,7 +199,8 @@ def _storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        remove(part)
+        with contextlib.suppress(OSError):
+            remove(part)
         raise StorageError(
             f"Cannot write {part.with_suffix('')} ({needed / 2**20:,.1f} MiB): {error}. "
             "Check free space and permissions; what is finished is safe."
@@ -218,7 +225,8 @@ def _read_tensors(file: Path, device: torch.device | None) -> tuple[dict[str, Te
         raise _damaged(file, f"it is not a readable safetensors file ({error})") from error
     if tensors_digest(tensors) != header.get("sha256"):
         raise _damaged(file, "its content has changed since it was written")
-    return {name: tensor.to(device) for name, tensor in tensors.items()}, header
+    # Copies: the file may change or vanish later, and its tensors are not aligned as fresh ones are.
+    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, header
 
 
 def _damaged(file: Path, reason: str) -> DamagedError:

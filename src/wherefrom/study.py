@@ -45,7 +45,8 @@ class Study(Generic[Batch]):
         task: the loss, the measurement, and the tracked layers.
         train: the training examples: anything with `len` and integer positions.
         progress: show progress bars; None shows them when the standard error is a terminal.
-        checkpoint_seconds: how often a sweep may save its partial sums, so that it can be resumed.
+        checkpoint_seconds: how often a sweep may save its partial sums, so that it can be resumed; 0 is after every
+            batch.
 
     Raises:
         InputError: `train` is empty.
@@ -223,7 +224,8 @@ class Study(Generic[Batch]):
             with self.profile.action(f"load {name}"):
                 tensors = artifact.load(self._sweep.device)
         else:
-            tensors = compute(sums)
+            # In the layout that loading gives: products of other layouts differ in the last bit.
+            tensors = {key: tensor.contiguous() for key, tensor in compute(sums).items()}
             with self.profile.action(f"save {name}"):
                 artifact.save(tensors)
         sums.discard()  # only now: until the artifact is there, the sums are all there is

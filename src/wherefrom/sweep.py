@@ -64,7 +64,7 @@ class Sweep(Generic[Batch]):
     Attributes:
         layers: the tracked layers by name.
         progress: show a progress bar; None shows one when the standard error is a terminal.
-        checkpoint_seconds: how often partial sums are written to disk, at the most.
+        checkpoint_seconds: how often partial sums are written to disk, at the most; 0 is after every batch.
     """
 
     model: nn.Module
@@ -189,8 +189,8 @@ class Sweep(Generic[Batch]):
         with self.profile.action(f"{state.name}: save partial sums"):
             state.partial.save(state.collector.sums, state.position, size)
         end = time.perf_counter()
-        pause = max(self.checkpoint_seconds, (end - start) / _CHECKPOINT_SHARE)
-        state.next_save = end + pause
+        if self.checkpoint_seconds > 0:
+            state.next_save = end + max(self.checkpoint_seconds, (end - start) / _CHECKPOINT_SHARE)
 
     @contextmanager
     def _progress_bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:

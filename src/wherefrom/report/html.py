@@ -14,10 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +24,8 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
-from wherefrom.errors import InputError, StorageError
+from wherefrom.errors import InputError
+from wherefrom.store import write_text
 
 EXCERPT_LENGTH = 240
 HISTOGRAM_BINS = 144
@@ -124,10 +122,7 @@ def render_report(
     """
     _check(queries, train, values, k)
     reader = _Reader(train)
-    views = [
-        _query_view(index, _clean_passage(query), values[index], reader, k)
-        for index, query in enumerate(queries)
-    ]
+    views = [_query_view(index, _clean_passage(query), values[index], reader, k) for index, query in enumerate(queries)]
     environment = _environment()
     style = environment.get_template("report.css").render()
     script = environment.get_template("report.js").render()
@@ -169,23 +164,7 @@ def write_report(
         summary=summary,
         k=k,
     )
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(page.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(
-            f"the report cannot be written to {str(path)!r}: {error.strerror or error}; "
-            "free some space, or give a path that can be written"
-        ) from error
-    finally:
-        with suppress(OSError):  # gone when all went well; beyond reach where the folder is
-            temporary.unlink()
+    write_text(path, page)
     return path
 
 
@@ -307,12 +286,9 @@ def _bars(heights: Sequence[float], start: int) -> str:
 def _number(value: float, scale: float) -> str:
     """A score with its sign, with as many decimals as give a number of size `scale` four digits."""
     exponent = math.floor(math.log10(scale)) if scale > 0 else 0
-    if -4 < exponent < 6:
-        digits = f"{abs(value):,.{max(0, 3 - exponent)}f}"
-    else:
-        digits = f"{abs(value):.2e}".replace("-", MINUS)
+    style = f",.{max(0, 3 - exponent)}f" if -4 < exponent < 6 else ".2e"
     sign = "+" if value > 0 else MINUS if value < 0 else ""
-    return sign + digits
+    return sign + format(abs(value), style).replace("-", MINUS)
 
 
 def _excerpt(text: str) -> str:

@@ -53,6 +53,7 @@
       const name = links[current].querySelector(".name").textContent;
       byId("place").textContent = name;
       fold(sections[current].querySelector(".about"));
+      fill(sections[current]);
       reveal();
       if (!arrive) return;
       byId("announcement").textContent = `Query ${current}: ${name}`;
@@ -87,7 +88,7 @@
       const text = about.querySelector(".text");
       if (about.querySelector("button")) return;
       text.classList.add("folded");
-      if (text.scrollHeight < 1.4 * text.clientHeight) { text.classList.remove("folded"); return; }
+      if (text.scrollHeight <= 1.4 * text.clientHeight) { text.classList.remove("folded"); return; }
       const button = document.createElement("button");
       const show = () => {
         const folded = text.classList.contains("folded");
@@ -99,6 +100,14 @@
       button.addEventListener("click", () => { text.classList.toggle("folded"); show(); });
       show();
       about.append(button);
+    }
+
+    // A sequence's text stands once in the page; a hit takes its copy when its query is first picked.
+    function fill(section) {
+      for (const link of section.querySelectorAll(".hit .text > a")) {
+        const source = byId(link.hash.slice(1));
+        link.parentElement.textContent = source.querySelector(".text").textContent;
+      }
     }
 
     function fromAddress() {
@@ -154,18 +163,8 @@
     pick(fromAddress() ?? 0, { arrive: false });
   }
 
-  // A sequence's text stands once in the page; a hit takes its copy when it is first unfolded.
-  function startHits() {
-    document.addEventListener("toggle", (event) => {
-      const text = event.target.open && event.target.querySelector(".text[data-train]");
-      if (!text || !text.firstElementChild) return;
-      text.textContent = document.querySelector(`#train-${text.dataset.train} .text`).textContent;
-    }, true);
-  }
-
   document.addEventListener("DOMContentLoaded", () => {
     startTheme();
     startQueries();
-    startHits();
   });
 })();

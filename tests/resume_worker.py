@@ -1,0 +1,39 @@
+"""A fit and a score as a process of its own, slow enough to be killed: `python -m tests.resume_worker RUN LOG`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import wherefrom as wf
+from tests.models import mlp_case
+
+
+class Slow(wf.Classification):
+    """Writes a line for every batch before it is computed, and takes its time."""
+
+    _log: Path
+
+    def train_loss(self, *arguments: object) -> Tensor:
+        with self._log.open("a") as stream:
+            stream.write("batch\n")
+        time.sleep(0.01)
+        return super().train_loss(*arguments)  # type: ignore[arg-type]
+
+
+def main(run: str, log: str) -> None:
+    """Fit EK-FAC factors and score, saving partial sums after every batch."""
+    case = mlp_case(torch.float32)
+    task = Slow()
+    task._log = Path(log)
+    study = wf.Study(run, case.model, task, train=case.train, checkpoint_seconds=0)
+    factors = study.fit("ekfac", batch_size=2)
+    study.score(case.queries, factors, train_batch_size=2, query_batch_size=5)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,139 @@
+"""Hooks: what is tracked, what is refused, and what unusual models do to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wherefrom as wf
+from tests.models import gpt2, relative_error, token_rows, widened
+from tests.reference import BruteForce
+from wherefrom.errors import LayerError
+from wherefrom.layers import select_layers
+
+
+def examples(count: int = 6) -> list[object]:
+    torch.manual_seed(0)
+    return [(torch.randn(4), torch.randint(3, ())) for _ in range(count)]
+
+
+class InPlaceActivation(nn.Sequential):
+    """ReLU overwrites the outputs of tracked layers; their gradients must be those before it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)
+        )
+
+
+def test_in_place_activations_are_harmless(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, rows = InPlaceActivation(), examples()
+    study = wf.Study(tmp_path, model, wf.Classification(), train=rows)
+    found = study.score(rows, study.fit("identity")).values
+    plain = nn.Sequential(*(nn.ReLU() if isinstance(each, nn.ReLU) else each for each in model))
+    wide = widened(rows)
+    expected = BruteForce(plain, wf.Classification(), ["0", "2", "4"], wide, wide).scores("identity")
+    assert relative_error(found, expected) < 1e-5
+
+
+class OverwrittenInput(nn.Module):
+    """What a layer has read is changed before the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = inputs.clone()
+        outputs = self.layer(hidden)
+        hidden += 1
+        result: Tensor = self.last(outputs + hidden)
+        return result
+
+
+def test_an_overwritten_input_is_refused(tmp_path: Path) -> None:
+    study = wf.Study(tmp_path, OverwrittenInput(), wf.Classification(), train=examples())
+    with pytest.raises(LayerError, match="input of layer 'layer' was overwritten in place"):
+        study.fit("diagonal")
+
+
+class Partly(nn.Module):
+    """One layer never runs; one runs, and its second result is thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(4, 3)
+        self.idle = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.used(inputs * 2)
+        result: Tensor = self.used(inputs)
+        return result
+
+
+def test_unused_layers_are_named_and_unused_calls_add_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, rows = Partly(), examples()
+    with pytest.raises(LayerError, match=r"1 tracked layer\(s\) never ran in a forward pass: idle"):
+        wf.Study(tmp_path, model, wf.Classification(), train=rows).fit("diagonal")
+    study = wf.Study(tmp_path, model, wf.Classification(["used"]), train=rows)
+    found = study.score(rows, study.fit("identity")).values
+    wide = widened(rows)
+    expected = BruteForce(model, wf.Classification(), ["used"], wide, wide).scores("identity")
+    assert relative_error(found, expected) < 1e-5
+
+
+class Folded(nn.Module):
+    """The batch is folded into the tokens, so rows are not examples any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.layer(inputs.reshape(-1, 2))
+        return result.reshape(len(inputs), 2, 3).sum(1)
+
+
+def test_a_lost_batch_dimension_is_refused(tmp_path: Path) -> None:
+    study = wf.Study(tmp_path, Folded(), wf.Classification(), train=examples())
+    with pytest.raises(LayerError, match="saw 2 rows for 1 examples"):
+        study.fit("diagonal")
+
+
+def test_shared_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(LayerError, match="'0' and '1' share one weight"):
+        select_layers(model)
+    lm = gpt2()
+    with pytest.raises(LayerError, match="'transformer.wte' and 'lm_head' share one weight"):
+        select_layers(lm, ["lm_head"])
+
+
+def test_the_head_is_left_out_unless_it_is_named() -> None:
+    model = gpt2()
+    task = wf.CausalLM()
+    names = list(select_layers(model, task.layers, task.head(model)))
+    assert len(names) == 8
+    assert names[:4] == [f"transformer.h.0.{each}" for each in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert list(select_layers(model, ["transformer.h.*.mlp.*"])) == [name for name in names if ".mlp.c_" in name]
+    with pytest.raises(LayerError, match=r"'transformer.h.0' names 'transformer.h.0', which is not a layer"):
+        select_layers(model, ["transformer.h.0"])
+
+
+def test_weights_get_no_gradient_and_the_graph_starts_at_the_first_layer(tmp_path: Path) -> None:
+    """Nothing before the first tracked layer is differentiated: embeddings stay out of the graph."""
+    model = gpt2(torch.float32)
+    seen: list[bool] = []
+    model.transformer.wte.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    model.transformer.h[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
+    study = wf.Study(tmp_path, model, wf.CausalLM(["transformer.h.1.mlp.*"]), train=token_rows(2))
+    study.fit("diagonal", batch_size=2)
+    assert seen
+    assert not any(seen)

@@ -1,0 +1,145 @@
+"""Factors and scores against dense matrices in float64, and cases where K-FAC is the Gauss-Newton matrix itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wherefrom as wf
+from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error, widened
+from tests.reference import BruteForce
+from wherefrom.curvature import STRATEGIES
+from wherefrom.layers import select_layers
+
+CASES = {"mlp": mlp_case, "gpt2": gpt2_case}
+
+
+SEED = 5
+
+ExactCase = Callable[[], tuple[nn.Linear, wf.Task[Any], list[object]]]
+
+
+@functools.cache
+def brute_force(make: CaseMaker, dtype: torch.dtype, seed: int | None) -> BruteForce:
+    case = make(dtype)
+    layers = list(select_layers(case.model, case.task.layers))
+    return BruteForce(case.model, case.task, layers, widened(case.train), widened(case.queries), seed)
+
+
+@pytest.mark.parametrize("empirical", [False, True], ids=["sampled", "empirical"])
+@pytest.mark.parametrize("damping", [None, 0.01])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_scores_equal_brute_force(
+    tmp_path: Path, make: CaseMaker, strategy: str, damping: float | None, empirical: bool
+) -> None:
+    case = make(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit(strategy, empirical=empirical, seed=SEED, batch_size=5)
+    scores = study.score(case.queries, factors, damping=damping, train_batch_size=4, query_batch_size=3)
+    expected = brute_force(make, torch.float64, None if empirical else SEED).scores(strategy, damping)
+    assert scores.values.dtype == torch.float64
+    assert relative_error(scores.values, expected) < 1e-8
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_float32_scores_are_close_to_brute_force(tmp_path: Path, make: CaseMaker, strategy: str) -> None:
+    case = make(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    scores = study.score(case.queries, study.fit(strategy, seed=SEED))
+    assert scores.values.dtype == torch.float32
+    assert relative_error(scores.values, brute_force(make, torch.float32, SEED).scores(strategy)) < 1e-4
+
+
+def exact_regression() -> tuple[nn.Linear, wf.Regression, list[object]]:
+    """A linear model whose residuals are a full factorial: S is the identity, independent of the inputs."""
+    torch.manual_seed(0)
+    inputs, outputs = 4, 3
+    model = nn.Linear(inputs, outputs).double()
+    examples: list[object] = []
+    for features in torch.randn(6, inputs, dtype=torch.float64):
+        prediction = model(features).detach()
+        for residual in torch.eye(outputs, dtype=torch.float64) * outputs**0.5:
+            examples += [(features, prediction + residual), (features, prediction - residual)]
+    return model, wf.Regression(), examples
+
+
+def exact_classification() -> tuple[nn.Linear, wf.Classification, list[object]]:
+    """A softmax model with uniform predictions, every input with every label once."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False).double()
+    nn.init.zeros_(model.weight)
+    inputs = torch.randn(6, 4, dtype=torch.float64)
+    return model, wf.Classification(), [(x, torch.tensor(label)) for x in inputs for label in range(3)]
+
+
+@pytest.mark.parametrize("strategy", ["kfac", "ekfac"])
+@pytest.mark.parametrize("damping", [None, 0.3])
+@pytest.mark.parametrize("make", [exact_regression, exact_classification])
+def test_kfac_is_the_hessian_where_it_should_be(
+    tmp_path: Path, make: ExactCase, strategy: str, damping: float | None
+) -> None:
+    model, task, examples = make()
+    # One wrapper, so that the layer has a name.
+    study = wf.Study(tmp_path, nn.Sequential(model), task, train=examples)
+    factors = study.fit(strategy, empirical=True)
+    hessian = _hessian(model, task, examples)  # of the mean loss, [out * in, out * in]
+    added = 0.1 * float(hessian.diagonal().mean()) if damping is None else damping
+    gradients = torch.randn(7, *study.layers["0"].shape, dtype=torch.float64)
+    expected = torch.linalg.solve(
+        hessian + added * torch.eye(len(hessian), dtype=torch.float64), gradients.flatten(1).T
+    ).T
+    found = factors.preconditioner(damping).apply("0", gradients).flatten(1)
+    assert relative_error(found, expected) < 1e-10
+
+
+def _hessian(model: nn.Linear, task: wf.Task[Any], examples: list[object]) -> Tensor:
+    """The Hessian of the mean loss with respect to [weight, bias] as one flattened matrix."""
+    batch = task.collate(examples)
+    biased = model.bias is not None
+    matrix = torch.cat([model.weight, model.bias[:, None]], 1) if biased else model.weight
+
+    def loss(flat: Tensor) -> Tensor:
+        weight = flat.view_as(matrix)
+        state = {"weight": weight[:, :-1], "bias": weight[:, -1]} if biased else {"weight": weight}
+        return task.train_loss(lambda x: torch.func.functional_call(model, state, (x,)), batch) / len(examples)  # type: ignore[arg-type]
+
+    hessian: Tensor = torch.func.hessian(loss)(matrix.detach().flatten())
+    return hessian
+
+
+def test_damping_is_applied_after_the_fit(tmp_path: Path) -> None:
+    """Raw factors are stored once; a zero eigenvalue without damping is a direction that is left out."""
+    model, task, examples = exact_classification()
+    study = wf.Study(tmp_path, nn.Sequential(model), task, train=examples)
+    factors = study.fit("kfac", empirical=True)
+    # Softmax gradients sum to zero over classes: one third of the eigenvalues is exactly or nearly zero.
+    pseudo_inverse = torch.linalg.pinv(_hessian(model, task, examples), rtol=1e-10)
+    gradients = study.score(examples, study.fit("identity"), name="raw").values
+    scores = study.score(examples, factors, damping=1e-13).values
+    brute = BruteForce(nn.Sequential(model), task, ["0"], examples, [])
+    flat = torch.stack([each["0"].flatten() for each in brute.train])
+    assert relative_error(gradients, flat @ flat.T) < 1e-12
+    assert relative_error(scores, flat @ pseudo_inverse @ flat.T) < 1e-8
+
+
+@pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf")])
+def test_impossible_damping_is_refused(tmp_path: Path, damping: float) -> None:
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    with pytest.raises(wf.WherefromError, match="damping="):
+        study.score(case.queries, study.fit("diagonal"), damping=damping)
+
+
+def test_unknown_strategy_is_refused(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    with pytest.raises(wf.WherefromError, match="expected one of identity, diagonal, kfac, ekfac"):
+        study.fit("ekfca")

@@ -1,0 +1,89 @@
+"""The same weights and data through kronfluence 1.0.1, where it is installed: the scores agree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+import wherefrom as wf
+from tests.models import VOCABULARY, gpt2, relative_error
+from wherefrom.curvature import STRATEGIES
+
+pytest.importorskip("kronfluence", reason="kronfluence is optional: make bench-setup installs it")
+from kronfluence.analyzer import Analyzer, prepare_model  # type: ignore[import-not-found,unused-ignore] # noqa: E402
+from kronfluence.arguments import FactorArguments, ScoreArguments  # type: ignore[import-not-found,unused-ignore] # noqa: E402
+from kronfluence.task import Task as KronfluenceTask  # type: ignore[import-not-found,unused-ignore] # noqa: E402
+
+
+def as_linear(model: nn.Module) -> nn.Module:
+    """A copy with every Conv1D turned into a Linear of the same function, which is what kronfluence can track."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = nn.Linear(module.weight.shape[0], module.weight.shape[1])
+            linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
+    return model
+
+
+class LanguageModelling(KronfluenceTask):  # type: ignore[misc,unused-ignore]
+    def __init__(self, layers: Sequence[str]) -> None:
+        self.layers = list(layers)
+
+    def compute_train_loss(self, batch: dict[str, Tensor], model: nn.Module, sample: bool = False) -> Tensor:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+
+    def compute_measurement(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
+        return self.compute_train_loss(batch, model)
+
+    def get_influence_tracked_modules(self) -> list[str]:
+        return self.layers
+
+    def get_attention_mask(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["attention_mask"]
+
+
+def padded_rows(count: int, seed: int) -> list[dict[str, Tensor]]:
+    """Rows of ten tokens, of which up to four are padding."""
+    rows = wf.CausalLM().collate([{"input_ids": [1] * 10}, *_tokens(count, seed)])
+    return [{name: column[row] for name, column in rows.items()} for row in range(1, count + 1)]
+
+
+def _tokens(count: int, seed: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(6, 11, (count,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(VOCABULARY, (each,), generator=generator)} for each in lengths]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_scores_agree_with_kronfluence(tmp_path: Path, strategy: str, record_property: Any) -> None:
+    model = gpt2(torch.float32).eval()
+    train, queries = padded_rows(24, seed=5), padded_rows(6, seed=6)
+    study = wf.Study(tmp_path / "ours", model, wf.CausalLM(), train=train)
+    ours = study.score(queries, study.fit(strategy, empirical=True)).values
+
+    task = LanguageModelling(list(study.layers))
+    analyzer = Analyzer(
+        "test", prepare_model(as_linear(model), task), task, cpu=True, output_dir=str(tmp_path / "theirs"),
+        disable_tqdm=True,
+    )  # fmt: skip
+    arguments = FactorArguments(strategy=strategy, use_empirical_fisher=True)
+    analyzer.fit_all_factors("factors", train, 8, factor_args=arguments)
+    damping = ScoreArguments(damping_factor=None)  # 0.1 x mean eigenvalue; its default is 1e-8
+    analyzer.compute_pairwise_scores("scores", "factors", queries, train, 3, 8, score_args=damping)
+    theirs = analyzer.load_pairwise_scores("scores")["all_modules"]
+    error = relative_error(ours, theirs)
+    record_property("relative_error", error)
+    print(f"{strategy}: relative error {error:.1e}")
+    assert error < 1e-4

@@ -1,0 +1,270 @@
+"""What scores must not depend on, what is reused, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import wherefrom as wf
+from tests.models import Mlp, gpt2, gpt2_case, mlp_case, relative_error, token_rows
+from wherefrom.errors import DamagedError, InputError, LayerError, LossError, MismatchError, StorageError
+
+
+def scores_of(path: Path, train: list[object], queries: list[object], **options: object) -> torch.Tensor:
+    """EK-FAC scores of the small GPT-2 in float64, with the dataset's targets unless said otherwise."""
+    fit = {"empirical": options.get("empirical", True), "seed": 7, "batch_size": options.get("batch_size")}
+    study = wf.Study(path, gpt2(), wf.CausalLM(), train=train)
+    factors = study.fit("ekfac", **fit)  # type: ignore[arg-type]
+    size = options.get("batch_size")
+    return study.score(queries, factors, train_batch_size=size, query_batch_size=size).values  # type: ignore[arg-type]
+
+
+@given(batch_size=st.integers(1, 15), seed=st.integers(0, 100))
+@settings(max_examples=8, deadline=None)
+def test_scores_do_not_depend_on_batch_size_or_order(
+    tmp_path_factory: pytest.TempPathFactory, batch_size: int, seed: int
+) -> None:
+    train, queries = token_rows(14), token_rows(4, seed=4)
+    expected = scores_of(tmp_path_factory.mktemp("one"), train, queries)
+    order = torch.randperm(14, generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [train[row] for row in order]
+    found = scores_of(tmp_path_factory.mktemp("two"), shuffled, queries, batch_size=batch_size)
+    assert relative_error(found, expected[:, order]) < 1e-9
+
+
+def test_scores_do_not_depend_on_padding(tmp_path: Path) -> None:
+    """Padding that the dataset itself brings, on the right, is as good as none."""
+    train, queries = token_rows(6), token_rows(3, seed=4)
+
+    def padded(example: object) -> dict[str, list[int]]:
+        tokens = example["input_ids"]  # type: ignore[index]
+        extra = 12 - len(tokens)
+        return {"input_ids": tokens + [5] * extra, "attention_mask": [1] * len(tokens) + [0] * extra}
+
+    expected = scores_of(tmp_path / "plain", train, queries, empirical=False)
+    found = scores_of(
+        tmp_path / "padded", [padded(each) for each in train], [padded(each) for each in queries], empirical=False
+    )
+    assert relative_error(found, expected) < 1e-9
+
+
+def test_sampled_factors_depend_on_the_seed_only(tmp_path: Path) -> None:
+    case = gpt2_case()
+
+    def eigenvalues(name: str, seed: int, batch_size: int | None) -> torch.Tensor:
+        study = wf.Study(tmp_path / name, case.model, case.task, train=case.train)
+        factors = study.fit("diagonal", seed=seed, batch_size=batch_size)
+        return torch.cat([each.flatten() for each in factors.eigenvalues.values()])
+
+    expected = eigenvalues("one", seed=3, batch_size=1)
+    assert relative_error(eigenvalues("four", seed=3, batch_size=4), expected) < 1e-9
+    assert relative_error(eigenvalues("all", seed=3, batch_size=None), expected) < 1e-9
+    assert relative_error(eigenvalues("other", seed=4, batch_size=1), expected) > 1e-2
+
+
+def test_many_query_blocks_give_the_scores_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("ekfac")
+    expected = study.score(case.queries, factors, name="one-block").values
+    monkeypatch.setattr("wherefrom.study._BANK_SHARE", 0.0)  # one query at a time
+    found = study.score(case.queries, factors, name="many-blocks").values
+    assert relative_error(found, expected) < 1e-12
+    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["many-blocks", "one-block"]
+
+
+def test_bfloat16_bank_only_rounds_its_operands(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("ekfac")
+    full = study.score(case.queries, factors, name="full").values
+    half = study.score(case.queries, factors, name="half", dtype=torch.bfloat16).values
+    assert half.dtype == torch.float32
+    assert 0 < relative_error(half, full) < 2**-7  # two operands, each rounded to 8 bits
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = Mlp()
+    model.first.weight.requires_grad_(False)
+    model.twice.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    case = mlp_case(torch.float32)
+    study = wf.Study(tmp_path, model, case.task, train=case.train)
+    study.score(case.queries, study.fit("ekfac"))
+
+    class Failing(wf.Classification):
+        def train_loss(self, *arguments: object) -> torch.Tensor:
+            super().train_loss(*arguments)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        wf.Study(tmp_path / "failing", model, Failing(), train=case.train).fit("diagonal")
+    assert [each.requires_grad for each in model.parameters()] == [False, True, True, True, True]
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    assert all(not module._forward_hooks for module in model.modules())
+    assert all(each.grad is None for each in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_top_is_the_sorted_matrix(tmp_path: Path) -> None:
+    values = torch.tensor([[0.5, -1.0, 2.0], [3.0, 4.0, -5.0]])
+    hits = wf.Scores(values, "ekfac", {}).top(2)
+    assert [tuple(hit) for hit in hits] == [(0, 1, 2, 2.0), (0, 2, 0, 0.5), (1, 1, 1, 4.0), (1, 2, 0, 3.0)]
+    assert len(wf.Scores(values, "ekfac", {}).top(10)) == 6
+    with pytest.raises(InputError, match="k=0"):
+        wf.Scores(values, "ekfac", {}).top(0)
+
+
+# Reuse: nothing is computed twice, and nothing stale is used.
+
+
+class Counting(wf.Classification):
+    """Counts how often a loss is computed."""
+
+    _calls = 0
+
+    def train_loss(self, *arguments: object) -> torch.Tensor:
+        Counting._calls += 1
+        return super().train_loss(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_second_fit_or_score_computes_nothing(tmp_path: Path) -> None:
+    case = mlp_case()
+    first = wf.Study(tmp_path, case.model, Counting(), train=case.train)
+    expected = first.score(case.queries, first.fit("ekfac"))
+    Counting._calls = 0
+    again = wf.Study(tmp_path, case.model, Counting(), train=case.train)
+    found = again.score(case.queries, again.fit("ekfac"))
+    assert Counting._calls == 0
+    assert torch.equal(found.values, expected.values)
+    again.fit("kfac")  # shares the basis
+    assert Counting._calls == 0
+    again.fit("ekfac", overwrite=True)
+    assert Counting._calls > 0
+
+
+def test_a_changed_input_is_refused_by_name(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("ekfac")
+    study.score(case.queries, factors)
+    with pytest.raises(MismatchError, match=r"targets: stored sampled, seed 0, now sampled, seed 1.*overwrite"):
+        study.fit("ekfac", seed=1)
+    with pytest.raises(MismatchError, match="damping: stored 0.1 x mean eigenvalue, now 0.5"):
+        study.score(case.queries, factors, damping=0.5)
+    with pytest.raises(MismatchError, match="queries: "):
+        study.score(case.queries[:2], factors)
+    with pytest.raises(MismatchError, match="training data: stored 12 examples .*, now 11 examples"):
+        wf.Study(tmp_path, case.model, case.task, train=case.train[:11]).fit("ekfac")
+    study.score(case.queries, factors, damping=0.5, overwrite=True)
+    study.score(case.queries, factors, name="another")
+
+
+def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
+    case = mlp_case()
+    factors = wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit("ekfac")
+    with torch.no_grad():
+        next(case.model.parameters()).add_(1e-9)
+    other = wf.Study(tmp_path / "two", case.model, case.task, train=case.train)
+    with pytest.raises(MismatchError, match="factors were fitted on another model. model: stored"):
+        other.score(case.queries, factors)
+    with pytest.raises(MismatchError, match="model: stored"):
+        wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit("ekfac")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing", "manifest"])
+def test_damaged_files_are_named_and_not_used(tmp_path: Path, damage: str) -> None:
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    expected = study.fit("diagonal")
+    folder = tmp_path / "factors" / "sampled" / "diagonal"
+    file = folder / ("manifest.json" if damage == "manifest" else "tensors.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "flipped":
+        content[-3] ^= 1
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[: 0 if damage == "empty" else len(content) // 2])
+    with pytest.raises(DamagedError, match=str(file.name)):
+        study.fit("diagonal")
+    repaired = study.fit("diagonal", overwrite=True)
+    assert all(torch.equal(repaired.eigenvalues[name], each) for name, each in expected.eigenvalues.items())
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system accepts the first bytes and then has no space, as a full disk does."""
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+
+    def no_space(tensors: object, file: Path, metadata: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("wherefrom.store.save_file", no_space)
+        with pytest.raises(StorageError, match="MiB.*No space left on device"):
+            study.fit("diagonal")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    study.fit("diagonal")
+
+
+def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr("wherefrom.store.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(StorageError, match="Not enough space .* MiB needed, 0.0 MiB free"):
+        study.fit("diagonal")
+
+
+# Wrong use.
+
+
+def test_wrong_use_is_answered_well(tmp_path: Path) -> None:
+    case = mlp_case()
+    with pytest.raises(InputError, match="train is empty"):
+        wf.Study(tmp_path, case.model, case.task, train=[])
+    with pytest.raises(LayerError, match=r"'twise' matches no layer. Close names: twice"):
+        wf.Study(tmp_path, case.model, wf.Classification(["twise"]), train=case.train)
+    with pytest.raises(LayerError, match="no layer to track: supported kinds are Linear, Conv1D"):
+        wf.Study(tmp_path, torch.nn.ReLU(), case.task, train=case.train)
+    with pytest.raises(InputError, match="expected a list"):
+        wf.Classification("twice")
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    with pytest.raises(InputError, match="batch size of 0"):
+        study.fit("ekfac", batch_size=0)
+    with pytest.raises(InputError, match="dataset is empty"):
+        study.score([], study.fit("identity"))
+    with pytest.raises(InputError, match="name='../up'"):
+        study.fit("ekfac", name="../up")
+    assert not (tmp_path / "factors").exists()
+
+
+def test_a_loss_that_is_not_a_scalar_is_refused(tmp_path: Path) -> None:
+    class Vector(wf.Classification):
+        def train_loss(self, model, batch, sampler=None):  # type: ignore[no-untyped-def]
+            return model(batch[0]).sum(1)
+
+    class Detached(wf.Classification):
+        def train_loss(self, *arguments: object) -> torch.Tensor:
+            return super().train_loss(*arguments).detach()  # type: ignore[arg-type]
+
+    case = mlp_case()
+    with pytest.raises(LossError, match=r"must be a scalar tensor.*returned \[4\].*reduction='sum'"):
+        wf.Study(tmp_path, case.model, Vector(), train=case.train).fit("ekfac", batch_size=4)
+    with pytest.raises(LossError, match="does not depend on any tracked layer"):
+        wf.Study(tmp_path, case.model, Detached(), train=case.train).fit("ekfac")
+
+
+def test_a_loss_that_is_not_finite_names_its_batch(tmp_path: Path) -> None:
+    case = mlp_case()
+    case.train[7] = (torch.full((4,), float("nan"), dtype=torch.float64), torch.tensor(0))
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, checkpoint_seconds=0)
+    with pytest.raises(LossError, match="covariance: the loss of examples 6 to 7 is nan"):
+        study.fit("ekfac", empirical=True, batch_size=2)

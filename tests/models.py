@@ -62,7 +62,8 @@ def gpt2(dtype: torch.dtype = torch.float64, layers: int = 2) -> GPT2LMHeadModel
 
     torch.manual_seed(2)
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=12, n_embd=8, n_layer=layers, n_head=2, initializer_range=0.4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        vocab_size=VOCABULARY, n_positions=12, n_embd=8, n_layer=layers, n_head=2,
+        initializer_range=0.4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)

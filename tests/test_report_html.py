@@ -15,7 +15,9 @@ import torch
 from markupsafe import Markup
 
 from wherefrom.errors import InputError, StorageError
-from wherefrom.report.html import MINUS, Passage, render_report, write_report
+from wherefrom.report.html import MINUS, render_report
+from wherefrom.report.passages import Passage
+from wherefrom.store import write_text
 
 HOSTILE = [
     "<script>document.documentElement.dataset.broken = 1</script>",
@@ -235,14 +237,8 @@ def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> Non
 
 
 def write(path: Path) -> Path:
-    return write_report(
-        path,
-        title="Title",
-        queries=[Passage("query")],
-        train=[Passage("train")],
-        values=torch.ones(1, 1),
-        settings={},
-    )
+    write_text(path, make_report())
+    return path
 
 
 def test_a_report_is_written_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:

@@ -112,11 +112,11 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_top_is_the_sorted_matrix(tmp_path: Path) -> None:
     values = torch.tensor([[0.5, -1.0, 2.0], [3.0, 4.0, -5.0]])
-    hits = wf.Scores(values, "ekfac", {}).top(2)
+    hits = wf.Scores(values, {}).top(2)
     assert [tuple(hit) for hit in hits] == [(0, 1, 2, 2.0), (0, 2, 0, 0.5), (1, 1, 1, 4.0), (1, 2, 0, 3.0)]
-    assert len(wf.Scores(values, "ekfac", {}).top(10)) == 6
+    assert len(wf.Scores(values, {}).top(10)) == 6
     with pytest.raises(InputError, match="k=0"):
-        wf.Scores(values, "ekfac", {}).top(0)
+        wf.Scores(values, {}).top(0)
 
 
 # Reuse: nothing is computed twice, and nothing stale is used.

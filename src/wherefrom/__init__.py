@@ -2,7 +2,7 @@
 
 from wherefrom.curvature import Factors
 from wherefrom.errors import WherefromError
-from wherefrom.fingerprint import LIBRARY as __version__
+from wherefrom.fingerprint import LIBRARY as __version__  # noqa: N811
 from wherefrom.sampling import Sampler
 from wherefrom.scores import Hit, Scores
 from wherefrom.study import Study

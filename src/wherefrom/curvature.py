@@ -1,8 +1,9 @@
 """Curvature: a basis, eigenvalues in that basis, and a filter of the eigenvalues.
 
-Every strategy is one row of `STRATEGIES`. Fitting is at most two sweeps and an eigendecomposition; preconditioning is
+Every strategy is one row of `STRATEGIES`. Fitting is at most two sweeps, whose collectors are here, and an
+eigendecomposition; preconditioning is
 `Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T`. The raw fit is kept undamped, so any damping is free afterwards. This module
-does not decide where factors are stored, and does not know what scores are.
+does not decide what is swept or where factors are stored, and does not know what scores are.
 
 Martens & Grosse 2015 (K-FAC), George et al. 2018 (EK-FAC), Grosse et al. 2023 (both for influence functions).
 """
@@ -19,11 +20,9 @@ from torch import Tensor
 
 from wherefrom.capture import Captured
 from wherefrom.errors import InputError, LossError
-from wherefrom.fingerprint import Dataset, Fingerprint
+from wherefrom.fingerprint import Fingerprint
 from wherefrom.layers import TrackedLayer
-from wherefrom.store import Partial
-from wherefrom.sweep import Collector, Objective, Sweep
-from wherefrom.task import Batch
+from wherefrom.sweep import Collector
 
 # Grosse et al. 2023, section 3.2: the damping is this part of a layer's mean eigenvalue.
 DAMPING_SHARE = 0.1
@@ -177,10 +176,12 @@ class EigenvalueCollector(Collector):
         self,
         layers: Mapping[str, TrackedLayer],
         bases: Mapping[str, Basis],
+        examples: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._bases = bases
+        self._examples = examples
         self.sums = {name: torch.zeros(layer.shape, dtype=dtype, device=device) for name, layer in layers.items()}
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
@@ -188,36 +189,9 @@ class EigenvalueCollector(Collector):
         gradients = weight_gradients(captured) if basis is None else rotated_gradients(captured, basis)
         self.sums[layer] += gradients.square_().sum(0)
 
-    def means(self, examples: int) -> dict[str, Tensor]:
+    def means(self) -> dict[str, Tensor]:
         """Lambda of every layer, a mean over examples."""
-        return {name: total / examples for name, total in self.sums.items()}
-
-
-def fit_covariances(
-    sweep: Sweep[Batch],
-    train: Dataset[object],
-    objective: Objective[Batch],
-    batch_size: int | None,
-    partial: Partial,
-) -> dict[str, Tensor]:
-    """One sweep: A [in, in] and S [out, out] of every layer, as `LAYER.activations` and `LAYER.gradients`."""
-    collector = CovarianceCollector(sweep.layers, sweep.dtype, sweep.device)
-    sweep.run("covariance", train, collector, objective, batch_size=batch_size, partial=partial)
-    return collector.means()
-
-
-def fit_eigenvalues(
-    sweep: Sweep[Batch],
-    train: Dataset[object],
-    objective: Objective[Batch],
-    batch_size: int | None,
-    partial: Partial,
-    bases: Mapping[str, Basis],
-) -> dict[str, Tensor]:
-    """One sweep: Lambda [out, in] of every layer, in its basis if it has one."""
-    collector = EigenvalueCollector(sweep.layers, bases, sweep.dtype, sweep.device)
-    sweep.run("eigenvalues", train, collector, objective, batch_size=batch_size, partial=partial)
-    return collector.means(len(train))
+        return {name: total / self._examples for name, total in self.sums.items()}
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,15 @@ Fingerprint = Mapping[str, str]
 
 LIBRARY = version("wherefrom")
 
-Example = TypeVar("Example", covariant=True)
+Example_co = TypeVar("Example_co", covariant=True)
 
 
-class Dataset(Protocol[Example]):
+class Dataset(Protocol[Example_co]):
     """Anything with a length and integer positions: a list, a torch Dataset, a Hugging Face Dataset."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, position: int, /) -> Example: ...
+    def __getitem__(self, position: int, /) -> Example_co: ...
 
 
 def model_digest(model: nn.Module) -> str:

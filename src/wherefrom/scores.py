@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from wherefrom.curvature import weight_gradients
 from wherefrom.errors import InputError
 from wherefrom.fingerprint import Fingerprint
 from wherefrom.gradients import GradientBank
+from wherefrom.store import Artifact, read_manifest
 from wherefrom.sweep import Collector
 
 
@@ -36,13 +38,31 @@ class Scores:
 
     Attributes:
         values: [query, train] in dataset order; float32, or float64 for a float64 model.
-        strategy: the factors' strategy.
         fingerprint: what the scores were computed from.
     """
 
     values: Tensor
-    strategy: str
     fingerprint: Fingerprint
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Scores:
+        """Read finished scores, `RUN/scores/NAME`, without the model or the data.
+
+        Raises:
+            InputError: there are no scores.
+            DamagedError: the files are not what was written.
+        """
+        folder = Path(folder)
+        if not folder.exists():
+            found = sorted(path.name for path in folder.parent.glob("*") if path.suffix != ".blocks")
+            raise InputError(f"{folder}: no scores there; found {', '.join(found) or 'none'}. Compute them first.")
+        fingerprint = read_manifest(folder)["fingerprint"]
+        return cls(Artifact(folder, fingerprint).load()["values"], fingerprint)
+
+    @property
+    def strategy(self) -> str:
+        """The strategy of the factors behind the scores."""
+        return self.fingerprint["strategy"]
 
     def top(self, k: int = 10) -> list[Hit]:
         """The k most influential training examples of each query, best first, query by query.

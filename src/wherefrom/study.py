@@ -12,23 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from wherefrom.curvature import (
+    CovarianceCollector,
+    EigenvalueCollector,
     Factors,
     Preconditioner,
     bases_from_tensors,
     bases_to_tensors,
     checked_strategy,
     diagonalize,
-    fit_covariances,
-    fit_eigenvalues,
 )
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.fingerprint import LIBRARY, Dataset, Fingerprint, dataset_digest, differences, model_digest
 from wherefrom.gradients import GradientBank, bytes_per_query
 from wherefrom.layers import select_layers
 from wherefrom.memory import checked_batch_size, total_memory
+from wherefrom.report.html import render_report
+from wherefrom.report.passages import DatasetPassages, Tokenizer
 from wherefrom.sampling import Sampler
 from wherefrom.scores import PairwiseCollector, Scores
-from wherefrom.store import Artifact, Partial, checked_name, remove
+from wherefrom.store import Artifact, Partial, checked_name, remove, write_text
 from wherefrom.sweep import Objective, Sweep
 from wherefrom.task import Batch, Task
 
@@ -101,25 +103,26 @@ class Study(Generic[Batch]):
         fingerprint = self._fingerprint()
         fingerprint["targets"] = "dataset" if empirical else f"sampled, seed {seed}"
         stage = partial(self._stage, folder, fingerprint, overwrite)
-        objective = self._train_objective(empirical, seed)
-        inputs = (self._sweep, self.train, objective, checked_batch_size(batch_size))
+        run = partial(self._fit_sweep, self._train_objective(empirical, seed), checked_batch_size(batch_size))
+        place = (self._sweep.dtype, self._sweep.device)
 
-        def covariances() -> dict[str, Tensor]:
-            return stage("covariance", lambda sums: fit_covariances(*inputs, sums))
+        def covariance(sums: Partial) -> dict[str, Tensor]:
+            return run("covariance", CovarianceCollector(self.layers, *place), sums)
 
         def basis(_: Partial) -> dict[str, Tensor]:
-            fitted = covariances()
+            means = stage("covariance", covariance)
             with self.profile.action("eigendecomposition"):
-                return bases_to_tensors(diagonalize(fitted, self.layers))
+                return bases_to_tensors(diagonalize(means, self.layers))
+
+        def mean_squares(sums: Partial) -> dict[str, Tensor]:
+            return run("eigenvalues", EigenvalueCollector(self.layers, bases, len(self.train), *place), sums)
 
         bases = bases_from_tensors(stage("eigenbasis", basis)) if needed.basis else {}
+        eigenvalues = {}
         if needed.eigenvalues == "fitted":
-            kind = "eigenvalues" if needed.basis else "diagonal"
-            eigenvalues = stage(kind, lambda sums: fit_eigenvalues(*inputs, sums, bases))
+            eigenvalues = stage("eigenvalues" if needed.basis else "diagonal", mean_squares)
         elif needed.eigenvalues == "product":
-            eigenvalues = {layer: basis.eigenvalues() for layer, basis in bases.items()}
-        else:
-            eigenvalues = {}
+            eigenvalues = {layer: each.eigenvalues() for layer, each in bases.items()}
         return Factors(strategy, fingerprint, bases, eigenvalues)
 
     def score(
@@ -160,7 +163,8 @@ class Study(Generic[Batch]):
         name = checked_name(name or factors.strategy)
         sizes = (checked_batch_size(query_batch_size), checked_batch_size(train_batch_size))
         fingerprint = study | {
-            "factors": f"{factors.strategy} of {factors.fingerprint['training data']}",
+            "strategy": factors.strategy,
+            "factors": factors.fingerprint["training data"],
             "targets": factors.fingerprint["targets"],
             "damping": "0.1 x mean eigenvalue" if damping is None else repr(damping),
             "queries": dataset_digest(queries),
@@ -179,7 +183,56 @@ class Study(Generic[Batch]):
 
         values = self._stage(folder, fingerprint, overwrite, name, compute)["values"].cpu()
         remove(folder / f"{name}.blocks")
-        return Scores(values, factors.strategy, fingerprint)
+        return Scores(values, fingerprint)
+
+    def report(
+        self,
+        scores: Scores,
+        queries: Dataset[object],
+        *,
+        tokenizer: Tokenizer | None = None,
+        path: str | Path | None = None,
+        summary: str = "",
+        k: int = 10,
+    ) -> Path:
+        """Write one self-contained HTML page: every query with its most positive and most negative training examples.
+
+        Args:
+            scores: what `score` returned for these queries.
+            queries: examples; their columns `text`, `title` and `label` are shown where they exist.
+            tokenizer: decodes `input_ids` of examples without `text`.
+            path: the page; `reports/STRATEGY.html` in the run directory by default.
+            summary: a line below the title.
+            k: how many examples of each sign are shown.
+
+        Returns:
+            Where the page is.
+        """
+        path = Path(path) if path else self.path / "reports" / f"{scores.strategy}.html"
+        page = render_report(
+            title=f"Where from? {self.path.name}",
+            summary=summary,
+            queries=DatasetPassages(queries, tokenizer),
+            train=DatasetPassages(self.train, tokenizer),
+            values=scores.values,
+            settings=scores.fingerprint,
+            profile=self.profile.text(),
+            k=k,
+        )
+        write_text(path, page)
+        return path
+
+    def _fit_sweep(
+        self,
+        objective: Objective[Batch],
+        batch_size: int | None,
+        name: str,
+        collector: CovarianceCollector | EigenvalueCollector,
+        sums: Partial,
+    ) -> dict[str, Tensor]:
+        """Sweep the training set with a collector of curvature; what it found."""
+        self._sweep.run(name, self.train, collector, objective, batch_size=batch_size, partial=sums)
+        return collector.means()
 
     def _score_block(
         self,

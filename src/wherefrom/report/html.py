@@ -17,15 +17,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from wherefrom.errors import InputError
-from wherefrom.store import write_text
+from wherefrom.report.passages import Passage, Passages
 
 EXCERPT_LENGTH = 240
 HISTOGRAM_BINS = 144
@@ -39,27 +37,7 @@ CONTROL_PICTURES[0x7F] = 0x2421
 
 
 @dataclass(frozen=True)
-class Passage:
-    """One sequence as the page shows it.
-
-    `label` is its class or topic; a training sequence with its query's label is marked.
-    """
-
-    text: str
-    title: str = ""
-    label: str = ""
-
-
-class Passages(Protocol):
-    """Passages by index: a list, or an adapter that decodes a sequence when it is asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Passage: ...
-
-
-@dataclass(frozen=True)
-class Hit:
+class HitView:
     """A training sequence in a query's list; `bar` is in percent of the query's longest bar."""
 
     rank: int
@@ -91,15 +69,15 @@ class QueryView:
     index: int
     passage: Passage
     excerpt: str
-    positive: Sequence[Hit]
-    negative: Sequence[Hit]
+    positive: Sequence[HitView]
+    negative: Sequence[HitView]
     histogram: Histogram | None
 
 
 def render_report(
     *,
     title: str,
-    queries: Sequence[Passage],
+    queries: Passages,
     train: Passages,
     values: Tensor,
     settings: Mapping[str, str],
@@ -122,7 +100,7 @@ def render_report(
     """
     _check(queries, train, values, k)
     reader = _Reader(train)
-    views = [_query_view(index, _clean_passage(query), values[index], reader, k) for index, query in enumerate(queries)]
+    views = [_query_view(row, _clean_passage(queries[row]), values[row], reader, k) for row in range(len(queries))]
     environment = _environment()
     style = environment.get_template("report.css").render()
     script = environment.get_template("report.js").render()
@@ -141,34 +119,7 @@ def render_report(
     )
 
 
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    queries: Sequence[Passage],
-    train: Passages,
-    values: Tensor,
-    settings: Mapping[str, str],
-    profile: str = "",
-    summary: str = "",
-    k: int = 10,
-) -> Path:
-    """Write the page of `render_report` to `path`, whole or not at all, and return the path."""
-    page = render_report(
-        title=title,
-        queries=queries,
-        train=train,
-        values=values,
-        settings=settings,
-        profile=profile,
-        summary=summary,
-        k=k,
-    )
-    write_text(path, page)
-    return path
-
-
-def _check(queries: Sequence[Passage], train: Passages, values: Tensor, k: int) -> None:
+def _check(queries: Passages, train: Passages, values: Tensor, k: int) -> None:
     """Refuse what cannot be shown, naming the argument, what it is and what was expected."""
     if k < 1:
         raise InputError(f"k is {k}; expected at least 1 sequence to show for each query")
@@ -220,18 +171,18 @@ def _query_view(index: int, query: Passage, row: Tensor, reader: _Reader, k: int
     )
 
 
-def _hits(scores: Tensor, query: Passage, reader: _Reader, k: int, sign: int) -> list[Hit]:
+def _hits(scores: Tensor, query: Passage, reader: _Reader, k: int, sign: int) -> list[HitView]:
     """The k largest of sign * scores [train], those above zero: no sequence is in both lists."""
     limit = scores.abs().max().item()
     order = torch.sort(sign * scores, descending=True, stable=True).indices[:k].tolist()
-    hits: list[Hit] = []
+    hits: list[HitView] = []
     for index in order:
         score = scores[index].item()
         if sign * score <= 0:
             break
         passage = reader(index)
         hits.append(
-            Hit(
+            HitView(
                 rank=len(hits) + 1,
                 index=index,
                 score=_number(score, limit),

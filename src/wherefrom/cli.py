@@ -1,0 +1,282 @@
+"""The command: `wherefrom fit`, `score`, `top` and `report` on a Hugging Face model and text.
+
+What `fit` and `score` were given is written into the run directory, so that the later commands need only the run. All
+work is the library's; this module turns arguments into its calls, and its errors into one line and an exit status.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from wherefrom.errors import InputError, WherefromError
+from wherefrom.report.html import render_report
+from wherefrom.report.passages import DatasetPassages
+from wherefrom.report.text import top_tables
+from wherefrom.scores import Scores
+from wherefrom.store import write_text
+from wherefrom.study import Study
+from wherefrom.task import CausalLM
+from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, read_texts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+StrategyName = Literal["identity", "diagonal", "kfac", "ekfac"]
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+_SOURCES = "sources.json"
+
+app = tyro.extras.SubcommandApp()
+console = Console()
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where sequences come from, and how texts are turned into them."""
+
+    source: str
+    split: str
+    column: str | None
+    unit: Literal["documents", "blocks"]
+    length: int
+
+    def sequences(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Read and tokenise the texts."""
+        texts = read_texts(self.source, split=self.split, column=self.column)
+        cut = as_documents if self.unit == "documents" else as_blocks
+        return cut(texts, tokenizer, self.length)
+
+
+@dataclass(frozen=True)
+class RunSources:
+    """What a run directory was made from: `RUN/sources.json`."""
+
+    model: str
+    layers: list[str] | None
+    train: TextSource
+    empirical: bool
+    seed: int
+    queries: Mapping[str, TextSource]
+
+    @classmethod
+    def load(cls, run: Path) -> RunSources:
+        """Read what `fit` wrote."""
+        file = run / _SOURCES
+        if not file.exists():
+            raise InputError(f"{run} is not a run directory: it has no {_SOURCES}. Start with: wherefrom fit {run} ...")
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            queries = {name: TextSource(**each) for name, each in found.pop("queries").items()}
+            return cls(train=TextSource(**found.pop("train")), queries=queries, **found)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file} cannot be read ({error}). Run `wherefrom fit` again to write it.") from error
+
+    def save(self, run: Path) -> None:
+        """Write the file."""
+        write_text(run / _SOURCES, json.dumps(asdict(self), indent=1) + "\n")
+
+    def study(self, run: Path, device: str) -> tuple[Study[dict[str, torch.Tensor]], PreTrainedTokenizerBase]:
+        """Load model, tokenizer and training sequences."""
+        tokenizer = load_tokenizer(self.model)
+        model = load_model(self.model)
+        torch.nn.Module.to(model, _device(device))
+        train = self.train.sequences(tokenizer)
+        return Study(run, model, CausalLM(self.layers), train=train), tokenizer
+
+
+@app.command
+def fit(
+    run: Run,
+    *,
+    model: str,
+    train: str,
+    strategy: StrategyName = "ekfac",
+    layers: tuple[str, ...] = (),
+    split: str = "train",
+    column: str | None = None,
+    unit: Literal["documents", "blocks"] = "documents",
+    length: int = 512,
+    empirical: bool = False,
+    batch_size: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    profile: bool = False,
+) -> None:
+    """Fit curvature factors of a model on its training text.
+
+    Args:
+        run: The directory that keeps factors, scores and reports.
+        model: A model directory or hub name.
+        train: The training text: a .txt, .jsonl, .csv or .parquet file, a saved dataset or a hub name.
+        strategy: The curvature.
+        layers: Names or patterns of the layers to track, such as 'transformer.h.*.mlp.*'; all by default.
+        split: The split of a saved or hub dataset.
+        column: The column that holds the text; found when there is only one.
+        unit: One sequence a document, or all text joined and cut into blocks.
+        length: The longest sequence (documents), or the length of each (blocks), in tokens.
+        empirical: Use the text's own tokens instead of tokens drawn from the model.
+        batch_size: Sequences a batch; found by default.
+        seed: Of the drawn tokens.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        overwrite: Replace factors that were made from something else.
+        profile: Print where the time went.
+    """
+    known = RunSources.load(run).queries if (run / _SOURCES).exists() else {}
+    text = TextSource(train, split, column, unit, length)
+    sources = RunSources(model, list(layers) or None, text, empirical, seed, known)
+    study, _ = sources.study(run, device)
+    study.fit(strategy, empirical=empirical, batch_size=batch_size, seed=seed, overwrite=overwrite)
+    sources.save(run)
+    _say(f"{strategy} factors of {len(study.train):,} sequences are in {run / 'factors'}.", study, profile)
+
+
+@app.command
+def score(
+    run: Run,
+    *,
+    queries: str,
+    strategy: StrategyName = "ekfac",
+    name: str | None = None,
+    split: str = "validation",
+    column: str | None = None,
+    damping: float | None = None,
+    query_batch_size: int | None = None,
+    train_batch_size: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    profile: bool = False,
+) -> None:
+    """Score every training sequence for every query.
+
+    Args:
+        run: A run directory that `wherefrom fit` made.
+        queries: The query text: a file, a saved dataset or a hub name, cut as the training text was.
+        strategy: The curvature; fitted first if the run does not have it yet.
+        name: Of the scores in the run; the strategy by default.
+        split: The split of a saved or hub dataset.
+        column: The column that holds the text; found when there is only one.
+        damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
+        query_batch_size: Queries a batch; found by default.
+        train_batch_size: Training sequences a batch; found by default.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        overwrite: Replace scores that were made from something else.
+        profile: Print where the time went.
+    """
+    sources = RunSources.load(run)
+    study, tokenizer = sources.study(run, device)
+    text = replace(sources.train, source=queries, split=split, column=column)
+    sequences = text.sequences(tokenizer)
+    factors = study.fit(strategy, empirical=sources.empirical, seed=sources.seed)
+    scores = study.score(
+        sequences,
+        factors,
+        damping=damping,
+        query_batch_size=query_batch_size,
+        train_batch_size=train_batch_size,
+        name=name,
+        overwrite=overwrite,
+    )
+    name = name or strategy
+    replace(sources, queries={**sources.queries, name: text}).save(run)
+    rows, columns = scores.values.shape
+    _say(f"Scores of {rows:,} queries x {columns:,} training sequences are in {run / 'scores' / name}.", study, profile)
+
+
+@app.command
+def top(run: Run, *, name: str = "ekfac", k: int = 5, query: tuple[int, ...] = ()) -> None:
+    """Show the most influential training sequences of queries.
+
+    Args:
+        run: A run directory with scores.
+        name: Of the scores.
+        k: Sequences for each query.
+        query: Which queries; the first three by default.
+    """
+    scores = Scores.load(run / "scores" / name)
+    count = len(scores.values)
+    if not all(0 <= each < count for each in query):
+        raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")
+    queries, train, _ = _passages(run, name)
+    console.print(top_tables(scores, queries, train, shown=query or range(min(3, count)), k=k))
+
+
+@app.command
+def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = None) -> None:
+    """Write a self-contained HTML page of the most influential training sequences.
+
+    Args:
+        run: A run directory with scores.
+        name: Of the scores.
+        k: Sequences of each sign for each query.
+        output: The page; RUN/reports/NAME.html by default.
+    """
+    scores = Scores.load(run / "scores" / name)
+    queries, train, sources = _passages(run, name)
+    page = render_report(
+        title=f"Where from? {run.name}",
+        queries=queries,
+        train=train,
+        values=scores.values,
+        settings={"model": sources.model, "training text": sources.train.source, **scores.fingerprint},
+        k=k,
+    )
+    output = output or run / "reports" / f"{name}.html"
+    write_text(output, page)
+    console.print(f"The report is {output}", soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command; errors of ours are one line and exit status 1, an interrupt is 130."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries that load models and data
+    try:
+        app.cli(
+            prog="wherefrom",
+            description="Which training examples made the model say that?",
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except WherefromError as error:
+        console_error = Console(stderr=True)
+        console_error.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted. The same command continues from the last saved sums.")
+        sys.exit(130)
+
+
+def _passages(run: Path, name: str) -> tuple[DatasetPassages, DatasetPassages, RunSources]:
+    """The sequences behind scores: queries, training set, and where they come from."""
+    sources = RunSources.load(run)
+    if name not in sources.queries:
+        raise InputError(f"{run / _SOURCES} does not say which queries {name!r} are of: score with `wherefrom score`.")
+    tokenizer = load_tokenizer(sources.model)
+    queries, train = (each.sequences(tokenizer) for each in (sources.queries[name], sources.train))
+    return DatasetPassages(queries), DatasetPassages(train), sources
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={name!r} is not available here ({str(error).splitlines()[0]}).") from error
+
+
+def _say(message: str, study: Study[dict[str, torch.Tensor]], profile: bool) -> None:
+    if profile:
+        console.print(*study.profile.tables())
+    console.print(message, soft_wrap=True)

@@ -1,0 +1,95 @@
+"""The command as a user runs it, on a tiny model directory and text files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from wherefrom.cli import main
+from wherefrom.scores import Scores
+
+TEXTS = [
+    "the cat sat on the mat and the dog sat too",
+    "a dog ran after the cat over the hill",
+    "rain fell on the hill and the mat was wet",
+    "the sun was over the hill and the cat ran",
+    "a wet dog sat on a wet mat in the rain",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory, a training text and two kinds of query file."""
+    path = tmp_path_factory.mktemp("cli")
+    words = sorted({word for text in TEXTS for word in text.split()})
+    vocabulary = {word: number for number, word in enumerate(["<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path / "model")
+    GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(vocabulary), n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+    ).save_pretrained(path / "model")
+    (path / "train.txt").write_text("\n\n".join(TEXTS))
+    (path / "queries.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:2]))
+    return path
+
+
+def wherefrom(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from wherefrom.cli import main; main()", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_fit_score_top_report(folder: Path) -> None:
+    fit = wherefrom(folder, "fit", "run", "--model", "model", "--train", "train.txt", "--length", "12", "--profile")
+    assert fit.returncode == 0, fit.stderr
+    assert "ekfac factors of 5 sequences are in run/factors." in fit.stdout
+    assert "Percentage" in fit.stdout
+    score = wherefrom(folder, "score", "run", "--queries", "queries.jsonl")
+    assert score.returncode == 0, score.stderr
+    assert "Scores of 2 queries x 5 training sequences are in run/scores/ekfac." in score.stdout
+    assert Scores.load(folder / "run" / "scores" / "ekfac").values.shape == (2, 5)
+    top = wherefrom(folder, "top", "run", "--k", "2", "--query", "1")
+    assert top.returncode == 0, top.stderr
+    assert "Query 1" in top.stdout
+    assert "Query 0" not in top.stdout
+    assert "a dog ran after the cat" in top.stdout
+    report = wherefrom(folder, "report", "run", "--output", "page.html")
+    assert report.returncode == 0, report.stderr
+    assert "the cat sat on the mat" in (folder / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "new", "--model", "model", "--train", "missing.txt"], "missing.txt"),
+        (["fit", "new", "--model", "no-such-directory/x/y", "--train", "train.txt"], "no-such-directory/x/y"),
+        (["fit", "new", "--model", "model", "--train", "train.txt", "--layers", "mlp.c_fd"], "Close names:"),
+        (["fit", "new", "--model", "model", "--train", "train.txt", "--device", "cuda:99"], "device='cuda:99'"),
+        (["score", "nowhere", "--queries", "queries.jsonl"], "nowhere is not a run directory"),
+        (["top", "nowhere"], "no scores there"),
+    ],
+)
+def test_wrong_use_is_one_line_and_leaves_nothing(
+    folder: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["wherefrom", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert not (folder / "new").exists()

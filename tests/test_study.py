@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -197,21 +198,26 @@ def test_damaged_files_are_named_and_not_used(tmp_path: Path, damage: str) -> No
     assert all(torch.equal(repaired.eigenvalues[name], each) for name, each in expected.eigenvalues.items())
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file system accepts the first bytes and then has no space, as a full disk does."""
+def test_a_write_that_fails_midway_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The operating system cuts every file off at 300 bytes, as a quota or a full disk would."""
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-
-    def no_space(tensors: object, file: Path, metadata: object) -> None:
-        file.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("wherefrom.store.save_file", no_space)
-        with pytest.raises(StorageError, match="MiB.*No space left on device"):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(StorageError, match="Cannot write .*diagonal .*File too large.*what is finished is safe"):
             study.fit("diagonal")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     study.fit("diagonal")
+
+
+def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    case = mlp_case()
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="Cannot write"):
+        wf.Study(tmp_path / "file", case.model, case.task, train=case.train).fit("diagonal")
 
 
 def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,3 +274,22 @@ def test_a_loss_that_is_not_finite_names_its_batch(tmp_path: Path) -> None:
     study = wf.Study(tmp_path, case.model, case.task, train=case.train, checkpoint_seconds=0)
     with pytest.raises(LossError, match="covariance: the loss of examples 6 to 7 is nan"):
         study.fit("ekfac", empirical=True, batch_size=2)
+
+
+def test_float32_scores_do_not_depend_on_the_batch_with_fused_attention(tmp_path: Path) -> None:
+    """Sequences of the length and heads of the width for which PyTorch takes its fused attention."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=61, n_positions=96, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    generator = torch.Generator().manual_seed(0)
+    rows: list[object] = [
+        {"input_ids": torch.randint(61, (length,), generator=generator)} for length in (96, 70, 96, 33, 96, 80, 12)
+    ]
+    found = []
+    for size in (1, 7):
+        study = wf.Study(tmp_path / str(size), model, wf.CausalLM(), train=rows)
+        factors = study.fit("ekfac", batch_size=size)
+        found.append(study.score(rows, factors, train_batch_size=size, query_batch_size=size).values)
+    assert relative_error(*found) < 2e-5

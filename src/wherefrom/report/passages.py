@@ -32,7 +32,7 @@ class Passages(Protocol):
 class Tokenizer(Protocol):
     """What is needed of a Hugging Face tokenizer."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> str | list[str]: ...
 
 
 class DatasetPassages:
@@ -62,5 +62,5 @@ class DatasetPassages:
             return text
         if self._tokenizer is not None and "input_ids" in example:
             tokens = [int(token) for token in example["input_ids"]]  # type: ignore[attr-defined]
-            return self._tokenizer.decode(tokens, skip_special_tokens=True)
+            return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
         return repr(dict(example))

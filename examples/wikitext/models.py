@@ -81,7 +81,11 @@ def load_base(name: ModelName, cache_dir: Path) -> tuple[PreTrainedModel, PreTra
     if name == "smollm2":
         file = wheel_file(*SMOLLM2, "make smollm2")
         place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        del read.config.quantization_config
+        # The same weights without the mark of the quantized file, which would keep them from being saved.
+        model = AutoModelForCausalLM.from_config(read.config)
+        model.load_state_dict(read.state_dict())
         return model, AutoTokenizer.from_pretrained(**place)
     recipe = json.dumps([SMALL.to_json_string(), asdict(PRETRAINING), PRETRAINING_BLOCKS, PRETRAINING_SEED])
     folder = cache_dir / f"small-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"

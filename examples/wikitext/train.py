@@ -81,7 +81,10 @@ def main(arguments: Arguments) -> None:
 
 if __name__ == "__main__":
     disable_progress_bar()
+    chosen = tyro.cli(Arguments, use_underscores=True)
     try:
-        main(tyro.cli(Arguments, use_underscores=True))
+        main(chosen)
     except WherefromError as error:
-        sys.exit(f"error: {error}")
+        from_hub = chosen.model == "gpt2" or chosen.dataset == "wikitext"
+        offline = " Offline, use the defaults: --model small --dataset wikipedia." if from_hub else ""
+        sys.exit(f"error: {error}{offline}")

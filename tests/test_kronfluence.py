@@ -17,7 +17,7 @@ import wherefrom as wf
 from tests.models import VOCABULARY, gpt2, relative_error
 from wherefrom.curvature import STRATEGIES
 
-pytest.importorskip("kronfluence", reason="kronfluence is optional: make bench-setup installs it")
+pytest.importorskip("kronfluence", reason="kronfluence is optional: make compare installs it")
 from kronfluence.analyzer import Analyzer, prepare_model  # type: ignore[import-not-found,unused-ignore]
 from kronfluence.arguments import FactorArguments, ScoreArguments  # type: ignore[import-not-found,unused-ignore]
 from kronfluence.task import Task as KronfluenceTask  # type: ignore[import-not-found,unused-ignore]

@@ -77,9 +77,10 @@ class CausalLM(Task[dict[str, Tensor]]):
 
     def train_loss(self, model: nn.Module, batch: dict[str, Tensor], sampler: Sampler | None = None) -> Tensor:
         output = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
-        logits = output.logits[:, :-1]
+        logits = output.logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        labels = _labels(batch)[:, 1:]
+        # The labels are shifted, not the logits: a slice of those would be copied, and filled up again going back.
+        labels = functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED)
         if sampler is not None:
             counted = labels != IGNORED
             labels = torch.where(counted, sampler.categorical(logits.detach(), counted), labels)

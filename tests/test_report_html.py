@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import re
-import shutil
-import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from wherefrom.errors import InputError, StorageError
 from wherefrom.report.html import MINUS, render_report
-from wherefrom.report.passages import Passage
+from wherefrom.report.passages import Figure, Passage
+from wherefrom.report.shading import encode_lengths, encode_numbers, encode_shares, visible_pieces
 from wherefrom.store import write_text
 
 HOSTILE = [
@@ -29,6 +30,9 @@ HOSTILE = [
     "javascript:alert(6) \u2028\u2029\u202e \x00\x08\x1b \ud83d\ude00 \ud800",
     Markup("<script>document.documentElement.dataset.broken = 7</script>"),
 ]
+
+# One white pixel.
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2GwAAAABJRU5ErkJggg==")
 
 
 def make_report(**changes: Any) -> str:
@@ -67,7 +71,7 @@ class Page(HTMLParser):
 def hits(page: str, query: int) -> list[tuple[int, str, str]]:
     """(train index, score, bar length) of a query's hits, in the order of the page."""
     section = page.split(f'id="query-{query}"')[1].partition("</section>")[0]
-    pattern = r'class="score">([^<]*)<.*?rect width="([^"]*)".*?href="#train-(\d+)"'
+    pattern = r'class="score">([^<]*)<.*?rect width="([^"]*)%".*?href="#train-(\d+)"'
     found = re.findall(pattern, section, re.DOTALL)
     return [(int(index), score.replace(MINUS, "-"), bar) for score, bar, index in found]
 
@@ -80,7 +84,13 @@ def hostile_report(text: str) -> str:
         train=[Passage(text, text, text) for _ in range(6)],
         settings={text: text},
         profile=text,
+        tokens=lambda query, train: [(text, 1.0), (text, -2.0)],
+        figures=[Figure("Title", text, PNG)],
     )
+
+
+def attributes(page: str, name: str) -> list[str]:
+    return re.findall(rf' {name}="([^"]*)"', page)
 
 
 def test_hits_are_the_largest_of_each_sign_on_one_scale() -> None:
@@ -160,20 +170,32 @@ def test_each_text_stands_once_and_only_shown_sequences_are_read() -> None:
 
 
 def test_fifty_queries_by_twenty_long_sequences_stay_under_five_megabytes() -> None:
-    text = "The quick brown fox jumps over the lazy dog. " * 55
+    """Each query has 20 sequences of its own, 512 tokens each and as long as WikiText's are in the tokens of GPT-2."""
+    words = [" the", " praying", "ing", " of", " owls", ", so", " at", " night"]
+    pieces = [*words, *[word.replace(" of", " off") for word in words]] * 32
+    text = "".join(pieces)
+    assert (len(pieces), len(text)) == (512, 2336)  # WikiText-2 has 4.56 characters a token
+    shares = torch.randn(1000, 512, generator=torch.Generator().manual_seed(0)).tolist()
+    values = torch.zeros(50, 1000)
+    for query in range(50):
+        values[query, 20 * query : 20 * query + 20] = torch.tensor([1.5, -2.5] * 10)
+
     page = render_report(
         title="Large",
         queries=[Passage(text, "Query", "Topic")] * 50,
-        train=[Passage(text, "Sequence", "Topic")] * 4000,
-        values=torch.randn(50, 4000, generator=torch.Generator().manual_seed(0)),
+        train=[Passage(text, "Sequence", "Topic")] * 1000,
+        values=values,
         settings={},
+        tokens=lambda query, train: list(zip(pieces, shares[train], strict=True)),
     )
+    assert len(attributes(page, "data-lengths")) == len(attributes(page, "data-shares")) == 1000
     assert len(page.encode()) < 5_000_000
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_adds_no_element_and_no_attribute(text: str) -> None:
-    hostile, harmless = Page(hostile_report(text)), Page(hostile_report("harmless words"))
+    harmless_text = "x" * (len(text.encode("utf-16", "surrogatepass")) // 2 - 1)
+    hostile, harmless = Page(hostile_report(text)), Page(hostile_report(harmless_text))
     assert hostile.elements == harmless.elements
     assert hostile.values == harmless.values  # no text in any attribute
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]", "".join(hostile.text))
@@ -191,31 +213,89 @@ def test_the_page_asks_nothing_of_the_network() -> None:
     assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttpRequest", page)
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_title_of_a_figure_is_one_attribute_and_one_text(text: str) -> None:
+    hostile = Page(make_report(figures=[Figure(text, "Caption", PNG)]))
+    harmless = Page(make_report(figures=[Figure("words", "Caption", PNG)]))
+    assert hostile.elements == harmless.elements
+    different = [pair for pair in zip(hostile.values, harmless.values, strict=True) if pair[0] != pair[1]]
+    assert [other for _, other in different] == ["words"]
+    assert different[0][0] in hostile.text
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-@pytest.mark.parametrize("protected", [True, False], ids=["with policy", "without policy"])
-def test_browser_runs_the_page_and_no_hostile_text(tmp_path: Path, protected: bool) -> None:
-    """Without the content security policy it is the escaping alone that holds."""
-    page = hostile_report(" ".join(HOSTILE))
-    if not protected:
-        page, removed = re.subn(r"<meta http-equiv[^>]*>", "", page)
-        assert removed == 1
-    (tmp_path / "page.html").write_text(page, encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --dump-dom "
-    flags += "--disable-background-networking --disable-component-update"
-    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-    run = subprocess.run(
-        [*command, (tmp_path / "page.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert '<html lang="en" class="js"' in run.stdout  # the page's own script ran
-    assert "data-broken" not in run.stdout.split(">", 2)[1]
-    assert 'aria-current="true"' in run.stdout
+def test_figures_stand_before_the_settings_as_they_were_given() -> None:
+    page = make_report(figures=[Figure("First", "One caption", PNG), Figure("Second", "Another", PNG + b"more")])
+    images = [base64.b64decode(source) for source in re.findall(r'src="data:image/png;base64,([^"]*)"', page)]
+    assert images == [PNG, PNG + b"more"]
+    assert attributes(page, "alt") == ["First", "Second"]
+    assert page.index("Evaluation</h2>") < page.index("One caption") < page.index("Another") < page.index("strategy<")
+    assert "Evaluation</h2>" not in make_report()
+
+
+def test_numbers_are_written_as_source_maps_write_them() -> None:
+    """The values are those that the specification's readers give: npm's vlq, and single digits by hand."""
+    assert encode_numbers([123, 456, 789]) == "2HwcqxB"
+    assert encode_numbers([0, 1, -1, 15, -15, 16]) == "ACDefgB"
+
+
+@pytest.mark.parametrize(
+    ("values", "exponent", "multiples"),
+    [
+        ([1.0, -0.254, 0.0044], -2, [100, -25, 0]),
+        ([99_950.0, 123.0], 2, [1000, 1]),  # rounded up to four digits
+        ([2.5e-9, -1e-9], -11, [250, -100]),
+        ([1.7e308, -1.7e308], 306, [170, -170]),
+        ([5e-324, 0.0], -300, [0, 0]),
+        ([0.0, -0.0], 0, [0, 0]),
+    ],
+)
+def test_shares_of_any_size_keep_three_digits_of_the_largest(
+    values: list[float], exponent: int, multiples: list[int]
+) -> None:
+    shares = encode_shares(values)
+    assert shares.exponent == exponent
+    assert shares.multiples == encode_numbers(multiples)
+
+
+def test_lengths_are_counted_as_javascript_does() -> None:
+    assert encode_lengths(["a", "", "é", "🦉", "x" * 1000]) == encode_numbers([1, 0, 1, 2, 1000])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "visible"),
+    [
+        ([("a", 1.0), ("", 2.0), ("", 3.0), ("🦉", 4.0), ("b", 5.0)], [("a", 1.0), ("🦉", 9.0), ("b", 5.0)]),
+        ([("a", 1.0), ("", 2.0)], [("a", 3.0)]),
+        ([("", 1.0)], []),
+    ],
+)
+def test_shares_of_pieces_without_text_go_where_the_character_is(
+    pieces: list[tuple[str, float]], visible: list[tuple[str, float]]
+) -> None:
+    assert visible_pieces(pieces) == visible
+
+
+def test_pieces_are_the_text_and_are_asked_for_what_is_shown_only() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def tokens(query: int, train: int) -> Sequence[tuple[str, float]] | None:
+        asked.append((query, train))
+        return [("[CLS]", 0.5), (f" token of {train}", -1.5)] if train == 5 else None
+
+    page = make_report(tokens=tokens, k=1)
+    assert asked == [(0, 4), (0, 5), (1, 5)]
+    assert "[CLS] token of 5</div>" in page
+    assert "text 5</div>" not in page
+    assert "text 4</div>" in page
+    assert attributes(page, "data-lengths") == [encode_numbers([5, 11])]
+    assert attributes(page, "data-shares") == [encode_numbers([50, -150])] * 2
+    assert attributes(page, "data-exponent") == ["-2"] * 2
+
+
+def test_without_tokens_the_page_says_nothing_of_them() -> None:
+    for page in (make_report(), make_report(tokens=lambda query, train: None)):
+        assert "share of the score" not in page
+        assert "token-bar" not in page.split("</script>")[1]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +309,15 @@ def test_browser_runs_the_page_and_no_hostile_text(tmp_path: Path, protected: bo
         ({"queries": [], "values": torch.zeros(0, 6)}, "queries is empty"),
         ({"train": [], "values": torch.zeros(2, 0)}, "train is empty"),
         ({"k": 0}, "k is 0; expected at least 1"),
+        (
+            {"tokens": lambda query, train: [("one", 1.0), ("two", float("inf"))]},
+            r"tokens\(0, 4\) gives 'two' a share of inf; expected finite",
+        ),
+        (
+            {"tokens": lambda query, train: [("one", 1.0), ("two" * query, 1.0)]},
+            r"tokens\(1, 5\) gives other pieces of text than for an earlier query",
+        ),
+        ({"figures": [Figure("Plot", "", b"<svg></svg>")]}, r"'Plot' starts with b'<svg></s'; expected .* PNG"),
     ],
 )
 def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:

@@ -72,20 +72,10 @@ def test_many_query_blocks_give_the_scores_of_one(tmp_path: Path, monkeypatch: p
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit("ekfac")
     expected = study.score(case.queries, factors, name="one-block").values
-    monkeypatch.setattr("wherefrom.study._BANK_SHARE", 0.0)  # one query at a time
+    monkeypatch.setattr("wherefrom.scoring._BANK_SHARE", 0.0)  # one query at a time
     found = study.score(case.queries, factors, name="many-blocks").values
     assert relative_error(found, expected) < 1e-12
     assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["many-blocks", "one-block"]
-
-
-def test_bfloat16_bank_only_rounds_its_operands(tmp_path: Path) -> None:
-    case = gpt2_case(torch.float32)
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    full = study.score(case.queries, factors, name="full").values
-    half = study.score(case.queries, factors, name="half", dtype=torch.bfloat16).values
-    assert half.dtype == torch.float32
-    assert 0 < relative_error(half, full) < 2**-7  # two operands, each rounded to 8 bits
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:

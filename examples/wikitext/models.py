@@ -57,7 +57,7 @@ PRETRAINING_BLOCKS = 4000
 PRETRAINING_SEED = 0
 
 # What fine-tuning changes from model to model.
-LEARNING_RATES: dict[ModelName, float] = {"small": 1e-3, "gpt2": 3e-5, "smollm2": 3e-5}
+LEARNING_RATES: dict[ModelName, float] = {"small": 3e-4, "gpt2": 3e-5, "smollm2": 3e-5}
 BLOCK_SIZES: dict[ModelName, int] = {"small": 128, "gpt2": 512, "smollm2": 256}
 
 
@@ -131,13 +131,18 @@ def load_example(checkpoint_dir: Path) -> tuple[PreTrainedModel, PreTrainedToken
 
     A sequence's topic, where there is one, is in the column `label`.
     """
+    recipe = load_recipe(checkpoint_dir)
+    model, tokenizer = load_model(str(checkpoint_dir)), load_tokenizer(str(checkpoint_dir))
+    return model, tokenizer, *recipe_data(recipe, tokenizer)
+
+
+def load_recipe(checkpoint_dir: Path) -> Recipe:
+    """What `train.py` made a checkpoint from."""
     file = checkpoint_dir / "recipe.json"
     if not file.is_file():
         raise InputError(f"checkpoint_dir={str(checkpoint_dir)!r} holds no recipe.json; run train.py first.")
     found = json.loads(file.read_text(encoding="utf-8"))
-    recipe = Recipe(**{**found, "settings": TrainSettings(**found["settings"])})
-    model, tokenizer = load_model(str(checkpoint_dir)), load_tokenizer(str(checkpoint_dir))
-    return model, tokenizer, *recipe_data(recipe, tokenizer)
+    return Recipe(**{**found, "settings": TrainSettings(**found["settings"])})
 
 
 def recipe_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:

@@ -33,7 +33,7 @@ class Arguments:
     train_batch_size: int = 8
     eval_batch_size: int = 16
     learning_rate: float | None = None
-    """None is 1e-3 for 'small' and 3e-5 for the others."""
+    """None is 3e-4 for 'small' and 3e-5 for the others."""
     weight_decay: float = 0.01
     num_train_epochs: int = 3
     seed: int = 1004

@@ -76,7 +76,7 @@ def train(
     model.train(
         False
     )  # no dropout, as in the published experiment: what an example teaches should not be left to chance
-    optimizer = AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     loader = _loader(dataset, settings.batch_size, shuffle=torch.Generator().manual_seed(seed))
     steps = settings.num_epochs * len(loader)
     epochs = (batch for _ in range(settings.num_epochs) for batch in loader)
@@ -95,6 +95,18 @@ def perplexity(model: PreTrainedModel, dataset: Dataset, batch_size: int) -> flo
     model.train(False)
     losses, counts = zip(*(_loss(model, batch) for batch in _loader(dataset, batch_size)), strict=True)
     return math.exp(sum(losses) / sum(counts))
+
+
+@torch.no_grad()
+def measured_losses(model: PreTrainedModel, dataset: Dataset) -> Tensor:
+    """The summed loss of each sequence by itself, [sequences]."""
+    model.train(False)
+    return torch.stack([_loss(model, batch)[0] for batch in _loader(dataset, 1)]).cpu()
+
+
+def predicted_tokens(dataset: Dataset) -> int:
+    """How many tokens of a dataset have a loss: all but the first of each sequence."""
+    return sum(len(tokens) - 1 for tokens in dataset["input_ids"])
 
 
 def _loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:

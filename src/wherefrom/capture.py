@@ -27,11 +27,14 @@ class Captured(NamedTuple):
         activations: [batch, tokens, in], the last column is 1 when the layer has a bias.
         gradients: of the summed loss with respect to the layer's output, [batch, tokens, out].
         tokens: how many of the batch's tokens are not padding.
+        calls: how many uses of the layer, of equally many tokens each, are joined along the token axis; 0 when they
+            differ.
     """
 
     activations: Tensor
     gradients: Tensor
     tokens: int
+    calls: int = 1
 
 
 class Receiver(Protocol):
@@ -203,8 +206,9 @@ class Capture(AbstractContextManager["Capture"]):
         if len(parts) == 1:
             self._receive(name, parts[0])
         elif parts:
-            activations, gradients, tokens = zip(*parts, strict=True)
-            joined = Captured(torch.cat(activations, 1), torch.cat(gradients, 1), sum(tokens))
+            activations, gradients, tokens, _ = zip(*parts, strict=True)
+            calls = len(parts) if len({each.shape[1] for each in activations}) == 1 else 0
+            joined = Captured(torch.cat(activations, 1), torch.cat(gradients, 1), sum(tokens), calls)
             self._receive(name, joined)
 
     def _captured(self, name: str, inputs: Tensor, gradient: Tensor, current: _Pass) -> Captured:

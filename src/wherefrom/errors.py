@@ -35,3 +35,7 @@ class StorageError(WherefromError):
 
 class MemoryLimitError(WherefromError):
     """The work does not fit into memory even at the smallest batch."""
+
+
+class TrainingError(WherefromError):
+    """A training function failed, or a process that ran it died."""

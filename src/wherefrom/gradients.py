@@ -50,6 +50,18 @@ class GradientBank(Collector):
         # Most CPUs multiply half precision very slowly; rounding the operands gives the same numbers.
         return bank.to(wide) @ gradients.to(bank.dtype).to(wide).T
 
+    def token_products(self, layer: str, query: int, activations: Tensor, gradients: Tensor) -> Tensor:
+        """What each position adds to the dot product of one query with training gradients: s_t^T P a_t.
+
+        Args:
+            activations: [batch, tokens, in]; gradients: [batch, tokens, out].
+
+        Returns:
+            [batch, tokens]; over tokens, the sum is `product`.
+        """
+        projected = gradients @ self.sums[layer][query].to(gradients.dtype)  # [batch, tokens, in]
+        return (projected * activations).sum(-1)
+
 
 def bytes_per_query(layers: Mapping[str, TrackedLayer], dtype: torch.dtype) -> int:
     """What one query takes in a bank."""

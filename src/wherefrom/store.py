@@ -72,7 +72,12 @@ class Artifact:
         Raises:
             DamagedError: the files are not what was written.
         """
-        tensors, header = _read_tensors(self.path / _TENSORS, device)
+        # Copies: the file may change or vanish later, and its tensors are not aligned as fresh ones are.
+        return {name: tensor.to(device, copy=True) for name, tensor in self.mapped().items()}
+
+    def mapped(self) -> dict[str, Tensor]:
+        """As `load`, with tensors that stay on disk and are read, memory-mapped, where they are touched."""
+        tensors, header = _read_tensors(self.path / _TENSORS)
         if header["sha256"] != read_manifest(self.path)["sha256"]:
             raise _damaged(self.path / _TENSORS, "it belongs to another manifest")
         return tensors
@@ -120,7 +125,7 @@ class Partial:
         """
         if not self.path.exists():
             return None
-        tensors, header = _read_tensors(self.path, None)
+        tensors, header = _read_tensors(self.path)
         check_same(self.path, header["fingerprint"], self.fingerprint)
         if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in sums.items()}:
             raise _damaged(self.path, "it does not hold the expected tensors")
@@ -216,7 +221,8 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[st
     return digest
 
 
-def _read_tensors(file: Path, device: torch.device | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The checked content of a safetensors file, memory-mapped, and what `_write_tensors` put into its header."""
     try:
         with safe_open(file, framework="pt") as opened:
             header = json.loads(opened.metadata()["wherefrom"])
@@ -225,8 +231,7 @@ def _read_tensors(file: Path, device: torch.device | None) -> tuple[dict[str, Te
         raise _damaged(file, f"it is not a readable safetensors file ({error})") from error
     if tensors_digest(tensors) != header.get("sha256"):
         raise _damaged(file, "its content has changed since it was written")
-    # Copies: the file may change or vanish later, and its tensors are not aligned as fresh ones are.
-    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, header
+    return tensors, header
 
 
 def _damaged(file: Path, reason: str) -> DamagedError:

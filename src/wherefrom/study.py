@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Generic
@@ -16,27 +17,33 @@ from wherefrom.curvature import (
     CovarianceCollector,
     EigenvalueCollector,
     Factors,
-    Preconditioner,
     bases_from_tensors,
     bases_to_tensors,
     checked_strategy,
     diagonalize,
 )
 from wherefrom.errors import InputError, MismatchError
-from wherefrom.fingerprint import LIBRARY, Dataset, Fingerprint, dataset_digest, differences, model_digest
-from wherefrom.gradients import GradientBank, bytes_per_query
+from wherefrom.fingerprint import (
+    LIBRARY,
+    Dataset,
+    Fingerprint,
+    dataset_digest,
+    differences,
+    model_digest,
+    tensors_digest,
+)
 from wherefrom.layers import select_layers
-from wherefrom.memory import checked_batch_size, total_memory
+from wherefrom.memory import checked_batch_size
+from wherefrom.precision import HalfPrecision
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, Tokenizer
 from wherefrom.sampling import Sampler
-from wherefrom.scores import PairwiseCollector, Scores
+from wherefrom.scores import Scores
+from wherefrom.scoring import Compute, Scoring
 from wherefrom.store import Artifact, Partial, checked_name, remove, write_text
 from wherefrom.sweep import Objective, Sweep
 from wherefrom.task import Batch, Task
-
-# The part of the memory that resident query gradients may take.
-_BANK_SHARE = 0.4
+from wherefrom.tokens import INDEX, TokenScores, extreme_pairs
 
 
 class Study(Generic[Batch]):
@@ -80,6 +87,7 @@ class Study(Generic[Batch]):
         strategy: str = "ekfac",
         *,
         empirical: bool = False,
+        half_precision: bool = False,
         batch_size: int | None = None,
         seed: int = 0,
         name: str | None = None,
@@ -90,21 +98,25 @@ class Study(Generic[Batch]):
         Args:
             strategy: "identity", "diagonal", "kfac" or "ekfac".
             empirical: use the dataset's targets instead of targets drawn from the model (the Fisher information).
+            half_precision: bfloat16 products in the model's passes; factors stay float32.
             batch_size: None finds one; results depend on it only by rounding.
             seed: of the drawn targets.
-            name: of the factors in the run directory; "sampled" or "empirical" by default. Strategies share what they
-                have in common under one name.
+            name: of the factors in the run directory; "sampled" or "empirical" by default, with "-half" in half
+                precision. Strategies share what they have in common under one name.
             overwrite: replace what has this name, instead of refusing when it was made from something else.
 
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
         needed = checked_strategy(strategy)
-        folder = self.path / "factors" / checked_name(name or ("empirical" if empirical else "sampled"))
+        sweep = self._precise_sweep(half_precision)
+        usual = ("empirical" if empirical else "sampled") + _suffix(half_precision)
+        folder = self.path / "factors" / checked_name(name or usual)
         fingerprint = self._fingerprint()
         fingerprint["targets"] = "dataset" if empirical else f"sampled, seed {seed}"
+        fingerprint["precision"] = str(sweep.precision)
         stage = partial(self._stage, folder, fingerprint, overwrite)
-        run = partial(self._fit_sweep, self._train_objective(empirical, seed), checked_batch_size(batch_size))
+        run = partial(self._fit_sweep, sweep, self._train_objective(empirical, seed), checked_batch_size(batch_size))
         place = (self._sweep.dtype, self._sweep.device)
 
         def covariance(sums: Partial) -> dict[str, Tensor]:
@@ -132,9 +144,9 @@ class Study(Generic[Batch]):
         factors: Factors,
         *,
         damping: float | None = None,
+        half_precision: bool = False,
         query_batch_size: int | None = None,
         train_batch_size: int | None = None,
-        dtype: torch.dtype | None = None,
         name: str | None = None,
         overwrite: bool = False,
     ) -> Scores:
@@ -147,44 +159,84 @@ class Study(Generic[Batch]):
             queries: examples of the kind that the task measures.
             factors: what `fit` returned for this model.
             damping: added to every eigenvalue; None adds 0.1 x the mean eigenvalue of each layer.
+            half_precision: bfloat16 products in the model's passes, resident query gradients in bfloat16; what is
+                added up stays float32.
             query_batch_size, train_batch_size: None finds them; results depend on them only by rounding.
-            dtype: of the resident query gradients and of the operands of their products with training gradients;
-                products are accumulated in float32. None keeps float32 (float64 for a float64 model).
-            name: of the scores in the run directory; the strategy by default.
+            name: of the scores in the run directory; the strategy by default, with "-half" in half precision.
             overwrite: replace what has this name, instead of refusing when it was made from something else.
 
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
-        study = self._fingerprint()
-        _check_same_model(factors.fingerprint, study)
-        preconditioner = factors.preconditioner(damping)
-        dtype = dtype or self._sweep.dtype
-        folder = self.path / "scores"
-        name = checked_name(name or factors.strategy)
-        sizes = (checked_batch_size(query_batch_size), checked_batch_size(train_batch_size))
-        fingerprint = study | {
-            "strategy": factors.strategy,
-            "factors": factors.fingerprint["training data"],
-            "targets": factors.fingerprint["targets"],
-            "damping": "0.1 x mean eigenvalue" if damping is None else repr(damping),
-            "queries": dataset_digest(queries),
-            "dtype": str(dtype),
-        }
+        scoring = self._scoring(queries, factors, damping, half_precision, query_batch_size, train_batch_size)
+        fingerprint = self._score_fingerprint(queries, factors, damping, half_precision)
+        folder, name = self.path / "scores", checked_name(name or _score_name(factors, half_precision))
 
         def compute(_: Partial) -> dict[str, Tensor]:
-            blocks = self._query_blocks(len(queries), dtype)
             stage = partial(self._stage, folder / f"{name}.blocks", fingerprint, overwrite)
-            parts = []
-            for rows in blocks:
-                examples = [queries[row] for row in rows]
-                block = partial(self._score_block, examples, preconditioner, dtype, sizes)
-                parts.append(stage(f"{rows.start}-{rows.stop}", block)["values"].cpu())
+            parts = [
+                stage(f"{block.start}-{block.stop}", partial(scoring.pairwise, block))["values"].cpu()
+                for block in scoring.blocks()
+            ]
             return {"values": torch.cat(parts)}
 
         values = self._stage(folder, fingerprint, overwrite, name, compute)["values"].cpu()
         remove(folder / f"{name}.blocks")
         return Scores(values, fingerprint)
+
+    def score_tokens(
+        self,
+        queries: Dataset[object],
+        factors: Factors,
+        *,
+        top: int | None = None,
+        damping: float | None = None,
+        half_precision: bool = False,
+        query_batch_size: int | None = None,
+        train_batch_size: int | None = None,
+        name: str | None = None,
+        overwrite: bool = False,
+    ) -> TokenScores:
+        """Score every token of training examples, or load the scores when they are there.
+
+        Args:
+            top: only the pairs of each query with its `top` most positive and `top` most negative training examples,
+                which are found first with `score`, and cost little; None is every pair, written to disk in parts of
+                bounded size, at (tokens of a training example) times the cost of `score`.
+            queries, factors, damping, half_precision, query_batch_size, train_batch_size, overwrite: as in `score`.
+            name: of the sequence scores that these are the parts of; they are kept beside them in the run directory.
+
+        Raises:
+            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+        """
+        if top is not None and top < 1:
+            raise InputError(f"top={top}: expected at least 1, or None for every pair.")
+        scoring = self._scoring(queries, factors, damping, half_precision, query_batch_size, train_batch_size)
+        fingerprint = self._score_fingerprint(queries, factors, damping, half_precision)
+        fingerprint["pairs"] = "all pairs" if top is None else f"the {top} highest and lowest of each query"
+        base = checked_name(name or _score_name(factors, half_precision))
+        folder = self.path / "scores" / (f"{base}.tokens" if top is None else f"{base}.top{top}.tokens")
+        if overwrite:
+            remove(folder)
+
+        def compute(_: Partial) -> dict[str, Tensor]:
+            chosen = None
+            if top is not None:
+                scores = self.score(
+                    queries,
+                    factors,
+                    damping=damping,
+                    half_precision=half_precision,
+                    query_batch_size=query_batch_size,
+                    train_batch_size=train_batch_size,
+                    name=base,
+                    overwrite=overwrite,
+                )
+                chosen = extreme_pairs(scores.values, top)
+            return scoring.all_per_token(chosen, partial(self._token_stage, folder, fingerprint))
+
+        self._stage(folder, fingerprint, False, INDEX, compute)
+        return TokenScores.load(folder)
 
     def report(
         self,
@@ -225,6 +277,7 @@ class Study(Generic[Batch]):
 
     def _fit_sweep(
         self,
+        sweep: Sweep[Batch],
         objective: Objective[Batch],
         batch_size: int | None,
         name: str,
@@ -232,34 +285,53 @@ class Study(Generic[Batch]):
         sums: Partial,
     ) -> dict[str, Tensor]:
         """Sweep the training set with a collector of curvature; what it found."""
-        self._sweep.run(name, self.train, collector, objective, batch_size=batch_size, partial=sums)
+        sweep.run(name, self.train, collector, objective, batch_size=batch_size, partial=sums)
         return collector.means()
 
-    def _score_block(
+    def _scoring(
         self,
-        queries: Sequence[object],
-        preconditioner: Preconditioner,
-        dtype: torch.dtype,
-        batch_sizes: tuple[int | None, int | None],
-        sums: Partial,
-    ) -> dict[str, Tensor]:
-        """Scores of the queries that are resident together: one sweep over them, one over the training set."""
-        sweep, (query_size, train_size) = self._sweep, batch_sizes
-        bank = GradientBank(self.layers, preconditioner, len(queries), dtype, sweep.device)
-        sweep.run("query gradients", queries, bank, self._measurement, batch_size=query_size)
-        collector = PairwiseCollector(bank, len(queries), len(self.train), sweep.dtype, sweep.device)
-        objective = self._train_objective(empirical=True)
-        sweep.run("pairwise scores", self.train, collector, objective, batch_size=train_size, partial=sums)
-        return collector.sums
+        queries: Dataset[object],
+        factors: Factors,
+        damping: float | None,
+        half_precision: bool,
+        query_batch_size: int | None,
+        train_batch_size: int | None,
+    ) -> Scoring[Batch]:
+        sweep = self._precise_sweep(half_precision)
+        return Scoring(
+            sweep,
+            factors.preconditioner(damping),
+            queries,
+            self.train,
+            torch.bfloat16 if half_precision else sweep.dtype,
+            checked_batch_size(query_batch_size),
+            checked_batch_size(train_batch_size),
+        )
 
-    def _query_blocks(self, queries: int, dtype: torch.dtype) -> list[range]:
-        """Runs of queries whose gradients fit into memory together.
+    def _score_fingerprint(
+        self, queries: Dataset[object], factors: Factors, damping: float | None, half_precision: bool
+    ) -> dict[str, str]:
+        """What scores depend on; refuses factors of another model."""
+        study = self._fingerprint()
+        _check_same_model(factors.fingerprint, study)
+        return study | {
+            "strategy": factors.strategy,
+            "factors": factors.fingerprint["training data"],
+            "targets": factors.fingerprint["targets"],
+            "factors' precision": factors.fingerprint["precision"],
+            "damping": "0.1 x mean eigenvalue" if damping is None else repr(damping),
+            "queries": dataset_digest(queries),
+            "precision": str(self._precise_sweep(half_precision).precision),
+        }
 
-        The total memory decides, not what is free, so that a resumed run cuts the same blocks.
-        """
-        fitting = int(_BANK_SHARE * total_memory(self._sweep.device) / bytes_per_query(self.layers, dtype))
-        block = max(1, fitting)
-        return [range(start, min(start + block, queries)) for start in range(0, queries, block)]
+    def _precise_sweep(self, half_precision: bool) -> Sweep[Batch]:
+        return replace(self._sweep, precision=HalfPrecision(self._sweep.device)) if half_precision else self._sweep
+
+    def _token_stage(
+        self, folder: Path, fingerprint: Fingerprint, number: int, pairs: Tensor, compute: Compute
+    ) -> None:
+        """Compute and keep one file of token scores, unless it is there; another memory may have cut other files."""
+        self._stage(folder, {**fingerprint, "pairs": tensors_digest({"pairs": pairs})}, False, str(number), compute)
 
     def _stage(
         self,
@@ -267,7 +339,7 @@ class Study(Generic[Batch]):
         fingerprint: Fingerprint,
         overwrite: bool,
         name: str,
-        compute: Callable[[Partial], dict[str, Tensor]],
+        compute: Compute,
     ) -> dict[str, Tensor]:
         """Load `folder/name`, or compute it and keep it; `compute` may keep partial sums beside it."""
         artifact = Artifact(folder / name, fingerprint)
@@ -293,9 +365,6 @@ class Study(Generic[Batch]):
 
         return objective
 
-    def _measurement(self, model: nn.Module, batch: Batch, rows: Sequence[int]) -> Tensor:
-        return self._sweep.task.measurement(model, batch)
-
     def _fingerprint(self) -> dict[str, str]:
         """What everything in this study depends on; taken anew each time, since weights and lists can change."""
         with self.profile.action("fingerprint"):
@@ -306,6 +375,15 @@ class Study(Generic[Batch]):
                 "layers": _summary(list(self.layers)),
                 "training data": dataset_digest(self.train),
             }
+
+
+def _suffix(half_precision: bool) -> str:
+    """What half precision adds to a result's name."""
+    return "-half" if half_precision else ""
+
+
+def _score_name(factors: Factors, half_precision: bool) -> str:
+    return factors.strategy + _suffix(half_precision)
 
 
 def _summary(names: Sequence[str]) -> str:

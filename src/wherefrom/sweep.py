@@ -8,29 +8,21 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, cast
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
 
-from wherefrom.capture import Capture, Captured, Padding
+from wherefrom.capture import Capture, Captured, Padding, Receiver
 from wherefrom.errors import LossError
 from wherefrom.fingerprint import Dataset
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import SavedBytes, fitting_batch_size, halved, out_of_memory
+from wherefrom.precision import Precision
 from wherefrom.profile import Profile
+from wherefrom.progress import progress_bar
 from wherefrom.store import Partial
 from wherefrom.task import Batch, Task
 
@@ -63,6 +55,7 @@ class Sweep(Generic[Batch]):
 
     Attributes:
         layers: the tracked layers by name.
+        precision: how the model's passes multiply.
         progress: show a progress bar; None shows one when the standard error is a terminal.
         checkpoint_seconds: how often partial sums are written to disk, at the most; 0 is after every batch.
     """
@@ -71,6 +64,7 @@ class Sweep(Generic[Batch]):
     task: Task[Batch]
     layers: Mapping[str, TrackedLayer]
     profile: Profile = field(default_factory=Profile)
+    precision: Precision = field(default_factory=Precision)
     progress: bool | None = None
     checkpoint_seconds: float = 60.0
 
@@ -109,7 +103,7 @@ class Sweep(Generic[Batch]):
         # A resumed sweep keeps the size that it had, so that its sums are the same to the last bit.
         size = state.restore() or batch_size or self.suggest_batch_size(dataset, objective)
         start = time.perf_counter()
-        with self._progress_bar(name, len(dataset)) as show:
+        with progress_bar(name, len(dataset), self.progress) as show:
             while state.position < len(dataset):
                 rows = slice(state.position, min(state.position + size, len(dataset)))
                 if self._fits(state, dataset, rows, objective):
@@ -125,7 +119,6 @@ class Sweep(Generic[Batch]):
         """A batch size that fits, measured on the longest of a few examples."""
         samples = range(0, len(dataset), max(1, len(dataset) // 32))
         row = max(samples, key=lambda row: _numel(self.task.collate([dataset[row]])))
-        batch, padding = self._load(dataset, range(row, row + 1))
         tokens, gradient_bytes = [1], [1]
 
         def receive(layer: str, captured: Captured) -> None:
@@ -134,14 +127,17 @@ class Sweep(Generic[Batch]):
             gradient_bytes.append(outputs * inputs * captured.gradients.element_size())
 
         saved = SavedBytes()
-        with (
-            Capture(self.model, self.layers, receive) as capture,
-            torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
-        ):
-            capture.run(lambda: objective(self.model, batch, [row]), 1, padding)
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+            self.probe(dataset, row, objective, receive)
         # A per-example gradient lives up to three times at once: itself, rotated, squared.
         bytes_each = saved.total + 3 * max(gradient_bytes)
         return fitting_batch_size(len(dataset), bytes_each, max(tokens), self.device)
+
+    def probe(self, dataset: Dataset[object], row: int, objective: Objective[Batch], receive: Receiver) -> None:
+        """Pass over one example alone, in full precision."""
+        batch, padding = self._load(dataset, range(row, row + 1))
+        with Capture(self.model, self.layers, receive) as capture:
+            capture.run(lambda: objective(self.model, batch, [row]), 1, padding)
 
     def _fits(self, state: _State, dataset: Dataset[object], rows: slice, objective: Objective[Batch]) -> bool:
         """Process one batch; False when there was not enough memory for it."""
@@ -162,12 +158,15 @@ class Sweep(Generic[Batch]):
         def receive(layer: str, captured: Captured) -> None:
             nonlocal tokens
             tokens = max(tokens, captured.tokens)
-            with action(f"{state.name}: collect"):
-                state.collector.collect(layer, captured, slice(rows.start, rows.stop))
+            with action(f"{state.name}: collect"), self.precision.paused():
+                activations, gradients = map(self.precision.operand, captured[:2])
+                operands = captured._replace(activations=activations, gradients=gradients)
+                state.collector.collect(layer, operands, slice(rows.start, rows.stop))
 
         with (
             Capture(self.model, self.layers, receive) as capture,
             action(f"{state.name}: forward and backward"),
+            self.precision.passes(),
         ):
             loss = capture.run(lambda: objective(self.model, batch, rows), len(rows), padding)
         state.advance(rows, tokens, loss)
@@ -191,21 +190,6 @@ class Sweep(Generic[Batch]):
         end = time.perf_counter()
         if self.checkpoint_seconds > 0:
             state.next_save = end + max(self.checkpoint_seconds, (end - start) / _CHECKPOINT_SHARE)
-
-    @contextmanager
-    def _progress_bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        console = Console(stderr=True)
-        shown = console.is_terminal if self.progress is None else self.progress
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, disable=not shown) as progress:
-            line = progress.add_task(name, total=total)
-            yield lambda done: progress.update(line, completed=done)
 
 
 @dataclass

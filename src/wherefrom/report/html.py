@@ -1,10 +1,11 @@
 """One self-contained HTML page: which training sequences are behind each query.
 
 The page knows texts and a score matrix, nothing of models or factors. All of it is written here as
-HTML, so it reads without JavaScript; the script only picks, filters and unfolds what already stands
-in the document. That also keeps texts out of scripts and attributes: every one of them goes through
-the template's escaping into plain element content, and a content security policy allows the page's
-own style and script and nothing else.
+HTML, so it reads without JavaScript; the script only picks, filters, unfolds and shades what already
+stands in the document. That also keeps texts out of scripts and attributes: every one of them goes
+through the template's escaping into plain element content (but for the titles of figures, which are
+also what a reader gets who cannot see them), and a content security policy allows the page's own
+style and script and nothing else.
 
 Each training sequence's text stands once, in the list at the foot, however many queries show it.
 """
@@ -15,7 +16,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -23,12 +24,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from wherefrom.errors import InputError
-from wherefrom.report.passages import Passage, Passages
+from wherefrom.report.passages import Figure, Passage, Passages, TokenContributions
+from wherefrom.report.shading import Shares, encode_lengths, encode_shares, visible_pieces
 
-EXCERPT_LENGTH = 240
+EXCERPT_LENGTH = 160
 HISTOGRAM_BINS = 144
 HISTOGRAM_HEIGHT = 40.0
 MINUS = "\N{MINUS SIGN}"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 # Control characters are shown as Unicode's pictures of them: a page must not carry them raw, and a
 # reader should see that a sequence holds them.
@@ -38,7 +41,10 @@ CONTROL_PICTURES[0x7F] = 0x2421
 
 @dataclass(frozen=True)
 class HitView:
-    """A training sequence in a query's list; `bar` is in percent of the query's longest bar."""
+    """A training sequence in a query's list; `bar` is in percent of the query's longest bar.
+
+    `shares` says where in the sequence the score comes from, if that is known.
+    """
 
     rank: int
     index: int
@@ -47,6 +53,24 @@ class HitView:
     passage: Passage
     excerpt: str
     same_label: bool
+    shares: Shares | None
+
+
+@dataclass(frozen=True)
+class SequenceView:
+    """A training sequence in the list at the foot; `lengths` cut its text into tokens, if they are known."""
+
+    passage: Passage
+    lengths: str = ""
+
+
+@dataclass(frozen=True)
+class FigureView:
+    """A plot as the page holds it."""
+
+    title: str
+    caption: str
+    data: str  # base64
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,8 @@ def render_report(
     profile: str = "",
     summary: str = "",
     k: int = 10,
+    tokens: TokenContributions | None = None,
+    figures: Sequence[Figure] = (),
 ) -> str:
     """The page as a string.
 
@@ -97,9 +123,11 @@ def render_report(
         profile: Preformatted text, such as a table of durations.
         summary: One line under the title.
         k: How many of the most positive and of the most negative sequences a query shows at most.
+        tokens: Where the scores come from inside the sequences; asked only for pairs that are shown.
+        figures: Plots of an evaluation, shown below the queries.
     """
     _check(queries, train, values, k)
-    reader = _Reader(train)
+    reader = _Reader(train, tokens)
     views = [_query_view(row, _clean_passage(queries[row]), values[row], reader, k) for row in range(len(queries))]
     environment = _environment()
     style = environment.get_template("report.css").render()
@@ -110,6 +138,8 @@ def render_report(
         queries=views,
         train_count=len(train),
         sequences=sorted(reader.seen.items()),
+        shaded=any(sequence.lengths for sequence in reader.seen.values()),
+        figures=[_figure_view(figure) for figure in figures],
         settings=[(_clean(name), _clean(value)) for name, value in settings.items()],
         profile=_clean(profile),
         histogram_height=HISTOGRAM_HEIGHT,
@@ -146,16 +176,40 @@ def _check(queries: Passages, train: Passages, values: Tensor, k: int) -> None:
 
 
 class _Reader:
-    """Reads each training passage once, however many queries show it, and keeps it in `seen`."""
+    """Reads what is shown of the training set: each passage once, however many queries show it, and kept in `seen`."""
 
-    def __init__(self, train: Passages) -> None:
+    def __init__(self, train: Passages, tokens: TokenContributions | None) -> None:
         self.train = train
-        self.seen: dict[int, Passage] = {}
+        self.tokens = tokens
+        self.seen: dict[int, SequenceView] = {}
 
-    def __call__(self, index: int) -> Passage:
+    def passage(self, index: int) -> Passage:
+        """The sequence; its text is that of its tokens once `shares` has seen them."""
         if index not in self.seen:
-            self.seen[index] = _clean_passage(self.train[index])
-        return self.seen[index]
+            self.seen[index] = SequenceView(_clean_passage(self.train[index]))
+        return self.seen[index].passage
+
+    def shares(self, query: int, index: int) -> Shares | None:
+        """The shares of the sequence's visible pieces in the score of (query, index), if they are known."""
+        pieces = visible_pieces((self.tokens and self.tokens(query, index)) or ())
+        if not pieces:
+            return None
+        for text, share in pieces:
+            if not math.isfinite(share):
+                raise InputError(f"tokens({query}, {index}) gives {text!r} a share of {share}; expected finite numbers")
+        self._keep(query, index, [_clean_piece(text) for text, _ in pieces])
+        return encode_shares([share for _, share in pieces])
+
+    def _keep(self, query: int, index: int, texts: Sequence[str]) -> None:
+        """Show the sequence as these pieces, or see that it is shown as these already."""
+        passage = self.passage(index)
+        sequence = SequenceView(replace(passage, text="".join(texts)), encode_lengths(texts))
+        if self.seen[index].lengths and self.seen[index] != sequence:
+            raise InputError(
+                f"tokens({query}, {index}) gives other pieces of text than for an earlier query; "
+                "expected the same pieces of a training sequence for every query"
+            )
+        self.seen[index] = sequence
 
 
 def _query_view(index: int, query: Passage, row: Tensor, reader: _Reader, k: int) -> QueryView:
@@ -165,13 +219,13 @@ def _query_view(index: int, query: Passage, row: Tensor, reader: _Reader, k: int
         index=index,
         passage=query,
         excerpt=_excerpt(query.text),
-        positive=_hits(scores, query, reader, k, sign=1),
-        negative=_hits(scores, query, reader, k, sign=-1),
+        positive=_hits(index, scores, query, reader, k, sign=1),
+        negative=_hits(index, scores, query, reader, k, sign=-1),
         histogram=_histogram(scores),
     )
 
 
-def _hits(scores: Tensor, query: Passage, reader: _Reader, k: int, sign: int) -> list[HitView]:
+def _hits(row: int, scores: Tensor, query: Passage, reader: _Reader, k: int, sign: int) -> list[HitView]:
     """The k largest of sign * scores [train], those above zero: no sequence is in both lists."""
     limit = scores.abs().max().item()
     order = torch.sort(sign * scores, descending=True, stable=True).indices[:k].tolist()
@@ -180,7 +234,7 @@ def _hits(scores: Tensor, query: Passage, reader: _Reader, k: int, sign: int) ->
         score = scores[index].item()
         if sign * score <= 0:
             break
-        passage = reader(index)
+        passage = reader.passage(index)
         hits.append(
             HitView(
                 rank=len(hits) + 1,
@@ -190,6 +244,7 @@ def _hits(scores: Tensor, query: Passage, reader: _Reader, k: int, sign: int) ->
                 passage=passage,
                 excerpt=_excerpt(passage.text),
                 same_label=bool(query.label) and passage.label == query.label,
+                shares=reader.shares(row, index),
             )
         )
     return hits
@@ -253,8 +308,22 @@ def _excerpt(text: str) -> str:
     return (start[:cut] if cut > EXCERPT_LENGTH // 2 else start) + "…"
 
 
+def _figure_view(figure: Figure) -> FigureView:
+    if not figure.png.startswith(PNG_SIGNATURE):
+        raise InputError(
+            f"the figure {figure.title!r} starts with {figure.png[:8]!r}; expected the bytes of a PNG file: "
+            'save the plot with format="png"'
+        )
+    return FigureView(_clean(figure.title), _clean(figure.caption), base64.b64encode(figure.png).decode())
+
+
 def _clean_passage(passage: Passage) -> Passage:
     return Passage(_clean(passage.text), _clean(passage.title), _clean(passage.label))
+
+
+def _clean_piece(text: str) -> str:
+    """A piece whose length stays what it is: a browser reads a carriage return as something else."""
+    return _clean(text).replace("\r", "␍")
 
 
 def _clean(text: str) -> str:

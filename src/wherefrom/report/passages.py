@@ -1,12 +1,18 @@
-"""Passages: sequences as a reader sees them, and a dataset's examples as such."""
+"""Passages: sequences as a reader sees them, a dataset's examples as such, and the tokens inside them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 from typing import Protocol
 
 from wherefrom.fingerprint import Dataset
+
+# How many tokens may wait for the text that they complete. A character has at most four bytes, and so at most four
+# tokens; the rest is for decoders that change text when the next word is known.
+WAITING_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,29 @@ class Passages(Protocol):
     def __getitem__(self, index: int, /) -> Passage: ...
 
 
+class TokenContributions(Protocol):
+    """Where a score comes from inside a training sequence."""
+
+    def __call__(self, query: int, train: int) -> Sequence[tuple[str, float]] | None:
+        """The sequence's pieces of text in order, each with its share of the score of (query, train).
+
+        None where it is not known. A training sequence has the same pieces whatever the query.
+        """
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot shown on the page: `png` bytes."""
+
+    title: str
+    caption: str
+    png: bytes
+
+
 class Tokenizer(Protocol):
     """What is needed of a Hugging Face tokenizer."""
 
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> str | list[str]: ...
+    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool = ...) -> str | list[str]: ...
 
 
 class DatasetPassages:
@@ -64,3 +89,44 @@ class DatasetPassages:
             tokens = [int(token) for token in example["input_ids"]]  # type: ignore[attr-defined]
             return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
         return repr(dict(example))
+
+
+def token_pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """One piece of text for each token; joined, they are what the tokenizer makes of all of `ids`, special tokens too.
+
+    A token alone does not say its text: decoders strip the space before the first word, and byte-level tokens may be
+    parts of a character. So each is decoded behind the tokens of the piece before it, and its text is what that adds,
+    as far as the whole text goes on in the same way, which half a character does not. The token that completes a
+    character has it; tokens that complete none have the empty string. What is left at the end goes to the last piece.
+
+    The windows are bounded, so the time is linear in the number of tokens.
+    """
+    tokens = [int(token) for token in ids]
+
+    def decode(start: int, end: int) -> str:
+        return str(tokenizer.decode(tokens[start:end], skip_special_tokens=False))
+
+    whole = decode(0, len(tokens))
+    ending = len(whole.rstrip("\ufffd"))  # what follows may be left over
+    pieces: list[str] = []
+    written = 0  # characters of the whole text that are in pieces
+    start = done = 0  # the window's first token, and the first after those that are complete
+    known = settled = 0  # characters before `done`: in the window, in the whole text
+    for end in range(1, len(tokens) + 1):
+        added = decode(start, end)[known:]
+        expected = whole[settled : min(ending, settled + len(added))]
+        agreed = sum(takewhile(bool, map(eq, added, expected)))
+        complete = bool(added) and agreed == len(added)
+        if not complete and end - done >= WAITING_TOKENS:
+            # This decoder reads a window in another way than the whole: go on where they agree again.
+            agreed = len(added) + max(0, whole.find(added, settled) - settled)
+            complete = True
+        reached = min(len(whole), max(written, settled + agreed))
+        pieces.append(whole[written:reached])
+        written = reached
+        if complete:
+            start, done, settled = done, end, reached
+            known = len(decode(start, done))
+    if pieces:
+        pieces[-1] += whole[written:]
+    return pieces

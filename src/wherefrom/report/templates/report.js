@@ -1,5 +1,5 @@
 "use strict";
-// Picks, filters and unfolds what the page already holds. Texts are moved as text, never as markup.
+// Picks, filters, unfolds and shades what the page already holds. Texts are moved as text, never as markup.
 (() => {
   const root = document.documentElement;
   root.classList.add("js");
@@ -106,7 +106,9 @@
     function fill(section) {
       for (const link of section.querySelectorAll(".hit .text > a")) {
         const source = byId(link.hash.slice(1));
-        link.parentElement.textContent = source.querySelector(".text").textContent;
+        const text = link.parentElement, original = source.querySelector(".text");
+        text.textContent = original.textContent;
+        if (text.dataset.shares) text.dataset.lengths = original.dataset.lengths;
       }
     }
 
@@ -163,8 +165,119 @@
     pick(fromAddress() ?? 0, { arrive: false });
   }
 
+  // Tokens: see report/shading.py for how lengths and shares are written.
+  const base64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+  function numbers(letters) {
+    const found = [];
+    let bits = 0, shift = 0;
+    for (const letter of letters) {
+      const digit = base64.indexOf(letter);
+      bits |= (digit & 31) << shift;
+      shift += 5;
+      if (digit & 32) continue; // there is more of it
+      found.push(bits & 1 ? -(bits >> 1) : bits >> 1);
+      bits = shift = 0;
+    }
+    return found;
+  }
+
+  function cut(text, lengths) {
+    let end = 0;
+    return lengths.map((length) => text.slice(end, end += length));
+  }
+
+  // The number `multiple` times ten to the `exponent`, with all its decimals and no others.
+  function number(multiple, exponent) {
+    if (multiple === 0) return "0";
+    const digits = String(Math.abs(multiple)), size = Number(`${digits}e${exponent}`);
+    const places = Math.max(0, -exponent);
+    const plain = exponent > -7 && exponent < 3
+      ? size.toLocaleString("en-US", { minimumFractionDigits: places, maximumFractionDigits: places })
+      : size.toExponential(digits.length - 1);
+    return (multiple > 0 ? "+" : "−") + plain.replace("-", "−");
+  }
+
+  // The token above or below: the nearest one of the next line in that direction.
+  function beside(tokens, from, step) {
+    const distance = (index) => Math.abs(tokens[index].offsetLeft - tokens[from].offsetLeft);
+    let nearest = from, line = null;
+    for (let index = from + step; index >= 0 && index < tokens.length; index += step) {
+      const top = tokens[index].offsetTop;
+      if (top === tokens[from].offsetTop) continue;
+      line ??= top;
+      if (top !== line) break;
+      if (nearest === from || distance(index) < distance(nearest)) nearest = index;
+    }
+    return nearest;
+  }
+
+  // Shades a hit's text by its tokens' shares and gives it a cursor, which pointer and keys move alike.
+  function shade(text) {
+    const { exponent, lengths, shares } = text.dataset;
+    const counts = numbers(shares), largest = Math.max(1, ...counts.map(Math.abs));
+    const tokens = cut(text.textContent, numbers(lengths)).map((piece, index) => {
+      const token = document.createElement("span");
+      token.textContent = piece;
+      token.className = counts[index] < 0 ? "negative" : "positive";
+      token.classList.toggle("newline", piece.trim() === "" && piece.includes("\n"));
+      token.style.setProperty("--share", `${(100 * Math.abs(counts[index])) / largest}%`);
+      return token;
+    });
+    const bar = document.getElementById("token-bar").content.firstElementChild.cloneNode(true);
+    const part = (selector) => bar.querySelector(selector);
+    let cursor = 0;
+
+    function show(index) {
+      tokens[cursor].classList.remove("cursor");
+      cursor = index;
+      tokens[cursor].classList.add("cursor");
+      const count = counts[cursor];
+      part("bdi").textContent = `“${tokens[cursor].textContent.replaceAll("\n", "↵").replaceAll("\t", "⇥")}”`;
+      part("strong").textContent = number(count, exponent);
+      part("strong").className = count < 0 ? "negative" : "positive";
+      part(".ramp").style.setProperty("--at", `${50 + (50 * count) / largest}%`);
+    }
+
+    text.addEventListener("pointerover", (event) => {
+      if (tokens.includes(event.target)) show(tokens.indexOf(event.target));
+    });
+    text.addEventListener("keydown", (event) => {
+      if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
+      const onward = getComputedStyle(text).direction === "rtl" ? -1 : 1;
+      const goal = {
+        ArrowRight: cursor + onward, ArrowLeft: cursor - onward, Home: 0, End: tokens.length - 1,
+        ArrowUp: beside(tokens, cursor, -1), ArrowDown: beside(tokens, cursor, 1),
+      }[event.key];
+      if (goal === undefined) return;
+      event.preventDefault();
+      event.stopPropagation(); // the arrows would move to another query
+      show(Math.min(Math.max(goal, 0), tokens.length - 1));
+      tokens[cursor].scrollIntoView({ block: "nearest" });
+    });
+
+    text.replaceChildren(...tokens);
+    text.classList.add("tokens");
+    text.tabIndex = 0;
+    text.setAttribute("role", "group");
+    text.setAttribute("aria-label", "Tokens; arrow keys move over them");
+    part(".low").textContent = number(-largest, exponent);
+    part(".high").textContent = number(largest, exponent);
+    show(Math.max(0, counts.findIndex((count) => Math.abs(count) === largest)));
+    text.after(bar);
+  }
+
+  function startTokens() {
+    // The event does not bubble, but it is seen on its way down.
+    document.getElementById("queries").addEventListener("toggle", ({ target }) => {
+      const text = target.querySelector(".text[data-shares]:not(.tokens)");
+      if (target.open && text) shade(text);
+    }, true);
+  }
+
   document.addEventListener("DOMContentLoaded", () => {
     startTheme();
+    startTokens();
     startQueries();
   });
 })();

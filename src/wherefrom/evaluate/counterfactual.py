@@ -1,0 +1,173 @@
+"""Counterfactual removal: leave out the training examples that a method names, train again, and look at the queries.
+
+A method is right about influence if its removals raise the queries' losses more than random ones do. This module
+knows scores as matrices and losses as numbers; it must not know how either is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wherefrom.errors import InputError
+from wherefrom.evaluate.retrain import TrainFunction, permutation, retrain_pairs
+from wherefrom.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What removals did to the queries.
+
+    Attributes:
+        methods: their names.
+        counts: how many training examples were left out.
+        seeds: one for each repeat.
+        queries: positions of the queries that were asked about.
+        losses: float64 [methods, counts, repeats, queries asked], in the unit of the training function. Removals that
+            are the same share their retrainings, as those of a count of 0 always do.
+    """
+
+    methods: tuple[str, ...]
+    counts: tuple[int, ...]
+    seeds: tuple[int, ...]
+    queries: tuple[int, ...]
+    losses: Tensor
+
+    def summary(self, measure: Callable[[Tensor], float]) -> dict[str, NDArray[np.float64]]:
+        """One number for each retraining: [counts, repeats] for each method.
+
+        Args:
+            measure: makes a number of the losses float64 [queries asked], such as `lambda losses: losses.mean()`, or
+                the perplexity of all queries.
+        """
+        shape = (len(self.counts), len(self.seeds))
+        return {
+            method: np.array([float(measure(row)) for row in losses.flatten(0, 1)]).reshape(shape)
+            for method, losses in zip(self.methods, self.losses, strict=True)
+        }
+
+    def to_json(self) -> dict[str, object]:
+        """All numbers, as lists; `losses` holds [counts][repeats][queries] for each method."""
+        return {
+            "counts": list(self.counts),
+            "seeds": list(self.seeds),
+            "queries": list(self.queries),
+            "losses": dict(zip(self.methods, self.losses.tolist(), strict=True)),
+        }
+
+
+def removal_masks(values: Tensor, counts: Sequence[int], queries: Sequence[int] | None = None) -> Tensor:
+    """Subsets without the examples of the highest summed scores: bool [counts, train], true where one is kept.
+
+    Args:
+        values: scores [queries, train]; positive where training on the example lowers the query's loss.
+        counts: how many examples to leave out; of equal sums, the first in the dataset.
+        queries: the rows to add up; None is all.
+
+    Raises:
+        InputError: a count or a query is out of range, or a score is not finite.
+    """
+    if values.ndim != 2 or values.numel() == 0 or not values.isfinite().all():
+        raise InputError(f"scores of shape {list(values.shape)}: expected finite numbers [queries, train].")
+    rows = _checked_queries(queries, len(values))
+    _check_counts(counts, values.shape[1])
+    sums = values.detach().cpu().double()[list(rows)].sum(0)
+    return _without_first(sums.sort(descending=True, stable=True).indices, counts)
+
+
+def counterfactual(
+    path: str | Path,
+    train: TrainFunction,
+    scores: Mapping[str, Tensor | None],
+    counts: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    queries: Sequence[int] | None = None,
+    fingerprint: Fingerprint,
+    workers: int | None = None,
+    together: int = 1,
+    progress: bool | None = None,
+    overwrite: bool = False,
+) -> Removal:
+    """Retrain without each method's top examples, once with each seed.
+
+    Args:
+        path: where the retrainings are kept; it may be a bank that `retrain` made with this `train`.
+        train: measures all queries, not only those asked about.
+        scores: for each method its scores [queries, train]. None removes at random: a new choice for each seed, so
+            that the spread over the seeds is also that of the choice; of one seed, larger removals contain smaller.
+        counts: how many examples to leave out; 0 trains on all of them, once for each seed.
+        seeds: one for each repeat, all different.
+        queries: rows of the scores to add up and to look at; None is all.
+        fingerprint, workers, together, progress, overwrite: see `retrain`. The fingerprint need not hold the scores.
+
+    Raises:
+        WherefromError: InputError where an argument does not fit, and what `retrain` raises.
+    """
+    shape = _shared_shape(scores)
+    _check_counts(counts, shape[1])
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds={list(seeds)}: expected at least one seed, and none of them twice.")
+    rows = _checked_queries(queries, shape[0])
+    masks = torch.stack([_masks(values, counts, seeds, rows, shape[1]) for values in scores.values()])
+    losses, _ = retrain_pairs(
+        path, train, masks.view(-1, shape[1]), list(enumerate(list(seeds) * (len(scores) * len(counts)))),
+        fingerprint=fingerprint, workers=workers, together=together, progress=progress, overwrite=overwrite,
+    )  # fmt: skip
+    if losses.shape[1] != shape[0]:
+        raise InputError(
+            f"train measures {losses.shape[1]} queries, but the scores have {shape[0]}: expected the same queries in "
+            "the same order. Score the queries that it measures."
+        )
+    losses = losses.view(*masks.shape[:3], -1)[..., list(rows)]
+    return Removal(tuple(scores), tuple(counts), tuple(seeds), rows, losses)
+
+
+def _masks(
+    values: Tensor | None, counts: Sequence[int], seeds: Sequence[int], queries: Sequence[int], train: int
+) -> Tensor:
+    """One method's subsets: bool [counts, repeats, train]."""
+    if values is not None:
+        return removal_masks(values, counts, queries)[:, None].expand(-1, len(seeds), -1)
+    orders = [permutation(train, f"random removal/{seed}") for seed in seeds]
+    return torch.stack([_without_first(order, counts) for order in orders], dim=1)
+
+
+def _without_first(order: Tensor, counts: Sequence[int]) -> Tensor:
+    """Subsets without the first examples of an order [train]: bool [counts, train]."""
+    masks = torch.ones(len(counts), len(order), dtype=torch.bool)
+    for mask, count in zip(masks, counts, strict=True):
+        mask[order[:count]] = False
+    return masks
+
+
+def _shared_shape(scores: Mapping[str, Tensor | None]) -> tuple[int, int]:
+    shapes = {name: tuple(values.shape) for name, values in scores.items() if values is not None}
+    if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
+        raise InputError(
+            f"scores of shapes {shapes or 'nothing'}: expected at least one method's scores [queries, train], and all "
+            "of one shape. Score the same queries and training examples with every method."
+        )
+    queries, train = next(iter(shapes.values()))
+    return queries, train
+
+
+def _check_counts(counts: Sequence[int], train: int) -> None:
+    if not counts or len(set(counts)) < len(counts) or not all(0 <= count < train for count in counts):
+        raise InputError(
+            f"counts={list(counts)}: expected different numbers from 0 to {train - 1}, one less than there are "
+            "training examples."
+        )
+
+
+def _checked_queries(queries: Sequence[int] | None, available: int) -> tuple[int, ...]:
+    chosen = tuple(range(available)) if queries is None else tuple(queries)
+    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= query < available for query in chosen):
+        raise InputError(f"queries={list(chosen)}: expected different positions from 0 to {available - 1}.")
+    return chosen

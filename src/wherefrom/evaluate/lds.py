@@ -1,0 +1,349 @@
+"""The linear datamodeling score: do scores predict what retraining on random subsets does to each query's loss?
+
+Each method's scores are held against the same retrainings, with intervals, paired differences, and the ceiling that
+the noise of retraining sets. This module knows scores and measured losses; it must not know models, data or how the
+retrainings were made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wherefrom.errors import DamagedError, InputError
+
+SPLITS = 10  # random splits of the seeds behind the ceiling; they share their losses, so more add little
+SIDE = 2.5  # percent of the resamples left out on either side of a 95% interval
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95% interval, in the number's own unit."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    @classmethod
+    def of_resamples(cls, value: float, resamples: Tensor) -> Estimate:
+        """A value with the middle 95% of its bootstrap resamples [resamples], moved so that their mean is the value."""
+        low, high = np.percentile(resamples.numpy(), [SIDE, 100 - SIDE]) + value - float(resamples.mean())
+        return cls(value, float(low), float(high))
+
+    def to_json(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What retraining on subsets of the training set did to each query's loss.
+
+    Attributes:
+        masks: [subsets, train] bool: the examples kept in each subset.
+        losses: [subsets, repeats, queries] float64: each query's measured loss after retraining on the subset with
+            each of `repeats` seeds; any unit, the same throughout.
+
+    Raises:
+        InputError: the shapes or types do not fit, or a loss is not finite.
+    """
+
+    masks: Tensor
+    losses: Tensor
+
+    def __post_init__(self) -> None:
+        if self.masks.ndim != 2 or self.masks.dtype != torch.bool:
+            raise InputError(
+                f"masks: {_described(self.masks)}; expected bool [subsets, train], true where an example was kept."
+            )
+        if self.losses.ndim != 3 or self.losses.dtype != torch.float64 or 0 in self.losses.shape:
+            raise InputError(
+                f"losses: {_described(self.losses)}; expected float64 [subsets, repeats, queries], none of them empty."
+            )
+        if len(self.losses) != len(self.masks):
+            raise InputError(
+                f"losses: {len(self.losses)} subsets, but {len(self.masks)} in masks; give a retraining for each mask."
+            )
+        if len(self.masks) < 3:
+            raise InputError(f"masks: {len(self.masks)} subsets; a rank correlation needs at least 3. Retrain on more.")
+        if not self.losses.isfinite().all():
+            subset, repeat, query = (~self.losses.isfinite()).nonzero()[0].tolist()
+            raise InputError(
+                f"losses[{subset}, {repeat}, {query}] is {self.losses[subset, repeat, query].item()}; expected finite "
+                "losses. Leave out the retrainings that diverged."
+            )
+
+    @classmethod
+    def load(cls, file: str | Path) -> GroundTruth:
+        """Read `masks` (bool [subsets, train]) and `losses` from a .npz or .safetensors file; nothing is unpickled.
+
+        `losses` is [subsets, repeats, queries], or [subsets, queries] where the mean over repeats was kept.
+
+        Raises:
+            InputError: there is no such file, its ending is another, or its arrays are not those described.
+            DamagedError: it cannot be read.
+        """
+        file = Path(file)
+        arrays = _read(file)
+        missing = {"masks", "losses"} - arrays.keys()
+        if missing:
+            raise InputError(
+                f"{file}: no {' and no '.join(sorted(missing))}; it holds {', '.join(sorted(arrays)) or 'nothing'}. "
+                "Expected masks [subsets, train] and losses [subsets, repeats, queries]."
+            )
+        losses = arrays["losses"].double()
+        try:
+            return cls(arrays["masks"], losses[:, None] if losses.ndim == 2 else losses)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+
+    @property
+    def outcomes(self) -> Tensor:
+        """Minus the mean loss over repeats, [queries, subsets]: what scores of kept examples should predict."""
+        return -self.losses.mean(1).T.contiguous()
+
+
+@dataclass(frozen=True)
+class LdsReport:
+    """The linear datamodeling scores of several methods on the same retrainings.
+
+    Attributes:
+        queries: by method, [queries]: each query's score.
+        means: by method: the mean over queries.
+        differences: by (first, second) method, each pair once: the mean of the first less that of the second.
+        ceiling: about what a perfect predictor of the expected loss would reach; None where seeds were not repeated.
+        subsets: retrainings behind each correlation.
+        repeats: seeds of each retraining in the file; a file of means counts as one.
+        train: training examples.
+        resamples: bootstrap resamples behind each interval.
+    """
+
+    queries: Mapping[str, Tensor]
+    means: Mapping[str, Estimate]
+    differences: Mapping[tuple[str, str], Estimate]
+    ceiling: Estimate | None
+    subsets: int
+    repeats: int
+    train: int
+    resamples: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers, as json writes them."""
+        return {
+            "methods": {
+                name: {**mean.to_json(), "queries": self.queries[name].tolist()} for name, mean in self.means.items()
+            },
+            "differences": [
+                {"first": first, "second": second, **difference.to_json()}
+                for (first, second), difference in self.differences.items()
+            ],
+            "ceiling": self.ceiling.to_json() if self.ceiling else None,
+            "subsets": self.subsets,
+            "repeats": self.repeats,
+            "train": self.train,
+            "resamples": self.resamples,
+        }
+
+
+def linear_datamodeling_scores(values: Tensor, truth: GroundTruth) -> Tensor:
+    """How well scores predict, query by query, the order of the retrained losses (Park et al. 2023, section 2).
+
+    For each query: Spearman's correlation, over subsets, of the summed scores of the kept examples with minus the
+    mean loss over repeats (protocol A: Bae et al. 2024). Ties get average ranks. A query whose sums or whose losses
+    are all equal gets 0, not NaN: a score that does not vary predicts nothing, and a method must not gain from the
+    queries on which it is silent.
+
+    Args:
+        values: [queries, train] scores; positive where training on the example lowers the query's loss.
+        truth: the retrainings, with the same queries and training examples in the same order.
+
+    Returns:
+        [queries] float64, from -1 to 1.
+
+    Raises:
+        InputError: the scores do not fit the ground truth or are not finite.
+    """
+    predicted = _subset_sums("values", values, truth)
+    return _spearman(predicted[None], truth.outcomes[None], _once(truth))[0, :, 0]
+
+
+def evaluate_lds(
+    scores: Mapping[str, Tensor], truth: GroundTruth, *, resamples: int = 1000, seed: int = 0
+) -> LdsReport:
+    """Each method's mean linear datamodeling score, their differences, and the ceiling, with 95% intervals.
+
+    The intervals come from a two-way bootstrap: each resample draws subsets and queries with replacement, the same for
+    every method, so that differences are paired. They cover which subsets and which queries happened to be drawn, and
+    the noise of retraining as it shows among subsets. They do not cover another fine-tuned model, factors fitted anew,
+    or queries of another kind. Where neither subsets nor queries have an effect of their own they are wider than need
+    be, up to a factor of 1.7 (Owen 2007, "The pigeonhole bootstrap"). Subsets drawn twice tie in both rankings, which
+    lowers Spearman's correlation in resamples (by 0.01 with 30 subsets, 0.004 with 100); so an interval is the middle
+    95% of the resamples, moved by as much as their mean is off the value.
+
+    The ceiling comes from how well the mean losses of two halves of the seeds agree: r, their Spearman correlation over
+    subsets, as a mean over queries and random splits. Then `k r / (1 + (k - 1) r)`, with k = repeats / size of a half,
+    is the reliability of the mean over all seeds (Spearman 1910, Brown 1910), and its root the correlation of that mean
+    with the expected loss. Negative r counts as 0. r is averaged first because the root of one query's noisy r is far
+    off; where queries differ in r this makes the ceiling a little too high, not too low.
+
+    The time grows with methods x queries x resamples x subsets squared.
+
+    Args:
+        scores: by method, [queries, train].
+        truth: the retrainings, with the same queries and training examples in the same order.
+        resamples: bootstrap draws.
+        seed: of the draws.
+
+    Raises:
+        InputError: there are no methods, scores do not fit the ground truth, or resamples is less than 2.
+    """
+    if not scores:
+        raise InputError("scores: no methods; give at least one name with its scores [queries, train].")
+    if resamples < 2:
+        raise InputError(f"resamples={resamples}: expected at least 2; 1000 give stable intervals.")
+    generator = np.random.default_rng(seed)
+    subsets, repeats, queries = truth.losses.shape
+    subset_counts = _draws(generator, subsets, resamples).T.contiguous()  # [subsets, resamples]
+    weights = _draws(generator, queries, resamples).T / queries  # [queries, resamples]
+
+    predicted = torch.stack([_subset_sums(name, values, truth) for name, values in scores.items()])
+    outcomes = truth.outcomes[None]  # [1, queries, subsets]
+    measured = _spearman(predicted, outcomes, _once(truth))[..., 0]  # [methods, queries]
+    drawn = (_spearman(predicted, outcomes, subset_counts) * weights).sum(1)  # [methods, resamples]
+    by_name = dict(zip(scores, zip(measured.mean(1).tolist(), drawn, strict=True), strict=True))
+
+    ceiling = None
+    if repeats > 1:
+        halves = _seed_halves(truth.losses, generator)
+        agreements = (_spearman(*halves, subset_counts).mean(0) * weights).sum(0)  # [resamples]
+        agreement = Estimate.of_resamples(float(_spearman(*halves, _once(truth)).mean()), agreements)
+        ceiling = Estimate(*(_reachable(r, repeats) for r in (agreement.value, agreement.low, agreement.high)))
+    return LdsReport(
+        queries=dict(zip(scores, measured, strict=True)),
+        means={name: Estimate.of_resamples(*found) for name, found in by_name.items()},
+        differences={
+            (first, second): Estimate.of_resamples(
+                by_name[first][0] - by_name[second][0], by_name[first][1] - by_name[second][1]
+            )
+            for first, second in itertools.combinations(scores, 2)
+        },
+        ceiling=ceiling,
+        subsets=subsets,
+        repeats=repeats,
+        train=truth.masks.shape[1],
+        resamples=resamples,
+    )
+
+
+def _seed_halves(losses: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Mean losses of two disjoint halves of the seeds, for several random splits: twice [splits, queries, subsets]."""
+    repeats = losses.shape[1]
+    half = repeats // 2
+    # A set: few seeds have few splits, and each needs counting once.
+    splits = {
+        tuple(sorted((tuple(sorted(order[:half])), tuple(sorted(order[half : 2 * half])))))
+        for order in (generator.permutation(repeats).tolist() for _ in range(SPLITS))
+    }
+    means = [torch.stack([losses[:, side].mean(1).T for side in sides]) for sides in zip(*sorted(splits), strict=True)]
+    return means[0], means[1]
+
+
+def _reachable(agreement: float, repeats: int) -> float:
+    """From the agreement r of halves of the seeds to the ceiling for the mean over all `repeats` of them."""
+    longer = repeats / (repeats // 2)
+    agreement = max(agreement, 0.0)
+    return math.sqrt(longer * agreement / (1 + (longer - 1) * agreement))
+
+
+def _spearman(first: Tensor, second: Tensor, counts: Tensor) -> Tensor:
+    """Spearman's correlation over subsets that each count as often as a resample drew them; 0 if a side is constant.
+
+    Args:
+        first: [sides, queries, subsets].
+        second: [sides or 1, queries, subsets].
+        counts: [subsets, resamples], float64, each column with the sum `subsets`.
+
+    Returns:
+        [sides, queries, resamples].
+    """
+    found = []
+    for query in range(first.shape[1]):  # one at a time: what it needs stays in the processor's cache
+        left, right = (_centred_ranks(side[:, query], counts) for side in (first, second))
+        weighted = right * counts  # [sides, subsets, resamples]
+        covariance = (left * weighted).sum(1)  # [sides, resamples]
+        scale = ((left.square() * counts).sum(1) * (right * weighted).sum(1)).sqrt()
+        # Ranks are exact, so a constant side has exactly no variance.
+        found.append(torch.where(scale > 0, covariance / scale, 0.0))
+    return torch.stack(found, dim=1)
+
+
+def _centred_ranks(values: Tensor, counts: Tensor) -> Tensor:
+    """Average ranks within each resample, less their mean: [sides, subsets] -> [sides, subsets, resamples].
+
+    A value's average rank is the number of smaller ones, and half the number of its equals (itself among them), and a
+    half. So one product with the counts ranks every resample, ties and all, without sorting.
+    """
+    mine, others = values[:, :, None], values[:, None, :]
+    ahead = (others < mine).double() + 0.5 * (others == mine).double()  # [sides, subsets, subsets]
+    return ahead @ counts - len(counts) / 2
+
+
+def _subset_sums(name: str, values: Tensor, truth: GroundTruth) -> Tensor:
+    """The summed scores of the kept examples, [queries, subsets] in float64."""
+    expected = (truth.losses.shape[2], truth.masks.shape[1])
+    if tuple(values.shape) != expected:
+        raise InputError(
+            f"{name}: scores of shape {tuple(values.shape)}; the ground truth has {expected[0]} queries and "
+            f"{expected[1]} training examples. Score the same ones in the same order."
+        )
+    values = values.detach().to("cpu", torch.float64)
+    if not values.isfinite().all():
+        query, example = (~values.isfinite()).nonzero()[0].tolist()
+        raise InputError(f"{name}[{query}, {example}] is {values[query, example].item()}; expected finite scores.")
+    # Scores that are mostly one number (a constant, or BM25's zeros) must tie where they should, but sums of many equal
+    # numbers differ in their last bits. So that number, the median, is counted and not summed.
+    common = values.median(1, keepdim=True).values  # [queries, 1]
+    masks = truth.masks.double()
+    return (values - common) @ masks.T + common * masks.sum(1)  # [queries, subsets]
+
+
+def _draws(generator: np.random.Generator, size: int, resamples: int) -> Tensor:
+    """How often each of `size` things is drawn in `size` draws with replacement, [resamples, size] float64."""
+    return torch.from_numpy(generator.multinomial(size, np.full(size, 1 / size), resamples)).double()
+
+
+def _once(truth: GroundTruth) -> Tensor:
+    """Counts of the subsets as they are: one "resample" with each subset once, [subsets, 1]."""
+    return torch.ones(len(truth.masks), 1, dtype=torch.float64)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix not in {".npz", ".safetensors"}:
+        raise InputError(f"{file}: ends in {file.suffix or 'nothing'!r}; expected a .npz or a .safetensors file.")
+    if not file.exists():
+        raise InputError(f"{file}: no such file. Check the path.")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
+        raise DamagedError(f"{file} cannot be read: {error}. Get it again, or write it anew.") from error
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,190 @@
+"""Many small models trained at once: their weights stacked, their gradients by one vectorised pass (torch.func).
+
+An elementwise optimizer on stacked weights is as many independent optimizers, so each model goes exactly the way that
+it would go alone, up to rounding. This module knows models, tasks and batches; it must not know what the retrainings
+are for or where their results are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.optim import Optimizer
+
+from wherefrom.errors import InputError
+from wherefrom.evaluate.retrain import Retraining, current_device
+from wherefrom.fingerprint import Dataset
+from wherefrom.task import Batch, Task
+
+Weights = dict[str, Tensor]
+Tree = TypeVar("Tree")
+
+
+class StackedTraining(Generic[Batch]):
+    """A training function for `retrain` that trains all that it is given at once; pass `together` there.
+
+    Every retraining starts from the model's weights and visits its own subset in its own order, a new permutation from
+    `torch.Generator().manual_seed(seed)` each epoch; nothing else is random. The model is put into evaluation mode: no
+    dropout, and batch normalisation by the stored statistics. It trains on its worker's GPU, or on the CPU.
+
+    Args:
+        model: where every training starts; it is copied. Weights that do not require gradients stay as they are.
+        task: gives the summed loss, and the measurement of each query. Its losses must not look at values to decide
+            what to do (`torch.vmap` cannot); a Hugging Face model needs `attn_implementation="eager"` for that.
+        train: the training examples; all of them are collated into one batch, so sequences are padded to the longest.
+        queries: what is measured in the end, collated likewise.
+        optimizer: makes an elementwise optimizer (SGD, Adam, AdamW, ...) for a list of tensors [models, ...].
+        batch_size: examples in a step; the last step of an epoch has what is left.
+        epochs: how often every example is seen.
+        count: what a batch's summed loss is divided by, a scalar tensor; by default its number of examples. It looks
+            at one model's batch and is vectorised like the loss.
+
+    Raises:
+        InputError: `batch_size` or `epochs` is less than 1, or a collated batch is not made of tensors [examples, ...].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task[Batch],
+        train: Dataset[object],
+        queries: Dataset[object],
+        *,
+        optimizer: Callable[[list[Tensor]], Optimizer],
+        batch_size: int,
+        epochs: int,
+        count: Callable[[Batch], Tensor] | None = None,
+    ) -> None:
+        if batch_size < 1 or epochs < 1:
+            raise InputError(f"batch_size={batch_size}, epochs={epochs}: expected at least 1 of each.")
+        self._objectives = _Objectives(copy.deepcopy(model).train(False), task, count or _rows)
+        self._examples = len(train)
+        self._train, self._queries = _collated(task, train, "train"), _collated(task, queries, "queries")
+        self._optimizer, self._batch_size, self._epochs = optimizer, batch_size, epochs
+
+    def __call__(self, retrainings: Sequence[Retraining]) -> Tensor:
+        """Train one model for each retraining; each query's measurement after it, [retrainings, queries].
+
+        Raises:
+            InputError: the subsets are not of one size, or hold positions that are not in the training set.
+        """
+        self._check(retrainings)
+        device = current_device()
+        objectives = self._objectives.to(device)
+        train, queries = (_mapped(lambda values: values.to(device), each) for each in (self._train, self._queries))
+        stacked = {
+            name: weight.detach().expand(len(retrainings), *weight.shape).clone()
+            for name, weight in objectives.named_parameters()
+            if weight.requires_grad
+        }
+        optimizer = self._optimizer(list(stacked.values()))
+        gradients = vmap(grad(objectives.mean_loss))
+        for rows in self._steps(retrainings):
+            for name, gradient in gradients(stacked, _picked(train, rows)).items():
+                stacked[name].grad = gradient
+            optimizer.step()
+        return self._measure(stacked, queries)
+
+    def _check(self, retrainings: Sequence[Retraining]) -> None:
+        sizes = sorted({len(each.kept) for each in retrainings})
+        if len(sizes) != 1:
+            raise InputError(
+                f"StackedTraining was given subsets of {sizes} examples: expected one size, so that all models take "
+                "the same steps. Train each size in a call of its own."
+            )
+        outside = [row for each in retrainings for row in each.kept if not 0 <= row < self._examples]
+        if outside:
+            raise InputError(
+                f"A subset keeps example {outside[0]}, but the training set has {self._examples}. Make the masks for "
+                "this training set."
+            )
+
+    def _steps(self, retrainings: Sequence[Retraining]) -> Iterator[Tensor]:
+        """Positions in the training set of every model's next batch: int64 [models, batch]."""
+        kept = torch.tensor([each.kept for each in retrainings])
+        generators = [torch.Generator().manual_seed(each.seed) for each in retrainings]
+        for _ in range(self._epochs):
+            orders = [torch.randperm(kept.shape[1], generator=generator) for generator in generators]
+            yield from kept.gather(1, torch.stack(orders)).split(self._batch_size, dim=1)
+
+    @torch.no_grad()
+    def _measure(self, stacked: Weights, queries: Batch) -> Tensor:
+        """Each model's measurement of each query alone: [models, queries]."""
+        measure = vmap(vmap(self._objectives.measurement, in_dims=(None, 0)), in_dims=(0, None))
+        # As many queries at once as a training step has examples, for the memory's sake; each is a batch of one.
+        blocks = torch.arange(_rows(queries))[:, None].split(self._batch_size)
+        return torch.cat([measure(stacked, _picked(queries, rows)) for rows in blocks], dim=1)
+
+
+class _Objectives(nn.Module, Generic[Batch]):
+    """A model with its task, so that a task sees the model itself while `functional_call` exchanges the weights."""
+
+    def __init__(self, model: nn.Module, task: Task[Batch], count: Callable[[Batch], Tensor | int]) -> None:
+        super().__init__()
+        self.model, self._task, self._count = model, task, count
+
+    def forward(self, batch: Batch, measured: bool) -> Tensor:
+        if measured:
+            return self._task.measurement(self.model, batch)
+        return self._task.train_loss(self.model, batch) / self._count(batch)
+
+    def mean_loss(self, weights: Weights, batch: Batch) -> Tensor:
+        """The loss of one batch for given weights, divided by the count: a scalar."""
+        return cast(Tensor, functional_call(self, weights, (batch, False)))
+
+    def measurement(self, weights: Weights, batch: Batch) -> Tensor:
+        """The measurement of one batch for given weights: a scalar."""
+        return cast(Tensor, functional_call(self, weights, (batch, True)))
+
+
+def _collated(task: Task[Batch], dataset: Dataset[object], name: str) -> Batch:
+    """All examples in one batch of tensors [examples, ...]."""
+    if len(dataset) == 0:
+        raise InputError(f"{name} is empty: expected at least one example. Check the path or the filter.")
+    batch = task.collate([dataset[row] for row in range(len(dataset))])
+    wrong = [each for each in _leaves(batch) if not isinstance(each, Tensor) or each.shape[:1] != (len(dataset),)]
+    if wrong:
+        found = f"of shape {list(wrong[0].shape)}" if isinstance(wrong[0], Tensor) else f"{wrong[0]!r:.80}"
+        raise InputError(
+            f"{name}: a batch of its {len(dataset)} examples holds a {type(wrong[0]).__name__} {found}; expected only "
+            f"tensors with a row for each example. Leave the rest out in the task's collate."
+        )
+    return batch
+
+
+def _leaves(batch: object) -> list[object]:
+    """What is in a batch's dicts, lists and tuples."""
+    if isinstance(batch, Mapping):
+        return [leaf for value in batch.values() for leaf in _leaves(value)]
+    if isinstance(batch, list | tuple):
+        return [leaf for value in batch for leaf in _leaves(value)]
+    return [batch]
+
+
+def _mapped(function: Callable[[Tensor], Tensor], batch: Tree) -> Tree:
+    """A batch with a function applied to all tensors in its dicts, lists and tuples."""
+    mapped: object
+    if isinstance(batch, Tensor):
+        mapped = function(batch)
+    elif isinstance(batch, Mapping):
+        mapped = {name: _mapped(function, value) for name, value in batch.items()}
+    else:
+        mapped = [_mapped(function, value) for value in cast(Sequence[object], batch)]
+    return cast(Tree, mapped)
+
+
+def _picked(batch: Tree, rows: Tensor) -> Tree:
+    """Rows of a batch, in the shape of `rows`, an int64 tensor."""
+    return _mapped(lambda values: values[rows.to(values.device)], batch)
+
+
+def _rows(batch: object) -> int:
+    """How many examples a batch has."""
+    first = _leaves(batch)[0]
+    assert isinstance(first, Tensor)
+    return len(first)

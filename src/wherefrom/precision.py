@@ -1,0 +1,129 @@
+"""Half precision: model passes whose matrix products take bfloat16 operands, whatever the device multiplies natively.
+
+Where the hardware multiplies bfloat16, this is PyTorch's autocast. Elsewhere (most CPUs multiply half precision by
+software, a hundred times slower) the operands and results of every product are rounded to bfloat16 and multiplied in
+float32, which is what matrix units compute up to the order of summation. Weights, losses and whatever a collector adds
+up stay in float32. This module knows tensors and devices, nothing of layers or sweeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+# The products of a forward and a backward pass.
+_PRODUCTS = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten.baddbmm.default,
+        torch.ops.aten.convolution.default,
+        torch.ops.aten.convolution_backward.default,
+    }
+)
+# Fused attention also takes and returns logarithms of sums, which no kernel keeps in half precision: only its first
+# `count` arguments and results are rounded.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: (3, 1),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (5, 3),
+}
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    """A float32 tensor with its values rounded to bfloat16; other types are left as they are."""
+    return tensor.bfloat16().float() if tensor.dtype == torch.float32 else tensor
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware."""
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return False
+
+
+class Precision:
+    """How a model pass multiplies; this one, as the model's own type does."""
+
+    def passes(self) -> AbstractContextManager[object]:
+        """What a forward and backward pass runs within."""
+        return nullcontext()
+
+    def paused(self) -> AbstractContextManager[object]:
+        """Within it, inside `passes`, products are what they always are."""
+        return nullcontext()
+
+    def operand(self, tensor: Tensor) -> Tensor:
+        """A captured tensor as the operand of a product."""
+        return tensor
+
+    def __str__(self) -> str:
+        return "full"
+
+
+class HalfPrecision(Precision):
+    """bfloat16 operands, float32 sums.
+
+    Attributes:
+        native: the device's own bfloat16, or rounded operands multiplied in float32; None asks the device.
+    """
+
+    def __init__(self, device: torch.device, native: bool | None = None) -> None:
+        self.native = native_bfloat16(device) if native is None else native
+        self._device = device
+        self._rounding = _RoundedProducts()
+
+    def passes(self) -> AbstractContextManager[object]:
+        return torch.autocast(self._device.type, torch.bfloat16) if self.native else self._rounding
+
+    def paused(self) -> AbstractContextManager[object]:
+        return torch.autocast(self._device.type, enabled=False) if self.native else self._rounding.paused()
+
+    def operand(self, tensor: Tensor) -> Tensor:
+        return rounded(tensor)
+
+    def __str__(self) -> str:
+        return f"half: bfloat16 products {'in hardware' if self.native else 'by rounding, multiplied in float32'}"
+
+
+class _RoundedProducts(TorchDispatchMode):
+    """Rounds the operands and results of every product to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._active = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._active = False
+        try:
+            yield
+        finally:
+            self._active = True
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = kwargs or {}
+        if not self._active:
+            return func(*args, **options)
+        if func in _PRODUCTS:
+            return tree_map_only(Tensor, rounded, func(*tree_map_only(Tensor, rounded, args), **options))
+        if func in _ATTENTION:
+            inputs, outputs = _ATTENTION[func]
+            results = func(*map(rounded, args[:inputs]), *args[inputs:], **options)
+            return (*map(rounded, results[:outputs]), *results[outputs:])
+        return func(*args, **options)

@@ -1,0 +1,45 @@
+"""The progress bar that every long stage shows: done of total, time taken, time remaining.
+
+This module knows nothing of what is being done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+@contextmanager
+def progress_bar(name: str, total: int, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
+    """Show a bar on the standard error; yields a function that is told how much is done by now.
+
+    Args:
+        name: what the bar is called.
+        total: how much there is to do.
+        shown: None shows the bar when the standard error is a terminal.
+    """
+    console = Console(stderr=True)
+    if shown is None:
+        shown = console.is_terminal
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    # The remaining time follows the speed of the last hour: with rich's half a minute, a stage whose steps take longer
+    # would show none.
+    with Progress(*columns, console=console, disable=not shown, speed_estimate_period=3600) as progress:
+        line = progress.add_task(name, total=total)
+        yield lambda done: progress.update(line, completed=done)

@@ -1,0 +1,200 @@
+"""Scores of single tokens: which positions of a training sequence make up its score.
+
+A weight's gradient is a sum over positions, so a score is too: position t of a training example adds
+`s_t^T P a_t`, with the layer's input a_t and output gradient s_t there and the preconditioned query gradient P. The
+values lie on disk, since there are as many as training tokens times queries, and are read pair by pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wherefrom.capture import Captured
+from wherefrom.errors import InputError, LayerError
+from wherefrom.fingerprint import Fingerprint
+from wherefrom.gradients import GradientBank
+from wherefrom.store import Artifact, read_manifest
+from wherefrom.sweep import Collector
+
+INDEX = "index"
+
+
+# How large a file of token scores may be: what a sweep over it holds in memory.
+_PART_BYTES = 2**28
+
+
+def extreme_pairs(values: Tensor, count: int) -> Tensor:
+    """The pairs of each query with its `count` highest and `count` lowest scores.
+
+    Args:
+        values: [query, train].
+
+    Returns:
+        int64 [pairs, 2], (query, training position).
+    """
+    count = min(count, values.shape[1])
+    chosen = torch.zeros(values.shape, dtype=torch.bool)
+    for sign in (1, -1):
+        chosen.scatter_(1, (sign * values).topk(count, dim=1).indices, True)
+    return chosen.nonzero()
+
+
+def token_parts(queries: range, train: int, chosen: Tensor | None, bytes_each: int) -> Iterator[Tensor]:
+    """Cut pairs into parts of bounded size, by ascending training position.
+
+    Args:
+        queries: whose pairs are wanted.
+        chosen: int64 [pairs, 2], (query, training position); None is every pair.
+        bytes_each: what a pair's scores take.
+    """
+    fitting = max(1, _PART_BYTES // bytes_each)
+    if chosen is not None:
+        mine = chosen[(chosen[:, 0] >= queries.start) & (chosen[:, 0] < queries.stop)]
+        yield from mine[mine[:, 1].argsort(stable=True)].split(fitting)
+        return
+    rows = max(1, fitting // len(queries))
+    for start in range(0, train, rows):
+        examples = torch.arange(start, min(start + rows, train))
+        yield torch.cartesian_prod(examples, torch.arange(queries.start, queries.stop)).flip(1)
+
+
+class TokenCollector(Collector):
+    """Adds up, layer by layer, what every position adds to the scores of chosen pairs.
+
+    Args:
+        pairs: int64 [pairs, 2]: a row of the bank, and the position of a training example in the swept dataset, which
+            does not descend.
+        tokens: how many the longest example has.
+    """
+
+    def __init__(
+        self, bank: GradientBank, pairs: Tensor, tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._bank = bank
+        self._queries, self._examples = pairs.unbind(1)
+        self._batch: tuple[int, int] | None = None
+        self.sums = {"values": torch.zeros(len(pairs), tokens, dtype=dtype, device=device)}
+
+    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+        tokens = self._tokens(layer, captured, rows)
+        first, last = torch.searchsorted(self._examples, torch.tensor([rows.start, rows.stop])).tolist()
+        queries, examples = self._queries[first:last], self._examples[first:last] - rows.start
+        for query in queries.unique().tolist():
+            chosen = (queries == query).nonzero().squeeze(1)
+            activations, gradients = (each[examples[chosen]] for each in captured[:2])  # [chosen, calls * tokens, ...]
+            products = self._bank.token_products(layer, query, activations, gradients)
+            folded = products.view(len(chosen), captured.calls, tokens).sum(1)  # [chosen, tokens]
+            self.sums["values"][first + chosen, :tokens] += folded
+
+    def _tokens(self, layer: str, captured: Captured, rows: slice) -> int:
+        """How many tokens the batch has, the same for each of its layers."""
+        joined, calls = captured.activations.shape[1], captured.calls
+        tokens = joined // calls if calls else 0
+        if self._batch is None or self._batch[0] != rows.start:
+            self._batch = (rows.start, tokens)
+        expected = self._batch[1]
+        if not calls or tokens != expected or tokens > self.sums["values"].shape[1]:
+            raise LayerError(
+                f"Layer {layer!r} sees {joined} vectors an example in {calls or 'unequal'} calls where other layers "
+                f"see {expected}: its part of a score belongs to no single token. Leave it out with `layers=[...]`, or "
+                "ask for sequence scores."
+            )
+        return tokens
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What each token of a training example adds to its score for a query; over tokens, the values sum to the score.
+
+    The value at position t belongs to the input token t: to what the layers read there, and to the losses at t and
+    later that this influences.
+
+    Attributes:
+        folder: where the values lie.
+        pairs: int64 [pairs, 2]: query and training position of each stored pair.
+        lengths: int64 [train]: tokens of each training example.
+        shards: how many pairs each file holds, in the order of `pairs`.
+        fingerprint: what the scores were computed from.
+    """
+
+    folder: Path
+    pairs: Tensor
+    lengths: Tensor
+    shards: Sequence[int]
+    fingerprint: Fingerprint
+    _opened: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TokenScores:
+        """Read finished token scores, `RUN/scores/NAME.tokens`, without the model or the data.
+
+        Raises:
+            InputError: there are no token scores.
+            DamagedError: the files are not what was written.
+        """
+        folder = Path(folder)
+        if not (folder / INDEX).exists():
+            raise InputError(f"{folder}: no token scores there. Compute them first, with Study.score_tokens.")
+        fingerprint = read_manifest(folder / INDEX)["fingerprint"]
+        index = Artifact(folder / INDEX, fingerprint).load()
+        return cls(folder, index["pairs"], index["lengths"], index["shards"].tolist(), fingerprint)
+
+    def __contains__(self, pair: tuple[int, int]) -> bool:
+        """Whether (query, training position) is stored."""
+        return self._place(pair) is not None
+
+    def __getitem__(self, pair: tuple[int, int]) -> Tensor:
+        """The values of (query, training position), one for each token of the training example.
+
+        Raises:
+            InputError: the pair is not stored.
+            DamagedError: its file is not what was written.
+        """
+        place = self._place(pair)
+        if place is None:
+            raise InputError(
+                f"{self.folder} holds no token scores of query {pair[0]} and training example {pair[1]}: it has "
+                f"{self.fingerprint['pairs']}. Compute them with a larger `top`, or for all pairs."
+            )
+        shard = 0
+        while place >= self.shards[shard]:
+            place, shard = place - self.shards[shard], shard + 1
+        return self._shard(shard)[place, : int(self.lengths[pair[1]])].clone()
+
+    @property
+    def values(self) -> Tensor:
+        """All of them in memory, [query, train, token]; zero past an example's end and for pairs that are not stored.
+
+        For a small study; `scores[query, train]` reads single pairs of a large one.
+        """
+        stored = torch.cat([self._shard(number) for number in range(len(self.shards))])  # [pairs, token]
+        queries = int(self.pairs[:, 0].max()) + 1
+        dense = stored.new_zeros(queries, len(self.lengths), stored.shape[1])
+        dense[self.pairs[:, 0], self.pairs[:, 1]] = stored
+        return dense
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """Each stored pair as one number, ascending, and where it is stored."""
+        return (self.pairs[:, 0] * len(self.lengths) + self.pairs[:, 1]).sort()
+
+    def _place(self, pair: tuple[int, int]) -> int | None:
+        query, train = pair
+        if query < 0 or not 0 <= train < len(self.lengths):
+            return None
+        keys, places = self._sorted
+        key = query * len(self.lengths) + train
+        found = int(torch.searchsorted(keys, key))
+        return int(places[found]) if found < len(keys) and keys[found] == key else None
+
+    def _shard(self, number: int) -> Tensor:
+        """The values of one file, [pairs, token], memory-mapped once its digest has been checked."""
+        if number not in self._opened:
+            self._opened[number] = Artifact(self.folder / str(number), self.fingerprint).mapped()["values"]
+        return self._opened[number]

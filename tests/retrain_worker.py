@@ -1,0 +1,75 @@
+"""A model whose retraining has a closed form, and a bank of it as a process of its own, slow enough to be killed:
+`python -m tests.retrain_worker PATH LOG WORKERS`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wherefrom.evaluate.retrain import Retraining, Retrainings, half_subsets, retrain
+
+EXAMPLES, SUBSETS, SEEDS = 10, 4, (7, 3)
+FINGERPRINT = {"model": "the mean"}
+
+TARGETS = np.linspace(-1, 1, EXAMPLES) ** 3
+QUERIES = np.array([0.5, -2.0, 1.0])
+
+
+def expected_losses(masks: NDArray[np.bool_], seeds: Sequence[int]) -> NDArray[np.float64]:
+    """[subsets, repeats, queries]: the squared distance of each query from the mean of what is kept, plus the seed."""
+    means = masks @ TARGETS / masks.sum(1)
+    outputs = means[:, None] + np.array(seeds)[None, :]
+    losses: NDArray[np.float64] = (outputs[:, :, None] - QUERIES) ** 2
+    return losses
+
+
+@dataclass(frozen=True)
+class MeanModel:
+    """Its only weight is the mean of the targets, and it adds the seed to it.
+
+    Attributes:
+        log: gets a line for every retraining before it begins: positions kept, seed, threads, process.
+        seconds: how long each takes.
+        fail: positions kept on which it raises; kill: on which it kills its own process.
+    """
+
+    log: Path
+    seconds: float = 0.0
+    fail: tuple[int, ...] = ()
+    kill: tuple[int, ...] = ()
+
+    def __call__(self, retrainings: Sequence[Retraining]) -> Tensor:
+        return torch.stack([self._train(each) for each in retrainings])
+
+    def _train(self, retraining: Retraining) -> Tensor:
+        kept = list(retraining.kept)
+        with self.log.open("a") as stream:
+            stream.write(f"{kept} {retraining.seed} | {torch.get_num_threads()} | {os.getpid()}\n")
+        time.sleep(self.seconds)
+        if retraining.kept == self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if retraining.kept == self.fail:
+            raise ArithmeticError("no such model")
+        output = torch.tensor(TARGETS)[kept].mean() + retraining.seed
+        return (output - torch.tensor(QUERIES)).square()
+
+
+def fill(path: Path, log: Path, workers: int, seconds: float = 0.0) -> Retrainings:
+    """The bank that every run of this module makes."""
+    masks = half_subsets(EXAMPLES, SUBSETS)
+    return retrain(path, MeanModel(log, seconds), masks, SEEDS, fingerprint=FINGERPRINT, workers=workers)
+
+
+if __name__ == "__main__":
+    fill(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), seconds=0.2)

@@ -1,0 +1,117 @@
+"""Half precision: what is rounded, what is not, and that scores stay what they were to a few bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+import wherefrom as wf
+from tests.models import gpt2_case, mlp_case, relative_error
+from wherefrom.capture import Captured
+from wherefrom.precision import HalfPrecision, rounded
+from wherefrom.sweep import Collector, Sweep
+from wherefrom.layers import select_layers
+
+CPU = torch.device("cpu")
+BOTH = pytest.mark.parametrize("native", [False, True], ids=["rounding", "native"])
+
+
+def by_hand(model: nn.Sequential, inputs: Tensor, labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and output gradients of two linear layers around a tanh, each product with rounded operands, in float64.
+
+    Sums are exact here and float32 there, so a value in the middle between two bfloat16 numbers may fall either way.
+    """
+    first, second = model[0], model[2]
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return (left.double() @ right.double()).float()
+
+    a1 = rounded(inputs)
+    hidden = torch.tanh(rounded(product(a1, rounded(first.weight).T) + rounded(first.bias)))
+    a2 = rounded(hidden)
+    logits = rounded(product(a2, rounded(second.weight).T) + rounded(second.bias))
+    s2 = rounded(logits.softmax(1) - nn.functional.one_hot(labels, 3).float())
+    s1 = rounded(product(s2, rounded(second.weight))) * (1 - hidden.square())
+    return [a1, a2], [rounded(s1), s2]
+
+
+@BOTH
+def test_layers_see_bfloat16_operands_and_sums_stay_float32(native: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3))
+    inputs, labels = torch.randn(9, 40), torch.randint(3, (9,))
+    seen: dict[str, Captured] = {}
+    exact: dict[str, Tensor] = {}
+
+    class Keep(Collector):
+        def __init__(self) -> None:
+            self.sums = {}
+
+        def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+            seen[layer] = captured
+            exact[layer] = captured.gradients[:, 0].T @ captured.activations[:, 0]  # a product inside the pass
+
+    task = wf.Classification()
+    sweep: Sweep[Any] = Sweep(model, task, select_layers(model), precision=HalfPrecision(CPU, native))
+    rows = list(zip(inputs, labels, strict=True))
+    sweep.run("keep", rows, Keep(), lambda model, batch, _: task.train_loss(model, batch), batch_size=9)
+    activations, gradients = by_hand(model, inputs, labels)
+    for layer, a, s in zip(("0", "2"), activations, gradients, strict=True):
+        captured = seen[layer]
+        assert captured.activations.dtype == torch.float32
+        assert torch.equal(captured.activations, rounded(captured.activations))
+        assert torch.equal(captured.gradients, rounded(captured.gradients))
+        # Most values are the same to the last bit, all of them to a unit or two in the last place.
+        for found, expected in ((captured.activations[:, 0, :-1], a), (captured.gradients[:, 0], s)):
+            assert (found == expected).double().mean() > 0.9
+            assert relative_error(found, expected) < 2**-7
+        wide = captured.gradients[:, 0].double().T @ captured.activations[:, 0].double()
+        assert relative_error(exact[layer], wide) < 1e-6  # neither operands nor result of a collector are rounded
+
+
+@BOTH
+@pytest.mark.parametrize("strategy", ["identity", "ekfac"])
+def test_scores_in_half_precision_keep_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, native: bool
+) -> None:
+    monkeypatch.setattr("wherefrom.precision.native_bfloat16", lambda device: native)
+    case = gpt2_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    full = study.score(case.queries, study.fit(strategy)).values
+    half = study.score(case.queries, study.fit(strategy, half_precision=True), half_precision=True).values
+    assert half.dtype == torch.float32
+    assert 0 < relative_error(half, full) < 0.1
+    assert all(spearmanr(a, b).statistic > 0.95 for a, b in zip(full, half, strict=True))
+    names = {path.name for path in (tmp_path / "scores").iterdir()}
+    assert names == {strategy, f"{strategy}-half"}
+
+
+def test_the_two_ways_of_half_precision_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding operands is nearer to native bfloat16 than either is to float32."""
+    case = gpt2_case(torch.float32)
+    found = {}
+    for native in (False, True):
+        monkeypatch.setattr("wherefrom.precision.native_bfloat16", lambda device, native=native: native)
+        study = wf.Study(tmp_path / str(native), case.model, case.task, train=case.train)
+        found[native] = study.score(case.queries, study.fit("identity"), half_precision=True).values
+    full = study.score(case.queries, study.fit("identity")).values
+    assert relative_error(found[False], found[True]) < 0.7 * relative_error(found[False], full)
+
+
+def test_factors_in_half_precision_are_float32_and_say_so(tmp_path: Path) -> None:
+    case = mlp_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    full = study.fit("ekfac")
+    half = study.fit("ekfac", half_precision=True)
+    assert full.fingerprint["precision"] == "full"
+    assert half.fingerprint["precision"].startswith("half: bfloat16 products")
+    for name, values in half.eigenvalues.items():
+        assert values.dtype == torch.float32
+        assert 0 < relative_error(values.sum(), full.eigenvalues[name].sum()) < 0.05
+    with pytest.raises(wf.WherefromError, match="precision: stored full, now half"):
+        study.fit("ekfac", half_precision=True, name="sampled")

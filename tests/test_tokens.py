@@ -1,0 +1,162 @@
+"""Scores of tokens: against brute force, their sums, their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wherefrom as wf
+from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
+from tests.reference import BruteForce
+from wherefrom.errors import DamagedError, InputError, LayerError, MismatchError
+from wherefrom.layers import select_layers
+from wherefrom.tokens import TokenScores, extreme_pairs, token_parts
+
+
+def brute_force(make: CaseMaker, query: int, example: int) -> Tensor:
+    """Undamped identity token scores of one pair: autograd for the query, the layer's own tensors for each token."""
+    case = make(torch.float64)
+    layers = list(select_layers(case.model, case.task.layers))
+    brute = BruteForce(case.model, case.task, layers, case.train, case.queries)
+    total = torch.zeros(())
+    for layer in layers:
+        activations, gradients = brute.tokens[example][layer]  # [calls * tokens, in], [calls * tokens, out]
+        each = torch.einsum("to,oi,ti->t", gradients, brute.queries[query][layer], activations)
+        calls = 2 if layer == "twice" else 1
+        total = total + each.detach().view(calls, -1).sum(0)
+    return total
+
+
+@pytest.mark.parametrize("make", [mlp_case, gpt2_case])
+def test_token_scores_equal_brute_force(tmp_path: Path, make: CaseMaker) -> None:
+    case = make(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    tokens = study.score_tokens(case.queries, study.fit("identity"), train_batch_size=4)
+    for pair in ((0, 0), (2, 7), (4, 11)):
+        assert relative_error(tokens[pair], brute_force(make, *pair)) < 1e-9
+
+
+@pytest.mark.parametrize("strategy", ["identity", "diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("top", [None, 3])
+@pytest.mark.parametrize("make", [mlp_case, gpt2_case])
+def test_tokens_sum_to_the_sequence_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: CaseMaker, top: int | None, strategy: str
+) -> None:
+    """With files of a few pairs and one query in memory at a time, too."""
+    case = make(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit(strategy)
+    scores = study.score(case.queries, factors).values
+    tokens = study.score_tokens(case.queries, factors, top=top, name="one")
+    monkeypatch.setattr("wherefrom.tokens._PART_BYTES", 7 * 8 * int(tokens.lengths.max()))
+    monkeypatch.setattr("wherefrom.scoring._BANK_SHARE", 0.0)
+    parts = study.score_tokens(case.queries, factors, top=top, name="many", train_batch_size=3)
+    assert len(parts.shards) > len(tokens.shards) == 1
+    expected = {(q, t) for q in range(5) for t in range(len(case.train))}
+    if top:
+        expected = {(hit.query, hit.train) for each in (scores, -scores) for hit in wf.Scores(each, {}).top(top)}
+    for found in (tokens, parts, TokenScores.load(parts.folder)):
+        assert {tuple(pair) for pair in found.pairs.tolist()} == expected
+        for query, train in expected:
+            assert len(found[query, train]) == found.lengths[train]
+            assert abs(found[query, train].sum() - scores[query, train]) < 1e-10 * scores.abs().max()
+    assert relative_error(parts.values, tokens.values) < 1e-9
+    if top is None:
+        assert relative_error(tokens.values.sum(2), scores) < 1e-10
+
+
+def test_lengths_and_padding(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    tokens = study.score_tokens(case.queries, study.fit("ekfac"))
+    lengths = [len(example["input_ids"]) for example in case.train]  # type: ignore[index]
+    assert tokens.lengths.tolist() == lengths
+    assert tokens.values.shape == (5, 14, max(lengths))
+    padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+    assert (tokens.values[:, padding] == 0).all()
+    # The last token predicts nothing, and nothing later reads it: no loss depends on it.
+    assert all(tokens[0, row][-1] == 0 for row in range(14))
+
+
+def test_pairs_that_are_not_stored_are_named(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("diagonal")
+    tokens = study.score_tokens(case.queries, factors, top=1)
+    best = study.score(case.queries, factors).top(1)[0]
+    other = next(row for row in range(12) if (0, row) not in tokens)
+    assert (0, best.train) in tokens
+    assert (0, -1) not in tokens
+    assert (99, 0) not in tokens
+    with pytest.raises(InputError, match=rf"query 0 and training example {other}: it has the 1 highest and lowest"):
+        tokens[0, other]
+    with pytest.raises(InputError, match="top=0: expected at least 1"):
+        study.score_tokens(case.queries, factors, top=0)
+    with pytest.raises(InputError, match="no token scores there"):
+        TokenScores.load(tmp_path / "nowhere")
+
+
+def test_token_scores_are_reused_refused_and_checked(tmp_path: Path) -> None:
+    class Counting(wf.Classification):
+        _calls = 0
+
+        def train_loss(self, *arguments: object) -> Tensor:
+            Counting._calls += 1
+            return super().train_loss(*arguments)  # type: ignore[arg-type]
+
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, Counting(), train=case.train)
+    factors = study.fit("ekfac")
+    first = study.score_tokens(case.queries, factors)
+    Counting._calls = 0
+    assert torch.equal(study.score_tokens(case.queries, factors).values, first.values)
+    assert Counting._calls == 0
+    with pytest.raises(MismatchError, match=r"damping: stored 0.1 x mean eigenvalue, now 1.0"):
+        study.score_tokens(case.queries, factors, damping=1.0)
+    file = first.folder / "0" / "tensors.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedError, match="tensors.safetensors cannot be used"):
+        TokenScores.load(first.folder)[0, 0]
+    repaired = study.score_tokens(case.queries, factors, overwrite=True)
+    assert torch.equal(repaired.values, first.values)
+
+
+def test_a_layer_that_sees_no_tokens_is_named(tmp_path: Path) -> None:
+    """A layer after pooling has one vector an example, whatever the others see."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenwise, self.pooled = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            logits: Tensor = self.pooled(torch.tanh(self.tokenwise(inputs)).mean(1))
+            return logits
+
+    torch.manual_seed(0)
+    rows: list[object] = [(torch.randn(6, 4), torch.tensor(row % 3)) for row in range(5)]
+    study = wf.Study(tmp_path, Pooled(), wf.Classification(), train=rows)
+    with pytest.raises(LayerError, match="belongs to no single token"):
+        study.score_tokens(rows, study.fit("identity"))
+    alone = wf.Study(tmp_path / "alone", Pooled(), wf.Classification(["tokenwise"]), train=rows)
+    factors = alone.fit("identity")
+    tokens = alone.score_tokens(rows, factors).values
+    assert tokens.shape == (5, 5, 6)
+    assert relative_error(tokens.sum(2), alone.score(rows, factors).values) < 1e-5
+
+
+def test_parts_hold_every_pair_once() -> None:
+    values = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    chosen = extreme_pairs(values, 2)
+    assert len(chosen) == 24
+    found = torch.cat([part for block in (range(4), range(4, 6)) for part in token_parts(block, 9, chosen, 2**26)])
+    assert sorted(found.tolist()) == chosen.tolist()
+    parts = list(token_parts(range(2, 5), 9, None, 2**26))
+    assert [len(part) for part in parts] == [3] * 9
+    assert sorted(torch.cat(parts).tolist()) == [[query, row] for query in range(2, 5) for row in range(9)]
+    assert len(extreme_pairs(values, 99)) == 54

@@ -13,20 +13,22 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import gpt2_case, mlp_case, relative_error
 from wherefrom.capture import Captured
+from wherefrom.layers import select_layers
 from wherefrom.precision import HalfPrecision, rounded
 from wherefrom.sweep import Collector, Sweep
-from wherefrom.layers import select_layers
 
 CPU = torch.device("cpu")
 BOTH = pytest.mark.parametrize("native", [False, True], ids=["rounding", "native"])
 
 
-def by_hand(model: nn.Sequential, inputs: Tensor, labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def by_hand(model: nn.Sequential, inputs: Tensor, labels: Tensor, native: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and output gradients of two linear layers around a tanh, each product with rounded operands, in float64.
 
     Sums are exact here and float32 there, so a value in the middle between two bfloat16 numbers may fall either way.
     """
     first, second = model[0], model[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
 
     def product(left: Tensor, right: Tensor) -> Tensor:
         return (left.double() @ right.double()).float()
@@ -36,7 +38,8 @@ def by_hand(model: nn.Sequential, inputs: Tensor, labels: Tensor) -> tuple[list[
     a2 = rounded(hidden)
     logits = rounded(product(a2, rounded(second.weight).T) + rounded(second.bias))
     s2 = rounded(logits.softmax(1) - nn.functional.one_hot(labels, 3).float())
-    s1 = rounded(product(s2, rounded(second.weight))) * (1 - hidden.square())
+    # Autocast leaves the tanh in bfloat16, and its derivative is of the rounded value.
+    s1 = rounded(product(s2, rounded(second.weight))) * (1 - (a2 if native else hidden).square())
     return [a1, a2], [rounded(s1), s2]
 
 
@@ -60,7 +63,7 @@ def test_layers_see_bfloat16_operands_and_sums_stay_float32(native: bool) -> Non
     sweep: Sweep[Any] = Sweep(model, task, select_layers(model), precision=HalfPrecision(CPU, native))
     rows = list(zip(inputs, labels, strict=True))
     sweep.run("keep", rows, Keep(), lambda model, batch, _: task.train_loss(model, batch), batch_size=9)
-    activations, gradients = by_hand(model, inputs, labels)
+    activations, gradients = by_hand(model, inputs, labels, native)
     for layer, a, s in zip(("0", "2"), activations, gradients, strict=True):
         captured = seen[layer]
         assert captured.activations.dtype == torch.float32
@@ -89,18 +92,6 @@ def test_scores_in_half_precision_keep_their_order(
     assert all(spearmanr(a, b).statistic > 0.95 for a, b in zip(full, half, strict=True))
     names = {path.name for path in (tmp_path / "scores").iterdir()}
     assert names == {strategy, f"{strategy}-half"}
-
-
-def test_the_two_ways_of_half_precision_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding operands is nearer to native bfloat16 than either is to float32."""
-    case = gpt2_case(torch.float32)
-    found = {}
-    for native in (False, True):
-        monkeypatch.setattr("wherefrom.precision.native_bfloat16", lambda device, native=native: native)
-        study = wf.Study(tmp_path / str(native), case.model, case.task, train=case.train)
-        found[native] = study.score(case.queries, study.fit("identity"), half_precision=True).values
-    full = study.score(case.queries, study.fit("identity")).values
-    assert relative_error(found[False], found[True]) < 0.7 * relative_error(found[False], full)
 
 
 def test_factors_in_half_precision_are_float32_and_say_so(tmp_path: Path) -> None:

@@ -7,67 +7,65 @@ Run it after `train.py`, whose checkpoint says which model and which data.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from common import Common, Example, console, run
 from datasets import Dataset
-from models import load_example
-from rich.console import Console
 
 import wherefrom as wf
 from wherefrom.evaluate.labels import label_agreement
+from wherefrom.report.evaluations import load_figures
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.text import top_tables
 
-console = Console()
+SHOWN = 10  # sequences of each sign that the page shows for a query
 
 
 @dataclass
-class Arguments:
+class Arguments(Common):
     """Where the predictions of a fine-tuned language model come from."""
 
-    checkpoint_dir: Path = Path("checkpoints")
-    """What train.py wrote."""
-    run_dir: Path = Path("runs/wikitext")
-    """Keeps factors, scores and the report; what is there already is reused."""
     factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac"
-    query_batch_size: int = 32
-    train_batch_size: int = 64
     damping: float | None = None
     """Added to every eigenvalue; None is 0.1 x the mean eigenvalue of each layer."""
+    use_half_precision: bool = False
+    """bfloat16 products in the model's passes, query gradients in bfloat16."""
+    compute_per_token_score: bool = False
+    """Also score the tokens of the sequences that the page shows, and shade them there."""
     report: Path | None = None
     """The HTML page; RUN_DIR/reports/STRATEGY.html by default."""
-    overwrite: bool = False
-    """Replace factors and scores that were made from something else."""
     profile: bool = False
     """Print where the time went."""
 
 
 def main(arguments: Arguments) -> None:
     """Fit, score, print, and write the page."""
-    model, tokenizer, train, queries = load_example(arguments.checkpoint_dir)
-    study = wf.Study(arguments.run_dir, model, wf.CausalLM(), train=train)
-    factors = study.fit(arguments.factor_strategy, batch_size=arguments.train_batch_size, overwrite=arguments.overwrite)
-    scores = study.score(
-        queries,
-        factors,
-        damping=arguments.damping,
-        query_batch_size=arguments.query_batch_size,
-        train_batch_size=arguments.train_batch_size,
-        overwrite=arguments.overwrite,
-    )
+    example = Example(arguments)
+    strategy, damping, half = arguments.factor_strategy, arguments.damping, arguments.use_half_precision
+    scores = example.scores(strategy, damping, half)
+    tokens = example.token_scores(strategy, damping, half, SHOWN) if arguments.compute_per_token_score else None
+    queries, train = example.queries, example.train
     console.print(
         top_tables(scores, DatasetPassages(queries), DatasetPassages(train), shown=range(min(3, len(queries))))
     )
-    summary = f"{len(queries):,} queries x {len(train):,} training sequences, {arguments.factor_strategy}. "
+    summary = f"{len(queries):,} queries x {len(train):,} training sequences, {strategy}. "
     summary += topic_agreement(scores, queries, train)
     console.print(summary)
-    page = study.report(scores, queries, tokenizer=tokenizer, path=arguments.report, summary=summary)
+    page = example.study.report(
+        scores,
+        queries,
+        tokenizer=example.tokenizer,
+        tokens=tokens,
+        figures=load_figures(arguments.run_dir),
+        path=arguments.report,
+        summary=summary,
+        k=SHOWN,
+    )
     if arguments.profile:
-        console.print(*study.profile.tables())
+        console.print(*example.study.profile.tables())
+    console.print(f"Precision: {scores.fingerprint['precision']}")
     console.print(f"The report is {page}", soft_wrap=True)
 
 
@@ -79,7 +77,4 @@ def topic_agreement(scores: wf.Scores, queries: Dataset, train: Dataset) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)))
-    except wf.WherefromError as error:
-        sys.exit(f"error: {error}")
+    run(main, Arguments)

@@ -7,6 +7,7 @@ from wherefrom.sampling import Sampler
 from wherefrom.scores import Hit, Scores
 from wherefrom.study import Study
 from wherefrom.task import CausalLM, Classification, Regression, Task
+from wherefrom.tokens import TokenScores
 
 __all__ = [
     "CausalLM",
@@ -18,6 +19,7 @@ __all__ = [
     "Scores",
     "Study",
     "Task",
+    "TokenScores",
     "WherefromError",
     "__version__",
 ]

@@ -36,7 +36,7 @@ from wherefrom.layers import select_layers
 from wherefrom.memory import checked_batch_size
 from wherefrom.precision import HalfPrecision
 from wherefrom.report.html import render_report
-from wherefrom.report.passages import DatasetPassages, Tokenizer
+from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, Tokenizer
 from wherefrom.sampling import Sampler
 from wherefrom.scores import Scores
 from wherefrom.scoring import Compute, Scoring
@@ -244,6 +244,8 @@ class Study(Generic[Batch]):
         queries: Dataset[object],
         *,
         tokenizer: Tokenizer | None = None,
+        tokens: TokenScores | None = None,
+        figures: Sequence[Figure] = (),
         path: str | Path | None = None,
         summary: str = "",
         k: int = 10,
@@ -253,14 +255,21 @@ class Study(Generic[Batch]):
         Args:
             scores: what `score` returned for these queries.
             queries: examples; their columns `text`, `title` and `label` are shown where they exist.
-            tokenizer: decodes `input_ids` of examples without `text`.
+            tokenizer: decodes `input_ids` of examples without `text`, and the tokens that are shaded.
+            tokens: what `score_tokens` returned for these queries; shades the tokens of the pairs that it has.
+            figures: plots to show, such as those of `report.evaluations.load_figures`.
             path: the page; `reports/STRATEGY.html` in the run directory by default.
             summary: a line below the title.
             k: how many examples of each sign are shown.
 
         Returns:
             Where the page is.
+
+        Raises:
+            WherefromError: an argument does not fit, or the page cannot be written.
         """
+        if tokens is not None and tokenizer is None:
+            raise InputError("tokens are given and tokenizer is None: expected the tokenizer that made their text.")
         path = Path(path) if path else self.path / "reports" / f"{scores.strategy}.html"
         page = render_report(
             title=f"Where from? {self.path.name}",
@@ -270,6 +279,8 @@ class Study(Generic[Batch]):
             values=scores.values,
             settings=scores.fingerprint,
             profile=self.profile.text(),
+            tokens=DatasetTokens(tokens, self.train, tokenizer) if tokens is not None and tokenizer else None,
+            figures=figures,
             k=k,
         )
         write_text(path, page)

@@ -77,7 +77,7 @@ class TokenCollector(Collector):
         self, bank: GradientBank, pairs: Tensor, tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._bank = bank
-        self._queries, self._examples = pairs.unbind(1)
+        self._queries, self._examples = pairs.T.contiguous()
         self._batch: tuple[int, int] | None = None
         self.sums = {"values": torch.zeros(len(pairs), tokens, dtype=dtype, device=device)}
 

@@ -14,15 +14,18 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from wherefrom.errors import DamagedError, InputError
+
+Array: TypeAlias = NDArray[np.float64]
 
 SPLITS = 10  # random splits of the seeds behind the ceiling; they share their losses, so more add little
 SIDE = 2.5  # percent of the resamples left out on either side of a 95% interval
@@ -40,9 +43,9 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     @classmethod
-    def of_resamples(cls, value: float, resamples: Tensor) -> Estimate:
+    def of_resamples(cls, value: float, resamples: Array) -> Estimate:
         """A value with the middle 95% of its bootstrap resamples [resamples], moved so that their mean is the value."""
-        low, high = np.percentile(resamples.numpy(), [SIDE, 100 - SIDE]) + value - float(resamples.mean())
+        low, high = np.percentile(resamples, [SIDE, 100 - SIDE]) + value - float(resamples.mean())
         return cls(value, float(low), float(high))
 
     def to_json(self) -> dict[str, float]:
@@ -113,8 +116,8 @@ class GroundTruth:
 
     @property
     def outcomes(self) -> Tensor:
-        """Minus the mean loss over repeats, [queries, subsets]: what scores of kept examples should predict."""
-        return -self.losses.mean(1).T.contiguous()
+        """Minus the mean loss over repeats, [queries, subsets]: what summed scores of kept examples should predict."""
+        return -self.losses.mean(1).T
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def linear_datamodeling_scores(values: Tensor, truth: GroundTruth) -> Tensor:
         InputError: the scores do not fit the ground truth or are not finite.
     """
     predicted = _subset_sums("values", values, truth)
-    return _spearman(predicted[None], truth.outcomes[None], _once(truth))[0, :, 0]
+    return torch.from_numpy(_spearman(predicted[None], truth.outcomes.numpy()[None], _once(truth))[0, :, 0])
 
 
 def evaluate_lds(
@@ -200,7 +203,7 @@ def evaluate_lds(
     with the expected loss. Negative r counts as 0. r is averaged first because the root of one query's noisy r is far
     off; where queries differ in r this makes the ceiling a little too high, not too low.
 
-    The time grows with methods x queries x resamples x subsets squared.
+    The time grows with methods x queries x resamples x subsets, and the ceiling takes as long as some 15 more methods.
 
     Args:
         scores: by method, [queries, train].
@@ -217,23 +220,23 @@ def evaluate_lds(
         raise InputError(f"resamples={resamples}: expected at least 2; 1000 give stable intervals.")
     generator = np.random.default_rng(seed)
     subsets, repeats, queries = truth.losses.shape
-    subset_counts = _draws(generator, subsets, resamples).T.contiguous()  # [subsets, resamples]
-    weights = _draws(generator, queries, resamples).T / queries  # [queries, resamples]
+    subset_counts = _draws(generator, subsets, resamples)  # [subsets, resamples]
+    weights = _draws(generator, queries, resamples) / queries  # [queries, resamples]
 
-    predicted = torch.stack([_subset_sums(name, values, truth) for name, values in scores.items()])
-    outcomes = truth.outcomes[None]  # [1, queries, subsets]
+    predicted = np.stack([_subset_sums(name, values, truth) for name, values in scores.items()])
+    outcomes = truth.outcomes.numpy()[None]  # [1, queries, subsets]
     measured = _spearman(predicted, outcomes, _once(truth))[..., 0]  # [methods, queries]
     drawn = (_spearman(predicted, outcomes, subset_counts) * weights).sum(1)  # [methods, resamples]
     by_name = dict(zip(scores, zip(measured.mean(1).tolist(), drawn, strict=True), strict=True))
 
     ceiling = None
     if repeats > 1:
-        halves = _seed_halves(truth.losses, generator)
+        halves = _seed_halves(truth.losses.numpy(), generator)
         agreements = (_spearman(*halves, subset_counts).mean(0) * weights).sum(0)  # [resamples]
         agreement = Estimate.of_resamples(float(_spearman(*halves, _once(truth)).mean()), agreements)
         ceiling = Estimate(*(_reachable(r, repeats) for r in (agreement.value, agreement.low, agreement.high)))
     return LdsReport(
-        queries=dict(zip(scores, measured, strict=True)),
+        queries=dict(zip(scores, torch.from_numpy(measured), strict=True)),
         means={name: Estimate.of_resamples(*found) for name, found in by_name.items()},
         differences={
             (first, second): Estimate.of_resamples(
@@ -249,7 +252,7 @@ def evaluate_lds(
     )
 
 
-def _seed_halves(losses: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+def _seed_halves(losses: Array, generator: np.random.Generator) -> tuple[Array, Array]:
     """Mean losses of two disjoint halves of the seeds, for several random splits: twice [splits, queries, subsets]."""
     repeats = losses.shape[1]
     half = repeats // 2
@@ -258,7 +261,7 @@ def _seed_halves(losses: Tensor, generator: np.random.Generator) -> tuple[Tensor
         tuple(sorted((tuple(sorted(order[:half])), tuple(sorted(order[half : 2 * half])))))
         for order in (generator.permutation(repeats).tolist() for _ in range(SPLITS))
     }
-    means = [torch.stack([losses[:, side].mean(1).T for side in sides]) for sides in zip(*sorted(splits), strict=True)]
+    means = [np.stack([losses[:, side].mean(1).T for side in sides]) for sides in zip(*sorted(splits), strict=True)]
     return means[0], means[1]
 
 
@@ -269,41 +272,46 @@ def _reachable(agreement: float, repeats: int) -> float:
     return math.sqrt(longer * agreement / (1 + (longer - 1) * agreement))
 
 
-def _spearman(first: Tensor, second: Tensor, counts: Tensor) -> Tensor:
+def _spearman(first: Array, second: Array, counts: Array) -> Array:
     """Spearman's correlation over subsets that each count as often as a resample drew them; 0 if a side is constant.
 
     Args:
         first: [sides, queries, subsets].
         second: [sides or 1, queries, subsets].
-        counts: [subsets, resamples], float64, each column with the sum `subsets`.
+        counts: [subsets, resamples], each column with the sum `subsets`.
 
     Returns:
         [sides, queries, resamples].
     """
-    found = []
+    found = np.zeros((*first.shape[:2], counts.shape[1]))
     for query in range(first.shape[1]):  # one at a time: what it needs stays in the processor's cache
         left, right = (_centred_ranks(side[:, query], counts) for side in (first, second))
         weighted = right * counts  # [sides, subsets, resamples]
         covariance = (left * weighted).sum(1)  # [sides, resamples]
-        scale = ((left.square() * counts).sum(1) * (right * weighted).sum(1)).sqrt()
+        scale = np.sqrt((left * left * counts).sum(1) * (right * weighted).sum(1))
         # Ranks are exact, so a constant side has exactly no variance.
-        found.append(torch.where(scale > 0, covariance / scale, 0.0))
-    return torch.stack(found, dim=1)
+        np.divide(covariance, scale, out=found[:, query], where=scale > 0)
+    return found
 
 
-def _centred_ranks(values: Tensor, counts: Tensor) -> Tensor:
+def _centred_ranks(values: Array, counts: Array) -> Array:
     """Average ranks within each resample, less their mean: [sides, subsets] -> [sides, subsets, resamples].
 
-    A value's average rank is the number of smaller ones, and half the number of its equals (itself among them), and a
-    half. So one product with the counts ranks every resample, ties and all, without sorting.
+    A value's average rank is the mean of two numbers, of those below it and of those not above it, and a half. Both
+    stand in the running sum of the counts in the order of the values, so no resample is sorted, and ties are right.
     """
-    mine, others = values[:, :, None], values[:, None, :]
-    ahead = (others < mine).double() + 0.5 * (others == mine).double()  # [sides, subsets, subsets]
-    return ahead @ counts - len(counts) / 2
+    ranks = np.empty((len(values), *counts.shape))
+    running = np.zeros((len(counts) + 1, counts.shape[1]))  # [subsets + 1, resamples]
+    for side, row in enumerate(values):
+        order = row.argsort()
+        np.cumsum(counts[order], axis=0, out=running[1:])
+        below, not_above = (np.searchsorted(row[order], row, where) for where in ("left", "right"))  # each [subsets]
+        ranks[side] = (running[below] + running[not_above] - len(counts)) / 2
+    return ranks
 
 
-def _subset_sums(name: str, values: Tensor, truth: GroundTruth) -> Tensor:
-    """The summed scores of the kept examples, [queries, subsets] in float64."""
+def _subset_sums(name: str, values: Tensor, truth: GroundTruth) -> Array:
+    """The summed scores of the kept examples, [queries, subsets]."""
     expected = (truth.losses.shape[2], truth.masks.shape[1])
     if tuple(values.shape) != expected:
         raise InputError(
@@ -318,17 +326,18 @@ def _subset_sums(name: str, values: Tensor, truth: GroundTruth) -> Tensor:
     # numbers differ in their last bits. So that number, the median, is counted and not summed.
     common = values.median(1, keepdim=True).values  # [queries, 1]
     masks = truth.masks.double()
-    return (values - common) @ masks.T + common * masks.sum(1)  # [queries, subsets]
+    sums: Array = ((values - common) @ masks.T + common * masks.sum(1)).numpy()  # [queries, subsets]
+    return sums
 
 
-def _draws(generator: np.random.Generator, size: int, resamples: int) -> Tensor:
-    """How often each of `size` things is drawn in `size` draws with replacement, [resamples, size] float64."""
-    return torch.from_numpy(generator.multinomial(size, np.full(size, 1 / size), resamples)).double()
+def _draws(generator: np.random.Generator, size: int, resamples: int) -> Array:
+    """How often each of `size` things is drawn in `size` draws with replacement, [size, resamples]."""
+    return generator.multinomial(size, np.full(size, 1 / size), resamples).T.astype(np.float64, order="C")
 
 
-def _once(truth: GroundTruth) -> Tensor:
+def _once(truth: GroundTruth) -> Array:
     """Counts of the subsets as they are: one "resample" with each subset once, [subsets, 1]."""
-    return torch.ones(len(truth.masks), 1, dtype=torch.float64)
+    return np.ones((len(truth.masks), 1))
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -120,7 +120,6 @@ def _row_correlations(left: NDArray[np.float64], right: NDArray[np.float64]) -> 
     """Pearson's correlation of each row, [queries, train] twice -> [queries]; 0 where a row is constant."""
     varies = (np.ptp(left, axis=1) > 0) & (np.ptp(right, axis=1) > 0)
     found = np.zeros(len(left))
-    # To scale 1 first: squares of tiny scores would underflow.
     left, right = (side[varies] - side[varies].mean(1, keepdims=True) for side in (left, right))
     left, right = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (left, right))
     found[varies] = (left * right).sum(1).clip(-1, 1)
@@ -129,5 +128,4 @@ def _row_correlations(left: NDArray[np.float64], right: NDArray[np.float64]) -> 
 
 def _summary(values: NDArray[np.float64]) -> Correlations:
     drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
-    means = torch.from_numpy(drawn.mean(1))  # [resamples]
-    return Correlations(torch.from_numpy(values), Estimate.of_resamples(float(values.mean()), means))
+    return Correlations(torch.from_numpy(values), Estimate.of_resamples(float(values.mean()), drawn.mean(1)))

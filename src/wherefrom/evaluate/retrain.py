@@ -147,7 +147,8 @@ def retrain(
         fingerprint=fingerprint, workers=workers, together=together, progress=progress, overwrite=overwrite,
     )  # fmt: skip
     shape = (len(seeds), len(masks))
-    return Retrainings(masks, tuple(seeds), losses.view(*shape, -1).transpose(0, 1), seconds.view(shape).T)
+    losses, seconds = losses.view(*shape, -1).transpose(0, 1), seconds.view(shape).T
+    return Retrainings(masks, tuple(seeds), losses.contiguous(), seconds.contiguous())
 
 
 def retrain_pairs(
@@ -265,9 +266,9 @@ class _Work:
                 run_jobs(_Timed(train), jobs, min(workers, len(jobs)), receive)
         except JobError as error:
             cause = error.__cause__
+            reason = f"{type(cause).__name__}: {cause}".rstrip(".")
             raise TrainingError(
-                f"Training on {self._named(self.groups[error.job])} failed: {type(cause).__name__}: {cause}. "
-                f"{self._standing()}"
+                f"Training on {self._named(self.groups[error.job])} failed: {reason}. {self._standing()}"
             ) from cause
         except BrokenProcessPool as error:
             raise TrainingError(

@@ -8,7 +8,9 @@ from itertools import takewhile
 from operator import eq
 from typing import Protocol
 
+from wherefrom.errors import InputError
 from wherefrom.fingerprint import Dataset
+from wherefrom.tokens import TokenScores
 
 # How many tokens may wait for the text that they complete. A character has at most four bytes, and so at most four
 # tokens; the rest is for decoders that change text when the next word is known.
@@ -89,6 +91,32 @@ class DatasetPassages:
             tokens = [int(token) for token in example["input_ids"]]  # type: ignore[attr-defined]
             return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
         return repr(dict(example))
+
+
+class DatasetTokens:
+    """The pieces of a dataset's examples with their token scores, where those are stored.
+
+    Args:
+        scores: of the dataset's examples as training examples.
+        dataset: examples with `input_ids`.
+        tokenizer: turns token numbers into text.
+    """
+
+    def __init__(self, scores: TokenScores, dataset: Dataset[object], tokenizer: Tokenizer) -> None:
+        self._scores = scores
+        self._dataset = dataset
+        self._tokenizer = tokenizer
+        self._pieces: dict[int, list[str]] = {}
+
+    def __call__(self, query: int, train: int) -> Sequence[tuple[str, float]] | None:
+        if (query, train) not in self._scores:
+            return None
+        if train not in self._pieces:
+            example = self._dataset[train]
+            if not isinstance(example, Mapping) or "input_ids" not in example:
+                raise InputError(f"Training example {train} has no 'input_ids': expected a tokenised sequence.")
+            self._pieces[train] = token_pieces(self._tokenizer, example["input_ids"])
+        return list(zip(self._pieces[train], self._scores[query, train].tolist(), strict=True))
 
 
 def token_pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

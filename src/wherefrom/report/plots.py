@@ -80,7 +80,7 @@ def correlation_histogram(agreement: Agreement) -> Figure:
         axes.stairs(heights, edges, fill=True, color=colour, alpha=0.25)
         axes.stairs(heights, edges, color=colour, linewidth=1.4, label=label)
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     axes.ticklabel_format(axis="x", useOffset=False)
     axes.locator_params(axis="x", nbins=6)
     axes.set(xlabel="Correlation of a query's scores, over training examples", ylabel="Queries")

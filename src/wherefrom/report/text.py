@@ -1,15 +1,17 @@
-"""Scores in the terminal: queries, and the training sequences behind them."""
+"""Scores in the terminal: queries, the training sequences behind them, and the tokens inside those."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.rule import Rule
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from wherefrom.report.passages import Passages
+from wherefrom.report.passages import Passages, TokenContributions
 from wherefrom.scores import Scores
 
 
@@ -38,6 +40,53 @@ def top_tables(
             table.add_row(str(hit.rank), str(hit.train), f"{hit.score:,.4g}", *label, Text(excerpt(found.text, width)))
         parts += [table, Text(excerpt(passage.text, 2 * width)), Text()]
     return Group(*parts)
+
+
+def token_tables(
+    scores: Scores,
+    tokens: TokenContributions,
+    queries: Passages,
+    train: Passages,
+    *,
+    shown: Iterable[int],
+    k: int = 3,
+    width: int = 300,
+) -> RenderableType:
+    """For each query in `shown`: its text, and its k top training sequences as heat maps of their tokens."""
+    hits = scores.top(k)
+    parts: list[RenderableType] = []
+    for query in shown:
+        parts += [Rule(f"Query {query}", align="left"), Text(excerpt(queries[query].text, width)), Text()]
+        for hit in (each for each in hits if each.query == query):
+            pieces = tokens(query, hit.train)
+            if pieces is not None:
+                title = train[hit.train].title
+                name = f"{hit.rank}. train {hit.train}{f', {title}' if title else ''}: {hit.score:,.4g}"
+                parts += [Text(name, style="bold"), heat_map(pieces), Text()]
+    return Group(*parts)
+
+
+def heat_map(pieces: Sequence[tuple[str, float]]) -> RenderableType:
+    """A sequence with its tokens shaded by what they add to a score: blue raises it, orange lowers it.
+
+    Args:
+        pieces: each token's text and value; the largest absolute value has the full colour.
+    """
+    limit = max((abs(value) for _, value in pieces), default=0.0) or 1.0
+    text = Text()
+    for piece, value in pieces:
+        text.append(piece.replace("\n", "↵"), _shade(value / limit))
+    legend = Text("  ")
+    for part in (-1.0, -0.5, 0.0, 0.5, 1.0):
+        legend.append(f" {part * limit:+,.3g} ", _shade(part))
+    return Group(text, legend)
+
+
+def _shade(part: float) -> Style:
+    """From white through to blue (1) or orange (-1), with black letters, which stay readable on all of them."""
+    strongest = (86, 180, 233) if part > 0 else (230, 159, 0)
+    red, green, blue = (round(255 + abs(part) * (each - 255)) for each in strongest)
+    return Style(color="black", bgcolor=f"rgb({red},{green},{blue})")
 
 
 def excerpt(text: str, width: int) -> str:

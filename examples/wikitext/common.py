@@ -1,0 +1,95 @@
+"""What the scripts that run after `train.py` share: their options, and the study of a checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+from datasets import Dataset
+from models import load_example
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+import wherefrom as wf
+
+console = Console()
+
+Options = TypeVar("Options")
+
+
+@dataclass
+class Common:
+    """Options of every script."""
+
+    checkpoint_dir: Path = Path("checkpoints")
+    """What train.py wrote."""
+    run_dir: Path = Path("runs/wikitext")
+    """Keeps factors, scores, retrainings and reports; what is there already is reused."""
+    query_batch_size: int = 32
+    train_batch_size: int = 64
+    overwrite: bool = False
+    """Replace what was made from something else."""
+
+
+class Example:
+    """A checkpoint of `train.py` and its study."""
+
+    def __init__(self, options: Common) -> None:
+        self._options = options
+        self.tokenizer: PreTrainedTokenizerBase
+        self.train: Dataset
+        self.queries: Dataset
+        model, self.tokenizer, self.train, self.queries = load_example(options.checkpoint_dir)
+        self.study = wf.Study(options.run_dir, model, wf.CausalLM(), train=self.train)
+
+    def factors(self, strategy: str, half_precision: bool = False) -> wf.Factors:
+        """Fit, or load."""
+        size, overwrite = self._options.train_batch_size, self._options.overwrite
+        return self.study.fit(strategy, half_precision=half_precision, batch_size=size, overwrite=overwrite)
+
+    def scores(
+        self, strategy: str, damping: float | None, half_precision: bool = False, name: str | None = None
+    ) -> wf.Scores:
+        """Score all queries, or load the scores."""
+        options = self._options
+        return self.study.score(
+            self.queries,
+            self.factors(strategy, half_precision),
+            damping=damping,
+            half_precision=half_precision,
+            query_batch_size=options.query_batch_size,
+            train_batch_size=options.train_batch_size,
+            name=name,
+            overwrite=options.overwrite,
+        )
+
+    def token_scores(self, strategy: str, damping: float | None, half_precision: bool, top: int) -> wf.TokenScores:
+        """Score the tokens of each query's most positive and most negative sequences, or load those scores."""
+        options = self._options
+        return self.study.score_tokens(
+            self.queries,
+            self.factors(strategy, half_precision),
+            top=top,
+            damping=damping,
+            half_precision=half_precision,
+            query_batch_size=options.query_batch_size,
+            train_batch_size=options.train_batch_size,
+            overwrite=options.overwrite,
+        )
+
+
+def run(main: Callable[[Options], None], options: type[Options]) -> None:
+    """Read the command line and run a script; errors of ours are one line."""
+    disable_progress_bar()
+    chosen = tyro.cli(options, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        main(chosen)
+    except wf.WherefromError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. The same command continues from what is finished.")

@@ -1,0 +1,119 @@
+"""Evaluate scores by retraining: fine-tune on random halves of the training set, and see whose scores predict the rest.
+
+    python evaluate_lds.py                                     # 20 halves, one seed: minutes
+    python evaluate_lds.py --num_masks 100 --num_repeats 5     # the full protocol; it can be stopped and continued
+    python evaluate_lds.py --ground_truth retrainings.npz      # retrainings that are finished already
+
+Run it after `train.py`; factors and scores that `analyze.py` left in the run directory are reused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import Common, Example, console, run
+from models import load_recipe
+from retraining import Finetuning
+from rich.table import Table
+from torch import Tensor
+
+import wherefrom as wf
+from wherefrom.errors import InputError
+from wherefrom.evaluate.baselines import bm25_scores, random_scores
+from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
+from wherefrom.evaluate.retrain import half_subsets, retrain
+from wherefrom.report.evaluation import lds_tables
+from wherefrom.report.evaluations import save_evaluation
+from wherefrom.report.passages import DatasetPassages
+from wherefrom.report.plots import lds_bars
+from wherefrom.report.text import excerpt
+
+STRATEGIES = ("identity", "diagonal", "kfac", "ekfac")
+
+
+@dataclass
+class Arguments(Common):
+    """How well scores predict what retraining does."""
+
+    num_masks: int = 20
+    """Random halves of the training set."""
+    num_repeats: int = 1
+    """Seeds that the model is fine-tuned with on each half."""
+    ground_truth: Path | None = None
+    """Finished retrainings instead, .npz or .safetensors with masks and losses."""
+    dampings: tuple[float, ...] = (1e-8, 1e-4, 1e-2)
+    """Tried with ekfac beside the default, 0.1 x the mean eigenvalue of each layer."""
+    num_workers: int | None = None
+    """Fine-tunings at once; one for each GPU or CPU core by default."""
+    cache_dir: Path = Path("cache")
+    """Where train.py keeps the pre-trained small model."""
+
+
+def main(arguments: Arguments) -> None:
+    """Retrain or load, score, compare, plot."""
+    example = Example(arguments)
+    truth = ground_truth(arguments, example)
+    scores = all_scores(example, arguments.dampings)
+    report = evaluate_lds(scores, truth)
+    console.print(lds_tables(report))
+    show_top_sequence(example, scores["ekfac"])
+    caption = f"Linear datamodeling score: {report.subsets:,} halves of the training set, {report.repeats} seeds each."
+    file = save_evaluation(
+        arguments.run_dir, "lds", lds_bars(report), title="Prediction of retraining", caption=caption,
+        results=report.to_json(),
+    )  # fmt: skip
+    console.print(f"Plot and numbers: {file}", soft_wrap=True)
+
+
+def ground_truth(arguments: Arguments, example: Example) -> GroundTruth:
+    """The retrainings from a file, or from here."""
+    if arguments.ground_truth is not None:
+        truth = GroundTruth.load(arguments.ground_truth)
+        expected, found = (len(example.train), len(example.queries)), (truth.masks.shape[1], truth.losses.shape[2])
+        if found != expected:
+            raise InputError(
+                f"ground_truth={str(arguments.ground_truth)!r}: retrainings for {found[0]:,} training sequences and "
+                f"{found[1]:,} queries, but the checkpoint in {arguments.checkpoint_dir} has {expected[0]:,} and "
+                f"{expected[1]:,}. Give the checkpoint that the file belongs to."
+            )
+        return truth
+    training = Finetuning(load_recipe(arguments.checkpoint_dir), arguments.cache_dir)
+    console.print(f"Fine-tuning {arguments.num_masks * arguments.num_repeats:,} times on half of the training set ...")
+    done = retrain(
+        arguments.run_dir / "retrainings",
+        training,
+        half_subsets(len(example.train), arguments.num_masks),
+        range(arguments.num_repeats),
+        fingerprint=training.fingerprint(),
+        workers=arguments.num_workers,
+        overwrite=arguments.overwrite,
+    )
+    return GroundTruth(done.masks, done.losses)
+
+
+def all_scores(example: Example, dampings: tuple[float, ...]) -> dict[str, Tensor]:
+    """Every strategy, ekfac at other dampings and in half precision, and the baselines: [query, train] by name."""
+    queries, train = example.queries, example.train
+    scores = {strategy: example.scores(strategy, None).values for strategy in STRATEGIES}
+    for damping in dampings:
+        name = f"ekfac-damping-{damping:g}"
+        scores[f"ekfac, damping {damping:g}"] = example.scores("ekfac", damping, name=name).values
+    scores["ekfac, half precision"] = example.scores("ekfac", None, half_precision=True).values
+    scores["bm25"] = bm25_scores(queries["text"], train["text"])
+    scores["random"] = random_scores(len(queries), len(train), seed=0)
+    return scores
+
+
+def show_top_sequence(example: Example, values: Tensor) -> None:
+    """A query and its top training sequence."""
+    hit = wf.Scores(values, {}).top(1)[0]
+    query, train = DatasetPassages(example.queries)[0], DatasetPassages(example.train)[hit.train]
+    table = Table("", "Text", show_lines=True)
+    table.add_row("Query 0", excerpt(query.text, 600))
+    table.add_row(f"Its top training sequence, {hit.train} ({hit.score:,.4g})", excerpt(train.text, 600))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run(main, Arguments)

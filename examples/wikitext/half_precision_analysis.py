@@ -1,0 +1,61 @@
+"""Compare scores in half precision with those in full precision, query by query: two correlations, two plots.
+
+    python half_precision_analysis.py
+
+Run it after `train.py`; factors and scores that `analyze.py` left in the run directory are reused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from common import Common, Example, console, run
+
+from wherefrom.evaluate.precision import compare_scores
+from wherefrom.report.evaluations import save_evaluation
+from wherefrom.report.plots import correlation_histogram, scatter
+
+
+@dataclass
+class Arguments(Common):
+    """How much of the scores half precision keeps."""
+
+    factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac"
+    damping: float | None = None
+    """Added to every eigenvalue; None is 0.1 x the mean eigenvalue of each layer."""
+    query: int = 0
+    """The query of the scatter plot."""
+
+
+def main(arguments: Arguments) -> None:
+    """Score twice, correlate, plot."""
+    example = Example(arguments)
+    strategy, damping, query = arguments.factor_strategy, arguments.damping, arguments.query
+    full = example.scores(strategy, damping)
+    half = example.scores(strategy, damping, half_precision=True)
+    agreement = compare_scores(full.values, half.values)
+    for name, found in (("Spearman", agreement.spearman), ("Pearson", agreement.pearson)):
+        console.print(
+            f"{name}: mean {found.mean.value:.5f} [{found.mean.low:.5f}, {found.mean.high:.5f}], median "
+            f"{found.median:.5f}, lowest {found.minimum:.5f} (query {found.worst})",
+            highlight=False,
+        )
+    console.print(half.fingerprint["precision"])
+    results = {"strategy": strategy, "precision": half.fingerprint["precision"], **agreement.to_json()}
+    caption = "Mean Spearman correlation of a query's scores in half and full precision: "
+    caption += f"{agreement.spearman.mean} over {len(full.values):,} queries."
+    plots = {
+        "half-precision-correlations": correlation_histogram(agreement),
+        "half-precision-scatter": scatter(
+            full.values[query], half.values[query], ("full precision", "half precision"), f"Query {query}"
+        ),
+    }
+    for name, plot in plots.items():
+        title = "Scores in half precision"
+        file = save_evaluation(arguments.run_dir, name, plot, title=title, caption=caption, results=results)
+        console.print(f"Plot and numbers: {file}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run(main, Arguments)

@@ -1,0 +1,88 @@
+"""Remove the training sequences that a method holds responsible for the queries, fine-tune again, measure perplexity.
+
+    python run_counterfactual.py
+
+Run it after `train.py`; factors and scores that `analyze.py` left in the run directory are reused.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import Common, Example, console, run
+from models import load_recipe
+from retraining import Finetuning
+from rich.table import Table
+from training import predicted_tokens
+
+from wherefrom.evaluate.baselines import bm25_scores
+from wherefrom.evaluate.counterfactual import counterfactual
+from wherefrom.report.evaluations import save_evaluation
+from wherefrom.report.plots import removal_curves
+
+WIKITEXT_SEQUENCES = 4656  # the training set of which the published experiment removes 0, 50, 100, 150 and 200
+
+
+@dataclass
+class Arguments(Common):
+    """What removing top training sequences does to the queries."""
+
+    removals: tuple[int, ...] = (0, 50, 100, 150, 200)
+    """Sequences to remove of WikiText-2's 4,656; as large a part of another training set."""
+    num_queries: int = 50
+    """The first queries: their scores are added up, and their perplexity is measured."""
+    num_repeats: int = 3
+    """Seeds that the model is fine-tuned with after each removal."""
+    damping: float | None = None
+    """Of ekfac, added to every eigenvalue; None is 0.1 x the mean eigenvalue of each layer."""
+    num_workers: int | None = None
+    """Fine-tunings at once; one for each GPU or CPU core by default."""
+    cache_dir: Path = Path("cache")
+    """Where train.py keeps the pre-trained small model."""
+
+
+def main(arguments: Arguments) -> None:
+    """Score, remove, retrain, plot."""
+    example = Example(arguments)
+    queries, train = example.queries, example.train
+    counts = sorted({round(count * len(train) / WIKITEXT_SEQUENCES) for count in arguments.removals})
+    chosen = range(min(arguments.num_queries, len(queries)))
+    training = Finetuning(load_recipe(arguments.checkpoint_dir), arguments.cache_dir)
+    removal = counterfactual(
+        arguments.run_dir / "retrainings",
+        training,
+        {
+            "ekfac": example.scores("ekfac", arguments.damping).values,
+            "identity": example.scores("identity", None).values,
+            "bm25": bm25_scores(queries["text"], train["text"]),
+            "random": None,
+        },
+        counts,
+        range(arguments.num_repeats),
+        queries=chosen,
+        fingerprint=training.fingerprint(),
+        workers=arguments.num_workers,
+        overwrite=arguments.overwrite,
+    )
+    tokens = predicted_tokens(queries.select(chosen))
+    curves = removal.summary(lambda losses: math.exp(float(losses.sum()) / tokens))
+    table = Table("Removed", *curves, title="Query perplexity: mean ± standard deviation over seeds")
+    for row, count in enumerate(counts):
+        cells = (
+            f"{each[row].mean():.2f} ± {each[row].std(ddof=min(1, each.shape[1] - 1)):.2f}" for each in curves.values()
+        )
+        table.add_row(str(count), *cells)
+    console.print(table)
+    caption = f"Perplexity of the first {len(chosen)} queries after fine-tuning without the sequences of the highest "
+    caption += f"summed scores; mean and standard deviation of {arguments.num_repeats} seeds."
+    plot = removal_curves(counts, curves, "Query perplexity")
+    results = {**removal.to_json(), "perplexity": {name: curve.tolist() for name, curve in curves.items()}}
+    title = "Removal of top sequences"
+    file = save_evaluation(arguments.run_dir, "counterfactual", plot, title=title, caption=caption, results=results)
+    console.print(f"Plot and numbers: {file}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run(main, Arguments)

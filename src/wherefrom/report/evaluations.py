@@ -1,0 +1,57 @@
+"""Evaluations of a run: a plot and its numbers side by side in `RUN/evaluation`, which the page shows.
+
+This module knows files and pictures; it must not know what was evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure as Plot
+
+from wherefrom.errors import DamagedError
+from wherefrom.report.passages import Figure
+from wherefrom.report.plots import save_png
+from wherefrom.store import checked_name, write_text
+
+_FOLDER = "evaluation"
+
+
+def save_evaluation(
+    run: str | Path, name: str, plot: Plot, *, title: str, caption: str, results: Mapping[str, object]
+) -> Path:
+    """Write `RUN/evaluation/NAME.png` and `NAME.json`, and tell where the plot is.
+
+    Args:
+        title, caption: what the page says of the plot.
+        results: the numbers behind it, as json writes them.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    file = Path(run) / _FOLDER / f"{checked_name(name)}.png"
+    save_png(plot, file)
+    write_text(file.with_suffix(".json"), json.dumps({"title": title, "caption": caption, **results}, indent=1) + "\n")
+    return file
+
+
+def load_figures(run: str | Path) -> list[Figure]:
+    """The plots of all evaluations of a run, by name; none where there was no evaluation.
+
+    Raises:
+        DamagedError: an evaluation lacks its plot or cannot be read.
+    """
+    return [_figure(file) for file in sorted((Path(run) / _FOLDER).glob("*.json"))]
+
+
+def _figure(file: Path) -> Figure:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return Figure(str(found["title"]), str(found["caption"]), file.with_suffix(".png").read_bytes())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(
+            f"{file} and its plot cannot be read ({type(error).__name__}: {error}). Run the evaluation again, or "
+            "delete both files."
+        ) from error

@@ -52,7 +52,7 @@ def test_fit_score_top_report(folder: Path) -> None:
     assert fit.returncode == 0, fit.stderr
     assert "ekfac factors of 5 sequences are in run/factors." in fit.stdout
     assert "Percentage" in fit.stdout
-    score = wherefrom(folder, "score", "run", "--queries", "queries.jsonl")
+    score = wherefrom(folder, "score", "run", "--queries", "queries.jsonl", "--tokens", "2")
     assert score.returncode == 0, score.stderr
     assert "Scores of 2 queries x 5 training sequences are in run/scores/ekfac." in score.stdout
     assert Scores.load(folder / "run" / "scores" / "ekfac").values.shape == (2, 5)
@@ -63,7 +63,9 @@ def test_fit_score_top_report(folder: Path) -> None:
     assert "a dog ran after the cat" in top.stdout
     report = wherefrom(folder, "report", "run", "--output", "page.html")
     assert report.returncode == 0, report.stderr
-    assert "the cat sat on the mat" in (folder / "page.html").read_text()
+    page = (folder / "page.html").read_text()
+    assert "the cat sat on the mat" in page
+    assert 'data-shares="' in page
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,10 @@ def test_interrupted_banks_end_with_the_same_bits(
             time.sleep(0.002)
         process.send_signal(kind)
         assert process.wait() in (-signal.SIGKILL, -signal.SIGINT, 130)
-        while not all(gone(each) for each in processes(log)):  # else this test never ends
+        deadline = time.monotonic() + 60  # instead of hanging where orphans stay for ever
+        while not all(gone(each) for each in processes(log)) and time.monotonic() < deadline:
             time.sleep(0.01)
+        assert all(gone(each) for each in processes(log))
         # What was under way is lost, and nothing else.
         finished = [each for each in (tmp_path / "bank.runs").glob("*") if each.suffix != ".part"]
         assert len(begun(log)) >= after
@@ -190,6 +192,27 @@ def test_a_kill_while_the_table_is_written_loses_nothing(tmp_path: Path) -> None
     assert same_bits(fill(bank, log, 1), expected)
     assert leftovers(bank) == []
     assert len(begun(log)) == trained
+
+
+def test_an_end_just_before_a_longer_table_appears_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank, log = tmp_path / "bank", tmp_path / "log"
+    fill(bank, log, 1)
+    rename = Path.rename
+
+    def ended(self: Path, target: Path) -> Path:
+        if self.name == "bank.part":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", ended)
+        with pytest.raises(KeyboardInterrupt):
+            retrain(bank, MeanModel(log), MASKS, [*SEEDS, 1], fingerprint=FINGERPRINT, workers=1)
+    found = retrain(bank, MeanModel(log), MASKS, [*SEEDS, 1], fingerprint=FINGERPRINT, workers=1)
+    np.testing.assert_allclose(found.losses, expected_losses(MASKS.numpy(), [*SEEDS, 1]), rtol=1e-14)
+    assert len(begun(log)) == len(set(begun(log)))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -25,8 +25,8 @@ from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
 from wherefrom.evaluate.retrain import half_subsets, retrain
 from wherefrom.report.evaluation import lds_tables
 from wherefrom.report.evaluations import save_evaluation
-from wherefrom.report.passages import DatasetPassages
-from wherefrom.report.plots import lds_bars
+from wherefrom.report.passages import DatasetPassages, Figure
+from wherefrom.report.plots import lds_bars, png
 from wherefrom.report.text import excerpt
 
 STRATEGIES = ("identity", "diagonal", "kfac", "ekfac")
@@ -59,10 +59,8 @@ def main(arguments: Arguments) -> None:
     console.print(lds_tables(report))
     show_top_sequence(example, scores["ekfac"])
     caption = f"Linear datamodeling score: {report.subsets:,} halves of the training set, {report.repeats} seeds each."
-    file = save_evaluation(
-        arguments.run_dir, "lds", lds_bars(report), title="Prediction of retraining", caption=caption,
-        results=report.to_json(),
-    )  # fmt: skip
+    figure = Figure("Prediction of retraining", caption, png(lds_bars(report)))
+    file = save_evaluation(arguments.run_dir, "lds", figure, report.to_json())
     console.print(f"Plot and numbers: {file}", soft_wrap=True)
 
 

@@ -14,7 +14,8 @@ from common import Common, Example, console, run
 
 from wherefrom.evaluate.precision import compare_scores
 from wherefrom.report.evaluations import save_evaluation
-from wherefrom.report.plots import correlation_histogram, scatter
+from wherefrom.report.passages import Figure
+from wherefrom.report.plots import correlation_histogram, png, scatter
 
 
 @dataclass
@@ -52,8 +53,8 @@ def main(arguments: Arguments) -> None:
         ),
     }
     for name, plot in plots.items():
-        title = "Scores in half precision"
-        file = save_evaluation(arguments.run_dir, name, plot, title=title, caption=caption, results=results)
+        figure = Figure("Scores in half precision", caption, png(plot))
+        file = save_evaluation(arguments.run_dir, name, figure, results)
         console.print(f"Plot and numbers: {file}", soft_wrap=True)
 
 

@@ -87,11 +87,16 @@ def load_base(name: ModelName, cache_dir: Path) -> tuple[PreTrainedModel, PreTra
         model = AutoModelForCausalLM.from_config(read.config)
         model.load_state_dict(read.state_dict())
         return model, AutoTokenizer.from_pretrained(**place)
-    recipe = json.dumps([SMALL.to_json_string(), asdict(PRETRAINING), PRETRAINING_BLOCKS, PRETRAINING_SEED])
-    folder = cache_dir / f"small-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    folder = small_folder(cache_dir)
     if not folder.exists():
         save(folder, *_pretrain())
     return load_model(str(folder)), load_tokenizer(str(folder))
+
+
+def small_folder(cache_dir: Path) -> Path:
+    """Where the pre-trained small model is kept; another recipe has another place."""
+    recipe = json.dumps([SMALL.to_json_string(), asdict(PRETRAINING), PRETRAINING_BLOCKS, PRETRAINING_SEED])
+    return cache_dir / f"small-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
 def _pretrain() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

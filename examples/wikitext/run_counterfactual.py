@@ -20,7 +20,8 @@ from training import predicted_tokens
 from wherefrom.evaluate.baselines import bm25_scores
 from wherefrom.evaluate.counterfactual import counterfactual
 from wherefrom.report.evaluations import save_evaluation
-from wherefrom.report.plots import removal_curves
+from wherefrom.report.passages import Figure
+from wherefrom.report.plots import png, removal_curves
 
 WIKITEXT_SEQUENCES = 4656  # the training set of which the published experiment removes 0, 50, 100, 150 and 200
 
@@ -77,10 +78,9 @@ def main(arguments: Arguments) -> None:
     console.print(table)
     caption = f"Perplexity of the first {len(chosen)} queries after fine-tuning without the sequences of the highest "
     caption += f"summed scores; mean and standard deviation of {arguments.num_repeats} seeds."
-    plot = removal_curves(counts, curves, "Query perplexity")
+    figure = Figure("Removal of top sequences", caption, png(removal_curves(counts, curves, "Query perplexity")))
     results = {**removal.to_json(), "perplexity": {name: curve.tolist() for name, curve in curves.items()}}
-    title = "Removal of top sequences"
-    file = save_evaluation(arguments.run_dir, "counterfactual", plot, title=title, caption=caption, results=results)
+    file = save_evaluation(arguments.run_dir, "counterfactual", figure, results)
     console.print(f"Plot and numbers: {file}", soft_wrap=True)
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 import torch
 import tyro
@@ -20,14 +20,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from wherefrom.errors import InputError, WherefromError
+from wherefrom.report.evaluations import load_figures
 from wherefrom.report.html import render_report
-from wherefrom.report.passages import DatasetPassages
+from wherefrom.report.passages import DatasetPassages, DatasetTokens
 from wherefrom.report.text import top_tables
 from wherefrom.scores import Scores
 from wherefrom.store import write_text
 from wherefrom.study import Study
 from wherefrom.task import CausalLM
 from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, read_texts
+from wherefrom.tokens import INDEX, TokenScores
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,6 +39,18 @@ StrategyName = Literal["identity", "diagonal", "kfac", "ekfac"]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 _SOURCES = "sources.json"
+
+
+class _ScoreOptions(TypedDict):
+    """What sequence scores and token scores are asked with alike."""
+
+    damping: float | None
+    half_precision: bool
+    query_batch_size: int | None
+    train_batch_size: int | None
+    name: str
+    overwrite: bool
+
 
 app = tyro.extras.SubcommandApp()
 console = Console()
@@ -109,6 +123,7 @@ def fit(
     unit: Literal["documents", "blocks"] = "documents",
     length: int = 512,
     empirical: bool = False,
+    half_precision: bool = False,
     batch_size: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -128,6 +143,7 @@ def fit(
         unit: One sequence a document, or all text joined and cut into blocks.
         length: The longest sequence (documents), or the length of each (blocks), in tokens.
         empirical: Use the text's own tokens instead of tokens drawn from the model.
+        half_precision: bfloat16 products in the model's passes; factors stay float32.
         batch_size: Sequences a batch; found by default.
         seed: Of the drawn tokens.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
@@ -138,7 +154,14 @@ def fit(
     text = TextSource(train, split, column, unit, length)
     sources = RunSources(model, list(layers) or None, text, empirical, seed, known)
     study, _ = sources.study(run, device)
-    study.fit(strategy, empirical=empirical, batch_size=batch_size, seed=seed, overwrite=overwrite)
+    study.fit(
+        strategy,
+        empirical=empirical,
+        half_precision=half_precision,
+        batch_size=batch_size,
+        seed=seed,
+        overwrite=overwrite,
+    )
     sources.save(run)
     _say(f"{strategy} factors of {len(study.train):,} sequences are in {run / 'factors'}.", study, profile)
 
@@ -153,6 +176,8 @@ def score(
     split: str = "validation",
     column: str | None = None,
     damping: float | None = None,
+    half_precision: bool = False,
+    tokens: int | None = None,
     query_batch_size: int | None = None,
     train_batch_size: int | None = None,
     device: str = "auto",
@@ -169,6 +194,9 @@ def score(
         split: The split of a saved or hub dataset.
         column: The column that holds the text; found when there is only one.
         damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
+        half_precision: bfloat16 products in the model's passes, query gradients in bfloat16.
+        tokens: Also score the tokens of this many most positive and most negative sequences of each query; the report
+            shades them.
         query_batch_size: Queries a batch; found by default.
         train_batch_size: Training sequences a batch; found by default.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
@@ -179,17 +207,19 @@ def score(
     study, tokenizer = sources.study(run, device)
     text = replace(sources.train, source=queries, split=split, column=column)
     sequences = text.sequences(tokenizer)
-    factors = study.fit(strategy, empirical=sources.empirical, seed=sources.seed)
-    scores = study.score(
-        sequences,
-        factors,
-        damping=damping,
-        query_batch_size=query_batch_size,
-        train_batch_size=train_batch_size,
-        name=name,
-        overwrite=overwrite,
-    )
+    factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
     name = name or strategy
+    options: _ScoreOptions = {
+        "damping": damping,
+        "half_precision": half_precision,
+        "query_batch_size": query_batch_size,
+        "train_batch_size": train_batch_size,
+        "name": name,
+        "overwrite": overwrite,
+    }
+    scores = study.score(sequences, factors, **options)
+    if tokens is not None:
+        study.score_tokens(sequences, factors, top=tokens, **options)
     replace(sources, queries={**sources.queries, name: text}).save(run)
     rows, columns = scores.values.shape
     _say(f"Scores of {rows:,} queries x {columns:,} training sequences are in {run / 'scores' / name}.", study, profile)
@@ -209,7 +239,7 @@ def top(run: Run, *, name: str = "ekfac", k: int = 5, query: tuple[int, ...] = (
     count = len(scores.values)
     if not all(0 <= each < count for each in query):
         raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")
-    queries, train, _ = _passages(run, name)
+    queries, train = map(DatasetPassages, _sequences(run, name)[:2])
     console.print(top_tables(scores, queries, train, shown=query or range(min(3, count)), k=k))
 
 
@@ -224,13 +254,16 @@ def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = 
         output: The page; RUN/reports/NAME.html by default.
     """
     scores = Scores.load(run / "scores" / name)
-    queries, train, sources = _passages(run, name)
+    queries, train, tokenizer, sources = _sequences(run, name)
+    tokens = _token_scores(run, name)
     page = render_report(
         title=f"Where from? {run.name}",
-        queries=queries,
-        train=train,
+        queries=DatasetPassages(queries),
+        train=DatasetPassages(train),
         values=scores.values,
         settings={"model": sources.model, "training text": sources.train.source, **scores.fingerprint},
+        tokens=None if tokens is None else DatasetTokens(tokens, train, tokenizer),
+        figures=load_figures(run),
         k=k,
     )
     output = output or run / "reports" / f"{name}.html"
@@ -257,14 +290,21 @@ def main() -> None:
         sys.exit(130)
 
 
-def _passages(run: Path, name: str) -> tuple[DatasetPassages, DatasetPassages, RunSources]:
-    """The sequences behind scores: queries, training set, and where they come from."""
+def _sequences(run: Path, name: str) -> tuple[Dataset, Dataset, PreTrainedTokenizerBase, RunSources]:
+    """The sequences behind scores: queries, training set, what tokenised them, and where they come from."""
     sources = RunSources.load(run)
     if name not in sources.queries:
         raise InputError(f"{run / _SOURCES} does not say which queries {name!r} are of: score with `wherefrom score`.")
     tokenizer = load_tokenizer(sources.model)
     queries, train = (each.sequences(tokenizer) for each in (sources.queries[name], sources.train))
-    return DatasetPassages(queries), DatasetPassages(train), sources
+    return queries, train, tokenizer, sources
+
+
+def _token_scores(run: Path, name: str) -> TokenScores | None:
+    """The newest token scores that belong to these scores, if there are any."""
+    found = (run / "scores").glob(f"{name}.top*.tokens/{INDEX}")
+    newest = max(found, key=lambda index: index.stat().st_mtime, default=None)
+    return None if newest is None else TokenScores.load(newest.parent)
 
 
 def _device(name: str) -> torch.device:

@@ -62,6 +62,12 @@ def dataset_digest(dataset: Dataset[object]) -> str:
     return f"{len(dataset)} examples {_short(digest.hexdigest())}"
 
 
+def names_summary(names: Sequence[str]) -> str:
+    """A list of names on one short line that differs whenever the list does."""
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+    return f"{len(names)}, {names[0]} to {names[-1]} ({digest})"
+
+
 def differences(stored: Fingerprint, current: Fingerprint) -> list[str]:
     """What differs, a readable phrase for each name."""
     return [

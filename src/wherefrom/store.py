@@ -157,7 +157,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file under a temporary name, flush it to disk, then rename.
+    """`write_bytes` for a text, in UTF-8."""
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk, then rename.
 
     Raises:
         StorageError: it cannot be written; nothing is left behind.
@@ -165,8 +170,8 @@ def write_text(file: Path, text: str) -> None:
     part = file.with_name(file.name + ".part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with part.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from wherefrom.fingerprint import (
     dataset_digest,
     differences,
     model_digest,
+    names_summary,
     tensors_digest,
 )
 from wherefrom.layers import select_layers
@@ -203,8 +203,9 @@ class Study(Generic[Batch]):
             top: only the pairs of each query with its `top` most positive and `top` most negative training examples,
                 which are found first with `score`, and cost little; None is every pair, written to disk in parts of
                 bounded size, at (tokens of a training example) times the cost of `score`.
-            queries, factors, damping, half_precision, query_batch_size, train_batch_size, overwrite: as in `score`.
+            queries, factors, damping, half_precision, query_batch_size, train_batch_size: as in `score`.
             name: of the sequence scores that these are the parts of; they are kept beside them in the run directory.
+            overwrite: replace the token scores that have this name; sequence scores are never replaced here.
 
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
@@ -230,7 +231,6 @@ class Study(Generic[Batch]):
                     query_batch_size=query_batch_size,
                     train_batch_size=train_batch_size,
                     name=base,
-                    overwrite=overwrite,
                 )
                 chosen = extreme_pairs(scores.values, top)
             return scoring.all_per_token(chosen, partial(self._token_stage, folder, fingerprint))
@@ -383,7 +383,7 @@ class Study(Generic[Batch]):
                 "library": LIBRARY,
                 "model": model_digest(self._sweep.model),
                 "task": json.dumps(self._sweep.task.settings(), sort_keys=True),
-                "layers": _summary(list(self.layers)),
+                "layers": names_summary(list(self.layers)),
                 "training data": dataset_digest(self.train),
             }
 
@@ -395,12 +395,6 @@ def _suffix(half_precision: bool) -> str:
 
 def _score_name(factors: Factors, half_precision: bool) -> str:
     return factors.strategy + _suffix(half_precision)
-
-
-def _summary(names: Sequence[str]) -> str:
-    """A list of names on one short line that differs whenever the list does."""
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
-    return f"{len(names)}, {names[0]} to {names[-1]} ({digest})"
 
 
 def _check_same_model(factors: Fingerprint, study: Fingerprint) -> None:

@@ -228,13 +228,6 @@ def evaluate_lds(
     measured = _spearman(predicted, outcomes, _once(truth))[..., 0]  # [methods, queries]
     drawn = (_spearman(predicted, outcomes, subset_counts) * weights).sum(1)  # [methods, resamples]
     by_name = dict(zip(scores, zip(measured.mean(1).tolist(), drawn, strict=True), strict=True))
-
-    ceiling = None
-    if repeats > 1:
-        halves = _seed_halves(truth.losses.numpy(), generator)
-        agreements = (_spearman(*halves, subset_counts).mean(0) * weights).sum(0)  # [resamples]
-        agreement = Estimate.of_resamples(float(_spearman(*halves, _once(truth)).mean()), agreements)
-        ceiling = Estimate(*(_reachable(r, repeats) for r in (agreement.value, agreement.low, agreement.high)))
     return LdsReport(
         queries=dict(zip(scores, torch.from_numpy(measured), strict=True)),
         means={name: Estimate.of_resamples(*found) for name, found in by_name.items()},
@@ -244,12 +237,20 @@ def evaluate_lds(
             )
             for first, second in itertools.combinations(scores, 2)
         },
-        ceiling=ceiling,
+        ceiling=_ceiling(truth, subset_counts, weights, generator) if repeats > 1 else None,
         subsets=subsets,
         repeats=repeats,
         train=truth.masks.shape[1],
         resamples=resamples,
     )
+
+
+def _ceiling(truth: GroundTruth, subset_counts: Array, weights: Array, generator: np.random.Generator) -> Estimate:
+    """The score of a perfect predictor of the expected loss, on the resamples of the methods."""
+    halves = _seed_halves(truth.losses.numpy(), generator)
+    agreements = (_spearman(*halves, subset_counts).mean(0) * weights).sum(0)  # [resamples]
+    agreement = Estimate.of_resamples(float(_spearman(*halves, _once(truth)).mean()), agreements)
+    return Estimate(*(_reachable(r, truth.losses.shape[1]) for r in (agreement.value, agreement.low, agreement.high)))
 
 
 def _seed_halves(losses: Array, generator: np.random.Generator) -> tuple[Array, Array]:

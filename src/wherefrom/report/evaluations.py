@@ -9,31 +9,27 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.figure import Figure as Plot
-
 from wherefrom.errors import DamagedError
 from wherefrom.report.passages import Figure
-from wherefrom.report.plots import save_png
-from wherefrom.store import checked_name, write_text
+from wherefrom.store import checked_name, write_bytes, write_text
 
 _FOLDER = "evaluation"
 
 
-def save_evaluation(
-    run: str | Path, name: str, plot: Plot, *, title: str, caption: str, results: Mapping[str, object]
-) -> Path:
+def save_evaluation(run: str | Path, name: str, figure: Figure, results: Mapping[str, object]) -> Path:
     """Write `RUN/evaluation/NAME.png` and `NAME.json`, and tell where the plot is.
 
     Args:
-        title, caption: what the page says of the plot.
+        figure: the plot, and what the page says of it.
         results: the numbers behind it, as json writes them.
 
     Raises:
         StorageError: a file cannot be written.
     """
     file = Path(run) / _FOLDER / f"{checked_name(name)}.png"
-    save_png(plot, file)
-    write_text(file.with_suffix(".json"), json.dumps({"title": title, "caption": caption, **results}, indent=1) + "\n")
+    write_bytes(file, figure.png)
+    content = {"title": figure.title, "caption": figure.caption, **results}
+    write_text(file.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
     return file
 
 

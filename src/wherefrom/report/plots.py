@@ -6,9 +6,7 @@ must not know models, and it computes no result of its own beyond means and stan
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,9 +18,10 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.errors import InputError, StorageError
+from wherefrom.errors import InputError
 from wherefrom.evaluate.lds import LdsReport
 from wherefrom.evaluate.precision import Agreement, compare_scores
+from wherefrom.store import write_bytes
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart, without its yellow (too pale on white).
 # A method that has a place here looks the same in every plot; others take what is left, in the order given.
@@ -191,20 +190,7 @@ def save_png(figure: Figure, path: str | Path) -> None:
     Raises:
         StorageError: it cannot be written; nothing is left behind.
     """
-    file = Path(path)
-    part = file.with_name(file.name + ".part")
-    content = png(figure)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise StorageError(f"Cannot write {file}: {error.strerror}. Check free space and permissions.") from error
+    write_bytes(Path(path), png(figure))
 
 
 def _looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:

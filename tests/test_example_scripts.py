@@ -1,0 +1,118 @@
+"""The example's scripts, one after another as the README runs them, on a model that is small enough for a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import analyze
+import data
+import evaluate_lds
+import half_precision_analysis
+import models
+import numpy as np
+import pytest
+import run_counterfactual
+import tokenwise_analysis
+import torch
+import train
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from wherefrom.errors import InputError
+from wherefrom.report.evaluations import load_figures
+
+TRAIN, QUERIES = 14, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with a tiny model in the small one's place, and what train.py makes of it."""
+    path = tmp_path_factory.mktemp("example")
+    bpe = ByteLevelBPETokenizer()
+    texts = [lead.text for lead in data.labelled_leads("query")[:20]]
+    bpe.train_from_iterator(texts, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    models.save(models.small_folder(path / "cache"), GPT2LMHeadModel(config), tokenizer)
+    train.main(
+        train.Arguments(
+            checkpoint_dir=path / "checkpoints",
+            cache_dir=path / "cache",
+            block_size=32,
+            max_train_examples=TRAIN,
+            max_query_examples=QUERIES,
+        )
+    )
+    return path
+
+
+def places(folder: Path) -> dict[str, Path]:
+    return {"checkpoint_dir": folder / "checkpoints", "run_dir": folder / "run"}
+
+
+def evaluation(folder: Path, name: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / "run" / "evaluation" / f"{name}.json").read_text())
+    assert (folder / "run" / "evaluation" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return found
+
+
+def test_lds_counterfactual_half_precision_and_the_page_that_shows_them(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_lds.main(
+        evaluate_lds.Arguments(
+            **places(folder), cache_dir=folder / "cache", num_masks=5, num_repeats=2, num_workers=1, dampings=(1e-8,)
+        )
+    )
+    lds = evaluation(folder, "lds")
+    assert set(lds["methods"]) == {  # type: ignore[arg-type]
+        *("identity", "diagonal", "kfac", "ekfac", "ekfac, damping 1e-08", "ekfac, half precision", "bm25", "random")
+    }
+    assert (lds["subsets"], lds["repeats"], lds["train"]) == (5, 2, TRAIN)
+    assert lds["ceiling"] is not None
+    assert "Its top training" in capsys.readouterr().out
+
+    run_counterfactual.main(
+        run_counterfactual.Arguments(
+            **places(folder), cache_dir=folder / "cache", removals=(0, 700, 1400), num_repeats=2, num_workers=1
+        )
+    )
+    removal = evaluation(folder, "counterfactual")
+    assert removal["counts"] == [0, 2, 4]  # 700 of 4656 is 2 of 14
+    perplexity = {name: np.array(curve) for name, curve in removal["perplexity"].items()}  # type: ignore[attr-defined]
+    assert set(perplexity) == {"ekfac", "identity", "bm25", "random"}
+    assert all(curve.shape == (3, 2) for curve in perplexity.values())
+    assert all((curve[0] == perplexity["ekfac"][0]).all() for curve in perplexity.values())  # nothing removed
+
+    half_precision_analysis.main(half_precision_analysis.Arguments(**places(folder)))
+    agreement = evaluation(folder, "half-precision-correlations")
+    assert agreement["spearman"]["mean"]["value"] > 0.9  # type: ignore[index]
+    assert evaluation(folder, "half-precision-scatter")["strategy"] == "ekfac"
+
+    analyze.main(analyze.Arguments(**places(folder), compute_per_token_score=True))
+    page = (folder / "run" / "reports" / "ekfac.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") == 4 == len(load_figures(folder / "run"))
+    assert 'data-shares="' in page
+
+
+def test_tokenwise_analysis_prints_heat_maps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenwise_analysis.main(
+        tokenwise_analysis.Arguments(**places(folder), use_half_precision=True, top=3, num_queries=2)
+    )
+    printed = capsys.readouterr().out
+    assert printed.count(". train ") == 6
+    assert (folder / "run" / "reports" / "tokens.html").exists()
+
+
+def test_ground_truth_from_a_file_replaces_retraining(folder: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    masks, losses = generator.random((6, TRAIN)) < 0.5, generator.random((6, QUERIES), dtype=np.float32)
+    np.savez(tmp_path / "truth.npz", masks=masks, losses=losses)
+    arguments = evaluate_lds.Arguments(**places(folder), ground_truth=tmp_path / "truth.npz", dampings=())
+    evaluate_lds.main(arguments)
+    assert evaluation(folder, "lds")["ceiling"] is None
+    np.savez(tmp_path / "truth.npz", masks=masks[:, 1:], losses=losses)
+    with pytest.raises(InputError, match=r"retrainings for 13 training sequences and 4 queries, but .* has 14 and 4"):
+        evaluate_lds.main(arguments)

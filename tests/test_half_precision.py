@@ -106,3 +106,27 @@ def test_factors_in_half_precision_are_float32_and_say_so(tmp_path: Path) -> Non
         assert 0 < relative_error(values.sum(), full.eigenvalues[name].sum()) < 0.05
     with pytest.raises(wf.WherefromError, match="precision: stored full, now half"):
         study.fit("ekfac", half_precision=True, name="sampled")
+
+
+@BOTH
+def test_drawn_targets_keep_their_variance_around_a_large_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    """A bfloat16 number near 3000 is a multiple of 16: noise of size 1 would vanish in it."""
+    monkeypatch.setattr("wherefrom.precision.native_bfloat16", lambda device: native)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1))
+    nn.init.constant_(model[0].bias, 3000.0)  # type: ignore[arg-type]
+    rows = [(torch.randn(3), torch.zeros(1)) for _ in range(200)]
+    study = wf.Study(tmp_path, model, wf.Regression(), train=rows)
+    eigenvalues = study.fit("diagonal", half_precision=True).eigenvalues["0"]
+    assert 0.7 < float(eigenvalues[0, -1]) < 1.3  # of the bias: the variance of the noise
+
+
+def test_half_precision_of_a_float64_model_is_refused(tmp_path: Path) -> None:
+    case = mlp_case(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    with pytest.raises(wf.WherefromError, match="half_precision=True with a float64 model"):
+        study.fit("ekfac", half_precision=True)
+    with pytest.raises(wf.WherefromError, match="half_precision=True on cuda, which does not multiply bfloat16"):
+        HalfPrecision(torch.device("cuda"), native=False)

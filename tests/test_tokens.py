@@ -11,9 +11,10 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
+from wherefrom.capture import Captured
 from wherefrom.errors import DamagedError, InputError, LayerError, MismatchError
 from wherefrom.layers import select_layers
-from wherefrom.tokens import TokenScores, extreme_pairs, token_parts
+from wherefrom.tokens import TokenCollector, TokenScores, extreme_pairs, token_parts
 
 
 def brute_force(make: CaseMaker, query: int, example: int) -> Tensor:
@@ -149,6 +150,92 @@ def test_a_layer_that_sees_no_tokens_is_named(tmp_path: Path) -> None:
     tokens = alone.score_tokens(rows, factors).values
     assert tokens.shape == (5, 5, 6)
     assert relative_error(tokens.sum(2), alone.score(rows, factors).values) < 1e-5
+
+
+def test_a_layer_behind_pooling_alone_is_refused_where_there_is_a_mask(tmp_path: Path) -> None:
+    case = gpt2_case()
+    case.model.add_module("head", nn.Linear(13, 13).double())
+
+    class FromLast(wf.CausalLM):
+        """Reads the whole sequence with one vector."""
+
+        def train_loss(self, model, batch, sampler=None):  # type: ignore[no-untyped-def]
+            logits = model(input_ids=batch["input_ids"]).logits.mean(1)
+            return nn.functional.cross_entropy(model.head(logits), batch["input_ids"][:, 0], reduction="sum")
+
+    study = wf.Study(tmp_path, case.model, FromLast(["head"]), train=case.train)
+    with pytest.raises(LayerError, match="belongs to no single token"):
+        study.score_tokens(case.queries, study.fit("identity"))
+
+
+def test_a_mask_that_is_none_where_nothing_is_padded(tmp_path: Path) -> None:
+    class Sometimes(wf.CausalLM):
+        def mask(self, batch: dict[str, Tensor]) -> Tensor | None:
+            mask = super().mask(batch)
+            return None if mask is None or bool(mask.all()) else mask
+
+    case = gpt2_case()
+    found = {}
+    for name, task in (("always", case.task), ("sometimes", Sometimes(case.task.layers))):
+        study = wf.Study(tmp_path / name, case.model, task, train=case.train)
+        found[name] = study.score_tokens(case.queries, study.fit("identity"), train_batch_size=4)
+    assert torch.equal(found["always"].lengths, found["sometimes"].lengths)
+    assert relative_error(found["sometimes"].values, found["always"].values) < 1e-12
+
+
+def test_a_smaller_batch_after_running_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch fails after part of its layers; the smaller one in its place is shorter."""
+    case = gpt2_case()
+    case.train.sort(key=lambda example: len(example["input_ids"]))  # type: ignore[index]
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("identity")
+    expected = study.score_tokens(case.queries, factors, name="one", train_batch_size=2).values
+    original, seen = TokenCollector.collect, []
+
+    def limited(self: TokenCollector, layer: str, captured: Captured, rows: slice) -> None:
+        original(self, layer, captured, rows)
+        seen.append(rows.stop - rows.start)
+        if rows.stop - rows.start > 4 and len(seen) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(TokenCollector, "collect", limited)
+    found = study.score_tokens(case.queries, factors, name="two", train_batch_size=8).values
+    assert seen[:4] == [8, 8, 8, 4]
+    assert relative_error(found, expected) < 1e-12
+
+
+def test_tokens_of_other_scores_are_refused(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("ekfac")
+    scores, other = study.score(case.queries, factors), study.score(case.queries, factors, damping=1.0, name="other")
+    tokens = study.score_tokens(case.queries, factors)
+    assert tokens.differences(scores.fingerprint) == []
+    with pytest.raises(MismatchError, match="tokens belong to other scores.*damping: stored 0.1 x mean.*now 1.0"):
+        study.report(other, case.queries, tokenizer=Characters(), tokens=tokens)
+    again = study.score_tokens(case.queries, factors, damping=1.0, name="other")
+    for file in (again.folder / "0").iterdir():  # a part of another run
+        (tokens.folder / "0" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(MismatchError, match="damping: stored 1.0, now 0.1 x mean eigenvalue"):
+        TokenScores.load(tokens.folder)[0, 0]
+    with pytest.raises(InputError, match="expected another ending"):
+        study.score(case.queries, factors, name="ekfac.tokens")
+
+
+class Characters:
+    """A tokenizer whose tokens are characters."""
+
+    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool = True) -> str:
+        return "".join(map(chr, token_ids))
+
+
+def test_half_precision_tokens_sum_to_the_score_up_to_its_rounding(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("ekfac", half_precision=True)
+    scores = study.score(case.queries, factors, half_precision=True).values
+    tokens = study.score_tokens(case.queries, factors, half_precision=True).values
+    assert 0 < relative_error(tokens.sum(2), scores) < 2**-8  # of the gradient's two factors, one is rounded
 
 
 def test_parts_hold_every_pair_once() -> None:

@@ -33,7 +33,7 @@ class Common:
     query_batch_size: int = 32
     train_batch_size: int = 64
     overwrite: bool = False
-    """Replace what was made from something else."""
+    """Replace factors and scores that were made from something else."""
 
 
 class Example:
@@ -46,11 +46,17 @@ class Example:
         self.queries: Dataset
         model, self.tokenizer, self.train, self.queries = load_example(options.checkpoint_dir)
         self.study = wf.Study(options.run_dir, model, wf.CausalLM(), train=self.train)
+        self._factors: dict[tuple[str, bool], wf.Factors] = {}
 
     def factors(self, strategy: str, half_precision: bool = False) -> wf.Factors:
-        """Fit, or load."""
-        size, overwrite = self._options.train_batch_size, self._options.overwrite
-        return self.study.fit(strategy, half_precision=half_precision, batch_size=size, overwrite=overwrite)
+        """Fit, or load; once, however many scores are made with them."""
+        key = (strategy, half_precision)
+        if key not in self._factors:
+            size, overwrite = self._options.train_batch_size, self._options.overwrite
+            self._factors[key] = self.study.fit(
+                strategy, half_precision=half_precision, batch_size=size, overwrite=overwrite
+            )
+        return self._factors[key]
 
     def scores(
         self, strategy: str, damping: float | None, half_precision: bool = False, name: str | None = None

@@ -46,6 +46,8 @@ class Arguments(Common):
     """Tried with ekfac beside the default, 0.1 x the mean eigenvalue of each layer."""
     num_workers: int | None = None
     """Fine-tunings at once; one for each GPU or CPU core by default."""
+    overwrite_retrainings: bool = False
+    """Begin again with an empty table of retrainings, which all evaluations of the run directory share."""
     cache_dir: Path = Path("cache")
     """Where train.py keeps the pre-trained small model."""
 
@@ -85,7 +87,7 @@ def ground_truth(arguments: Arguments, example: Example) -> GroundTruth:
         range(arguments.num_repeats),
         fingerprint=training.fingerprint(),
         workers=arguments.num_workers,
-        overwrite=arguments.overwrite,
+        overwrite=arguments.overwrite_retrainings,
     )
     return GroundTruth(done.masks, done.losses)
 

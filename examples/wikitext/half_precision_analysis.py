@@ -12,6 +12,7 @@ from typing import Literal
 
 from common import Common, Example, console, run
 
+from wherefrom.errors import InputError
 from wherefrom.evaluate.precision import compare_scores
 from wherefrom.report.evaluations import save_evaluation
 from wherefrom.report.passages import Figure
@@ -33,6 +34,8 @@ def main(arguments: Arguments) -> None:
     """Score twice, correlate, plot."""
     example = Example(arguments)
     strategy, damping, query = arguments.factor_strategy, arguments.damping, arguments.query
+    if not 0 <= query < len(example.queries):
+        raise InputError(f"query={query}: expected a query from 0 to {len(example.queries) - 1}.")
     full = example.scores(strategy, damping)
     half = example.scores(strategy, damping, half_precision=True)
     agreement = compare_scores(full.values, half.values)

@@ -17,6 +17,7 @@ import torch
 from data import DatasetName, load_data, pretraining_texts, wheel_file
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
+from torch import nn
 from training import TrainSettings, console, train
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from wherefrom.errors import InputError
+from wherefrom.evaluate.retrain import current_device
 from wherefrom.store import write_text
 from wherefrom.text import as_blocks, load_model, load_tokenizer
 
@@ -138,6 +140,7 @@ def load_example(checkpoint_dir: Path) -> tuple[PreTrainedModel, PreTrainedToken
     """
     recipe = load_recipe(checkpoint_dir)
     model, tokenizer = load_model(str(checkpoint_dir)), load_tokenizer(str(checkpoint_dir))
+    nn.Module.to(model, current_device())
     return model, tokenizer, *recipe_data(recipe, tokenizer)
 
 

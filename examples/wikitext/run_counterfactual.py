@@ -40,6 +40,8 @@ class Arguments(Common):
     """Of ekfac, added to every eigenvalue; None is 0.1 x the mean eigenvalue of each layer."""
     num_workers: int | None = None
     """Fine-tunings at once; one for each GPU or CPU core by default."""
+    overwrite_retrainings: bool = False
+    """Begin again with an empty table of retrainings, which all evaluations of the run directory share."""
     cache_dir: Path = Path("cache")
     """Where train.py keeps the pre-trained small model."""
 
@@ -65,7 +67,7 @@ def main(arguments: Arguments) -> None:
         queries=chosen,
         fingerprint=training.fingerprint(),
         workers=arguments.num_workers,
-        overwrite=arguments.overwrite,
+        overwrite=arguments.overwrite_retrainings,
     )
     tokens = predicted_tokens(queries.select(chosen))
     curves = removal.summary(lambda losses: math.exp(float(losses.sum()) / tokens))

@@ -14,10 +14,12 @@ from pathlib import Path
 import tyro
 from data import DatasetName
 from models import BLOCK_SIZES, LEARNING_RATES, ModelName, Recipe, load_base, recipe_data, save
+from torch import nn
 from training import TrainSettings, console, finetune, perplexity
 from transformers.utils.logging import disable_progress_bar
 
 from wherefrom import WherefromError
+from wherefrom.evaluate.retrain import current_device
 
 
 @dataclass
@@ -65,6 +67,7 @@ def main(arguments: Arguments) -> None:
         seed=arguments.seed,
     )
     train, queries = recipe_data(recipe, tokenizer)
+    nn.Module.to(model, current_device())
     console.print(f"Model and data are ready after {time.perf_counter() - start:.0f} s.")
     console.print(f"Fine-tuning {arguments.model} on {len(train):,} sequences of {arguments.dataset}: {settings}")
     before = perplexity(model, queries, arguments.eval_batch_size)

@@ -190,7 +190,7 @@ def score(
         run: A run directory that `wherefrom fit` made.
         queries: The query text: a file, a saved dataset or a hub name, cut as the training text was.
         strategy: The curvature; fitted first if the run does not have it yet.
-        name: Of the scores in the run; the strategy by default.
+        name: Of the scores in the run; the strategy by default, with '-half' in half precision.
         split: The split of a saved or hub dataset.
         column: The column that holds the text; found when there is only one.
         damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
@@ -203,12 +203,14 @@ def score(
         overwrite: Replace scores that were made from something else.
         profile: Print where the time went.
     """
+    if tokens is not None and tokens < 1:
+        raise InputError(f"tokens={tokens}: expected at least 1 sequence of each sign.")
     sources = RunSources.load(run)
     study, tokenizer = sources.study(run, device)
     text = replace(sources.train, source=queries, split=split, column=column)
     sequences = text.sequences(tokenizer)
     factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
-    name = name or strategy
+    name = name or strategy + ("-half" if half_precision else "")
     options: _ScoreOptions = {
         "damping": damping,
         "half_precision": half_precision,
@@ -218,9 +220,9 @@ def score(
         "overwrite": overwrite,
     }
     scores = study.score(sequences, factors, **options)
+    replace(sources, queries={**sources.queries, name: text}).save(run)
     if tokens is not None:
         study.score_tokens(sequences, factors, top=tokens, **options)
-    replace(sources, queries={**sources.queries, name: text}).save(run)
     rows, columns = scores.values.shape
     _say(f"Scores of {rows:,} queries x {columns:,} training sequences are in {run / 'scores' / name}.", study, profile)
 
@@ -255,7 +257,7 @@ def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = 
     """
     scores = Scores.load(run / "scores" / name)
     queries, train, tokenizer, sources = _sequences(run, name)
-    tokens = _token_scores(run, name)
+    tokens = _token_scores(run, name, scores)
     page = render_report(
         title=f"Where from? {run.name}",
         queries=DatasetPassages(queries),
@@ -300,11 +302,14 @@ def _sequences(run: Path, name: str) -> tuple[Dataset, Dataset, PreTrainedTokeni
     return queries, train, tokenizer, sources
 
 
-def _token_scores(run: Path, name: str) -> TokenScores | None:
-    """The newest token scores that belong to these scores, if there are any."""
-    found = (run / "scores").glob(f"{name}.top*.tokens/{INDEX}")
-    newest = max(found, key=lambda index: index.stat().st_mtime, default=None)
-    return None if newest is None else TokenScores.load(newest.parent)
+def _token_scores(run: Path, name: str, scores: Scores) -> TokenScores | None:
+    """Token scores that belong to these scores, of the most pairs, if there are any."""
+    found = [TokenScores.load(index.parent) for index in (run / "scores").glob(f"{name}.*.tokens/{INDEX}")]
+    return max(
+        (each for each in found if not each.differences(scores.fingerprint)),
+        key=lambda each: len(each.pairs),
+        default=None,
+    )
 
 
 def _device(name: str) -> torch.device:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from wherefrom.capture import Captured
-from wherefrom.errors import InputError, LossError
-from wherefrom.fingerprint import Fingerprint
+from wherefrom.errors import InputError, LossError, MismatchError
+from wherefrom.fingerprint import Fingerprint, differences
 from wherefrom.layers import TrackedLayer
 from wherefrom.sweep import Collector
 
@@ -210,6 +210,24 @@ class Factors:
     fingerprint: Fingerprint
     bases: Mapping[str, Basis]
     eigenvalues: Mapping[str, Tensor]
+
+    def check_model(self, study: Fingerprint) -> None:
+        """Refuse to be used on another model.
+
+        Args:
+            study: with the entries `model` and `layers`.
+
+        Raises:
+            MismatchError: names what differs.
+        """
+        changed = differences(
+            *({name: each[name] for name in ("model", "layers")} for each in (self.fingerprint, study))
+        )
+        if changed:
+            raise MismatchError(
+                f"factors were fitted on another model. {'; '.join(changed)}. Fit factors on this model, or make the "
+                "Study with the model that they belong to."
+            )
 
     def preconditioner(self, damping: float | None = None) -> Preconditioner:
         """The damped inverse of the curvature.

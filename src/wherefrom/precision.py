@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from wherefrom.errors import InputError
+
 # The products of a forward and a backward pass.
 _PRODUCTS = frozenset(
     {
@@ -24,6 +26,9 @@ _PRODUCTS = frozenset(
         torch.ops.aten.addmm.default,
         torch.ops.aten.bmm.default,
         torch.ops.aten.baddbmm.default,
+        torch.ops.aten.mv.default,
+        torch.ops.aten.addmv.default,
+        torch.ops.aten.dot.default,
         torch.ops.aten.convolution.default,
         torch.ops.aten.convolution_backward.default,
     }
@@ -48,7 +53,7 @@ def native_bfloat16(device: torch.device) -> bool:
         return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return False
+    return True  # other accelerators: autocast itself says what it cannot do
 
 
 class Precision:
@@ -74,11 +79,19 @@ class HalfPrecision(Precision):
     """bfloat16 operands, float32 sums.
 
     Attributes:
-        native: the device's own bfloat16, or rounded operands multiplied in float32; None asks the device.
+        native: the device's own bfloat16, or rounded operands multiplied in float32 (on a CPU); None asks the device.
+
+    Raises:
+        InputError: a GPU has no bfloat16.
     """
 
     def __init__(self, device: torch.device, native: bool | None = None) -> None:
         self.native = native_bfloat16(device) if native is None else native
+        if not self.native and device.type != "cpu":
+            raise InputError(
+                f"half_precision=True on {device}, which does not multiply bfloat16: leave it out, or use a GPU of "
+                "NVIDIA's Ampere generation or newer."
+            )
         self._device = device
         self._rounding = _RoundedProducts()
 

@@ -55,7 +55,9 @@ class Sampler:
         uniform = self._uniform(everywhere, 1).view(mean.shape)
         # The inverse of the normal distribution function; 0 itself would give minus infinity.
         noise: Tensor = torch.special.ndtri(uniform.clamp_min(2.0**-54))
-        return mean + noise.to(mean.dtype)
+        # Not in half precision, where the noise would drown in the rounding of a large mean.
+        wide = torch.promote_types(mean.dtype, torch.float32)
+        return mean.to(wide) + noise.to(wide)
 
     def _uniform(self, where: Tensor, depth: int) -> Tensor:
         """Uniform numbers for the true entries of `where` [batch, positions], in row order: [drawn, depth]."""

@@ -55,7 +55,7 @@ class Scores:
         """
         folder = Path(folder)
         if not folder.exists():
-            found = sorted(path.name for path in folder.parent.glob("*") if path.suffix != ".blocks")
+            found = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
             raise InputError(f"{folder}: no scores there; found {', '.join(found) or 'none'}. Compute them first.")
         fingerprint = read_manifest(folder)["fingerprint"]
         return cls(Artifact(folder, fingerprint).load()["values"], fingerprint)

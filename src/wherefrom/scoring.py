@@ -21,7 +21,7 @@ from wherefrom.memory import total_memory
 from wherefrom.scores import PairwiseCollector
 from wherefrom.store import Partial
 from wherefrom.sweep import Sweep
-from wherefrom.task import Batch
+from wherefrom.task import Batch, Task
 from wherefrom.tokens import TokenCollector, token_parts
 
 # The part of the memory that resident query gradients may take.
@@ -90,45 +90,49 @@ class Scoring(Generic[Batch]):
             `pairs` [pairs, 2] in the order of the parts, `shards` (how many pairs each part has), `lengths` (tokens of
             each training example).
         """
-        lengths = self._train_lengths()
-        longest = max(lengths)
+        lengths = torch.tensor(self._train_lengths())
+        longest = int(lengths.max())
         parts: list[Tensor] = []
         for block in self.blocks():
             bank = cache(partial(self.bank, block))  # not made when all of its parts are there
             for pairs in token_parts(block, len(self.train), chosen, longest * self.sweep.dtype.itemsize):
-                stage(len(parts), pairs, partial(self._per_token, bank, block.start, pairs, longest))
+                stage(len(parts), pairs, partial(self._per_token, bank, block.start, pairs, lengths))
                 parts.append(pairs)
         sizes = torch.tensor([len(pairs) for pairs in parts])
-        return {"pairs": torch.cat(parts), "shards": sizes, "lengths": torch.tensor(lengths)}
+        return {"pairs": torch.cat(parts), "shards": sizes, "lengths": lengths}
 
     def _per_token(
-        self, bank: Callable[[], GradientBank], first: int, pairs: Tensor, tokens: int, sums: Partial
+        self, bank: Callable[[], GradientBank], first: int, pairs: Tensor, lengths: Tensor, sums: Partial
     ) -> dict[str, Tensor]:
-        """`values` [pairs, tokens]: a sweep over the training examples among the pairs.
+        """`values` [pairs, tokens of the longest example]: a sweep over the training examples among the pairs.
 
         Args:
             first: the query in the bank's first row.
         """
         examples, places = pairs[:, 1].unique(return_inverse=True)
         local = torch.stack([pairs[:, 0] - first, places], 1)
-        collector = TokenCollector(bank(), local, tokens, self.sweep.dtype, self.sweep.device)
+        place = (self.sweep.dtype, self.sweep.device)
+        collector = TokenCollector(bank(), local, lengths[examples], int(lengths.max()), *place)
         self._sweep_train("token scores", _Rows(self.train, examples.tolist()), collector, sums)
         return collector.sums
 
     def _train_lengths(self) -> list[int]:
-        """How many tokens each training example has: as long as its mask or, for a task that never pads, as many as
-        the layers see of any example."""
+        """How many tokens each training example has: as long as its mask or, without one, as many as layers see."""
         task, examples = self.sweep.task, len(self.train)
-        masks = [task.mask(task.collate([self.train[row]])) for row in range(examples)]
-        if all(mask is not None for mask in masks):
-            return [mask.shape[1] for mask in masks if mask is not None]
+        if type(task).mask is Task.mask:  # never pads: all examples are alike
+            return [self._seen_tokens(0)] * examples
+        masks = (task.mask(task.collate([self.train[row]])) for row in range(examples))
+        return [self._seen_tokens(row) if mask is None else mask.shape[1] for row, mask in enumerate(masks)]
+
+    def _seen_tokens(self, row: int) -> int:
+        """How many vectors of one example the layers see in a call; the most of any layer."""
         seen: list[int] = []
 
         def receive(layer: str, captured: Captured) -> None:
             seen.append(captured.activations.shape[1] // max(captured.calls, 1))
 
-        self.sweep.probe(self.train, 0, self._loss, receive)
-        return [seen[0]] * examples
+        self.sweep.probe(self.train, row, self._loss, receive)
+        return max(seen)
 
     def _sweep_train(
         self, name: str, dataset: Dataset[object], collector: PairwiseCollector | TokenCollector, sums: Partial

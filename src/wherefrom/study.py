@@ -27,10 +27,8 @@ from wherefrom.fingerprint import (
     Dataset,
     Fingerprint,
     dataset_digest,
-    differences,
     model_digest,
     names_summary,
-    tensors_digest,
 )
 from wherefrom.layers import select_layers
 from wherefrom.memory import checked_batch_size
@@ -43,7 +41,7 @@ from wherefrom.scoring import Compute, Scoring
 from wherefrom.store import Artifact, Partial, checked_name, remove, write_text
 from wherefrom.sweep import Objective, Sweep
 from wherefrom.task import Batch, Task
-from wherefrom.tokens import INDEX, TokenScores, extreme_pairs
+from wherefrom.tokens import INDEX, TokenScores, extreme_pairs, part_fingerprint
 
 
 class Study(Generic[Batch]):
@@ -170,7 +168,7 @@ class Study(Generic[Batch]):
         """
         scoring = self._scoring(queries, factors, damping, half_precision, query_batch_size, train_batch_size)
         fingerprint = self._score_fingerprint(queries, factors, damping, half_precision)
-        folder, name = self.path / "scores", checked_name(name or _score_name(factors, half_precision))
+        folder, name = self.path / "scores", _score_name(name, factors, half_precision)
 
         def compute(_: Partial) -> dict[str, Tensor]:
             stage = partial(self._stage, folder / f"{name}.blocks", fingerprint, overwrite)
@@ -215,8 +213,8 @@ class Study(Generic[Batch]):
         scoring = self._scoring(queries, factors, damping, half_precision, query_batch_size, train_batch_size)
         fingerprint = self._score_fingerprint(queries, factors, damping, half_precision)
         fingerprint["pairs"] = "all pairs" if top is None else f"the {top} highest and lowest of each query"
-        base = checked_name(name or _score_name(factors, half_precision))
-        folder = self.path / "scores" / (f"{base}.tokens" if top is None else f"{base}.top{top}.tokens")
+        base = _score_name(name, factors, half_precision)
+        folder = self.path / "scores" / f"{base}.{'all' if top is None else f'top{top}'}.tokens"
         if overwrite:
             remove(folder)
 
@@ -270,6 +268,12 @@ class Study(Generic[Batch]):
         """
         if tokens is not None and tokenizer is None:
             raise InputError("tokens are given and tokenizer is None: expected the tokenizer that made their text.")
+        changed = [] if tokens is None else tokens.differences(scores.fingerprint)
+        if changed:
+            raise MismatchError(
+                f"tokens belong to other scores than these. {'; '.join(changed)}. Call score_tokens with the arguments "
+                "that score had."
+            )
         path = Path(path) if path else self.path / "reports" / f"{scores.strategy}.html"
         page = render_report(
             title=f"Where from? {self.path.name}",
@@ -324,7 +328,7 @@ class Study(Generic[Batch]):
     ) -> dict[str, str]:
         """What scores depend on; refuses factors of another model."""
         study = self._fingerprint()
-        _check_same_model(factors.fingerprint, study)
+        factors.check_model(study)
         return study | {
             "strategy": factors.strategy,
             "factors": factors.fingerprint["training data"],
@@ -336,13 +340,15 @@ class Study(Generic[Batch]):
         }
 
     def _precise_sweep(self, half_precision: bool) -> Sweep[Batch]:
+        if half_precision and self._sweep.dtype == torch.float64:
+            raise InputError("half_precision=True with a float64 model: load the model in float32, or leave it out.")
         return replace(self._sweep, precision=HalfPrecision(self._sweep.device)) if half_precision else self._sweep
 
     def _token_stage(
         self, folder: Path, fingerprint: Fingerprint, number: int, pairs: Tensor, compute: Compute
     ) -> None:
-        """Compute and keep one file of token scores, unless it is there; another memory may have cut other files."""
-        self._stage(folder, {**fingerprint, "pairs": tensors_digest({"pairs": pairs})}, False, str(number), compute)
+        """Compute and keep one file of token scores, unless it is there."""
+        self._stage(folder, part_fingerprint(fingerprint, pairs), False, str(number), compute)
 
     def _stage(
         self,
@@ -393,14 +399,9 @@ def _suffix(half_precision: bool) -> str:
     return "-half" if half_precision else ""
 
 
-def _score_name(factors: Factors, half_precision: bool) -> str:
-    return factors.strategy + _suffix(half_precision)
-
-
-def _check_same_model(factors: Fingerprint, study: Fingerprint) -> None:
-    changed = differences(*({name: each[name] for name in ("model", "layers")} for each in (factors, study)))
-    if changed:
-        raise MismatchError(
-            f"factors were fitted on another model. {'; '.join(changed)}. Fit factors on this model, or make the Study "
-            "with the model that they belong to."
-        )
+def _score_name(name: str | None, factors: Factors, half_precision: bool) -> str:
+    """The name that scores are kept under; endings of what is kept beside them are not for names."""
+    chosen = checked_name(name or factors.strategy + _suffix(half_precision))
+    if Path(chosen).suffix in (".tokens", ".blocks"):
+        raise InputError(f"name={name!r}: expected another ending, this one is for parts of scores.")
+    return chosen

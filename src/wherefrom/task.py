@@ -67,6 +67,11 @@ class Task(Generic[Batch]):
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
 
 
+def widened(outputs: Tensor) -> Tensor:
+    """A model's outputs in float32 or wider, which losses and random draws need."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
 class CausalLM(Task[dict[str, Tensor]]):
     """Next-token prediction with a Hugging Face causal language model.
 
@@ -77,8 +82,7 @@ class CausalLM(Task[dict[str, Tensor]]):
 
     def train_loss(self, model: nn.Module, batch: dict[str, Tensor], sampler: Sampler | None = None) -> Tensor:
         output = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
-        logits = output.logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = widened(output.logits)
         # The labels are shifted, not the logits: a slice of those would be copied, and filled up again going back.
         labels = functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED)
         if sampler is not None:
@@ -138,7 +142,7 @@ class Classification(Task[Sequence[Tensor]]):
 
     def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
         inputs, labels = batch
-        logits: Tensor = model(inputs)
+        logits = widened(model(inputs))
         if sampler is not None:
             labels = sampler.categorical(logits.detach())
         return functional.cross_entropy(logits, labels, reduction="sum")
@@ -150,7 +154,7 @@ class Regression(Task[Sequence[Tensor]]):
 
     def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
         inputs, targets = batch
-        predictions: Tensor = model(inputs)
+        predictions = widened(model(inputs))
         if predictions.shape != targets.shape:
             raise InputError(
                 f"Regression: the model's output has shape {list(predictions.shape)} and the targets "

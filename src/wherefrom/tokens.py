@@ -17,9 +17,9 @@ from torch import Tensor
 
 from wherefrom.capture import Captured
 from wherefrom.errors import InputError, LayerError
-from wherefrom.fingerprint import Fingerprint
+from wherefrom.fingerprint import Fingerprint, differences, tensors_digest
 from wherefrom.gradients import GradientBank
-from wherefrom.store import Artifact, read_manifest
+from wherefrom.store import Artifact, check_same, read_manifest
 from wherefrom.sweep import Collector
 
 INDEX = "index"
@@ -70,19 +70,27 @@ class TokenCollector(Collector):
     Args:
         pairs: int64 [pairs, 2]: a row of the bank, and the position of a training example in the swept dataset, which
             does not descend.
-        tokens: how many the longest example has.
+        lengths: int64 [examples]: how many tokens each example of the swept dataset has.
+        tokens: how many are kept room for, at least as many as the longest example has.
     """
 
     def __init__(
-        self, bank: GradientBank, pairs: Tensor, tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        bank: GradientBank,
+        pairs: Tensor,
+        lengths: Tensor,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._bank = bank
+        self._lengths = lengths
         self._queries, self._examples = pairs.T.contiguous()
-        self._batch: tuple[int, int] | None = None
         self.sums = {"values": torch.zeros(len(pairs), tokens, dtype=dtype, device=device)}
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        tokens = self._tokens(layer, captured, rows)
+        tokens = int(self._lengths[rows].max())
+        self._check(layer, captured, tokens)
         first, last = torch.searchsorted(self._examples, torch.tensor([rows.start, rows.stop])).tolist()
         queries, examples = self._queries[first:last], self._examples[first:last] - rows.start
         for query in queries.unique().tolist():
@@ -92,25 +100,23 @@ class TokenCollector(Collector):
             folded = products.view(len(chosen), captured.calls, tokens).sum(1)  # [chosen, tokens]
             self.sums["values"][first + chosen, :tokens] += folded
 
-    def _tokens(self, layer: str, captured: Captured, rows: slice) -> int:
-        """How many tokens the batch has, the same for each of its layers."""
-        joined, calls = captured.activations.shape[1], captured.calls
-        tokens = joined // calls if calls else 0
-        if self._batch is None or self._batch[0] != rows.start:
-            self._batch = (rows.start, tokens)
-        expected = self._batch[1]
-        if not calls or tokens != expected or tokens > self.sums["values"].shape[1]:
+    @staticmethod
+    def _check(layer: str, captured: Captured, tokens: int) -> None:
+        """A layer must see one vector for each token of the batch's longest example, in each of its calls."""
+        seen, calls = captured.activations.shape[1], captured.calls
+        if not calls or seen != calls * tokens:
             raise LayerError(
-                f"Layer {layer!r} sees {joined} vectors an example in {calls or 'unequal'} calls where other layers "
-                f"see {expected}: its part of a score belongs to no single token. Leave it out with `layers=[...]`, or "
-                "ask for sequence scores."
+                f"Layer {layer!r} sees {seen} vectors an example in {calls or 'unequal'} call(s), where the longest "
+                f"example of the batch has {tokens} tokens: its part of a score belongs to no single token. Leave the "
+                "layer out with `layers=[...]`, or ask for sequence scores."
             )
-        return tokens
 
 
 @dataclass(frozen=True)
 class TokenScores:
     """What each token of a training example adds to its score for a query; over tokens, the values sum to the score.
+
+    In half precision they do so up to rounding: the score's own gradient is rounded after it was summed over tokens.
 
     The value at position t belongs to the input token t: to what the layers read there, and to the losses at t and
     later that this influences.
@@ -144,6 +150,10 @@ class TokenScores:
         fingerprint = read_manifest(folder / INDEX)["fingerprint"]
         index = Artifact(folder / INDEX, fingerprint).load()
         return cls(folder, index["pairs"], index["lengths"], index["shards"].tolist(), fingerprint)
+
+    def differences(self, scores: Fingerprint) -> list[str]:
+        """What these were computed from and sequence scores were not, or the other way round; empty if they match."""
+        return differences({**self.fingerprint, "pairs": ""}, {**scores, "pairs": ""})
 
     def __contains__(self, pair: tuple[int, int]) -> bool:
         """Whether (query, training position) is stored."""
@@ -194,7 +204,18 @@ class TokenScores:
         return int(places[found]) if found < len(keys) and keys[found] == key else None
 
     def _shard(self, number: int) -> Tensor:
-        """The values of one file, [pairs, token], memory-mapped once its digest has been checked."""
+        """The values of one file, [pairs, token], memory-mapped once it has been checked."""
         if number not in self._opened:
-            self._opened[number] = Artifact(self.folder / str(number), self.fingerprint).mapped()["values"]
+            artifact = Artifact(self.folder / str(number), part_fingerprint(self.fingerprint, self._pairs(number)))
+            check_same(artifact.path, read_manifest(artifact.path)["fingerprint"], artifact.fingerprint)
+            self._opened[number] = artifact.mapped()["values"]
         return self._opened[number]
+
+    def _pairs(self, number: int) -> Tensor:
+        start = sum(self.shards[:number])
+        return self.pairs[start : start + self.shards[number]]
+
+
+def part_fingerprint(scores: Fingerprint, pairs: Tensor) -> Fingerprint:
+    """What one file of token scores depends on: another memory may have cut other files."""
+    return {**scores, "pairs": tensors_digest({"pairs": pairs})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
@@ -11,6 +12,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from wherefrom.errors import InputError
 from wherefrom.report.passages import Passages, TokenContributions
 from wherefrom.scores import Scores
 
@@ -72,6 +74,9 @@ def heat_map(pieces: Sequence[tuple[str, float]]) -> RenderableType:
     Args:
         pieces: each token's text and value; the largest absolute value has the full colour.
     """
+    wrong = [(piece, value) for piece, value in pieces if not math.isfinite(value)]
+    if wrong:
+        raise InputError(f"pieces: {wrong[0][0]!r} has the value {wrong[0][1]}; expected finite numbers.")
     limit = max((abs(value) for _, value in pieces), default=0.0) or 1.0
     text = Text()
     for piece, value in pieces:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, TypeVar
 
 import analyze
 import data
@@ -16,6 +17,7 @@ import run_counterfactual
 import tokenwise_analysis
 import torch
 import train
+from common import Common
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -48,12 +50,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def places(folder: Path) -> dict[str, Path]:
-    return {"checkpoint_dir": folder / "checkpoints", "run_dir": folder / "run"}
+Options = TypeVar("Options", bound=Common)
 
 
-def evaluation(folder: Path, name: str) -> dict[str, object]:
-    found: dict[str, object] = json.loads((folder / "run" / "evaluation" / f"{name}.json").read_text())
+def placed(folder: Path, options: Options) -> Options:
+    """Options with the checkpoint and the run directory of the test, and its cache where there is one."""
+    options.checkpoint_dir, options.run_dir = folder / "checkpoints", folder / "run"
+    if isinstance(options, evaluate_lds.Arguments | run_counterfactual.Arguments):
+        options.cache_dir, options.num_workers = folder / "cache", 1
+    return options
+
+
+def evaluation(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run" / "evaluation" / f"{name}.json").read_text())
     assert (folder / "run" / "evaluation" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     return found
 
@@ -61,46 +70,36 @@ def evaluation(folder: Path, name: str) -> dict[str, object]:
 def test_lds_counterfactual_half_precision_and_the_page_that_shows_them(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate_lds.main(
-        evaluate_lds.Arguments(
-            **places(folder), cache_dir=folder / "cache", num_masks=5, num_repeats=2, num_workers=1, dampings=(1e-8,)
-        )
-    )
+    evaluate_lds.main(placed(folder, evaluate_lds.Arguments(num_masks=5, num_repeats=2, dampings=(1e-8,))))
     lds = evaluation(folder, "lds")
-    assert set(lds["methods"]) == {  # type: ignore[arg-type]
+    assert set(lds["methods"]) == {
         *("identity", "diagonal", "kfac", "ekfac", "ekfac, damping 1e-08", "ekfac, half precision", "bm25", "random")
     }
     assert (lds["subsets"], lds["repeats"], lds["train"]) == (5, 2, TRAIN)
     assert lds["ceiling"] is not None
     assert "Its top training" in capsys.readouterr().out
 
-    run_counterfactual.main(
-        run_counterfactual.Arguments(
-            **places(folder), cache_dir=folder / "cache", removals=(0, 700, 1400), num_repeats=2, num_workers=1
-        )
-    )
+    run_counterfactual.main(placed(folder, run_counterfactual.Arguments(removals=(0, 700, 1400), num_repeats=2)))
     removal = evaluation(folder, "counterfactual")
     assert removal["counts"] == [0, 2, 4]  # 700 of 4656 is 2 of 14
-    perplexity = {name: np.array(curve) for name, curve in removal["perplexity"].items()}  # type: ignore[attr-defined]
+    perplexity = {name: np.array(curve) for name, curve in removal["perplexity"].items()}
     assert set(perplexity) == {"ekfac", "identity", "bm25", "random"}
     assert all(curve.shape == (3, 2) for curve in perplexity.values())
     assert all((curve[0] == perplexity["ekfac"][0]).all() for curve in perplexity.values())  # nothing removed
 
-    half_precision_analysis.main(half_precision_analysis.Arguments(**places(folder)))
+    half_precision_analysis.main(placed(folder, half_precision_analysis.Arguments()))
     agreement = evaluation(folder, "half-precision-correlations")
-    assert agreement["spearman"]["mean"]["value"] > 0.9  # type: ignore[index]
+    assert agreement["spearman"]["mean"]["value"] > 0.9
     assert evaluation(folder, "half-precision-scatter")["strategy"] == "ekfac"
 
-    analyze.main(analyze.Arguments(**places(folder), compute_per_token_score=True))
+    analyze.main(placed(folder, analyze.Arguments(compute_per_token_score=True)))
     page = (folder / "run" / "reports" / "ekfac.html").read_text(encoding="utf-8")
     assert page.count("data:image/png") == 4 == len(load_figures(folder / "run"))
     assert 'data-shares="' in page
 
 
 def test_tokenwise_analysis_prints_heat_maps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenwise_analysis.main(
-        tokenwise_analysis.Arguments(**places(folder), use_half_precision=True, top=3, num_queries=2)
-    )
+    tokenwise_analysis.main(placed(folder, tokenwise_analysis.Arguments(use_half_precision=True, top=3, num_queries=2)))
     printed = capsys.readouterr().out
     assert printed.count(". train ") == 6
     assert (folder / "run" / "reports" / "tokens.html").exists()
@@ -110,7 +109,7 @@ def test_ground_truth_from_a_file_replaces_retraining(folder: Path, tmp_path: Pa
     generator = np.random.default_rng(0)
     masks, losses = generator.random((6, TRAIN)) < 0.5, generator.random((6, QUERIES), dtype=np.float32)
     np.savez(tmp_path / "truth.npz", masks=masks, losses=losses)
-    arguments = evaluate_lds.Arguments(**places(folder), ground_truth=tmp_path / "truth.npz", dampings=())
+    arguments = placed(folder, evaluate_lds.Arguments(ground_truth=tmp_path / "truth.npz", dampings=()))
     evaluate_lds.main(arguments)
     assert evaluation(folder, "lds")["ceiling"] is None
     np.savez(tmp_path / "truth.npz", masks=masks[:, 1:], losses=losses)

@@ -70,10 +70,19 @@ def evaluation(folder: Path, name: str) -> dict[str, Any]:
 def test_lds_counterfactual_half_precision_and_the_page_that_shows_them(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate_lds.main(placed(folder, evaluate_lds.Arguments(num_masks=5, num_repeats=2, dampings=(1e-8,))))
+    evaluate_lds.main(placed(folder, evaluate_lds.Arguments(num_masks=5, num_repeats=2, dampings=(None,))))
     lds = evaluation(folder, "lds")
     assert set(lds["methods"]) == {
-        *("identity", "diagonal", "kfac", "ekfac", "ekfac, damping 1e-08", "ekfac, half precision", "bm25", "random")
+        *(
+            "identity",
+            "diagonal",
+            "kfac",
+            "ekfac",
+            "ekfac, damping 0.1 x mean",
+            "ekfac, half precision",
+            "bm25",
+            "random",
+        )
     }
     assert (lds["subsets"], lds["repeats"], lds["train"]) == (5, 2, TRAIN)
     assert lds["ceiling"] is not None

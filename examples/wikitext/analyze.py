@@ -28,8 +28,6 @@ class Arguments(Common):
     """Where the predictions of a fine-tuned language model come from."""
 
     factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac"
-    damping: float | None = None
-    """Added to every eigenvalue; None is 0.1 x the mean eigenvalue of each layer."""
     use_half_precision: bool = False
     """bfloat16 products in the model's passes, query gradients in bfloat16."""
     compute_per_token_score: bool = False
@@ -43,9 +41,9 @@ class Arguments(Common):
 def main(arguments: Arguments) -> None:
     """Fit, score, print, and write the page."""
     example = Example(arguments)
-    strategy, damping, half = arguments.factor_strategy, arguments.damping, arguments.use_half_precision
-    scores = example.scores(strategy, damping, half)
-    tokens = example.token_scores(strategy, damping, half, SHOWN) if arguments.compute_per_token_score else None
+    strategy, half = arguments.factor_strategy, arguments.use_half_precision
+    scores = example.scores(strategy, half_precision=half)
+    tokens = example.token_scores(strategy, half, SHOWN) if arguments.compute_per_token_score else None
     queries, train = example.queries, example.train
     console.print(
         top_tables(scores, DatasetPassages(queries), DatasetPassages(train), shown=range(min(3, len(queries))))

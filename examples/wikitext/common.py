@@ -30,6 +30,8 @@ class Common:
     """What train.py wrote."""
     run_dir: Path = Path("runs/wikitext")
     """Keeps factors, scores, retrainings and reports; what is there already is reused."""
+    damping: float | None = 1e-8
+    """Added to every eigenvalue; None is 0.1 x the mean eigenvalue of each layer. evaluate_lds.py compares them."""
     query_batch_size: int = 32
     train_batch_size: int = 64
     overwrite: bool = False
@@ -58,10 +60,14 @@ class Example:
             )
         return self._factors[key]
 
-    def scores(
-        self, strategy: str, damping: float | None, half_precision: bool = False, name: str | None = None
+    def scores(self, strategy: str, *, half_precision: bool = False) -> wf.Scores:
+        """Score all queries at the damping of the options, or load the scores."""
+        return self.damped_scores(strategy, self._options.damping, half_precision=half_precision)
+
+    def damped_scores(
+        self, strategy: str, damping: float | None, *, half_precision: bool = False, name: str | None = None
     ) -> wf.Scores:
-        """Score all queries, or load the scores."""
+        """Score all queries at another damping, under another name."""
         options = self._options
         return self.study.score(
             self.queries,
@@ -74,14 +80,14 @@ class Example:
             overwrite=options.overwrite,
         )
 
-    def token_scores(self, strategy: str, damping: float | None, half_precision: bool, top: int) -> wf.TokenScores:
+    def token_scores(self, strategy: str, half_precision: bool, top: int) -> wf.TokenScores:
         """Score the tokens of each query's most positive and most negative sequences, or load those scores."""
         options = self._options
         return self.study.score_tokens(
             self.queries,
             self.factors(strategy, half_precision),
             top=top,
-            damping=damping,
+            damping=options.damping,
             half_precision=half_precision,
             query_batch_size=options.query_batch_size,
             train_batch_size=options.train_batch_size,

@@ -42,8 +42,8 @@ class Arguments(Common):
     """Seeds that the model is fine-tuned with on each half."""
     ground_truth: Path | None = None
     """Finished retrainings instead, .npz or .safetensors with masks and losses."""
-    dampings: tuple[float, ...] = (1e-8, 1e-4, 1e-2)
-    """Tried with ekfac beside the default, 0.1 x the mean eigenvalue of each layer."""
+    dampings: tuple[float | None, ...] = (None, 1e-4, 1e-2)
+    """Tried with ekfac beside --damping; None is 0.1 x the mean eigenvalue of each layer."""
     num_workers: int | None = None
     """Fine-tunings at once; one for each GPU or CPU core by default."""
     overwrite_retrainings: bool = False
@@ -92,14 +92,15 @@ def ground_truth(arguments: Arguments, example: Example) -> GroundTruth:
     return GroundTruth(done.masks, done.losses)
 
 
-def all_scores(example: Example, dampings: tuple[float, ...]) -> dict[str, Tensor]:
+def all_scores(example: Example, dampings: tuple[float | None, ...]) -> dict[str, Tensor]:
     """Every strategy, ekfac at other dampings and in half precision, and the baselines: [query, train] by name."""
     queries, train = example.queries, example.train
-    scores = {strategy: example.scores(strategy, None).values for strategy in STRATEGIES}
+    scores = {strategy: example.scores(strategy).values for strategy in STRATEGIES}
     for damping in dampings:
-        name = f"ekfac-damping-{damping:g}"
-        scores[f"ekfac, damping {damping:g}"] = example.scores("ekfac", damping, name=name).values
-    scores["ekfac, half precision"] = example.scores("ekfac", None, half_precision=True).values
+        amount = "0.1-x-mean" if damping is None else f"{damping:g}"
+        found = example.damped_scores("ekfac", damping, name=f"ekfac-damping-{amount}")
+        scores[f"ekfac, damping {amount.replace('-x-', ' x ')}"] = found.values
+    scores["ekfac, half precision"] = example.scores("ekfac", half_precision=True).values
     scores["bm25"] = bm25_scores(queries["text"], train["text"])
     scores["random"] = random_scores(len(queries), len(train), seed=0)
     return scores

@@ -24,8 +24,6 @@ class Arguments(Common):
     """How much of the scores half precision keeps."""
 
     factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac"
-    damping: float | None = None
-    """Added to every eigenvalue; None is 0.1 x the mean eigenvalue of each layer."""
     query: int = 0
     """The query of the scatter plot."""
 
@@ -33,11 +31,11 @@ class Arguments(Common):
 def main(arguments: Arguments) -> None:
     """Score twice, correlate, plot."""
     example = Example(arguments)
-    strategy, damping, query = arguments.factor_strategy, arguments.damping, arguments.query
+    strategy, query = arguments.factor_strategy, arguments.query
     if not 0 <= query < len(example.queries):
         raise InputError(f"query={query}: expected a query from 0 to {len(example.queries) - 1}.")
-    full = example.scores(strategy, damping)
-    half = example.scores(strategy, damping, half_precision=True)
+    full = example.scores(strategy)
+    half = example.scores(strategy, half_precision=True)
     agreement = compare_scores(full.values, half.values)
     for name, found in (("Spearman", agreement.spearman), ("Pearson", agreement.pearson)):
         console.print(
@@ -46,7 +44,12 @@ def main(arguments: Arguments) -> None:
             highlight=False,
         )
     console.print(half.fingerprint["precision"])
-    results = {"strategy": strategy, "precision": half.fingerprint["precision"], **agreement.to_json()}
+    results = {
+        "strategy": strategy,
+        "damping": half.fingerprint["damping"],
+        "precision": half.fingerprint["precision"],
+        **agreement.to_json(),
+    }
     caption = "Mean Spearman correlation of a query's scores in half and full precision: "
     caption += f"{agreement.spearman.mean} over {len(full.values):,} queries."
     plots = {

@@ -36,8 +36,6 @@ class Arguments(Common):
     """The first queries: their scores are added up, and their perplexity is measured."""
     num_repeats: int = 3
     """Seeds that the model is fine-tuned with after each removal."""
-    damping: float | None = None
-    """Of ekfac, added to every eigenvalue; None is 0.1 x the mean eigenvalue of each layer."""
     num_workers: int | None = None
     """Fine-tunings at once; one for each GPU or CPU core by default."""
     overwrite_retrainings: bool = False
@@ -57,8 +55,8 @@ def main(arguments: Arguments) -> None:
         arguments.run_dir / "retrainings",
         training,
         {
-            "ekfac": example.scores("ekfac", arguments.damping).values,
-            "identity": example.scores("identity", None).values,
+            "ekfac": example.scores("ekfac").values,
+            "identity": example.scores("identity").values,
             "bm25": bm25_scores(queries["text"], train["text"]),
             "random": None,
         },

@@ -23,8 +23,6 @@ class Arguments(Common):
     """Which tokens of training sequences the predictions come from."""
 
     factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac"
-    damping: float | None = None
-    """Added to every eigenvalue; None is 0.1 x the mean eigenvalue of each layer."""
     use_half_precision: bool = False
     top: int = 10
     """How many sequences of each sign, for each query, have their tokens scored."""
@@ -37,9 +35,9 @@ class Arguments(Common):
 def main(arguments: Arguments) -> None:
     """Score tokens, print heat maps, write the page."""
     example = Example(arguments)
-    strategy, damping, half = arguments.factor_strategy, arguments.damping, arguments.use_half_precision
-    scores = example.scores(strategy, damping, half)
-    tokens = example.token_scores(strategy, damping, half, arguments.top)
+    strategy, half = arguments.factor_strategy, arguments.use_half_precision
+    scores = example.scores(strategy, half_precision=half)
+    tokens = example.token_scores(strategy, half, arguments.top)
     console.print(
         token_tables(
             scores,

@@ -9,7 +9,8 @@ STAMP := $(VENV)/.installed
 ## Fine-tune a small GPT-2 on Wikipedia prose and show where its predictions come from (a few minutes)
 demo: $(STAMP)
 	$(RUN) examples/wikitext/train.py --checkpoint_dir runs/demo/checkpoints
-	$(RUN) examples/wikitext/analyze.py --checkpoint_dir runs/demo/checkpoints --run_dir runs/demo --report runs/demo/report.html
+	$(RUN) examples/wikitext/analyze.py --checkpoint_dir runs/demo/checkpoints --run_dir runs/demo \
+		--compute_per_token_score --report runs/demo/report.html
 
 ## The whole test suite
 test: $(STAMP)

@@ -1,5 +1,5 @@
-"""A model whose retraining has a closed form, and a bank of it as a process of its own, slow enough to be killed:
-`python -m tests.retrain_worker PATH LOG WORKERS`.
+"""A model whose retraining has a closed form, and a bank of it as a process of its own, which waits to be killed:
+`python -m tests.retrain_worker PATH LOG WORKERS HOLD`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ class MeanModel:
     Attributes:
         log: gets a line for every retraining before it begins: positions kept, seed, threads, process.
         seconds: how long each takes.
+        hold: from this line of the log on, retrainings wait for longer than any test; 0 is never.
         fail: positions kept on which it raises; kill: on which it kills its own process.
     """
 
     log: Path
     seconds: float = 0.0
+    hold: int = 0
     fail: tuple[int, ...] = ()
     kill: tuple[int, ...] = ()
 
@@ -56,7 +58,8 @@ class MeanModel:
         kept = list(retraining.kept)
         with self.log.open("a") as stream:
             stream.write(f"{kept} {retraining.seed} | {torch.get_num_threads()} | {os.getpid()}\n")
-        time.sleep(self.seconds)
+        held = self.hold and len(self.log.read_text().splitlines()) >= self.hold
+        time.sleep(600 if held else self.seconds)
         if retraining.kept == self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
         if retraining.kept == self.fail:
@@ -65,11 +68,11 @@ class MeanModel:
         return (output - torch.tensor(QUERIES)).square()
 
 
-def fill(path: Path, log: Path, workers: int, seconds: float = 0.0) -> Retrainings:
+def fill(path: Path, log: Path, workers: int, seconds: float = 0.0, hold: int = 0) -> Retrainings:
     """The bank that every run of this module makes."""
     masks = half_subsets(EXAMPLES, SUBSETS)
-    return retrain(path, MeanModel(log, seconds), masks, SEEDS, fingerprint=FINGERPRINT, workers=workers)
+    return retrain(path, MeanModel(log, seconds, hold), masks, SEEDS, fingerprint=FINGERPRINT, workers=workers)
 
 
 if __name__ == "__main__":
-    fill(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), seconds=0.2)
+    fill(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), seconds=0.05, hold=int(sys.argv[4]))

@@ -126,8 +126,8 @@ class Constant:
         return self.losses
 
 
-def start(bank: Path, log: Path, workers: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.retrain_worker", str(bank), str(log), str(workers)]
+def start(bank: Path, log: Path, workers: int, hold: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.retrain_worker", str(bank), str(log), str(workers), str(hold)]
     return subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
 
 
@@ -149,7 +149,7 @@ def test_interrupted_banks_end_with_the_same_bits(
 ) -> None:
     bank, log = tmp_path / "bank", tmp_path / "log"
     for interruptions, (after, kind) in enumerate(ends, start=1):
-        process = start(bank, log, workers)
+        process = start(bank, log, workers, hold=after)
         while len(begun(log)) < after and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(kind)

@@ -75,4 +75,5 @@ def fill(path: Path, log: Path, workers: int, seconds: float = 0.0, hold: int = 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     fill(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), seconds=0.05, hold=int(sys.argv[4]))

@@ -18,6 +18,7 @@ import tokenwise_analysis
 import torch
 import train
 from common import Common
+from retraining import Retrained
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -56,7 +57,7 @@ Options = TypeVar("Options", bound=Common)
 def placed(folder: Path, options: Options) -> Options:
     """Options with the checkpoint and the run directory of the test, and its cache where there is one."""
     options.checkpoint_dir, options.run_dir = folder / "checkpoints", folder / "run"
-    if isinstance(options, evaluate_lds.Arguments | run_counterfactual.Arguments):
+    if isinstance(options, Retrained):
         options.cache_dir, options.num_workers = folder / "cache", 1
     return options
 

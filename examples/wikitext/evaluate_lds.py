@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import Common, Example, console, run
+from common import Example, console, run
 from models import load_recipe
-from retraining import Finetuning
+from retraining import Finetuning, Retrained
 from rich.table import Table
 from torch import Tensor
 
@@ -33,7 +33,7 @@ STRATEGIES = ("identity", "diagonal", "kfac", "ekfac")
 
 
 @dataclass
-class Arguments(Common):
+class Arguments(Retrained):
     """How well scores predict what retraining does."""
 
     num_masks: int = 20
@@ -44,12 +44,6 @@ class Arguments(Common):
     """Finished retrainings instead, .npz or .safetensors with masks and losses."""
     dampings: tuple[float | None, ...] = (None, 1e-4, 1e-2)
     """Tried with ekfac beside --damping; None is 0.1 x the mean eigenvalue of each layer."""
-    num_workers: int | None = None
-    """Fine-tunings at once; one for each GPU or CPU core by default."""
-    overwrite_retrainings: bool = False
-    """Begin again with an empty table of retrainings, which all evaluations of the run directory share."""
-    cache_dir: Path = Path("cache")
-    """Where train.py keeps the pre-trained small model."""
 
 
 def main(arguments: Arguments) -> None:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from common import Common
 from datasets import Dataset, disable_progress_bars
 from models import Recipe, load_base, recipe_data
 from torch import Tensor, nn
@@ -18,6 +19,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from wherefrom.evaluate.retrain import Retraining, current_device
 from wherefrom.fingerprint import dataset_digest, model_digest
+
+
+@dataclass
+class Retrained(Common):
+    """Options of the scripts that fine-tune again."""
+
+    num_workers: int | None = None
+    """Fine-tunings at once; one for each GPU or CPU core by default."""
+    overwrite_retrainings: bool = False
+    """Begin again with an empty table of retrainings, which all evaluations of the run directory share."""
+    cache_dir: Path = Path("cache")
+    """Where train.py keeps the pre-trained small model."""
 
 
 @dataclass(frozen=True)

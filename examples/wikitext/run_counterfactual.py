@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
-from common import Common, Example, console, run
+from common import Example, console, run
 from models import load_recipe
-from retraining import Finetuning
+from retraining import Finetuning, Retrained
 from rich.table import Table
 from training import predicted_tokens
 
@@ -27,7 +26,7 @@ WIKITEXT_SEQUENCES = 4656  # the training set of which the published experiment 
 
 
 @dataclass
-class Arguments(Common):
+class Arguments(Retrained):
     """What removing top training sequences does to the queries."""
 
     removals: tuple[int, ...] = (0, 50, 100, 150, 200)
@@ -36,12 +35,6 @@ class Arguments(Common):
     """The first queries: their scores are added up, and their perplexity is measured."""
     num_repeats: int = 3
     """Seeds that the model is fine-tuned with after each removal."""
-    num_workers: int | None = None
-    """Fine-tunings at once; one for each GPU or CPU core by default."""
-    overwrite_retrainings: bool = False
-    """Begin again with an empty table of retrainings, which all evaluations of the run directory share."""
-    cache_dir: Path = Path("cache")
-    """Where train.py keeps the pre-trained small model."""
 
 
 def main(arguments: Arguments) -> None:

@@ -26,7 +26,7 @@ from wherefrom.report.passages import DatasetPassages, DatasetTokens
 from wherefrom.report.text import top_tables
 from wherefrom.scores import Scores
 from wherefrom.store import write_text
-from wherefrom.study import Study
+from wherefrom.study import Study, score_name
 from wherefrom.task import CausalLM
 from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, read_texts
 from wherefrom.tokens import INDEX, TokenScores
@@ -210,7 +210,7 @@ def score(
     text = replace(sources.train, source=queries, split=split, column=column)
     sequences = text.sequences(tokenizer)
     factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
-    name = name or strategy + ("-half" if half_precision else "")
+    name = score_name(name, factors, half_precision)
     options: _ScoreOptions = {
         "damping": damping,
         "half_precision": half_precision,

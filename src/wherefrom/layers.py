@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 
 from wherefrom.errors import LayerError
+from wherefrom.precision import widened
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,12 @@ class TrackedLayer:
 
     def activations(self, inputs: Tensor) -> Tensor:
         """The layer's input as [batch, tokens, inputs], with a column of ones for the bias."""
-        tokens = self._kind.inputs(self.module, inputs)
-        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        tokens = widened(self._kind.inputs(self.module, inputs))
         return nn.functional.pad(tokens, (0, 1), value=1.0) if self._biased else tokens
 
     def gradients(self, output_gradient: Tensor) -> Tensor:
         """The gradient of the loss with respect to the layer's output as [batch, tokens, outputs]."""
-        tokens = self._kind.outputs(self.module, output_gradient)
-        return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        return widened(self._kind.outputs(self.module, output_gradient))
 
 
 def select_layers(

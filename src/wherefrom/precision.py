@@ -46,6 +46,11 @@ def rounded(tensor: Tensor) -> Tensor:
     return tensor.bfloat16().float() if tensor.dtype == torch.float32 else tensor
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in float32 or wider, which losses, random draws and sums need."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def native_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 in hardware."""
     if device.type == "cpu":

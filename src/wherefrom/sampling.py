@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wherefrom.precision import widened
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -56,8 +58,8 @@ class Sampler:
         # The inverse of the normal distribution function; 0 itself would give minus infinity.
         noise: Tensor = torch.special.ndtri(uniform.clamp_min(2.0**-54))
         # Not in half precision, where the noise would drown in the rounding of a large mean.
-        wide = torch.promote_types(mean.dtype, torch.float32)
-        return mean.to(wide) + noise.to(wide)
+        wide = widened(mean)
+        return wide + noise.to(wide.dtype)
 
     def _uniform(self, where: Tensor, depth: int) -> Tensor:
         """Uniform numbers for the true entries of `where` [batch, positions], in row order: [drawn, depth]."""

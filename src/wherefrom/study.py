@@ -168,7 +168,7 @@ class Study(Generic[Batch]):
         """
         scoring = self._scoring(queries, factors, damping, half_precision, query_batch_size, train_batch_size)
         fingerprint = self._score_fingerprint(queries, factors, damping, half_precision)
-        folder, name = self.path / "scores", _score_name(name, factors, half_precision)
+        folder, name = self.path / "scores", score_name(name, factors, half_precision)
 
         def compute(_: Partial) -> dict[str, Tensor]:
             stage = partial(self._stage, folder / f"{name}.blocks", fingerprint, overwrite)
@@ -213,7 +213,7 @@ class Study(Generic[Batch]):
         scoring = self._scoring(queries, factors, damping, half_precision, query_batch_size, train_batch_size)
         fingerprint = self._score_fingerprint(queries, factors, damping, half_precision)
         fingerprint["pairs"] = "all pairs" if top is None else f"the {top} highest and lowest of each query"
-        base = _score_name(name, factors, half_precision)
+        base = score_name(name, factors, half_precision)
         folder = self.path / "scores" / f"{base}.{'all' if top is None else f'top{top}'}.tokens"
         if overwrite:
             remove(folder)
@@ -399,7 +399,7 @@ def _suffix(half_precision: bool) -> str:
     return "-half" if half_precision else ""
 
 
-def _score_name(name: str | None, factors: Factors, half_precision: bool) -> str:
+def score_name(name: str | None, factors: Factors, half_precision: bool) -> str:
     """The name that scores are kept under; endings of what is kept beside them are not for names."""
     chosen = checked_name(name or factors.strategy + _suffix(half_precision))
     if Path(chosen).suffix in (".tokens", ".blocks"):

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 
 from wherefrom.errors import InputError
+from wherefrom.precision import widened
 from wherefrom.sampling import Sampler
 
 Batch = TypeVar("Batch")
@@ -65,11 +66,6 @@ class Task(Generic[Batch]):
         """What makes two tasks the same, for fingerprints: the class and its public attributes."""
         public = {name: repr(value) for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
-
-
-def widened(outputs: Tensor) -> Tensor:
-    """A model's outputs in float32 or wider, which losses and random draws need."""
-    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 class CausalLM(Task[dict[str, Tensor]]):

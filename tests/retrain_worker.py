@@ -42,6 +42,7 @@ class MeanModel:
         log: gets a line for every retraining before it begins: positions kept, seed, threads, process.
         seconds: how long each takes.
         hold: from this line of the log on, retrainings wait for longer than any test; 0 is never.
+        meet: retrainings wait until this many processes have begun one.
         fail: positions kept on which it raises; kill: on which it kills its own process.
     """
 
@@ -50,6 +51,7 @@ class MeanModel:
     hold: int = 0
     fail: tuple[int, ...] = ()
     kill: tuple[int, ...] = ()
+    meet: int = 1
 
     def __call__(self, retrainings: Sequence[Retraining]) -> Tensor:
         return torch.stack([self._train(each) for each in retrainings])
@@ -58,6 +60,9 @@ class MeanModel:
         kept = list(retraining.kept)
         with self.log.open("a") as stream:
             stream.write(f"{kept} {retraining.seed} | {torch.get_num_threads()} | {os.getpid()}\n")
+        deadline = time.monotonic() + 300  # then the test's own count says what was missing
+        while len(processes(self.log)) < self.meet and time.monotonic() < deadline:
+            time.sleep(0.01)
         held = self.hold and len(self.log.read_text().splitlines()) >= self.hold
         time.sleep(600 if held else self.seconds)
         if retraining.kept == self.kill:
@@ -68,10 +73,15 @@ class MeanModel:
         return (output - torch.tensor(QUERIES)).square()
 
 
-def fill(path: Path, log: Path, workers: int, seconds: float = 0.0, hold: int = 0) -> Retrainings:
+def processes(log: Path) -> set[int]:
+    """Which processes have begun a retraining."""
+    return {int(line.split(" | ")[2]) for line in log.read_text().splitlines()}
+
+
+def fill(path: Path, log: Path, workers: int, seconds: float = 0.0, hold: int = 0, meet: int = 1) -> Retrainings:
     """The bank that every run of this module makes."""
     masks = half_subsets(EXAMPLES, SUBSETS)
-    return retrain(path, MeanModel(log, seconds, hold), masks, SEEDS, fingerprint=FINGERPRINT, workers=workers)
+    return retrain(path, MeanModel(log, seconds, hold, meet=meet), masks, SEEDS, fingerprint=FINGERPRINT, workers=workers)
 
 
 if __name__ == "__main__":

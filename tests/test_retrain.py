@@ -27,6 +27,7 @@ from tests.retrain_worker import (
     MeanModel,
     expected_losses,
     fill,
+    processes,
 )
 from wherefrom.errors import DamagedError, InputError, LossError, MismatchError, TrainingError
 from wherefrom.evaluate.retrain import Retraining, Retrainings, half_subsets, retrain
@@ -43,10 +44,6 @@ def kept(mask: Tensor) -> tuple[int, ...]:
 def begun(log: Path) -> list[str]:
     """The retrainings in the order in which they began."""
     return [line.split(" | ")[0] for line in log.read_text().splitlines()] if log.exists() else []
-
-
-def processes(log: Path) -> set[int]:
-    return {int(line.split(" | ")[2]) for line in log.read_text().splitlines()}
 
 
 def leftovers(path: Path) -> list[str]:
@@ -107,7 +104,7 @@ def test_groups_have_subsets_of_one_size(tmp_path: Path) -> None:
 
 def test_processes_give_the_same_bits(tmp_path: Path) -> None:
     one = fill(tmp_path / "one", tmp_path / "log1", 1)
-    two = fill(tmp_path / "two", tmp_path / "log2", 2, seconds=0.05)
+    two = fill(tmp_path / "two", tmp_path / "log2", 2, meet=2)
     assert same_bits(two, one)
     assert sorted(begun(tmp_path / "log2")) == sorted(begun(tmp_path / "log1"))
     for log, count in ((tmp_path / "log1", 1), (tmp_path / "log2", 2)):

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from wherefrom.errors import LayerError, LossError
 from wherefrom.layers import TrackedLayer
+from wherefrom.precision import widened
 
 
 class Captured(NamedTuple):
     """What one batch says about one layer; rows of padding are zero in both tensors.
 
     Attributes:
-        activations: [batch, tokens, in], the last column is 1 when the layer has a bias.
+        activations: [batch, tokens, width]: the layer's input and, when it has a bias, a column of ones, then zeros
+            for alignment. Layers that read one tensor one after another share this one.
         gradients: of the summed loss with respect to the layer's output, [batch, tokens, out].
         tokens: how many of the batch's tokens are not padding.
         calls: how many uses of the layer, of equally many tokens each, are joined along the token axis; 0 when they
@@ -67,13 +69,18 @@ class _Call:
 
 @dataclass
 class _Pass:
-    """What one forward and backward pass has seen so far."""
+    """What one forward and backward pass has seen so far.
+
+    Attributes:
+        latest: the layer and the input that activations were last made for, and the activations.
+    """
 
     examples: int
     padding: Padding | None
     calls: dict[str, list[_Call]] = field(default_factory=dict)
     starts: list[Tensor] = field(default_factory=list)
     backward: bool = False
+    latest: tuple[TrackedLayer, Tensor, Tensor] | None = None
 
 
 @contextmanager
@@ -98,12 +105,22 @@ class Capture(AbstractContextManager["Capture"]):
 
     A layer that is called several times in a pass is received once, its calls joined along the token axis: the
     gradient of its weight is the sum over calls, as it is over tokens.
+
+    Args:
+        operand: what becomes of every captured tensor; a wider type, unless one asks for something else.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, TrackedLayer], receive: Receiver) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, TrackedLayer],
+        receive: Receiver,
+        operand: Callable[[Tensor], Tensor] = widened,
+    ) -> None:
         self._model = model
         self._layers = layers
         self._receive = receive
+        self._operand = operand
         self._pass: _Pass | None = None
 
     def __enter__(self) -> Capture:
@@ -213,7 +230,7 @@ class Capture(AbstractContextManager["Capture"]):
 
     def _captured(self, name: str, inputs: Tensor, gradient: Tensor, current: _Pass) -> Captured:
         layer = self._layers[name]
-        activations, gradients = layer.activations(inputs), layer.gradients(gradient)
+        activations, gradients = self._activations(layer, inputs, current), layer.gradients(gradient)
         batch, tokens = activations.shape[:2]
         if batch != current.examples:
             raise LayerError(
@@ -221,14 +238,27 @@ class Capture(AbstractContextManager["Capture"]):
                 "batch as first dimension. Leave the layer out with `layers=[...]`."
             )
         padding = current.padding
-        if padding is None or (tokens == 1 and padding.mask.shape[1] != 1):  # pooled: no padding left
-            return Captured(activations, gradients, batch * tokens)
+        if padding is None or _pooled(activations, padding):
+            return Captured(activations, self._operand(gradients), batch * tokens)
         if tokens != padding.mask.shape[1]:
             raise LayerError(
                 f"Layer {name!r} has {tokens} tokens per example and the task's mask {padding.mask.shape[1]}. "
                 "Leave the layer out with `layers=[...]`, or return None from Task.mask."
             )
-        return Captured(activations * padding.mask, gradients * padding.mask, padding.tokens)
+        return Captured(activations, self._operand(gradients * padding.mask), padding.tokens)
+
+    def _activations(self, layer: TrackedLayer, inputs: Tensor, current: _Pass) -> Tensor:
+        """A layer's activations, masked; those of the layer before if both have read the same tensor."""
+        if current.latest is not None:
+            before, source, activations = current.latest
+            if layer.reads_as(before) and _same_memory(source, inputs):
+                return activations
+        activations, padding = layer.activations(inputs), current.padding
+        if padding is not None and activations.shape[:2] == padding.mask.shape[:2]:
+            activations = activations * padding.mask
+        activations = self._operand(activations)
+        current.latest = (layer, inputs, activations)
+        return activations
 
     @staticmethod
     def _untouched(name: str, call: _Call) -> bool:
@@ -238,3 +268,13 @@ class Capture(AbstractContextManager["Capture"]):
                 "Make the operation that follows out of place (x = x + y, not x += y)."
             )
         return True
+
+
+def _pooled(activations: Tensor, padding: Padding) -> bool:
+    """Whether a layer sees one vector for each example, so that no padding is left."""
+    return activations.shape[1] == 1 and padding.mask.shape[1] != 1
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, both alive, are the same numbers in the same place."""
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()

@@ -13,15 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from wherefrom.capture import Captured
 from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.fingerprint import Fingerprint, differences
 from wherefrom.layers import TrackedLayer
+from wherefrom.memory import Workspace
+from wherefrom.precision import product, rotated, widened_dtype
 from wherefrom.sweep import Collector
 
 # Grosse et al. 2023, section 3.2: the damping is this part of a layer's mean eigenvalue.
@@ -77,6 +80,11 @@ class Basis:
         """Those of S and A multiplied, [out, in]: the K-FAC eigenvalues."""
         return torch.outer(self.gradient_eigenvalues, self.activation_eigenvalues)
 
+    def sides(self, width: int) -> Sides:
+        """What turns gradients of `width` columns (see `TrackedLayer.width`) into this basis."""
+        missing = width - len(self.activations)
+        return Sides(self.gradients, functional.pad(self.activations, (0, missing, 0, missing)))
+
     def rotate(self, gradients: Tensor) -> Tensor:
         """Q_S^T G Q_A for [..., out, in]."""
         return self.gradients.T @ gradients @ self.activations
@@ -86,48 +94,93 @@ class Basis:
         return self.gradients @ gradients @ self.activations.T
 
 
-def weight_gradients(captured: Captured) -> Tensor:
-    """Each example's gradient of a layer's weight (and bias, the last column): G = s^T a, [batch, out, in]."""
-    return captured.gradients.transpose(1, 2) @ captured.activations
+class Sides(NamedTuple):
+    """What per-example gradients are multiplied with from the left (transposed) and from the right; None is nothing."""
+
+    left: Tensor | None = None
+    right: Tensor | None = None
 
 
-def rotated_gradients(captured: Captured, basis: Basis) -> Tensor:
-    """Q_S^T G Q_A of each example, [batch, out, in], by whichever order of products costs fewer operations."""
-    tokens, inputs = captured.activations.shape[1:]
-    outputs = captured.gradients.shape[2]
-    if tokens * (inputs**2 + outputs**2) < outputs * inputs * (outputs + inputs):
-        rotated = captured._replace(
-            activations=captured.activations @ basis.activations,
-            gradients=captured.gradients @ basis.gradients,
-        )
-        return weight_gradients(rotated)
-    return basis.rotate(weight_gradients(captured))
+def weight_gradients(
+    captured: Captured, sides: Sides = Sides(), workspace: Workspace | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Each example's gradient of a layer's weight, left^T G right with G = s^T a: [batch, out, width].
+
+    The bias is a column of it, `TrackedLayer.shape[1] - 1`; columns past that are zero.
+
+    Args:
+        sides: orthogonal matrices, for gradients in a basis.
+        workspace: where the result is put; it is good until the next call with the same one.
+        dtype: of the result; float32 or wider by default.
+    """
+    activations, gradients, (left, right) = captured.activations, captured.gradients, sides
+    tokens, width, outputs = activations.shape[1], activations.shape[2], gradients.shape[2]
+    # Each side is rotated where it has fewer rows: token by token, or in the product. Products rounded to bfloat16
+    # must not be rotated, since their rounding errors would be rotated with them.
+    half = gradients.dtype == torch.bfloat16
+    if left is not None and (half or tokens < width):
+        gradients, left = rotated(gradients, left), None
+    if right is not None and (half or tokens < outputs):
+        activations, right = rotated(activations, right), None
+    transposed = gradients.transpose(1, 2)
+    if workspace is None or half:
+        result = product(transposed, activations, dtype)
+    else:
+        result = torch.bmm(transposed, activations, out=workspace.empty((len(gradients), outputs, width), gradients))
+    if left is not None:
+        result = left.T @ result
+    return result if right is None else result @ right
 
 
 class CovarianceCollector(Collector):
-    """Sums a a^T and s s^T over unmasked tokens, and counts them."""
+    """Sums a a^T and s s^T over unmasked tokens, and counts them.
+
+    The sums have no lower triangle. Layers that read the same tensor, such as the three projections of an attention,
+    share the product of it.
+    """
 
     def __init__(self, layers: Mapping[str, TrackedLayer], dtype: torch.dtype, device: torch.device) -> None:
+        self._layers = layers
+        self._latest: tuple[Tensor, Tensor] | None = None
         self.sums = {}
         for name, layer in layers.items():
-            outputs, inputs = layer.shape
-            self.sums[f"{name}.activations"] = torch.zeros(inputs, inputs, dtype=dtype, device=device)
+            outputs, width = layer.padded_shape
+            self.sums[f"{name}.activations"] = torch.zeros(width, width, dtype=dtype, device=device)
             self.sums[f"{name}.gradients"] = torch.zeros(outputs, outputs, dtype=dtype, device=device)
             self.sums[f"{name}.tokens"] = torch.zeros((), dtype=torch.int64, device=device)
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        activations, gradients = captured.activations.flatten(0, 1), captured.gradients.flatten(0, 1)
-        self.sums[f"{layer}.activations"].addmm_(activations.T, activations)
-        self.sums[f"{layer}.gradients"].addmm_(gradients.T, gradients)
+        self.sums[f"{layer}.activations"] += self._activation_product(captured.activations)
+        self.sums[f"{layer}.gradients"] += upper_product(captured.gradients.flatten(0, 1))
         self.sums[f"{layer}.tokens"] += captured.tokens
+
+    def _activation_product(self, activations: Tensor) -> Tensor:
+        if self._latest is None or self._latest[0] is not activations:
+            self._latest = (activations, upper_product(activations.flatten(0, 1)))
+        return self._latest[1]
 
     def means(self) -> dict[str, Tensor]:
         """A and S of every layer, as `LAYER.activations` and `LAYER.gradients`."""
-        return {
-            name: total / self.sums[f"{name.rpartition('.')[0]}.tokens"]
-            for name, total in self.sums.items()
-            if not name.endswith(".tokens")
-        }
+        found = {}
+        for name, layer in self._layers.items():
+            outputs, inputs = layer.shape
+            for side, size in (("activations", inputs), ("gradients", outputs)):
+                upper = self.sums[f"{name}.{side}"][:size, :size] / self.sums[f"{name}.tokens"]
+                found[f"{name}.{side}"] = upper.triu() + upper.triu(1).T
+        return found
+
+
+# Narrower tiles waste fewer products below the diagonal, wider ones multiply faster.
+_TILE = {"cpu": 256, "cuda": 1024}
+
+
+def upper_product(rows: Tensor) -> Tensor:
+    """rows^T rows of [n, size], with zeros below the tiles on the diagonal: little more than half of the products."""
+    size, tile = rows.shape[1], _TILE.get(rows.device.type, 1024)
+    result = rows.new_zeros(size, size, dtype=widened_dtype(rows.dtype))
+    for start in range(0, size, tile):
+        result[start : start + tile, start:] = product(rows[:, start : start + tile].T, rows[:, start:])
+    return result
 
 
 def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Basis]:
@@ -180,18 +233,21 @@ class EigenvalueCollector(Collector):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._bases = bases
+        self._layers = layers
+        self._sides = {name: bases[name].sides(layer.width) for name, layer in layers.items() if name in bases}
         self._examples = examples
-        self.sums = {name: torch.zeros(layer.shape, dtype=dtype, device=device) for name, layer in layers.items()}
+        self._workspace = Workspace()
+        self.sums = {
+            name: torch.zeros(layer.padded_shape, dtype=dtype, device=device) for name, layer in layers.items()
+        }
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        basis = self._bases.get(layer)
-        gradients = weight_gradients(captured) if basis is None else rotated_gradients(captured, basis)
+        gradients = weight_gradients(captured, self._sides.get(layer, Sides()), self._workspace)
         self.sums[layer] += gradients.square_().sum(0)
 
     def means(self) -> dict[str, Tensor]:
         """Lambda of every layer, a mean over examples."""
-        return {name: total / self._examples for name, total in self.sums.items()}
+        return {name: self.sums[name][:, : layer.shape[1]] / self._examples for name, layer in self._layers.items()}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import psutil
 import torch
 from torch import Tensor
@@ -78,3 +81,21 @@ class SavedBytes:
         """Count a tensor and keep it as it is."""
         self.total += tensor.numel() * tensor.element_size()
         return tensor
+
+
+class Workspace:
+    """One buffer for a result that every batch makes anew.
+
+    Above 32 MiB, glibc returns freed memory to the system each time, and touching fresh pages costs a CPU as much as
+    the product that fills them.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A tensor of any content, of the type and on the device of `like`, that overwrites the last one."""
+        count = math.prod(shape)
+        if self._buffer is None or self._buffer.numel() < count or self._buffer.dtype != like.dtype:
+            self._buffer = like.new_empty(count)
+        return self._buffer[:count].view(*shape)

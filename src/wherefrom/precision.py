@@ -48,7 +48,39 @@ def rounded(tensor: Tensor) -> Tensor:
 
 def widened(tensor: Tensor) -> Tensor:
     """A tensor in float32 or wider, which losses, random draws and sums need."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(widened_dtype(tensor.dtype))
+
+
+def widened_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or a wider type as it is."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A product of matrices [n, k] x [k, m], or of batches of them, summed in float32 or wider.
+
+    Args:
+        left, right: of one type; bfloat16 operands only on a GPU.
+        dtype: of the result; the sums' own by default.
+    """
+    if left.dtype != torch.bfloat16:
+        result = left @ right
+        return result if dtype is None else result.to(dtype)
+    multiply = torch.mm if left.dim() == 2 else torch.bmm
+    return multiply(left, right, out_dtype=dtype or torch.float32)
+
+
+def rotated(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`rows` [batch, tokens, n] times an orthogonal matrix [n, n] in float32 or wider, in the rows' type.
+
+    A matrix rounded to bfloat16 is not orthogonal: what it leaks from large eigenvalues buries small ones. So bfloat16
+    rows are multiplied with its rounded value and with what the rounding has left.
+    """
+    if rows.dtype != torch.bfloat16:
+        return rows @ matrix
+    flat, high = rows.flatten(0, 1), matrix.bfloat16()
+    low = (matrix - high).bfloat16()
+    return (product(flat, high) + product(flat, low)).bfloat16().view(rows.shape)
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -73,8 +105,8 @@ class Precision:
         return nullcontext()
 
     def operand(self, tensor: Tensor) -> Tensor:
-        """A captured tensor as the operand of a product."""
-        return tensor
+        """A captured tensor as the operand of a `product`."""
+        return widened(tensor)
 
     def __str__(self) -> str:
         return "full"
@@ -107,7 +139,8 @@ class HalfPrecision(Precision):
         return torch.autocast(self._device.type, enabled=False) if self.native else self._rounding.paused()
 
     def operand(self, tensor: Tensor) -> Tensor:
-        return rounded(tensor)
+        # CPUs have no product of bfloat16 operands with float32 sums, so there only the values are rounded.
+        return tensor.bfloat16() if self._device.type == "cuda" else rounded(widened(tensor))
 
     def __str__(self) -> str:
         return f"half: bfloat16 products {'in hardware' if self.native else 'by rounding, multiplied in float32'}"

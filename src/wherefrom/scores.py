@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from wherefrom.capture import Captured
-from wherefrom.curvature import weight_gradients
 from wherefrom.errors import InputError
 from wherefrom.fingerprint import Fingerprint
 from wherefrom.gradients import GradientBank
@@ -91,4 +90,4 @@ class PairwiseCollector(Collector):
         self.sums = {"values": torch.zeros(queries, examples, dtype=dtype, device=device)}
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        self.sums["values"][:, rows] += self._bank.product(layer, weight_gradients(captured))
+        self.sums["values"][:, rows] += self._bank.product(layer, captured)

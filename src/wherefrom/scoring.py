@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wherefrom.capture import Captured
 from wherefrom.curvature import Preconditioner
 from wherefrom.fingerprint import Dataset
-from wherefrom.gradients import GradientBank, bytes_per_query
+from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.memory import total_memory
 from wherefrom.scores import PairwiseCollector
 from wherefrom.store import Partial
@@ -60,14 +60,17 @@ class Scoring(Generic[Batch]):
 
         The total memory decides, not what is free, so that a resumed run cuts the same blocks.
         """
-        each = bytes_per_query(self.sweep.layers, self.dtype)
+        each = self._form().bytes_per_query(self.sweep.layers)
         block = max(1, int(_BANK_SHARE * total_memory(self.sweep.device) / each))
         return [range(start, min(start + block, len(self.queries))) for start in range(0, len(self.queries), block)]
+
+    def _form(self) -> BankForm:
+        return BankForm(self.dtype, self.sweep.device, rotated_back={n: (False, False) for n in self.sweep.layers})
 
     def bank(self, block: range) -> GradientBank:
         """The preconditioned gradients of a block of queries: a sweep over them."""
         sweep = self.sweep
-        bank = GradientBank(sweep.layers, self.preconditioner, len(block), self.dtype, sweep.device)
+        bank = GradientBank(sweep.layers, self.preconditioner, len(block), self._form())
         rows = _Rows(self.queries, block)
         sweep.run("query gradients", rows, bank, self._measurement, batch_size=self.query_batch_size)
         return bank

@@ -159,12 +159,10 @@ class Sweep(Generic[Batch]):
             nonlocal tokens
             tokens = max(tokens, captured.tokens)
             with action(f"{state.name}: collect"), self.precision.paused():
-                activations, gradients = map(self.precision.operand, captured[:2])
-                operands = captured._replace(activations=activations, gradients=gradients)
-                state.collector.collect(layer, operands, slice(rows.start, rows.stop))
+                state.collector.collect(layer, captured, slice(rows.start, rows.stop))
 
         with (
-            Capture(self.model, self.layers, receive) as capture,
+            Capture(self.model, self.layers, receive, self.precision.operand) as capture,
             action(f"{state.name}: forward and backward"),
             self.precision.passes(),
         ):

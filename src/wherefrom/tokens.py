@@ -93,6 +93,7 @@ class TokenCollector(Collector):
         self._check(layer, captured, tokens)
         first, last = torch.searchsorted(self._examples, torch.tensor([rows.start, rows.stop])).tolist()
         queries, examples = self._queries[first:last], self._examples[first:last] - rows.start
+        captured = self._bank.in_basis(layer, captured)
         for query in queries.unique().tolist():
             chosen = (queries == query).nonzero().squeeze(1)
             activations, gradients = (each[examples[chosen]] for each in captured[:2])  # [chosen, calls * tokens, ...]

@@ -1,0 +1,139 @@
+"""What all benchmarks share: the GPT-2 and token sequences that they run on, how they time, where results go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A GPT-2 with random weights, and random tokens; for timing they are as good as trained ones.
+
+    Attributes:
+        train, queries: how many sequences of `tokens` tokens.
+    """
+
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    vocabulary: int = 4096
+    tokens: int = 128
+    train: int = 256
+    queries: int = 512
+
+    def model(self) -> GPT2LMHeadModel:
+        """The model, the same weights each time, without dropout."""
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=self.vocabulary, n_positions=self.tokens, n_embd=self.width, n_layer=self.layers,
+            n_head=self.heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        return GPT2LMHeadModel(config).eval()
+
+    def sequences(self, count: int, seed: int) -> list[dict[str, Tensor]]:
+        """`count` sequences of random tokens, without padding."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(self.vocabulary, (count, self.tokens), generator=generator)
+        return [{"input_ids": row} for row in tokens]
+
+
+@dataclass
+class Stage:
+    """What one stage took."""
+
+    wall_seconds: float
+    user_seconds: float
+
+
+@dataclass
+class Stopwatch:
+    """Times the stages of one process."""
+
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what runs inside, every thread's CPU time included."""
+        wall, user = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
+        yield
+        synchronize()
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_utime - user
+        self.stages[name] = Stage(time.perf_counter() - wall, used)
+
+    def write(self, path: Path, **more: object) -> None:
+        """The stages and this process's peak memory, for the process that started this one."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        stages = {name: asdict(stage) for name, stage in self.stages.items()}
+        path.write_text(json.dumps({"stages": stages, "peak_bytes": peak, **more}))
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def medians(runs: list[dict[str, Stage]]) -> dict[str, Stage]:
+    """Stage by stage the median over runs."""
+    return {
+        name: Stage(
+            median(run[name].wall_seconds for run in runs),
+            median(run[name].user_seconds for run in runs),
+        )
+        for name in runs[0]
+    }
+
+
+def machine() -> dict[str, str]:
+    """What a figure was measured with: processor or GPU, cores, versions."""
+    found = {
+        "processor": _processor(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _processor() -> str:
+    """The processor's name and whether it multiplies bfloat16, as Linux tells."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return f"{fields['model name']}{' (avx512_bf16)' if 'avx512_bf16' in fields['flags'] else ''}"
+
+
+def save_results(name: str, measured: dict[str, object]) -> None:
+    """Write `results/NAME.json` with the command, the commit and the machine."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+    changed = subprocess.check_output([*git, "status", "--porcelain", "--", "src", "benchmarks/*.py"], text=True)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit + (" with changes" if changed.strip() else ""),
+        "machine": machine(),
+        **measured,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"Written: {file}")

@@ -3,8 +3,8 @@
     python benchmarks/peers.py --peer dattri-llm --output dattri.json     # --scores dattri.safetensors keeps the scores
     python benchmarks/peers.py --peer bergson --output bergson.json
 
-Each peer has an environment of its own, set up from the repository's root. bergson also names torchvision, torchaudio and
-bitsandbytes, of which it needs none here; `--no-deps` keeps them and their CUDA packages away.
+Each peer has an environment of its own, set up from the repository's root. bergson also names torchvision, torchaudio
+and bitsandbytes, of which it needs none here; `--no-deps` keeps them and their CUDA packages away.
 
     python3 -m venv /tmp/peers/dattri
     export PIP_CONSTRAINT=constraints.txt
@@ -18,10 +18,10 @@ bitsandbytes, of which it needs none here; `--no-deps` keeps them and their CUDA
     /tmp/peers/bergson/bin/pip install accelerate datasets jinja2 jaxtyping==0.3.11 ml_dtypes==0.6.0 natsort==8.4.0 \
         numpy scipy petname==2.9 pyarrow pyyaml simple-parsing==0.1.9 transformers huggingface-hub tyro safetensors
 
-Both fit EK-FAC of the empirical Fisher (the sequences' own labels; dattri-llm has nothing else) and score all pairs, with
-biases, damping 0.1 x the mean corrected eigenvalue, no random projection, and float32. One thing differs from wherefrom
-and kronfluence: a sequence's last token, which has no gradient, counts in neither covariance, so the eigenbases differ a
-little, and the scores with them.
+Both fit EK-FAC of the empirical Fisher (the sequences' own labels; dattri-llm has nothing else) and score all pairs,
+with biases, damping 0.1 x the mean corrected eigenvalue, no random projection, and float32. One thing differs from
+wherefrom and kronfluence: a sequence's last token, which has no gradient, counts in neither covariance, so the
+eigenbases differ a little, and the scores with them.
 """
 
 from __future__ import annotations

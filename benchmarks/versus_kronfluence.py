@@ -123,7 +123,9 @@ def with_total(stages: dict[str, Stage]) -> dict[str, Stage]:
 def resident_bytes(work: Workload) -> int:
     """What the preconditioned gradients of all queries take."""
     study = wf.Study(Path(), work.model(), wf.CausalLM(), train=work.sequences(1, 1))
-    return 4 * work.queries * sum(outputs * inputs for outputs, inputs in (each.shape for each in study.layers.values()))
+    return (
+        4 * work.queries * sum(outputs * inputs for outputs, inputs in (each.shape for each in study.layers.values()))
+    )
 
 
 def main(arguments: Arguments) -> None:

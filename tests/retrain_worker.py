@@ -81,7 +81,9 @@ def processes(log: Path) -> set[int]:
 def fill(path: Path, log: Path, workers: int, seconds: float = 0.0, hold: int = 0, meet: int = 1) -> Retrainings:
     """The bank that every run of this module makes."""
     masks = half_subsets(EXAMPLES, SUBSETS)
-    return retrain(path, MeanModel(log, seconds, hold, meet=meet), masks, SEEDS, fingerprint=FINGERPRINT, workers=workers)
+    return retrain(
+        path, MeanModel(log, seconds, hold, meet=meet), masks, SEEDS, fingerprint=FINGERPRINT, workers=workers
+    )
 
 
 if __name__ == "__main__":

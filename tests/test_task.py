@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import wherefrom as wf
-from tests.models import gpt2, token_rows
+from tests.models import gpt2, relative_error, token_rows
 from wherefrom.errors import InputError
 
 
@@ -44,6 +44,35 @@ def test_collation_pads_on_the_right() -> None:
     mask = wf.CausalLM().mask(batch)
     assert mask is not None
     assert mask.tolist() == [[True, True, True], [True, True, False]]
+
+
+def test_collation_leaves_out_a_mask_of_ones() -> None:
+    task = wf.CausalLM()
+    rows = [{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1]}, {"input_ids": [4, 5, 6]}]
+    batch = task.collate(rows)
+    assert sorted(batch) == ["input_ids", "labels"]
+    assert task.mask(batch) is None
+    # Rows that come padded to one length keep theirs.
+    padded = task.collate([*rows, {"input_ids": [7, 8, 0], "attention_mask": [1, 1, 0]}])
+    assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
+    assert padded["labels"].tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, -100]]
+
+
+def test_padded_rows_with_a_mask_are_the_rows_alone_without_one() -> None:
+    model, task, rows = gpt2().eval(), wf.CausalLM(), token_rows(6)
+    weights = dict(model.named_parameters())
+    together = task.collate(rows)
+    alone = [task.collate([row]) for row in rows]
+    assert "attention_mask" in together
+    assert not any("attention_mask" in batch for batch in alone)
+    found = task.train_loss(model, together)
+    expected = torch.stack([task.train_loss(model, batch) for batch in alone]).sum()
+    assert float(found) == pytest.approx(float(expected), rel=1e-12)
+    pairs = zip(
+        weights, *(torch.autograd.grad(loss, list(weights.values())) for loss in (found, expected)), strict=True
+    )
+    for name, one, other in pairs:
+        assert relative_error(one, other) < 1e-12, name
 
 
 def test_untokenised_examples_are_refused() -> None:

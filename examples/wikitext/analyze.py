@@ -30,20 +30,27 @@ class Arguments(Common):
     factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac"
     use_half_precision: bool = False
     """bfloat16 products in the model's passes, query gradients in bfloat16."""
+    query_gradient_rank: int | None = None
+    """Keep query gradients as pairs of matrices of this rank, so that more of them fit into memory."""
     compute_per_token_score: bool = False
     """Also score the tokens of the sequences that the page shows, and shade them there."""
     report: Path | None = None
     """The HTML page; RUN_DIR/reports/STRATEGY.html by default."""
     profile: bool = False
     """Print where the time went."""
+    explain: bool = False
+    """Print what would be done and what it would cost, and stop."""
 
 
 def main(arguments: Arguments) -> None:
     """Fit, score, print, and write the page."""
     example = Example(arguments)
-    strategy, half = arguments.factor_strategy, arguments.use_half_precision
-    scores = example.scores(strategy, half_precision=half)
-    tokens = example.token_scores(strategy, half, SHOWN) if arguments.compute_per_token_score else None
+    strategy, half, rank = arguments.factor_strategy, arguments.use_half_precision, arguments.query_gradient_rank
+    if arguments.explain:
+        console.print(example.plan(strategy, half, rank).table())
+        return
+    scores = example.scores(strategy, half_precision=half, rank=rank)
+    tokens = example.token_scores(strategy, half, SHOWN, rank) if arguments.compute_per_token_score else None
     queries, train = example.queries, example.train
     console.print(
         top_tables(scores, DatasetPassages(queries), DatasetPassages(train), shown=range(min(3, len(queries))))

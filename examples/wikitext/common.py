@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import wherefrom as wf
+from wherefrom.plan import Plan
+from wherefrom.progress import show_log
 
 console = Console()
 
@@ -34,6 +36,8 @@ class Common:
     """Added to every eigenvalue; None is 0.1 x the mean eigenvalue of each layer. evaluate_lds.py compares them."""
     query_batch_size: int = 32
     train_batch_size: int = 64
+    memory_budget: float | None = None
+    """GiB to take on the device beyond the model and its factors; most of what is free by default."""
     overwrite: bool = False
     """Replace factors and scores that were made from something else."""
 
@@ -47,7 +51,9 @@ class Example:
         self.train: Dataset
         self.queries: Dataset
         model, self.tokenizer, self.train, self.queries = load_example(options.checkpoint_dir)
-        self.study = wf.Study(options.run_dir, model, wf.CausalLM(), train=self.train)
+        self.study = wf.Study(
+            options.run_dir, model, wf.CausalLM(), train=self.train, memory_budget=options.memory_budget
+        )
         self._factors: dict[tuple[str, bool], wf.Factors] = {}
 
     def factors(self, strategy: str, half_precision: bool = False) -> wf.Factors:
@@ -60,12 +66,29 @@ class Example:
             )
         return self._factors[key]
 
-    def scores(self, strategy: str, *, half_precision: bool = False) -> wf.Scores:
+    def plan(self, strategy: str, half_precision: bool, rank: int | None) -> Plan:
+        """What fitting and scoring would do, and cost."""
+        return self.study.plan(
+            self.queries,
+            strategy,
+            half_precision=half_precision,
+            query_rank=rank,
+            query_batch_size=self._options.query_batch_size,
+            train_batch_size=self._options.train_batch_size,
+        )
+
+    def scores(self, strategy: str, *, half_precision: bool = False, rank: int | None = None) -> wf.Scores:
         """Score all queries at the damping of the options, or load the scores."""
-        return self.damped_scores(strategy, self._options.damping, half_precision=half_precision)
+        return self.damped_scores(strategy, self._options.damping, half_precision=half_precision, rank=rank)
 
     def damped_scores(
-        self, strategy: str, damping: float | None, *, half_precision: bool = False, name: str | None = None
+        self,
+        strategy: str,
+        damping: float | None,
+        *,
+        half_precision: bool = False,
+        rank: int | None = None,
+        name: str | None = None,
     ) -> wf.Scores:
         """Score all queries at another damping, under another name."""
         options = self._options
@@ -74,13 +97,14 @@ class Example:
             self.factors(strategy, half_precision),
             damping=damping,
             half_precision=half_precision,
+            query_rank=rank,
             query_batch_size=options.query_batch_size,
             train_batch_size=options.train_batch_size,
             name=name,
             overwrite=options.overwrite,
         )
 
-    def token_scores(self, strategy: str, half_precision: bool, top: int) -> wf.TokenScores:
+    def token_scores(self, strategy: str, half_precision: bool, top: int, rank: int | None = None) -> wf.TokenScores:
         """Score the tokens of each query's most positive and most negative sequences, or load those scores."""
         options = self._options
         return self.study.score_tokens(
@@ -89,6 +113,7 @@ class Example:
             top=top,
             damping=options.damping,
             half_precision=half_precision,
+            query_rank=rank,
             query_batch_size=options.query_batch_size,
             train_batch_size=options.train_batch_size,
             overwrite=options.overwrite,
@@ -98,6 +123,7 @@ class Example:
 def run(main: Callable[[Options], None], options: type[Options]) -> None:
     """Read the command line and run a script; errors of ours are one line."""
     disable_progress_bar()
+    show_log()
     chosen = tyro.cli(options, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         main(chosen)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from wherefrom.errors import InputError, WherefromError
+from wherefrom.progress import show_log
 from wherefrom.report.evaluations import load_figures
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens
@@ -46,6 +47,8 @@ class _ScoreOptions(TypedDict):
 
     damping: float | None
     half_precision: bool
+    query_rank: int | None
+    rescore: int
     query_batch_size: int | None
     train_batch_size: int | None
     name: str
@@ -101,13 +104,15 @@ class RunSources:
         """Write the file."""
         write_text(run / _SOURCES, json.dumps(asdict(self), indent=1) + "\n")
 
-    def study(self, run: Path, device: str) -> tuple[Study[dict[str, torch.Tensor]], PreTrainedTokenizerBase]:
+    def study(
+        self, run: Path, device: str, memory_budget: float | None
+    ) -> tuple[Study[dict[str, torch.Tensor]], PreTrainedTokenizerBase]:
         """Load model, tokenizer and training sequences."""
         tokenizer = load_tokenizer(self.model)
         model = load_model(self.model)
         torch.nn.Module.to(model, _device(device))
         train = self.train.sequences(tokenizer)
-        return Study(run, model, CausalLM(self.layers), train=train), tokenizer
+        return Study(run, model, CausalLM(self.layers), train=train, memory_budget=memory_budget), tokenizer
 
 
 @app.command
@@ -127,6 +132,7 @@ def fit(
     batch_size: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    memory_budget: float | None = None,
     overwrite: bool = False,
     profile: bool = False,
 ) -> None:
@@ -147,13 +153,14 @@ def fit(
         batch_size: Sequences a batch; found by default.
         seed: Of the drawn tokens.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
         overwrite: Replace factors that were made from something else.
         profile: Print where the time went.
     """
     known = RunSources.load(run).queries if (run / _SOURCES).exists() else {}
     text = TextSource(train, split, column, unit, length)
     sources = RunSources(model, list(layers) or None, text, empirical, seed, known)
-    study, _ = sources.study(run, device)
+    study, _ = sources.study(run, device, memory_budget)
     study.fit(
         strategy,
         empirical=empirical,
@@ -177,10 +184,14 @@ def score(
     column: str | None = None,
     damping: float | None = None,
     half_precision: bool = False,
+    query_rank: int | None = None,
+    rescore: int = 0,
     tokens: int | None = None,
     query_batch_size: int | None = None,
     train_batch_size: int | None = None,
     device: str = "auto",
+    memory_budget: float | None = None,
+    explain: bool = False,
     overwrite: bool = False,
     profile: bool = False,
 ) -> None:
@@ -190,30 +201,48 @@ def score(
         run: A run directory that `wherefrom fit` made.
         queries: The query text: a file, a saved dataset or a hub name, cut as the training text was.
         strategy: The curvature; fitted first if the run does not have it yet.
-        name: Of the scores in the run; the strategy by default, with '-half' in half precision.
+        name: Of the scores in the run; the strategy by default, with '-half' in half precision and '-rankR' with a
+            query rank.
         split: The split of a saved or hub dataset.
         column: The column that holds the text; found when there is only one.
         damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
         half_precision: bfloat16 products in the model's passes, query gradients in bfloat16.
+        query_rank: Keep query gradients as pairs of matrices of this rank, so that more fit into memory.
+        rescore: With a query rank, compute this many of each query's highest scores again with whole gradients.
         tokens: Also score the tokens of this many most positive and most negative sequences of each query; the report
             shades them.
         query_batch_size: Queries a batch; found by default.
         train_batch_size: Training sequences a batch; found by default.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
+        explain: Print what would be done, and what it would cost with the fit, and stop.
         overwrite: Replace scores that were made from something else.
         profile: Print where the time went.
     """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens={tokens}: expected at least 1 sequence of each sign.")
     sources = RunSources.load(run)
-    study, tokenizer = sources.study(run, device)
+    study, tokenizer = sources.study(run, device, memory_budget)
     text = replace(sources.train, source=queries, split=split, column=column)
     sequences = text.sequences(tokenizer)
+    if explain:
+        plan = study.plan(
+            sequences,
+            strategy,
+            half_precision=half_precision,
+            query_rank=query_rank,
+            query_batch_size=query_batch_size,
+            train_batch_size=train_batch_size,
+        )
+        console.print(plan.table())
+        return
     factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
-    name = score_name(name, factors, half_precision)
+    name = score_name(name, factors, half_precision, query_rank)
     options: _ScoreOptions = {
         "damping": damping,
         "half_precision": half_precision,
+        "query_rank": query_rank,
+        "rescore": rescore,
         "query_batch_size": query_batch_size,
         "train_batch_size": train_batch_size,
         "name": name,
@@ -275,6 +304,7 @@ def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = 
 
 def main() -> None:
     """Run the command; errors of ours are one line and exit status 1, an interrupt is 130."""
+    show_log()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries that load models and data
     try:

@@ -102,18 +102,18 @@ class Sides(NamedTuple):
 
 
 def weight_gradients(
-    captured: Captured, sides: Sides = Sides(), workspace: Workspace | None = None, dtype: torch.dtype | None = None
+    captured: Captured, sides: Sides | None = None, workspace: Workspace | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Each example's gradient of a layer's weight, left^T G right with G = s^T a: [batch, out, width].
 
     The bias is a column of it, `TrackedLayer.shape[1] - 1`; columns past that are zero.
 
     Args:
-        sides: orthogonal matrices, for gradients in a basis.
+        sides: orthogonal matrices, for gradients in a basis; None is neither.
         workspace: where the result is put; it is good until the next call with the same one.
         dtype: of the result; float32 or wider by default.
     """
-    activations, gradients, (left, right) = captured.activations, captured.gradients, sides
+    activations, gradients, (left, right) = captured.activations, captured.gradients, sides or Sides()
     tokens, width, outputs = activations.shape[1], activations.shape[2], gradients.shape[2]
     # Each side is rotated where it has fewer rows: token by token, or in the product. Products rounded to bfloat16
     # must not be rotated, since their rounding errors would be rotated with them.
@@ -242,7 +242,7 @@ class EigenvalueCollector(Collector):
         }
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        gradients = weight_gradients(captured, self._sides.get(layer, Sides()), self._workspace)
+        gradients = weight_gradients(captured, self._sides.get(layer), self._workspace)
         self.sums[layer] += gradients.square_().sum(0)
 
     def means(self) -> dict[str, Tensor]:

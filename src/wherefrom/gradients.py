@@ -73,6 +73,7 @@ class GradientBank(Collector):
         queries: int,
         form: BankForm,
     ) -> None:
+        self._queries = queries
         self._form = form
         self._sides = {name: each.sides(layers[name].width) for name, each in preconditioner.bases.items()}
         self._filters = {
@@ -91,6 +92,10 @@ class GradientBank(Collector):
         if form.rank is not None:
             self.sums[_SQUARED_NORM] = torch.zeros(queries, dtype=torch.float64, device=form.place)
             self.sums[_SQUARED_REST] = torch.zeros(queries, dtype=torch.float64, device=form.place)
+
+    def __len__(self) -> int:
+        """How many queries there are."""
+        return self._queries
 
     def _zeros(self, *shape: int) -> Tensor:
         pinned = self._form.place.type == "cpu" and torch.cuda.is_available()
@@ -178,7 +183,7 @@ class GradientBank(Collector):
         return max(1, _PIECE_BYTES // bytes_each)
 
     def _tokens_are_cheaper(self, layer: str, captured: Captured) -> bool:
-        """Whether to multiply the thin matrices with each token, rather than rebuild the gradients that they stand for."""
+        """Whether to multiply thin matrices with each token, rather than rebuild the gradients they stand for."""
         left, right = self.sums[f"{layer}.left"], self.sums[f"{layer}.right"]
         rank, outputs, width = left.shape[2], left.shape[1], right.shape[2]
         batch, tokens = captured.activations.shape[:2]
@@ -191,7 +196,9 @@ class GradientBank(Collector):
         count = self._per_piece(batch * tokens * left.shape[2] * captured.gradients.element_size())
         found = []
         for thin_left, thin_right in zip(left.split(count), right.split(count), strict=True):
-            columns, rows = (each.to(captured.gradients.device, captured.gradients.dtype) for each in (thin_left, thin_right))
+            columns, rows = (
+                each.to(captured.gradients.device, captured.gradients.dtype) for each in (thin_left, thin_right)
+            )
             one = torch.einsum("bto,qor->qbtr", captured.gradients, columns)
             two = torch.einsum("bti,qri->qbtr", captured.activations, rows)
             found.append((one * two).sum((2, 3), dtype=widened_dtype(one.dtype)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -13,8 +14,8 @@ from wherefrom.errors import InputError, MemoryLimitError
 
 # Enough tokens a batch to fill the matrix units; more only costs memory.
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
-# The part of the free memory that an automatically chosen batch may take.
-_BATCH_SHARE = 0.3
+# The part of the free memory that is used without being asked, and of that what a batch may take.
+_FREE_SHARE, _BATCH_SHARE = 0.8, 0.3
 
 
 def free_memory(device: torch.device) -> int:
@@ -26,12 +27,10 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def total_memory(device: torch.device) -> int:
-    """Bytes that a device has in all."""
-    if device.type == "cuda":
-        _, total = torch.cuda.mem_get_info(device)
-        return int(total)
-    return int(psutil.virtual_memory().total)
+def usable_memory(device: torch.device, budget: int | None) -> int:
+    """Bytes to plan with: the budget, but no more than what is free; without one, most of what is free."""
+    free = free_memory(device)
+    return int(_FREE_SHARE * free) if budget is None else min(budget, free)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -41,27 +40,49 @@ def out_of_memory(error: RuntimeError) -> bool:
     return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
 
 
-def fitting_batch_size(examples: int, bytes_each: int, tokens_each: int, device: torch.device) -> int:
-    """As many examples as fill the device without taking more than a share of its free memory; at least one."""
-    affordable = int(_BATCH_SHARE * free_memory(device) / bytes_each)
-    filling = _TOKENS_PER_BATCH.get(device.type, 4096) // tokens_each
-    return max(1, min(examples, affordable, filling))
+@dataclass(frozen=True)
+class Footprint:
+    """What one example takes.
+
+    Attributes:
+        tokens: vectors that a layer sees, the most of any layer.
+        saved_bytes: what autograd keeps for the backward pass.
+        gradient_bytes: the largest layer's gradient.
+        flop: floating-point operations of a forward and backward pass.
+    """
+
+    tokens: int
+    saved_bytes: int
+    gradient_bytes: int
+    flop: int
+
+    @property
+    def bytes(self) -> int:
+        """Memory for each example of a batch: a gradient lives up to three times at once, itself, rotated, squared."""
+        return self.saved_bytes + 3 * self.gradient_bytes
+
+    def batch_size(self, examples: int, usable: int, device: torch.device) -> int:
+        """As many examples as fill the device and take no more than a share of the usable bytes; at least one."""
+        affordable = int(_BATCH_SHARE * usable / self.bytes)
+        filling = _TOKENS_PER_BATCH.get(device.type, 4096) // self.tokens
+        return max(1, min(examples, affordable, filling))
 
 
-def halved(batch_size: int, sweep: str, device: torch.device) -> int:
+def halved(batch_size: int, smallest: int, sweep: str, device: torch.device) -> int:
     """The next batch size to try after running out of memory.
 
     Raises:
-        MemoryLimitError: a single example did not fit.
+        MemoryLimitError: the smallest did not fit.
     """
-    if batch_size == 1:
+    if batch_size <= smallest:
+        examples = "a single example does" if batch_size == 1 else f"a batch of {batch_size} examples does"
         raise MemoryLimitError(
-            f"{sweep}: a single example does not fit into memory ({free_memory(device) / 2**30:.2f} GiB free on "
-            f"{device}). Shorten the sequences, track fewer layers, or use a device with more memory."
+            f"{sweep}: {examples} not fit into memory ({free_memory(device) / 2**30:.2f} GiB free on {device}). "
+            "Shorten the sequences, track fewer layers, or use a device with more memory."
         )
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return batch_size // 2
+    return max(smallest, batch_size // 2)
 
 
 def checked_batch_size(batch_size: int | None) -> int | None:

@@ -1,14 +1,16 @@
-"""The progress bar that every long stage shows: done of total, time taken, time remaining.
+"""What a user sees of a long stage: a progress bar (done of total, time taken, time remaining), and the log.
 
 This module knows nothing of what is being done.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -43,3 +45,11 @@ def progress_bar(name: str, total: int, shown: bool | None = None) -> Iterator[C
     with Progress(*columns, console=console, disable=not shown, speed_estimate_period=3600) as progress:
         line = progress.add_task(name, total=total)
         yield lambda done: progress.update(line, completed=done)
+
+
+def show_log() -> None:
+    """Print what the library logs on the standard error; for commands, a library's user decides that."""
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
+    logger = logging.getLogger("wherefrom")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)

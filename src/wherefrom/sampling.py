@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from wherefrom.losses import rows_at_once
 from wherefrom.precision import widened
 
 
@@ -40,59 +42,92 @@ class Sampler:
         Returns:
             Class indices, int64 [batch, ...]; 0 where `where` is false.
         """
-        classes = logits.shape[-1]
         shape = logits.shape[:-1]
         if where is None:
             where = torch.ones(shape, dtype=torch.bool, device=logits.device)
-        depth = max(1, (classes - 1).bit_length())
-        uniform = self._uniform(where.reshape(len(where), -1), depth)  # [drawn, depth]
-        drawn = _descend(logits[where].softmax(-1), uniform)
-        targets = torch.zeros(shape, dtype=torch.int64, device=logits.device)
-        targets[where] = drawn
-        return targets
+        counted = where.reshape(len(where), -1)
+        depth = max(1, (logits.shape[-1] - 1).bit_length())
+        uniform = self._uniform(counted.shape[1], depth, logits.device)
+        # Drawn for all positions, so that nobody waits for the device to count them: the k-th counted position of a
+        # row takes its k-th group.
+        group = (counted.cumsum(1) - 1).clamp_min(0)
+        chosen = uniform.gather(1, group.unsqueeze(2).expand(-1, -1, depth))
+        drawn = _drawn(logits.reshape(-1, logits.shape[-1]), chosen.flatten(0, 1))
+        return torch.where(where, drawn.view(shape), 0)
 
     def normal(self, mean: Tensor) -> Tensor:
         """Draw from a normal distribution of unit variance around `mean`, [batch, ...]."""
-        everywhere = torch.ones(len(mean), mean[0].numel(), dtype=torch.bool, device=mean.device)
-        uniform = self._uniform(everywhere, 1).view(mean.shape)
+        uniform = self._uniform(mean[0].numel(), 1, mean.device).view(mean.shape)
         # The inverse of the normal distribution function; 0 itself would give minus infinity.
         noise: Tensor = torch.special.ndtri(uniform.clamp_min(2.0**-54))
         # Not in half precision, where the noise would drown in the rounding of a large mean.
         wide = widened(mean)
         return wide + noise.to(wide.dtype)
 
-    def _uniform(self, where: Tensor, depth: int) -> Tensor:
-        """Uniform numbers for the true entries of `where` [batch, positions], in row order: [drawn, depth]."""
-        counts = where.sum(1).tolist()
-        rows = [
-            torch.rand(count, depth, generator=self._stream(example), dtype=torch.float64)
-            for example, count in zip(self.examples, counts, strict=True)
-        ]
-        return torch.cat(rows).to(where.device)
+    def _uniform(self, groups: int, depth: int, device: torch.device) -> Tensor:
+        """The first `groups` x `depth` numbers of each example's stream, float64 [batch, groups, depth]."""
+        # A GPU copies from pinned memory while the host goes on.
+        uniform = torch.empty(len(self.examples), groups, depth, dtype=torch.float64, pin_memory=device.type == "cuda")
+        for row, example in zip(uniform, self.examples, strict=True):
+            row.uniform_(generator=self._stream(example))
+        return uniform.to(device, non_blocking=True)
 
     def _stream(self, example: int) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}/{example}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
-def _descend(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Draw a class from each row by walking down a binary tree of summed probabilities.
+def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a class for each position by walking down a binary tree of summed probabilities.
 
     Every step compares a fresh uniform number with the conditional probability of the left half. Rounding differences
     between batch sizes move that conditional by a relative 1e-6 or so whatever the class, which makes a changed draw
     about as rare. Searching one cumulative sum instead would swap neighbours in the tail of a large vocabulary often.
 
+    The tree's lower half is built only for the block of classes, one of about the square root of their number, that
+    the walk down its upper half ends in.
+
     Args:
-        probabilities: [n, classes]; uniform: [n, depth] with 2**depth >= classes.
+        logits: [positions, classes]; uniform: [positions, depth] with 2**depth >= classes.
 
     Returns:
-        Class indices, int64 [n].
+        Class indices, int64 [positions].
+    """
+    classes, depth = logits.shape[1], uniform.shape[1]
+    size = 1 << depth // 2
+    upper, lower = uniform.split([depth - depth // 2, depth // 2], 1)
+    block = _descend(_block_probabilities(logits, size), upper)
+    members = block.unsqueeze(1) * size + torch.arange(size, device=logits.device)  # [positions, size]
+    candidates = widened(logits.gather(1, members.clamp_max(classes - 1)))
+    within = candidates.masked_fill(members >= classes, -torch.inf).softmax(1)
+    return block * size + _descend(within, lower)
+
+
+def _block_probabilities(logits: Tensor, size: int) -> Tensor:
+    """The probability of each run of `size` classes, [positions, blocks]; the last may be shorter."""
+    missing = -logits.shape[1] % size
+    return torch.cat(
+        [
+            functional.pad(widened(rows).softmax(1), (0, missing)).unflatten(1, (-1, size)).sum(2)
+            for rows in logits.split(rows_at_once(logits))
+        ]
+    )
+
+
+def _descend(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Walk down a tree whose leaves are the columns.
+
+    Args:
+        probabilities: up to a factor for each row, [n, leaves]; uniform: [n, depth] with 2**depth >= leaves.
+
+    Returns:
+        Leaves, int64 [n].
     """
     levels = [probabilities]
-    while levels[-1].shape[-1] > 1:
+    while levels[-1].shape[1] > 1:
         level = levels[-1]
-        if level.shape[-1] % 2:
-            level = levels[-1] = torch.nn.functional.pad(level, (0, 1))
+        if level.shape[1] % 2:
+            level = levels[-1] = functional.pad(level, (0, 1))
         levels.append(level[:, 0::2] + level[:, 1::2])
     node = torch.zeros(len(probabilities), 1, dtype=torch.int64, device=probabilities.device)
     for depth, level in enumerate(reversed(levels[:-1])):

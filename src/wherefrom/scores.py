@@ -37,12 +37,19 @@ class Scores:
     another scale, so compare scores of one strategy only.
 
     Attributes:
-        values: [query, train] in dataset order; float32, or float64 for a float64 model.
+        values: [query, train] in dataset order; float32, or float64 for a float64 model. What was stored stays on
+            disk, memory-mapped.
         fingerprint: what the scores were computed from.
+        query_errors: with a `query_rank`, what it has left out of each query's preconditioned gradient, as a part of
+            its norm, [query]; otherwise None.
+        changes: by how much re-scoring at full rank has changed each query's highest scores, [query, rescored], in
+            the order that they had; None without it.
     """
 
     values: Tensor
     fingerprint: Fingerprint
+    query_errors: Tensor | None = None
+    changes: Tensor | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> Scores:
@@ -57,7 +64,8 @@ class Scores:
             found = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
             raise InputError(f"{folder}: no scores there; found {', '.join(found) or 'none'}. Compute them first.")
         fingerprint = read_manifest(folder)["fingerprint"]
-        return cls(Artifact(folder, fingerprint).load()["values"], fingerprint)
+        tensors = Artifact(folder, fingerprint).mapped()
+        return cls(tensors["values"], fingerprint, tensors.get("query_errors"), tensors.get("changes"))
 
     @property
     def strategy(self) -> str:
@@ -83,11 +91,9 @@ class Scores:
 class PairwiseCollector(Collector):
     """Adds up, layer by layer, the products of resident query gradients with each training gradient."""
 
-    def __init__(
-        self, bank: GradientBank, queries: int, examples: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, bank: GradientBank, examples: int, dtype: torch.dtype, device: torch.device) -> None:
         self._bank = bank
-        self.sums = {"values": torch.zeros(queries, examples, dtype=dtype, device=device)}
+        self.sums = {"values": torch.zeros(len(bank), examples, dtype=dtype, device=device)}
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
         self.sums["values"][:, rows] += self._bank.product(layer, captured)

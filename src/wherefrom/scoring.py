@@ -1,41 +1,58 @@
 """Which sweeps a score takes: one over resident queries for their gradients, one over the training set against those.
 
-This module brings collectors and sweeps together; it does not know where results are kept or what they are reused for.
+This module brings collectors and sweeps together, as a plan says, and with fewer resident queries where that was too
+optimistic; it does not know where results are kept or what they are reused for.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Generic, Protocol
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Generic
 
 import torch
 from torch import Tensor, nn
 
 from wherefrom.capture import Captured
-from wherefrom.curvature import Preconditioner
+from wherefrom.curvature import Preconditioner, Strategy
+from wherefrom.errors import MemoryLimitError
 from wherefrom.fingerprint import Dataset
-from wherefrom.gradients import BankForm, GradientBank
-from wherefrom.memory import total_memory
+from wherefrom.gradients import GradientBank
+from wherefrom.memory import out_of_memory
+from wherefrom.plan import Job, Plan, Wanted, plan_scores
 from wherefrom.scores import PairwiseCollector
-from wherefrom.store import Partial
+from wherefrom.stages import BlockStages
+from wherefrom.store import Partial, remove
 from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task
-from wherefrom.tokens import TokenCollector, token_parts
+from wherefrom.tokens import TokenCollector, TokenParts, token_parts
 
-# The part of the memory that resident query gradients may take.
-_BANK_SHARE = 0.4
+logger = logging.getLogger("wherefrom")
 
-
-Compute = Callable[[Partial], dict[str, Tensor]]
-"""Computes what is kept; the argument may hold sums of an interrupted sweep."""
+# When memory runs out, batches shrink to this part of their planned size before fewer query gradients are resident.
+_SMALLEST_BATCH = 0.25
 
 
-class TokenStage(Protocol):
-    """Computes and keeps part `number` of token scores, those of `pairs`, unless it is there."""
-
-    def __call__(self, number: int, pairs: Tensor, compute: Compute) -> None: ...
+def make_plan(
+    sweep: Sweep[Batch], strategy: Strategy, queries: Dataset[object], train: Dataset[object], wanted: Wanted
+) -> Plan:
+    """The plan of a score, from what a query and a training example take."""
+    task = sweep.task
+    job = Job(
+        layers=sweep.layers,
+        strategy=strategy,
+        queries=len(queries),
+        train=len(train),
+        query=sweep.footprint(queries, lambda model, batch, rows: task.measurement(model, batch)),
+        example=sweep.footprint(train, lambda model, batch, rows: task.train_loss(model, batch)),
+        wanted=wanted,
+        usable=sweep.usable_memory(),
+        device=sweep.device,
+    )
+    return plan_scores(job)
 
 
 @dataclass(frozen=True)
@@ -43,51 +60,92 @@ class Scoring(Generic[Batch]):
     """Queries to score against a training set.
 
     Attributes:
-        dtype: of the resident query gradients.
-        query_batch_size, train_batch_size: None finds them.
+        strategy: of the factors behind the preconditioner.
     """
 
     sweep: Sweep[Batch]
+    strategy: Strategy
     preconditioner: Preconditioner
     queries: Dataset[object]
     train: Dataset[object]
-    dtype: torch.dtype
-    query_batch_size: int | None
-    train_batch_size: int | None
+    wanted: Wanted
 
-    def blocks(self) -> list[range]:
-        """Runs of queries whose gradients fit into memory together.
+    @cached_property
+    def plan(self) -> Plan:
+        """Sizes and forms; made, and said in the log, when there is something to compute."""
+        plan = make_plan(self.sweep, self.strategy, self.queries, self.train, self.wanted)
+        logger.info(str(plan))
+        return plan
 
-        The total memory decides, not what is free, so that a resumed run cuts the same blocks.
+    def pairwise(self, stages: BlockStages, file: Path) -> dict[str, Tensor]:
+        """`values` [queries, train] in a file, block by block; `query_errors` [queries] of a low rank.
+
+        Args:
+            stages: keeps blocks.
+            file: where the values lie while they are put together.
         """
-        each = self._form().bytes_per_query(self.sweep.layers)
-        block = max(1, int(_BANK_SHARE * total_memory(self.sweep.device) / each))
-        return [range(start, min(start + block, len(self.queries))) for start in range(0, len(self.queries), block)]
+        values = _mapped(file, len(self.queries), len(self.train), self.sweep.dtype)
+        errors = torch.zeros(len(self.queries))
 
-    def _form(self) -> BankForm:
-        return BankForm(self.dtype, self.sweep.device, rotated_back={n: (False, False) for n in self.sweep.layers})
+        def work(rows: range) -> None:
+            bank = cache(partial(self._bank, rows))  # not made when all of its blocks are there
+            for columns in self.plan.shards(len(rows)):
+                found = stages.mapped(rows, columns, partial(self._pairwise_block, bank, _Rows(self.train, columns)))
+                values[rows.start : rows.stop, columns.start : columns.stop] = found["values"]
+                if self.wanted.rank is not None:
+                    errors[rows.start : rows.stop] = found["query_errors"]
 
-    def bank(self, block: range) -> GradientBank:
-        """The preconditioned gradients of a block of queries: a sweep over them."""
-        sweep = self.sweep
-        bank = GradientBank(sweep.layers, self.preconditioner, len(block), self._form())
-        rows = _Rows(self.queries, block)
-        sweep.run("query gradients", rows, bank, self._measurement, batch_size=self.query_batch_size)
-        return bank
+        self._each_block(work, stages)
+        if self.wanted.rank is None:
+            return {"values": values}
+        logger.info(
+            f"Rank {self.wanted.rank} leaves out {errors.mean():.1%} of a query gradient's norm on average, "
+            f"{errors.max():.1%} at most."
+        )
+        return {"values": values, "query_errors": errors}
 
-    def pairwise(self, block: range, sums: Partial) -> dict[str, Tensor]:
-        """`values` [block, train]: a sweep over the training set."""
-        sweep, bank = self.sweep, self.bank(block)
-        collector = PairwiseCollector(bank, len(block), len(self.train), sweep.dtype, sweep.device)
-        self._sweep_train("pairwise scores", self.train, collector, sums)
-        return collector.sums
+    def _pairwise_block(self, bank: Callable[[], GradientBank], train: _Rows, sums: Partial) -> dict[str, Tensor]:
+        """A sweep over some training examples."""
+        sweep, resident = self.sweep, bank()
+        collector = PairwiseCollector(resident, len(train), sweep.dtype, sweep.device)
+        self._sweep_train("pairwise scores", train, collector, len(resident), sums)
+        errors = resident.relative_errors()
+        return collector.sums if errors is None else {**collector.sums, "query_errors": errors}
 
-    def all_per_token(self, chosen: Tensor | None, stage: TokenStage) -> dict[str, Tensor]:
+    def rescore(self, values: Tensor, top: int, stages: BlockStages) -> Tensor:
+        """Replace each query's highest scores by those of whole query gradients.
+
+        Args:
+            values: [queries, train], of low rank; changed.
+            top: how many of each query.
+
+        Returns:
+            By how much each has changed, [queries, top].
+        """
+        chosen = values.topk(min(top, values.shape[1]), dim=1)
+        changes = torch.zeros_like(chosen.values)
+        whole = replace(self, wanted=replace(self.wanted, rank=None))
+
+        def work(rows: range) -> None:
+            wanted, places = chosen.indices[rows.start : rows.stop].unique(return_inverse=True)
+            train = _Rows(self.train, wanted.tolist())
+            compute = partial(whole._pairwise_block, partial(whole._bank, rows), train)
+            found = stages.mapped(rows, range(len(wanted)), compute)["values"]
+            better = found.gather(1, places)  # [rows, top]
+            changes[rows.start : rows.stop] = better - chosen.values[rows.start : rows.stop]
+            values[rows.start : rows.stop].scatter_(1, chosen.indices[rows.start : rows.stop], better)
+
+        whole._each_block(work, stages)
+        before = chosen.values.abs().mean()
+        logger.info(f"At full rank, the {changes.shape[1]} highest scores move by {changes.abs().mean() / before:.1%}.")
+        return changes
+
+    def all_per_token(self, chosen: Tensor | None, parts: TokenParts) -> dict[str, Tensor]:
         """Token scores in parts of bounded size; what is returned tells where in them a pair is.
 
         Args:
             chosen: int64 [pairs, 2], (query, training position); None is every pair.
-            stage: computes and keeps a part, unless it is there.
+            parts: keeps a part, unless it is there.
 
         Returns:
             `pairs` [pairs, 2] in the order of the parts, `shards` (how many pairs each part has), `lengths` (tokens of
@@ -95,14 +153,19 @@ class Scoring(Generic[Batch]):
         """
         lengths = torch.tensor(self._train_lengths())
         longest = int(lengths.max())
-        parts: list[Tensor] = []
-        for block in self.blocks():
-            bank = cache(partial(self.bank, block))  # not made when all of its parts are there
-            for pairs in token_parts(block, len(self.train), chosen, longest * self.sweep.dtype.itemsize):
-                stage(len(parts), pairs, partial(self._per_token, bank, block.start, pairs, lengths))
-                parts.append(pairs)
-        sizes = torch.tensor([len(pairs) for pairs in parts])
-        return {"pairs": torch.cat(parts), "shards": sizes, "lengths": lengths}
+        kept: list[Tensor] = []
+
+        def work(rows: range) -> None:
+            bank = cache(partial(self._bank, rows))  # not made when all of its parts are there
+            mine: list[Tensor] = []
+            for pairs in token_parts(rows, len(self.train), chosen, longest * self.sweep.dtype.itemsize):
+                parts(len(kept) + len(mine), pairs, partial(self._per_token, bank, rows.start, pairs, lengths))
+                mine.append(pairs)
+            kept.extend(mine)
+
+        self._each_block(work)
+        sizes = torch.tensor([len(pairs) for pairs in kept])
+        return {"pairs": torch.cat(kept), "shards": sizes, "lengths": lengths}
 
     def _per_token(
         self, bank: Callable[[], GradientBank], first: int, pairs: Tensor, lengths: Tensor, sums: Partial
@@ -113,11 +176,66 @@ class Scoring(Generic[Batch]):
             first: the query in the bank's first row.
         """
         examples, places = pairs[:, 1].unique(return_inverse=True)
-        local = torch.stack([pairs[:, 0] - first, places], 1)
+        local, resident = torch.stack([pairs[:, 0] - first, places], 1), bank()
         place = (self.sweep.dtype, self.sweep.device)
-        collector = TokenCollector(bank(), local, lengths[examples], int(lengths.max()), *place)
-        self._sweep_train("token scores", _Rows(self.train, examples.tolist()), collector, sums)
+        collector = TokenCollector(resident, local, lengths[examples], int(lengths.max()), *place)
+        self._sweep_train("token scores", _Rows(self.train, examples.tolist()), collector, len(resident), sums)
         return collector.sums
+
+    def _each_block(self, work: Callable[[range], None], stages: BlockStages | None = None) -> None:
+        """Work on runs of queries whose gradients are resident together: as planned, and fewer when memory runs out."""
+        start, size = 0, self.plan.block
+        while start < len(self.queries):
+            begun = stages.begun(start) if stages else None
+            rows = range(start, begun or min(start + size, len(self.queries)))
+            if self._fits(work, rows):
+                start = rows.stop
+                continue
+            size = len(rows) // 2
+            if stages:
+                stages.discard(rows)
+
+    def _fits(self, work: Callable[[range], None], rows: range) -> bool:
+        """Work on some queries; False when their gradients leave too little memory for the rest."""
+        try:
+            work(rows)
+        except MemoryLimitError as error:
+            if len(rows) == 1:
+                raise
+            logger.warning(f"{error} Going on with {len(rows) // 2} resident query gradients instead of {len(rows)}.")
+            return False
+        return True
+
+    def _bank(self, rows: range) -> GradientBank:
+        """The preconditioned gradients of some queries: a sweep over them."""
+        try:
+            bank = GradientBank(self.sweep.layers, self.preconditioner, len(rows), self.plan.form)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise MemoryLimitError(
+                f"Gradients of {len(rows)} queries do not fit into memory. Give a query_rank, or track fewer layers."
+            ) from error
+        batch, smallest = self._batch(self.plan.query_batch, len(rows))
+        queries = _Rows(self.queries, rows)
+        self.sweep.run("query gradients", queries, bank, self._measurement, batch_size=batch, smallest_batch=smallest)
+        return bank
+
+    def _sweep_train(
+        self,
+        name: str,
+        dataset: Dataset[object],
+        collector: PairwiseCollector | TokenCollector,
+        queries: int,
+        sums: Partial,
+    ) -> None:
+        batch, smallest = self._batch(self.plan.train_batch, queries)
+        self.sweep.run(name, dataset, collector, self._loss, batch_size=batch, smallest_batch=smallest, partial=sums)
+
+    @staticmethod
+    def _batch(planned: int, queries: int) -> tuple[int, int]:
+        """The batch size to start with and the smallest to go on with while fewer queries could be resident instead."""
+        return planned, 1 if queries == 1 else max(1, int(_SMALLEST_BATCH * planned))
 
     def _train_lengths(self) -> list[int]:
         """How many tokens each training example has: as long as its mask or, without one, as many as layers see."""
@@ -136,11 +254,6 @@ class Scoring(Generic[Batch]):
 
         self.sweep.probe(self.train, row, self._loss, receive)
         return max(seen)
-
-    def _sweep_train(
-        self, name: str, dataset: Dataset[object], collector: PairwiseCollector | TokenCollector, sums: Partial
-    ) -> None:
-        self.sweep.run(name, dataset, collector, self._loss, batch_size=self.train_batch_size, partial=sums)
 
     def _loss(self, model: nn.Module, batch: Batch, rows: Sequence[int]) -> Tensor:
         return self.sweep.task.train_loss(model, batch)
@@ -161,3 +274,11 @@ class _Rows:
 
     def __getitem__(self, row: int, /) -> object:
         return self.dataset[self.positions[row]]
+
+
+def _mapped(file: Path, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A new matrix that lies in a file, so that it takes no memory of its own."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    remove(file)
+    matrix = torch.from_file(str(file), shared=True, size=rows * columns, dtype=dtype)
+    return matrix.view(rows, columns)

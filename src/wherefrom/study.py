@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Generic
 
 import torch
 from torch import Tensor, nn
 
-from wherefrom.curvature import (
-    CovarianceCollector,
-    EigenvalueCollector,
-    Factors,
-    bases_from_tensors,
-    bases_to_tensors,
-    checked_strategy,
-    diagonalize,
-)
+from wherefrom.curvature import Factors, checked_strategy
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.fingerprint import (
     LIBRARY,
     Dataset,
-    Fingerprint,
     dataset_digest,
     model_digest,
     names_summary,
 )
+from wherefrom.fitting import Fitting
 from wherefrom.layers import select_layers
 from wherefrom.memory import checked_batch_size
+from wherefrom.plan import Plan, Wanted
 from wherefrom.precision import HalfPrecision
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, Tokenizer
-from wherefrom.sampling import Sampler
 from wherefrom.scores import Scores
-from wherefrom.scoring import Compute, Scoring
-from wherefrom.store import Artifact, Partial, checked_name, remove, write_text
-from wherefrom.sweep import Objective, Sweep
+from wherefrom.scoring import Scoring, make_plan
+from wherefrom.stages import BlockStages, Stages
+from wherefrom.store import Partial, checked_name, remove, write_text
+from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task
-from wherefrom.tokens import INDEX, TokenScores, extreme_pairs, part_fingerprint
+from wherefrom.tokens import INDEX, TokenParts, TokenScores, extreme_pairs
 
 
 class Study(Generic[Batch]):
@@ -55,9 +48,11 @@ class Study(Generic[Batch]):
         progress: show progress bars; None shows them when the standard error is a terminal.
         checkpoint_seconds: how often a sweep may save its partial sums, so that it can be resumed; 0 is after every
             batch.
+        memory_budget: GiB that may be taken on the model's device beyond the model and its factors; None is most of
+            what is free.
 
     Raises:
-        InputError: `train` is empty.
+        InputError: `train` is empty, or the memory budget is not positive.
         LayerError: no layer can be tracked.
     """
 
@@ -70,13 +65,23 @@ class Study(Generic[Batch]):
         train: Dataset[object],
         progress: bool | None = None,
         checkpoint_seconds: float = 60.0,
+        memory_budget: float | None = None,
     ) -> None:
         if len(train) == 0:
             raise InputError("train is empty: expected at least one example. Check the path or the filter.")
+        if memory_budget is not None and not 0 < memory_budget < math.inf:
+            raise InputError(f"memory_budget={memory_budget}: expected a number of GiB above 0, or None.")
         self.path = Path(path)
         self.train = train
         layers = select_layers(model, task.layers, task.head(model))
-        self._sweep = Sweep(model, task, layers, progress=progress, checkpoint_seconds=checkpoint_seconds)
+        self._sweep = Sweep(
+            model,
+            task,
+            layers,
+            progress=progress,
+            checkpoint_seconds=checkpoint_seconds,
+            memory_budget=None if memory_budget is None else int(memory_budget * 2**30),
+        )
         self.layers = layers
         self.profile = self._sweep.profile
 
@@ -106,35 +111,35 @@ class Study(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
-        needed = checked_strategy(strategy)
+        checked_strategy(strategy)
         sweep = self._precise_sweep(half_precision)
         usual = ("empirical" if empirical else "sampled") + _suffix(half_precision)
         folder = self.path / "factors" / checked_name(name or usual)
         fingerprint = self._fingerprint()
         fingerprint["targets"] = "dataset" if empirical else f"sampled, seed {seed}"
         fingerprint["precision"] = str(sweep.precision)
-        stage = partial(self._stage, folder, fingerprint, overwrite)
-        run = partial(self._fit_sweep, sweep, self._train_objective(empirical, seed), checked_batch_size(batch_size))
-        place = (self._sweep.dtype, self._sweep.device)
+        stages = Stages(folder, fingerprint, self.profile, overwrite)
+        size = checked_batch_size(batch_size)
+        return Fitting(sweep, self.train, stages, None if empirical else seed, size).factors(strategy)
 
-        def covariance(sums: Partial) -> dict[str, Tensor]:
-            return run("covariance", CovarianceCollector(self.layers, *place), sums)
+    def plan(
+        self,
+        queries: Dataset[object],
+        strategy: str = "ekfac",
+        *,
+        half_precision: bool = False,
+        query_rank: int | None = None,
+        query_batch_size: int | None = None,
+        train_batch_size: int | None = None,
+    ) -> Plan:
+        """What `score` would do with these arguments, and what that and the fit would cost, without doing it.
 
-        def basis(_: Partial) -> dict[str, Tensor]:
-            means = stage("covariance", covariance)
-            with self.profile.action("eigendecomposition"):
-                return bases_to_tensors(diagonalize(means, self.layers))
-
-        def mean_squares(sums: Partial) -> dict[str, Tensor]:
-            return run("eigenvalues", EigenvalueCollector(self.layers, bases, len(self.train), *place), sums)
-
-        bases = bases_from_tensors(stage("eigenbasis", basis)) if needed.basis else {}
-        eigenvalues = {}
-        if needed.eigenvalues == "fitted":
-            eigenvalues = stage("eigenvalues" if needed.basis else "diagonal", mean_squares)
-        elif needed.eigenvalues == "product":
-            eigenvalues = {layer: each.eigenvalues() for layer, each in bases.items()}
-        return Factors(strategy, fingerprint, bases, eigenvalues)
+        Returns:
+            `str(plan)` is one line, `plan.table()` has the stages with their operations, memory and least time.
+        """
+        sweep = self._precise_sweep(half_precision)
+        wanted = self._wanted(half_precision, query_rank, query_batch_size, train_batch_size)
+        return make_plan(sweep, checked_strategy(strategy), queries, self.train, wanted)
 
     def score(
         self,
@@ -143,6 +148,8 @@ class Study(Generic[Batch]):
         *,
         damping: float | None = None,
         half_precision: bool = False,
+        query_rank: int | None = None,
+        rescore: int = 0,
         query_batch_size: int | None = None,
         train_batch_size: int | None = None,
         name: str | None = None,
@@ -151,7 +158,8 @@ class Study(Generic[Batch]):
         """Score every (query, training example) pair, or load the scores when they are there.
 
         The preconditioned query gradients stay in memory, as many as fit, and the training set is swept once for each
-        such block of queries.
+        such block of queries. Scores are computed in parts and put together in a file, so that a large training set
+        takes no more memory than a small one.
 
         Args:
             queries: examples of the kind that the task measures.
@@ -159,28 +167,37 @@ class Study(Generic[Batch]):
             damping: added to every eigenvalue; None adds 0.1 x the mean eigenvalue of each layer.
             half_precision: bfloat16 products in the model's passes, resident query gradients in bfloat16; what is
                 added up stays float32.
+            query_rank: keep each layer's preconditioned query gradient as two matrices of this rank, so that more
+                queries fit into memory; `Scores.query_errors` says what that leaves out. None keeps them whole.
+            rescore: with a `query_rank`, how many of each query's highest scores are computed again with whole
+                gradients.
             query_batch_size, train_batch_size: None finds them; results depend on them only by rounding.
-            name: of the scores in the run directory; the strategy by default, with "-half" in half precision.
+            name: of the scores in the run directory; the strategy by default, with "-half" in half precision and
+                "-rankR" with a query rank.
             overwrite: replace what has this name, instead of refusing when it was made from something else.
 
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
-        scoring = self._scoring(queries, factors, damping, half_precision, query_batch_size, train_batch_size)
-        fingerprint = self._score_fingerprint(queries, factors, damping, half_precision)
-        folder, name = self.path / "scores", score_name(name, factors, half_precision)
+        wanted = self._wanted(half_precision, query_rank, query_batch_size, train_batch_size)
+        scoring = self._scoring(queries, factors, damping, half_precision, wanted)
+        fingerprint = self._score_fingerprint(queries, factors, damping, half_precision, query_rank, rescore)
+        folder, name = self.path / "scores", score_name(name, factors, half_precision, query_rank)
+        stages = Stages(folder, fingerprint, self.profile, overwrite)
+        blocks = Stages(folder / f"{name}.blocks", fingerprint, self.profile)
+        if overwrite:
+            remove(blocks.folder)
 
         def compute(_: Partial) -> dict[str, Tensor]:
-            stage = partial(self._stage, folder / f"{name}.blocks", fingerprint, overwrite)
-            parts = [
-                stage(f"{block.start}-{block.stop}", partial(scoring.pairwise, block))["values"].cpu()
-                for block in scoring.blocks()
-            ]
-            return {"values": torch.cat(parts)}
+            found = scoring.pairwise(BlockStages(blocks), blocks.folder / "values")
+            if rescore:
+                again = BlockStages(replace(blocks, folder=blocks.folder / "rescored"))
+                found["changes"] = scoring.rescore(found["values"], rescore, again)
+            return found
 
-        values = self._stage(folder, fingerprint, overwrite, name, compute)["values"].cpu()
-        remove(folder / f"{name}.blocks")
-        return Scores(values, fingerprint)
+        stages.keep(name, compute)
+        remove(blocks.folder)
+        return Scores.load(folder / name)
 
     def score_tokens(
         self,
@@ -190,6 +207,8 @@ class Study(Generic[Batch]):
         top: int | None = None,
         damping: float | None = None,
         half_precision: bool = False,
+        query_rank: int | None = None,
+        rescore: int = 0,
         query_batch_size: int | None = None,
         train_batch_size: int | None = None,
         name: str | None = None,
@@ -201,7 +220,8 @@ class Study(Generic[Batch]):
             top: only the pairs of each query with its `top` most positive and `top` most negative training examples,
                 which are found first with `score`, and cost little; None is every pair, written to disk in parts of
                 bounded size, at (tokens of a training example) times the cost of `score`.
-            queries, factors, damping, half_precision, query_batch_size, train_batch_size: as in `score`.
+            queries, factors, damping, half_precision, query_rank, query_batch_size, train_batch_size: as in `score`.
+            rescore: as in `score`, for finding the pairs; their tokens are scored with gradients of the `query_rank`.
             name: of the sequence scores that these are the parts of; they are kept beside them in the run directory.
             overwrite: replace the token scores that have this name; sequence scores are never replaced here.
 
@@ -210,10 +230,11 @@ class Study(Generic[Batch]):
         """
         if top is not None and top < 1:
             raise InputError(f"top={top}: expected at least 1, or None for every pair.")
-        scoring = self._scoring(queries, factors, damping, half_precision, query_batch_size, train_batch_size)
-        fingerprint = self._score_fingerprint(queries, factors, damping, half_precision)
+        wanted = self._wanted(half_precision, query_rank, query_batch_size, train_batch_size)
+        scoring = self._scoring(queries, factors, damping, half_precision, wanted)
+        fingerprint = self._score_fingerprint(queries, factors, damping, half_precision, query_rank, rescore)
         fingerprint["pairs"] = "all pairs" if top is None else f"the {top} highest and lowest of each query"
-        base = score_name(name, factors, half_precision)
+        base = score_name(name, factors, half_precision, query_rank)
         folder = self.path / "scores" / f"{base}.{'all' if top is None else f'top{top}'}.tokens"
         if overwrite:
             remove(folder)
@@ -226,14 +247,16 @@ class Study(Generic[Batch]):
                     factors,
                     damping=damping,
                     half_precision=half_precision,
+                    query_rank=query_rank,
+                    rescore=rescore,
                     query_batch_size=query_batch_size,
                     train_batch_size=train_batch_size,
                     name=base,
                 )
                 chosen = extreme_pairs(scores.values, top)
-            return scoring.all_per_token(chosen, partial(self._token_stage, folder, fingerprint))
+            return scoring.all_per_token(chosen, TokenParts(folder, fingerprint, self.profile))
 
-        self._stage(folder, fingerprint, False, INDEX, compute)
+        Stages(folder, fingerprint, self.profile).keep(INDEX, compute)
         return TokenScores.load(folder)
 
     def report(
@@ -290,43 +313,33 @@ class Study(Generic[Batch]):
         write_text(path, page)
         return path
 
-    def _fit_sweep(
-        self,
-        sweep: Sweep[Batch],
-        objective: Objective[Batch],
-        batch_size: int | None,
-        name: str,
-        collector: CovarianceCollector | EigenvalueCollector,
-        sums: Partial,
-    ) -> dict[str, Tensor]:
-        """Sweep the training set with a collector of curvature; what it found."""
-        sweep.run(name, self.train, collector, objective, batch_size=batch_size, partial=sums)
-        return collector.means()
+    def _wanted(
+        self, half_precision: bool, query_rank: int | None, query_batch_size: int | None, train_batch_size: int | None
+    ) -> Wanted:
+        if query_rank is not None and query_rank < 1:
+            raise InputError(f"query_rank={query_rank}: expected at least 1, or None for whole gradients.")
+        dtype = torch.bfloat16 if half_precision else self._sweep.dtype
+        return Wanted(dtype, query_rank, checked_batch_size(query_batch_size), checked_batch_size(train_batch_size))
 
     def _scoring(
+        self, queries: Dataset[object], factors: Factors, damping: float | None, half_precision: bool, wanted: Wanted
+    ) -> Scoring[Batch]:
+        sweep, strategy = self._precise_sweep(half_precision), checked_strategy(factors.strategy)
+        return Scoring(sweep, strategy, factors.preconditioner(damping), queries, self.train, wanted)
+
+    def _score_fingerprint(
         self,
         queries: Dataset[object],
         factors: Factors,
         damping: float | None,
         half_precision: bool,
-        query_batch_size: int | None,
-        train_batch_size: int | None,
-    ) -> Scoring[Batch]:
-        sweep = self._precise_sweep(half_precision)
-        return Scoring(
-            sweep,
-            factors.preconditioner(damping),
-            queries,
-            self.train,
-            torch.bfloat16 if half_precision else sweep.dtype,
-            checked_batch_size(query_batch_size),
-            checked_batch_size(train_batch_size),
-        )
-
-    def _score_fingerprint(
-        self, queries: Dataset[object], factors: Factors, damping: float | None, half_precision: bool
+        query_rank: int | None,
+        rescore: int,
     ) -> dict[str, str]:
         """What scores depend on; refuses factors of another model."""
+        if rescore < 0 or (rescore and query_rank is None):
+            raise InputError(f"rescore={rescore}: expected at least 1 together with a query_rank, or 0.")
+        rank = "full" if query_rank is None else str(query_rank)
         study = self._fingerprint()
         factors.check_model(study)
         return study | {
@@ -337,50 +350,13 @@ class Study(Generic[Batch]):
             "damping": "0.1 x mean eigenvalue" if damping is None else repr(damping),
             "queries": dataset_digest(queries),
             "precision": str(self._precise_sweep(half_precision).precision),
+            "query rank": f"{rank}, the top {rescore} at full rank" if rescore else rank,
         }
 
     def _precise_sweep(self, half_precision: bool) -> Sweep[Batch]:
         if half_precision and self._sweep.dtype == torch.float64:
             raise InputError("half_precision=True with a float64 model: load the model in float32, or leave it out.")
         return replace(self._sweep, precision=HalfPrecision(self._sweep.device)) if half_precision else self._sweep
-
-    def _token_stage(
-        self, folder: Path, fingerprint: Fingerprint, number: int, pairs: Tensor, compute: Compute
-    ) -> None:
-        """Compute and keep one file of token scores, unless it is there."""
-        self._stage(folder, part_fingerprint(fingerprint, pairs), False, str(number), compute)
-
-    def _stage(
-        self,
-        folder: Path,
-        fingerprint: Fingerprint,
-        overwrite: bool,
-        name: str,
-        compute: Compute,
-    ) -> dict[str, Tensor]:
-        """Load `folder/name`, or compute it and keep it; `compute` may keep partial sums beside it."""
-        artifact = Artifact(folder / name, fingerprint)
-        sums = Partial(folder / f"{name}.partial.safetensors", fingerprint)
-        if overwrite:
-            sums.discard()
-        if artifact.available(overwrite):
-            with self.profile.action(f"load {name}"):
-                tensors = artifact.load(self._sweep.device)
-        else:
-            # In the layout that loading gives: products of other layouts differ in the last bit.
-            tensors = {key: tensor.contiguous() for key, tensor in compute(sums).items()}
-            with self.profile.action(f"save {name}"):
-                artifact.save(tensors)
-        sums.discard()  # only now: until the artifact is there, the sums are all there is
-        return tensors
-
-    def _train_objective(self, empirical: bool, seed: int = 0) -> Objective[Batch]:
-        task = self._sweep.task
-
-        def objective(model: nn.Module, batch: Batch, rows: Sequence[int]) -> Tensor:
-            return task.train_loss(model, batch, None if empirical else Sampler(seed, rows))
-
-        return objective
 
     def _fingerprint(self) -> dict[str, str]:
         """What everything in this study depends on; taken anew each time, since weights and lists can change."""
@@ -399,9 +375,10 @@ def _suffix(half_precision: bool) -> str:
     return "-half" if half_precision else ""
 
 
-def score_name(name: str | None, factors: Factors, half_precision: bool) -> str:
+def score_name(name: str | None, factors: Factors, half_precision: bool, query_rank: int | None = None) -> str:
     """The name that scores are kept under; endings of what is kept beside them are not for names."""
-    chosen = checked_name(name or factors.strategy + _suffix(half_precision))
+    low_rank = "" if query_rank is None else f"-rank{query_rank}"
+    chosen = checked_name(name or factors.strategy + _suffix(half_precision) + low_rank)
     if Path(chosen).suffix in (".tokens", ".blocks"):
         raise InputError(f"name={name!r}: expected another ending, this one is for parts of scores.")
     return chosen

@@ -14,12 +14,13 @@ from typing import Generic, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from wherefrom.capture import Capture, Captured, Padding, Receiver
 from wherefrom.errors import LossError
 from wherefrom.fingerprint import Dataset
 from wherefrom.layers import TrackedLayer
-from wherefrom.memory import SavedBytes, fitting_batch_size, halved, out_of_memory
+from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, usable_memory
 from wherefrom.precision import Precision
 from wherefrom.profile import Profile
 from wherefrom.progress import progress_bar
@@ -58,6 +59,7 @@ class Sweep(Generic[Batch]):
         precision: how the model's passes multiply.
         progress: show a progress bar; None shows one when the standard error is a terminal.
         checkpoint_seconds: how often partial sums are written to disk, at the most; 0 is after every batch.
+        memory_budget: bytes that may be taken beyond what is there at the start; None is most of what is free.
     """
 
     model: nn.Module
@@ -67,6 +69,7 @@ class Sweep(Generic[Batch]):
     precision: Precision = field(default_factory=Precision)
     progress: bool | None = None
     checkpoint_seconds: float = 60.0
+    memory_budget: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +89,7 @@ class Sweep(Generic[Batch]):
         objective: Objective[Batch],
         *,
         batch_size: int | None = None,
+        smallest_batch: int = 1,
         partial: Partial | None = None,
     ) -> None:
         """Pass over the whole dataset once, in its order.
@@ -93,15 +97,16 @@ class Sweep(Generic[Batch]):
         Args:
             name: what the progress bar and the profile call this sweep.
             batch_size: None finds one from the free memory.
+            smallest_batch: how far the size may go down when memory runs out.
             partial: where sums are kept for resuming; None for a sweep that is quick to repeat.
 
         Raises:
             LossError: a loss is not finite; the batch is named.
-            MemoryLimitError: a single example does not fit.
+            MemoryLimitError: the smallest batch does not fit.
         """
         state = _State(name, collector, partial, time.perf_counter() + self.checkpoint_seconds)
         # A resumed sweep keeps the size that it had, so that its sums are the same to the last bit.
-        size = state.restore() or batch_size or self.suggest_batch_size(dataset, objective)
+        size = state.restore() or batch_size or self._suggested_batch_size(dataset, objective)
         start = time.perf_counter()
         with progress_bar(name, len(dataset), self.progress) as show:
             while state.position < len(dataset):
@@ -109,29 +114,34 @@ class Sweep(Generic[Batch]):
                 if self._fits(state, dataset, rows, objective):
                     self._checkpoint(state, size)
                 else:
-                    size = halved(size, name, self.device)
+                    size = halved(size, smallest_batch, name, self.device)
                     state.restore()
                 show(state.position)
         state.check_losses()
         self.profile.processed(name, state.examples, state.tokens, time.perf_counter() - start)
 
-    def suggest_batch_size(self, dataset: Dataset[object], objective: Objective[Batch]) -> int:
-        """A batch size that fits, measured on the longest of a few examples."""
+    def footprint(self, dataset: Dataset[object], objective: Objective[Batch]) -> Footprint:
+        """What an example takes, measured on the longest of a few."""
         samples = range(0, len(dataset), max(1, len(dataset) // 32))
         row = max(samples, key=lambda row: _numel(self.task.collate([dataset[row]])))
         tokens, gradient_bytes = [1], [1]
 
         def receive(layer: str, captured: Captured) -> None:
-            outputs, inputs = self.layers[layer].shape
+            outputs, width = self.layers[layer].padded_shape
             tokens.append(captured.activations.shape[1])
-            gradient_bytes.append(outputs * inputs * captured.gradients.element_size())
+            gradient_bytes.append(outputs * width * captured.gradients.element_size())
 
-        saved = SavedBytes()
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        saved, counter = SavedBytes(), FlopCounterMode(display=False)
+        with counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             self.probe(dataset, row, objective, receive)
-        # A per-example gradient lives up to three times at once: itself, rotated, squared.
-        bytes_each = saved.total + 3 * max(gradient_bytes)
-        return fitting_batch_size(len(dataset), bytes_each, max(tokens), self.device)
+        return Footprint(max(tokens), max(1, saved.total), max(gradient_bytes), counter.get_total_flops())
+
+    def usable_memory(self) -> int:
+        """Bytes to plan with on the model's device."""
+        return usable_memory(self.device, self.memory_budget)
+
+    def _suggested_batch_size(self, dataset: Dataset[object], objective: Objective[Batch]) -> int:
+        return self.footprint(dataset, objective).batch_size(len(dataset), self.usable_memory(), self.device)
 
     def probe(self, dataset: Dataset[object], row: int, objective: Objective[Batch], receive: Receiver) -> None:
         """Pass over one example alone, in full precision."""

@@ -15,12 +15,11 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 
 from wherefrom.errors import InputError
+from wherefrom.losses import IGNORED, summed_cross_entropy
 from wherefrom.precision import widened
 from wherefrom.sampling import Sampler
 
 Batch = TypeVar("Batch")
-
-IGNORED = -100  # the label that cross-entropy leaves out, as in Hugging Face models
 
 
 class Task(Generic[Batch]):
@@ -78,13 +77,12 @@ class CausalLM(Task[dict[str, Tensor]]):
 
     def train_loss(self, model: nn.Module, batch: dict[str, Tensor], sampler: Sampler | None = None) -> Tensor:
         output = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
-        logits = widened(output.logits)
         # The labels are shifted, not the logits: a slice of those would be copied, and filled up again going back.
         labels = functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED)
         if sampler is not None:
             counted = labels != IGNORED
-            labels = torch.where(counted, sampler.categorical(logits.detach(), counted), labels)
-        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+            labels = torch.where(counted, sampler.categorical(output.logits.detach(), counted), labels)
+        return summed_cross_entropy(output.logits, labels)
 
     def mask(self, batch: dict[str, Tensor]) -> Tensor | None:
         mask = batch.get("attention_mask")
@@ -96,13 +94,20 @@ class CausalLM(Task[dict[str, Tensor]]):
         return head if isinstance(head, nn.Module) else None
 
     def collate(self, examples: Sequence[object]) -> dict[str, Tensor]:
-        """Pad examples on the right to the longest: input_ids with 0, attention_mask with 0, labels with -100."""
+        """Pad examples on the right to the longest: input_ids with 0, attention_mask with 0, labels with -100.
+
+        Without padding there is no attention_mask: a model given none takes its fast causal attention, without a look
+        at every value.
+        """
         rows = [_tensors(example) for example in examples]
         padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-        return {
+        batch = {
             name: nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
             for name, value in padding.items()
         }
+        if bool((batch["attention_mask"] == 1).all()):
+            del batch["attention_mask"]
+        return batch
 
 
 def _labels(batch: Mapping[str, Tensor]) -> Tensor:

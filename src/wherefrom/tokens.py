@@ -19,7 +19,9 @@ from wherefrom.capture import Captured
 from wherefrom.errors import InputError, LayerError
 from wherefrom.fingerprint import Fingerprint, differences, tensors_digest
 from wherefrom.gradients import GradientBank
-from wherefrom.store import Artifact, check_same, read_manifest
+from wherefrom.profile import Profile
+from wherefrom.stages import Compute, Stages
+from wherefrom.store import Artifact, check_same, read_manifest, remove
 from wherefrom.sweep import Collector
 
 INDEX = "index"
@@ -215,6 +217,24 @@ class TokenScores:
     def _pairs(self, number: int) -> Tensor:
         start = sum(self.shards[:number])
         return self.pairs[start : start + self.shards[number]]
+
+
+@dataclass(frozen=True)
+class TokenParts:
+    """Keeps files of token scores."""
+
+    folder: Path
+    fingerprint: Fingerprint
+    profile: Profile
+
+    def __call__(self, number: int, pairs: Tensor, compute: Compute) -> None:
+        """Have a file, computed unless it is there; one with other pairs is from a plan for another memory."""
+        wanted, path = part_fingerprint(self.fingerprint, pairs), self.folder / str(number)
+        if path.exists():
+            stored = read_manifest(path)["fingerprint"]
+            if differences({**stored, "pairs": ""}, {**wanted, "pairs": ""}) == [] != differences(stored, wanted):
+                remove(path)
+        Stages(self.folder, wanted, self.profile).keep(str(number), compute)
 
 
 def part_fingerprint(scores: Fingerprint, pairs: Tensor) -> Fingerprint:

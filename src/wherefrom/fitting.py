@@ -1,0 +1,89 @@
+"""Which sweeps a fit takes: one for covariances, whose eigenvectors are the basis, and one for eigenvalues in it.
+
+This module brings collectors, sweeps and stages together; it does not know what factors are used for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic
+
+from torch import Tensor, nn
+
+from wherefrom.curvature import (
+    Basis,
+    CovarianceCollector,
+    EigenvalueCollector,
+    Factors,
+    bases_from_tensors,
+    bases_to_tensors,
+    checked_strategy,
+    diagonalize,
+)
+from wherefrom.fingerprint import Dataset
+from wherefrom.sampling import Sampler
+from wherefrom.stages import Stages
+from wherefrom.store import Partial
+from wherefrom.sweep import Sweep
+from wherefrom.task import Batch
+
+
+@dataclass(frozen=True)
+class Fitting(Generic[Batch]):
+    """Factors to fit on a training set.
+
+    Attributes:
+        stages: where they are kept.
+        seed: of targets drawn from the model; None takes the dataset's own.
+        batch_size: None finds one.
+    """
+
+    sweep: Sweep[Batch]
+    train: Dataset[object]
+    stages: Stages
+    seed: int | None
+    batch_size: int | None
+
+    def factors(self, strategy: str) -> Factors:
+        """Those of a strategy; what strategies have in common is computed once."""
+        needed = checked_strategy(strategy)
+        bases = self._bases() if needed.basis else {}
+        eigenvalues: dict[str, Tensor] = {}
+        if needed.eigenvalues == "fitted":
+            eigenvalues = self._mean_squares(bases)
+        elif needed.eigenvalues == "product":
+            eigenvalues = {layer: each.eigenvalues() for layer, each in bases.items()}
+        return Factors(strategy, self.stages.fingerprint, bases, eigenvalues)
+
+    def _bases(self) -> dict[str, Basis]:
+        sweep = self.sweep
+
+        def covariance(sums: Partial) -> dict[str, Tensor]:
+            collector = CovarianceCollector(sweep.layers, sweep.dtype, sweep.device)
+            self._run("covariance", collector, sums)
+            return collector.means()
+
+        def basis(_: Partial) -> dict[str, Tensor]:
+            means = self.stages.load("covariance", covariance, sweep.device)
+            with sweep.profile.action("eigendecomposition"):
+                return bases_to_tensors(diagonalize(means, sweep.layers))
+
+        return bases_from_tensors(self.stages.load("eigenbasis", basis, sweep.device))
+
+    def _mean_squares(self, bases: dict[str, Basis]) -> dict[str, Tensor]:
+        sweep = self.sweep
+
+        def mean_squares(sums: Partial) -> dict[str, Tensor]:
+            collector = EigenvalueCollector(sweep.layers, bases, len(self.train), sweep.dtype, sweep.device)
+            self._run("eigenvalues", collector, sums)
+            return collector.means()
+
+        return self.stages.load("eigenvalues" if bases else "diagonal", mean_squares, sweep.device)
+
+    def _run(self, name: str, collector: CovarianceCollector | EigenvalueCollector, sums: Partial) -> None:
+        self.sweep.run(name, self.train, collector, self._loss, batch_size=self.batch_size, partial=sums)
+
+    def _loss(self, model: nn.Module, batch: Batch, rows: Sequence[int]) -> Tensor:
+        sampler = None if self.seed is None else Sampler(self.seed, rows)
+        return self.sweep.task.train_loss(model, batch, sampler)

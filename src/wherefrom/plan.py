@@ -1,0 +1,281 @@
+"""The plan of a score: batch sizes, how many query gradients are resident, in which form and where, and what it costs.
+
+It is arithmetic on sizes that were measured on one example. Memory decides; where two ways give the same numbers,
+floating-point operations do. This module runs no sweep, and a plan that is too optimistic is corrected by `scoring`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from rich.table import Table
+
+from wherefrom.curvature import Strategy
+from wherefrom.gradients import BankForm
+from wherefrom.layers import TrackedLayer
+from wherefrom.memory import Footprint, free_memory
+
+# How much of the score matrix is in memory at a time.
+SHARD_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the caller has settled.
+
+    Attributes:
+        dtype: of resident query gradients.
+        rank: of the two thin matrices that stand for each; None keeps them whole.
+        query_batch, train_batch: None leaves the size to the plan.
+    """
+
+    dtype: torch.dtype
+    rank: int | None = None
+    query_batch: int | None = None
+    train_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What there is to do, and what it takes.
+
+    Attributes:
+        query, example: what a query and a training example take.
+        usable: bytes to plan with on `device`, where the model is.
+    """
+
+    layers: Mapping[str, TrackedLayer]
+    strategy: Strategy
+    queries: int
+    train: int
+    query: Footprint
+    example: Footprint
+    wanted: Wanted
+    usable: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage costs.
+
+    Attributes:
+        passes: examples that go forward and backward through the model.
+        flop: floating-point operations, at least.
+        bytes: the most memory that it takes beyond the model.
+    """
+
+    stage: str
+    passes: int
+    flop: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How scores are computed.
+
+    Attributes:
+        block: queries whose gradients are resident together; the training set is swept once for each block.
+        form: how they are kept.
+    """
+
+    job: Job
+    query_batch: int
+    train_batch: int
+    block: int
+    form: BankForm
+
+    @property
+    def sweeps(self) -> int:
+        """How often the training set is swept."""
+        return -(-self.job.queries // self.block)
+
+    @property
+    def bank_bytes(self) -> int:
+        """What a block of query gradients takes."""
+        return self.block * self.form.bytes_per_query(self.job.layers)
+
+    def shards(self, queries: int) -> list[range]:
+        """Runs of training examples whose scores for some queries are in memory together."""
+        rows = max(1, SHARD_BYTES // (queries * torch.float32.itemsize))
+        return [range(start, min(start + rows, self.job.train)) for start in range(0, self.job.train, rows)]
+
+    def costs(self) -> list[Cost]:
+        """The stages of a fit and a score."""
+        job, each = self.job, _PerExample.of(self.job)
+        batch = self.train_batch * job.example.bytes
+        query_memory = self.bank_bytes + each.factor_bytes + self.query_batch * job.query.bytes
+        back, brought = self._rotations()
+        passes = self.sweeps * job.train
+        found = [
+            Cost("query gradients", job.queries, job.queries * (job.query.flop + each.gradient) + back, query_memory),
+            Cost(
+                "pairwise scores",
+                passes,
+                passes * (job.example.flop + each.forming) + brought + job.queries * job.train * each.dot,
+                self.bank_bytes + each.factor_bytes + batch + SHARD_BYTES,
+            ),
+        ]
+        if job.strategy.eigenvalues == "fitted":
+            flop = job.train * (job.example.flop + each.gradient)
+            found.insert(0, Cost("eigenvalues", job.train, flop, batch + each.factor_bytes))
+        if job.strategy.basis:
+            flop = job.train * (job.example.flop + each.covariance)
+            found.insert(0, Cost("covariance", job.train, flop, batch + each.factor_bytes))
+        return found
+
+    def _rotations(self) -> tuple[float, float]:
+        """Operations for bringing query gradients back from the eigenbasis, and training gradients into it."""
+        back = brought = 0.0
+        for layer, sides in self.form.rotated_back.items():
+            for query, train, chosen in zip(*_side_costs(self.job, layer, self.sweeps), sides, strict=True):
+                back, brought = back + query * chosen, brought + train * (not chosen)
+        return back, brought
+
+    def __str__(self) -> str:
+        """What was chosen and why, on one line."""
+        job, gib = self.job, 2**30
+        form = f"rank {self.form.rank}" if self.form.rank else "whole"
+        where = (
+            str(self.form.place) if self.form.place == job.device else f"{self.form.place}, streamed to {job.device}"
+        )
+        times = "once" if self.sweeps == 1 else f"{self.sweeps} times"
+        return (
+            f"Plan: {self.block} of {job.queries} query gradients resident ({form}, {_name(self.form.dtype)}, "
+            f"{self.bank_bytes / gib:.2f} GiB on {where}; {job.usable / gib:.2f} GiB usable), so {job.train} training "
+            f"examples are swept {times}; batches of {self.query_batch} queries, {self.train_batch} training examples."
+        )
+
+    def table(self) -> Table:
+        """The estimated cost of every stage; the times are what its operations take at the speed of a large product."""
+        speed = matmul_speed(self.job.device, self.form.dtype)
+        table = Table("Stage", title=str(self), title_justify="left", caption_justify="left")
+        table.caption = f"Seconds: at {speed / 1e9:,.0f} GFLOP/s, what a large product reaches here; a lower bound."
+        for heading in ("Passes", "GFLOP", "Peak GiB", "Seconds"):
+            table.add_column(heading, justify="right")
+        for cost in self.costs():
+            numbers = (cost.flop / 1e9, cost.bytes / 2**30, cost.flop / speed)
+            table.add_row(cost.stage, f"{cost.passes:,}", *(f"{each:,.2f}" for each in numbers))
+        return table
+
+
+@dataclass(frozen=True)
+class _PerExample:
+    """Operations for one training example, and bytes of factors, over all layers.
+
+    Attributes:
+        forming: its gradients; gradient: the same in the eigenbasis, where there is one.
+        dot: their products with those of one query.
+        covariance: its part of both covariances, of which only one triangle is computed.
+        factor_bytes: of bases and eigenvalues, which are there twice while they are in use.
+    """
+
+    forming: float
+    gradient: float
+    dot: float
+    covariance: float
+    factor_bytes: float
+
+    @classmethod
+    def of(cls, job: Job) -> _PerExample:
+        shapes, tokens = [layer.padded_shape for layer in job.layers.values()], job.example.tokens
+        dot = sum(2.0 * out * width for out, width in shapes)
+        rotating = sum(sum(_sides_flop(out, width, tokens)) for out, width in shapes)
+        covariance = sum(tokens * (out**2 + width**2) for out, width in shapes)
+        numbers = sum(
+            (out**2 + width**2) * job.strategy.basis + out * width * (job.strategy.eigenvalues != "none")
+            for out, width in shapes
+        )
+        forming = tokens * dot
+        return cls(
+            forming, forming + rotating * job.strategy.basis, dot, covariance, 2.0 * numbers * torch.float32.itemsize
+        )
+
+
+def plan_scores(job: Job) -> Plan:
+    """Choose batch sizes, and with what memory is left the form, the place and the number of resident gradients."""
+    train_batch = job.wanted.train_batch or job.example.batch_size(job.train, job.usable, job.device)
+    query_batch = job.wanted.query_batch or job.query.batch_size(job.queries, job.usable, job.device)
+    reserved = (
+        max(train_batch * job.example.bytes, query_batch * job.query.bytes)
+        + SHARD_BYTES
+        + int(_PerExample.of(job).factor_bytes / 2)
+    )
+    plan = _fitting(job, query_batch, train_batch, job.usable - reserved, job.device)
+    if job.device.type == "cpu" or plan.sweeps == 1:
+        return plan
+    host = torch.device("cpu")
+    streamed = _fitting(job, query_batch, train_batch, int(0.5 * free_memory(host)), host)
+    return min(plan, streamed, key=_sweep_seconds)
+
+
+def _fitting(job: Job, query_batch: int, train_batch: int, room: int, place: torch.device) -> Plan:
+    """As many queries as there is room for, in blocks of equal size."""
+    form = BankForm(job.wanted.dtype, place, job.wanted.rank)
+    most = max(1, min(job.queries, room // form.bytes_per_query(job.layers)))
+    sweeps = -(-job.queries // most)
+    sides = {name: _cheaper_sides(job, form, name, sweeps) for name in job.layers} if job.strategy.basis else {}
+    return Plan(job, query_batch, train_batch, -(-job.queries // sweeps), replace(form, rotated_back=sides))
+
+
+def _cheaper_sides(job: Job, form: BankForm, layer: str, sweeps: int) -> tuple[bool, bool]:
+    """On which sides query gradients are rotated back, since training gradients would cost more to rotate."""
+    if form.thin(job.layers[layer]):
+        return True, True  # two thin matrices cost next to nothing
+    query, train = _side_costs(job, layer, sweeps)
+    return query[0] < train[0], query[1] < train[1]
+
+
+def _side_costs(job: Job, layer: str, sweeps: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Operations for the left and the right side: all query gradients back, or all training gradients there."""
+    outputs, width = job.layers[layer].padded_shape
+    query = (2.0 * job.queries * outputs**2 * width, 2.0 * job.queries * outputs * width**2)
+    left, right = _sides_flop(outputs, width, job.example.tokens)
+    return query, (sweeps * job.train * left, sweeps * job.train * right)
+
+
+def _sides_flop(outputs: int, width: int, tokens: int) -> tuple[float, float]:
+    """Operations for one example's gradient into the basis, left and right: its tokens or its rows, whichever fewer."""
+    return 2.0 * outputs**2 * min(tokens, width), 2.0 * width**2 * min(tokens, outputs)
+
+
+def _sweep_seconds(plan: Plan) -> float:
+    """What the training sweeps take, roughly: passes, and moving a bank that is not on the device for every batch."""
+    seconds = plan.costs()[-1].flop / matmul_speed(plan.job.device, plan.form.dtype)
+    if plan.form.place != plan.job.device:
+        batches = -(-plan.job.train // plan.train_batch)
+        seconds += plan.sweeps * batches * plan.bank_bytes / copy_speed(plan.job.device)
+    return seconds
+
+
+def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large product, measured."""
+    half = dtype == torch.bfloat16 and device.type == "cuda"
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.ones(size, size, dtype=dtype if half else torch.float32, device=device)
+    return 2 * size**3 / _best_seconds(lambda: matrix @ matrix, device)
+
+
+def copy_speed(device: torch.device) -> float:
+    """Bytes a second from the host's pinned memory to a device, measured."""
+    host = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+    return host.numel() / _best_seconds(lambda: host.to(device, non_blocking=True), device)
+
+
+def _best_seconds(action: Callable[[], object], device: torch.device) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(4))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

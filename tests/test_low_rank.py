@@ -1,0 +1,163 @@
+"""Query gradients of low rank: exact where the rank is enough, otherwise as far off as they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import wherefrom as wf
+from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
+from tests.reference import BruteForce
+from wherefrom.capture import Captured
+from wherefrom.curvature import STRATEGIES, Preconditioner
+from wherefrom.gradients import BankForm, GradientBank, _truncated
+from wherefrom.layers import select_layers
+from wherefrom.memory import Workspace
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("make", [mlp_case, gpt2_case])
+def test_a_rank_that_is_enough_changes_nothing(tmp_path: Path, make: CaseMaker, strategy: str) -> None:
+    """Layers that would take more memory as two matrices stay whole; others have no more directions than the rank."""
+    case = make(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit(strategy)
+    expected = study.score(case.queries, factors).values
+    found = study.score(case.queries, factors, query_rank=100, name="low")
+    assert relative_error(found.values, expected) < 1e-9
+    assert found.query_errors is not None
+    assert float(found.query_errors.max()) < 1e-6
+
+
+@pytest.mark.parametrize("strategy", ["identity", "ekfac"])
+def test_scores_of_low_rank_are_those_of_the_best_approximation(tmp_path: Path, strategy: str) -> None:
+    """numpy's singular value decomposition of each preconditioned gradient, found by brute force."""
+    case = gpt2_case(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit(strategy, empirical=True)
+    scores = study.score(case.queries, factors, query_rank=1, damping=0.1, train_batch_size=5)
+    layers = list(select_layers(case.model, case.task.layers))
+    brute = BruteForce(case.model, case.task, layers, case.train, case.queries)
+    expected = torch.zeros(len(case.queries), len(case.train), dtype=torch.float64)
+    rest, norm = torch.zeros(len(case.queries)), torch.zeros(len(case.queries))
+    for layer in layers:
+        shape = study.layers[layer].shape
+        for row, query in enumerate(brute.queries):
+            whole = query[layer].detach()
+            if strategy == "ekfac":
+                matrix = brute.curvature(strategy, layer)
+                damped = matrix.detach() + 0.1 * torch.eye(len(matrix), dtype=torch.float64)
+                whole = torch.linalg.solve(damped, whole.flatten()).view(shape)
+            left, values, right = torch.linalg.svd(whole, full_matrices=False)
+            best = values[0] * torch.outer(left[:, 0], right[0])
+            rest[row] += float((whole - best).square().sum())
+            norm[row] += float(whole.square().sum())
+            for column, train in enumerate(brute.train):
+                expected[row, column] += float((best * train[layer].detach()).sum())
+    # Power iterations find the first direction up to how close the second comes.
+    assert relative_error(scores.values, expected) < 1e-3
+    assert scores.query_errors is not None
+    assert relative_error(scores.query_errors, (rest / norm).sqrt()) < 1e-4
+
+
+def captured(batch: int, tokens: int, outputs: int, inputs: int, seed: int) -> Captured:
+    generator = torch.Generator().manual_seed(seed)
+    activations = torch.randn(batch, tokens, inputs, generator=generator, dtype=torch.float64)
+    gradients = torch.randn(batch, tokens, outputs, generator=generator, dtype=torch.float64)
+    return Captured(activations, gradients, batch * tokens)
+
+
+@given(
+    queries=st.integers(1, 5), batch=st.integers(1, 5), tokens=st.integers(1, 12),
+    outputs=st.integers(2, 24), inputs=st.integers(2, 24), rank=st.integers(1, 3),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_products_are_those_of_the_rebuilt_gradients(
+    queries: int, batch: int, tokens: int, outputs: int, inputs: int, rank: int
+) -> None:
+    """By tokens or by rebuilding, in pieces of one query or all: the same as with dense matrices."""
+    layers = select_layers(nn.Sequential(nn.Linear(inputs, outputs, bias=False)))
+    bank = GradientBank(layers, Preconditioner({}, {}), queries, BankForm(torch.float64, CPU, rank))
+    bank.collect("0", captured(queries, 3, outputs, inputs, 0), slice(0, queries))
+    dense = bank.sums["0"] if "0" in bank.sums else bank.sums["0.left"] @ bank.sums["0.right"]
+    train = captured(batch, tokens, outputs, inputs, 1)
+    expected = torch.einsum("qoi,bto,bti->qb", dense, train.gradients, train.activations)
+    assert relative_error(bank.product("0", train), expected) < 1e-9
+    per_token = torch.stack([bank.token_products("0", q, *bank.in_basis("0", train)[:2]) for q in range(queries)])
+    assert relative_error(per_token.sum(-1), expected) < 1e-9
+
+
+@given(batch=st.integers(1, 4), rows=st.integers(1, 30), columns=st.integers(1, 30), rank=st.integers(1, 30))
+@settings(deadline=None, max_examples=40)
+def test_truncation_is_orthonormal_and_does_not_depend_on_the_batch(
+    batch: int, rows: int, columns: int, rank: int
+) -> None:
+    matrices = captured(batch, rows, 1, columns, seed=3).activations
+    rank = min(rank, rows, columns)
+    left, right = _truncated(matrices, rank)
+    assert (
+        relative_error(left.transpose(1, 2) @ left, torch.eye(rank, dtype=torch.float64).expand(batch, -1, -1)) < 1e-9
+    )
+    best = torch.linalg.svdvals(matrices)[:, rank:].square().sum(1)
+    found = (matrices - left @ right).square().sum((1, 2))
+    assert bool((found <= 1.5 * best + 1e-9 * matrices.square().sum((1, 2))).all())
+    alone = torch.cat([(one @ other) for one, other in (_truncated(each[None], rank) for each in matrices)])
+    assert relative_error(alone, left @ right) < 1e-6
+    state = torch.get_rng_state()
+    _truncated(matrices, rank)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_highest_scores_are_computed_again_at_full_rank(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("ekfac")
+    exact = study.score(case.queries, factors).values
+    low = study.score(case.queries, factors, query_rank=1, name="low").values
+    for budget, name in ((None, "again"), (1e-9, "query-by-query")):
+        small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=budget)
+        found = small.score(case.queries, factors, query_rank=1, rescore=4, name=name)
+        chosen = low.topk(4, dim=1).indices
+        assert relative_error(found.values.gather(1, chosen), exact.gather(1, chosen)) < 1e-9
+        rest = torch.ones_like(low).scatter(1, chosen, 0).bool()
+        assert relative_error(found.values[rest], low[rest]) < 1e-9
+        assert relative_error(low.gather(1, chosen), exact.gather(1, chosen)) > 1e-3
+        assert found.changes is not None
+        assert relative_error(found.changes, exact.gather(1, chosen) - low.gather(1, chosen)) < 1e-9
+    loaded = wf.Scores.load(tmp_path / "scores" / "again")
+    assert "rank" in loaded.fingerprint["query rank"] and loaded.changes is not None
+    with pytest.raises(wf.WherefromError, match="query rank: stored 1, the top 4 at full rank, now full"):
+        study.score(case.queries, factors, name="again")
+
+
+def test_low_rank_in_half_precision(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("ekfac")
+    full = study.score(case.queries, factors, query_rank=2).values
+    half = study.score(case.queries, factors, query_rank=2, half_precision=True).values
+    assert 0 < relative_error(half, full) < 0.1
+
+
+def test_a_workspace_is_reused_and_grows() -> None:
+    workspace, like = Workspace(), torch.zeros(1)
+    first = workspace.empty((2, 3), like)
+    assert workspace.empty((3, 2), like).data_ptr() == first.data_ptr()
+    assert workspace.empty((30, 2), like).shape == (30, 2)
+    assert workspace.empty((2, 2), torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_errors_are_none_without_a_rank(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    scores = study.score(case.queries, study.fit("identity"))
+    assert scores.query_errors is None
+    assert scores.changes is None
+    assert isinstance(scores.values, Tensor)

@@ -1,0 +1,277 @@
+"""The plan: what it chooses, that its estimates are right, and that one which is too optimistic does no harm."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import wherefrom as wf
+from tests.models import gpt2_case, mlp_case, relative_error
+from wherefrom.capture import Captured
+from wherefrom.curvature import STRATEGIES
+from wherefrom.errors import InputError, MemoryLimitError
+from wherefrom.gradients import GradientBank
+from wherefrom.layers import select_layers
+from wherefrom.memory import Footprint
+from wherefrom.plan import SHARD_BYTES, Job, Plan, Wanted, plan_scores
+from wherefrom.scores import PairwiseCollector
+
+CPU = torch.device("cpu")
+
+
+def job(usable: int, tokens: int = 100, queries: int = 50, train: int = 1000, **wanted: Any) -> Job:
+    """An attention-like and an MLP-like layer under ek-fac, examples of `tokens` tokens."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 512), nn.Linear(512, 64))
+    footprint = Footprint(tokens, 4 * 64 * tokens, 4 * 64 * 520, 6 * 70_000 * tokens)
+    wanted = {"dtype": torch.float32, **wanted}
+    return Job(
+        select_layers(model), STRATEGIES["ekfac"], queries, train, footprint, footprint, Wanted(**wanted), usable, CPU
+    )
+
+
+@given(
+    usable=st.integers(1, 2**33), tokens=st.integers(1, 2000), queries=st.integers(1, 3000), train=st.integers(1, 10**6)
+)
+@settings(deadline=None)
+def test_a_plan_stays_within_its_memory_and_covers_everything(
+    usable: int, tokens: int, queries: int, train: int
+) -> None:
+    plan = plan_scores(job(usable, tokens, queries, train))
+    assert 1 <= plan.block <= queries
+    assert plan.sweeps * plan.block >= queries > (plan.sweeps - 1) * plan.block
+    assert plan.block == 1 or max(cost.bytes for cost in plan.costs()[2:]) < usable + SHARD_BYTES
+    shards = plan.shards(plan.block)
+    assert shards[0].start == 0 and shards[-1].stop == train
+    assert all(one.stop == other.start for one, other in pairwise(shards))
+    assert len(shards) == 1 or len(shards[0]) * plan.block * 4 <= SHARD_BYTES
+
+
+def test_more_memory_means_fewer_sweeps_and_low_rank_stretches_it() -> None:
+    sweeps = [plan_scores(job(usable)).sweeps for usable in (2**26, 2**26 + 2**25, 2**28)]
+    assert sweeps == sorted(sweeps, reverse=True)
+    assert sweeps[0] > sweeps[-1] == 1
+    assert plan_scores(job(2**26 + 2**25, rank=2)).sweeps < sweeps[1]
+    assert plan_scores(job(2**30, train_batch=7, query_batch=3)).train_batch == 7
+
+
+def test_gradients_are_rotated_where_that_costs_less() -> None:
+    """Against a count of operations by hand, for the layer of 512 outputs and 64 + 1 (72) inputs."""
+    few_queries, many_queries = plan_scores(job(2**33, queries=3)), plan_scores(job(2**33, queries=4000, train=10))
+    assert few_queries.form.rotated_back["1"] == (True, True)  # 3 queries x 512 rows against 1000 x 100 tokens
+    assert many_queries.form.rotated_back["1"] == (False, False)
+    # left: 200 x 2 x 512 x 512 x 72 against 200 x 2 x 512 x 512 x min(100, 72); right: 200 x 512 against 200 x 100.
+    plan = plan_scores(job(2**33, queries=199, train=200))
+    assert plan.form.rotated_back["1"] == (True, False)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_estimated_operations_are_those_that_run(tmp_path: Path, strategy: str) -> None:
+    """PyTorch's own counter, over a whole fit and score."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 8))
+    rows: list[object] = [(torch.randn(32), torch.tensor(row % 8)) for row in range(40)]
+    study = wf.Study(tmp_path, model, wf.Classification(), train=rows)
+    queries = rows[:20]
+    plan = study.plan(queries, strategy)
+    with FlopCounterMode(display=False) as counter:
+        study.score(queries, study.fit(strategy))
+    estimated = sum(cost.flop for cost in plan.costs())
+    # Tiles round a covariance up to whole rows, and two examples are measured to plan.
+    assert 0.8 * estimated < counter.get_total_flops() < 1.35 * estimated
+
+
+def test_the_plan_says_what_it_chose(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = gpt2_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    plan = study.plan(case.queries, query_rank=2, train_batch_size=4)
+    assert re.match(
+        r"Plan: 5 of 5 query gradients resident \(rank 2, float32, 0.00 GiB on cpu; .* GiB usable\), so 14 training "
+        r"examples are swept once; batches of 5 queries, 4 training examples.",
+        str(plan),
+    )
+    assert [cost.stage for cost in plan.costs()] == ["covariance", "eigenvalues", "query gradients", "pairwise scores"]
+    assert [str(cell) for cell in plan.table().columns[0].cells] == [cost.stage for cost in plan.costs()]
+    assert not list(tmp_path.iterdir())
+    with caplog.at_level(logging.INFO, "wherefrom"):
+        study.score(case.queries, study.fit("identity"))
+    assert sum("Plan: 5 of 5 query gradients resident (whole" in each for each in caplog.messages) == 1
+    with caplog.at_level(logging.INFO, "wherefrom"):
+        study.score(case.queries, study.fit("identity"))
+    assert len(caplog.messages) == 1  # nothing to compute, nothing to plan
+
+
+# Estimates that are off.
+
+
+@contextmanager
+def little_memory(monkeypatch: pytest.MonkeyPatch, queries: int, batch: int) -> Iterator[None]:
+    """More resident queries, or a larger training batch with more than one of them, end in an out-of-memory error."""
+    collect, products = GradientBank.collect, PairwiseCollector.collect
+
+    def limited(self: GradientBank, layer: str, captured: Captured, rows: slice) -> None:
+        if len(self) > queries:
+            raise torch.OutOfMemoryError("out of memory")
+        collect(self, layer, captured, rows)
+
+    def limited_pairwise(self: PairwiseCollector, layer: str, captured: Captured, rows: slice) -> None:
+        products(self, layer, captured, rows)
+        if len(self.sums["values"]) > 1 and len(captured.activations) > batch:
+            raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GradientBank, "collect", limited)
+        patched.setattr(PairwiseCollector, "collect", limited_pairwise)
+        yield
+
+
+@pytest.mark.parametrize(("queries", "batch"), [(2, 100), (1, 100), (4, 3), (4, 1)])
+def test_too_little_memory_means_smaller_blocks_and_the_same_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, queries: int, batch: int
+) -> None:
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("ekfac")
+    expected = study.score(case.queries, factors, name="expected").values
+    with little_memory(monkeypatch, queries, batch):
+        found = study.score(case.queries, factors, name="found").values
+    assert relative_error(found, expected) < 1e-12
+    assert any("resident query gradients instead of 5" in each for each in caplog.messages)
+
+
+def test_a_single_query_that_does_not_fit_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("identity")
+    with little_memory(monkeypatch, 0, 100), pytest.raises(MemoryLimitError, match="query gradients: a single example"):
+        study.score(case.queries, factors)
+
+
+def test_a_run_continues_with_the_blocks_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after its first block, and resumed on a machine with more memory."""
+    case = mlp_case()
+    small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-9)
+    factors = small.fit("ekfac")
+    done: list[str] = []
+    original = PairwiseCollector.collect
+
+    def interrupted(self: PairwiseCollector, layer: str, captured: Captured, rows: slice) -> None:
+        done.append(layer)
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        original(self, layer, captured, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PairwiseCollector, "collect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            small.score(case.queries, factors, train_batch_size=12)
+    blocks = tmp_path / "scores" / "ekfac.blocks"
+    kept = {path.name: path.stat().st_mtime_ns for path in blocks.iterdir() if path.is_dir()}
+    assert list(kept) == ["0-1.0-12"]
+    large = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    seen: list[int] = []
+
+    def counted(self: PairwiseCollector, layer: str, captured: Captured, rows: slice) -> None:
+        seen.append(len(self.sums["values"]))
+        original(self, layer, captured, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PairwiseCollector, "collect", counted)
+        found = large.score(case.queries, factors).values
+    assert set(seen) == {4}
+    assert relative_error(found, large.score(case.queries, factors, name="one").values) < 1e-12
+    assert not blocks.exists()
+
+
+class Constant:
+    """Many examples without memory of their own."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= row < self._count:
+            raise IndexError(row)
+        return torch.full((4,), row / self._count), torch.tensor(row % 3)
+
+
+class _Peak(threading.Thread):
+    """Watches how much memory of its own this process has, in bytes, files that are mapped left out."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self._done = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(0.002):
+            self.most = max(self.most, anonymous_bytes())
+
+    def stop(self) -> int:
+        self._done.set()
+        self.join()
+        return self.most
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status")
+    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux tells it")
+def test_memory_does_not_grow_with_the_training_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 training examples x 250 queries: a matrix of 95 MiB, of which 4 are ever in memory."""
+    monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 2**22)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    queries = Constant(250)
+    peaks = []
+    for train in (1_000, 100_000):
+        study = wf.Study(tmp_path / str(train), model, wf.Classification(), train=Constant(train))
+        before = anonymous_bytes()
+        watch = _Peak()
+        watch.start()
+        scores = study.score(queries, study.fit("identity"), train_batch_size=2000)
+        hits = scores.top(1)
+        peaks.append(watch.stop() - before)
+        assert scores.values.shape == (250, train)
+        assert len(hits) == 250
+    assert peaks[1] < peaks[0] + 40 * 2**20
+    exact = replace(scores, values=scores.values.clone())  # in memory
+    assert exact.top(1) == hits
+
+
+def test_impossible_options_are_refused(tmp_path: Path) -> None:
+    case = mlp_case()
+    with pytest.raises(InputError, match="memory_budget=0: expected a number of GiB above 0"):
+        wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=0)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("identity")
+    with pytest.raises(InputError, match="query_rank=0: expected at least 1"):
+        study.score(case.queries, factors, query_rank=0)
+    with pytest.raises(InputError, match="rescore=3: expected at least 1 together with a query_rank"):
+        study.score(case.queries, factors, rescore=3)
+
+
+def test_plans_are_values() -> None:
+    plan = plan_scores(job(2**30))
+    assert isinstance(plan, Plan)
+    assert plan == plan_scores(plan.job)

@@ -57,7 +57,7 @@ class Arguments:
     batch: int = 8
     """Sequences in a forward and backward pass."""
     query_part: int = 256
-    """Queries that dattri-llm holds at once: it needs some 33 MB of memory a query."""
+    """Queries that dattri-llm holds at once: it needs some 40 MB of memory a query."""
     scores: Path | None = None
     """Where the scores go, float32 [queries, train], as safetensors."""
 

@@ -11,7 +11,7 @@ Martens & Grosse 2015 (K-FAC), George et al. 2018 (EK-FAC), Grosse et al. 2023 (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
@@ -189,12 +189,34 @@ def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str]) -> dic
     Raises:
         LossError: a covariance is not finite.
     """
+    found = _eigenvectors(covariances)
     bases = {}
     for layer in layers:
-        activation_eigenvalues, activations = _eigh(covariances[f"{layer}.activations"], layer)
-        gradient_eigenvalues, gradients = _eigh(covariances[f"{layer}.gradients"], layer)
-        bases[layer] = Basis(activations, gradients, activation_eigenvalues, gradient_eigenvalues)
+        (activation_values, activations), (gradient_values, gradients) = (
+            found[f"{layer}.{side}"] for side in ("activations", "gradients")
+        )
+        bases[layer] = Basis(activations, gradients, activation_values, gradient_values)
     return bases
+
+
+def _eigenvectors(covariances: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Eigenvalues and eigenvectors by name: those of one size in batches, and equal matrices once."""
+    first: dict[tuple[int, float], str] = {}  # equal matrices have equal sums, and rarely do others
+    same: dict[str, str] = {}
+    sizes: dict[int, list[str]] = {}
+    for name, matrix in covariances.items():
+        total = _finite_sum(matrix, name)
+        other = first.setdefault((len(matrix), total), name)
+        same[name] = other if torch.equal(covariances[other], matrix) else name
+        if same[name] == name:
+            sizes.setdefault(len(matrix), []).append(name)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for size, names in sizes.items():
+        count = max(1, _EIGH_BYTES // (8 * size**2))
+        for start in range(0, len(names), count):
+            batch = names[start : start + count]
+            found.update(zip(batch, zip(*_eigh([covariances[name] for name in batch]), strict=True), strict=True))
+    return {name: found[other] for name, other in same.items()}
 
 
 def bases_to_tensors(bases: Mapping[str, Basis]) -> dict[str, Tensor]:
@@ -210,16 +232,31 @@ def bases_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Basis]:
     return {layer: Basis(*(tensors[f"{layer}.{each.name}"] for each in fields(Basis))) for layer in layers}
 
 
-def _eigh(matrix: Tensor, layer: str) -> tuple[Tensor, Tensor]:
-    if not bool(matrix.isfinite().all()):
+def _finite_sum(matrix: Tensor, name: str) -> float:
+    total = float(matrix.sum(dtype=_eigh_dtype(matrix)))
+    if not math.isfinite(total):
         raise LossError(
-            f"Layer {layer!r}: its covariance is not finite. Some activation or gradient overflowed; "
+            f"Layer {name.rpartition('.')[0]!r}: its covariance is not finite. Some activation or gradient overflowed; "
             "load the model in float32 or bfloat16 rather than float16."
         )
-    wide = torch.float32 if matrix.device.type == "mps" else torch.float64
-    eigenvalues, eigenvectors = torch.linalg.eigh(matrix.to(wide))
+    return total
+
+
+# Matrices of one size that are decomposed together, in float64.
+_EIGH_BYTES = 2**30
+
+
+def _eigh_dtype(matrix: Tensor) -> torch.dtype:
+    return torch.float32 if matrix.device.type == "mps" else torch.float64
+
+
+def _eigh(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [count, n] and eigenvectors [count, n, n] of symmetric matrices of one size."""
+    dtype = matrices[0].dtype
+    stacked = torch.stack([each.to(_eigh_dtype(each)) for each in matrices])
+    eigenvalues, eigenvectors = torch.linalg.eigh(stacked)
     # A covariance has no negative eigenvalue; what is below zero is rounding.
-    return eigenvalues.clamp_min(0).to(matrix.dtype), eigenvectors.to(matrix.dtype)
+    return eigenvalues.clamp_min(0).to(dtype), eigenvectors.to(dtype)
 
 
 class EigenvalueCollector(Collector):

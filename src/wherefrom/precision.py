@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -96,9 +97,10 @@ def native_bfloat16(device: torch.device) -> bool:
 class Precision:
     """How a model pass multiplies; this one, as the model's own type does."""
 
-    def passes(self) -> AbstractContextManager[object]:
-        """What a forward and backward pass runs within."""
-        return nullcontext()
+    def passes(self, device: torch.device) -> AbstractContextManager[object]:
+        """What a forward and backward pass on a device runs within."""
+        # On a GPU, fused attention adds up parts of its gradients in an order that depends on the batch and on chance.
+        return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
     def paused(self) -> AbstractContextManager[object]:
         """Within it, inside `passes`, products are what they always are."""
@@ -132,8 +134,8 @@ class HalfPrecision(Precision):
         self._device = device
         self._rounding = _RoundedProducts()
 
-    def passes(self) -> AbstractContextManager[object]:
-        return torch.autocast(self._device.type, torch.bfloat16) if self.native else self._rounding
+    def passes(self, device: torch.device) -> AbstractContextManager[object]:
+        return torch.autocast(device.type, torch.bfloat16) if self.native else self._rounding
 
     def paused(self) -> AbstractContextManager[object]:
         return torch.autocast(self._device.type, enabled=False) if self.native else self._rounding.paused()

@@ -10,16 +10,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, cast
+from typing import Generic
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from wherefrom.capture import Capture, Captured, Padding, Receiver
+from wherefrom.capture import Capture, Captured, Receiver
 from wherefrom.errors import LossError
 from wherefrom.fingerprint import Dataset
 from wherefrom.layers import TrackedLayer
+from wherefrom.loading import Loader
 from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, usable_memory
 from wherefrom.precision import Precision
 from wherefrom.profile import Profile
@@ -108,10 +109,10 @@ class Sweep(Generic[Batch]):
         # A resumed sweep keeps the size that it had, so that its sums are the same to the last bit.
         size = state.restore() or batch_size or self._suggested_batch_size(dataset, objective)
         start = time.perf_counter()
-        with progress_bar(name, len(dataset), self.progress) as show:
+        with progress_bar(name, len(dataset), self.progress) as show, self._loader(dataset) as loader:
             while state.position < len(dataset):
                 rows = slice(state.position, min(state.position + size, len(dataset)))
-                if self._fits(state, dataset, rows, objective):
+                if self._fits(state, loader, rows, objective):
                     self._checkpoint(state, size)
                 else:
                     size = halved(size, smallest_batch, name, self.device)
@@ -145,24 +146,28 @@ class Sweep(Generic[Batch]):
 
     def probe(self, dataset: Dataset[object], row: int, objective: Objective[Batch], receive: Receiver) -> None:
         """Pass over one example alone, in full precision."""
-        batch, padding = self._load(dataset, range(row, row + 1))
+        with self._loader(dataset) as loader:
+            batch, padding = loader.load(range(row, row + 1))
         with Capture(self.model, self.layers, receive) as capture:
             capture.run(lambda: objective(self.model, batch, [row]), 1, padding)
 
-    def _fits(self, state: _State, dataset: Dataset[object], rows: slice, objective: Objective[Batch]) -> bool:
+    def _loader(self, dataset: Dataset[object]) -> Loader[Batch]:
+        return Loader(self.task, dataset, self.device)
+
+    def _fits(self, state: _State, loader: Loader[Batch], rows: slice, objective: Objective[Batch]) -> bool:
         """Process one batch; False when there was not enough memory for it."""
         try:
-            self._process(state, dataset, range(rows.start, rows.stop), objective)
+            self._process(state, loader, range(rows.start, rows.stop), objective)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             return False
         return True
 
-    def _process(self, state: _State, dataset: Dataset[object], rows: range, objective: Objective[Batch]) -> None:
+    def _process(self, state: _State, loader: Loader[Batch], rows: range, objective: Objective[Batch]) -> None:
         action = self.profile.action
         with action(f"{state.name}: load batch"):
-            batch, padding = self._load(dataset, rows)
+            batch, padding = loader.load(rows)
         tokens = 0
 
         def receive(layer: str, captured: Captured) -> None:
@@ -174,19 +179,10 @@ class Sweep(Generic[Batch]):
         with (
             Capture(self.model, self.layers, receive, self.precision.operand) as capture,
             action(f"{state.name}: forward and backward"),
-            self.precision.passes(),
+            self.precision.passes(self.device),
         ):
             loss = capture.run(lambda: objective(self.model, batch, rows), len(rows), padding)
         state.advance(rows, tokens, loss)
-
-    def _load(self, dataset: Dataset[object], rows: range) -> tuple[Batch, Padding | None]:
-        """Collate examples and move them to the model's device."""
-        batch = self.task.collate([dataset[row] for row in rows])
-        mask = self.task.mask(batch)
-        padding = None
-        if mask is not None and not bool(mask.all()):
-            padding = Padding(mask.to(self.device).unsqueeze(-1), int(mask.sum()))
-        return cast(Batch, _moved(batch, self.device)), padding
 
     def _checkpoint(self, state: _State, size: int) -> None:
         if state.partial is None or time.perf_counter() < state.next_save:
@@ -242,17 +238,6 @@ class _State:
             f"{self.name}: the loss of examples {rows.start} to {rows.stop - 1} is {loss.item()}. Look at these "
             "examples and at the model's output for them; nothing of this batch was kept."
         )
-
-
-def _moved(batch: object, device: torch.device) -> object:
-    """A batch with all tensors in its dicts, lists and tuples on a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: _moved(value, device) for name, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)([_moved(value, device) for value in batch])
-    return batch
 
 
 def _numel(batch: object) -> int:

@@ -96,8 +96,8 @@ class CausalLM(Task[dict[str, Tensor]]):
     def collate(self, examples: Sequence[object]) -> dict[str, Tensor]:
         """Pad examples on the right to the longest: input_ids with 0, attention_mask with 0, labels with -100.
 
-        Without padding there is no attention_mask: a model given none takes its fast causal attention, without a look
-        at every value.
+        Without padding there is no attention_mask: a model that is given none can take its fast causal attention
+        without a look at the values, also when it is compiled.
         """
         rows = [_tensors(example) for example in examples]
         padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}

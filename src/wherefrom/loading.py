@@ -1,0 +1,92 @@
+"""Batches on the model's device: collated, counted, and for a GPU prepared ahead while it works on the one before.
+
+This module knows datasets and tasks; it does not know what is done with a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from wherefrom.capture import Padding
+from wherefrom.fingerprint import Dataset
+from wherefrom.task import Batch, Task
+
+
+class Loaded(NamedTuple, Generic[Batch]):
+    """A batch on the device, and which of its tokens are real; None when all are."""
+
+    batch: Batch
+    padding: Padding | None
+
+
+class Loader(Generic[Batch]):
+    """Loads batches of a dataset; use it as a context, which ends its thread.
+
+    Args:
+        ahead: prepare the next batch in a thread; None does so for a GPU, whose work leaves the host idle.
+    """
+
+    def __init__(
+        self, task: Task[Batch], dataset: Dataset[object], device: torch.device, ahead: bool | None = None
+    ) -> None:
+        self._task, self._dataset, self._device = task, dataset, device
+        ahead = device.type == "cuda" if ahead is None else ahead
+        self._thread = ThreadPoolExecutor(1) if ahead else None
+        self._coming: tuple[range, Future[Loaded[Batch]]] | None = None
+
+    def __enter__(self) -> Loader[Batch]:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def load(self, rows: range) -> Loaded[Batch]:
+        """The examples at `rows` as a batch on the device; as many after them are prepared meanwhile."""
+        prepared = self._prepared(rows)
+        following = range(rows.stop, min(rows.stop + len(rows), len(self._dataset)))
+        if self._thread is not None and following:
+            self._coming = (following, self._thread.submit(self._prepare, following))
+        # From pinned memory, the host does not wait for the copy.
+        batch = cast(Batch, mapped(prepared.batch, lambda tensor: tensor.to(self._device, non_blocking=True)))
+        padding = prepared.padding
+        if padding is not None:
+            padding = Padding(padding.mask.to(self._device, non_blocking=True), padding.tokens)
+        return Loaded(batch, padding)
+
+    def _prepared(self, rows: range) -> Loaded[Batch]:
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            expected, future = coming
+            if expected == rows:
+                return future.result()
+            future.cancel()  # another batch size after memory ran out
+        return self._prepare(rows)
+
+    def _prepare(self, rows: range) -> Loaded[Batch]:
+        """Collate on the host; what counts tokens is done here, so that nobody waits for the device to tell."""
+        batch = self._task.collate([self._dataset[row] for row in rows])
+        mask = self._task.mask(batch)
+        padding = None
+        if mask is not None and not bool(mask.all()):
+            padding = Padding(self._pinned(mask.unsqueeze(-1)), int(mask.sum()))
+        return Loaded(cast(Batch, mapped(batch, self._pinned)), padding)
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self._device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def mapped(batch: object, function: Callable[[Tensor], Tensor]) -> object:
+    """A batch with a function applied to all tensors in its dicts, lists and tuples."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {name: mapped(value, function) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)([mapped(value, function) for value in batch])
+    return batch

@@ -66,10 +66,10 @@ def take_turn(arguments: Arguments, side: Side, folder: Path) -> None:
     if side == "wherefrom":
         values = ours(arguments.work, folder / "run", watch, empirical)
     else:
-        import kronfluence_side  # noqa: PLC0415  (imports kronfluence, which our side must not pay for)
+        import kronfluence_job  # noqa: PLC0415  (imports kronfluence, which our side must not pay for)
 
         sizes = (arguments.train_batch, arguments.query_batch)
-        values = kronfluence_side.run(arguments.work, folder / "run", watch, empirical, *sizes, half=False)
+        values = kronfluence_job.run(arguments.work, folder / "run", watch, empirical, *sizes, half=False)
     save_file({"values": values.float().contiguous()}, folder / "scores.safetensors")
     watch.write(folder / "figures.json")
 
@@ -123,9 +123,8 @@ def with_total(stages: dict[str, Stage]) -> dict[str, Stage]:
 def resident_bytes(work: Workload) -> int:
     """What the preconditioned gradients of all queries take."""
     study = wf.Study(Path(), work.model(), wf.CausalLM(), train=work.sequences(1, 1))
-    return (
-        4 * work.queries * sum(outputs * inputs for outputs, inputs in (each.shape for each in study.layers.values()))
-    )
+    numbers: int = sum(outputs * inputs for outputs, inputs in (each.shape for each in study.layers.values()))
+    return 4 * work.queries * numbers
 
 
 def main(arguments: Arguments) -> None:

@@ -46,7 +46,9 @@ class Workload:
             vocab_size=self.vocabulary, n_positions=self.tokens, n_embd=self.width, n_layer=self.layers,
             n_head=self.heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
-        return GPT2LMHeadModel(config).eval()
+        model = GPT2LMHeadModel(config)
+        model.eval()
+        return model
 
     def sequences(self, count: int, seed: int) -> list[dict[str, Tensor]]:
         """`count` sequences of random tokens, without padding."""

@@ -51,7 +51,7 @@ def test_collation_leaves_out_a_mask_of_ones() -> None:
     rows = [{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1]}, {"input_ids": [4, 5, 6]}]
     batch = task.collate(rows)
     assert sorted(batch) == ["input_ids", "labels"]
-    assert task.mask(batch) is None
+    assert task.mask(batch).tolist() == [[True] * 3] * 2  # type: ignore[union-attr]
     # Rows that come padded to one length keep theirs.
     padded = task.collate([*rows, {"input_ids": [7, 8, 0], "attention_mask": [1, 1, 0]}])
     assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]

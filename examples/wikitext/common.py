@@ -38,6 +38,8 @@ class Common:
     train_batch_size: int = 64
     memory_budget: float | None = None
     """GiB to take on the device beyond the model and its factors; most of what is free by default."""
+    use_compile: bool = False
+    """Run activation functions through torch.compile: passes are faster, after some seconds of compiling."""
     overwrite: bool = False
     """Replace factors and scores that were made from something else."""
 
@@ -52,7 +54,12 @@ class Example:
         self.queries: Dataset
         model, self.tokenizer, self.train, self.queries = load_example(options.checkpoint_dir)
         self.study = wf.Study(
-            options.run_dir, model, wf.CausalLM(), train=self.train, memory_budget=options.memory_budget
+            options.run_dir,
+            model,
+            wf.CausalLM(),
+            train=self.train,
+            memory_budget=options.memory_budget,
+            compile_activations=options.use_compile,
         )
         self._factors: dict[tuple[str, bool], wf.Factors] = {}
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from wherefrom import CausalLM
-from wherefrom.task import IGNORED
+from wherefrom.losses import IGNORED
 
 console = Console()
 

@@ -156,7 +156,7 @@ class GradientBank(Collector):
             return self._product_of_tokens(layer, captured)
         dtype = self._form.dtype
         gradients = weight_gradients(captured, self._remaining(layer), self._workspace, dtype).flatten(1)
-        if dtype == torch.bfloat16 and not gradients.is_cuda:
+        if dtype == torch.bfloat16 and gradients.device.type == "cpu":
             gradients = gradients.float()  # a product that most CPUs do by software; the numbers are the same
         pieces = [product(piece.flatten(1), gradients.T) for piece in self._pieces(layer, gradients)]
         return torch.cat(pieces)

@@ -80,7 +80,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         logits, labels = ctx.saved_tensors
         slopes = _slopes(logits, labels, grad_output)
-        # To go back through a write into place, autograd copies the whole tensor: what is differentiated again is joined.
+        # Going back through each write into place copies the whole tensor, so what is differentiated again is joined.
         return (torch.cat(list(slopes)) if torch.is_grad_enabled() else _filled(slopes, logits.shape)), None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Generic
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from wherefrom.capture import Capture, Captured, Receiver
+from wherefrom.compiling import compiled_activations
 from wherefrom.errors import LossError
 from wherefrom.fingerprint import Dataset
 from wherefrom.layers import TrackedLayer
@@ -60,6 +62,7 @@ class Sweep(Generic[Batch]):
         precision: how the model's passes multiply.
         progress: show a progress bar; None shows one when the standard error is a terminal.
         checkpoint_seconds: how often partial sums are written to disk, at the most; 0 is after every batch.
+        compile_activations: run activation functions through torch.compile.
         memory_budget: bytes that may be taken beyond what is there at the start; None is most of what is free.
     """
 
@@ -71,6 +74,7 @@ class Sweep(Generic[Batch]):
     progress: bool | None = None
     checkpoint_seconds: float = 60.0
     memory_budget: int | None = None
+    compile_activations: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +113,8 @@ class Sweep(Generic[Batch]):
         # A resumed sweep keeps the size that it had, so that its sums are the same to the last bit.
         size = state.restore() or batch_size or self._suggested_batch_size(dataset, objective)
         start = time.perf_counter()
-        with progress_bar(name, len(dataset), self.progress) as show, self._loader(dataset) as loader:
+        compiled = compiled_activations(self.model) if self.compile_activations else nullcontext()
+        with progress_bar(name, len(dataset), self.progress) as show, self._loader(dataset) as loader, compiled:
             while state.position < len(dataset):
                 rows = slice(state.position, min(state.position + size, len(dataset)))
                 if self._fits(state, loader, rows, objective):

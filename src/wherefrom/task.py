@@ -86,7 +86,7 @@ class CausalLM(Task[dict[str, Tensor]]):
 
     def mask(self, batch: dict[str, Tensor]) -> Tensor | None:
         mask = batch.get("attention_mask")
-        return None if mask is None else mask.bool()
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
     def head(self, model: nn.Module) -> nn.Module | None:
         find = getattr(model, "get_output_embeddings", None)

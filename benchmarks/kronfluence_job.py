@@ -6,14 +6,13 @@ import copy
 from pathlib import Path
 
 import torch
+from kronfluence.analyzer import Analyzer, prepare_model
+from kronfluence.arguments import FactorArguments, ScoreArguments
+from kronfluence.task import Task
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 from workload import Stopwatch, Workload
-
-from kronfluence.analyzer import Analyzer, prepare_model
-from kronfluence.arguments import FactorArguments, ScoreArguments
-from kronfluence.task import Task
 
 
 def as_linear(model: nn.Module) -> nn.Module:

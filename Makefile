@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check smollm2 compare clean
+.PHONY: demo test check smollm2 compare bench clean
 
 ## Fine-tune a small GPT-2 on Wikipedia prose and show where its predictions come from (a few minutes)
 demo: $(STAMP)
@@ -30,6 +30,16 @@ smollm2: $(STAMP)
 compare: $(STAMP)
 	$(RUN) -m pip install --quiet --no-deps -r requirements/kronfluence.txt
 	$(RUN) -m pytest tests/test_kronfluence.py -rP
+
+## The CPU benchmarks, and the tables made of them (an hour; benchmarks/results, docs/performance.md)
+bench: $(STAMP)
+	$(RUN) -m pip install --quiet --no-deps -r requirements/kronfluence.txt
+	$(RUN) benchmarks/floor.py
+	$(RUN) benchmarks/versus_kronfluence.py
+	$(RUN) benchmarks/growth.py
+	test -d runs/demo/checkpoints || $(MAKE) demo
+	$(RUN) benchmarks/low_rank.py
+	$(RUN) benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) runs cache build dist

@@ -1,21 +1,22 @@
-"""The same job through dattri-llm 0.1.0 or bergson 2.5.1, whichever is installed; both run on a CPU as they are.
+"""The same job through dattri-llm 0.1.0, bergson 2.5.1 or wherefrom; both peers run on a CPU as they are.
 
+    python benchmarks/peers.py --peer wherefrom --output benchmarks/results/peer_wherefrom.json
     python benchmarks/peers.py --peer dattri-llm --output dattri.json     # --scores dattri.safetensors keeps the scores
     python benchmarks/peers.py --peer bergson --output bergson.json
 
 Each peer has an environment of its own, set up from the repository's root. bergson also names torchvision, torchaudio
 and bitsandbytes, of which it needs none here; `--no-deps` keeps them and their CUDA packages away.
 
-    python3 -m venv /tmp/peers/dattri
+    python3 -m venv .venv-dattri
     export PIP_CONSTRAINT=constraints.txt
-    /tmp/peers/dattri/bin/pip install torch==2.13.0
-    /tmp/peers/dattri/bin/pip install dattri-llm==0.1.0 transformers accelerate numpy tyro safetensors
+    .venv-dattri/bin/pip install torch==2.13.0
+    .venv-dattri/bin/pip install dattri-llm==0.1.0 transformers accelerate numpy tyro safetensors
 
-    python3 -m venv /tmp/peers/bergson
-    /tmp/peers/bergson/bin/pip install torch==2.13.0
-    /tmp/peers/bergson/bin/pip install --no-deps bergson==2.5.1 peft==0.21.2 torchopt==0.7.3 optree==0.20.0 \
+    python3 -m venv .venv-bergson
+    .venv-bergson/bin/pip install torch==2.13.0
+    .venv-bergson/bin/pip install --no-deps bergson==2.5.1 peft==0.21.2 torchopt==0.7.3 optree==0.20.0 \
         graphviz==0.21
-    /tmp/peers/bergson/bin/pip install accelerate datasets jinja2 jaxtyping==0.3.11 ml_dtypes==0.6.0 natsort==8.4.0 \
+    .venv-bergson/bin/pip install accelerate datasets jinja2 jaxtyping==0.3.11 ml_dtypes==0.6.0 natsort==8.4.0 \
         numpy scipy petname==2.9 pyarrow pyyaml simple-parsing==0.1.9 transformers huggingface-hub tyro safetensors
 
 Both fit EK-FAC of the empirical Fisher (the sequences' own labels; dattri-llm has nothing else) and score all pairs,
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from workload import Stopwatch, Workload, machine
 
-Peer = Literal["dattri-llm", "bergson"]
+Peer = Literal["wherefrom", "dattri-llm", "bergson"]
 DAMPING = 0.1
 
 
@@ -60,6 +61,13 @@ class Arguments:
     """Queries that dattri-llm holds at once: it needs some 40 MB of memory a query."""
     scores: Path | None = None
     """Where the scores go, float32 [queries, train], as safetensors."""
+
+
+def our_scores(work: Workload, arguments: Arguments, folder: Path, watch: Stopwatch) -> Tensor:
+    """EK-FAC scores by wherefrom, which plans its own batches."""
+    from versus_kronfluence import ours  # noqa: PLC0415
+
+    return ours(work, folder, watch, empirical=True)
 
 
 def dattri_scores(work: Workload, arguments: Arguments, folder: Path, watch: Stopwatch) -> Tensor:
@@ -173,6 +181,7 @@ def main(arguments: Arguments) -> None:
     """Run the peer and write its figures."""
     work, watch = Workload(train=arguments.train, queries=arguments.queries), Stopwatch()
     ways: dict[Peer, Callable[[Workload, Arguments, Path, Stopwatch], Tensor]] = {
+        "wherefrom": our_scores,
         "dattri-llm": dattri_scores,
         "bergson": bergson_scores,
     }

@@ -1,0 +1,83 @@
+"""What query gradients of low rank cost in accuracy: a trained model's scores at several ranks against whole gradients.
+
+    make demo && python benchmarks/low_rank.py --checkpoint_dir runs/demo/checkpoints
+
+Random weights would not do here: how fast singular values fall is a property of trained models. Written to
+`results/low_rank.json`.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from torch import Tensor
+from workload import ROOT, save_results
+
+import wherefrom as wf
+from wherefrom.evaluate.precision import compare_scores
+
+sys.path.append(str(ROOT / "examples" / "wikitext"))
+
+
+@dataclass
+class Arguments:
+    """Ranks against whole gradients."""
+
+    checkpoint_dir: Path = ROOT / "runs" / "demo" / "checkpoints"
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    damping: float = 1e-8
+    """As in the example."""
+    rescore: int = 10
+
+
+def top_overlap(found: Tensor, expected: Tensor, count: int) -> float:
+    """The part of each query's `count` highest scores that both have, on average."""
+    pairs = zip(found.topk(count).indices.tolist(), expected.topk(count).indices.tolist(), strict=True)
+    return sum(len({*one} & {*other}) for one, other in pairs) / (count * len(found))
+
+
+def main(arguments: Arguments) -> None:
+    """Fit once, score at every rank, compare."""
+    from models import load_example  # noqa: PLC0415  (from the example's folder)
+
+    model, _, train, queries = load_example(arguments.checkpoint_dir)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        study = wf.Study(folder, model, wf.CausalLM(), train=train)
+        factors = study.fit("ekfac")
+        whole = study.score(queries, factors, damping=arguments.damping).values
+        whole_bytes = study.plan(queries).form.bytes_per_query(study.layers)
+        for rank in arguments.ranks:
+            start = time.perf_counter()
+            low = study.score(queries, factors, damping=arguments.damping, query_rank=rank)
+            seconds = time.perf_counter() - start
+            again = study.score(
+                queries, factors, damping=arguments.damping, query_rank=rank,
+                rescore=arguments.rescore, name=f"rescored{rank}",
+            )  # fmt: skip
+            assert low.query_errors is not None
+            agreement = compare_scores(whole, low.values)
+            rows.append(
+                {
+                    "rank": rank,
+                    "memory": study.plan(queries, query_rank=rank).form.bytes_per_query(study.layers) / whole_bytes,
+                    "norm_left_out": float(low.query_errors.mean()),
+                    "spearman": agreement.spearman.mean.value,
+                    "top_10": top_overlap(low.values, whole, 10),
+                    "top_10_rescored": top_overlap(again.values, whole, 10),
+                    "seconds": seconds,
+                }
+            )
+            print(rows[-1])
+    save_results(
+        "low_rank", {"queries": len(queries), "train": len(train), "rescore": arguments.rescore, "ranks": rows}
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, use_underscores=True))

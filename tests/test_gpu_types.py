@@ -1,0 +1,91 @@
+"""The path of a GPU without one: on the meta device, whose products take bfloat16 operands and give float32 sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models import gpt2, relative_error, token_rows
+from wherefrom.capture import Captured
+from wherefrom.curvature import Basis, CovarianceCollector, EigenvalueCollector, Preconditioner, upper_product
+from wherefrom.gradients import BankForm, GradientBank
+from wherefrom.layers import TrackedLayer, select_layers
+from wherefrom.scores import PairwiseCollector
+
+META = torch.device("meta")
+BATCH, TOKENS = 5, 7
+
+
+def layer(biased: bool) -> TrackedLayer:
+    return select_layers(nn.Sequential(nn.Linear(20, 48, bias=biased)))["0"]
+
+
+def captured(tracked: TrackedLayer, dtype: torch.dtype) -> Captured:
+    outputs, width = tracked.padded_shape
+    activations = torch.empty(BATCH, TOKENS, width, dtype=dtype, device=META)
+    return Captured(activations, torch.empty(BATCH, TOKENS, outputs, dtype=dtype, device=META), BATCH * TOKENS)
+
+
+def basis(tracked: TrackedLayer) -> Basis:
+    outputs, inputs = tracked.shape
+    sizes = ((inputs, inputs), (outputs, outputs), (inputs,), (outputs,))
+    return Basis(*(torch.empty(size, device=META) for size in sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("biased", [False, True])
+def test_factors_are_float32_whatever_the_operands(biased: bool, dtype: torch.dtype) -> None:
+    tracked = layer(biased)
+    outputs, inputs = tracked.shape
+    covariance = CovarianceCollector({"0": tracked}, torch.float32, META)
+    covariance.collect("0", captured(tracked, dtype), slice(0, BATCH))
+    eigenvalues = EigenvalueCollector({"0": tracked}, {"0": basis(tracked)}, 10, torch.float32, META)
+    eigenvalues.collect("0", captured(tracked, dtype), slice(0, BATCH))
+    found = {**covariance.means(), **eigenvalues.means()}
+    shapes = {"0.activations": (inputs, inputs), "0.gradients": (outputs, outputs), "0": (outputs, inputs)}
+    assert {name: tuple(each.shape) for name, each in found.items()} == shapes
+    assert {each.dtype for each in found.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("back", [True, False])
+@pytest.mark.parametrize("biased", [False, True])
+def test_scores_are_float32_whatever_the_operands(
+    biased: bool, back: bool, rank: int | None, dtype: torch.dtype
+) -> None:
+    tracked = layer(biased)
+    preconditioner = Preconditioner({"0": basis(tracked)}, {"0": torch.empty(tracked.shape, device=META)})
+    bank = GradientBank({"0": tracked}, preconditioner, BATCH, BankForm(dtype, META, rank, {"0": (back, back)}))
+    bank.collect("0", captured(tracked, dtype), slice(0, BATCH))
+    assert {each.dtype for name, each in bank.sums.items() if name.startswith("0")} == {dtype}
+    pairwise = PairwiseCollector(bank, 10, torch.float32, META)
+    pairwise.collect("0", captured(tracked, dtype), slice(5, 10))
+    assert bank.product("0", captured(tracked, dtype)).dtype == torch.float32
+    tokens = bank.token_products("0", 0, *bank.in_basis("0", captured(tracked, dtype))[:2])
+    assert (tokens.shape, tokens.dtype) == ((BATCH, TOKENS), torch.float32)
+
+
+@pytest.mark.parametrize("size", [1, 7, 256, 300, 700])
+def test_tiles_make_the_whole_product(size: int) -> None:
+    rows = torch.randn(40, size, dtype=torch.float64)
+    found: Tensor = upper_product(rows)
+    assert relative_error(found.triu(), (rows.T @ rows).triu()) < 1e-12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fused attention on a GPU")
+def test_scores_on_a_gpu_do_not_depend_on_the_batch(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import wherefrom as wf
+
+    model = gpt2(torch.float32)
+    nn.Module.to(model, "cuda")
+    for half, tolerance in ((False, 2e-5), (True, 3e-2)):
+        found = []
+        for size in (1, 7):
+            folder = tmp_path_factory.mktemp("run")
+            study = wf.Study(folder, model, wf.CausalLM(), train=token_rows(14))
+            factors = study.fit("ekfac", batch_size=size, half_precision=half)
+            options = {"half_precision": half, "train_batch_size": size, "query_batch_size": size}
+            found.append(study.score(token_rows(5, seed=4), factors, **options).values)  # type: ignore[arg-type]
+        assert relative_error(*found) < tolerance

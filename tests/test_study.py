@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import wherefrom as wf
 from tests.models import Mlp, gpt2, gpt2_case, mlp_case, relative_error, token_rows
 from wherefrom.errors import DamagedError, InputError, LayerError, LossError, MismatchError, StorageError
+from wherefrom.store import scratch_matrix
 
 
 def scores_of(path: Path, train: list[object], queries: list[object], **options: object) -> torch.Tensor:
@@ -201,6 +202,19 @@ def test_a_write_that_fails_midway_leaves_nothing_behind(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     study.fit("diagonal")
+
+
+def test_a_matrix_without_room_on_the_disk_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    """Writing into a mapped file on a full disk would be the end of the process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(StorageError, match="Cannot make .*0.4 MiB.*File too large.*what is finished is safe"):
+            scratch_matrix(tmp_path / "values", 100, 1000, torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(scratch_matrix(tmp_path / "values", 2, 3, torch.float64), torch.zeros(2, 3).double())
 
 
 def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from wherefrom.memory import out_of_memory
 from wherefrom.plan import Job, Plan, Wanted, plan_scores
 from wherefrom.scores import PairwiseCollector
 from wherefrom.stages import BlockStages
-from wherefrom.store import Partial, remove
+from wherefrom.store import Partial, scratch_matrix
 from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task
 from wherefrom.tokens import TokenCollector, TokenParts, token_parts
@@ -84,7 +84,7 @@ class Scoring(Generic[Batch]):
             stages: keeps blocks.
             file: where the values lie while they are put together.
         """
-        values = _mapped(file, len(self.queries), len(self.train), self.sweep.dtype)
+        values = scratch_matrix(file, len(self.queries), len(self.train), self.sweep.dtype)
         errors = torch.zeros(len(self.queries))
 
         def work(rows: range) -> None:
@@ -274,11 +274,3 @@ class _Rows:
 
     def __getitem__(self, row: int, /) -> object:
         return self.dataset[self.positions[row]]
-
-
-def _mapped(file: Path, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A new matrix that lies in a file, so that it takes no memory of its own."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    remove(file)
-    matrix = torch.from_file(str(file), shared=True, size=rows * columns, dtype=dtype)
-    return matrix.view(rows, columns)

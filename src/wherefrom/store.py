@@ -156,6 +156,30 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], manifest)
 
 
+def scratch_matrix(file: Path, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A new matrix that lies in a file, so that it takes no memory of its own.
+
+    Raises:
+        StorageError: there is not enough space for it.
+    """
+    count = rows * columns
+    size = count * dtype.itemsize
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        remove(file)
+        with file.open("wb") as stream:
+            # Writing into a mapped file that the disk has no room for would kill the process.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, size)
+    except OSError as error:
+        remove(file)
+        raise StorageError(
+            f"Cannot make {file} ({size / 2**20:,.1f} MiB): {error.strerror}. Free some space or choose another run "
+            "directory; what is finished is safe."
+        ) from error
+    return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(rows, columns)
+
+
 def write_text(file: Path, text: str) -> None:
     """`write_bytes` for a text, in UTF-8."""
     write_bytes(file, text.encode("utf-8"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Generic
@@ -246,11 +246,12 @@ class _State:
 
 
 def _numel(batch: object) -> int:
-    """How many numbers a batch holds."""
+    """How many numbers the largest tensor of a batch holds."""
     if isinstance(batch, Tensor):
         return batch.numel()
+    values: Iterable[object] = ()
     if isinstance(batch, Mapping):
-        return sum(_numel(value) for value in batch.values())
-    if isinstance(batch, list | tuple):
-        return sum(_numel(value) for value in batch)
-    return 0
+        values = batch.values()
+    elif isinstance(batch, list | tuple):
+        values = batch
+    return max(map(_numel, values), default=0)

@@ -41,10 +41,10 @@ def extreme_pairs(values: Tensor, count: int) -> Tensor:
         int64 [pairs, 2], (query, training position).
     """
     count = min(count, values.shape[1])
-    chosen = torch.zeros(values.shape, dtype=torch.bool)
-    for sign in (1, -1):
-        chosen.scatter_(1, (sign * values).topk(count, dim=1).indices, True)
-    return chosen.nonzero()
+    ends = torch.cat([values.topk(count, dim=1, largest=largest).indices for largest in (True, False)], 1)
+    rows = torch.arange(len(values)).repeat_interleave(ends.shape[1])
+    pairs: Tensor = torch.stack([rows, ends.flatten()], 1).unique(dim=0)
+    return pairs
 
 
 def token_parts(queries: range, train: int, chosen: Tensor | None, bytes_each: int) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from wherefrom.precision import product, rotated, widened_dtype
 from wherefrom.sweep import Collector
 
 # What is moved to the device, widened or rebuilt from thin matrices at a time.
-_PIECE_BYTES = 2**28
+PIECE_BYTES = 2**28
 # Directions beyond the rank in a randomised decomposition, and its power iterations (Halko et al. 2011, section 4.5).
 _OVERSAMPLING, _ITERATIONS = 8, 2
 _SQUARED_NORM, _SQUARED_REST = "squared norm", "squared rest"
@@ -180,7 +180,7 @@ class GradientBank(Collector):
 
     @staticmethod
     def _per_piece(bytes_each: int) -> int:
-        return max(1, _PIECE_BYTES // bytes_each)
+        return max(1, PIECE_BYTES // bytes_each)
 
     def _tokens_are_cheaper(self, layer: str, captured: Captured) -> bool:
         """Whether to multiply thin matrices with each token, rather than rebuild the gradients they stand for."""

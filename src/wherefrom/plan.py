@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from wherefrom.curvature import Strategy
-from wherefrom.gradients import BankForm
+from wherefrom.gradients import PIECE_BYTES, BankForm
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Footprint, free_memory
 
@@ -106,13 +106,14 @@ class Plan:
 
     def costs(self) -> list[Cost]:
         """The stages of a fit and a score."""
-        job, each = self.job, _PerExample.of(self.job)
+        job = self.job
+        each, query = _PerExample.of(job, job.example.tokens), _PerExample.of(job, job.query.tokens)
         batch = self.train_batch * job.example.bytes
         query_memory = self.bank_bytes + each.factor_bytes + self.query_batch * job.query.bytes
         back, brought = self._rotations()
         passes = self.sweeps * job.train
         found = [
-            Cost("query gradients", job.queries, job.queries * (job.query.flop + each.gradient) + back, query_memory),
+            Cost("query gradients", job.queries, job.queries * (job.query.flop + query.gradient) + back, query_memory),
             Cost(
                 "pairwise scores",
                 passes,
@@ -165,7 +166,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _PerExample:
-    """Operations for one training example, and bytes of factors, over all layers.
+    """Operations for one example, and bytes of factors, over all layers.
 
     Attributes:
         forming: its gradients; gradient: the same in the eigenbasis, where there is one.
@@ -181,8 +182,8 @@ class _PerExample:
     factor_bytes: float
 
     @classmethod
-    def of(cls, job: Job) -> _PerExample:
-        shapes, tokens = [layer.padded_shape for layer in job.layers.values()], job.example.tokens
+    def of(cls, job: Job, tokens: int) -> _PerExample:
+        shapes = [layer.padded_shape for layer in job.layers.values()]
         dot = sum(2.0 * out * width for out, width in shapes)
         rotating = sum(sum(_sides_flop(out, width, tokens)) for out, width in shapes)
         covariance = sum(tokens * (out**2 + width**2) for out, width in shapes)
@@ -200,12 +201,11 @@ def plan_scores(job: Job) -> Plan:
     """Choose batch sizes, and with what memory is left the form, the place and the number of resident gradients."""
     train_batch = job.wanted.train_batch or job.example.batch_size(job.train, job.usable, job.device)
     query_batch = job.wanted.query_batch or job.query.batch_size(job.queries, job.usable, job.device)
-    reserved = (
-        max(train_batch * job.example.bytes, query_batch * job.query.bytes)
-        + SHARD_BYTES
-        + int(_PerExample.of(job).factor_bytes / 2)
-    )
-    plan = _fitting(job, query_batch, train_batch, job.usable - reserved, job.device)
+    batch = max(train_batch * job.example.bytes, query_batch * job.query.bytes)
+    copies = int(_PerExample.of(job, 1).factor_bytes / 2)
+    # Whole gradients that are on the device as they are need no room for pieces.
+    pieces = PIECE_BYTES * (job.wanted.rank is not None or job.wanted.dtype == torch.bfloat16)
+    plan = _fitting(job, query_batch, train_batch, job.usable - batch - copies - SHARD_BYTES - pieces, job.device)
     if job.device.type == "cpu" or plan.sweeps == 1:
         return plan
     host = torch.device("cpu")

@@ -137,3 +137,58 @@ def test_weights_get_no_gradient_and_the_graph_starts_at_the_first_layer(tmp_pat
     study.fit("diagonal", batch_size=2)
     assert seen
     assert not any(seen)
+
+
+class TwoHeads(nn.Module):
+    """Two layers read one tensor, a third another of the same size; an MLP before them, so that batches differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.two, self.other = (
+            nn.Linear(4, 4),
+            nn.Linear(4, 3),
+            nn.Linear(4, 3),
+            nn.Linear(4, 3),
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(inputs))
+        result: Tensor = self.one(hidden) * torch.tanh(self.two(hidden)) + self.other(hidden * 1.0)
+        return result
+
+
+@pytest.mark.parametrize("strategy", ["kfac", "ekfac"])
+def test_layers_that_read_one_tensor_share_activations_and_are_stored_apart(tmp_path: Path, strategy: str) -> None:
+    torch.manual_seed(0)
+    model, rows, task = TwoHeads().double(), widened(examples(9)), wf.Classification()
+    seen: dict[str, Tensor] = {}
+    study = wf.Study(tmp_path, model, task, train=rows)
+    receive = lambda layer, captured: seen.update({layer: captured.activations})  # noqa: E731
+    study._sweep.probe(rows, 0, lambda model, batch, _: task.train_loss(model, batch), receive)
+    assert seen["one"] is seen["two"]
+    assert seen["other"] is not seen["one"]
+    factors = study.fit(strategy, empirical=True, batch_size=4)
+    assert torch.equal(factors.bases["one"].activations, factors.bases["two"].activations)
+    found = study.score(rows, factors, train_batch_size=2).values
+    expected = BruteForce(model, task, list(study.layers), rows, rows).scores(strategy)
+    assert relative_error(found, expected) < 1e-9
+    again = wf.Study(tmp_path, model, task, train=rows).fit(strategy, empirical=True)
+    assert all(torch.equal(each.gradients, again.bases[name].gradients) for name, each in factors.bases.items())
+
+
+def test_a_llama_is_scored_like_any_other(tmp_path: Path) -> None:
+    """Without biases, with layers that share their inputs, gated and with rotary positions."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=13, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16, initializer_range=0.4,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    nn.Module.to(model, torch.float64)
+    train, queries, task = token_rows(8), token_rows(3, seed=4), wf.CausalLM()
+    study = wf.Study(tmp_path, model, task, train=train)
+    found = study.score(queries, study.fit("ekfac", empirical=True, batch_size=3)).values
+    expected = BruteForce(model, task, list(study.layers), train, queries).scores("ekfac")
+    assert relative_error(found, expected) < 1e-8

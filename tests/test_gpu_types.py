@@ -57,7 +57,9 @@ def test_scores_are_float32_whatever_the_operands(
 ) -> None:
     tracked = layer(biased)
     preconditioner = Preconditioner({"0": basis(tracked)}, {"0": torch.empty(tracked.shape, device=META)})
-    bank = GradientBank({"0": tracked}, preconditioner, BATCH, BankForm(dtype, META, rank, {"0": (back, back)}))
+    bank = GradientBank(
+        {"0": tracked}, preconditioner, BATCH, BankForm(dtype, META, rank=rank, rotated_back={"0": (back, back)})
+    )
     bank.collect("0", captured(tracked, dtype), slice(0, BATCH))
     assert {each.dtype for name, each in bank.sums.items() if name.startswith("0")} == {dtype}
     pairwise = PairwiseCollector(bank, 10, torch.float32, META)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import gpt2_case, mlp_case, relative_error
 from wherefrom.capture import Captured
+from wherefrom.curvature import Preconditioner
+from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import select_layers
 from wherefrom.precision import HalfPrecision, rounded
 from wherefrom.sweep import Collector, Sweep
@@ -92,6 +94,18 @@ def test_scores_in_half_precision_keep_their_order(
     assert all(spearmanr(a, b).statistic > 0.95 for a, b in zip(full, half, strict=True))
     names = {path.name for path in (tmp_path / "scores").iterdir()}
     assert names == {strategy, f"{strategy}-half"}
+
+
+def test_gradients_are_rounded_before_they_are_multiplied() -> None:
+    """Both the bank's and the training batch's, each after it was summed over tokens."""
+    torch.manual_seed(0)
+    layers = select_layers(nn.Sequential(nn.Linear(24, 16, bias=False)))
+    bank = GradientBank(layers, Preconditioner({}, {}), 2, BankForm(torch.bfloat16, CPU))
+    queries = Captured(rounded(torch.randn(2, 5, 24)), rounded(torch.randn(2, 5, 16)), 10)
+    train = Captured(rounded(torch.randn(3, 5, 24)), rounded(torch.randn(3, 5, 16)), 15)
+    bank.collect("0", queries, slice(0, 2))
+    one, other = (rounded(each.gradients.transpose(1, 2) @ each.activations).flatten(1) for each in (queries, train))
+    assert relative_error(bank.product("0", train), one.double() @ other.double().T) < 1e-6
 
 
 def test_factors_in_half_precision_are_float32_and_say_so(tmp_path: Path) -> None:

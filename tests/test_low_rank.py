@@ -84,7 +84,7 @@ def test_products_are_those_of_the_rebuilt_gradients(
 ) -> None:
     """By tokens or by rebuilding, in pieces of one query or all: the same as with dense matrices."""
     layers = select_layers(nn.Sequential(nn.Linear(inputs, outputs, bias=False)))
-    bank = GradientBank(layers, Preconditioner({}, {}), queries, BankForm(torch.float64, CPU, rank))
+    bank = GradientBank(layers, Preconditioner({}, {}), queries, BankForm(torch.float64, CPU, rank=rank))
     bank.collect("0", captured(queries, 3, outputs, inputs, 0), slice(0, queries))
     dense = bank.sums["0"] if "0" in bank.sums else bank.sums["0.left"] @ bank.sums["0.right"]
     train = captured(batch, tokens, outputs, inputs, 1)
@@ -115,7 +115,8 @@ def test_truncation_is_orthonormal_and_does_not_depend_on_the_batch(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_highest_scores_are_computed_again_at_full_rank(tmp_path: Path) -> None:
+def test_the_highest_scores_are_computed_again_at_full_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 300)  # some examples of five queries
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit("ekfac")
@@ -152,6 +153,9 @@ def test_a_workspace_is_reused_and_grows() -> None:
     assert workspace.empty((3, 2), like).data_ptr() == first.data_ptr()
     assert workspace.empty((30, 2), like).shape == (30, 2)
     assert workspace.empty((2, 2), torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+    kept = workspace.empty((30, 2), like)
+    workspace.release()
+    assert workspace.empty((2, 2), like).data_ptr() != kept.data_ptr()
 
 
 def test_errors_are_none_without_a_rank(tmp_path: Path) -> None:

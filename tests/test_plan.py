@@ -26,8 +26,10 @@ from wherefrom.errors import InputError, MemoryLimitError
 from wherefrom.gradients import GradientBank
 from wherefrom.layers import select_layers
 from wherefrom.memory import Footprint
-from wherefrom.plan import SHARD_BYTES, Job, Plan, Wanted, plan_scores
+from wherefrom.plan import SHARD_BYTES, Job, Plan, Wanted, factor_bytes, plan_scores
 from wherefrom.scores import PairwiseCollector
+from wherefrom.sweep import Sweep
+from wherefrom.tokens import TokenCollector
 
 CPU = torch.device("cpu")
 
@@ -52,8 +54,10 @@ def test_a_plan_stays_within_its_memory_and_covers_everything(
     plan = plan_scores(job(usable, tokens, queries, train))
     assert 1 <= plan.block <= queries
     assert plan.sweeps * plan.block >= queries > (plan.sweeps - 1) * plan.block
-    assert plan.block == 1 or max(cost.bytes for cost in plan.costs()[2:]) < usable + SHARD_BYTES
-    shards = plan.shards(plan.block)
+    # Bases and eigenvalues are in memory when a plan is made; only the copies of them are its own.
+    loaded = factor_bytes(plan.job.layers, STRATEGIES["ekfac"], torch.float32)
+    assert plan.block == 1 or max(cost.bytes for cost in plan.costs()[2:]) <= usable + loaded
+    shards = plan.shards(plan.block, train)
     assert shards[0].start == 0 and shards[-1].stop == train
     assert all(one.stop == other.start for one, other in pairwise(shards))
     assert len(shards) == 1 or len(shards[0]) * plan.block * 4 <= SHARD_BYTES
@@ -195,6 +199,72 @@ def test_a_run_continues_with_the_blocks_that_it_has(tmp_path: Path, monkeypatch
     assert set(seen) == {4}
     assert relative_error(found, large.score(case.queries, factors, name="one").values) < 1e-12
     assert not blocks.exists()
+
+
+def test_a_run_with_less_memory_does_not_take_up_blocks_that_are_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = mlp_case()
+    large = wf.Study(tmp_path, case.model, case.task, train=case.train, checkpoint_seconds=0)
+    factors = large.fit("ekfac")
+    expected = large.score(case.queries, factors, name="expected").values
+    sizes: list[int] = []
+    original = PairwiseCollector.collect
+
+    def interrupted(self: PairwiseCollector, layer: str, captured: Captured, rows: slice) -> None:
+        sizes.append(len(self.sums["values"]))
+        if rows.start == 6 and sizes[-1] == 5:
+            raise KeyboardInterrupt
+        original(self, layer, captured, rows)
+
+    monkeypatch.setattr(PairwiseCollector, "collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        large.score(case.queries, factors, train_batch_size=3)
+    assert set(sizes) == {5}
+    sizes.clear()
+    small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-9)
+    assert relative_error(small.score(case.queries, factors).values, expected) < 1e-12
+    assert set(sizes) == {1}
+
+
+@pytest.mark.parametrize("interrupt", [False, True], ids=["out of memory", "another budget"])
+def test_token_scores_survive_another_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: bool) -> None:
+    """After a checkpoint, memory runs out or the run is interrupted, and the pairs are cut into other parts."""
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, checkpoint_seconds=0)
+    factors = study.fit("ekfac")
+    expected = study.score_tokens(case.queries, factors, name="expected").values
+    original = TokenCollector.collect
+    failed: list[str] = []
+
+    def failing(self: TokenCollector, layer: str, captured: Captured, rows: slice) -> None:
+        if rows.start == 6 and not failed:
+            failed.append(layer)
+            raise KeyboardInterrupt if interrupt else MemoryLimitError("too much")
+        original(self, layer, captured, rows)
+
+    monkeypatch.setattr(TokenCollector, "collect", failing)
+    if interrupt:
+        with pytest.raises(KeyboardInterrupt):
+            study.score_tokens(case.queries, factors, train_batch_size=3)
+        study = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-9)
+    tokens = study.score_tokens(case.queries, factors, train_batch_size=3)
+    assert failed
+    assert len(tokens.shards) > 1
+    assert relative_error(tokens.values, expected) < 1e-12
+    assert len(list(tokens.folder.iterdir())) == len(tokens.shards) + 1  # and the index
+
+
+def test_weights_are_no_part_of_what_an_example_takes() -> None:
+    model = nn.Sequential(nn.Linear(1000, 1000), nn.Tanh(), nn.Linear(1000, 2))
+    task = wf.Classification()
+    sweep: Sweep[Any] = Sweep(model, task, select_layers(model))
+    rows: list[object] = [(torch.randn(1000), torch.tensor(0))]
+    found = sweep.footprint(rows, lambda model, batch, _: task.train_loss(model, batch))
+    assert found.tokens == 1
+    assert found.gradient_bytes == 4 * 1000 * 1008
+    assert found.saved_bytes < 50_000  # the activations of three layers; the weights are 4 MB
+    assert found.flop == 2 * (1000 * 1000 + 2 * 1000 * 2)  # the first layer's inputs need no gradient
 
 
 class Constant:

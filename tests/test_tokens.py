@@ -14,7 +14,7 @@ from tests.reference import BruteForce
 from wherefrom.capture import Captured
 from wherefrom.errors import DamagedError, InputError, LayerError, MismatchError
 from wherefrom.layers import select_layers
-from wherefrom.tokens import TokenCollector, TokenScores, extreme_pairs, token_parts
+from wherefrom.tokens import TokenCollector, TokenScores, extreme_pairs, part_name, token_parts
 
 
 def brute_force(make: CaseMaker, query: int, example: int) -> Tensor:
@@ -118,7 +118,7 @@ def test_token_scores_are_reused_refused_and_checked(tmp_path: Path) -> None:
     assert Counting._calls == 0
     with pytest.raises(MismatchError, match=r"damping: stored 0.1 x mean eigenvalue, now 1.0"):
         study.score_tokens(case.queries, factors, damping=1.0)
-    file = first.folder / "0" / "tensors.safetensors"
+    file = first.folder / part_name(first.pairs) / "tensors.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
@@ -214,8 +214,9 @@ def test_tokens_of_other_scores_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="tokens belong to other scores.*damping: stored 0.1 x mean.*now 1.0"):
         study.report(other, case.queries, tokenizer=Characters(), tokens=tokens)
     again = study.score_tokens(case.queries, factors, damping=1.0, name="other")
-    for file in (again.folder / "0").iterdir():  # a part of another run
-        (tokens.folder / "0" / file.name).write_bytes(file.read_bytes())
+    part = part_name(tokens.pairs)
+    for file in (again.folder / part).iterdir():  # a part of another run
+        (tokens.folder / part / file.name).write_bytes(file.read_bytes())
     with pytest.raises(MismatchError, match="damping: stored 1.0, now 0.1 x mean eigenvalue"):
         TokenScores.load(tokens.folder)[0, 0]
     with pytest.raises(InputError, match="expected another ending"):

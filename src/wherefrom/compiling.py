@@ -28,5 +28,6 @@ def compiled_activations(model: nn.Module) -> Iterator[None]:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    plain = not any(module.children()) and not module.state_dict() and "forward" not in vars(module)
+    parts = (module.children(), module.parameters(), module.buffers())
+    plain = not any(any(True for _ in each) for each in parts) and "forward" not in vars(module)
     return plain and not isinstance(module, nn.Dropout | nn.Identity) and not getattr(module, "inplace", False)

@@ -124,12 +124,14 @@ def weight_gradients(
         activations, right = rotated(activations, right), None
     transposed = gradients.transpose(1, 2)
     if workspace is None or half:
-        result = product(transposed, activations, dtype)
+        result = product(transposed, activations, dtype if half else None)
     else:
         result = torch.bmm(transposed, activations, out=workspace.empty((len(gradients), outputs, width), gradients))
     if left is not None:
         result = left.T @ result
-    return result if right is None else result @ right
+    if right is not None:
+        result = result @ right
+    return result if dtype is None else result.to(dtype)
 
 
 class CovarianceCollector(Collector):
@@ -153,6 +155,9 @@ class CovarianceCollector(Collector):
         self.sums[f"{layer}.activations"] += self._activation_product(captured.activations)
         self.sums[f"{layer}.gradients"] += upper_product(captured.gradients.flatten(0, 1))
         self.sums[f"{layer}.tokens"] += captured.tokens
+
+    def release(self) -> None:
+        self._latest = None
 
     def _activation_product(self, activations: Tensor) -> Tensor:
         if self._latest is None or self._latest[0] is not activations:
@@ -216,7 +221,12 @@ def _eigenvectors(covariances: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, 
         for start in range(0, len(names), count):
             batch = names[start : start + count]
             found.update(zip(batch, zip(*_eigh([covariances[name] for name in batch]), strict=True), strict=True))
-    return {name: found[other] for name, other in same.items()}
+    # Copies: tensors that share memory cannot be stored side by side.
+    for name, other in same.items():
+        if name != other:
+            eigenvalues, eigenvectors = found[other]
+            found[name] = eigenvalues.clone(), eigenvectors.clone()
+    return found
 
 
 def bases_to_tensors(bases: Mapping[str, Basis]) -> dict[str, Tensor]:
@@ -243,7 +253,7 @@ def _finite_sum(matrix: Tensor, name: str) -> float:
 
 
 # Matrices of one size that are decomposed together, in float64.
-_EIGH_BYTES = 2**30
+_EIGH_BYTES = 2**28
 
 
 def _eigh_dtype(matrix: Tensor) -> torch.dtype:
@@ -281,6 +291,9 @@ class EigenvalueCollector(Collector):
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
         gradients = weight_gradients(captured, self._sides.get(layer), self._workspace)
         self.sums[layer] += gradients.square_().sum(0)
+
+    def release(self) -> None:
+        self._workspace.release()
 
     def means(self) -> dict[str, Tensor]:
         """Lambda of every layer, a mean over examples."""

@@ -33,7 +33,8 @@ class BankForm:
 
     Attributes:
         dtype: of their numbers.
-        place: the device that they lie on; another than the model's is streamed from, piece by piece.
+        place: the device that they lie on.
+        streamed: whether that is another than the model's, so that they are moved there piece by piece for every batch.
         rank: of the two thin matrices; None keeps gradients whole, as do layers in which that takes less.
         rotated_back: for each layer, whether the preconditioned gradient is brought back from the eigenbasis on its
             left and right side; otherwise each training gradient is brought there.
@@ -41,6 +42,7 @@ class BankForm:
 
     dtype: torch.dtype
     place: torch.device
+    streamed: bool = False
     rank: int | None = None
     rotated_back: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
 
@@ -98,8 +100,12 @@ class GradientBank(Collector):
         return self._queries
 
     def _zeros(self, *shape: int) -> Tensor:
-        pinned = self._form.place.type == "cpu" and torch.cuda.is_available()
-        return torch.zeros(shape, dtype=self._form.dtype, device=self._form.place, pin_memory=pinned)
+        form = self._form
+        return torch.zeros(shape, dtype=form.dtype, device=form.place, pin_memory=form.streamed)
+
+    def release(self) -> None:
+        self._workspace.release()
+        self._rebuilt.release()
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
         sides = self._sides.get(layer, Sides())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wherefrom.errors import InputError, MemoryLimitError
 
@@ -16,6 +16,10 @@ from wherefrom.errors import InputError, MemoryLimitError
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
 # The part of the free memory that is used without being asked, and of that what a batch may take.
 _FREE_SHARE, _BATCH_SHARE = 0.8, 0.3
+
+
+# What PyTorch, CUDA's pinned memory, cuBLAS and cuSOLVER say in plain RuntimeErrors.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def free_memory(device: torch.device) -> int:
@@ -37,7 +41,7 @@ def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that an allocation failed; on the CPU PyTorch raises a plain RuntimeError for it."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -93,14 +97,20 @@ def checked_batch_size(batch_size: int | None) -> int | None:
 
 
 class SavedBytes:
-    """Counts what autograd keeps for the backward pass: pass `pack` to `saved_tensors_hooks`."""
+    """Counts what autograd keeps for the backward pass: pass `pack` to `saved_tensors_hooks`.
 
-    def __init__(self) -> None:
+    Args:
+        model: its weights are kept too, and take nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
         self.total = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Count a tensor and keep it as it is."""
-        self.total += tensor.numel() * tensor.element_size()
+        if tensor.untyped_storage().data_ptr() not in self._weights:
+            self.total += tensor.numel() * tensor.element_size()
         return tensor
 
 
@@ -118,5 +128,10 @@ class Workspace:
         """A tensor of any content, of the type and on the device of `like`, that overwrites the last one."""
         count = math.prod(shape)
         if self._buffer is None or self._buffer.numel() < count or self._buffer.dtype != like.dtype:
+            self._buffer = None  # or both would be there at once
             self._buffer = like.new_empty(count)
         return self._buffer[:count].view(*shape)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._buffer = None

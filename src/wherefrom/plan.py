@@ -17,6 +17,7 @@ from wherefrom.curvature import Strategy
 from wherefrom.gradients import PIECE_BYTES, BankForm
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Footprint, free_memory
+from wherefrom.precision import widened_dtype
 
 # How much of the score matrix is in memory at a time.
 SHARD_BYTES = 2**26
@@ -99,17 +100,18 @@ class Plan:
         """What a block of query gradients takes."""
         return self.block * self.form.bytes_per_query(self.job.layers)
 
-    def shards(self, queries: int) -> list[range]:
+    def shards(self, queries: int, train: int) -> list[range]:
         """Runs of training examples whose scores for some queries are in memory together."""
-        rows = max(1, SHARD_BYTES // (queries * torch.float32.itemsize))
-        return [range(start, min(start + rows, self.job.train)) for start in range(0, self.job.train, rows)]
+        rows = max(1, SHARD_BYTES // (queries * widened_dtype(self.form.dtype).itemsize))
+        return [range(start, min(start + rows, train)) for start in range(0, train, rows)]
 
     def costs(self) -> list[Cost]:
         """The stages of a fit and a score."""
         job = self.job
         each, query = _PerExample.of(job, job.example.tokens), _PerExample.of(job, job.query.tokens)
         batch = self.train_batch * job.example.bytes
-        query_memory = self.bank_bytes + each.factor_bytes + self.query_batch * job.query.bytes
+        factors = 2 * factor_bytes(job.layers, job.strategy, job.wanted.dtype)
+        query_memory = self.bank_bytes + factors + self.query_batch * job.query.bytes
         back, brought = self._rotations()
         passes = self.sweeps * job.train
         found = [
@@ -117,17 +119,28 @@ class Plan:
             Cost(
                 "pairwise scores",
                 passes,
-                passes * (job.example.flop + each.forming) + brought + job.queries * job.train * each.dot,
-                self.bank_bytes + each.factor_bytes + batch + SHARD_BYTES,
+                passes * (job.example.flop + each.forming) + brought + job.queries * job.train * self._dot_flop(),
+                self.bank_bytes + factors + batch + SHARD_BYTES,
             ),
         ]
         if job.strategy.eigenvalues == "fitted":
             flop = job.train * (job.example.flop + each.gradient)
-            found.insert(0, Cost("eigenvalues", job.train, flop, batch + each.factor_bytes))
+            found.insert(0, Cost("eigenvalues", job.train, flop, batch + factors))
         if job.strategy.basis:
             flop = job.train * (job.example.flop + each.covariance)
-            found.insert(0, Cost("covariance", job.train, flop, batch + each.factor_bytes))
+            found.insert(0, Cost("covariance", job.train, flop, batch + factors))
         return found
+
+    def _dot_flop(self) -> float:
+        """Operations for the product of one query's gradient with one training example's."""
+        rank, tokens, total = self.form.rank or 0, self.job.example.tokens, 0.0
+        for layer in self.job.layers.values():
+            outputs, width = layer.padded_shape
+            whole = 2.0 * outputs * width
+            # Thin matrices are multiplied with every token, or put together once a batch.
+            ways = (2.0 * tokens * (outputs + width) * rank, whole * (1 + rank / self.train_batch))
+            total += min(ways) if self.form.thin(layer) else whole
+        return total
 
     def _rotations(self) -> tuple[float, float]:
         """Operations for bringing query gradients back from the eigenbasis, and training gradients into it."""
@@ -166,35 +179,33 @@ class Plan:
 
 @dataclass(frozen=True)
 class _PerExample:
-    """Operations for one example, and bytes of factors, over all layers.
+    """Operations for one example, over all layers.
 
     Attributes:
         forming: its gradients; gradient: the same in the eigenbasis, where there is one.
-        dot: their products with those of one query.
         covariance: its part of both covariances, of which only one triangle is computed.
-        factor_bytes: of bases and eigenvalues, which are there twice while they are in use.
     """
 
     forming: float
     gradient: float
-    dot: float
     covariance: float
-    factor_bytes: float
 
     @classmethod
     def of(cls, job: Job, tokens: int) -> _PerExample:
         shapes = [layer.padded_shape for layer in job.layers.values()]
-        dot = sum(2.0 * out * width for out, width in shapes)
-        rotating = sum(sum(_sides_flop(out, width, tokens)) for out, width in shapes)
+        forming = sum(2.0 * tokens * out * width for out, width in shapes)
+        rotating = sum(sum(_sides_flop(job, out, width, tokens)) for out, width in shapes)
         covariance = sum(tokens * (out**2 + width**2) for out, width in shapes)
-        numbers = sum(
-            (out**2 + width**2) * job.strategy.basis + out * width * (job.strategy.eigenvalues != "none")
-            for out, width in shapes
-        )
-        forming = tokens * dot
-        return cls(
-            forming, forming + rotating * job.strategy.basis, dot, covariance, 2.0 * numbers * torch.float32.itemsize
-        )
+        return cls(forming, forming + rotating * job.strategy.basis, covariance)
+
+
+def factor_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
+    """What bases and eigenvalues take; while they are in use, they are there twice."""
+    shapes = [layer.padded_shape for layer in layers.values()]
+    numbers = sum((out**2 + width**2) * strategy.basis for out, width in shapes)
+    if strategy.eigenvalues != "none":
+        numbers += sum(out * width for out, width in shapes)
+    return numbers * widened_dtype(dtype).itemsize
 
 
 def plan_scores(job: Job) -> Plan:
@@ -202,20 +213,21 @@ def plan_scores(job: Job) -> Plan:
     train_batch = job.wanted.train_batch or job.example.batch_size(job.train, job.usable, job.device)
     query_batch = job.wanted.query_batch or job.query.batch_size(job.queries, job.usable, job.device)
     batch = max(train_batch * job.example.bytes, query_batch * job.query.bytes)
-    copies = int(_PerExample.of(job, 1).factor_bytes / 2)
+    copies = factor_bytes(job.layers, job.strategy, job.wanted.dtype)
     # Whole gradients that are on the device as they are need no room for pieces.
     pieces = PIECE_BYTES * (job.wanted.rank is not None or job.wanted.dtype == torch.bfloat16)
     plan = _fitting(job, query_batch, train_batch, job.usable - batch - copies - SHARD_BYTES - pieces, job.device)
     if job.device.type == "cpu" or plan.sweeps == 1:
         return plan
     host = torch.device("cpu")
-    streamed = _fitting(job, query_batch, train_batch, int(0.5 * free_memory(host)), host)
+    # Pinned memory is handed out in powers of two, so that up to half of it may be wasted.
+    streamed = _fitting(job, query_batch, train_batch, int(0.4 * free_memory(host)), host)
     return min(plan, streamed, key=_sweep_seconds)
 
 
 def _fitting(job: Job, query_batch: int, train_batch: int, room: int, place: torch.device) -> Plan:
     """As many queries as there is room for, in blocks of equal size."""
-    form = BankForm(job.wanted.dtype, place, job.wanted.rank)
+    form = BankForm(job.wanted.dtype, place, place != job.device, job.wanted.rank)
     most = max(1, min(job.queries, room // form.bytes_per_query(job.layers)))
     sweeps = -(-job.queries // most)
     sides = {name: _cheaper_sides(job, form, name, sweeps) for name in job.layers} if job.strategy.basis else {}
@@ -234,12 +246,14 @@ def _side_costs(job: Job, layer: str, sweeps: int) -> tuple[tuple[float, float],
     """Operations for the left and the right side: all query gradients back, or all training gradients there."""
     outputs, width = job.layers[layer].padded_shape
     query = (2.0 * job.queries * outputs**2 * width, 2.0 * job.queries * outputs * width**2)
-    left, right = _sides_flop(outputs, width, job.example.tokens)
+    left, right = _sides_flop(job, outputs, width, job.example.tokens)
     return query, (sweeps * job.train * left, sweeps * job.train * right)
 
 
-def _sides_flop(outputs: int, width: int, tokens: int) -> tuple[float, float]:
+def _sides_flop(job: Job, outputs: int, width: int, tokens: int) -> tuple[float, float]:
     """Operations for one example's gradient into the basis, left and right: its tokens or its rows, whichever fewer."""
+    if job.wanted.dtype == torch.bfloat16 and job.device.type == "cuda":
+        return 4.0 * outputs**2 * tokens, 4.0 * width**2 * tokens  # see `precision.rotated`
     return 2.0 * outputs**2 * min(tokens, width), 2.0 * width**2 * min(tokens, outputs)
 
 

@@ -49,7 +49,9 @@ def progress_bar(name: str, total: int, shown: bool | None = None) -> Iterator[C
 
 def show_log() -> None:
     """Print what the library logs on the standard error; for commands, a library's user decides that."""
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
     logger = logging.getLogger("wherefrom")
+    if logger.handlers:
+        return
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -95,5 +95,8 @@ class PairwiseCollector(Collector):
         self._bank = bank
         self.sums = {"values": torch.zeros(len(bank), examples, dtype=dtype, device=device)}
 
+    def release(self) -> None:
+        self._bank.release()
+
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
         self.sums["values"][:, rows] += self._bank.product(layer, captured)

@@ -22,7 +22,7 @@ from wherefrom.errors import MemoryLimitError
 from wherefrom.fingerprint import Dataset
 from wherefrom.gradients import GradientBank
 from wherefrom.memory import out_of_memory
-from wherefrom.plan import Job, Plan, Wanted, plan_scores
+from wherefrom.plan import Job, Plan, Wanted, factor_bytes, plan_scores
 from wherefrom.scores import PairwiseCollector
 from wherefrom.stages import BlockStages
 from wherefrom.store import Partial, scratch_matrix
@@ -37,10 +37,21 @@ _SMALLEST_BATCH = 0.25
 
 
 def make_plan(
-    sweep: Sweep[Batch], strategy: Strategy, queries: Dataset[object], train: Dataset[object], wanted: Wanted
+    sweep: Sweep[Batch],
+    strategy: Strategy,
+    queries: Dataset[object],
+    train: Dataset[object],
+    wanted: Wanted,
+    loaded: bool = True,
 ) -> Plan:
-    """The plan of a score, from what a query and a training example take."""
-    task = sweep.task
+    """The plan of a score, from what a query and a training example take.
+
+    Args:
+        loaded: whether the factors are in memory already; otherwise room is left for them.
+    """
+    task, usable = sweep.task, sweep.usable_memory()
+    if not loaded and sweep.memory_budget is None:
+        usable -= factor_bytes(sweep.layers, strategy, wanted.dtype)
     job = Job(
         layers=sweep.layers,
         strategy=strategy,
@@ -49,7 +60,7 @@ def make_plan(
         query=sweep.footprint(queries, lambda model, batch, rows: task.measurement(model, batch)),
         example=sweep.footprint(train, lambda model, batch, rows: task.train_loss(model, batch)),
         wanted=wanted,
-        usable=sweep.usable_memory(),
+        usable=usable,
         device=sweep.device,
     )
     return plan_scores(job)
@@ -89,7 +100,7 @@ class Scoring(Generic[Batch]):
 
         def work(rows: range) -> None:
             bank = cache(partial(self._bank, rows))  # not made when all of its blocks are there
-            for columns in self.plan.shards(len(rows)):
+            for columns in self.plan.shards(len(rows), len(self.train)):
                 found = stages.mapped(rows, columns, partial(self._pairwise_block, bank, _Rows(self.train, columns)))
                 values[rows.start : rows.stop, columns.start : columns.stop] = found["values"]
                 if self.wanted.rank is not None:
@@ -128,10 +139,13 @@ class Scoring(Generic[Batch]):
 
         def work(rows: range) -> None:
             wanted, places = chosen.indices[rows.start : rows.stop].unique(return_inverse=True)
-            train = _Rows(self.train, wanted.tolist())
-            compute = partial(whole._pairwise_block, partial(whole._bank, rows), train)
-            found = stages.mapped(rows, range(len(wanted)), compute)["values"]
-            better = found.gather(1, places)  # [rows, top]
+            bank = cache(partial(whole._bank, rows))
+            better = chosen.values[rows.start : rows.stop].clone()  # [rows, top]
+            for columns in whole.plan.shards(len(rows), len(wanted)):
+                train = _Rows(self.train, wanted[columns.start : columns.stop].tolist())
+                found = stages.mapped(rows, columns, partial(whole._pairwise_block, bank, train))["values"]
+                inside = (places >= columns.start) & (places < columns.stop)
+                better[inside] = found.gather(1, (places - columns.start).clamp(0, len(columns) - 1))[inside]
             changes[rows.start : rows.stop] = better - chosen.values[rows.start : rows.stop]
             values[rows.start : rows.stop].scatter_(1, chosen.indices[rows.start : rows.stop], better)
 
@@ -145,7 +159,7 @@ class Scoring(Generic[Batch]):
 
         Args:
             chosen: int64 [pairs, 2], (query, training position); None is every pair.
-            parts: keeps a part, unless it is there.
+            parts: keeps the parts.
 
         Returns:
             `pairs` [pairs, 2] in the order of the parts, `shards` (how many pairs each part has), `lengths` (tokens of
@@ -159,11 +173,12 @@ class Scoring(Generic[Batch]):
             bank = cache(partial(self._bank, rows))  # not made when all of its parts are there
             mine: list[Tensor] = []
             for pairs in token_parts(rows, len(self.train), chosen, longest * self.sweep.dtype.itemsize):
-                parts(len(kept) + len(mine), pairs, partial(self._per_token, bank, rows.start, pairs, lengths))
+                parts.keep(pairs, partial(self._per_token, bank, rows.start, pairs, lengths))
                 mine.append(pairs)
             kept.extend(mine)
 
         self._each_block(work)
+        parts.remove_others(kept)
         sizes = torch.tensor([len(pairs) for pairs in kept])
         return {"pairs": torch.cat(kept), "shards": sizes, "lengths": lengths}
 
@@ -186,8 +201,9 @@ class Scoring(Generic[Batch]):
         """Work on runs of queries whose gradients are resident together: as planned, and fewer when memory runs out."""
         start, size = 0, self.plan.block
         while start < len(self.queries):
-            begun = stages.begun(start) if stages else None
-            rows = range(start, begun or min(start + size, len(self.queries)))
+            rows = range(start, min(start + size, len(self.queries)))
+            if stages:
+                rows = stages.begun(rows)
             if self._fits(work, rows):
                 start = rows.stop
                 continue

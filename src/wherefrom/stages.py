@@ -6,7 +6,7 @@ This module knows fingerprints and the profile; it does not know what is compute
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,28 +71,44 @@ class Stages:
 
 @dataclass(frozen=True)
 class BlockStages:
-    """Stages that are blocks of one large matrix, each named by its rows and columns."""
+    """Stages that are blocks of one large matrix, each named by its rows and columns.
+
+    Attributes:
+        columns: how many the whole matrix has.
+    """
 
     stages: Stages
+    columns: int
 
     def mapped(self, rows: range, columns: range, compute: Compute) -> dict[str, Tensor]:
         """One block's tensors, memory-mapped: `values` [rows, columns] and what comes with them."""
         return self.stages.mapped(f"{rows.start}-{rows.stop}.{columns.start}-{columns.stop}", compute)
 
-    def begun(self, start: int) -> int | None:
-        """Where the rows from `start` end, if an earlier run has begun with them: another memory cuts other blocks."""
-        stops = [int(found[2]) for _, found in self._named() if int(found[1]) == start]
-        return max(stops, default=None)
+    def begun(self, rows: range) -> range:
+        """The rows from the same start that an earlier run has begun with, since another memory cuts other blocks.
+
+        A block of more rows is taken up only when all of it is there: with less memory now, it could not be finished.
+        """
+        for stop in {found.stop for _, found, _ in self._named() if found.start == rows.start}:
+            other = range(rows.start, stop)
+            if stop <= rows.stop or self._complete(other):
+                return other
+            self.discard(other)
+        return rows
+
+    def _complete(self, rows: range) -> bool:
+        finished = [columns for path, found, columns in self._named() if found == rows and path.is_dir()]
+        return sum(map(len, finished)) == self.columns
 
     def discard(self, rows: range) -> None:
         """Forget blocks of these rows."""
-        for path, found in self._named():
-            if (int(found[1]), int(found[2])) == (rows.start, rows.stop):
+        for path, found, _ in self._named():
+            if found == rows:
                 remove(path)
 
-    def _named(self) -> Iterator[tuple[Path, re.Match[str]]]:
-        if self.stages.folder.exists():
-            for path in self.stages.folder.iterdir():
-                found = _BLOCK.match(path.name)
-                if found:
-                    yield path, found
+    def _named(self) -> list[tuple[Path, range, range]]:
+        """Everything that is there or begun, with its rows and columns."""
+        paths = self.stages.folder.iterdir() if self.stages.folder.exists() else ()
+        matches = [(path, _BLOCK.match(path.name)) for path in paths]
+        numbers = [(path, list(map(int, found.groups()))) for path, found in matches if found]
+        return [(path, range(first, last), range(left, right)) for path, (first, last, left, right) in numbers]

@@ -143,7 +143,7 @@ class Study(Generic[Batch]):
         """
         sweep = self._precise_sweep(half_precision)
         wanted = self._wanted(half_precision, query_rank, query_batch_size, train_batch_size)
-        return make_plan(sweep, checked_strategy(strategy), queries, self.train, wanted)
+        return make_plan(sweep, checked_strategy(strategy), queries, self.train, wanted, loaded=False)
 
     def score(
         self,
@@ -193,9 +193,9 @@ class Study(Generic[Batch]):
             remove(blocks.folder)
 
         def compute(_: Partial) -> dict[str, Tensor]:
-            found = scoring.pairwise(BlockStages(blocks), blocks.folder / "values")
+            found = scoring.pairwise(BlockStages(blocks, len(self.train)), blocks.folder / "values")
             if rescore:
-                again = BlockStages(replace(blocks, folder=blocks.folder / "rescored"))
+                again = BlockStages(replace(blocks, folder=blocks.folder / "rescored"), len(self.train))
                 found["changes"] = scoring.rescore(found["values"], rescore, again)
             return found
 

@@ -52,6 +52,9 @@ class Collector(ABC):
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
         """Add one layer's share of the batch that holds the dataset positions `rows`."""
 
+    def release(self) -> None:  # noqa: B027  (most collectors keep nothing)
+        """Give back what was kept from one batch for the next: memory has run out."""
+
 
 @dataclass(frozen=True)
 class Sweep(Generic[Batch]):
@@ -120,6 +123,7 @@ class Sweep(Generic[Batch]):
                 if self._fits(state, loader, rows, objective):
                     self._checkpoint(state, size)
                 else:
+                    collector.release()
                     size = halved(size, smallest_batch, name, self.device)
                     state.restore()
                 show(state.position)
@@ -137,7 +141,7 @@ class Sweep(Generic[Batch]):
             tokens.append(captured.activations.shape[1])
             gradient_bytes.append(outputs * width * captured.gradients.element_size())
 
-        saved, counter = SavedBytes(), FlopCounterMode(display=False)
+        saved, counter = SavedBytes(self.model), FlopCounterMode(display=False)
         with counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             self.probe(dataset, row, objective, receive)
         return Footprint(max(tokens), max(1, saved.total), max(gradient_bytes), counter.get_total_flops())
@@ -150,10 +154,10 @@ class Sweep(Generic[Batch]):
         return self.footprint(dataset, objective).batch_size(len(dataset), self.usable_memory(), self.device)
 
     def probe(self, dataset: Dataset[object], row: int, objective: Objective[Batch], receive: Receiver) -> None:
-        """Pass over one example alone, in full precision."""
+        """Pass over one example alone."""
         with self._loader(dataset) as loader:
             batch, padding = loader.load(range(row, row + 1))
-        with Capture(self.model, self.layers, receive) as capture:
+        with Capture(self.model, self.layers, receive) as capture, self.precision.passes(self.device):
             capture.run(lambda: objective(self.model, batch, [row]), 1, padding)
 
     def _loader(self, dataset: Dataset[object]) -> Loader[Batch]:

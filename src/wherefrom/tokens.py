@@ -209,7 +209,8 @@ class TokenScores:
     def _shard(self, number: int) -> Tensor:
         """The values of one file, [pairs, token], memory-mapped once it has been checked."""
         if number not in self._opened:
-            artifact = Artifact(self.folder / str(number), part_fingerprint(self.fingerprint, self._pairs(number)))
+            pairs = self._pairs(number)
+            artifact = Artifact(self.folder / part_name(pairs), part_fingerprint(self.fingerprint, pairs))
             check_same(artifact.path, read_manifest(artifact.path)["fingerprint"], artifact.fingerprint)
             self._opened[number] = artifact.mapped()["values"]
         return self._opened[number]
@@ -221,20 +222,27 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class TokenParts:
-    """Keeps files of token scores."""
+    """Keeps files of token scores, each named by its pairs: another memory cuts other parts."""
 
     folder: Path
     fingerprint: Fingerprint
     profile: Profile
 
-    def __call__(self, number: int, pairs: Tensor, compute: Compute) -> None:
-        """Have a file, computed unless it is there; one with other pairs is from a plan for another memory."""
-        wanted, path = part_fingerprint(self.fingerprint, pairs), self.folder / str(number)
-        if path.exists():
-            stored = read_manifest(path)["fingerprint"]
-            if differences({**stored, "pairs": ""}, {**wanted, "pairs": ""}) == [] != differences(stored, wanted):
+    def keep(self, pairs: Tensor, compute: Compute) -> None:
+        """Have the file of some pairs, computed unless it is there."""
+        Stages(self.folder, part_fingerprint(self.fingerprint, pairs), self.profile).keep(part_name(pairs), compute)
+
+    def remove_others(self, parts: Sequence[Tensor]) -> None:
+        """Delete what an earlier run has cut otherwise."""
+        wanted = set(map(part_name, parts))
+        for path in list(self.folder.iterdir()):
+            if path.name.partition(".")[0] not in wanted:
                 remove(path)
-        Stages(self.folder, wanted, self.profile).keep(str(number), compute)
+
+
+def part_name(pairs: Tensor) -> str:
+    """The name of the file of some pairs."""
+    return tensors_digest({"pairs": pairs})[:16]
 
 
 def part_fingerprint(scores: Fingerprint, pairs: Tensor) -> Fingerprint:

@@ -40,7 +40,7 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from workload import Stopwatch, Workload, machine
+from workload import Stopwatch, Workload, provenance
 
 Peer = Literal["wherefrom", "dattri-llm", "bergson"]
 DAMPING = 0.1
@@ -199,7 +199,7 @@ def main(arguments: Arguments) -> None:
         batch=arguments.batch,
         query_part=arguments.query_part if arguments.peer == "dattri-llm" else None,
         threads=torch.get_num_threads(),
-        machine=machine(),
+        **provenance(),
     )
 
 

@@ -84,7 +84,7 @@ class Stopwatch:
         """The stages and this process's peak memory, for the process that started this one."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         stages = {name: asdict(stage) for name, stage in self.stages.items()}
-        path.write_text(json.dumps({"stages": stages, "peak_bytes": peak, **more}))
+        path.write_text(json.dumps({"stages": stages, "peak_bytes": peak, **more}, indent=1) + "\n")
 
 
 def synchronize() -> None:
@@ -124,18 +124,21 @@ def _processor() -> str:
     return f"{fields['model name']}{' (avx512_bf16)' if 'avx512_bf16' in fields['flags'] else ''}"
 
 
-def save_results(name: str, measured: dict[str, object]) -> None:
-    """Write `results/NAME.json` with the command, the commit and the machine."""
+def provenance() -> dict[str, object]:
+    """The command, the commit and the machine behind a figure."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
     changed = subprocess.check_output([*git, "status", "--porcelain", "--", "src", "benchmarks/*.py"], text=True)
-    result = {
+    return {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit + (" with changes" if changed.strip() else ""),
         "machine": machine(),
-        **measured,
     }
+
+
+def save_results(name: str, measured: dict[str, object]) -> None:
+    """Write `results/NAME.json` with where it comes from."""
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps({**provenance(), **measured}, indent=1) + "\n")
     print(f"Written: {file}")

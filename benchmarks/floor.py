@@ -71,9 +71,10 @@ class Sweeps:
             self.model(input_ids=tokens, labels=tokens).loss.backward()
         self.model.zero_grad()
 
-    def run(self, collector: Collector) -> None:
-        """A sweep over the training set."""
-        self.sweep.run("sweep", self.train, collector, self._loss, batch_size=self.batch)
+    def run(self, collector: Collector, compiled: bool = False) -> None:
+        """A sweep over the training set, with activation functions compiled or as they are."""
+        sweep = replace(self.sweep, compile_activations=compiled)
+        sweep.run("sweep", self.train, collector, self._loss, batch_size=self.batch)
 
     def _loss(self, model: nn.Module, batch: Any, rows: Sequence[int]) -> Tensor:
         return self.task.train_loss(model, batch)
@@ -94,6 +95,7 @@ class Sweeps:
         return {
             "plain forward and backward": self.plain,
             "sweep that collects nothing": lambda: self.run(Nothing()),
+            "the same, activations compiled": lambda: self.run(Nothing(), compiled=True),
             "covariance sweep": lambda: self.run(CovarianceCollector(self.layers, *place)),
             "eigenvalue sweep": lambda: self.run(EigenvalueCollector(self.layers, bases, count, *place)),
         }

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 import wherefrom as wf
 from tests.models import VOCABULARY, gpt2, relative_error
@@ -20,37 +16,7 @@ from wherefrom.curvature import STRATEGIES
 pytest.importorskip("kronfluence", reason="kronfluence is optional: make compare installs it")
 from kronfluence.analyzer import Analyzer, prepare_model  # type: ignore[import-not-found,unused-ignore]
 from kronfluence.arguments import FactorArguments, ScoreArguments  # type: ignore[import-not-found,unused-ignore]
-from kronfluence.task import Task as KronfluenceTask  # type: ignore[import-not-found,unused-ignore]
-
-
-def as_linear(model: nn.Module) -> nn.Module:
-    """A copy with every Conv1D turned into a Linear of the same function, which is what kronfluence can track."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Conv1D):
-            linear = nn.Linear(module.weight.shape[0], module.weight.shape[1])
-            linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear)
-    return model
-
-
-class LanguageModelling(KronfluenceTask):  # type: ignore[misc,unused-ignore]
-    def __init__(self, layers: Sequence[str]) -> None:
-        self.layers = list(layers)
-
-    def compute_train_loss(self, batch: dict[str, Tensor], model: nn.Module, sample: bool = False) -> Tensor:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        return functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
-
-    def compute_measurement(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
-        return self.compute_train_loss(batch, model)
-
-    def get_influence_tracked_modules(self) -> list[str]:
-        return self.layers
-
-    def get_attention_mask(self, batch: dict[str, Tensor]) -> Tensor:
-        return batch["attention_mask"]
+from kronfluence_job import LanguageModelling, as_linear
 
 
 def padded_rows(count: int, seed: int) -> list[dict[str, Tensor]]:

@@ -68,6 +68,31 @@ def test_fit_score_top_report(folder: Path) -> None:
     assert 'data-shares="' in page
 
 
+def test_explain_prints_the_plan_and_low_rank_scores_are_kept_apart(folder: Path) -> None:
+    fit = wherefrom(folder, "fit", "large", "--model", "model", "--train", "train.txt", "--memory-budget", "1")
+    assert fit.returncode == 0, fit.stderr
+    options = ("score", "large", "--queries", "queries.jsonl", "--query-rank", "2", "--rescore", "3")
+    plan = wherefrom(folder, *options, "--explain")
+    assert plan.returncode == 0, plan.stderr
+    assert "2 of 2 query gradients resident" in plan.stdout.replace("\n", " ")
+    assert all(stage in plan.stdout for stage in ("covariance", "eigenvalues", "query gradients", "pairwise scores"))
+    assert not (folder / "large" / "scores").exists()
+    score = wherefrom(folder, *options, "--tokens", "2")
+    assert score.returncode == 0, score.stderr
+    said = " ".join(score.stderr.split())
+    assert "Plan: 2 of 2 query gradients resident (rank 2" in said
+    assert "Rank 2 leaves out" in said
+    assert "the 3 highest scores move by" in said
+    found = Scores.load(folder / "large" / "scores" / "ekfac-rank2")
+    assert found.changes is not None
+    assert found.changes.shape == (2, 3)
+    report = wherefrom(folder, "report", "large", "--name", "ekfac-rank2", "--output", "low.html")
+    assert report.returncode == 0, report.stderr
+    refused = wherefrom(folder, "score", "large", "--queries", "queries.jsonl", "--rescore", "3")
+    assert refused.returncode == 1
+    assert "rescore=3: expected at least 1 together with a query_rank" in " ".join(refused.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -75,6 +100,7 @@ def test_fit_score_top_report(folder: Path) -> None:
         (["fit", "new", "--model", "no-such-directory/x/y", "--train", "train.txt"], "no-such-directory/x/y"),
         (["fit", "new", "--model", "model", "--train", "train.txt", "--layers", "mlp.c_fd"], "Close names:"),
         (["fit", "new", "--model", "model", "--train", "train.txt", "--device", "cuda:99"], "device='cuda:99'"),
+        (["fit", "new", "--model", "model", "--train", "train.txt", "--memory-budget", "0"], "memory_budget=0.0"),
         (["score", "nowhere", "--queries", "queries.jsonl"], "nowhere is not a run directory"),
         (["top", "nowhere"], "no scores there"),
     ],

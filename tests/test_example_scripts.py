@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,6 +107,16 @@ def test_lds_counterfactual_half_precision_and_the_page_that_shows_them(
     page = (folder / "run" / "reports" / "ekfac.html").read_text(encoding="utf-8")
     assert page.count("data:image/png") == 4 == len(load_figures(folder / "run"))
     assert 'data-shares="' in page
+
+
+def test_analyze_explains_compiles_and_takes_a_rank(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = placed(folder, analyze.Arguments(query_gradient_rank=2, explain=True))
+    analyze.main(arguments)
+    assert "4 of 4 query gradients resident (rank 2" in " ".join(capsys.readouterr().out.split())
+    arguments.explain, arguments.use_compile = False, shutil.which("g++") is not None
+    arguments.run_dir = folder / "compiled"
+    analyze.main(arguments)
+    assert (folder / "compiled" / "scores" / "ekfac-rank2").exists()
 
 
 def test_tokenwise_analysis_prints_heat_maps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

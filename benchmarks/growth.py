@@ -30,8 +30,9 @@ BASE = Workload(layers=2, width=128, heads=4, vocabulary=1024, tokens=64, train=
 SERIES = {"train": (256, 2048), "queries": (64, 512), "tokens": (64, 512), "width": (128, 1024)}
 MANY = Workload(layers=1, width=32, heads=2, vocabulary=128, tokens=8, train=1_000, queries=512)
 LABELS = {"train": "training sequences", "queries": "queries", "tokens": "tokens of a sequence", "width": "width"}
-# What the arithmetic of the passes, gradients and products says of the time, for large sizes.
-EXPONENTS = {"train": 1, "queries": 1, "tokens": 1, "width": 2}
+# What the arithmetic of the passes, gradients and products says of time and memory, for large sizes. Batches have as
+# many tokens whatever the length of a sequence.
+EXPONENTS = {"train": (1, 0), "queries": (1, 1), "tokens": (1, 0), "width": (2, 2)}
 
 
 @dataclass
@@ -132,7 +133,7 @@ def plot(series: dict[str, list[dict[str, float]]], file: Path) -> None:
             values = [each[kind] / scale for each in rows]
             axis = axes[row][column]
             axis.loglog(sizes, values, marker="o", color="#2a6f97")
-            exponent = EXPONENTS[name] if row == 0 else {"train": 0, "queries": 1, "tokens": 1, "width": 2}[name]
+            exponent = EXPONENTS[name][row]
             line = [values[-1] * (size / sizes[-1]) ** exponent for size in sizes]
             axis.loglog(sizes, line, linestyle=":", color="#8a8f98", label=f"slope {exponent}")
             axis.legend(frameon=False, loc="upper left", fontsize=8)

@@ -117,6 +117,7 @@ def test_truncation_is_orthonormal_and_does_not_depend_on_the_batch(
 
 def test_the_highest_scores_are_computed_again_at_full_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 300)  # some examples of five queries
+    monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", 1)
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit("ekfac")

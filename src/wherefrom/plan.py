@@ -19,8 +19,8 @@ from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Footprint, free_memory
 from wherefrom.precision import widened_dtype
 
-# How much of the score matrix is in memory at a time.
-SHARD_BYTES = 2**26
+# How much of the score matrix is in memory at a time; more with very many queries, for shards of some batches.
+SHARD_BYTES, SHARD_ROWS = 2**24, 512
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Plan:
 
     def shards(self, queries: int, train: int) -> list[range]:
         """Runs of training examples whose scores for some queries are in memory together."""
-        rows = max(1, SHARD_BYTES // (queries * widened_dtype(self.form.dtype).itemsize))
+        rows = max(SHARD_ROWS, SHARD_BYTES // (queries * widened_dtype(self.form.dtype).itemsize))
         return [range(start, min(start + rows, train)) for start in range(0, train, rows)]
 
     def costs(self) -> list[Cost]:
@@ -228,7 +228,8 @@ def plan_scores(job: Job) -> Plan:
 def _fitting(job: Job, query_batch: int, train_batch: int, room: int, place: torch.device) -> Plan:
     """As many queries as there is room for, in blocks of equal size."""
     form = BankForm(job.wanted.dtype, place, place != job.device, job.wanted.rank)
-    most = max(1, min(job.queries, room // form.bytes_per_query(job.layers)))
+    each = form.bytes_per_query(job.layers) + SHARD_ROWS * widened_dtype(form.dtype).itemsize
+    most = max(1, min(job.queries, room // each))
     sweeps = -(-job.queries // most)
     sides = {name: _cheaper_sides(job, form, name, sweeps) for name in job.layers} if job.strategy.basis else {}
     return Plan(job, query_batch, train_batch, -(-job.queries // sweeps), replace(form, rotated_back=sides))

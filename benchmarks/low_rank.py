@@ -32,7 +32,7 @@ class Arguments:
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     damping: float = 1e-8
     """As in the example."""
-    rescore: int = 10
+    rescore: int = 50
 
 
 def top_overlap(found: Tensor, expected: Tensor, count: int) -> float:

@@ -9,9 +9,7 @@ their gradients, and with query gradients that were rotated back beforehand. Wri
 
 from __future__ import annotations
 
-import resource
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 import tyro
 from torch import Tensor, nn
-from workload import Workload, save_results, synchronize
+from workload import Stopwatch, Workload, medians, save_results
 
 import wherefrom as wf
 from wherefrom.curvature import CovarianceCollector, EigenvalueCollector
@@ -111,24 +109,22 @@ class Sweeps:
 
 def measure(stages: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:
     """Median wall and user CPU seconds of each stage, in turn, and their ratios to the first."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in stages}
-    for turn in range(repeats + 1):
+    runs = []
+    for _ in range(repeats + 1):
+        watch = Stopwatch()
         for name, stage in stages.items():
-            wall, user = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
-            stage()
-            synchronize()
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_utime - user
-            if turn:  # the first is to warm up
-                found[name].append((time.perf_counter() - wall, used))
-    floor = found[next(iter(stages))]
+            with watch.stage(name):
+                stage()
+        runs.append(watch.stages)
+    runs = runs[1:]  # the first was to warm up
+    floor = next(iter(stages))
     return {
         name: {
-            "wall_seconds": median(wall for wall, _ in times),
-            "user_seconds": median(user for _, user in times),
-            "wall_ratio": median(one[0] / other[0] for one, other in zip(times, floor, strict=True)),
-            "user_ratio": median(one[1] / other[1] for one, other in zip(times, floor, strict=True)),
+            **asdict(middle),
+            "wall_ratio": median(run[name].wall_seconds / run[floor].wall_seconds for run in runs),
+            "user_ratio": median(run[name].user_seconds / run[floor].user_seconds for run in runs),
         }
-        for name, times in found.items()
+        for name, middle in medians(runs).items()
     }
 
 

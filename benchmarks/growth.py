@@ -12,7 +12,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from workload import ROOT, Stopwatch, Workload, save_results
+from workload import ROOT, PeakMemory, Stopwatch, Workload, save_results
 
 import wherefrom as wf
 from wherefrom.report.plots import save_png
@@ -61,31 +60,6 @@ class Drawn:
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         self.generator.manual_seed(self.seed * 2**32 + row)
         return {"input_ids": torch.randint(self.work.vocabulary, (self.work.tokens,), generator=self.generator)}
-
-
-class PeakMemory(threading.Thread):
-    """The most memory of its own that this process takes, files that are mapped left out."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.first = self.most = self._now()
-        self._done = threading.Event()
-
-    def run(self) -> None:
-        """Look every few milliseconds."""
-        while not self._done.wait(0.005):
-            self.most = max(self.most, self._now())
-
-    def stop(self) -> int:
-        """Bytes beyond the start."""
-        self._done.set()
-        self.join()
-        return self.most - self.first
-
-    @staticmethod
-    def _now() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def take_turn(work: Workload, output: Path) -> None:

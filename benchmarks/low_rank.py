@@ -11,15 +11,17 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import tyro
 from torch import Tensor
 from workload import ROOT, save_results
 
 import wherefrom as wf
 from wherefrom.evaluate.precision import compare_scores
+from wherefrom.gradients import BankForm
 
 sys.path.append(str(ROOT / "examples" / "wikitext"))
 
@@ -51,7 +53,8 @@ def main(arguments: Arguments) -> None:
         study = wf.Study(folder, model, wf.CausalLM(), train=train)
         factors = study.fit("ekfac")
         whole = study.score(queries, factors, damping=arguments.damping).values
-        whole_bytes = study.plan(queries).form.bytes_per_query(study.layers)
+        form = BankForm(torch.float32, torch.device("cpu"))
+        whole_bytes = form.bytes_per_query(study.layers)
         for rank in arguments.ranks:
             start = time.perf_counter()
             low = study.score(queries, factors, damping=arguments.damping, query_rank=rank)
@@ -65,7 +68,7 @@ def main(arguments: Arguments) -> None:
             rows.append(
                 {
                     "rank": rank,
-                    "memory": study.plan(queries, query_rank=rank).form.bytes_per_query(study.layers) / whole_bytes,
+                    "memory": replace(form, rank=rank).bytes_per_query(study.layers) / whole_bytes,
                     "norm_left_out": float(low.query_errors.mean()),
                     "spearman": agreement.spearman.mean.value,
                     "top_10": top_overlap(low.values, whole, 10),

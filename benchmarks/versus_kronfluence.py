@@ -25,6 +25,7 @@ from torch import Tensor
 from workload import Stage, Stopwatch, Workload, medians, save_results
 
 import wherefrom as wf
+from wherefrom.gradients import BankForm
 
 Side = Literal["wherefrom", "kronfluence"]
 
@@ -123,8 +124,7 @@ def with_total(stages: dict[str, Stage]) -> dict[str, Stage]:
 def resident_bytes(work: Workload) -> int:
     """What the preconditioned gradients of all queries take."""
     study = wf.Study(Path(), work.model(), wf.CausalLM(), train=work.sequences(1, 1))
-    numbers: int = sum(outputs * inputs for outputs, inputs in (each.shape for each in study.layers.values()))
-    return 4 * work.queries * numbers
+    return work.queries * BankForm(torch.float32, torch.device("cpu")).bytes_per_query(study.layers)
 
 
 def main(arguments: Arguments) -> None:

@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,31 @@ class Stopwatch:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         stages = {name: asdict(stage) for name, stage in self.stages.items()}
         path.write_text(json.dumps({"stages": stages, "peak_bytes": peak, **more}, indent=1) + "\n")
+
+
+class PeakMemory(threading.Thread):
+    """The most memory of its own that this process takes, files that are mapped left out."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.first = self.most = self._now()
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        """Look every few milliseconds."""
+        while not self._done.wait(0.005):
+            self.most = max(self.most, self._now())
+
+    def stop(self) -> int:
+        """Bytes beyond the start."""
+        self._done.set()
+        self.join()
+        return self.most - self.first
+
+    @staticmethod
+    def _now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def synchronize() -> None:

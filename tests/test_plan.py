@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from workload import PeakMemory
 
 import wherefrom as wf
 from tests.models import gpt2_case, mlp_case, relative_error
@@ -282,30 +282,6 @@ class Constant:
         return torch.full((4,), row / self._count), torch.tensor(row % 3)
 
 
-class _Peak(threading.Thread):
-    """Watches how much memory of its own this process has, in bytes, files that are mapped left out."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.most, self._done = 0, threading.Event()
-
-    def run(self) -> None:
-        while not self._done.wait(0.002):
-            self.most = max(self.most, anonymous_bytes())
-
-    def stop(self) -> int:
-        self._done.set()
-        self.join()
-        return self.most
-
-
-def anonymous_bytes() -> int:
-    status = Path("/proc/self/status")
-    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
-    assert found
-    return int(found[1]) * 1024
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux tells it")
 def test_memory_does_not_grow_with_the_training_set(tmp_path: Path) -> None:
     """100,000 training examples x 250 queries: a matrix of 95 MiB, of which 16 are ever in memory."""
@@ -315,12 +291,11 @@ def test_memory_does_not_grow_with_the_training_set(tmp_path: Path) -> None:
     peaks = []
     for train in (1_000, 100_000):
         study = wf.Study(tmp_path / str(train), model, wf.Classification(), train=Constant(train))
-        before = anonymous_bytes()
-        watch = _Peak()
+        watch = PeakMemory()
         watch.start()
         scores = study.score(queries, study.fit("identity"), train_batch_size=2000)
         hits = scores.top(1)
-        peaks.append(watch.stop() - before)
+        peaks.append(watch.stop())
         assert scores.values.shape == (250, train)
         assert len(hits) == 250
     assert peaks[1] < peaks[0] + 40 * 2**20

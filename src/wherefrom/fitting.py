@@ -12,13 +12,13 @@ from typing import Generic
 from torch import Tensor, nn
 
 from wherefrom.curvature import (
+    STRATEGIES,
     Basis,
     CovarianceCollector,
     EigenvalueCollector,
     Factors,
     bases_from_tensors,
     bases_to_tensors,
-    checked_strategy,
     diagonalize,
 )
 from wherefrom.fingerprint import Dataset
@@ -47,7 +47,7 @@ class Fitting(Generic[Batch]):
 
     def factors(self, strategy: str) -> Factors:
         """Those of a strategy; what strategies have in common is computed once."""
-        needed = checked_strategy(strategy)
+        needed = STRATEGIES[strategy]
         bases = self._bases() if needed.basis else {}
         eigenvalues: dict[str, Tensor] = {}
         if needed.eigenvalues == "fitted":

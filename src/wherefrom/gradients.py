@@ -191,9 +191,9 @@ class GradientBank(Collector):
     def _tokens_are_cheaper(self, layer: str, captured: Captured) -> bool:
         """Whether to multiply thin matrices with each token, rather than rebuild the gradients they stand for."""
         left, right = self.sums[f"{layer}.left"], self.sums[f"{layer}.right"]
-        rank, outputs, width = left.shape[2], left.shape[1], right.shape[2]
         batch, tokens = captured.activations.shape[:2]
-        return batch * tokens * (outputs + width) * rank < outputs * width * (rank + batch)
+        by_tokens, rebuilt = thin_product_flop((left.shape[1], right.shape[2]), left.shape[2], tokens, batch)
+        return by_tokens < rebuilt
 
     def _product_of_tokens(self, layer: str, captured: Captured) -> Tensor:
         """sum_t (s_t^T left) (right a_t) for every query and training example: [queries, batch]."""
@@ -233,6 +233,12 @@ class GradientBank(Collector):
         for name in names:
             projected = projected @ self.sums[name][query].to(gradients.device, wide)
         return (projected * activations).sum(-1)  # projected: [batch, tokens, width]
+
+
+def thin_product_flop(shape: tuple[int, int], rank: int, tokens: int, batch: int) -> tuple[float, float]:
+    """Operations for a product of thin matrices with one training gradient: by tokens, and rebuilt once a batch."""
+    outputs, width = shape
+    return 2.0 * tokens * (outputs + width) * rank, 2.0 * outputs * width * (1 + rank / batch)
 
 
 def _truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ floating-point operations do. This module runs no sweep, and a plan that is too 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 from rich.table import Table
 
 from wherefrom.curvature import Strategy
-from wherefrom.gradients import PIECE_BYTES, BankForm
+from wherefrom.gradients import PIECE_BYTES, BankForm, thin_product_flop
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Footprint, free_memory
 from wherefrom.precision import widened_dtype
@@ -133,13 +134,12 @@ class Plan:
 
     def _dot_flop(self) -> float:
         """Operations for the product of one query's gradient with one training example's."""
-        rank, tokens, total = self.form.rank or 0, self.job.example.tokens, 0.0
+        rank, total = self.form.rank, 0.0
         for layer in self.job.layers.values():
-            outputs, width = layer.padded_shape
-            whole = 2.0 * outputs * width
-            # Thin matrices are multiplied with every token, or put together once a batch.
-            ways = (2.0 * tokens * (outputs + width) * rank, whole * (1 + rank / self.train_batch))
-            total += min(ways) if self.form.thin(layer) else whole
+            if rank is not None and self.form.thin(layer):
+                total += min(thin_product_flop(layer.padded_shape, rank, self.job.example.tokens, self.train_batch))
+            else:
+                total += 2.0 * math.prod(layer.padded_shape)
         return total
 
     def _rotations(self) -> tuple[float, float]:

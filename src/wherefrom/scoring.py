@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Generic
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wherefrom.capture import Captured
 from wherefrom.curvature import Preconditioner, Strategy
@@ -26,7 +26,7 @@ from wherefrom.plan import Job, Plan, Wanted, factor_bytes, plan_scores
 from wherefrom.scores import PairwiseCollector
 from wherefrom.stages import BlockStages
 from wherefrom.store import Partial, scratch_matrix
-from wherefrom.sweep import Sweep
+from wherefrom.sweep import Objective, Sweep
 from wherefrom.task import Batch, Task
 from wherefrom.tokens import TokenCollector, TokenParts, token_parts
 
@@ -49,7 +49,7 @@ def make_plan(
     Args:
         loaded: whether the factors are in memory already; otherwise room is left for them.
     """
-    task, usable = sweep.task, sweep.usable_memory()
+    usable = sweep.usable_memory()
     if not loaded and sweep.memory_budget is None:
         usable -= factor_bytes(sweep.layers, strategy, wanted.dtype)
     job = Job(
@@ -57,8 +57,8 @@ def make_plan(
         strategy=strategy,
         queries=len(queries),
         train=len(train),
-        query=sweep.footprint(queries, lambda model, batch, rows: task.measurement(model, batch)),
-        example=sweep.footprint(train, lambda model, batch, rows: task.train_loss(model, batch)),
+        query=sweep.footprint(queries, _measurement(sweep.task)),
+        example=sweep.footprint(train, _loss(sweep.task)),
         wanted=wanted,
         usable=usable,
         device=sweep.device,
@@ -234,7 +234,9 @@ class Scoring(Generic[Batch]):
             ) from error
         batch, smallest = self._batch(self.plan.query_batch, len(rows))
         queries = _Rows(self.queries, rows)
-        self.sweep.run("query gradients", queries, bank, self._measurement, batch_size=batch, smallest_batch=smallest)
+        self.sweep.run(
+            "query gradients", queries, bank, _measurement(self.sweep.task), batch_size=batch, smallest_batch=smallest
+        )
         return bank
 
     def _sweep_train(
@@ -246,7 +248,9 @@ class Scoring(Generic[Batch]):
         sums: Partial,
     ) -> None:
         batch, smallest = self._batch(self.plan.train_batch, queries)
-        self.sweep.run(name, dataset, collector, self._loss, batch_size=batch, smallest_batch=smallest, partial=sums)
+        self.sweep.run(
+            name, dataset, collector, _loss(self.sweep.task), batch_size=batch, smallest_batch=smallest, partial=sums
+        )
 
     @staticmethod
     def _batch(planned: int, queries: int) -> tuple[int, int]:
@@ -268,14 +272,16 @@ class Scoring(Generic[Batch]):
         def receive(layer: str, captured: Captured) -> None:
             seen.append(captured.activations.shape[1] // max(captured.calls, 1))
 
-        self.sweep.probe(self.train, row, self._loss, receive)
+        self.sweep.probe(self.train, row, _loss(self.sweep.task), receive)
         return max(seen)
 
-    def _loss(self, model: nn.Module, batch: Batch, rows: Sequence[int]) -> Tensor:
-        return self.sweep.task.train_loss(model, batch)
 
-    def _measurement(self, model: nn.Module, batch: Batch, rows: Sequence[int]) -> Tensor:
-        return self.sweep.task.measurement(model, batch)
+def _loss(task: Task[Batch]) -> Objective[Batch]:
+    return lambda model, batch, rows: task.train_loss(model, batch)
+
+
+def _measurement(task: Task[Batch]) -> Objective[Batch]:
+    return lambda model, batch, rows: task.measurement(model, batch)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from wherefrom.errors import InputError, MismatchError
 from wherefrom.fingerprint import (
     LIBRARY,
     Dataset,
+    Fingerprint,
     dataset_digest,
     model_digest,
     names_summary,
@@ -186,22 +187,8 @@ class Study(Generic[Batch]):
         wanted = self._wanted(half_precision, query_rank, query_batch_size, train_batch_size)
         scoring = self._scoring(queries, factors, damping, half_precision, wanted)
         fingerprint = self._score_fingerprint(queries, factors, damping, half_precision, query_rank, rescore)
-        folder, name = self.path / "scores", score_name(name, factors, half_precision, query_rank)
-        stages = Stages(folder, fingerprint, self.profile, overwrite)
-        blocks = Stages(folder / f"{name}.blocks", fingerprint, self.profile)
-        if overwrite:
-            remove(blocks.folder)
-
-        def compute(_: Partial) -> dict[str, Tensor]:
-            found = scoring.pairwise(BlockStages(blocks, len(self.train)), blocks.folder / "values")
-            if rescore:
-                again = BlockStages(replace(blocks, folder=blocks.folder / "rescored"), len(self.train))
-                found["changes"] = scoring.rescore(found["values"], rescore, again)
-            return found
-
-        stages.keep(name, compute)
-        remove(blocks.folder)
-        return Scores.load(folder / name)
+        name = score_name(name, factors, half_precision, query_rank)
+        return self._keep_scores(scoring, fingerprint, rescore, name, overwrite)
 
     def score_tokens(
         self,
@@ -236,8 +223,9 @@ class Study(Generic[Batch]):
             raise InputError(f"top={top}: expected at least 1, or None for every pair.")
         wanted = self._wanted(half_precision, query_rank, query_batch_size, train_batch_size)
         scoring = self._scoring(queries, factors, damping, half_precision, wanted)
-        fingerprint = self._score_fingerprint(queries, factors, damping, half_precision, query_rank, rescore)
-        fingerprint["pairs"] = "all pairs" if top is None else f"the {top} highest and lowest of each query"
+        sequences = self._score_fingerprint(queries, factors, damping, half_precision, query_rank, rescore)
+        pairs = "all pairs" if top is None else f"the {top} highest and lowest of each query"
+        fingerprint = {**sequences, "pairs": pairs}
         base = score_name(name, factors, half_precision, query_rank)
         folder = self.path / "scores" / f"{base}.{'all' if top is None else f'top{top}'}.tokens"
         if overwrite:
@@ -246,17 +234,7 @@ class Study(Generic[Batch]):
         def compute(_: Partial) -> dict[str, Tensor]:
             chosen = None
             if top is not None:
-                scores = self.score(
-                    queries,
-                    factors,
-                    damping=damping,
-                    half_precision=half_precision,
-                    query_rank=query_rank,
-                    rescore=rescore,
-                    query_batch_size=query_batch_size,
-                    train_batch_size=train_batch_size,
-                    name=base,
-                )
+                scores = self._keep_scores(scoring, sequences, rescore, base, overwrite=False)
                 chosen = extreme_pairs(scores.values, top)
             return scoring.all_per_token(chosen, TokenParts(folder, fingerprint, self.profile))
 
@@ -316,6 +294,26 @@ class Study(Generic[Batch]):
         )
         write_text(path, page)
         return path
+
+    def _keep_scores(
+        self, scoring: Scoring[Batch], fingerprint: Fingerprint, rescore: int, name: str, overwrite: bool
+    ) -> Scores:
+        """Sequence scores, computed block by block unless they are there."""
+        folder = self.path / "scores"
+        blocks = Stages(folder / f"{name}.blocks", fingerprint, self.profile)
+        if overwrite:
+            remove(blocks.folder)
+
+        def compute(_: Partial) -> dict[str, Tensor]:
+            found = scoring.pairwise(BlockStages(blocks, len(self.train)), blocks.folder / "values")
+            if rescore:
+                again = BlockStages(replace(blocks, folder=blocks.folder / "rescored"), len(self.train))
+                found["changes"] = scoring.rescore(found["values"], rescore, again)
+            return found
+
+        Stages(folder, fingerprint, self.profile, overwrite).keep(name, compute)
+        remove(blocks.folder)
+        return Scores.load(folder / name)
 
     def _wanted(
         self, half_precision: bool, query_rank: int | None, query_batch_size: int | None, train_batch_size: int | None

@@ -31,12 +31,19 @@ class Captured(NamedTuple):
         tokens: how many of the batch's tokens are not padding.
         calls: how many uses of the layer, of equally many tokens each, are joined along the token axis; 0 when they
             differ.
+        columns: int64 [width of activations]: which columns of the layer's gradient matrix the activations are, when
+            they are only those that the batch touches; None is all of them.
     """
 
     activations: Tensor
     gradients: Tensor
     tokens: int
     calls: int = 1
+    columns: Tensor | None = None
+
+    def selected(self, matrix: Tensor) -> Tensor:
+        """The batch's columns of a matrix [..., out, width] that has one number for each weight of the layer."""
+        return matrix if self.columns is None else matrix[..., self.columns]
 
 
 class Receiver(Protocol):

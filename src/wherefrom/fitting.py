@@ -67,9 +67,18 @@ class Fitting(Generic[Batch]):
         def basis(_: Partial) -> dict[str, Tensor]:
             means = self.stages.load("covariance", covariance, sweep.device)
             with sweep.profile.action("eigendecomposition"):
-                return bases_to_tensors(diagonalize(means, sweep.layers))
+                return self._diagonalized(means)
 
         return bases_from_tensors(self.stages.load("eigenbasis", basis, sweep.device))
+
+    def _diagonalized(self, covariances: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every layer's basis; on several processes each finds a part of them, of neighbours that may be equal."""
+        ranks = self.sweep.ranks
+        mine = ranks.share_of({name: sum(size**3 for size in each.shape) for name, each in self.sweep.layers.items()})
+        with ranks.agreeing():
+            chosen = {name: each for name, each in covariances.items() if name.rpartition(".")[0] in mine}
+            bases = bases_to_tensors(diagonalize(chosen, mine))
+        return ranks.joined(bases, self.sweep.device)
 
     def _mean_squares(self, bases: dict[str, Basis]) -> dict[str, Tensor]:
         sweep = self.sweep

@@ -28,8 +28,8 @@ class Loader(Generic[Batch]):
     """Loads batches of a dataset; use it as a context, which ends its thread.
 
     Args:
-        end: the position after the last example that is wanted; None is the dataset's end.
         ahead: prepare the next batch in a thread; None does so for a GPU, whose work leaves the host idle.
+        end: the position after the last example that is wanted; None is the dataset's end.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class Loader(Generic[Batch]):
         task: Task[Batch],
         dataset: Dataset[object],
         device: torch.device,
-        end: int | None = None,
         ahead: bool | None = None,
+        end: int | None = None,
     ) -> None:
         self._task, self._dataset, self._device = task, dataset, device
         self._end = len(dataset) if end is None else end

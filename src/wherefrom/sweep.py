@@ -195,7 +195,7 @@ class Sweep(Generic[Batch]):
             capture.run(lambda: objective(self.model, batch, [row]), 1, padding)
 
     def _loader(self, dataset: Dataset[object], end: int) -> Loader[Batch]:
-        return Loader(self.task, dataset, self.device, end)
+        return Loader(self.task, dataset, self.device, end=end)
 
     def _fits(self, state: _State, loader: Loader[Batch], rows: range, objective: Objective[Batch]) -> bool:
         """Process one batch; False when there was not enough memory for it."""

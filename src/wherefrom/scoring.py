@@ -52,6 +52,7 @@ def make_plan(
     usable = sweep.usable_memory()
     if not loaded and sweep.memory_budget is None:
         usable -= factor_bytes(sweep.layers, strategy, wanted.dtype)
+    usable = sweep.ranks.least(usable)
     job = Job(
         layers=sweep.layers,
         strategy=strategy,

@@ -68,6 +68,7 @@ class Sweep(Generic[Batch]):
         progress: show a progress bar; None shows one when the standard error is a terminal.
         checkpoint_seconds: how often partial sums are written to disk, at the most; 0 is after every batch.
         compile_activations: run activation functions through torch.compile.
+        offload_factors: keep covariances, eigenvectors and eigenvalues on the host.
         ranks: the processes that share each sweep.
         memory_budget: bytes that may be taken beyond what is there at the start; None is most of what is free.
     """
@@ -81,12 +82,18 @@ class Sweep(Generic[Batch]):
     checkpoint_seconds: float = 60.0
     memory_budget: int | None = None
     compile_activations: bool = False
+    offload_factors: bool = False
     ranks: Ranks = field(default_factory=Ranks.current)
 
     @property
     def device(self) -> torch.device:
         """Where the model's weights are."""
         return next(self.model.parameters()).device
+
+    @property
+    def factors_device(self) -> torch.device:
+        """Where factors are kept."""
+        return torch.device("cpu") if self.offload_factors else self.device
 
     @property
     def lockstep(self) -> bool:

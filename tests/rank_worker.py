@@ -95,9 +95,7 @@ def unlike(run: Path) -> None:
     wf.Study(run, case.model, case.task, train=case.train).fit("diagonal")
 
 
-JOBS: dict[str, Callable[[Path], None]] = {
-    job.__name__: job for job in (mlp, gpt2, sharded, slow, poisoned, unlike)
-}
+JOBS: dict[str, Callable[[Path], None]] = {job.__name__: job for job in (mlp, gpt2, sharded, slow, poisoned, unlike)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

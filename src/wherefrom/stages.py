@@ -101,11 +101,14 @@ class BlockStages:
 
         A block of more rows is taken up only when all of it is there: with less memory now, it could not be finished.
         """
+        return self.stages.ranks.first(lambda: self._begun(rows))
+
+    def _begun(self, rows: range) -> range:
         for stop in {found.stop for _, found, _ in self._named() if found.start == rows.start}:
             other = range(rows.start, stop)
             if stop <= rows.stop or self._complete(other):
                 return other
-            self.discard(other)
+            self._discard(other)
         return rows
 
     def _complete(self, rows: range) -> bool:
@@ -114,6 +117,9 @@ class BlockStages:
 
     def discard(self, rows: range) -> None:
         """Forget blocks of these rows."""
+        self.stages.ranks.first(lambda: self._discard(rows))
+
+    def _discard(self, rows: range) -> None:
         for path, found, _ in self._named():
             if found == rows:
                 remove(path)

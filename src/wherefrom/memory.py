@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from wherefrom.errors import InputError, MemoryLimitError
 
@@ -104,12 +105,13 @@ class SavedBytes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+        # By storage rather than by address: without numbers, on the "meta" device, all addresses are 0.
+        self._weights = {StorageWeakRef(each.untyped_storage()) for each in model.parameters()}
         self.total = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Count a tensor and keep it as it is."""
-        if tensor.untyped_storage().data_ptr() not in self._weights:
+        if StorageWeakRef(tensor.untyped_storage()) not in self._weights:
             self.total += tensor.numel() * tensor.element_size()
         return tensor
 

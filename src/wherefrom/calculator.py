@@ -9,9 +9,10 @@ and prints nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -30,6 +31,8 @@ _EIGH_FLOP = 9.0
 _EIGH_COPIES = 4
 # The part of a memory that a run may reach; the rest is the runtime's, the communication's, and fragments.
 REACHABLE = 0.9
+# What is tried where an alternative needs a number.
+_FEW, _TOP = 100_000, 1000
 # The float32 score and int64 position of each of a query's highest scores.
 _TOP_BYTES = 12
 
@@ -54,7 +57,17 @@ class Hardware:
     efficiency: float
     link: float
     copy: float
-    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        """Refuse what no machine is: InputError names the figure."""
+        if self.ranks < 1:
+            raise InputError(f"ranks={self.ranks}: expected at least 1.")
+        for name in ("memory", "host_memory", "matmul", "eigen", "link", "copy"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)}: expected a number above 0.")
+        if not 0 < self.efficiency <= 1:
+            raise InputError(f"efficiency={self.efficiency}: expected a part of the speed of products, 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,7 @@ class Request:
         shard_model: weights lie on the ranks in parts, and are gathered block by block (FSDP).
         offload_factors: sums and factors lie on the host; a layer's are moved when it is its turn.
         top: only the highest scores of each query are kept; None keeps the matrix.
+        batch_size: of queries and training sequences; None leaves it to the plan.
     """
 
     strategy: str
@@ -77,6 +91,16 @@ class Request:
     shard_model: bool = False
     offload_factors: bool = False
     top: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be computed: InputError names the argument."""
+        for name in ("train", "fit_train", "queries", "query_rank", "top", "batch_size"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise InputError(f"{name}={count}: expected at least 1.")
+        if self.fit_train > self.train:
+            raise InputError(f"fit_train={self.fit_train}: expected at most the {self.train} training sequences.")
 
 
 @dataclass(frozen=True)
@@ -197,23 +221,30 @@ class Estimate:
         return {name: size for name, size in found.items() if size}
 
     def alternatives(self, measured: Callable[[bool], Blueprint]) -> dict[str, Estimate]:
-        """The same run with one more option each, by the option as it is written on the command line.
+        """The same run with one option more or less, and with all that save something.
 
         Args:
             measured: the blueprint in half precision, or not.
         """
-        asked, few = self.request, min(self.request.fit_train, 100_000)
-        options = {
-            "--shard-model": replace(asked, shard_model=self.hardware.ranks > 1),
-            "--offload-factors": replace(asked, offload_factors=asked.strategy != "identity"),
-            "--half-precision": replace(asked, half_precision=True),
-            "--query-rank 32": replace(asked, query_rank=asked.query_rank or 32),
-            f"--fit-train {few}": replace(asked, fit_train=few),
-            "--top 1000": replace(asked, top=asked.top or min(1000, asked.train)),
+        asked = self.request
+        savings: dict[str, dict[str, Any]] = {
+            "--half-precision": {"half_precision": True},
+            "--query-rank 32": {"query_rank": asked.query_rank or 32},
+            "--offload-factors": {"offload_factors": self.basis_bytes + self.eigenvalue_bytes > 0},
+            "--shard-model": {"shard_model": self.hardware.ranks > 1},
+            f"--fit-train {_FEW}": {"fit_train": min(asked.fit_train, _FEW)},
+            f"--top {_TOP}": {"top": asked.top or min(_TOP, asked.train)},
         }
+        requests = {f"with {option}": replace(asked, **change) for option, change in savings.items()}
+        requests["with all of these"] = replace(asked, **{k: v for each in savings.values() for k, v in each.items()})
+        flags: dict[str, dict[str, Any]] = {
+            f"without --{name.replace('_', '-')}": {name: False}
+            for name in ("half_precision", "offload_factors", "shard_model")
+        }
+        requests |= {option: replace(asked, **change) for option, change in flags.items()}
         return {
-            option: replace(self, request=other, blueprint=measured(other.half_precision))
-            for option, other in options.items()
+            name: replace(self, request=other, blueprint=measured(other.half_precision))
+            for name, other in requests.items()
             if other != asked
         }
 
@@ -235,7 +266,7 @@ class Estimate:
             train=train,
             query=self.blueprint.example,
             example=self.blueprint.example,
-            wanted=Wanted(self._dtype, asked.query_rank),
+            wanted=Wanted(self._dtype, asked.query_rank, asked.batch_size, asked.batch_size),
             usable=0,
             device=hardware.device,
             factors_on_host=asked.offload_factors,
@@ -337,7 +368,9 @@ class Estimate:
     # Bytes
 
     def _square_bytes(self) -> int:
-        numbers = sum(out**2 + width**2 for out, width in (each.padded_shape for each in self.blueprint.layers.values()))
+        numbers = sum(
+            out**2 + width**2 for out, width in (each.padded_shape for each in self.blueprint.layers.values())
+        )
         return numbers * widened_dtype(self._dtype).itemsize
 
     def _on_device(self, total: float) -> float:
@@ -365,26 +398,3 @@ class Estimate:
         """What a rank receives of sharded weights: all of the others', forward and again backward."""
         ranks = self.hardware.ranks
         return 2.0 * batches * self.blueprint.weight_bytes * (ranks - 1) / ranks * self.request.shard_model
-
-
-def checked(request: Request, hardware: Hardware) -> None:
-    """Refuse what cannot be planned.
-
-    Raises:
-        InputError: names the argument.
-    """
-    counts: Sequence[tuple[str, int | None]] = (
-        ("train", request.train), ("fit_train", request.fit_train), ("queries", request.queries),
-        ("ranks", hardware.ranks), ("query_rank", request.query_rank), ("top", request.top),
-    )  # fmt: skip
-    for name, count in counts:
-        if count is not None and count < 1:
-            raise InputError(f"{name}={count}: expected at least 1.")
-    if request.fit_train > request.train:
-        raise InputError(f"fit_train={request.fit_train}: expected no more than the {request.train} training sequences.")
-    rates = {each: getattr(hardware, each) for each in ("memory", "host_memory", "matmul", "eigen", "link", "copy")}
-    for name, rate in rates.items():
-        if not 0 < rate < math.inf:
-            raise InputError(f"{name}={rate}: expected a number above 0.")
-    if not 0 < hardware.efficiency <= 1:
-        raise InputError(f"efficiency={hardware.efficiency}: expected a part of the speed of products, 0 to 1.")

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from wherefrom.blueprint import Blueprint, measure
-from wherefrom.calculator import MEASURED_EFFICIENCY, Estimate, Hardware, Request, checked
+from wherefrom.calculator import MEASURED_EFFICIENCY, Estimate, Hardware, Request
 from wherefrom.memory import free_memory
 from wherefrom.plan import matmul_speed
 from wherefrom.report.scale import scale_page, scale_text
@@ -37,6 +37,7 @@ def plan(
     shard_model: bool = False,
     offload_factors: bool = False,
     top: int | None = None,
+    batch_size: int | None = None,
     efficiency: float = MEASURED_EFFICIENCY,
     eigen_flops: float = 1.0,
     bandwidth: float = 100.0,
@@ -63,6 +64,7 @@ def plan(
         shard_model: Keep the weights in parts on the ranks (FSDP) instead of whole on each.
         offload_factors: Keep factors on the host, and move a layer's when it is its turn.
         top: Keep only so many of each query's scores instead of the matrix.
+        batch_size: Sequences a batch on each GPU; found by default.
         efficiency: The part of a large product's speed that a stage reaches; by default the lowest part that was
             measured, on a CPU.
         eigen_flops: TFLOP/s of eigendecompositions in float64.
@@ -96,8 +98,8 @@ def plan(
         shard_model=shard_model,
         offload_factors=offload_factors,
         top=top,
+        batch_size=batch_size,
     )
-    checked(request, hardware)
 
     @cache
     def measured(half: bool) -> Blueprint:

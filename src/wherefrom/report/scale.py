@@ -75,21 +75,18 @@ def summary(estimate: Estimate) -> str:
 
 def verdict(estimate: Estimate) -> str:
     """Whether it fits, what decides, how long it takes."""
-    plan, peak = estimate.plan, estimate.peak
+    plan, peak, slowest = estimate.plan, estimate.peak, max(estimate.stages, key=lambda stage: stage.seconds)
     largest = max(peak.memory, key=lambda name: peak.memory[name])
-    used = (
-        f"{peak.name} takes the most memory, {peak.bytes / GIB:,.1f} of {REACHABLE * estimate.hardware.memory / GIB:,.1f} "
-        f"GiB within reach on each device, most of it for {largest} ({peak.memory[largest] / GIB:,.1f} GiB)"
-    )
-    slowest = max(estimate.stages, key=lambda stage: stage.seconds)
-    least = sum(stage.least_seconds for stage in estimate.stages)
-    fits = "Fits" if estimate.lacking is None else f"Does not fit, {estimate.lacking} is what lacks"
+    fits = "Fits" if estimate.lacking is None else f"Does not fit, there is too little {estimate.lacking}"
+    reach, least = REACHABLE * estimate.hardware.memory, sum(stage.least_seconds for stage in estimate.stages)
+    rank = f"rank {plan.form.rank}" if plan.form.rank else "whole"
     return (
-        f"{fits}: {used}. It takes {duration(estimate.seconds)}, no less than {duration(least)}; the longest stage is "
-        f"{slowest.name}, bound by {_bound(estimate, slowest)}. {plan.block} of {plan.job.queries} query gradients are "
-        f"resident ({'rank ' + str(plan.form.rank) if plan.form.rank else 'whole'}, "
-        f"{plan.bank_bytes / GIB:,.1f} GiB on the {'host' if plan.form.streamed else 'device'}), so the training set is "
-        f"swept {'once' if plan.sweeps == 1 else f'{plan.sweeps} times'}, {plan.train_batch} sequences a batch."
+        f"{fits}: {peak.name} takes the most memory, {_gib(peak.bytes)} of {_gib(reach)} GiB within reach on each "
+        f"device, most of it for {largest} ({_gib(peak.memory[largest])} GiB). It takes {duration(estimate.seconds)}, "
+        f"no less than {duration(least)}; the longest stage is {slowest.name}, bound by {_bound(estimate, slowest)}. "
+        f"{plan.block} of {plan.job.queries} query gradients are resident ({rank}, {_gib(plan.bank_bytes)} GiB on the "
+        f"{'host' if plan.form.streamed else 'device'}), so the training set is swept "
+        f"{'once' if plan.sweeps == 1 else f'{plan.sweeps} times'}, in batches of {plan.train_batch}."
     )
 
 
@@ -132,33 +129,32 @@ def _storage(estimate: Estimate) -> Section:
 
 
 def _alternatives(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> Section:
-    every = {"as asked": estimate, **{f"with {option}": other for option, other in alternatives.items()}}
     rows = [
         [
             name, "yes" if other.lacking is None else "no", _gib(other.peak.bytes), _gib(other.host_bytes),
             f"{other.plan.sweeps:,}", duration(other.seconds), _gib(sum(other.disk().values())),
         ]
-        for name, other in every.items()
+        for name, other in {"as asked": estimate, **alternatives}.items()
     ]  # fmt: skip
-    headings = ("One option more", "Fits", "Device, GiB", "Host, GiB", "Sweeps", "Time", "Disk, GiB")
-    return Section("What would help", headings, rows)
+    headings = ("Options", "Fits", "Device, GiB", "Host, GiB", "Sweeps", "Time", "Disk, GiB")
+    return Section("With other options", headings, rows)
 
 
 def assumptions(estimate: Estimate) -> list[str]:
     """What the numbers rest on."""
     hardware, asked = estimate.hardware, estimate.request
-    speed = f"{hardware.matmul / 1e12:,.3g} TFLOP/s"
     attention = "fused attention" if asked.half_precision else "attention as products of matrices"
     found = [
-        f"A large product reaches {speed} on each rank, a stage {hardware.efficiency:.0%} of that; eigendecompositions "
-        f"{hardware.eigen / 1e12:,.3g} TFLOP/s, at 9 n^3 operations each, spread over the ranks by layer.",
-        f"Ranks exchange {hardware.link / 1e9:,.4g} GB/s, a device and its host {hardware.copy / 1e9:,.4g} GB/s. Time adds "
-        "up arithmetic, exchange and copies; 'at least' takes the longest of the three, at full speed.",
+        f"A large product reaches {hardware.matmul / 1e12:,.3g} TFLOP/s on each rank, and a stage "
+        f"{hardware.efficiency:.0%} of that; eigendecompositions {hardware.eigen / 1e12:,.3g} TFLOP/s, at 9 n^3 "
+        "operations each, spread over the ranks by layer.",
+        f"Ranks exchange {hardware.link / 1e9:,.4g} GB/s, a device and its host {hardware.copy / 1e9:,.4g} GB/s. Time "
+        "adds up arithmetic, exchange and copies; 'at least' takes the longest of the three, at full speed.",
         f"Weights in {'bfloat16' if asked.half_precision else 'float32'}, {attention}, factors in float32; every "
         "sequence has the full length, queries too.",
         "Operations and bytes of an example are counted by running the library on tensors without numbers; what else "
         "is counted is what the library plans with, and its factors are there twice while they are in use.",
-        f"{1 - REACHABLE:.0%} of a memory is the runtime's; of what the weights leave, {FREE_SHARE:.0%} is planned with.",
+        f"{1 - REACHABLE:.0%} of a memory is the runtime's; {FREE_SHARE:.0%} of what weights leave is planned with.",
     ]
     if hardware.ranks > 1:
         found.append(
@@ -189,7 +185,9 @@ def duration(seconds: float) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:,.1f}" if size else "-"
+    if not size:
+        return "-"
+    return f"{size / GIB:,.1f}" if size >= 0.05 * GIB else "<0.1"
 
 
 def _ranks(estimate: Estimate) -> str:

@@ -1,4 +1,4 @@
-"""The command: `wherefrom fit`, `score`, `top` and `report` on a Hugging Face model and text.
+"""The command: `wherefrom fit`, `score`, `top` and `report` on a Hugging Face model and text, and `wherefrom plan`.
 
 What `fit` and `score` were given is written into the run directory, so that the later commands need only the run. All
 work is the library's; this module turns arguments into its calls, and its errors into one line and an exit status.
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from wherefrom.errors import InputError, WherefromError
+from wherefrom.plan_command import plan
 from wherefrom.progress import show_log
 from wherefrom.ranks import Ranks, join_ranks
 from wherefrom.report.evaluations import load_figures
@@ -57,6 +58,7 @@ class _ScoreOptions(TypedDict):
 
 
 app = tyro.extras.SubcommandApp()
+app.command(plan)
 console = Console()
 
 

@@ -66,7 +66,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
     return found
 
 
-@pytest.mark.parametrize(("job", "count"), [("mlp", 2), ("mlp", 3), ("gpt2", 3), ("sharded", 2), ("sharded", 3)])
+@pytest.mark.parametrize(("job", "count"), [("mlp", 2), ("gpt2", 3), ("sharded", 2)])
 def test_several_processes_give_what_one_gives(
     tmp_path: Path, alone: dict[str, dict[str, Tensor]], job: str, count: int
 ) -> None:
@@ -79,26 +79,35 @@ def test_several_processes_give_what_one_gives(
     assert not [path for path in tmp_path.rglob("*") if ".part" in path.name]
 
 
-@pytest.mark.parametrize("kill", ["1:2", "0:5", "2:9"])
-def test_a_killed_process_stops_the_others_and_the_run_goes_on(tmp_path: Path, kill: str) -> None:
-    assert all(status == 0 for status, _ in finished(start("slow", tmp_path / "undisturbed", 3)))
-    ends = finished(start("slow", tmp_path / "killed", 3, KILL=kill))
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What three processes find."""
+    run = tmp_path_factory.mktemp("undisturbed")
+    assert all(status == 0 for status, _ in finished(start("slow", run, 3)))
+    return results(run)
+
+
+@pytest.mark.parametrize("kill", ["1:2", "0:9"])
+def test_a_killed_process_stops_the_others_and_the_run_goes_on(
+    tmp_path: Path, undisturbed: dict[str, Tensor], kill: str
+) -> None:
+    ends = finished(start("slow", tmp_path, 3, KILL=kill))
     victim = int(kill[0])
     assert ends[victim][0] == -signal.SIGKILL
     for rank, (status, message) in enumerate(ends):
         assert rank == victim or (status == 1 and "Another process of this run has stopped" in message)
-    assert all(status == 0 for status, _ in finished(start("slow", tmp_path / "killed", 3)))
-    found, expected = results(tmp_path / "killed"), results(tmp_path / "undisturbed")
-    assert found.keys() == expected.keys()
-    assert all((found[name] == tensor).all() for name, tensor in expected.items())  # bit for bit
+    assert all(status == 0 for status, _ in finished(start("slow", tmp_path, 3)))
+    found = results(tmp_path)
+    assert found.keys() == undisturbed.keys()
+    assert all((found[name] == tensor).all() for name, tensor in undisturbed.items())  # bit for bit
     assert not [path for path in tmp_path.rglob("*") if ".part" in path.name]
 
 
 def test_an_error_in_one_process_is_everyone_s(tmp_path: Path) -> None:
     ends = finished(start("poisoned", tmp_path, 2))
     assert [status for status, _ in ends] == [1, 1]
-    assert "LossError: Process 1 of 2: diagonal" in ends[0][1]
-    assert "LossError: diagonal" in ends[1][1]
+    assert "LossError: Process 1 of 2: eigenvalues: the loss of examples 6 to 11 is nan" in ends[0][1]
+    assert "LossError: eigenvalues: the loss of examples 6 to 11 is nan" in ends[1][1]
     assert not results(tmp_path)
 
 

@@ -3,8 +3,9 @@
 from wherefrom.curvature import Factors
 from wherefrom.errors import WherefromError
 from wherefrom.fingerprint import LIBRARY as __version__  # noqa: N811
+from wherefrom.ranks import join_ranks
 from wherefrom.sampling import Sampler
-from wherefrom.scores import Hit, Scores
+from wherefrom.scores import Hit, Scores, TopScores
 from wherefrom.study import Study
 from wherefrom.task import CausalLM, Classification, Regression, Task
 from wherefrom.tokens import TokenScores
@@ -20,6 +21,8 @@ __all__ = [
     "Study",
     "Task",
     "TokenScores",
+    "TopScores",
     "WherefromError",
     "__version__",
+    "join_ranks",
 ]

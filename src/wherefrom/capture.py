@@ -45,6 +45,11 @@ class Captured(NamedTuple):
         """The batch's columns of a matrix [..., out, width] that has one number for each weight of the layer."""
         return matrix if self.columns is None else matrix[..., self.columns]
 
+    def as_one_example(self) -> Captured:
+        """The batch's tokens in one row, whose gradient is the sum of the examples'; only where `columns` is None."""
+        activations, gradients = (each.flatten(0, 1).unsqueeze(0) for each in (self.activations, self.gradients))
+        return self._replace(activations=activations, gradients=gradients)
+
 
 class Receiver(Protocol):
     """What is done with a layer's tensors as soon as a backward pass has them."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
@@ -20,16 +20,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from wherefrom.errors import InputError, WherefromError
+from wherefrom.options import Aggregation, Options, PairwiseOptions, ScoreOptions
 from wherefrom.plan_command import plan
 from wherefrom.progress import show_log
 from wherefrom.ranks import Ranks, join_ranks
 from wherefrom.report.evaluations import load_figures
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens
-from wherefrom.report.text import top_tables
-from wherefrom.scores import Scores
+from wherefrom.report.text import hits_table, top_tables
+from wherefrom.scores import Scores, load_scores
 from wherefrom.store import write_text
-from wherefrom.study import Study, score_name
+from wherefrom.study import Study
 from wherefrom.task import CausalLM
 from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, read_texts
 from wherefrom.tokens import INDEX, TokenScores
@@ -42,19 +43,6 @@ StrategyName = Literal["identity", "diagonal", "kfac", "ekfac"]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 _SOURCES = "sources.json"
-
-
-class _ScoreOptions(TypedDict):
-    """What sequence scores and token scores are asked with alike."""
-
-    damping: float | None
-    half_precision: bool
-    query_rank: int | None
-    rescore: int
-    query_batch_size: int | None
-    train_batch_size: int | None
-    name: str
-    overwrite: bool
 
 
 app = tyro.extras.SubcommandApp()
@@ -190,6 +178,11 @@ def score(
     query_rank: int | None = None,
     rescore: int = 0,
     tokens: int | None = None,
+    per_layer: bool = False,
+    self_influence: bool = False,
+    aggregate_queries: Aggregation | None = None,
+    aggregate_train: Aggregation | None = None,
+    top_only: int | None = None,
     query_batch_size: int | None = None,
     train_batch_size: int | None = None,
     device: str = "auto",
@@ -214,6 +207,11 @@ def score(
         rescore: With a query rank, compute this many of each query's highest scores again with whole gradients.
         tokens: Also score the tokens of this many most positive and most negative sequences of each query; the report
             shades them.
+        per_layer: Also keep each layer's part of every score.
+        self_influence: Also keep each training sequence's score with itself, for normalised scores.
+        aggregate_queries: One score for all queries together: of the sum or the mean of their losses.
+        aggregate_train: One score of each query for all training sequences together.
+        top_only: Keep only this many of each query's highest and lowest scores, for very many training sequences.
         query_batch_size: Queries a batch; found by default.
         train_batch_size: Training sequences a batch; found by default.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
@@ -224,40 +222,83 @@ def score(
     """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens={tokens}: expected at least 1 sequence of each sign.")
-    sources = RunSources.load(run)
-    study, tokenizer = sources.study(run, device, memory_budget)
-    text = replace(sources.train, source=queries, split=split, column=column)
-    sequences = text.sequences(tokenizer)
-    if explain:
-        plan = study.plan(
-            sequences,
-            strategy,
-            half_precision=half_precision,
-            query_rank=query_rank,
-            query_batch_size=query_batch_size,
-            train_batch_size=train_batch_size,
-        )
-        if Ranks.current().writes:
-            console.print(plan.table())
-        return
-    factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
-    name = score_name(name, factors, half_precision, query_rank)
-    options: _ScoreOptions = {
+    common: ScoreOptions = {
         "damping": damping,
         "half_precision": half_precision,
         "query_rank": query_rank,
-        "rescore": rescore,
         "query_batch_size": query_batch_size,
         "train_batch_size": train_batch_size,
         "name": name,
         "overwrite": overwrite,
     }
-    scores = study.score(sequences, factors, **options)
-    Ranks.current().first(lambda: replace(sources, queries={**sources.queries, name: text}).save(run))
+    pairwise: PairwiseOptions = {
+        **common,
+        "rescore": rescore,
+        "per_layer": per_layer,
+        "self_influence": self_influence,
+        "aggregate_queries": aggregate_queries,
+        "aggregate_train": aggregate_train,
+    }
+    options = Options(**pairwise, top=top_only)
+    sources = RunSources.load(run)
+    study, tokenizer = sources.study(run, device, memory_budget)
+    text = replace(sources.train, source=queries, split=split, column=column)
+    sequences = text.sequences(tokenizer)
+    if explain:
+        plan = study.plan(sequences, strategy, **common)
+        if Ranks.current().writes:
+            console.print(plan.table())
+        return
+    factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
+    kept = options.result_name(factors)
+    if top_only is None:
+        shape = "{:,} queries x {:,} training sequences".format(
+            *study.score(sequences, factors, **pairwise).values.shape
+        )
+    else:
+        found = study.score_top(sequences, factors, top_only, **common)
+        shape = f"{len(found.values):,} queries, the {found.values.shape[1]} highest and lowest each,"
+    Ranks.current().first(lambda: replace(sources, queries={**sources.queries, kept: text}).save(run))
     if tokens is not None:
-        study.score_tokens(sequences, factors, top=tokens, **options)
-    rows, columns = scores.values.shape
-    _say(f"Scores of {rows:,} queries x {columns:,} training sequences are in {run / 'scores' / name}.", study, profile)
+        study.score_tokens(sequences, factors, top=tokens, **common, rescore=rescore)
+    _say(f"Scores of {shape} are in {run / 'scores' / kept}.", study, profile)
+
+
+@app.command
+def self_influence(
+    run: Run,
+    *,
+    strategy: StrategyName = "ekfac",
+    damping: float | None = None,
+    half_precision: bool = False,
+    batch_size: int | None = None,
+    k: int = 10,
+    device: str = "auto",
+    memory_budget: float | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Show the training sequences that the model could only learn by heart: those of the highest self-influence.
+
+    Args:
+        run: A run directory that `wherefrom fit` made.
+        strategy: The curvature; fitted first if the run does not have it yet.
+        damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
+        half_precision: bfloat16 products in the model's passes.
+        batch_size: Sequences a batch; found by default.
+        k: How many sequences are shown.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
+        overwrite: Replace what was made from something else.
+    """
+    sources = RunSources.load(run)
+    study, _ = sources.study(run, device, memory_budget)
+    factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
+    values = study.self_influence(
+        factors, damping=damping, half_precision=half_precision, batch_size=batch_size, overwrite=overwrite
+    )
+    hits = Scores(values.unsqueeze(0), {}).top(k)
+    if Ranks.current().writes:
+        console.print(hits_table("Highest self-influence", hits, DatasetPassages(study.train)))
 
 
 @app.command
@@ -270,7 +311,7 @@ def top(run: Run, *, name: str = "ekfac", k: int = 5, query: tuple[int, ...] = (
         k: Sequences for each query.
         query: Which queries; the first three by default.
     """
-    scores = Scores.load(run / "scores" / name)
+    scores = load_scores(run / "scores" / name)
     count = len(scores.values)
     if not all(0 <= each < count for each in query):
         raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")

@@ -6,6 +6,7 @@ with training gradients. It does not decide how many queries there are room for 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -142,6 +143,16 @@ class GradientBank(Collector):
         self.sums[_SQUARED_REST][rows] += (squared - kept).clamp_min(0).to(self._form.place)
         self.sums[f"{layer}.left"][rows] = left if sides.left is None else sides.left @ left
         self.sums[f"{layer}.right"][rows] = right if sides.right is None else right @ sides.right.T
+
+    def summed(self, total: GradientBank | None = None) -> GradientBank:
+        """One gradient, the sum of all queries', added to another such bank; only of whole gradients."""
+        if total is None:
+            total = copy.copy(self)
+            total._queries, total.sums = 1, {}
+        for name, each in self.sums.items():
+            added = each.sum(0, keepdim=True, dtype=widened_dtype(each.dtype)).to(each.dtype)
+            total.sums[name] = total.sums[name] + added if name in total.sums else added
+        return total
 
     def relative_errors(self) -> Tensor | None:
         """How much of each query's preconditioned gradient the low rank leaves out, as a part of its norm: [queries].

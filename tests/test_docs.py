@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its commands exist, and the site builds without a network and without dead links."""
+"""The documentation: its code runs, its commands exist, the site builds without a network and has no dead link."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -50,7 +50,7 @@ class Block:
     code: str
     line: int
 
-    def compiled(self) -> object:
+    def compiled(self) -> CodeType:
         return compile("\n" * self.line + self.code, str(self.page), "exec")
 
     def commands(self, program: str) -> list[list[str]]:

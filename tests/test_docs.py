@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+import tyro
 from torch import Tensor
 
 import wherefrom as wf
@@ -54,9 +55,10 @@ class Block:
         return compile("\n" * self.line + self.code, str(self.page), "exec")
 
     def commands(self, program: str) -> list[list[str]]:
-        """The arguments of each line that runs a program; comments are left out."""
-        lines = (shlex.split(line, comments=True) for line in self.code.replace("\\\n", " ").splitlines())
-        return [words[1:] for words in lines if words[:1] == [program]]
+        """The arguments of each line that runs a program, also behind a prompt or started by torchrun."""
+        lines = (line.strip().removeprefix("$ ") for line in self.code.replace("\\\n", " ").splitlines())
+        begins = re.compile(rf"(?:(?:srun )?torchrun .*--no-python )?{program} (.*)")
+        return [shlex.split(found[1], comments=True) for line in lines if (found := begins.fullmatch(line))]
 
 
 def blocks(page: Path) -> list[Block]:
@@ -131,18 +133,19 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def known_flags(command: str) -> set[str]:
     """The flags that a subcommand's help lists."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-        cli.app.cli(args=[command, "--help"], prog="wherefrom", console_outputs=True)
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
+        cli.app.cli(args=[command, "--help"], prog="wherefrom", config=(tyro.conf.FlagCreatePairsOff,))
+    assert stopped.value.code == 0, f"wherefrom has no command {command!r}"
     return set(re.findall(r"--[a-z][\w-]*", printed.getvalue()))
 
 
 def test_commands_exist() -> None:
     found = [arguments for block in shell_blocks() for arguments in block.commands("wherefrom")]
     assert found
-    subcommands = set(cli.app._subcommands)
     for command, *arguments in found:
-        assert command in subcommands, command
-        unknown = {each for each in arguments if each.startswith("-")} - known_flags(command)
+        if command.startswith("-"):
+            continue
+        unknown = {each.partition("=")[0] for each in arguments if each.startswith("-")} - known_flags(command)
         assert not unknown, f"wherefrom {command}: {unknown}"
 
 
@@ -209,7 +212,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built as `make docs` builds it."""
     folder = tmp_path_factory.mktemp("site")
     run = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
         cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr

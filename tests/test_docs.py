@@ -263,6 +263,11 @@ def resolves(path: Path, link: str, pages: dict[Path, Built]) -> bool:
     return not parts.fragment or target not in pages or unquote(parts.fragment) in pages[target].ids
 
 
+def test_the_reference_has_every_public_name(pages: dict[Path, Built]) -> None:
+    ids = {each for path, page in pages.items() if path.parent.name == "api" for each in page.ids}
+    assert {f"wherefrom.{each}" for each in wf.__all__ if not each.startswith("_")} - ids == set()
+
+
 def test_formulas_are_drawn(pages: dict[Path, Built], site: Path) -> None:
     concepts = (site / "concepts.html").read_text(encoding="utf-8")
     assert concepts.count('<svg class="formula"') > 20

@@ -27,7 +27,7 @@ from torch import Tensor
 import wherefrom as wf
 from tests.models import gpt2, token_rows
 from wherefrom import cli
-from wherefrom.evaluate.retrain import Retraining
+from wherefrom.evaluate import retrain
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -84,7 +84,7 @@ class Decoder:
         return "".join(f" {each}" for each in token_ids)
 
 
-def nearest_mean(rows: list[list[int]], queries: list[list[int]], retrainings: Sequence[Retraining]) -> Tensor:
+def nearest_mean(rows: list[list[int]], queries: list[list[int]], retrainings: Sequence[retrain.Retraining]) -> Tensor:
     """Stands for the reader's training: how far each query's mean token is from that of the kept examples."""
     means, asked = (torch.tensor([sum(row) / len(row) for row in each]) for each in (rows, queries))
     return torch.stack([(asked - means[list(each.kept)].mean()).square() for each in retrainings])
@@ -111,7 +111,9 @@ def given() -> dict[str, object]:
 )
 def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    # Workers that the code starts find their functions in a module, and what the code sets does not outlive it.
+    # A fresh process takes longer to start than all trainings of a page.
+    monkeypatch.setattr(retrain, "default_workers", lambda: 1)
+    # Classes look for their module, and scripts for this name.
     main = ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", main)
     namespace = main.__dict__

@@ -220,11 +220,11 @@ class Estimate:
         }
         return {name: size for name, size in found.items() if size}
 
-    def alternatives(self, measured: Callable[[bool], Blueprint]) -> dict[str, Estimate]:
+    def alternatives(self, measured: Mapping[bool, Blueprint]) -> dict[str, Estimate]:
         """The same run with one option more or less, and with all that save something.
 
         Args:
-            measured: the blueprint in half precision, or not.
+            measured: the blueprints in half precision, and not.
         """
         asked = self.request
         savings: dict[str, dict[str, Any]] = {
@@ -243,7 +243,7 @@ class Estimate:
         }
         requests |= {option: replace(asked, **change) for option, change in flags.items()}
         return {
-            name: replace(self, request=other, blueprint=measured(other.half_precision))
+            name: replace(self, request=other, blueprint=measured[other.half_precision])
             for name, other in requests.items()
             if other != asked
         }

@@ -40,7 +40,7 @@ def scale_text(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> Rend
         for row in section.rows:
             table.add_row(*row)
         table.caption = section.note
-        parts.append(table)
+        parts += [table, Text()]
     parts.append(Text("\n".join(["Assumed:", *(f"- {each}" for each in assumptions(estimate))])))
     return Group(*parts)
 
@@ -98,8 +98,8 @@ def sections(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> list[S
 def _time(estimate: Estimate) -> Section:
     rows = [
         [
-            stage.name, f"{stage.passes:,}", f"{stage.flop / 1e15:,.2f}", _gib(stage.sent), _gib(stage.copied),
-            duration(stage.seconds), duration(stage.least_seconds),
+            stage.name, f"{stage.passes:,}" if stage.passes else "-", f"{stage.flop / 1e15:,.2f}",
+            _gib(stage.sent), _gib(stage.copied), duration(stage.seconds), duration(stage.least_seconds),
         ]
         for stage in estimate.stages
     ]  # fmt: skip

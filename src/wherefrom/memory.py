@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from wherefrom.errors import InputError, MemoryLimitError
@@ -106,14 +107,21 @@ class SavedBytes:
 
     def __init__(self, model: nn.Module) -> None:
         # By storage rather than by address: without numbers, on the "meta" device, all addresses are 0.
-        self._weights = {StorageWeakRef(each.untyped_storage()) for each in model.parameters()}
+        weights = list(model.parameters())
+        self._weights = {StorageWeakRef(each.untyped_storage()) for each in weights if not isinstance(each, DTensor)}
+        # A sharded weight is put together for each pass, and known by nothing but its shape.
+        self._gathered = {_any_order(each) for each in weights if isinstance(each, DTensor)}
         self.total = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Count a tensor and keep it as it is."""
-        if StorageWeakRef(tensor.untyped_storage()) not in self._weights:
+        if StorageWeakRef(tensor.untyped_storage()) not in self._weights and _any_order(tensor) not in self._gathered:
             self.total += tensor.numel() * tensor.element_size()
         return tensor
+
+
+def _any_order(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(tensor.shape))
 
 
 class Workspace:

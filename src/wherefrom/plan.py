@@ -130,9 +130,13 @@ class Plan:
         """What a block of query gradients takes."""
         return self.block * self.form.bytes_per_query(self.job.layers)
 
-    def shards(self, queries: int, train: int) -> list[range]:
-        """Runs of training examples whose scores for some queries are in memory together."""
-        rows = max(SHARD_ROWS, SHARD_BYTES // (queries * widened_dtype(self.form.dtype).itemsize))
+    def shards(self, queries: int, train: int, least: int = 1) -> list[range]:
+        """Runs of training examples whose scores for some queries are in memory together.
+
+        Args:
+            least: how many examples make a run, if there are so many.
+        """
+        rows = max(SHARD_ROWS, least, SHARD_BYTES // (queries * widened_dtype(self.form.dtype).itemsize))
         return [range(start, min(start + rows, train)) for start in range(0, train, rows)]
 
     def costs(self) -> list[Cost]:

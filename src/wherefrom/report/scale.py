@@ -158,8 +158,8 @@ def assumptions(estimate: Estimate) -> list[str]:
     ]
     if hardware.ranks > 1:
         found.append(
-            "Every rank sweeps its share and holds all factors and resident query gradients; sums are added up over "
-            "the ranks after a sweep; rank 0 keeps the scores."
+            "Every rank sweeps its share and holds all factors and resident query gradients; what is collected, scores "
+            "too, is added up over the ranks."
         )
     if asked.shard_model:
         found.append("Weights are gathered block by block for every batch, forward and backward, with one block ahead.")

@@ -143,15 +143,19 @@ def _alternatives(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> S
 def assumptions(estimate: Estimate) -> list[str]:
     """What the numbers rest on."""
     hardware, asked = estimate.hardware, estimate.request
-    attention = "fused attention" if asked.half_precision else "attention as products of matrices"
+    kind, attention = "float32", "attention as products of matrices"
+    if asked.half_precision:
+        kind, attention = (
+            "bfloat16",
+            "activations too (a norm that runs in float32 keeps a little more), fused attention",
+        )
     found = [
         f"A large product reaches {hardware.matmul / 1e12:,.3g} TFLOP/s on each rank, and a stage "
         f"{hardware.efficiency:.0%} of that; eigendecompositions {hardware.eigen / 1e12:,.3g} TFLOP/s, at 9 n^3 "
         "operations each, spread over the ranks by layer.",
         f"Ranks exchange {hardware.link / 1e9:,.4g} GB/s, a device and its host {hardware.copy / 1e9:,.4g} GB/s. Time "
         "adds up arithmetic, exchange and copies; 'at least' takes the longest of the three, at full speed.",
-        f"Weights in {'bfloat16' if asked.half_precision else 'float32'}, {attention}, factors in float32; every "
-        "sequence has the full length, queries too.",
+        f"Weights in {kind}, {attention}, factors in float32; every sequence has the full length, queries too.",
         "Operations and bytes of an example are counted by running the library on tensors without numbers; what else "
         "is counted is what the library plans with, and its factors are there twice while they are in use.",
         f"{1 - REACHABLE:.0%} of a memory is the runtime's; {FREE_SHARE:.0%} of what weights leave is planned with.",

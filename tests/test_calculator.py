@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import html
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scale
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import wherefrom as wf
 from tests.models import gpt2
 from wherefrom.blueprint import PRESETS, Blueprint, measure, model_without_weights
 from wherefrom.calculator import Estimate, Hardware, Request
+from wherefrom.cli import main
 from wherefrom.errors import InputError, LayerError
+from wherefrom.report.scale import sections
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
@@ -112,32 +119,49 @@ def test_the_published_job_takes_what_the_design_says(published: Blueprint) -> N
 
 def test_fused_attention_keeps_no_matrix_of_tokens_by_tokens() -> None:
     def ratio(half: bool) -> float:
-        short, long = (measure("smollm2-135m", length, half_precision=half).example for length in (512, 2048))
+        short, long = (measure("gpt2", length, half_precision=half).example for length in (256, 1024))
         return long.saved_bytes / short.saved_bytes
 
     assert ratio(True) == pytest.approx(4, rel=0.01)
     assert ratio(False) > 6
 
 
+@pytest.mark.parametrize("rank", [None, 2, 20])
+def test_the_operations_of_more_training_examples_are_those_that_run(tmp_path: Path, rank: int | None) -> None:
+    """PyTorch's own counter, over scores of 40 examples and of 20."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 8))
+    rows: list[object] = [(torch.randn(32), torch.tensor(row % 8)) for row in range(40)]
+    counted, planned = [], []
+    for train in (rows, rows[:20]):
+        study = wf.Study(tmp_path / str(len(train)), model, wf.Classification(), train=train)
+        factors = study.fit("identity")
+        with FlopCounterMode(display=False) as counter:
+            study.score(rows[:10], factors, query_rank=rank, train_batch_size=20)
+        counted.append(counter.get_total_flops())
+        planned.append(study.plan(rows[:10], "identity", query_rank=rank, train_batch_size=20).costs()[-1].flop)
+    assert counted[0] - counted[1] == planned[0] - planned[1]
+
+
 # The layout
 
 
 def test_ranks_share_the_work_and_exchange_their_sums(published: Blueprint) -> None:
-    one = Estimate(published, replace(REQUEST, train=48000, fit_train=48000, queries=48), MACHINE)
+    one = Estimate(published, replace(REQUEST, train=4800, fit_train=4800, queries=480), MACHINE)
     eight = replace(one, hardware=replace(MACHINE, ranks=8))
     squares = 12 * 4 * sum(out**2 + width**2 for out, width in [(2304, 776), (768, 776), (3072, 776), (768, 3080)])
     for single, shared in zip(one.stages, eight.stages, strict=True):
         assert single.sent == 0
         assert shared.passes == single.passes
         if single.name != "eigendecomposition":
-            assert shared.flop == pytest.approx(single.flop)
+            assert shared.flop == single.flop
             arithmetic = shared.seconds - shared.sent / MACHINE.link
             assert arithmetic == pytest.approx(single.seconds / 8)
         assert shared.least_seconds <= shared.seconds
     sent = {stage.name: stage.sent for stage in eight.stages}
     assert sent["covariance"] == 2 * squares * 7 / 8
     assert sent["eigendecomposition"] == squares * 7 / 8
-    assert sent["pairwise scores"] == 4 * 48 * 48000 * 7 / 8
+    assert sent["pairwise scores"] == 2 * 4 * 480 * 4800 * 7 / 8
 
 
 def test_eigendecompositions_are_spread_by_layer(published: Blueprint) -> None:
@@ -183,7 +207,7 @@ def test_factors_on_the_host_leave_one_layer_on_the_device(published: Blueprint)
 def test_what_does_not_fit_is_said_and_an_option_that_helps_is_found(published: Blueprint) -> None:
     little = Estimate(published, REQUEST, replace(MACHINE, memory=4 * GIB))
     assert little.lacking == "device memory"
-    others = little.alternatives(lambda half: measure("gpt2", 512, half_precision=half))
+    others = little.alternatives({False: published, True: measure("gpt2", 512, half_precision=True)})
     assert others["with --offload-factors"].lacking is None
     assert "with --shard-model" not in others  # one rank has nothing to share
     starved = replace(others["with --offload-factors"], hardware=replace(little.hardware, host_memory=GIB))
@@ -224,3 +248,51 @@ def test_impossible_machines_and_models_are_refused(small: Path) -> None:
         measure("gpt-5", 10)
     with pytest.raises(LayerError, match="Close names"):
         measure(str(small / "config.json"), 10, patterns=["transformer.h.*.mlp.c_fd"])
+
+
+# The command and its pages
+
+
+def test_the_page_on_large_models_says_what_the_commands_say() -> None:
+    assert scale.DOCUMENT.read_text() == scale.page(), "python benchmarks/scale.py writes it anew"
+
+
+def test_the_command_prints_and_writes_the_estimate(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = f"--model {small} --train 1000 --queries 7 --length 12 --ranks 2 --device-memory 1 --flops 10"
+    monkeypatch.setattr(sys, "argv", ["wherefrom", "plan", *options.split(), "--page", str(tmp_path / "page.html")])
+    monkeypatch.setenv("COLUMNS", "120")
+    main()
+    printed, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+    run = scale.Run(options)
+    assert all(stage.name in printed for stage in run.estimate.stages)
+    rows = [
+        [html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>([^<]*)", row)] for row in re.findall(r"<tr>.*", page)
+    ]
+    for section in sections(run.estimate, run.arguments.alternatives()):
+        for row in section.rows:
+            assert list(row) in rows
+            assert all(cell in printed for cell in row)
+    assert "Fits: " in printed
+    assert "<script" not in page
+
+
+def test_without_a_speed_it_is_measured_here(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = scale.Run(f"--model {small} --train 10 --queries 2 --length 12 --device-memory 1").estimate
+    if not torch.cuda.is_available():
+        assert found.hardware.device == CPU
+    assert 1e8 < found.hardware.matmul < 1e16
+
+
+def test_wrong_use_of_the_command_is_one_line(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    options = f"--model {small} --train 0 --queries 7 --length 12 --device-memory 1 --flops 10 --page {page}"
+    monkeypatch.setattr(sys, "argv", ["wherefrom", "plan", *options.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.strip() == "error: train=0: expected at least 1."
+    assert not page.exists()

@@ -81,7 +81,8 @@ def measure(
         name: one of `PRESETS`, a model directory or its `config.json`.
         length: tokens of a sequence.
         half_precision: on a GPU, a model that was loaded in bfloat16, with fused attention; otherwise float32, with
-            attention as products of matrices, as `precision` runs it.
+            attention as products of matrices, as `precision` runs it. Autocast itself does not exist without a device:
+            what it keeps in float32 of norms takes a little more than is counted here.
         patterns: of the layers to track; None tracks all but the output head.
         device: that the plan is for; a GPU by default.
 

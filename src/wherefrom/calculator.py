@@ -1,8 +1,8 @@
 """What a run that does not exist yet would take: operations, time, memory, traffic and disk, stage by stage.
 
 Arithmetic on a `Blueprint` and the plan that a real run would make with it (`plan_scores`). The layout that is counted
-is data parallel: every rank sweeps its share of the training set, sums are added up over the ranks after each sweep,
-every rank holds all factors and all resident query gradients, and rank 0 stores the scores. This module runs nothing
+is that of `ranks`: every rank sweeps its share of a dataset, what is collected is added up over the ranks, and every
+rank holds all factors and all resident query gradients. This module runs nothing
 and prints nothing.
 """
 
@@ -22,6 +22,7 @@ from wherefrom.errors import InputError
 from wherefrom.memory import FREE_SHARE
 from wherefrom.plan import SHARD_BYTES, Cost, Job, Machine, Plan, Wanted, factor_bytes, plan_scores
 from wherefrom.precision import widened_dtype
+from wherefrom.ranks import Ranks
 
 # The lowest of the parts that `benchmarks/efficiency.py` has measured, 0.56 to 0.66, rounded down.
 MEASURED_EFFICIENCY = 0.55
@@ -111,7 +112,7 @@ class Stage:
         passes: sequences that go forward and backward, over all ranks.
         flop: operations over all ranks.
         memory: bytes on each rank's device, by what they are for.
-        sent: bytes that each rank sends or receives.
+        sent: bytes that each rank sends.
         copied: bytes between each device and its host.
         seconds: arithmetic at the expected efficiency, then everything that is sent and copied.
         least_seconds: all at full speed and at the same time; a lower bound.
@@ -147,13 +148,13 @@ class Estimate:
 
     @cached_property
     def plan(self) -> Plan:
-        """What the scores of one rank's share would be planned as."""
-        return self._plan(self._share(self.request.train))
+        """What the scores would be planned as."""
+        return self._plan(self.request.train)
 
     @cached_property
     def stages(self) -> list[Stage]:
         """The stages of a fit and a score, in their order."""
-        costs = {cost.stage: cost for cost in self._plan(self._share(self.request.fit_train)).costs()[:-2]}
+        costs = {cost.stage: cost for cost in self._plan(self.request.fit_train).costs()[:-2]}
         costs |= {cost.stage: cost for cost in self.plan.costs()[-2:]}
         makers: dict[str, Callable[[Cost], Stage]] = {
             "covariance": self._covariance,
@@ -220,11 +221,11 @@ class Estimate:
         }
         return {name: size for name, size in found.items() if size}
 
-    def alternatives(self, measured: Callable[[bool], Blueprint]) -> dict[str, Estimate]:
+    def alternatives(self, measured: Mapping[bool, Blueprint]) -> dict[str, Estimate]:
         """The same run with one option more or less, and with all that save something.
 
         Args:
-            measured: the blueprint in half precision, or not.
+            measured: the blueprints in half precision, and not.
         """
         asked = self.request
         savings: dict[str, dict[str, Any]] = {
@@ -243,15 +244,20 @@ class Estimate:
         }
         requests |= {option: replace(asked, **change) for option, change in flags.items()}
         return {
-            name: replace(self, request=other, blueprint=measured(other.half_precision))
+            name: replace(self, request=other, blueprint=measured[other.half_precision])
             for name, other in requests.items()
             if other != asked
         }
 
-    # One rank's share, and the plan for it
+    # A rank's share, and the plan
 
     def _share(self, examples: int) -> int:
+        """The largest share of a rank."""
         return -(-examples // self.hardware.ranks)
+
+    def _batches(self, examples: int, size: int) -> int:
+        """How many a rank passes over."""
+        return -(-self._share(examples) // size)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -278,66 +284,49 @@ class Estimate:
     # The stages
 
     def _covariance(self, cost: Cost) -> Stage:
-        batches = -(-cost.passes // self.plan.train_batch)
-        sent = self._reduced(self._square_bytes()) + self._gathered(batches)
-        copied = batches * self._square_bytes() * self.request.offload_factors
-        return self._swept(cost, self.request.fit_train, self.plan.train_batch, sent, copied)
-
-    def _eigendecomposition(self) -> Stage:
-        """Of both covariances of every layer, the layers spread over the ranks, the costliest first."""
-        sizes = [layer.shape for layer in self.blueprint.layers.values()]
-        each = sorted((_EIGH_FLOP * (outputs**3 + inputs**3) for outputs, inputs in sizes), reverse=True)
-        loads = [0.0] * self.hardware.ranks
-        for flop in each:
-            loads[loads.index(min(loads))] += flop
-        largest = max(max(shape) for shape in sizes)
-        memory = {"weights": self.weight_bytes, "factors": 2.0 * self._on_device(self.basis_bytes)}
-        memory["working room"] = 8.0 * _EIGH_COPIES * largest**2
-        others = (self.hardware.ranks - 1) / self.hardware.ranks
-        copied = 2 * self.basis_bytes / self.hardware.ranks * self.request.offload_factors
-        seconds = max(loads) / self.hardware.eigen
-        return self._timed("eigendecomposition", 0, sum(each), memory, others * self.basis_bytes, copied, seconds)
+        moved = self._square_bytes()
+        return self._fitted(cost, moved, moved)
 
     def _eigenvalues(self, cost: Cost) -> Stage:
-        batches = -(-cost.passes // self.plan.train_batch)
-        sent = self._reduced(self.eigenvalue_bytes) + self._gathered(batches)
-        copied = batches * (self.basis_bytes + self.eigenvalue_bytes) * self.request.offload_factors
-        return self._swept(cost, self.request.fit_train, self.plan.train_batch, sent, copied)
+        return self._fitted(cost, self.eigenvalue_bytes, self.basis_bytes + self.eigenvalue_bytes)
+
+    def _fitted(self, cost: Cost, sums: int, moved: int) -> Stage:
+        """A sweep of the fit, whose sums all ranks add up; with factors on the host, each batch moves some."""
+        batches = self._batches(self.request.fit_train, self.plan.train_batch)
+        copied = batches * moved * self.request.offload_factors
+        return self._swept(cost, self.plan.train_batch, self._reduced(sums) + self._gathered(batches), copied)
+
+    def _eigendecomposition(self) -> Stage:
+        """Of both covariances of every layer, the layers spread over the ranks."""
+        layers, ranks = self.blueprint.layers, self.hardware.ranks
+        costs = {name: _EIGH_FLOP * sum(size**3 for size in layer.shape) for name, layer in layers.items()}
+        most = max(sum(costs[name] for name in Ranks(index, ranks).share_of(costs)) for index in range(ranks))
+        memory = {"weights": self.weight_bytes, "factors": 2.0 * self._on_device(self.basis_bytes)}
+        memory["working room"] = 8.0 * _EIGH_COPIES * max(max(layer.shape) for layer in layers.values()) ** 2
+        sent = self.basis_bytes * (ranks - 1) / ranks
+        copied = 2 * self.basis_bytes / ranks * self.request.offload_factors
+        seconds = most / self.hardware.eigen
+        return self._timed("eigendecomposition", 0, sum(costs.values()), memory, sent, copied, seconds)
 
     def _query_gradients(self, cost: Cost) -> Stage:
         """Every rank's share of the queries, whose gradients all ranks then get."""
         plan = self.plan
-        batches = -(-self._share(self.request.queries) // plan.query_batch)
+        batches = self._batches(self.request.queries, plan.query_batch)
         bank = self.request.queries * plan.form.bytes_per_query(plan.job.layers)
         copied = batches * (self.basis_bytes + self.eigenvalue_bytes) * self.request.offload_factors
         copied += bank * plan.form.streamed
-        share = replace(cost, flop=cost.flop * self._share(cost.passes) / cost.passes)
-        sent = self._reduced(bank) + self._gathered(batches)
-        return self._swept(share, self.request.queries, plan.query_batch, sent, copied, bank=True)
+        return self._swept(cost, plan.query_batch, self._reduced(bank) + self._gathered(batches), copied, bank=True)
 
     def _pairwise_scores(self, cost: Cost) -> Stage:
-        plan, ranks = self.plan, self.hardware.ranks
-        batches = plan.sweeps * -(-plan.job.train // plan.train_batch)
-        scores = 4 * self.request.queries * self.request.train * (ranks - 1) / ranks
-        if self.request.top is not None:
-            scores = min(scores, _TOP_BYTES * self._top_pairs() * (ranks - 1))
+        plan = self.plan
+        batches = plan.sweeps * self._batches(self.request.train, plan.train_batch)
         copied = batches * self._rotating_bytes() * self.request.offload_factors
         copied += batches * plan.bank_bytes * plan.form.streamed
-        sent = scores + self._gathered(batches)
-        passes = plan.sweeps * self.request.train
-        return self._swept(cost, passes, plan.train_batch, sent, copied, bank=True, room=SHARD_BYTES)
+        sent = self._reduced(4 * self.request.queries * self.request.train) + self._gathered(batches)
+        return self._swept(cost, plan.train_batch, sent, copied, bank=True, room=SHARD_BYTES)
 
-    def _swept(
-        self,
-        cost: Cost,
-        passes: int,
-        batch: int,
-        sent: float,
-        copied: float,
-        bank: bool = False,
-        room: float = 0,
-    ) -> Stage:
-        """A sweep, of whose operations `cost` is one rank's share."""
+    def _swept(self, cost: Cost, batch: int, sent: float, copied: float, bank: bool = False, room: float = 0) -> Stage:
+        """A sweep; the slowest rank has the largest share of its operations."""
         plan = self.plan
         memory = {
             "weights": self.weight_bytes,
@@ -346,9 +335,8 @@ class Estimate:
             "query gradients": 1.0 * plan.bank_bytes * (bank and not plan.form.streamed),
             "working room": room,
         }
-        seconds = cost.flop / self.hardware.matmul
-        flop = self.hardware.ranks * cost.flop
-        return self._timed(cost.stage, passes, flop, memory, sent, copied, seconds, self.hardware.efficiency)
+        seconds = cost.flop * self._share(cost.passes) / cost.passes / self.hardware.matmul
+        return self._timed(cost.stage, cost.passes, cost.flop, memory, sent, copied, seconds, self.hardware.efficiency)
 
     def _timed(
         self,

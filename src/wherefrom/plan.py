@@ -153,7 +153,9 @@ class Plan:
             Cost(
                 "pairwise scores",
                 passes,
-                passes * (job.example.flop + each.forming) + brought + job.queries * job.train * self._dot_flop(),
+                passes * (job.example.flop + self._forming_flop())
+                + brought
+                + job.queries * job.train * self._dot_flop(),
                 self.bank_bytes + factors + batch + SHARD_BYTES,
             ),
         ]
@@ -165,15 +167,21 @@ class Plan:
             found.insert(0, Cost("covariance", job.train, flop, batch + factors))
         return found
 
+    def _forming_flop(self) -> float:
+        """Operations for one training example's gradients, but for layers whose tokens are multiplied themselves."""
+        flops = {name: self._thin_flop(layer) for name, layer in self.job.layers.items()}
+        shapes = [layer.padded_shape for name, layer in self.job.layers.items() if flops[name][0] >= flops[name][1]]
+        return sum(2.0 * self.job.example.tokens * math.prod(shape) for shape in shapes)
+
     def _dot_flop(self) -> float:
         """Operations for the product of one query's gradient with one training example's."""
-        rank, total = self.form.rank, 0.0
-        for layer in self.job.layers.values():
-            if rank is not None and self.form.thin(layer):
-                total += min(thin_product_flop(layer.padded_shape, rank, self.job.example.tokens, self.train_batch))
-            else:
-                total += 2.0 * math.prod(layer.padded_shape)
-        return total
+        return sum(min(self._thin_flop(layer)) for layer in self.job.layers.values())
+
+    def _thin_flop(self, layer: TrackedLayer) -> tuple[float, float]:
+        """For a product of a layer's gradients: by tokens, which only thin matrices can be, and by whole gradients."""
+        if self.form.rank is None or not self.form.thin(layer):
+            return math.inf, 2.0 * math.prod(layer.padded_shape)
+        return thin_product_flop(layer.padded_shape, self.form.rank, self.job.example.tokens, self.train_batch)
 
     def _rotations(self) -> tuple[float, float]:
         """Operations for bringing query gradients back from the eigenbasis, and training gradients into it."""

@@ -5,11 +5,13 @@ It turns arguments into a blueprint and an estimate; the arithmetic is `calculat
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from rich.console import Console
 
 from wherefrom.blueprint import Blueprint, measure
@@ -20,34 +22,11 @@ from wherefrom.report.scale import scale_page, scale_text
 from wherefrom.store import write_text
 
 
-def plan(
-    *,
-    model: str,
-    train: int,
-    queries: int,
-    length: int = 512,
-    ranks: int = 1,
-    device_memory: float | None = None,
-    flops: float | Literal["measured"] = "measured",
-    strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac",
-    layers: tuple[str, ...] = (),
-    fit_train: int | None = None,
-    half_precision: bool = False,
-    query_rank: int | None = None,
-    shard_model: bool = False,
-    offload_factors: bool = False,
-    top: int | None = None,
-    batch_size: int | None = None,
-    efficiency: float = MEASURED_EFFICIENCY,
-    eigen_flops: float = 1.0,
-    bandwidth: float = 100.0,
-    host_bandwidth: float = 25.0,
-    host_memory: float = 256.0,
-    page: Path | None = None,
-) -> None:
-    """Estimate time, memory and disk of a run that does not exist yet; needs neither weights nor data nor a GPU.
+@dataclass(frozen=True)
+class PlanArguments:
+    """A run and the machine for it.
 
-    Args:
+    Attributes:
         model: 'gpt2', 'smollm2-135m', 'llama-3-8b', 'llama-3-70b', a model directory or its config.json.
         train: Training sequences.
         queries: Query sequences.
@@ -65,54 +44,91 @@ def plan(
         offload_factors: Keep factors on the host, and move a layer's when it is its turn.
         top: Keep only so many of each query's scores instead of the matrix.
         batch_size: Sequences a batch on each GPU; found by default.
-        efficiency: The part of a large product's speed that a stage reaches; by default the lowest part that was
-            measured, on a CPU.
+        efficiency: The part of a large product's speed that a stage reaches; by default the lowest that was measured,
+            on a CPU.
         eigen_flops: TFLOP/s of eigendecompositions in float64.
         bandwidth: GB/s between ranks.
         host_bandwidth: GB/s between a device and its host.
         host_memory: GiB of the host for each rank.
         page: Also write an HTML page.
     """
-    here = torch.device("cuda" if flops != "measured" or torch.cuda.is_available() else "cpu")
-    speed = matmul_speed(here, _dtype(half_precision)) if flops == "measured" else flops * 1e12
-    if device_memory is None:
-        device_memory = free_memory(here if torch.cuda.is_available() else torch.device("cpu")) / 2**30
-    hardware = Hardware(
-        ranks=ranks,
-        memory=device_memory * 2**30,
-        host_memory=host_memory * 2**30,
-        matmul=speed,
-        eigen=eigen_flops * 1e12,
-        efficiency=efficiency,
-        link=bandwidth * 1e9,
-        copy=host_bandwidth * 1e9,
-        device=here,
-    )
-    request = Request(
-        strategy=strategy,
-        train=train,
-        fit_train=train if fit_train is None else fit_train,
-        queries=queries,
-        query_rank=query_rank,
-        half_precision=half_precision,
-        shard_model=shard_model,
-        offload_factors=offload_factors,
-        top=top,
-        batch_size=batch_size,
-    )
 
-    @cache
-    def measured(half: bool) -> Blueprint:
-        return measure(model, length, half_precision=half, patterns=layers or None, device=here)
+    model: str
+    train: int
+    queries: int
+    length: int = 512
+    ranks: int = 1
+    device_memory: float | None = None
+    flops: float | Literal["measured"] = "measured"
+    strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac"
+    layers: tuple[str, ...] = ()
+    fit_train: int | None = None
+    half_precision: bool = False
+    query_rank: int | None = None
+    shard_model: bool = False
+    offload_factors: bool = False
+    top: int | None = None
+    batch_size: int | None = None
+    efficiency: float = MEASURED_EFFICIENCY
+    eigen_flops: float = 1.0
+    bandwidth: float = 100.0
+    host_bandwidth: float = 25.0
+    host_memory: float = 256.0
+    page: Path | None = None
 
-    estimate = Estimate(measured(half_precision), request, hardware)
-    alternatives = estimate.alternatives(measured)
+    @cached_property
+    def estimate(self) -> Estimate:
+        """The run on paper."""
+        request = Request(
+            strategy=self.strategy,
+            train=self.train,
+            fit_train=self.train if self.fit_train is None else self.fit_train,
+            queries=self.queries,
+            query_rank=self.query_rank,
+            half_precision=self.half_precision,
+            shard_model=self.shard_model,
+            offload_factors=self.offload_factors,
+            top=self.top,
+            batch_size=self.batch_size,
+        )
+        hardware = self._hardware()
+        return Estimate(self._measured(self.half_precision, hardware.device), request, hardware)
+
+    def alternatives(self) -> dict[str, Estimate]:
+        """The same run with other options."""
+        estimate, half = self.estimate, self.half_precision
+        other = self._measured(not half, estimate.hardware.device)
+        return estimate.alternatives({half: estimate.blueprint, not half: other})
+
+    def _measured(self, half: bool, device: torch.device) -> Blueprint:
+        return measure(self.model, self.length, half_precision=half, patterns=self.layers or None, device=device)
+
+    def _hardware(self) -> Hardware:
+        """The machine that is asked for; this one, where a figure is to be measured."""
+        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        memory = free_memory(here) if self.device_memory is None else self.device_memory * 2**30
+        if self.flops == "measured":
+            device, matmul = here, matmul_speed(here, torch.bfloat16 if self.half_precision else torch.float32)
+        else:
+            device, matmul = torch.device("cuda"), self.flops * 1e12
+        return Hardware(
+            ranks=self.ranks,
+            memory=memory,
+            host_memory=self.host_memory * 2**30,
+            matmul=matmul,
+            eigen=self.eigen_flops * 1e12,
+            efficiency=self.efficiency,
+            link=self.bandwidth * 1e9,
+            copy=self.host_bandwidth * 1e9,
+            device=device,
+        )
+
+
+def plan(arguments: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
+    """Estimate time, memory and disk of a run that does not exist yet; needs neither weights nor data nor a GPU."""
+    estimate, alternatives = arguments.estimate, arguments.alternatives()
     console = Console()
     console.print(scale_text(estimate, alternatives))
-    if page is not None:
-        write_text(page, scale_page(estimate, alternatives))
-        console.print(f"The page is {page}", soft_wrap=True)
-
-
-def _dtype(half_precision: bool) -> torch.dtype:
-    return torch.bfloat16 if half_precision else torch.float32
+    if arguments.page is not None:
+        write_text(arguments.page, scale_page(estimate, alternatives))
+        console.print(f"The page is {arguments.page}", soft_wrap=True)

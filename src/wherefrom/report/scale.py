@@ -40,7 +40,7 @@ def scale_text(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> Rend
         for row in section.rows:
             table.add_row(*row)
         table.caption = section.note
-        parts.append(table)
+        parts += [table, Text()]
     parts.append(Text("\n".join(["Assumed:", *(f"- {each}" for each in assumptions(estimate))])))
     return Group(*parts)
 
@@ -98,8 +98,8 @@ def sections(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> list[S
 def _time(estimate: Estimate) -> Section:
     rows = [
         [
-            stage.name, f"{stage.passes:,}", f"{stage.flop / 1e15:,.2f}", _gib(stage.sent), _gib(stage.copied),
-            duration(stage.seconds), duration(stage.least_seconds),
+            stage.name, f"{stage.passes:,}" if stage.passes else "-", f"{stage.flop / 1e15:,.2f}",
+            _gib(stage.sent), _gib(stage.copied), duration(stage.seconds), duration(stage.least_seconds),
         ]
         for stage in estimate.stages
     ]  # fmt: skip
@@ -143,23 +143,27 @@ def _alternatives(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> S
 def assumptions(estimate: Estimate) -> list[str]:
     """What the numbers rest on."""
     hardware, asked = estimate.hardware, estimate.request
-    attention = "fused attention" if asked.half_precision else "attention as products of matrices"
+    kind, attention = "float32", "attention as products of matrices"
+    if asked.half_precision:
+        kind, attention = (
+            "bfloat16",
+            "activations too (a norm that runs in float32 keeps a little more), fused attention",
+        )
     found = [
         f"A large product reaches {hardware.matmul / 1e12:,.3g} TFLOP/s on each rank, and a stage "
         f"{hardware.efficiency:.0%} of that; eigendecompositions {hardware.eigen / 1e12:,.3g} TFLOP/s, at 9 n^3 "
         "operations each, spread over the ranks by layer.",
         f"Ranks exchange {hardware.link / 1e9:,.4g} GB/s, a device and its host {hardware.copy / 1e9:,.4g} GB/s. Time "
         "adds up arithmetic, exchange and copies; 'at least' takes the longest of the three, at full speed.",
-        f"Weights in {'bfloat16' if asked.half_precision else 'float32'}, {attention}, factors in float32; every "
-        "sequence has the full length, queries too.",
+        f"Weights in {kind}, {attention}, factors in float32; every sequence has the full length, queries too.",
         "Operations and bytes of an example are counted by running the library on tensors without numbers; what else "
         "is counted is what the library plans with, and its factors are there twice while they are in use.",
         f"{1 - REACHABLE:.0%} of a memory is the runtime's; {FREE_SHARE:.0%} of what weights leave is planned with.",
     ]
     if hardware.ranks > 1:
         found.append(
-            "Every rank sweeps its share and holds all factors and resident query gradients; sums are added up over "
-            "the ranks after a sweep; rank 0 keeps the scores."
+            "Every rank sweeps its share and holds all factors and resident query gradients; what is collected, scores "
+            "too, is added up over the ranks."
         )
     if asked.shard_model:
         found.append("Weights are gathered block by block for every batch, forward and backward, with one block ahead.")

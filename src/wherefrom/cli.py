@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from wherefrom.errors import InputError, WherefromError
+from wherefrom.language import CausalLM
 from wherefrom.progress import show_log
 from wherefrom.report.evaluations import load_figures
 from wherefrom.report.html import render_report
@@ -28,7 +29,6 @@ from wherefrom.report.text import top_tables
 from wherefrom.scores import Scores
 from wherefrom.store import write_text
 from wherefrom.study import Study, score_name
-from wherefrom.task import CausalLM
 from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, read_texts
 from wherefrom.tokens import INDEX, TokenScores
 

@@ -1,4 +1,4 @@
-"""Recordings of real Trainer runs: against the optimizer's own state, the scheduler's formula, and what is on the disk."""
+"""Recordings of real Trainer runs: against the optimizer's state, the scheduler's formula, what is on the disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        self.moments[state.global_step] = [optimizer.state[each]["exp_avg_sq"].clone() for each in parameters]
+        self.moments[state.global_step] = [
+            optimizer.state[each]["exp_avg_sq"].clone() for each in parameters if "exp_avg_sq" in optimizer.state[each]
+        ]
 
 
 def train(folder: Path, resume: bool = False, model: nn.Module | None = None, **options: Any) -> tuple[Trainer, Watch]:

@@ -1,14 +1,13 @@
-"""What a `transformers.Trainer` run leaves for attribution: its checkpoints, learning rates and Adam's second moments.
+"""What a `transformers.Trainer` run leaves for attribution: checkpoints, learning rates, Adam's second moments.
 
-`TrainingRecorder` writes them as the Trainer saves checkpoints; `read_recording` reads them back, with neither the model
-nor the optimizer. This module knows the Trainer's callbacks; it does not know what the records are used for.
+`TrainingRecorder` writes them as the Trainer saves checkpoints; `read_recording` reads them back, with neither the
+model nor the optimizer. This module knows the Trainer's callbacks; it does not know what the records are used for.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -85,8 +84,8 @@ class RecordedCheckpoint:
 class TrainingRecorder(TrainerCallback):
     """Records, whenever the Trainer saves a checkpoint, what attribution over training needs.
 
-    Pass it as `Trainer(..., callbacks=[TrainingRecorder()])`. `output_dir/wherefrom.json` lists the checkpoints that are
-    there, and each of them gets Adam's second moments. A training that is resumed goes on with its recording, without
+    Pass it as `Trainer(..., callbacks=[TrainingRecorder()])`. `output_dir/wherefrom.json` lists the checkpoints that
+    are there, and each of them gets Adam's second moments. A training that is resumed goes on with its recording, without
     checkpoints later than where it resumes. Sharded moments are gathered; those that an optimizer keeps in another form
     (DeepSpeed, FSDP with flat parameters, 8-bit) are left out, and the log says so.
     """
@@ -123,7 +122,7 @@ class TrainingRecorder(TrainerCallback):
             "name": name,
             "step": state.global_step,
             "epoch": state.epoch,
-            "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
+            "optimizer": _unwrapped(optimizer),
             "groups": [
                 asdict(_group(group, rate)) for group, rate in zip(optimizer.param_groups, self._rates, strict=True)
             ],
@@ -192,6 +191,11 @@ def _write(folder: Path, entries: list[dict[str, Any]]) -> None:
     write_text(folder / RECORDING, json.dumps({"format": _FORMAT, "checkpoints": kept}, indent=1) + "\n")
 
 
+def _unwrapped(optimizer: Any) -> str:
+    """The name of the optimizer's class, without accelerate's wrapper."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
 def _group(settings: Mapping[str, Any], learning_rate: float) -> ParameterGroup:
     betas = settings.get("betas")
     return ParameterGroup(
@@ -219,7 +223,7 @@ def _second_moments(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Ten
     if lacking:
         logger.warning(
             f"Adam's second moments of {len(lacking)} of {len(trained)} parameters are not recorded, {lacking[0]} for "
-            f"one: {type(optimizer).__name__} has no tensor exp_avg_sq of the parameter's shape for them."
+            f"one: {_unwrapped(optimizer)} has no tensor exp_avg_sq of the parameter's shape for them."
         )
 
 
@@ -231,5 +235,5 @@ def _save_moments(file: Path, moments: dict[str, Tensor]) -> None:
         part.replace(file)
     except OSError as error:
         part.unlink(missing_ok=True)
-        size = math.fsum(each.nbytes for each in moments.values()) / 2**20
+        size = sum(each.nbytes for each in moments.values()) / 2**20
         raise StorageError(f"Cannot write {file} ({size:,.1f} MiB): {error}. Free some space.") from error

@@ -27,11 +27,17 @@ def numbers(count: int, *shape: int, seed: int, high: int = VOCABULARY) -> list[
     return [torch.randint(1, high, shape, generator=generator).tolist() for _ in range(count)]
 
 
+def configured(kind: Any, **settings: Any) -> Any:
+    """A configuration with settings that its class takes and does not declare."""
+    return kind(**settings)
+
+
 def bert(classifier: bool = False) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
     torch.manual_seed(2)
-    config = BertConfig(
+    config = configured(
+        BertConfig,
         vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
         max_position_embeddings=16, initializer_range=0.4, num_labels=3,
     )  # fmt: skip
@@ -87,7 +93,8 @@ def t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(2)
-    config = T5Config(
+    config = configured(
+        T5Config,
         vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=10, num_layers=1, num_heads=2, dropout_rate=0,
         initializer_factor=1.0, decoder_start_token_id=0, pad_token_id=0,
     )  # fmt: skip
@@ -258,7 +265,8 @@ def _cut(columns: dict[str, object]) -> dict[str, object]:
 def test_classifying_decoders_find_their_last_token() -> None:
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    config = GPT2Config(
+    config = configured(
+        GPT2Config,
         vocab_size=13, n_positions=12, n_embd=8, n_layer=1, n_head=2, num_labels=3, pad_token_id=11,
         initializer_range=0.4, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip

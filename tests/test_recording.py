@@ -41,9 +41,9 @@ def train(folder: Path, resume: bool = False, model: nn.Module | None = None, **
         "disable_tqdm": True, "logging_steps": 100, **options,
     }  # fmt: skip
     trainer = Trainer(
-        model=model or gpt2(torch.float32, layers=1),  # type: ignore[arg-type]
+        model=model or gpt2(torch.float32, layers=1),
         args=TrainingArguments(output_dir=str(folder), **settings),
-        train_dataset=[{**row, "labels": row["input_ids"]} for row in token_rows(12)],  # type: ignore[dict-item, index, arg-type]
+        train_dataset=[{**row, "labels": row["input_ids"]} for row in token_rows(12)],  # type: ignore[dict-item, index]
         data_collator=_collate,
         callbacks=[TrainingRecorder(), watch],
     )
@@ -77,6 +77,7 @@ def test_recording_is_what_the_trainer_did(tmp_path: Path) -> None:
         assert {group.eps for group in each.groups} == {1e-8}
         assert [group.weight_decay for group in each.groups] == [0.1, 0.0]
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}  # type: ignore[union-attr]
+    assert trainer.optimizer is not None
     order = [names[id(each)] for group in trainer.optimizer.param_groups for each in group["params"]]
     for each in found:
         assert each.second_moments is not None

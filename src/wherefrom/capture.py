@@ -234,7 +234,7 @@ class Capture(AbstractContextManager["Capture"]):
         if len(parts) == 1:
             self._receive(name, parts[0])
         elif parts:
-            activations, gradients, tokens, _ = zip(*parts, strict=True)
+            activations, gradients, tokens, *_ = zip(*parts, strict=True)
             calls = len(parts) if len({each.shape[1] for each in activations}) == 1 else 0
             joined = Captured(torch.cat(activations, 1), torch.cat(gradients, 1), sum(tokens), calls)
             self._receive(name, joined)

@@ -85,9 +85,9 @@ class TrainingRecorder(TrainerCallback):
     """Records, whenever the Trainer saves a checkpoint, what attribution over training needs.
 
     Pass it as `Trainer(..., callbacks=[TrainingRecorder()])`. `output_dir/wherefrom.json` lists the checkpoints that
-    are there, and each of them gets Adam's second moments. A training that is resumed goes on with its recording, without
-    checkpoints later than where it resumes. Sharded moments are gathered; those that an optimizer keeps in another form
-    (DeepSpeed, FSDP with flat parameters, 8-bit) are left out, and the log says so.
+    are there, and each of them gets Adam's second moments. A training that is resumed goes on with its recording,
+    without checkpoints later than where it resumes. Sharded moments are gathered; those that an optimizer keeps in
+    another form (DeepSpeed, FSDP with flat parameters, 8-bit) are left out, and the log says so.
     """
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,8 @@ def test_an_interrupted_sum_goes_on_and_gives_the_model_back(tmp_path: Path) -> 
             weight = model.get_parameter("first.weight")
             return loss * torch.nan if Fragile._fails and torch.equal(weight, second) else loss
 
-    case = mlp_case()
-    case.task = Fragile()
+    plain = mlp_case()
+    case = replace(plain, task=Fragile())
     paths, models = saved(case, tmp_path / "checkpoints")
     second = models[1].get_parameter("first.weight")
     before = copy.deepcopy(case.model.state_dict())
@@ -110,7 +111,7 @@ def test_an_interrupted_sum_goes_on_and_gives_the_model_back(tmp_path: Path) -> 
     assert Fragile._calls == 0  # it was finished before the second failed
     scores = wf.score_checkpoints(study, paths, case.queries, weights=WEIGHTS)
     assert Fragile._calls > 0
-    assert relative_error(scores.values, expected_sum(case, models, "identity", None)) < 1e-9
+    assert relative_error(scores.values, expected_sum(plain, models, "identity", None)) < 1e-9
     Fragile._calls = 0
     again = wf.score_checkpoints(study, paths, case.queries, weights=WEIGHTS)
     assert Fragile._calls == 0

@@ -157,7 +157,8 @@ def _kind(config: PreTrainedConfig) -> _Kind:
             return kind
     raise InputError(
         f"The model's architecture is {architecture}: expected a causal or masked language model, an "
-        "encoder-decoder or a sequence classifier. For others, load the model and give wherefrom.Study a Task of your own."
+        "encoder-decoder or a sequence classifier. For others, load the model and give wherefrom.Study a Task of "
+        "your own."
     )
 
 

@@ -94,10 +94,11 @@ def score_checkpoints(
     file = stages.folder / f"{name}.blocks" / "values"
 
     def compute(_: Partial) -> dict[str, Tensor]:
-        return {"values": _weighted_sum([part.values for part in parts.values()], weights, file)}
+        values = [part.values for part in parts.values()]
+        return {"values": _weighted_sum(values, weights, file)} if stages.ranks.writes else {}
 
     stages.keep(name, compute)
-    remove(file.parent)
+    stages.ranks.first(lambda: remove(file.parent))
     return Scores.load(stages.folder / name)
 
 

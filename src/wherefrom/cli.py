@@ -1,4 +1,4 @@
-"""The command: `wherefrom fit`, `score`, `top` and `report` on a Hugging Face model and text.
+"""The command: `wherefrom fit`, `score`, `top` and `report` on a Hugging Face model and text, and `wherefrom plan`.
 
 What `fit` and `score` were given is written into the run directory, so that the later commands need only the run. All
 work is the library's; this module turns arguments into its calls, and its errors into one line and an exit status.
@@ -21,7 +21,9 @@ from rich.markup import escape
 
 from wherefrom.errors import InputError, WherefromError
 from wherefrom.language import CausalLM
+from wherefrom.plan_command import plan
 from wherefrom.progress import show_log
+from wherefrom.ranks import Ranks, join_ranks
 from wherefrom.report.evaluations import load_figures
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens
@@ -56,6 +58,7 @@ class _ScoreOptions(TypedDict):
 
 
 app = tyro.extras.SubcommandApp()
+app.command(plan)
 console = Console()
 
 
@@ -169,7 +172,7 @@ def fit(
         seed=seed,
         overwrite=overwrite,
     )
-    sources.save(run)
+    Ranks.current().first(lambda: sources.save(run))
     _say(f"{strategy} factors of {len(study.train):,} sequences are in {run / 'factors'}.", study, profile)
 
 
@@ -234,7 +237,8 @@ def score(
             query_batch_size=query_batch_size,
             train_batch_size=train_batch_size,
         )
-        console.print(plan.table())
+        if Ranks.current().writes:
+            console.print(plan.table())
         return
     factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
     name = score_name(name, factors, half_precision, query_rank)
@@ -249,7 +253,7 @@ def score(
         "overwrite": overwrite,
     }
     scores = study.score(sequences, factors, **options)
-    replace(sources, queries={**sources.queries, name: text}).save(run)
+    Ranks.current().first(lambda: replace(sources, queries={**sources.queries, name: text}).save(run))
     if tokens is not None:
         study.score_tokens(sequences, factors, top=tokens, **options)
     rows, columns = scores.values.shape
@@ -344,7 +348,9 @@ def _token_scores(run: Path, name: str, scores: Scores) -> TokenScores | None:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return join_ranks()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"device={name!r} under torchrun, where each process takes its own: leave it out.")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -352,6 +358,8 @@ def _device(name: str) -> torch.device:
 
 
 def _say(message: str, study: Study[dict[str, torch.Tensor]], profile: bool) -> None:
+    if not Ranks.current().writes:
+        return
     if profile:
         console.print(*study.profile.tables())
     console.print(message, soft_wrap=True)

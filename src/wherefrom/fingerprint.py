@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from wherefrom.errors import InputError
 
@@ -33,9 +34,10 @@ class Dataset(Protocol[Example_co]):
 
 
 def model_digest(model: nn.Module) -> str:
-    """The structure of a model and every byte of its parameters and buffers."""
+    """The structure of a model and every byte of its parameters and buffers, sharded over processes or not."""
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return _short(hashlib.sha256((repr(model) + tensors_digest(state)).encode()).hexdigest())
+    structure = repr(model).replace("FSDP", "")  # what fully_shard puts before the names of classes
+    return _short(hashlib.sha256((structure + tensors_digest(state)).encode()).hexdigest())
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -97,6 +99,8 @@ def _describe(value: object) -> object:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
 

@@ -30,12 +30,19 @@ class Loader(Generic[Batch]):
 
     Args:
         ahead: prepare the next batch in a thread; None does so for a GPU, whose work leaves the host idle.
+        end: the position after the last example that is wanted; None is the dataset's end.
     """
 
     def __init__(
-        self, task: Task[Batch], dataset: Dataset[object], device: torch.device, ahead: bool | None = None
+        self,
+        task: Task[Batch],
+        dataset: Dataset[object],
+        device: torch.device,
+        ahead: bool | None = None,
+        end: int | None = None,
     ) -> None:
         self._task, self._dataset, self._device = task, dataset, device
+        self._end = len(dataset) if end is None else end
         ahead = device.type == "cuda" if ahead is None else ahead
         self._thread = ThreadPoolExecutor(1) if ahead else None
         self._coming: tuple[range, Future[Loaded[Batch]]] | None = None
@@ -50,7 +57,7 @@ class Loader(Generic[Batch]):
     def load(self, rows: range) -> Loaded[Batch]:
         """The examples at `rows` as a batch on the device; as many after them are prepared meanwhile."""
         prepared = self._prepared(rows)
-        following = range(rows.stop, min(rows.stop + len(rows), len(self._dataset)))
+        following = range(rows.stop, min(rows.stop + len(rows), self._end))
         if self._thread is not None and following:
             self._coming = (following, self._thread.submit(self._prepare, following))
         # From pinned memory, the host does not wait for the copy.

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from wherefrom.errors import InputError, MemoryLimitError
 
 # Enough tokens a batch to fill the matrix units; more only costs memory.
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
 # The part of the free memory that is used without being asked, and of that what a batch may take.
-_FREE_SHARE, _BATCH_SHARE = 0.8, 0.3
+FREE_SHARE, _BATCH_SHARE = 0.8, 0.3
 
 
 # What PyTorch, CUDA's pinned memory, cuBLAS and cuSOLVER say in plain RuntimeErrors.
@@ -34,7 +35,7 @@ def free_memory(device: torch.device) -> int:
 def usable_memory(device: torch.device, budget: int | None) -> int:
     """Bytes to plan with: the budget, but no more than what is free; without one, most of what is free."""
     free = free_memory(device)
-    return int(_FREE_SHARE * free) if budget is None else min(budget, free)
+    return int(FREE_SHARE * free) if budget is None else min(budget, free)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -104,12 +105,13 @@ class SavedBytes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+        # By storage rather than by address: without numbers, on the "meta" device, all addresses are 0.
+        self._weights = {StorageWeakRef(each.untyped_storage()) for each in model.parameters()}
         self.total = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Count a tensor and keep it as it is."""
-        if tensor.untyped_storage().data_ptr() not in self._weights:
+        if StorageWeakRef(tensor.untyped_storage()) not in self._weights:
             self.total += tensor.numel() * tensor.element_size()
         return tensor
 

@@ -47,6 +47,7 @@ class Job:
     Attributes:
         query, example: what a query and a training example take.
         usable: bytes to plan with on `device`, where the model is.
+        factors_on_host: only one layer's factors are on the device at a time.
     """
 
     layers: Mapping[str, TrackedLayer]
@@ -58,6 +59,34 @@ class Job:
     wanted: Wanted
     usable: int
     device: torch.device
+    factors_on_host: bool = False
+
+    @property
+    def factor_bytes(self) -> int:
+        """What bases and eigenvalues take on the device."""
+        if not self.factors_on_host:
+            return factor_bytes(self.layers, self.strategy, self.wanted.dtype)
+        return max(factor_bytes({name: each}, self.strategy, self.wanted.dtype) for name, each in self.layers.items())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan has to know of a machine besides its device's memory.
+
+    Attributes:
+        matmul: floating-point operations a second of a large product.
+        copy: bytes a second from the host's memory to the device.
+        host: bytes that are free on the host.
+    """
+
+    matmul: float
+    copy: float
+    host: int
+
+    @classmethod
+    def measured(cls, device: torch.device, dtype: torch.dtype) -> Machine:
+        """This machine, with a GPU."""
+        return cls(matmul_speed(device, dtype), copy_speed(device), free_memory(torch.device("cpu")))
 
 
 @dataclass(frozen=True)
@@ -101,9 +130,13 @@ class Plan:
         """What a block of query gradients takes."""
         return self.block * self.form.bytes_per_query(self.job.layers)
 
-    def shards(self, queries: int, train: int) -> list[range]:
-        """Runs of training examples whose scores for some queries are in memory together."""
-        rows = max(SHARD_ROWS, SHARD_BYTES // (queries * widened_dtype(self.form.dtype).itemsize))
+    def shards(self, queries: int, train: int, least: int = 1) -> list[range]:
+        """Runs of training examples whose scores for some queries are in memory together.
+
+        Args:
+            least: how many examples make a run, if there are so many.
+        """
+        rows = max(SHARD_ROWS, least, SHARD_BYTES // (queries * widened_dtype(self.form.dtype).itemsize))
         return [range(start, min(start + rows, train)) for start in range(0, train, rows)]
 
     def costs(self) -> list[Cost]:
@@ -111,7 +144,7 @@ class Plan:
         job = self.job
         each, query = _PerExample.of(job, job.example.tokens), _PerExample.of(job, job.query.tokens)
         batch = self.train_batch * job.example.bytes
-        factors = 2 * factor_bytes(job.layers, job.strategy, job.wanted.dtype)
+        factors = 2 * job.factor_bytes
         query_memory = self.bank_bytes + factors + self.query_batch * job.query.bytes
         back, brought = self._rotations()
         passes = self.sweeps * job.train
@@ -208,21 +241,25 @@ def factor_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: 
     return numbers * widened_dtype(dtype).itemsize
 
 
-def plan_scores(job: Job) -> Plan:
-    """Choose batch sizes, and with what memory is left the form, the place and the number of resident gradients."""
+def plan_scores(job: Job, machine: Machine | None = None) -> Plan:
+    """Choose batch sizes, and with what memory is left the form, the place and the number of resident gradients.
+
+    Args:
+        machine: None measures this one, where that decides.
+    """
     train_batch = job.wanted.train_batch or job.example.batch_size(job.train, job.usable, job.device)
     query_batch = job.wanted.query_batch or job.query.batch_size(job.queries, job.usable, job.device)
     batch = max(train_batch * job.example.bytes, query_batch * job.query.bytes)
-    copies = factor_bytes(job.layers, job.strategy, job.wanted.dtype)
     # Whole gradients that are on the device as they are need no room for pieces.
     pieces = PIECE_BYTES * (job.wanted.rank is not None or job.wanted.dtype == torch.bfloat16)
-    plan = _fitting(job, query_batch, train_batch, job.usable - batch - copies - SHARD_BYTES - pieces, job.device)
+    room = job.usable - batch - job.factor_bytes - SHARD_BYTES - pieces
+    plan = _fitting(job, query_batch, train_batch, room, job.device)
     if job.device.type == "cpu" or plan.sweeps == 1:
         return plan
-    host = torch.device("cpu")
+    machine = machine or Machine.measured(job.device, plan.form.dtype)
     # Pinned memory is handed out in powers of two, so that up to half of it may be wasted.
-    streamed = _fitting(job, query_batch, train_batch, int(0.4 * free_memory(host)), host)
-    return min(plan, streamed, key=_sweep_seconds)
+    streamed = _fitting(job, query_batch, train_batch, int(0.4 * machine.host), torch.device("cpu"))
+    return min(plan, streamed, key=lambda each: _sweep_seconds(each, machine))
 
 
 def _fitting(job: Job, query_batch: int, train_batch: int, room: int, place: torch.device) -> Plan:
@@ -258,12 +295,12 @@ def _sides_flop(job: Job, outputs: int, width: int, tokens: int) -> tuple[float,
     return 2.0 * outputs**2 * min(tokens, width), 2.0 * width**2 * min(tokens, outputs)
 
 
-def _sweep_seconds(plan: Plan) -> float:
+def _sweep_seconds(plan: Plan, machine: Machine) -> float:
     """What the training sweeps take, roughly: passes, and moving a bank that is not on the device for every batch."""
-    seconds = plan.costs()[-1].flop / matmul_speed(plan.job.device, plan.form.dtype)
+    seconds = plan.costs()[-1].flop / machine.matmul
     if plan.form.place != plan.job.device:
         batches = -(-plan.job.train // plan.train_batch)
-        seconds += plan.sweeps * batches * plan.bank_bytes / copy_speed(plan.job.device)
+        seconds += plan.sweeps * batches * plan.bank_bytes / machine.copy
     return seconds
 
 

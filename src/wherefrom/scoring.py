@@ -23,6 +23,7 @@ from wherefrom.fingerprint import Dataset
 from wherefrom.gradients import GradientBank
 from wherefrom.memory import out_of_memory
 from wherefrom.plan import Job, Plan, Wanted, factor_bytes, plan_scores
+from wherefrom.ranks import Ranks
 from wherefrom.scores import PairwiseCollector
 from wherefrom.stages import BlockStages
 from wherefrom.store import Partial, scratch_matrix
@@ -52,6 +53,7 @@ def make_plan(
     usable = sweep.usable_memory()
     if not loaded and sweep.memory_budget is None:
         usable -= factor_bytes(sweep.layers, strategy, wanted.dtype)
+    usable = sweep.ranks.least(usable)
     job = Job(
         layers=sweep.layers,
         strategy=strategy,
@@ -63,7 +65,10 @@ def make_plan(
         usable=usable,
         device=sweep.device,
     )
-    return plan_scores(job)
+    plan = plan_scores(job)
+    # Measured speeds differ between processes, and what all of them do together must not.
+    choices = sweep.ranks.first(lambda: (plan.query_batch, plan.train_batch, plan.block, plan.form))
+    return Plan(job, *choices)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ class Scoring(Generic[Batch]):
     def plan(self) -> Plan:
         """Sizes and forms; made, and said in the log, when there is something to compute."""
         plan = make_plan(self.sweep, self.strategy, self.queries, self.train, self.wanted)
-        logger.info(str(plan))
+        if self._ranks.writes:
+            logger.info(str(plan))
         return plan
 
     def pairwise(self, stages: BlockStages, file: Path) -> dict[str, Tensor]:
@@ -95,14 +101,17 @@ class Scoring(Generic[Batch]):
             stages: keeps blocks.
             file: where the values lie while they are put together.
         """
-        values = scratch_matrix(file, len(self.queries), len(self.train), self.sweep.dtype)
+        values = torch.empty(0)
+        if self._ranks.writes:
+            values = scratch_matrix(file, len(self.queries), len(self.train), self.sweep.dtype)
         errors = torch.zeros(len(self.queries))
 
         def work(rows: range) -> None:
             bank = cache(partial(self._bank, rows))  # not made when all of its blocks are there
-            for columns in self.plan.shards(len(rows), len(self.train)):
+            for columns in self._shards(rows, len(self.train)):
                 found = stages.mapped(rows, columns, partial(self._pairwise_block, bank, _Rows(self.train, columns)))
-                values[rows.start : rows.stop, columns.start : columns.stop] = found["values"]
+                if self._ranks.writes:
+                    values[rows.start : rows.stop, columns.start : columns.stop] = found["values"]
                 if self.wanted.rank is not None:
                     errors[rows.start : rows.stop] = found["query_errors"]
 
@@ -114,6 +123,14 @@ class Scoring(Generic[Batch]):
             f"{errors.max():.1%} at most."
         )
         return {"values": values, "query_errors": errors}
+
+    @property
+    def _ranks(self) -> Ranks:
+        return self.sweep.ranks
+
+    def _shards(self, rows: range, train: int) -> list[range]:
+        """The planned parts of a training set; a batch for every process at least."""
+        return self.plan.shards(len(rows), train, self._ranks.count * self.plan.train_batch)
 
     def _pairwise_block(self, bank: Callable[[], GradientBank], train: _Rows, sums: Partial) -> dict[str, Tensor]:
         """A sweep over some training examples."""
@@ -127,31 +144,32 @@ class Scoring(Generic[Batch]):
         """Replace each query's highest scores by those of whole query gradients.
 
         Args:
-            values: [queries, train], of low rank; changed.
+            values: [queries, train], of low rank; changed. Only the process that writes has them.
             top: how many of each query.
 
         Returns:
             By how much each has changed, [queries, top].
         """
-        chosen = values.topk(min(top, values.shape[1]), dim=1)
-        changes = torch.zeros_like(chosen.values)
+        positions, before = self._ranks.first(lambda: _highest(values, top))
+        changes = torch.zeros_like(before)
         whole = replace(self, wanted=replace(self.wanted, rank=None))
 
         def work(rows: range) -> None:
-            wanted, places = chosen.indices[rows.start : rows.stop].unique(return_inverse=True)
+            wanted, places = positions[rows.start : rows.stop].unique(return_inverse=True)
             bank = cache(partial(whole._bank, rows))
-            better = chosen.values[rows.start : rows.stop].clone()  # [rows, top]
-            for columns in whole.plan.shards(len(rows), len(wanted)):
+            better = before[rows.start : rows.stop].clone()  # [rows, top]
+            for columns in whole._shards(rows, len(wanted)):
                 train = _Rows(self.train, wanted[columns.start : columns.stop].tolist())
                 found = stages.mapped(rows, columns, partial(whole._pairwise_block, bank, train))["values"]
                 inside = (places >= columns.start) & (places < columns.stop)
                 better[inside] = found.gather(1, (places - columns.start).clamp(0, len(columns) - 1))[inside]
-            changes[rows.start : rows.stop] = better - chosen.values[rows.start : rows.stop]
-            values[rows.start : rows.stop].scatter_(1, chosen.indices[rows.start : rows.stop], better)
+            changes[rows.start : rows.stop] = better - before[rows.start : rows.stop]
+            if self._ranks.writes:
+                values[rows.start : rows.stop].scatter_(1, positions[rows.start : rows.stop], better)
 
         whole._each_block(work, stages)
-        before = chosen.values.abs().mean()
-        logger.info(f"At full rank, the {changes.shape[1]} highest scores move by {changes.abs().mean() / before:.1%}.")
+        share = changes.abs().mean() / before.abs().mean()
+        logger.info(f"At full rank, the {changes.shape[1]} highest scores move by {share:.1%}.")
         return changes
 
     def all_per_token(self, chosen: Tensor | None, parts: TokenParts) -> dict[str, Tensor]:
@@ -178,7 +196,7 @@ class Scoring(Generic[Batch]):
             kept.extend(mine)
 
         self._each_block(work)
-        parts.remove_others(kept)
+        self._ranks.first(lambda: parts.remove_others(kept))
         sizes = torch.tensor([len(pairs) for pairs in kept])
         return {"pairs": torch.cat(kept), "shards": sizes, "lengths": lengths}
 
@@ -224,14 +242,15 @@ class Scoring(Generic[Batch]):
 
     def _bank(self, rows: range) -> GradientBank:
         """The preconditioned gradients of some queries: a sweep over them."""
-        try:
-            bank = GradientBank(self.sweep.layers, self.preconditioner, len(rows), self.plan.form)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            raise MemoryLimitError(
-                f"Gradients of {len(rows)} queries do not fit into memory. Give a query_rank, or track fewer layers."
-            ) from error
+        with self._ranks.agreeing():
+            try:
+                bank = GradientBank(self.sweep.layers, self.preconditioner, len(rows), self.plan.form)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                raise MemoryLimitError(
+                    f"Gradients of {len(rows)} queries do not fit into memory. Give a query_rank, or fewer layers."
+                ) from error
         batch, smallest = self._batch(self.plan.query_batch, len(rows))
         queries = _Rows(self.queries, rows)
         self.sweep.run(
@@ -274,6 +293,12 @@ class Scoring(Generic[Batch]):
 
         self.sweep.probe(self.train, row, _loss(self.sweep.task), receive)
         return max(seen)
+
+
+def _highest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Positions and values of each query's highest scores, [queries, count]."""
+    found = values.topk(min(count, values.shape[1]), dim=1)
+    return found.indices, found.values
 
 
 def _loss(task: Task[Batch]) -> Objective[Batch]:

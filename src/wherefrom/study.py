@@ -32,7 +32,7 @@ from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, To
 from wherefrom.scores import Scores
 from wherefrom.scoring import Scoring, make_plan
 from wherefrom.stages import BlockStages, Stages
-from wherefrom.store import Partial, checked_name, remove, write_text
+from wherefrom.store import Partial, checked_name, write_text
 from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task
 from wherefrom.tokens import INDEX, TokenParts, TokenScores, extreme_pairs
@@ -53,6 +53,8 @@ class Study(Generic[Batch]):
             what is free.
         compile_activations: run the model's activation functions through torch.compile, which makes each pass through
             a model like GPT-2 a fifth faster after some seconds of compiling.
+        offload_factors: keep covariances, eigenvectors and eigenvalues in the host's memory, and bring a layer's to the
+            device when it is needed: slower, for models whose factors do not fit.
 
     Raises:
         InputError: `train` is empty, or the memory budget is not positive.
@@ -70,6 +72,7 @@ class Study(Generic[Batch]):
         checkpoint_seconds: float = 60.0,
         memory_budget: float | None = None,
         compile_activations: bool = False,
+        offload_factors: bool = False,
     ) -> None:
         if len(train) == 0:
             raise InputError("train is empty: expected at least one example. Check the path or the filter.")
@@ -86,6 +89,7 @@ class Study(Generic[Batch]):
             checkpoint_seconds=checkpoint_seconds,
             memory_budget=None if memory_budget is None else int(memory_budget * 2**30),
             compile_activations=compile_activations,
+            offload_factors=offload_factors,
         )
         self.layers = layers
         self.profile = self._sweep.profile
@@ -228,8 +232,9 @@ class Study(Generic[Batch]):
         fingerprint = {**sequences, "pairs": pairs}
         base = score_name(name, factors, half_precision, query_rank)
         folder = self.path / "scores" / f"{base}.{'all' if top is None else f'top{top}'}.tokens"
+        stages = Stages(folder, fingerprint, self.profile)
         if overwrite:
-            remove(folder)
+            stages.clear()
 
         def compute(_: Partial) -> dict[str, Tensor]:
             chosen = None
@@ -238,7 +243,7 @@ class Study(Generic[Batch]):
                 chosen = extreme_pairs(scores.values, top)
             return scoring.all_per_token(chosen, TokenParts(folder, fingerprint, self.profile))
 
-        Stages(folder, fingerprint, self.profile).keep(INDEX, compute)
+        stages.keep(INDEX, compute)
         return TokenScores.load(folder)
 
     def report(
@@ -292,7 +297,7 @@ class Study(Generic[Batch]):
             figures=figures,
             k=k,
         )
-        write_text(path, page)
+        self._sweep.ranks.first(lambda: write_text(path, page))
         return path
 
     def _keep_scores(
@@ -302,7 +307,7 @@ class Study(Generic[Batch]):
         folder = self.path / "scores"
         blocks = Stages(folder / f"{name}.blocks", fingerprint, self.profile)
         if overwrite:
-            remove(blocks.folder)
+            blocks.clear()
 
         def compute(_: Partial) -> dict[str, Tensor]:
             found = scoring.pairwise(BlockStages(blocks, len(self.train)), blocks.folder / "values")
@@ -312,7 +317,7 @@ class Study(Generic[Batch]):
             return found
 
         Stages(folder, fingerprint, self.profile, overwrite).keep(name, compute)
-        remove(blocks.folder)
+        blocks.clear()
         return Scores.load(folder / name)
 
     def _wanted(
@@ -363,13 +368,16 @@ class Study(Generic[Batch]):
     def _fingerprint(self) -> dict[str, str]:
         """What everything in this study depends on; taken anew each time, since weights and lists can change."""
         with self.profile.action("fingerprint"):
-            return {
+            found = {
                 "library": LIBRARY,
                 "model": model_digest(self._sweep.model),
                 "task": json.dumps(self._sweep.task.settings(), sort_keys=True),
                 "layers": names_summary(list(self.layers)),
                 "training data": dataset_digest(self.train),
             }
+        for name, value in found.items():
+            self._sweep.ranks.check_alike(name, value)
+        return found
 
 
 def _suffix(half_precision: bool) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.models import gpt2, relative_error, token_rows
+from tests.recording_worker import two_linears, two_steps
 from wherefrom.errors import DamagedError, InputError
 from wherefrom.recording import MOMENTS, RECORDING, TrainingRecorder, read_recording
 
@@ -136,6 +139,20 @@ def test_frozen_parameters_have_no_moments(tmp_path: Path) -> None:
     (found,) = read_recording(tmp_path)
     assert found.second_moments is not None
     assert set(load_file(found.second_moments)) == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_sharded_moments_are_gathered(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.recording_worker"]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=Path(__file__).parents[1]) for rank in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    found = load_file(tmp_path / "moments.safetensors")
+    model = two_linears()
+    optimizer = two_steps(model)
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert relative_error(found[name], optimizer.state[parameter]["exp_avg_sq"]) < 1e-6, name
 
 
 def test_missing_and_damaged_recordings_are_named(tmp_path: Path) -> None:

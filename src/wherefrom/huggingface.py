@@ -18,6 +18,7 @@ from wherefrom.errors import InputError
 from wherefrom.fingerprint import Dataset
 from wherefrom.language import CausalLM, MaskedLM, Seq2Seq, SequenceClassification, TokenBatch
 from wherefrom.preparation import Preparation, Rows, Target
+from wherefrom.ranks import join_ranks
 from wherefrom.study import Study
 from wherefrom.task import Task
 from wherefrom.text import load_config, load_model, load_tokenizer, require
@@ -96,7 +97,7 @@ def study_from_pretrained(
         tokenizer: None loads that of the folder, or of the adapter's model.
         max_length: texts are cut off after so many tokens; None is what the model can take.
         end_token: put the end-of-sequence token after a text or completion, as TRL does.
-        device: None is a GPU if there is one.
+        device: None is a GPU if there is one, under torchrun this process's own.
         **options: of `Study`: progress, checkpoint_seconds, memory_budget, compile_activations.
 
     Raises:
@@ -117,8 +118,7 @@ def study_from_pretrained(
         if task.layers is None:
             task = copy.copy(task)
             task.layers = _ADAPTER_LAYERS
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.nn.Module.to(model, device)
+    torch.nn.Module.to(model, device or join_ranks())
     return PretrainedStudy(run or folder / "wherefrom", model, task, train=train, preparation=preparation, **options)
 
 

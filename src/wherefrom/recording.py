@@ -110,7 +110,7 @@ class TrainingRecorder(TrainerCallback):
         """Record the checkpoint that was just saved."""
         folder, name = _folder(args), f"checkpoint-{state.global_step}"
         optimizer = kwargs["optimizer"]
-        moments = dict(_second_moments(kwargs["model"], optimizer))  # by every process, since sharded ones are gathered
+        moments = dict(second_moments(kwargs["model"], optimizer))  # by every process, since sharded ones are gathered
         if not state.is_world_process_zero:
             return
         if not (folder / name).is_dir():
@@ -206,7 +206,7 @@ def _group(settings: Mapping[str, Any], learning_rate: float) -> ParameterGroup:
     )
 
 
-def _second_moments(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+def second_moments(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     """Adam's second moments by the names of the model's trained parameters, whole and on the host."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):

@@ -238,6 +238,10 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         wf.study_from_pretrained(folder, [])
     with pytest.raises(InputError, match="Row 1 of the dataset has no token"):
         wf.study_from_pretrained(folder, ["a", ""], end_token=False)
+    with pytest.raises(InputError, match="Row 1 of the dataset has no 'completion'"):
+        wf.study_from_pretrained(folder, [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}])
+    with pytest.raises(InputError, match="IterableDataset, without a length"):
+        wf.study_from_pretrained(folder, Dataset.from_list([{"text": "a"}]).to_iterable_dataset())
     bare = tmp_path / "bare"
     gpt2().save_pretrained(bare)
     with pytest.raises(InputError, match="no tokenizer: pass tokenizer="):

@@ -55,7 +55,7 @@ def score_checkpoints(
 ) -> Scores:
     """Score every pair at each of several checkpoints, and add up: `sum_k weight_k scores_k`.
 
-    With "identity" and learning rates as weights this is TracInCP (Pruthi et al. 2020, equation 1 of section 3.3):
+    With "identity" and learning rates as weights this is TracInCP (Pruthi et al. 2020):
     `sum_k eta_k g(theta_k, query) . g(theta_k, example)`, with losses summed over tokens. Other strategies precondition
     with factors that are fitted at each checkpoint.
 

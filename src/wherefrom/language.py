@@ -48,8 +48,8 @@ class LanguageTask(Task[TokenBatch]):
     Args:
         layers: as in `Task`.
         measure: of queries: "loss", the summed cross-entropy, or "margin", minus the sum over counted labels of their
-            log-odds: the label's logit less the logarithm of the summed exponentials of all others (Park et al. 2023,
-            TRAK, section 3).
+            log-odds: the label's logit less the logarithm of the summed exponentials of all others (as in
+            TRAK, Park et al. 2023).
     """
 
     padding: ClassVar[Mapping[str, int]] = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}

@@ -5,6 +5,7 @@ This module knows tokenizers and the columns that datasets have; it knows nothin
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,10 @@ class Preparation:
             InputError: there are no rows, or not the columns that the target needs.
         """
         data: Any = read_rows(str(rows), split) if isinstance(rows, str | Path) else rows
+        if not hasattr(data, "__len__"):
+            raise InputError(
+                f"The dataset is a {type(data).__name__}, without a length: expected one that is loaded whole."
+            )
         if len(data) == 0:
             raise InputError("The dataset is empty: expected at least one row. Check the path or the filter.")
         if isinstance(data[0], str):
@@ -67,25 +72,28 @@ class Preparation:
             raise InputError(f"The dataset has rows of type {type(data[0]).__name__}: expected dicts or texts.")
         if "input_ids" in data[0]:
             return data  # type: ignore[no-any-return]
-        encode = self._encoder(data[0])
-        examples = [self._example(encode, data[number], number) for number in range(len(data))]
+        columns, encode = self._encoder(data[0])
+        examples = [self._example(columns, encode, data[number], number) for number in range(len(data))]
         _report_uncounted(examples)
         made: Dataset[object] = require("datasets").Dataset.from_list(examples)
         return made
 
-    def _encoder(self, row: Row) -> _Encoder:
-        """What makes token sequences of rows with these columns."""
+    def _encoder(self, row: Row) -> tuple[tuple[str, ...], _Encoder]:
+        """The columns to read of rows like this one, and what makes token sequences of them."""
         known = _ENCODERS[self.target]
         for columns, encode in known.items():
             if all(name in row for name in columns):
-                return encode
+                return columns, encode
         expected = ", or ".join(" and ".join(map(repr, columns)) for columns in known)
         raise InputError(
             f"The dataset has the columns {sorted(row)}: expected 'input_ids' (tokenised), or {expected}. Rename a "
             "column, or tokenise the dataset as it was for training."
         )
 
-    def _example(self, encode: _Encoder, row: Row, number: int) -> dict[str, Any]:
+    def _example(self, columns: tuple[str, ...], encode: _Encoder, row: Row, number: int) -> dict[str, Any]:
+        lacking = next((name for name in columns if row.get(name) is None), None)
+        if lacking is not None:
+            raise InputError(f"Row {number} of the dataset has no {lacking!r}; leave it out.")
         encoded = encode(self, row, number)
         if not encoded["input_ids"]:
             raise InputError(f"Row {number} of the dataset has no token; leave it out.")
@@ -147,10 +155,7 @@ def _messages(preparation: Preparation, row: Row, number: int) -> dict[str, Any]
 def _masked_text(preparation: Preparation, row: Row, number: int) -> dict[str, Any]:
     """15% of the tokens are masked, the same ones whenever the dataset is prepared."""
     tokenizer = preparation.tokens
-    encoded = tokenizer(
-        row["text"], truncation=preparation.max_length is not None, max_length=preparation.max_length,
-        return_special_tokens_mask=True,
-    )  # fmt: skip
+    encoded = tokenizer(row["text"], return_special_tokens_mask=True, **_cut_off(preparation))
     ids = encoded["input_ids"]
     places = [place for place, special in enumerate(encoded["special_tokens_mask"]) if not special]
     if not places or tokenizer.mask_token_id is None:
@@ -165,15 +170,13 @@ def _masked_text(preparation: Preparation, row: Row, number: int) -> dict[str, A
 
 def _pair(preparation: Preparation, row: Row, number: int) -> dict[str, Any]:
     """An encoder's and a decoder's side; these tokenizers end a sequence themselves."""
-    labels = preparation.tokens(text_target=row["completion"])["input_ids"]
-    return {"input_ids": _ids(preparation, row["prompt"]), "labels": labels}
+    encoded = preparation.tokens(row["prompt"], text_target=row["completion"], **_cut_off(preparation))
+    return {name: list(encoded[name]) for name in ("input_ids", "labels")}
 
 
 def _classified(column: str) -> _Encoder:
     def encode(preparation: Preparation, row: Row, number: int) -> dict[str, Any]:
-        encoded = preparation.tokens(
-            row["text"], truncation=preparation.max_length is not None, max_length=preparation.max_length
-        )
+        encoded = preparation.tokens(row["text"], **_cut_off(preparation))
         kept = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
         return {**kept, "labels": row[column]}
 
@@ -194,6 +197,11 @@ def _ids(preparation: Preparation, text: str) -> list[int]:
     return list(preparation.tokens(text, verbose=False)["input_ids"])
 
 
+def _cut_off(preparation: Preparation) -> dict[str, Any]:
+    """Options with which a tokenizer cuts a text itself, before the special tokens that it puts at the end."""
+    return {"truncation": preparation.max_length is not None, "max_length": preparation.max_length}
+
+
 def _template(preparation: Preparation) -> str:
     template = preparation.tokens.chat_template
     if not template:
@@ -204,12 +212,12 @@ def _template(preparation: Preparation) -> str:
 def _chat(preparation: Preparation, messages: object, row: Row, **options: bool) -> dict[str, list[int]]:
     """A conversation as tokens; `assistant_masks` where they are asked for."""
     _template(preparation)
-    tools = {"tools": row["tools"]} if row.get("tools") else {}
+    tools = row.get("tools")
     encoded: Any = preparation.tokens.apply_chat_template(
         messages,  # type: ignore[arg-type]
         tokenize=True,
         return_dict=True,
-        **tools,
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
         **options,  # type: ignore[arg-type]
     )
     return {name: list(encoded[name]) for name in ("input_ids", "assistant_masks") if name in encoded}

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -233,7 +234,7 @@ def _save_moments(file: Path, moments: dict[str, Tensor]) -> None:
     try:
         save_file(moments, part)
         part.replace(file)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
         size = sum(each.nbytes for each in moments.values()) / 2**20
         raise StorageError(f"Cannot write {file} ({size:,.1f} MiB): {error}. Free some space.") from error

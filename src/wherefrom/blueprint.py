@@ -18,11 +18,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from wherefrom.errors import InputError
+from wherefrom.language import CausalLM
 from wherefrom.layers import TrackedLayer, select_layers
 from wherefrom.memory import Footprint
 from wherefrom.sweep import Sweep
-from wherefrom.task import CausalLM
-from wherefrom.text import _require
+from wherefrom.text import require
 
 # The shapes in the models' published configurations, by the names that transformers has for them.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -107,7 +107,7 @@ def measure(
 
 def model_without_weights(name: str, dtype: torch.dtype) -> Any:
     """A causal language model on the "meta" device, from a preset, a directory or a `config.json`."""
-    transformers, path = _require("transformers"), Path(name).expanduser()
+    transformers, path = require("transformers"), Path(name).expanduser()
     if name in PRESETS:
         config = transformers.AutoConfig.for_model(**PRESETS[name])
     elif path.name == "config.json" or (path / "config.json").is_file():

@@ -7,7 +7,7 @@ knows nothing of datasets, tasks or curvature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,11 +88,15 @@ class _Pass:
     """
 
     examples: int
-    padding: Padding | None
+    padding: Sequence[Padding]
     calls: dict[str, list[_Call]] = field(default_factory=dict)
     starts: list[Tensor] = field(default_factory=list)
     backward: bool = False
     latest: tuple[TrackedLayer, Tensor, Tensor] | None = None
+
+    def padding_of(self, tokens: int) -> Padding | None:
+        """The padding of layers that see `tokens` an example; None when there is none of that many."""
+        return next((each for each in self.padding if each.mask.shape[1] == tokens), None)
 
 
 @contextmanager
@@ -149,13 +153,13 @@ class Capture(AbstractContextManager["Capture"]):
         self._pass = None
         self._undo.close()
 
-    def run(self, loss: Callable[[], Tensor], examples: int, padding: Padding | None = None) -> Tensor:
+    def run(self, loss: Callable[[], Tensor], examples: int, padding: Sequence[Padding] = ()) -> Tensor:
         """One forward and backward pass.
 
         Args:
             loss: computes the summed loss of the batch.
             examples: how many rows the batch has.
-            padding: which tokens are real; None when all are.
+            padding: which tokens are real, by how many a layer sees; nothing when all are.
 
         Returns:
             The loss, detached, still on its device.
@@ -249,14 +253,16 @@ class Capture(AbstractContextManager["Capture"]):
                 f"Layer {name!r} saw {batch} rows for {current.examples} examples: its input must keep the "
                 "batch as first dimension. Leave the layer out with `layers=[...]`."
             )
-        padding = current.padding
-        if padding is None or _pooled(activations, padding):
+        padding = current.padding_of(tokens)
+        if padding is None:
+            # A layer that sees one vector for each example has no padding left.
+            if current.padding and tokens != 1:
+                counts = " and ".join(str(each.mask.shape[1]) for each in current.padding)
+                raise LayerError(
+                    f"Layer {name!r} has {tokens} tokens per example and the task's mask {counts}. "
+                    "Leave the layer out with `layers=[...]`, or return None from Task.mask."
+                )
             return Captured(activations, self._operand(gradients), batch * tokens)
-        if tokens != padding.mask.shape[1]:
-            raise LayerError(
-                f"Layer {name!r} has {tokens} tokens per example and the task's mask {padding.mask.shape[1]}. "
-                "Leave the layer out with `layers=[...]`, or return None from Task.mask."
-            )
         return Captured(activations, self._operand(gradients * padding.mask), padding.tokens)
 
     def _activations(self, layer: TrackedLayer, inputs: Tensor, current: _Pass) -> Tensor:
@@ -265,8 +271,9 @@ class Capture(AbstractContextManager["Capture"]):
             before, source, activations = current.latest
             if layer.reads_as(before) and _same_memory(source, inputs):
                 return activations
-        activations, padding = layer.activations(inputs), current.padding
-        if padding is not None and activations.shape[:2] == padding.mask.shape[:2]:
+        activations = layer.activations(inputs)
+        padding = current.padding_of(activations.shape[1])
+        if padding is not None and len(activations) == len(padding.mask):
             activations = activations * padding.mask
         activations = self._operand(activations)
         current.latest = (layer, inputs, activations)
@@ -280,11 +287,6 @@ class Capture(AbstractContextManager["Capture"]):
                 "Make the operation that follows out of place (x = x + y, not x += y)."
             )
         return True
-
-
-def _pooled(activations: Tensor, padding: Padding) -> bool:
-    """Whether a layer sees one vector for each example, so that no padding is left."""
-    return activations.shape[1] == 1 and padding.mask.shape[1] != 1
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from wherefrom.errors import InputError, WherefromError
+from wherefrom.language import CausalLM
 from wherefrom.options import Aggregation, Options, PairwiseOptions, ScoreOptions
 from wherefrom.plan_command import plan
 from wherefrom.progress import show_log
@@ -31,7 +32,6 @@ from wherefrom.report.text import hits_table, top_tables
 from wherefrom.scores import Scores, load_scores
 from wherefrom.store import write_text
 from wherefrom.study import Study
-from wherefrom.task import CausalLM
 from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, read_texts
 from wherefrom.tokens import INDEX, TokenScores
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wherefrom.errors import InputError
+from wherefrom.placement import read_tensor
 
 Fingerprint = Mapping[str, str]
 
@@ -35,16 +36,24 @@ class Dataset(Protocol[Example_co]):
 def model_digest(model: nn.Module) -> str:
     """The structure of a model and every byte of its parameters and buffers."""
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return _short(hashlib.sha256((repr(model) + tensors_digest(state)).encode()).hexdigest())
+    # One by one: weights that were offloaded may not fit into memory together.
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        _update(digest, name, read_tensor(model, name, value))
+    return _short(hashlib.sha256((repr(model) + digest.hexdigest()).encode()).hexdigest())
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Names, dtypes, shapes and bytes of tensors, as a SHA-256 in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
+        _update(digest, name, tensor)
     return digest.hexdigest()
+
+
+def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    digest.update(_bytes(tensor))
 
 
 def dataset_digest(dataset: Dataset[object]) -> str:

@@ -57,11 +57,15 @@ class BruteForce:
         """The gradient of one example alone, [out, in (+1)] for each layer, by autograd on the weights."""
         batch = self.task.collate([example])
 
-        def loss(parameters: dict[str, Tensor]) -> Tensor:
-            model = _Stateless(self.model, parameters)
-            return self.task.measurement(model, batch) if measured else self.task.train_loss(model, batch, sampler)
-
-        gradients = torch.func.grad(loss)(dict(self.model.named_parameters()))
+        names, weights = zip(*self.model.named_parameters(), strict=True)
+        for weight in weights:
+            weight.requires_grad_()
+        if measured:
+            loss = self.task.measurement(self.model, batch)
+        else:
+            loss = self.task.train_loss(self.model, batch, sampler)
+        found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        gradients = dict(zip(names, found, strict=True))
         return {name: self._matrix(name, gradients) for name in self.layers}
 
     def _matrix(self, name: str, gradients: dict[str, Tensor]) -> Tensor:
@@ -145,7 +149,8 @@ def _dense(strategy: str, rows: Tensor, a: Tensor, s: Tensor) -> Tensor:
 def _eigenvectors(matrix: Tensor) -> Tensor:
     """Those of a diagonal matrix are the axes, also where eigenvalues are equal."""
     diagonal = torch.equal(matrix, matrix.diagonal().diag())
-    return torch.eye(len(matrix), dtype=torch.float64) if diagonal else torch.linalg.eigh(matrix).eigenvectors
+    axes = torch.eye(len(matrix), dtype=torch.float64)
+    return axes if diagonal else torch.linalg.eigh(matrix).eigenvectors.contiguous()
 
 
 def _users(model: nn.Module, weight: Tensor) -> list[nn.Module]:
@@ -182,9 +187,12 @@ def _normalisation_vectors(module: Any, inputs: Tensor, gradient: Tensor) -> tup
     """Textbook formulas, and each token's own gradient as its activations."""
     shape = module.weight.shape
     over = tuple(range(-len(shape), 0))
-    epsilon = getattr(module, "eps", None) or getattr(module, "variance_epsilon", torch.finfo(torch.float64).eps)
-    centred = inputs - inputs.mean(over, keepdim=True) if isinstance(module, nn.LayerNorm) else inputs
-    normalised = centred / (centred.square().mean(over, keepdim=True) + epsilon).sqrt()
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        epsilon = torch.finfo(torch.float64).eps if module.eps is None else module.eps
+        centred = inputs - inputs.mean(over, keepdim=True) if isinstance(module, nn.LayerNorm) else inputs
+        normalised = centred / (centred.square().mean(over, keepdim=True) + epsilon).sqrt()
+    else:  # those of transformers compute in float32, whatever the model's type
+        normalised = module.forward(inputs).detach() / module.weight.detach()
     parts = [gradient * normalised] + [gradient] * (getattr(module, "bias", None) is not None)
     each = torch.cat([part.reshape(-1, shape.numel()) for part in parts], 1)
     return each, torch.ones(len(each), 1, dtype=torch.float64)
@@ -207,15 +215,3 @@ def _convolution_vectors(module: Any, inputs: Tensor, gradient: Tensor) -> tuple
         own[:, outputs] = gradient[:, outputs]
         found.append((patches.flatten(2)[0].T, own.flatten(2)[0].T))
     return torch.cat([each[0] for each in found]), torch.cat([each[1] for each in found])
-
-
-class _Stateless(nn.Module):
-    """A model called with given parameters, so that `torch.func` can differentiate with respect to them."""
-
-    def __init__(self, model: nn.Module, parameters: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._model = [model]  # in a list, so that it is no submodule with parameters of its own
-        self._values = parameters
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        return torch.func.functional_call(self._model[0], self._values, args, kwargs)

@@ -158,13 +158,19 @@ def _normalized(module: nn.Module, inputs: Tensor) -> Tensor:
     def output(value: float) -> Tensor:
         twin = copy.copy(module)
         twin._parameters = {
-            name: torch.full(each.shape, value * (name == "weight"), dtype=wide.dtype, device=wide.device)  # type: ignore[misc]
-            for name, each in module.named_parameters(recurse=False)
+            name: None if each is None else _filled(each, value * (name == "weight"), wide)
+            for name, each in module._parameters.items()
         }
         result: Tensor = type(module).forward(twin, wide)
         return result
 
     return (output(1.0) - output(0.0)).reshape(len(inputs), -1, weight.numel())
+
+
+def _filled(weight: Tensor, value: float, like: Tensor) -> nn.Parameter:
+    """A weight of the same shape and one value, where `like` is."""
+    filled = torch.full(weight.shape, value, dtype=like.dtype, device=like.device)
+    return nn.Parameter(filled, requires_grad=False)
 
 
 def _features(module: nn.Module, gradient: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def _eigenvectors(matrix: Tensor) -> Tensor:
     return axes if diagonal else torch.linalg.eigh(matrix).eigenvectors.contiguous()
 
 
-def _users(model: nn.Module, weight: Tensor) -> list[nn.Module]:
+def _users(model: nn.Module, weight: object) -> list[nn.Module]:
     return [module for module in model.modules() if getattr(module, "weight", None) is weight]
 
 

@@ -1,7 +1,7 @@
 """Brute force in float64: every gradient by autograd, every curvature as a dense matrix, one example at a time.
 
-Nothing here uses the engine, except for the task's loss and the sampler's draws. What a layer's weight is as a matrix and
-what its tokens see is written here once more, in another way where there is one.
+Nothing here uses the engine, except for the task's loss and the sampler's draws. What a layer's weight is as a matrix,
+and what its tokens see, is written here once more, in another way where there is one.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -19,10 +19,9 @@ import wherefrom as wf
 from tests.models import VOCABULARY, Case, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from wherefrom.capture import Capture, Captured
-from wherefrom.curvature import STRATEGIES, Factors, bases_from_tensors, bases_to_tensors, weight_gradients
+from wherefrom.curvature import STRATEGIES, weight_gradients
 from wherefrom.errors import LayerError
 from wherefrom.layers import coverage, select_layers, untracked
-from wherefrom.task import Task
 
 SEED = 5
 
@@ -264,7 +263,11 @@ def test_half_precision_is_close(tmp_path: Path, name: str) -> None:
 @settings(deadline=None, max_examples=60)
 def test_the_gradient_of_a_convolution_is_its_tokens_product(data: Any, dimensions: int, seed: int) -> None:
     """Any setting: the products of what is captured, example by example, against autograd on the weight."""
-    draw = lambda low, high: data.draw(st.tuples(*[st.integers(low, high)] * dimensions))  # noqa: E731
+
+    def draw(low: int, high: int) -> tuple[int, ...]:
+        drawn: tuple[int, ...] = data.draw(st.tuples(*[st.integers(low, high)] * dimensions))
+        return drawn
+
     kernel, dilation, groups = draw(1, 3), draw(1, 2), data.draw(st.sampled_from([1, 2, 4]))
     padding = data.draw(st.sampled_from(["same", "valid"]) | st.just(draw(0, 2)))
     stride = (1,) * dimensions if padding == "same" else draw(1, 3)
@@ -284,8 +287,13 @@ def test_the_gradient_of_a_convolution_is_its_tokens_product(data: Any, dimensio
     ]
     model = nn.Sequential(layer)
     layers, found = select_layers(model), []
+
+    def loss() -> Tensor:
+        total: Tensor = (model(inputs) * wanted).sum()
+        return total
+
     with Capture(model, layers, lambda _, captured: found.append(weight_gradients(captured))) as capture:
-        capture.run(lambda: (model(inputs) * wanted).sum(), 3)
+        capture.run(loss, 3)
     for row, parts in enumerate(expected):
         flat = torch.cat([part.reshape(4, -1) for part in parts], 1)
         assert relative_error(found[0][row, :, : flat.shape[1]], flat) < 1e-10
@@ -341,8 +349,8 @@ def test_a_bank_adds_up_from_parts(tmp_path: Path) -> None:
             whole = banks[2].product(layer, each)
             parts = [bank.product(layer, each) for bank in banks[:2]]
             assert relative_error(parts[0] + parts[1], whole) < 1e-12
-    for name, total in banks[0].sums.items():
-        total += banks[1].sums[name]
+    for name in banks[0].sums:
+        banks[0].sums[name] += banks[1].sums[name]
     layer = "embedding"
     assert (
         relative_error(banks[0].product(layer, batches[layer][0]), banks[2].product(layer, batches[layer][0])) < 1e-12

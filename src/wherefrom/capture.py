@@ -100,6 +100,8 @@ class _Pass:
     Attributes:
         latest: the layer, its use and the input that activations were last made for, and the activations.
         without_graph: layers that ran while gradients were switched off.
+        begun: whether something that is no tracked layer has begun the graph, such as embeddings that are made to
+            require gradients for checkpointing.
     """
 
     examples: int
@@ -109,6 +111,7 @@ class _Pass:
     backward: bool = False
     latest: tuple[TrackedLayer, Use, Tensor, Tensor] | None = None
     without_graph: set[str] = field(default_factory=set)
+    begun: bool = False
 
 
 @contextmanager
@@ -188,7 +191,7 @@ class Capture(AbstractContextManager["Capture"]):
             self._check(value, current)
             current.backward = True
             # Gradients of the starts are asked for and dropped: what counts arrives at the hooks on the way there.
-            torch.autograd.grad(value, current.starts, allow_unused=True)
+            torch.autograd.grad(value, _leaves(value) if current.begun else current.starts, allow_unused=True)
             for name in list(current.calls):  # layers of which only some calls have part in the loss
                 self._deliver(name, current)
         finally:
@@ -249,6 +252,7 @@ class Capture(AbstractContextManager["Capture"]):
             output.register_hook(partial(self._gradient_hook, name, call))
             if start is not None:
                 current.starts.append(start)
+            current.begun |= not current.starts
         return output if replaced else None
 
     def _gradient_hook(self, name: str, call: _Call, gradient: Tensor) -> None:
@@ -332,6 +336,20 @@ class Capture(AbstractContextManager["Capture"]):
                 "Make the operation that follows out of place (x = x + y, not x += y)."
             )
         return True
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """Every tensor that the graph of `value` begins at."""
+    found, seen, pending = [], set(), [value.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending += [each for each, _ in node.next_functions]
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+    return found
 
 
 def _masked(activations: Tensor, mask: Tensor) -> Tensor:

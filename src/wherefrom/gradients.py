@@ -8,7 +8,7 @@ queries there are room for (`plan` does).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,8 @@ from wherefrom.sweep import Collector
 PIECE_BYTES = 2**28
 # Directions beyond the rank in a randomised decomposition, and its power iterations (Halko et al. 2011, section 4.5).
 _OVERSAMPLING, _ITERATIONS = 8, 2
+# After a one-hot layer's name: which columns are held.
+_COLUMNS = ".columns"
 _SQUARED_NORM, _SQUARED_REST = "squared norm", "squared rest"
 
 
@@ -99,7 +101,7 @@ class GradientBank(Collector):
             else:
                 self.sums[name] = self._zeros(queries, outputs, layer.columns(form.tokens))
             if layer.one_hot:
-                self.sums[f"{name}.columns"] = self._zeros(queries, form.tokens, dtype=torch.int64)
+                self.sums[f"{name}{_COLUMNS}"] = self._zeros(queries, form.tokens, dtype=torch.int64)
         if form.rank is not None:
             self.sums[_SQUARED_NORM] = torch.zeros(queries, dtype=torch.float64, device=form.place)
             self.sums[_SQUARED_REST] = torch.zeros(queries, dtype=torch.float64, device=form.place)
@@ -112,9 +114,14 @@ class GradientBank(Collector):
         form = self._form
         return torch.zeros(shape, dtype=dtype or form.dtype, device=form.place, pin_memory=form.streamed)
 
+    def align(self, most: Callable[[int], int]) -> None:
+        for name in list(self.sums):
+            if name.endswith(_COLUMNS):
+                self.widen(name.removesuffix(_COLUMNS), most(self.sums[name].shape[1]))
+
     def widen(self, layer: str, columns: int) -> None:
         """Have room for that many columns of each query's gradient of a one-hot layer."""
-        for name in (layer, f"{layer}.columns"):
+        for name in (layer, f"{layer}{_COLUMNS}"):
             kept = self.sums[name]
             if kept.shape[-1] < columns:
                 self.sums[name] = self._zeros(*kept.shape[:-1], columns, dtype=kept.dtype)
@@ -140,7 +147,7 @@ class GradientBank(Collector):
         count = columns.shape[1]
         self.widen(layer, count)
         self.sums[layer][rows, :, :count] = gradients.to(self._form.place)
-        self.sums[f"{layer}.columns"][rows, :count] = columns.to(self._form.place)
+        self.sums[f"{layer}{_COLUMNS}"][rows, :count] = columns.to(self._form.place)
 
     def _back(self, layer: str, gradients: Tensor) -> Tensor:
         """Preconditioned gradients out of the eigenbasis, on the sides that are to be."""
@@ -175,8 +182,17 @@ class GradientBank(Collector):
             total = copy.copy(self)
             total._queries, total.sums = 1, {}
         for name, each in self.sums.items():
-            added = each.sum(0, keepdim=True, dtype=widened_dtype(each.dtype)).to(each.dtype)
-            total.sums[name] = total.sums[name] + added if name in total.sums else added
+            if name.endswith(_COLUMNS):
+                continue
+            columns = self.sums.get(f"{name}{_COLUMNS}")
+            before = total.sums.get(name)
+            if columns is None:
+                added = each.sum(0, keepdim=True, dtype=widened_dtype(each.dtype)).to(each.dtype)
+                total.sums[name] = added if before is None else before + added
+            else:
+                held = total.sums.get(f"{name}{_COLUMNS}")
+                joined = _joined(each, columns, before, held)
+                total.sums[name], total.sums[f"{name}{_COLUMNS}"] = joined
         return total
 
     def relative_errors(self) -> Tensor | None:
@@ -211,7 +227,7 @@ class GradientBank(Collector):
 
         Both are spread out over those columns, some columns and some queries at a time.
         """
-        kept, touched = self.sums[layer], self.sums[f"{layer}.columns"].to(columns.device)
+        kept, touched = self.sums[layer], self.sums[f"{layer}{_COLUMNS}"].to(columns.device)
         common = columns.unique()
         common = common[torch.isin(common, touched)]
         total = gradients.new_zeros(len(kept), len(gradients), dtype=widened_dtype(gradients.dtype))
@@ -301,8 +317,19 @@ class GradientBank(Collector):
     def _columns_of(self, layer: str, query: int, matrix: Tensor, columns: Tensor) -> Tensor:
         """The given columns [batch, columns] of one query's gradient [out, own columns]: [batch, out, columns]."""
         chosen, places = columns.unique(return_inverse=True)
-        own = self.sums[f"{layer}.columns"][query].to(columns.device)
+        own = self.sums[f"{layer}{_COLUMNS}"][query].to(columns.device)
         return _spread(matrix.unsqueeze(0), own.unsqueeze(0), chosen)[0][:, places].transpose(0, 1)
+
+
+def _joined(gradients: Tensor, columns: Tensor, before: Tensor | None, held: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum of gradients [n, out, columns], and of one before, with each column that any of them holds once."""
+    flat, places = gradients.movedim(0, 1).flatten(1), columns.flatten()  # [out, n * columns]
+    if before is not None and held is not None:
+        flat, places = torch.cat([before[0], flat], 1), torch.cat([held[0], places])
+    chosen, where = places.unique(return_inverse=True)
+    total = flat.new_zeros(len(flat), len(chosen), dtype=widened_dtype(flat.dtype))
+    total.index_add_(1, where, flat.to(total.dtype))
+    return total.to(flat.dtype).unsqueeze(0), chosen.unsqueeze(0)
 
 
 def _spread(gradients: Tensor, columns: Tensor, chosen: Tensor) -> Tensor:

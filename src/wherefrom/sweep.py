@@ -55,6 +55,13 @@ class Collector(ABC):
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
         """Add one layer's share of the batch that holds the dataset positions `rows`."""
 
+    def align(self, most: Callable[[int], int]) -> None:  # noqa: B027  (most sums have one size in all processes)
+        """Give `sums` the sizes that they have in other processes.
+
+        Args:
+            most: the largest of all processes' numbers.
+        """
+
     def release(self) -> None:  # noqa: B027  (most collectors keep nothing)
         """Give back what was kept from one batch for the next: memory has run out."""
 
@@ -142,6 +149,7 @@ class Sweep(Generic[Batch]):
             # A resumed sweep keeps the size that it had, so that its sums are the same to the last bit.
             self._pass(state, dataset, objective, stored or batch_size or 1, smallest_batch)
         with self.profile.action(f"{name}: sum over processes"):
+            collector.align(self.ranks.most)
             self.ranks.add_up(collector.sums.values())
 
     def _pass(

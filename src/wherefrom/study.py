@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from wherefrom.fingerprint import (
 )
 from wherefrom.fitting import Fitting
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
-from wherefrom.layers import select_layers
+from wherefrom.layers import coverage, select_layers
 from wherefrom.memory import checked_batch_size
 from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions
 from wherefrom.plan import Plan
@@ -40,6 +41,8 @@ from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task
 from wherefrom.token_scoring import TokenScoring
 from wherefrom.tokens import INDEX, TokenParts, TokenScores, extreme_pairs
+
+logger = logging.getLogger("wherefrom")
 
 
 class Study(Generic[Batch]):
@@ -96,6 +99,8 @@ class Study(Generic[Batch]):
             offload_factors=offload_factors,
         )
         self.layers = layers
+        if self._sweep.ranks.writes:
+            logger.info(coverage(model, layers).capitalize() + ".")
         self.profile = self._sweep.profile
 
     def fit(

@@ -54,7 +54,7 @@ def test_frozen_layers_are_left_out_by_default() -> None:
     model.requires_grad_(False)
     assert len(select_layers(model, None, model.lm_head)) == 8
     model.transformer.wte.requires_grad_(True)
-    with pytest.raises(LayerError, match="no layer to track unless it is named"):
+    with pytest.raises(LayerError, match="no layer that is tracked without being named.* such as 'transformer.wte'"):
         select_layers(model, None, model.lm_head)
 
 

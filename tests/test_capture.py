@@ -135,6 +135,45 @@ def test_weights_get_no_gradient_and_the_graph_starts_at_the_first_layer(tmp_pat
     assert not any(seen)
 
 
+class Positions(nn.Module):
+    """Positions are looked up once for all examples; their row is broadcast, or taken out first."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.positions, self.last, self.first = nn.Embedding(4, 2), nn.Linear(2, 3), first
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        positions = self.positions(torch.arange(4)[None])
+        hidden = torch.tanh(inputs[..., None] * (positions[0] if self.first else positions))
+        result: Tensor = self.last(hidden).sum(1)
+        return result
+
+
+def test_rows_for_all_examples_are_each_examples_own_or_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, rows, task = Positions(first=False).double(), widened(examples(9)), wf.Classification(["*"])
+    study = wf.Study(tmp_path / "run", model, task, train=rows)
+    found = study.score(rows, study.fit("ekfac", empirical=True, batch_size=4), train_batch_size=5).values
+    expected = BruteForce(model, task, list(study.layers), rows, rows).scores("ekfac")
+    assert relative_error(found, expected) < 1e-9
+    refused = wf.Study(tmp_path / "refused", Positions(first=True).double(), task, train=rows)
+    with pytest.raises(LayerError, match="'positions' reads one row for all 4 examples"):
+        refused.fit("diagonal", batch_size=4)
+
+
+def test_an_encoder_of_pytorch_is_tracked_without_its_attention(tmp_path: Path) -> None:
+    """Its attention calls no module for its projections; the rest runs as modules while there are hooks."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    model = nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Linear(2, 4), layer, nn.Flatten(), nn.Linear(8, 3)).double()
+    rows, task = widened(examples(9)), wf.Classification()
+    study = wf.Study(tmp_path, model, task, train=rows)
+    assert list(study.layers) == ["1", "2.linear1", "2.linear2", "4"]
+    found = study.score(rows, study.fit("ekfac", empirical=True)).values
+    expected = BruteForce(model, task, list(study.layers), rows, rows).scores("ekfac")
+    assert relative_error(found, expected) < 1e-9
+
+
 class TwoHeads(nn.Module):
     """Two layers read one tensor, a third another of the same size; an MLP before them, so that batches differ."""
 

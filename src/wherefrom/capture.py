@@ -298,6 +298,12 @@ class Capture(AbstractContextManager["Capture"]):
                 f"Layer {layer.name!r} saw {len(call.inputs)} rows for {current.examples} examples: its input must "
                 "keep the batch as first dimension. Leave the layer out with `layers=[...]`."
             )
+        if current.examples > 1 and call.inputs.stride(0) == 0 and not bool(gradient[1:].any()):
+            raise LayerError(
+                f"Layer {layer.name!r} reads one row for all {current.examples} examples, and the model takes the "
+                "first of them from its output (output[0]) instead of broadcasting it, so the examples' parts of its "
+                "gradient cannot be told apart. Leave the layer out with `layers=[...]`."
+            )
         copies = call.use.kind.copies(call.use.module)
         shared = self._shared_activations(layer, call, current) if layer.shares_activations(call.use) else None
         read = layer.read(call.use, call.inputs) if shared is None else shared

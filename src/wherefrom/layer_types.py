@@ -287,7 +287,8 @@ def layer_type(module: nn.Module) -> LayerType | None:
 
 def kind_names() -> str:
     """The supported kinds, for messages."""
-    return ", ".join(pattern.rpartition(".")[2].lstrip("*") for pattern, kind in LAYER_TYPES.items() if kind)
+    names = (pattern.rpartition(".")[2].lstrip("*") for pattern, kind in LAYER_TYPES.items() if kind)
+    return ", ".join(dict.fromkeys(names))
 
 
 def weight_count(module: nn.Module) -> int:

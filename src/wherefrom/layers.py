@@ -211,11 +211,13 @@ def _by_default(model: nn.Module, weights: Sequence[list[Use]], head: nn.Module 
         chosen = [uses for uses in chosen if any("lora_" in use.name for use in uses)]
     elif any(trainable) and not all(trainable):
         chosen = [uses for uses in chosen if uses[0].module.weight.requires_grad]
+    if not weights:
+        raise LayerError(f"{type(model).__name__} has no layer to track: supported kinds are {kind_names()}.")
     if not chosen:
         raise LayerError(
-            f"{type(model).__name__} has no layer to track unless it is named: linear layers and convolutions are, "
-            "except the output head, frozen ones beside trainable ones and, of a model with adapters, all but these. "
-            f"Name layers with `layers=[...]`; supported kinds are {kind_names()}."
+            f"{type(model).__name__} has no layer that is tracked without being named: those are linear layers and "
+            "convolutions, but not the output head, not frozen layers beside trainable weights, and of a model with "
+            f"adapters these alone. Name some with `layers=[...]`, such as {weights[0][0].name!r}."
         )
     return chosen
 

@@ -6,13 +6,11 @@ work is the library's; this module turns arguments into its calls, and its error
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -20,90 +18,27 @@ from rich.console import Console
 from rich.markup import escape
 
 from wherefrom.errors import InputError, WherefromError
-from wherefrom.language import CausalLM
-from wherefrom.options import Aggregation, Options, PairwiseOptions, ScoreOptions
+from wherefrom.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
 from wherefrom.plan_command import plan
 from wherefrom.progress import show_log
-from wherefrom.ranks import Ranks, join_ranks
+from wherefrom.ranks import Ranks
 from wherefrom.report.evaluations import load_figures
 from wherefrom.report.html import render_report
-from wherefrom.report.passages import DatasetPassages, DatasetTokens
+from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage, Passages
 from wherefrom.report.text import hits_table, top_tables
-from wherefrom.scores import Scores, load_scores
+from wherefrom.run_sources import SOURCES, RunSources, TextSource
+from wherefrom.scores import Scores, TopScores, load_scores
 from wherefrom.store import write_text
 from wherefrom.study import Study
-from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, read_texts
 from wherefrom.tokens import INDEX, TokenScores
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 StrategyName = Literal["identity", "diagonal", "kfac", "ekfac"]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-
-_SOURCES = "sources.json"
 
 
 app = tyro.extras.SubcommandApp()
 app.command(plan)
 console = Console()
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """Where sequences come from, and how texts are turned into them."""
-
-    source: str
-    split: str
-    column: str | None
-    unit: Literal["documents", "blocks"]
-    length: int
-
-    def sequences(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Read and tokenise the texts."""
-        texts = read_texts(self.source, split=self.split, column=self.column)
-        cut = as_documents if self.unit == "documents" else as_blocks
-        return cut(texts, tokenizer, self.length)
-
-
-@dataclass(frozen=True)
-class RunSources:
-    """What a run directory was made from: `RUN/sources.json`."""
-
-    model: str
-    layers: list[str] | None
-    train: TextSource
-    empirical: bool
-    seed: int
-    queries: Mapping[str, TextSource]
-
-    @classmethod
-    def load(cls, run: Path) -> RunSources:
-        """Read what `fit` wrote."""
-        file = run / _SOURCES
-        if not file.exists():
-            raise InputError(f"{run} is not a run directory: it has no {_SOURCES}. Start with: wherefrom fit {run} ...")
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            queries = {name: TextSource(**each) for name, each in found.pop("queries").items()}
-            return cls(train=TextSource(**found.pop("train")), queries=queries, **found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file} cannot be read ({error}). Run `wherefrom fit` again to write it.") from error
-
-    def save(self, run: Path) -> None:
-        """Write the file."""
-        write_text(run / _SOURCES, json.dumps(asdict(self), indent=1) + "\n")
-
-    def study(
-        self, run: Path, device: str, memory_budget: float | None
-    ) -> tuple[Study[dict[str, torch.Tensor]], PreTrainedTokenizerBase]:
-        """Load model, tokenizer and training sequences."""
-        tokenizer = load_tokenizer(self.model)
-        model = load_model(self.model)
-        torch.nn.Module.to(model, _device(device))
-        train = self.train.sequences(tokenizer)
-        return Study(run, model, CausalLM(self.layers), train=train, memory_budget=memory_budget), tokenizer
 
 
 @app.command
@@ -148,7 +83,7 @@ def fit(
         overwrite: Replace factors that were made from something else.
         profile: Print where the time went.
     """
-    known = RunSources.load(run).queries if (run / _SOURCES).exists() else {}
+    known = RunSources.load(run).queries if (run / SOURCES).exists() else {}
     text = TextSource(train, split, column, unit, length)
     sources = RunSources(model, list(layers) or None, text, empirical, seed, known)
     study, _ = sources.study(run, device, memory_budget)
@@ -222,6 +157,11 @@ def score(
     """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens={tokens}: expected at least 1 sequence of each sign.")
+    if tokens is not None and (top_only or aggregate_queries or aggregate_train):
+        raise InputError(
+            f"tokens={tokens} needs every pair's score, which top_only, aggregate_queries and aggregate_train do not "
+            "keep: leave one of them out."
+        )
     common: ScoreOptions = {
         "damping": damping,
         "half_precision": half_precision,
@@ -260,7 +200,8 @@ def score(
         shape = f"{len(found.values):,} queries, the {found.values.shape[1]} highest and lowest each,"
     Ranks.current().first(lambda: replace(sources, queries={**sources.queries, kept: text}).save(run))
     if tokens is not None:
-        study.score_tokens(sequences, factors, top=tokens, **common, rescore=rescore)
+        of_pairs: RescoredOptions = {**common, "rescore": rescore, "name": kept}
+        study.score_tokens(sequences, factors, top=tokens, **of_pairs)
     _say(f"Scores of {shape} are in {run / 'scores' / kept}.", study, profile)
 
 
@@ -315,7 +256,7 @@ def top(run: Run, *, name: str = "ekfac", k: int = 5, query: tuple[int, ...] = (
     count = len(scores.values)
     if not all(0 <= each < count for each in query):
         raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")
-    queries, train = map(DatasetPassages, _sequences(run, name)[:2])
+    queries, train = _passages(run, name, scores)
     console.print(top_tables(scores, queries, train, shown=query or range(min(3, count)), k=k))
 
 
@@ -330,7 +271,8 @@ def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = 
         output: The page; RUN/reports/NAME.html by default.
     """
     scores = Scores.load(run / "scores" / name)
-    queries, train, tokenizer, sources = _sequences(run, name)
+    sources = RunSources.load(run)
+    queries, train, tokenizer = sources.sequences(run, name)
     tokens = _token_scores(run, name, scores)
     page = render_report(
         title=f"Where from? {run.name}",
@@ -367,14 +309,13 @@ def main() -> None:
         sys.exit(130)
 
 
-def _sequences(run: Path, name: str) -> tuple[Dataset, Dataset, PreTrainedTokenizerBase, RunSources]:
-    """The sequences behind scores: queries, training set, what tokenised them, and where they come from."""
-    sources = RunSources.load(run)
-    if name not in sources.queries:
-        raise InputError(f"{run / _SOURCES} does not say which queries {name!r} are of: score with `wherefrom score`.")
-    tokenizer = load_tokenizer(sources.model)
-    queries, train = (each.sequences(tokenizer) for each in (sources.queries[name], sources.train))
-    return queries, train, tokenizer, sources
+def _passages(run: Path, name: str, scores: Scores | TopScores) -> tuple[Passages, Passages]:
+    """The queries and training sequences behind scores; where queries were aggregated, one that says so."""
+    queries, train, _ = RunSources.load(run).sequences(run, name)
+    how = scores.fingerprint.get("aggregated queries")
+    return DatasetPassages(queries) if how is None else [
+        Passage(f"The {how} of {len(queries)} queries.")
+    ], DatasetPassages(train)
 
 
 def _token_scores(run: Path, name: str, scores: Scores) -> TokenScores | None:
@@ -385,17 +326,6 @@ def _token_scores(run: Path, name: str, scores: Scores) -> TokenScores | None:
         key=lambda each: len(each.pairs),
         default=None,
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return join_ranks()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"device={name!r} under torchrun, where each process takes its own: leave it out.")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={name!r} is not available here ({str(error).splitlines()[0]}).") from error
 
 
 def _say(message: str, study: Study[dict[str, torch.Tensor]], profile: bool) -> None:

@@ -14,12 +14,16 @@ from typing import Literal, TypedDict
 
 from wherefrom.curvature import Factors
 from wherefrom.errors import InputError
+from wherefrom.fingerprint import Fingerprint
 from wherefrom.memory import checked_batch_size
 from wherefrom.store import checked_name
 
 Aggregation = Literal["sum", "mean"]
 LayerGroups = Mapping[str, Sequence[str]]
 """Names for groups of layers, each with the names or glob patterns of its layers."""
+
+# Entries of fingerprints for what is kept beside the values.
+_PARTS, _SELF_INFLUENCE = "parts by layer", "self-influence"
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -111,6 +115,7 @@ class Options:
         if self.top is not None and self.top < 1:
             raise InputError(f"k={self.top}: expected at least 1.")
         self._check_together()
+        self._check_top()
 
     def _check_together(self) -> None:
         aggregated = bool(self.aggregate_queries or self.aggregate_train)
@@ -128,6 +133,15 @@ class Options:
             raise InputError(
                 "self_influence=True belongs to single examples, and aggregate_queries and aggregate_train sum over "
                 "them. Leave one of them out, or use Study.self_influence."
+            )
+
+    def _check_top(self) -> None:
+        others = ("rescore", "per_layer", "self_influence", "aggregate_queries", "aggregate_train")
+        found = [name for name in others if getattr(self, name)]
+        if self.top is not None and found:
+            raise InputError(
+                f"{found[0]}={getattr(self, found[0])!r} with only the {self.top} highest and lowest scores: these are "
+                "kept alone. Leave one of them out."
             )
 
     def result_name(self, factors: Factors) -> str:
@@ -150,8 +164,24 @@ class Options:
         }
         return "".join(part for part, wanted in parts.items() if wanted)
 
-    def settings(self) -> dict[str, str]:
-        """What a result depends on, for its fingerprint."""
+    def fingerprint(self, study: Fingerprint, factors: Factors, precision: str) -> dict[str, str]:
+        """What a result depends on, beside its queries.
+
+        Raises:
+            MismatchError: the factors are of another model.
+        """
+        factors.check_model(study)
+        return {
+            **study,
+            "strategy": factors.strategy,
+            "factors": factors.fingerprint["training data"],
+            "targets": factors.fingerprint["targets"],
+            "factors' precision": factors.fingerprint["precision"],
+            "precision": precision,
+            **self._settings(),
+        }
+
+    def _settings(self) -> dict[str, str]:
         rank = "full" if self.query_rank is None else str(self.query_rank)
         found = {
             "damping": "0.1 x mean eigenvalue" if self.damping is None else repr(self.damping),
@@ -159,15 +189,31 @@ class Options:
         }
         if self.per_layer:
             groups = "each" if self.per_layer is True else repr({k: list(v) for k, v in self.per_layer.items()})
-            found["parts by layer"] = groups
+            found[_PARTS] = groups
         if self.self_influence:
-            found["self-influence"] = "yes"
+            found[_SELF_INFLUENCE] = "yes"
         for name, how in (("queries", self.aggregate_queries), ("training examples", self.aggregate_train)):
             if how:
                 found[f"aggregated {name}"] = how
         if self.top is not None:
             found["kept"] = f"the {self.top} highest and lowest of each query"
         return found
+
+
+def check_names(options: Mapping[str, object], known: frozenset[str]) -> None:
+    """Refuse keyword arguments that are for another call, and would be passed over.
+
+    Raises:
+        InputError: names the first.
+    """
+    for name in options:
+        if name not in known:
+            raise InputError(f"{name}={options[name]!r}: expected one of {', '.join(sorted(known))}.")
+
+
+def of_values(fingerprint: Fingerprint) -> dict[str, str]:
+    """What the values of scores depend on, without what is kept beside them."""
+    return {name: value for name, value in fingerprint.items() if name not in (_PARTS, _SELF_INFLUENCE)}
 
 
 def layer_groups(per_layer: bool | LayerGroups, layers: Sequence[str]) -> dict[str, str]:

@@ -88,8 +88,12 @@ class Scores:
         """The k most influential training examples of each query, best first, query by query.
 
         Raises:
-            InputError: k is less than 1.
+            InputError: k is less than 1, or training examples were added up.
         """
+        if "aggregated training examples" in self.fingerprint:
+            raise InputError(
+                "These scores add up all training examples, so none is the top: leave aggregate_train out."
+            )
         if k < 1:
             raise InputError(f"k={k}: expected at least 1.")
         best = self.values.topk(min(k, self.values.shape[1]), dim=1)
@@ -157,6 +161,7 @@ class TopScores:
         values, train: the highest scores, best first, and their training positions, [query, k].
         lowest_values, lowest_train: the lowest, lowest first.
         fingerprint: what they were computed from.
+        query_errors: as in `Scores`.
     """
 
     values: Tensor
@@ -220,10 +225,10 @@ def extremes(values: Tensor, train: Tensor, k: int) -> dict[str, Tensor]:
 
 def merged_extremes(parts: list[dict[str, Tensor]], k: int) -> dict[str, Tensor]:
     """Those of several runs of training examples, in ascending order, that make the whole."""
-    joined = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
-    highest = extremes(joined["values"], joined["train"], k)
-    lowest = extremes(joined["lowest_values"], joined["lowest_train"], k)
-    return {name: (lowest if name.startswith("lowest_") else highest)[name] for name in joined}
+    names = ("values", "train", "lowest_values", "lowest_train")
+    values, train, lowest_values, lowest_train = (torch.cat([part[name] for part in parts], 1) for name in names)
+    highest, lowest = extremes(values, train, k), extremes(lowest_values, lowest_train, k)
+    return {name: (lowest if name.startswith("lowest_") else highest)[name] for name in names}
 
 
 class PairwiseCollector(Collector):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Generic
@@ -20,9 +20,9 @@ from wherefrom.curvature import Preconditioner, Strategy
 from wherefrom.errors import MemoryLimitError
 from wherefrom.fingerprint import Dataset
 from wherefrom.gradients import GradientBank
-from wherefrom.influence import SelfInfluenceCollector, Together
+from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
 from wherefrom.memory import out_of_memory
-from wherefrom.options import Options, layer_groups
+from wherefrom.options import Options
 from wherefrom.plan import Job, Plan, Wanted, plan_scores
 from wherefrom.ranks import Ranks
 from wherefrom.scores import PairwiseCollector, extremes, merged_extremes
@@ -78,6 +78,7 @@ class Scoring(Generic[Batch]):
 
     Attributes:
         strategy: of the factors behind the preconditioner.
+        groups: of each layer whose part of a score is kept.
     """
 
     sweep: Sweep[Batch]
@@ -86,6 +87,7 @@ class Scoring(Generic[Batch]):
     queries: Dataset[object]
     train: Dataset[object]
     options: Options
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def plan(self) -> Plan:
@@ -122,6 +124,9 @@ class Scoring(Generic[Batch]):
                 f"Rank {self.options.query_rank} leaves out {errors.mean():.1%} of a query gradient's norm on average, "
                 f"{errors.max():.1%} at most."
             )
+        if self.options.self_influence:
+            whole.tensors["preconditioned_norms"] = whole.tensors.pop(SQUARED_NORM).sqrt()
+            whole.tensors["query_self_influence"] = self._query_self_influence()
         return whole.tensors
 
     def highest(self, stages: BlockStages, k: int) -> dict[str, Tensor]:
@@ -136,11 +141,8 @@ class Scoring(Generic[Batch]):
         def work(rows: range) -> None:
             bank = cache(partial(self.bank, rows))
             shards = self.shards(rows, len(self.train))
-            kept.append(
-                merged_extremes(
-                    [stages.mapped(rows, columns, partial(reduced, bank, rows, columns)) for columns in shards], k
-                )
-            )
+            parts = [stages.mapped(rows, columns, partial(reduced, bank, rows, columns)) for columns in shards]
+            kept.append({**parts[0], **merged_extremes(parts, k)})  # the first has what does not depend on columns
 
         self.each_block(work, stages)
         return {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
@@ -169,10 +171,9 @@ class Scoring(Generic[Batch]):
     ) -> dict[str, Tensor]:
         """A sweep over some training examples against resident queries."""
         sweep, resident = self.sweep, bank()
-        groups = layer_groups(self.options.per_layer, list(sweep.layers))
-        place = (sweep.dtype, sweep.device)
+        summed = self.options.aggregate_train is not None
         collector: Collector = PairwiseCollector(
-            resident, len(train), *place, groups, summed=self.options.aggregate_train is not None
+            resident, len(train), sweep.dtype, sweep.device, self.groups, summed=summed
         )
         if self.options.self_influence and not rows.start:  # once is enough
             collector = Together(collector, self._self_influence(train))
@@ -184,7 +185,7 @@ class Scoring(Generic[Batch]):
         sweep = self.sweep
         return SelfInfluenceCollector(sweep.layers, self.preconditioner, len(examples), sweep.dtype, sweep.device)
 
-    def query_self_influence(self) -> dict[str, Tensor]:
+    def _query_self_influence(self) -> Tensor:
         """A sweep over queries for their scores with themselves."""
         collector = self._self_influence(self.queries)
         self.sweep.run(
@@ -194,7 +195,7 @@ class Scoring(Generic[Batch]):
             _measurement(self.sweep.task),
             batch_size=self.options.query_batch_size,
         )
-        return collector.sums
+        return collector.sums[SELF_INFLUENCE]
 
     def train_self_influence(self, sums: Partial) -> dict[str, Tensor]:
         """A sweep over training examples for their scores with themselves."""
@@ -211,7 +212,8 @@ class Scoring(Generic[Batch]):
 
     def shards(self, rows: range, train: int) -> list[range]:
         """The planned parts of a training set; a batch for every process at least."""
-        return self.plan.shards(len(rows), train, self.ranks.count * self.plan.train_batch)
+        matrices = 1 + len(set(self.groups.values()))
+        return self.plan.shards(len(rows) * matrices, train, self.ranks.count * self.plan.train_batch)
 
     def each_block(self, work: Callable[[range], None], stages: BlockStages | None = None) -> None:
         """Work on runs of queries whose gradients are resident together: as planned, and fewer when memory runs out."""

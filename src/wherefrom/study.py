@@ -24,10 +24,18 @@ from wherefrom.fingerprint import (
     names_summary,
 )
 from wherefrom.fitting import Fitting
-from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
+from wherefrom.influence import SELF_INFLUENCE
 from wherefrom.layers import coverage, select_layers
 from wherefrom.memory import checked_batch_size
-from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions
+from wherefrom.options import (
+    Options,
+    PairwiseOptions,
+    RescoredOptions,
+    ScoreOptions,
+    check_names,
+    layer_groups,
+    of_values,
+)
 from wherefrom.plan import Plan
 from wherefrom.precision import HalfPrecision
 from wherefrom.report.html import render_report
@@ -36,7 +44,7 @@ from wherefrom.rescoring import rescore
 from wherefrom.scores import Scores, TopScores
 from wherefrom.scoring import Scoring, make_plan
 from wherefrom.stages import BlockStages, Stages
-from wherefrom.store import Partial, checked_name, write_text
+from wherefrom.store import Partial, checked_name, read_manifest, write_text
 from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task
 from wherefrom.token_scoring import TokenScoring
@@ -149,6 +157,7 @@ class Study(Generic[Batch]):
         Returns:
             `str(plan)` is one line, `plan.table()` has the stages with their operations, memory and least time.
         """
+        check_names(options, ScoreOptions.__optional_keys__)
         chosen = Options(**options)
         sweep = self._precise_sweep(chosen.half_precision)
         return make_plan(sweep, checked_strategy(strategy), queries, self.train, chosen, loaded=False)
@@ -168,6 +177,7 @@ class Study(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
+        check_names(options, PairwiseOptions.__optional_keys__)
         return self._keep_scores(self._scoring(queries, factors, Options(**options)), factors)
 
     def score_top(
@@ -184,6 +194,7 @@ class Study(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
+        check_names(options, ScoreOptions.__optional_keys__)
         scoring = self._scoring(queries, factors, Options(**options, top=k))
         self._keep(scoring, factors, lambda blocks: scoring.highest(BlockStages(blocks, len(self.train)), k))
         return TopScores.load(self.path / "scores" / scoring.options.result_name(factors))
@@ -243,9 +254,11 @@ class Study(Generic[Batch]):
         """
         if top is not None and top < 1:
             raise InputError(f"top={top}: expected at least 1, or None for every pair.")
+        check_names(options, RescoredOptions.__optional_keys__)
         scoring = self._scoring(queries, factors, replace(Options(**options), overwrite=False))
         pairs = "all pairs" if top is None else f"the {top} highest and lowest of each query"
-        fingerprint = {**self._score_fingerprint(queries, factors, scoring.options), "pairs": pairs}
+        sequences = self._score_fingerprint(queries, factors, scoring.options)
+        fingerprint = {**sequences, "pairs": pairs}
         base = scoring.options.result_name(factors)
         folder = self.path / "scores" / f"{base}.{'all' if top is None else f'top{top}'}.tokens"
         stages = Stages(folder, fingerprint, self.profile)
@@ -253,7 +266,13 @@ class Study(Generic[Batch]):
             stages.clear()
 
         def compute(_: Partial) -> dict[str, Tensor]:
-            chosen = None if top is None else extreme_pairs(self._keep_scores(scoring, factors).values, top)
+            chosen = None
+            if top is not None:
+                stored = self.path / "scores" / base
+                # Scores with more kept beside the same values are as good.
+                same = stored.exists() and of_values(read_manifest(stored)["fingerprint"]) == sequences
+                scores = Scores.load(stored) if same else self._keep_scores(scoring, factors)
+                chosen = extreme_pairs(scores.values, top)
             return TokenScoring(scoring).all_pairs(chosen, TokenParts(folder, fingerprint, self.profile))
 
         stages.keep(INDEX, compute)
@@ -325,9 +344,6 @@ class Study(Generic[Batch]):
             if options.rescore:
                 again = BlockStages(replace(blocks, folder=blocks.folder / "rescored"), len(self.train))
                 found["changes"] = rescore(scoring, found.get("values"), again)
-            if options.self_influence:
-                found["query_self_influence"] = scoring.query_self_influence()[SELF_INFLUENCE]
-                found["preconditioned_norms"] = found.pop(SQUARED_NORM).sqrt()
             return found
 
         self._keep(scoring, factors, compute)
@@ -350,20 +366,13 @@ class Study(Generic[Batch]):
 
     def _scoring(self, queries: Dataset[object], factors: Factors, options: Options) -> Scoring[Batch]:
         sweep, strategy = self._precise_sweep(options.half_precision), checked_strategy(factors.strategy)
-        return Scoring(sweep, strategy, factors.preconditioner(options.damping), queries, self.train, options)
+        groups = layer_groups(options.per_layer, list(self.layers))
+        return Scoring(sweep, strategy, factors.preconditioner(options.damping), queries, self.train, options, groups)
 
     def _score_fingerprint(self, queries: Dataset[object] | None, factors: Factors, options: Options) -> dict[str, str]:
         """What scores depend on; refuses factors of another model."""
-        study = self._fingerprint()
-        factors.check_model(study)
-        found = study | {
-            "strategy": factors.strategy,
-            "factors": factors.fingerprint["training data"],
-            "targets": factors.fingerprint["targets"],
-            "factors' precision": factors.fingerprint["precision"],
-            "precision": str(self._precise_sweep(options.half_precision).precision),
-            **options.settings(),
-        }
+        precision = str(self._precise_sweep(options.half_precision).precision)
+        found = options.fingerprint(self._fingerprint(), factors, precision)
         return found if queries is None else found | {"queries": dataset_digest(queries)}
 
     def _precise_sweep(self, half_precision: bool) -> Sweep[Batch]:

@@ -19,6 +19,7 @@ from wherefrom.capture import Captured
 from wherefrom.errors import InputError, LayerError
 from wherefrom.fingerprint import Fingerprint, differences, tensors_digest
 from wherefrom.gradients import GradientBank
+from wherefrom.options import of_values
 from wherefrom.profile import Profile
 from wherefrom.stages import Compute, Stages
 from wherefrom.store import Artifact, check_same, read_manifest, remove
@@ -155,7 +156,7 @@ class TokenScores:
 
     def differences(self, scores: Fingerprint) -> list[str]:
         """What these were computed from and sequence scores were not, or the other way round; empty if they match."""
-        return differences({**self.fingerprint, "pairs": ""}, {**scores, "pairs": ""})
+        return differences(*(of_values({**each, "pairs": ""}) for each in (self.fingerprint, scores)))
 
     def __contains__(self, pair: tuple[int, int]) -> bool:
         """Whether (query, training position) is stored."""

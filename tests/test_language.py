@@ -14,7 +14,7 @@ import wherefrom as wf
 from tests.models import VOCABULARY, Case, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from wherefrom.capture import Capture
-from wherefrom.errors import InputError, LayerError
+from wherefrom.errors import InputError, LayerError, MismatchError
 from wherefrom.language import LanguageTask
 from wherefrom.layers import select_layers
 from wherefrom.loading import Loader
@@ -301,3 +301,22 @@ def test_a_task_of_your_own_is_its_predictions() -> None:
     assert float(task.measurement(model, task.collate([{"input_ids": [1, 2, 3]}])).detach()) == pytest.approx(
         float(expected), rel=1e-12
     )
+
+
+def test_factors_serve_every_measurement(tmp_path: Path) -> None:
+    """What is measured is the queries' business: no new fit, and no mixing of scores."""
+    model, train, queries = gpt2(), token_rows(6), token_rows(2, seed=4)
+
+    def study(measure: Any) -> wf.Study[Any]:
+        return wf.Study(tmp_path, model, wf.CausalLM(measure=measure), train=train)
+
+    factors = study("loss").fit("ekfac")
+    loss = study("loss").score(queries, factors)
+    file = tmp_path / "factors" / "sampled" / "eigenvalues" / "tensors.safetensors"
+    before = file.stat().st_mtime_ns
+    with pytest.raises(MismatchError, match="measured: stored 'loss', now 'margin'"):
+        study("margin").score(queries, study("margin").fit("ekfac"))
+    margin = study("margin").score(queries, factors, name="margin")
+    assert file.stat().st_mtime_ns == before
+    assert relative_error(margin.values, loss.values) > 1e-3
+    assert torch.equal(study("margin").self_influence(factors), study("loss").self_influence(factors))

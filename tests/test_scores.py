@@ -16,9 +16,8 @@ from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from wherefrom.curvature import STRATEGIES
 from wherefrom.errors import InputError
-from wherefrom.fingerprint import dataset_digest
 from wherefrom.options import Options, PairwiseOptions
-from wherefrom.scores import LAYER, extremes, merged_extremes
+from wherefrom.scores import extremes, merged_extremes
 
 CASES: dict[str, CaseMaker] = {"mlp": mlp_case, "gpt2": gpt2_case}
 
@@ -231,8 +230,3 @@ def test_half_precision_and_low_rank_keep_what_they_are_asked_for(tmp_path: Path
 
 def test_options_are_documented_once_and_have_defaults() -> None:
     assert set(get_type_hints(PairwiseOptions)) | {"top"} == set(get_type_hints(Options))
-
-
-def test_names_in_storage_cannot_clash() -> None:
-    assert not any(name.startswith(LAYER) for name in ("values", "query_errors", "changes"))
-    assert dataset_digest([1]) != dataset_digest([2])

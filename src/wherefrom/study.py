@@ -373,7 +373,10 @@ class Study(Generic[Batch]):
         """What scores depend on; refuses factors of another model."""
         precision = str(self._precise_sweep(options.half_precision).precision)
         found = options.fingerprint(self._fingerprint(), factors, precision)
-        return found if queries is None else found | {"queries": dataset_digest(queries)}
+        if queries is None:
+            return found
+        measured = self._sweep.task.settings().get("measure", "measurement")
+        return found | {"queries": dataset_digest(queries), "measured": measured}
 
     def _precise_sweep(self, half_precision: bool) -> Sweep[Batch]:
         if half_precision and self._sweep.dtype == torch.float64:
@@ -382,11 +385,12 @@ class Study(Generic[Batch]):
 
     def _fingerprint(self) -> dict[str, str]:
         """What everything in this study depends on; taken anew each time, since weights and lists can change."""
+        task = {name: value for name, value in self._sweep.task.settings().items() if name != "measure"}
         with self.profile.action("fingerprint"):
             found = {
                 "library": LIBRARY,
                 "model": model_digest(self._sweep.model),
-                "task": json.dumps(self._sweep.task.settings(), sort_keys=True),
+                "task": json.dumps(task, sort_keys=True),
                 "layers": names_summary(list(self.layers)),
                 "training data": dataset_digest(self.train),
             }

@@ -73,7 +73,10 @@ class Task(Generic[Batch]):
         return batch
 
     def settings(self) -> dict[str, str]:
-        """What makes two tasks the same, for fingerprints: the class and its public attributes."""
+        """What makes two tasks the same, for fingerprints: the class and its public attributes.
+
+        `measure` is what only queries depend on: factors and self-influence serve every value of it.
+        """
         public = {name: repr(value) for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
 

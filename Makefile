@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check docs smollm2 compare bench clean
+.PHONY: demo test examples check docs smollm2 compare bench clean
 
 ## Fine-tune a small GPT-2 on Wikipedia prose and show where its predictions come from (a few minutes)
 demo: $(STAMP)
@@ -15,6 +15,12 @@ demo: $(STAMP)
 ## The whole test suite
 test: $(STAMP)
 	$(RUN) -m pytest
+
+## The small examples, each with its page in docs/examples (some five minutes)
+examples: $(STAMP)
+	$(RUN) examples/digits/find_mislabels.py
+	$(RUN) examples/diabetes/leave_one_out.py
+	$(RUN) examples/lora/analyze_lora.py
 
 ## Style, format and types
 check: $(STAMP)

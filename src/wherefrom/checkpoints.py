@@ -12,15 +12,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from wherefrom.errors import DamagedError, InputError
 from wherefrom.fingerprint import Dataset, Fingerprint
+from wherefrom.options import RescoredOptions
 from wherefrom.scores import Scores
 from wherefrom.stages import Stages
 from wherefrom.store import Partial, checked_name, remove, scratch_matrix
@@ -51,7 +53,7 @@ def score_checkpoints(
     *,
     empirical: bool = False,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[RescoredOptions],
 ) -> Scores:
     """Score every pair at each of several checkpoints, and add up: `sum_k weight_k scores_k`.
 
@@ -68,7 +70,7 @@ def score_checkpoints(
         strategy: as in `Study.fit`.
         weights: one for each checkpoint; by default the learning rates that were recorded, and for paths 1.
         empirical, seed: as in `Study.fit`, for strategies that fit factors.
-        **options: what `Study.score` takes: damping, half_precision (also of the fit), batch sizes, ...; `name` is that
+        options: those of `RescoredOptions`; half precision also of the fit. `name` is that
             of the sum in `RUN/scores`, "STRATEGY-checkpoints" by default.
 
     Returns:

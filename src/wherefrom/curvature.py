@@ -223,18 +223,19 @@ def upper_product(rows: Tensor) -> Tensor:
     return result
 
 
-def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Basis]:
+def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str], device: torch.device) -> dict[str, Basis]:
     """The eigenvectors of every layer's covariances, found in float64 and kept in the covariances' dtype.
 
     Args:
         covariances: as `CovarianceCollector.means` gives them.
+        device: where eigenvectors are found; they are kept where the covariances are.
 
     Raises:
         LossError: a covariance is not finite.
     """
     diagonals = {name: each for name, each in covariances.items() if each.dim() == 1}
     found: dict[str, tuple[Tensor, Tensor | None]] = {
-        **eigenvectors({name: each for name, each in covariances.items() if name not in diagonals})
+        **eigenvectors({name: each for name, each in covariances.items() if name not in diagonals}, device)
     }
     for name, each in diagonals.items():
         finite_sum(each, name)

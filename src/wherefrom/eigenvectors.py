@@ -17,8 +17,12 @@ from wherefrom.errors import LossError
 _EIGH_BYTES = 2**28
 
 
-def eigenvectors(covariances: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Eigenvalues and eigenvectors by name: those of one size in batches, and equal matrices once."""
+def eigenvectors(covariances: Mapping[str, Tensor], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Eigenvalues and eigenvectors by name: those of one size in batches, and equal matrices once.
+
+    Args:
+        device: where they are found; they are kept where the covariances are.
+    """
     first: dict[tuple[int, float], str] = {}  # equal matrices have equal sums, and rarely do others
     same: dict[str, str] = {}
     sizes: dict[int, list[str]] = {}
@@ -33,7 +37,9 @@ def eigenvectors(covariances: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, T
         count = max(1, _EIGH_BYTES // (8 * size**2))
         for start in range(0, len(names), count):
             batch = names[start : start + count]
-            found.update(zip(batch, zip(*_eigh([covariances[name] for name in batch]), strict=True), strict=True))
+            found.update(
+                zip(batch, zip(*_eigh([covariances[name] for name in batch], device), strict=True), strict=True)
+            )
     # Copies: tensors that share memory cannot be stored side by side.
     for name, other in same.items():
         if name != other:
@@ -48,7 +54,7 @@ def finite_sum(matrix: Tensor, name: str) -> float:
     Raises:
         LossError: it is not finite.
     """
-    total = float(matrix.sum(dtype=_eigh_dtype(matrix)))
+    total = float(matrix.sum(dtype=_eigh_dtype(matrix.device)))
     if not math.isfinite(total):
         raise LossError(
             f"Layer {name.rpartition('.')[0]!r}: its covariance is not finite. Some activation or gradient overflowed; "
@@ -57,14 +63,14 @@ def finite_sum(matrix: Tensor, name: str) -> float:
     return total
 
 
-def _eigh_dtype(matrix: Tensor) -> torch.dtype:
-    return torch.float32 if matrix.device.type == "mps" else torch.float64
+def _eigh_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _eigh(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _eigh(matrices: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Eigenvalues [count, n] and eigenvectors [count, n, n] of symmetric matrices of one size."""
-    dtype = matrices[0].dtype
-    stacked = torch.stack([each.to(_eigh_dtype(each)) for each in matrices])
-    eigenvalues, eigenvectors = torch.linalg.eigh(stacked)
+    place, dtype = matrices[0].device, matrices[0].dtype
+    stacked = torch.stack([each.to(device, _eigh_dtype(device)) for each in matrices])
+    eigenvalues, vectors = torch.linalg.eigh(stacked)
     # A covariance has no negative eigenvalue; what is below zero is rounding.
-    return eigenvalues.clamp_min(0).to(dtype), eigenvectors.to(dtype)
+    return eigenvalues.clamp_min(0).to(place, dtype), vectors.to(place, dtype)

@@ -77,7 +77,7 @@ class Fitting(Generic[Batch]):
         mine = ranks.share_of({name: sum(size**3 for size in each.shape) for name, each in self.sweep.layers.items()})
         with ranks.agreeing():
             chosen = {name: each for name, each in covariances.items() if name.rpartition(".")[0] in mine}
-            bases = bases_to_tensors(diagonalize(chosen, mine))
+            bases = bases_to_tensors(diagonalize(chosen, mine, self.sweep.device))
         return ranks.joined(bases, self.sweep.factors_device)
 
     def _mean_squares(self, bases: dict[str, Basis]) -> dict[str, Tensor]:

@@ -183,7 +183,7 @@ def test_masks_that_cannot_be_told_apart_are_refused() -> None:
 
 def test_token_scores_of_an_encoder(tmp_path: Path) -> None:
     case = t5_case()
-    study = wf.Study(tmp_path, case.model, wf.Seq2Seq(["encoder.*"]), train=case.train)
+    study = wf.Study(tmp_path, case.model, wf.Seq2Seq(["encoder.*.[qkvo]", "encoder.*.w[io]"]), train=case.train)
     factors = study.fit("identity")
     tokens, scores = study.score_tokens(case.queries, factors), study.score(case.queries, factors)
     assert tokens.lengths.tolist() == [len(row["input_ids"]) for row in case.train]  # type: ignore[index]

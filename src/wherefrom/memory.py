@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import psutil
 import torch
@@ -53,14 +53,20 @@ class Footprint:
     Attributes:
         tokens: vectors that a layer sees, the most of any layer.
         saved_bytes: what autograd keeps for the backward pass.
-        gradient_bytes: the largest layer's gradient.
+        gradient_bytes: the largest layer's gradient, or what is captured of it if that is more.
         flop: floating-point operations of a forward and backward pass.
+        layer_tokens: vectors that each layer sees, where they differ from `tokens`.
     """
 
     tokens: int
     saved_bytes: int
     gradient_bytes: int
     flop: int
+    layer_tokens: Mapping[str, int] = field(default_factory=dict)
+
+    def tokens_of(self, layer: str) -> int:
+        """Vectors that one layer sees."""
+        return self.layer_tokens.get(layer, self.tokens)
 
     @property
     def bytes(self) -> int:

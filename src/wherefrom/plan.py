@@ -142,7 +142,7 @@ class Plan:
     def costs(self) -> list[Cost]:
         """The stages of a fit and a score."""
         job = self.job
-        each, query = _PerExample.of(job, job.example.tokens), _PerExample.of(job, job.query.tokens)
+        each, query = _PerExample.of(job, job.example), _PerExample.of(job, job.query)
         batch = self.train_batch * job.example.bytes
         factors = 2 * job.factor_bytes
         query_memory = self.bank_bytes + factors + self.query_batch * job.query.bytes
@@ -169,19 +169,24 @@ class Plan:
 
     def _forming_flop(self) -> float:
         """Operations for one training example's gradients, but for layers whose tokens are multiplied themselves."""
-        flops = {name: self._thin_flop(layer) for name, layer in self.job.layers.items()}
-        shapes = [layer.padded_shape for name, layer in self.job.layers.items() if flops[name][0] >= flops[name][1]]
-        return sum(2.0 * self.job.example.tokens * math.prod(shape) for shape in shapes)
+        total = 0.0
+        for name, layer in self.job.layers.items():
+            by_tokens, whole = self._product_flop(name, layer)
+            tokens = self.job.example.tokens_of(name)
+            total += 2.0 * tokens * layer.shape[0] * layer.columns(tokens) if by_tokens >= whole else 0.0
+        return total
 
     def _dot_flop(self) -> float:
         """Operations for the product of one query's gradient with one training example's."""
-        return sum(min(self._thin_flop(layer)) for layer in self.job.layers.values())
+        return sum(min(self._product_flop(*each)) for each in self.job.layers.items())
 
-    def _thin_flop(self, layer: TrackedLayer) -> tuple[float, float]:
+    def _product_flop(self, name: str, layer: TrackedLayer) -> tuple[float, float]:
         """For a product of a layer's gradients: by tokens, which only thin matrices can be, and by whole gradients."""
+        tokens, (outputs, width) = self.job.example.tokens_of(name), layer.padded_shape
         if self.form.rank is None or not self.form.thin(layer):
-            return math.inf, 2.0 * math.prod(layer.padded_shape)
-        return thin_product_flop(layer.padded_shape, self.form.rank, self.job.example.tokens, self.train_batch)
+            # Of a one-hot layer, the columns that a batch touches, at the most.
+            return math.inf, 2.0 * outputs * min(width, self.train_batch * layer.columns(tokens))
+        return thin_product_flop((outputs, width), self.form.rank, tokens, self.train_batch)
 
     def _rotations(self) -> tuple[float, float]:
         """Operations for bringing query gradients back from the eigenbasis, and training gradients into it."""
@@ -232,20 +237,28 @@ class _PerExample:
     covariance: float
 
     @classmethod
-    def of(cls, job: Job, tokens: int) -> _PerExample:
-        shapes = [layer.padded_shape for layer in job.layers.values()]
-        forming = sum(2.0 * tokens * out * width for out, width in shapes)
-        rotating = sum(sum(_sides_flop(job, out, width, tokens)) for out, width in shapes)
-        covariance = sum(tokens * (out**2 + width**2) for out, width in shapes)
+    def of(cls, job: Job, footprint: Footprint) -> _PerExample:
+        forming = rotating = covariance = 0.0
+        for name, layer in job.layers.items():
+            tokens = footprint.tokens_of(name)
+            outputs, columns = layer.shape[0], layer.columns(tokens)
+            forming += 2.0 * tokens * outputs * columns
+            rotating += sum(_sides_flop(job, layer, tokens))
+            covariance += sum(
+                tokens * (1 if diagonal else size) * size
+                for size, diagonal in zip((outputs, columns), layer.diagonal_sides, strict=True)
+            )
         return cls(forming, forming + rotating * job.strategy.basis, covariance)
 
 
 def factor_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
     """What bases and eigenvalues take; while they are in use, they are there twice."""
-    shapes = [layer.padded_shape for layer in layers.values()]
-    numbers = sum((out**2 + width**2) * strategy.basis for out, width in shapes)
-    if strategy.eigenvalues != "none":
-        numbers += sum(out * width for out, width in shapes)
+    numbers = 0
+    for layer in layers.values():
+        for size, diagonal in zip(layer.padded_shape, layer.diagonal_sides, strict=True):
+            numbers += size * (1 if diagonal else size) * strategy.basis
+        if strategy.eigenvalues != "none":
+            numbers += math.prod(layer.padded_shape)
     return numbers * widened_dtype(dtype).itemsize
 
 
@@ -272,7 +285,8 @@ def plan_scores(job: Job, machine: Machine | None = None) -> Plan:
 
 def _fitting(job: Job, query_batch: int, train_batch: int, room: int, place: torch.device) -> Plan:
     """As many queries as there is room for, in blocks of equal size."""
-    form = BankForm(job.wanted.dtype, place, place != job.device, job.wanted.rank)
+    tokens = max((job.query.tokens_of(name) for name, layer in job.layers.items() if layer.one_hot), default=0)
+    form = BankForm(job.wanted.dtype, place, place != job.device, job.wanted.rank, tokens)
     each = form.bytes_per_query(job.layers) + SHARD_ROWS * widened_dtype(form.dtype).itemsize
     most = max(1, min(job.queries, room // each))
     sweeps = -(-job.queries // most)
@@ -290,17 +304,25 @@ def _cheaper_sides(job: Job, form: BankForm, layer: str, sweeps: int) -> tuple[b
 
 def _side_costs(job: Job, layer: str, sweeps: int) -> tuple[tuple[float, float], tuple[float, float]]:
     """Operations for the left and the right side: all query gradients back, or all training gradients there."""
-    outputs, width = job.layers[layer].padded_shape
-    query = (2.0 * job.queries * outputs**2 * width, 2.0 * job.queries * outputs * width**2)
-    left, right = _sides_flop(job, outputs, width, job.example.tokens)
-    return query, (sweeps * job.train * left, sweeps * job.train * right)
+    tracked = job.layers[layer]
+    outputs, columns = tracked.shape[0], tracked.columns(job.query.tokens_of(layer))
+    back = [
+        0.0 if diagonal else 2.0 * job.queries * outputs * columns * size
+        for size, diagonal in zip((outputs, columns), tracked.diagonal_sides, strict=True)
+    ]
+    left, right = _sides_flop(job, tracked, job.example.tokens_of(layer))
+    return (back[0], back[1]), (sweeps * job.train * left, sweeps * job.train * right)
 
 
-def _sides_flop(job: Job, outputs: int, width: int, tokens: int) -> tuple[float, float]:
+def _sides_flop(job: Job, layer: TrackedLayer, tokens: int) -> tuple[float, float]:
     """Operations for one example's gradient into the basis, left and right: its tokens or its rows, whichever fewer."""
+    outputs, columns = layer.shape[0], layer.columns(tokens)
     if job.wanted.dtype == torch.bfloat16 and job.device.type == "cuda":
-        return 4.0 * outputs**2 * tokens, 4.0 * width**2 * tokens  # see `precision.rotated`
-    return 2.0 * outputs**2 * min(tokens, width), 2.0 * width**2 * min(tokens, outputs)
+        left, right = 4.0 * outputs**2 * tokens, 4.0 * columns**2 * tokens  # see `precision.rotated`
+    else:
+        left, right = 2.0 * outputs**2 * min(tokens, columns), 2.0 * columns**2 * min(tokens, outputs)
+    no_left, no_right = layer.diagonal_sides
+    return left * (not no_left), right * (not no_right)
 
 
 def _sweep_seconds(plan: Plan, machine: Machine) -> float:

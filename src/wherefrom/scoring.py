@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Generic
@@ -23,7 +23,7 @@ from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
 from wherefrom.memory import out_of_memory
 from wherefrom.options import Options
-from wherefrom.plan import Job, Plan, Wanted, factor_bytes, plan_scores
+from wherefrom.plan import Job, Plan, Wanted, plan_scores
 from wherefrom.ranks import Ranks
 from wherefrom.scores import PairwiseCollector, extremes, merged_extremes
 from wherefrom.stages import BlockStages
@@ -52,10 +52,6 @@ def make_plan(
     """
     dtype = torch.bfloat16 if options.half_precision else sweep.dtype
     wanted = Wanted(dtype, options.query_rank, options.query_batch_size, options.train_batch_size)
-    usable = sweep.usable_memory()
-    if not loaded and sweep.memory_budget is None:
-        usable -= factor_bytes(sweep.layers, strategy, wanted.dtype)
-    usable = sweep.ranks.least(usable)
     job = Job(
         layers=sweep.layers,
         strategy=strategy,
@@ -64,9 +60,12 @@ def make_plan(
         query=sweep.footprint(queries, _measurement(sweep.task)),
         example=sweep.footprint(train, training_loss(sweep.task)),
         wanted=wanted,
-        usable=usable,
+        usable=sweep.ranks.least(sweep.usable_memory()),
         device=sweep.device,
+        factors_on_host=sweep.offload_factors,
     )
+    if not loaded and sweep.memory_budget is None:
+        job = replace(job, usable=job.usable - job.factor_bytes)
     plan = plan_scores(job)
     # Measured speeds differ between processes, and what all of them do together must not.
     choices = sweep.ranks.first(lambda: (plan.query_batch, plan.train_batch, plan.block, plan.form))

@@ -25,6 +25,7 @@ from wherefrom.fingerprint import Dataset
 from wherefrom.layers import TrackedLayer
 from wherefrom.loading import Loader
 from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, usable_memory
+from wherefrom.placement import execution_device
 from wherefrom.precision import Precision
 from wherefrom.profile import Profile
 from wherefrom.progress import progress_bar
@@ -53,6 +54,13 @@ class Collector(ABC):
     @abstractmethod
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
         """Add one layer's share of the batch that holds the dataset positions `rows`."""
+
+    def align(self, most: Callable[[int], int]) -> None:  # noqa: B027  (most sums have one size in all processes)
+        """Give `sums` the sizes that they have in other processes.
+
+        Args:
+            most: the largest of all processes' numbers.
+        """
 
     def release(self) -> None:  # noqa: B027  (most collectors keep nothing)
         """Give back what was kept from one batch for the next: memory has run out."""
@@ -87,8 +95,8 @@ class Sweep(Generic[Batch]):
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
-        return next(self.model.parameters()).device
+        """Where the model computes, or the first of its parts."""
+        return execution_device(self.model)
 
     @property
     def factors_device(self) -> torch.device:
@@ -141,6 +149,7 @@ class Sweep(Generic[Batch]):
             # A resumed sweep keeps the size that it had, so that its sums are the same to the last bit.
             self._pass(state, dataset, objective, stored or batch_size or 1, smallest_batch)
         with self.profile.action(f"{name}: sum over processes"):
+            collector.align(self.ranks.most)
             self.ranks.add_up(collector.sums.values())
 
     def _pass(
@@ -175,17 +184,18 @@ class Sweep(Generic[Batch]):
         """What an example takes, measured on the longest of a few."""
         samples = range(0, len(dataset), max(1, len(dataset) // 32))
         row = max(samples, key=lambda row: _numel(self.task.collate([dataset[row]])))
-        tokens, gradient_bytes = [1], [1]
+        tokens: dict[str, int] = {}
+        gradient_bytes = [1]
 
         def receive(layer: str, captured: Captured) -> None:
-            outputs, width = self.layers[layer].padded_shape
-            tokens.append(captured.activations.shape[1])
-            gradient_bytes.append(outputs * width * captured.gradients.element_size())
+            tokens[layer] = captured.gradients.shape[1]
+            gradient_bytes.append(captured.bytes_each)
 
         saved, counter = SavedBytes(self.model), FlopCounterMode(display=False)
         with counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             self.probe(dataset, row, objective, receive)
-        return Footprint(max(tokens), max(1, saved.total), max(gradient_bytes), counter.get_total_flops())
+        most, saved_bytes = max(tokens.values(), default=1), max(1, saved.total)
+        return Footprint(most, saved_bytes, max(gradient_bytes), counter.get_total_flops(), tokens)
 
     def usable_memory(self) -> int:
         """Bytes to plan with on the model's device."""

@@ -99,15 +99,14 @@ class TokenCollector(Collector):
         captured = self._bank.in_basis(layer, captured)
         for query in queries.unique().tolist():
             chosen = (queries == query).nonzero().squeeze(1)
-            activations, gradients = (each[examples[chosen]] for each in captured[:2])  # [chosen, calls * tokens, ...]
-            products = self._bank.token_products(layer, query, activations, gradients)
+            products = self._bank.token_products(layer, query, captured.rows(examples[chosen]))
             folded = products.view(len(chosen), captured.calls, tokens).sum(1)  # [chosen, tokens]
             self.sums["values"][first + chosen, :tokens] += folded
 
     @staticmethod
     def _check(layer: str, captured: Captured, tokens: int) -> None:
         """A layer must see one vector for each token of the batch's longest example, in each of its calls."""
-        seen, calls = captured.activations.shape[1], captured.calls
+        seen, calls = captured.gradients.shape[1], captured.calls
         if not calls or seen != calls * tokens:
             raise LayerError(
                 f"Layer {layer!r} sees {seen} vectors an example in {calls or 'unequal'} call(s), where the longest "

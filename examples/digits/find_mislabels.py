@@ -2,13 +2,14 @@
 
     python find_mislabels.py
 
-A small convolutional network on scikit-learn's digits (8 x 8 pixels). An example with a wrong label can only be learnt by
-heart, so its loss depends on itself more than that of others. Rankings by self-influence are compared with the
-cheap ones, by the loss and at random, over several seeds and after every stage of training.
+A small convolutional network on scikit-learn's digits (8 x 8 pixels). An example with a wrong label can only be learnt
+by heart, so its loss depends on itself more than that of others. Rankings by self-influence are compared with the cheap
+ones, by the loss and at random, over several seeds, early in training and after the wrong labels are learnt too.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from dataclasses import asdict, dataclass, field
@@ -50,9 +51,9 @@ class Arguments:
 
     run_dir: Path = Path("runs/digits")
     """Keeps factors, self-influence, plots and their numbers."""
-    epochs: tuple[int, ...] = (2, 5, 10, 20, 40)
+    epochs: tuple[int, ...] = (10, 40, 100, 200)
     """After how many epochs examples are ranked."""
-    shown_epoch: int = 10
+    shown_epoch: int = 100
     """Whose curves and images are drawn."""
     num_seeds: int = 5
     """Of the flips, the first weights and the order of batches."""
@@ -125,8 +126,7 @@ def trained(data: Data, seed: int, epochs: tuple[int, ...]) -> dict[int, nn.Modu
             functional.cross_entropy(model(data.images[rows]), data.labels[rows]).backward()
             optimizer.step()
         if epoch in epochs:
-            found[epoch] = network()
-            found[epoch].load_state_dict(model.state_dict())
+            found[epoch] = copy.deepcopy(model)
     return found
 
 
@@ -180,7 +180,7 @@ def draw(found: dict[str, list[Tensor]], data: Data, suspicion: Tensor, epoch: i
         axes.plot(100 * checked, 100 * mean, style, color=COLOURS.get(name, "#000000"), label=LABELS[name])
     axes.set(xlim=(0, 50), ylim=(0, 102), xlabel="Examples checked (%)", ylabel="Wrong labels found (%)")
     axes.set_title(f"After {epoch} epochs, mean of {len(repeats)} seeds", loc="left")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc=(0.57, 0.48))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for place, example in enumerate(suspicion.argsort(descending=True)[:12].tolist()):
@@ -226,8 +226,8 @@ def main(arguments: Arguments) -> None:
     console.print(table(findings))
     figure = Figure(
         "Wrong labels found",
-        "By checking the highest-ranked examples first. Below, the images that EK-FAC ranks highest, with the label that "
-        "was trained on and, where it is wrong, the true one.",
+        "By checking the highest-ranked examples first. Below, the images that EK-FAC ranks highest, with the label "
+        "that was trained on and, where it is wrong, the true one.",
         png(draw(found, *first, arguments.shown_epoch)),
     )
     stages = {str(epoch): {name: asdict(each) for name, each in stage.items()} for epoch, stage in findings.items()}

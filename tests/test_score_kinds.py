@@ -20,6 +20,7 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
+from tests.test_layers import CASES as LAYER_CASES
 from wherefrom.errors import InputError, MismatchError
 
 STRATEGIES = ["identity", "diagonal", "kfac", "ekfac"]
@@ -100,7 +101,7 @@ def test_groups_sum_their_layers_in_every_block(tmp_path: Path) -> None:
     expected = {
         "attention": [name for name in layers if ".attn." in name],
         "mlp": [name for name in layers if ".0.mlp." in name],
-        "other": [name for name in layers if ".1.mlp." in name],
+        "other": [name for name in layers if ".attn." not in name and ".0.mlp." not in name],
     }
     for group, names in expected.items():
         assert relative_error(found.layers[group], torch.stack([layers[name] for name in names]).sum(0)) < 1e-9
@@ -311,6 +312,29 @@ def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert lines(log) <= batches + 5 * len(kills)
     assert not [path.name for path in run.rglob("*") if ".part" in path.name or ".blocks" in path.name]
+
+
+# All kinds of layers.
+
+
+@pytest.mark.parametrize("name", LAYER_CASES)
+def test_every_kind_of_score_of_every_kind_of_layer(tmp_path: Path, name: str) -> None:
+    """Against pairwise scores, which `test_layers` holds against brute force."""
+    case = LAYER_CASES[name]()
+    study = study_of(tmp_path, case)
+    factors = study.fit("ekfac")
+    values = study.score(case.queries, factors).values
+    itself = study.score(case.train, factors, name="train").values.diagonal()
+    assert relative_error(study.self_influence(factors, batch_size=4), itself) < 1e-9
+    groups = study.score(case.queries, factors, per_layer=True, self_influence=True, train_batch_size=3)
+    assert groups.self_influence is not None
+    assert relative_error(groups.self_influence, itself) < 1e-9
+    assert relative_error(torch.stack(list(groups.layers.values())).sum(0), values) < 1e-9
+    queries = study.score(case.queries, factors, aggregate_queries="sum", query_batch_size=2)
+    assert relative_error(queries.values, values.sum(0, keepdim=True)) < 1e-9
+    train = study.score(case.queries, factors, aggregate_train="sum", train_batch_size=4)
+    assert relative_error(train.values, values.sum(1, keepdim=True)) < 1e-9
+    assert relative_error(study.score_top(case.queries, factors, k=3).values, values.topk(3).values) < 1e-9
 
 
 # Wrong use.

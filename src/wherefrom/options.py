@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from typing_extensions import Unpack
+
 from wherefrom.curvature import Factors
 from wherefrom.errors import InputError
 from wherefrom.fingerprint import Fingerprint
@@ -100,6 +102,18 @@ class Options:
     aggregate_queries: Aggregation | None = None
     aggregate_train: Aggregation | None = None
     top: int | None = None
+
+    @classmethod
+    def of(cls, known: frozenset[str], top: int | None, /, **options: Unpack[PairwiseOptions]) -> Options:
+        """The options of a call; refuses those of another, which would be passed over.
+
+        Args:
+            known: the names of the call's options.
+        """
+        for name, value in options.items():
+            if name not in known:
+                raise InputError(f"{name}={value!r}: expected one of {', '.join(sorted(known))}.")
+        return cls(**options, top=top)
 
     def __post_init__(self) -> None:
         checked_batch_size(self.query_batch_size)
@@ -198,17 +212,6 @@ class Options:
         if self.top is not None:
             found["kept"] = f"the {self.top} highest and lowest of each query"
         return found
-
-
-def check_names(options: Mapping[str, object], known: frozenset[str]) -> None:
-    """Refuse keyword arguments that are for another call, and would be passed over.
-
-    Raises:
-        InputError: names the first.
-    """
-    for name in options:
-        if name not in known:
-            raise InputError(f"{name}={options[name]!r}: expected one of {', '.join(sorted(known))}.")
 
 
 def of_values(fingerprint: Fingerprint) -> dict[str, str]:

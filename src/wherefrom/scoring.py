@@ -260,11 +260,13 @@ class Scoring(Generic[Batch]):
 
     def _summed_bank(self) -> GradientBank:
         """One gradient, the sum of all queries' preconditioned gradients."""
-        total: GradientBank | None = None
-        for start in range(0, len(self.queries), self.plan.block):
-            total = self.bank(range(start, min(start + self.plan.block, len(self.queries)))).summed(total)
-        assert total is not None
-        return total
+        total: list[GradientBank] = []
+
+        def work(rows: range) -> None:
+            total[:] = [self.bank(rows).summed(*total)]
+
+        self.each_block(work)
+        return total[0]
 
     def sweep_train(
         self, name: str, dataset: Dataset[object], collector: Collector, queries: int, sums: Partial

@@ -27,15 +27,7 @@ from wherefrom.fitting import Fitting
 from wherefrom.influence import SELF_INFLUENCE
 from wherefrom.layers import coverage, select_layers
 from wherefrom.memory import checked_batch_size
-from wherefrom.options import (
-    Options,
-    PairwiseOptions,
-    RescoredOptions,
-    ScoreOptions,
-    check_names,
-    layer_groups,
-    of_values,
-)
+from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups, of_values
 from wherefrom.plan import Plan
 from wherefrom.precision import HalfPrecision
 from wherefrom.report.html import render_report
@@ -157,8 +149,7 @@ class Study(Generic[Batch]):
         Returns:
             `str(plan)` is one line, `plan.table()` has the stages with their operations, memory and least time.
         """
-        check_names(options, ScoreOptions.__optional_keys__)
-        chosen = Options(**options)
+        chosen = Options.of(ScoreOptions.__optional_keys__, None, **options)
         sweep = self._precise_sweep(chosen.half_precision)
         return make_plan(sweep, checked_strategy(strategy), queries, self.train, chosen, loaded=False)
 
@@ -177,8 +168,8 @@ class Study(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
-        check_names(options, PairwiseOptions.__optional_keys__)
-        return self._keep_scores(self._scoring(queries, factors, Options(**options)), factors)
+        chosen = Options.of(PairwiseOptions.__optional_keys__, None, **options)
+        return self._keep_scores(self._scoring(queries, factors, chosen), factors)
 
     def score_top(
         self, queries: Dataset[object], factors: Factors, k: int = 100, **options: Unpack[ScoreOptions]
@@ -194,8 +185,7 @@ class Study(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
-        check_names(options, ScoreOptions.__optional_keys__)
-        scoring = self._scoring(queries, factors, Options(**options, top=k))
+        scoring = self._scoring(queries, factors, Options.of(ScoreOptions.__optional_keys__, k, **options))
         self._keep(scoring, factors, lambda blocks: scoring.highest(BlockStages(blocks, len(self.train)), k))
         return TopScores.load(self.path / "scores" / scoring.options.result_name(factors))
 
@@ -254,26 +244,26 @@ class Study(Generic[Batch]):
         """
         if top is not None and top < 1:
             raise InputError(f"top={top}: expected at least 1, or None for every pair.")
-        check_names(options, RescoredOptions.__optional_keys__)
-        scoring = self._scoring(queries, factors, replace(Options(**options), overwrite=False))
-        pairs = "all pairs" if top is None else f"the {top} highest and lowest of each query"
+        chosen = Options.of(RescoredOptions.__optional_keys__, None, **options)
+        scoring = self._scoring(queries, factors, replace(chosen, overwrite=False))
+        wanted = "all pairs" if top is None else f"the {top} highest and lowest of each query"
         sequences = self._score_fingerprint(queries, factors, scoring.options)
-        fingerprint = {**sequences, "pairs": pairs}
+        fingerprint = {**sequences, "pairs": wanted}
         base = scoring.options.result_name(factors)
         folder = self.path / "scores" / f"{base}.{'all' if top is None else f'top{top}'}.tokens"
         stages = Stages(folder, fingerprint, self.profile)
-        if options.get("overwrite"):
+        if chosen.overwrite:
             stages.clear()
 
         def compute(_: Partial) -> dict[str, Tensor]:
-            chosen = None
+            pairs = None
             if top is not None:
                 stored = self.path / "scores" / base
                 # Scores with more kept beside the same values are as good.
                 same = stored.exists() and of_values(read_manifest(stored)["fingerprint"]) == sequences
                 scores = Scores.load(stored) if same else self._keep_scores(scoring, factors)
-                chosen = extreme_pairs(scores.values, top)
-            return TokenScoring(scoring).all_pairs(chosen, TokenParts(folder, fingerprint, self.profile))
+                pairs = extreme_pairs(scores.values, top)
+            return TokenScoring(scoring).all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
 
         stages.keep(INDEX, compute)
         return TokenScores.load(folder)

@@ -109,8 +109,9 @@ class Retraining:
         """The model's output, [inputs]."""
         names = [name for name, _ in self.model.named_parameters()]
         shapes = [parameter.shape for parameter in self.model.parameters()]
-        parts = [part.view(shape) for part, shape in zip(_split(weights, shapes), shapes, strict=True)]
-        output: Tensor = torch.func.functional_call(self.model, dict(zip(names, parts, strict=True)), (inputs,))
+        parts = torch.split(weights, [shape.numel() for shape in shapes])
+        named = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        output: Tensor = torch.func.functional_call(self.model, named, (inputs,))
         return output.squeeze(1)
 
     def losses(self, weights: Tensor, examples: tuple[Tensor, Tensor]) -> Tensor:
@@ -343,10 +344,6 @@ def scatters(panels: Mapping[str, tuple[Outcome, str]]) -> Plot:
     plot.supxlabel("Predicted change of the mean test loss, thousandths", fontsize=10)
     plot.supylabel("Measured change", fontsize=10)
     return plot
-
-
-def _split(weights: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    return weights.split([shape.numel() for shape in shapes])
 
 
 def _only(correlations: Correlations) -> float:

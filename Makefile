@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check smollm2 compare bench clean
+.PHONY: demo test check docs smollm2 compare bench clean
 
 ## Fine-tune a small GPT-2 on Wikipedia prose and show where its predictions come from (a few minutes)
 demo: $(STAMP)
@@ -21,6 +21,10 @@ check: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+## The documentation site, in site/; needs no network
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 ## The weights of SmolLM2-135M, for `--model smollm2` (93 MB)
 smollm2: $(STAMP)
@@ -42,7 +46,7 @@ bench: $(STAMP)
 	$(RUN) benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) runs cache build dist
+	rm -rf $(VENV) runs cache build dist site
 
 # torch comes first and pinned: without a pin, pip would pull gigabytes of CUDA packages.
 $(STAMP): pyproject.toml constraints.txt requirements/offline-data.txt

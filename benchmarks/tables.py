@@ -23,8 +23,8 @@ def results() -> dict[str, Any]:
     return {file.stem.replace("-", "_"): json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
 
 
-def rendered(template: str) -> str:
-    """A template of `templates/`, filled with the results; one that lacks a figure is an error."""
+def rendered(template: str, **values: object) -> str:
+    """A template of `templates/`, filled with the results and values; one that lacks a figure is an error."""
     environment = Environment(
         loader=FileSystemLoader(ROOT / "benchmarks" / "templates"),
         undefined=StrictUndefined,
@@ -36,7 +36,7 @@ def rendered(template: str) -> str:
     environment.filters["gib"] = lambda count: f"{count / 2**30:.2f} GiB"
     environment.filters["mib"] = lambda count: f"{count / 2**20:,.0f} MiB"
     environment.filters["number"] = format
-    return environment.get_template(template).render(results=results())
+    return environment.get_template(template).render(results=results(), **values)
 
 
 def main(check: bool = False) -> None:

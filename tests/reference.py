@@ -1,11 +1,13 @@
 """Brute force in float64: every gradient by autograd, every curvature as a dense matrix, one example at a time.
 
-Nothing here uses the engine, except for the task's loss and the sampler's draws.
+Nothing here uses the engine, except for the task's loss and the sampler's draws. What a layer's weight is as a matrix,
+and what its tokens see, is written here once more, in another way where there is one.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ class BruteForce:
     Args:
         layers: names of the tracked layers.
         seed: of the sampled targets; None for the dataset's own.
+        widest: covariances of more features count with their diagonal alone.
     """
 
     def __init__(
@@ -34,10 +37,13 @@ class BruteForce:
         train: Sequence[object],
         queries: Sequence[object],
         seed: int | None = None,
+        widest: int = 10**9,
     ) -> None:
         self.model = copy.deepcopy(model).double().eval()
         self.task = task
-        self.layers = {name: self.model.get_submodule(name) for name in layers}
+        self.widest = widest
+        # Every module that uses the layer's weight; the first that is no embedding says what is a row of its matrix.
+        self.layers = {name: _users(self.model, self.model.get_submodule(name).weight) for name in layers}
         samplers = [None if seed is None else Sampler(seed, [row]) for row in range(len(train))]
         self.train = [self.weight_gradients(each) for each in train]
         self.queries = [self.weight_gradients(each, measured=True) for each in queries]
@@ -51,44 +57,53 @@ class BruteForce:
         """The gradient of one example alone, [out, in (+1)] for each layer, by autograd on the weights."""
         batch = self.task.collate([example])
 
-        def loss(parameters: dict[str, Tensor]) -> Tensor:
-            model = _Stateless(self.model, parameters)
-            return self.task.measurement(model, batch) if measured else self.task.train_loss(model, batch, sampler)
-
-        gradients = torch.func.grad(loss)(dict(self.model.named_parameters()))
+        names, weights = zip(*self.model.named_parameters(), strict=True)
+        for weight in weights:
+            weight.requires_grad_()
+        if measured:
+            loss = self.task.measurement(self.model, batch)
+        else:
+            loss = self.task.train_loss(self.model, batch, sampler)
+        found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        gradients = dict(zip(names, found, strict=True))
         return {name: self._matrix(name, gradients) for name in self.layers}
 
     def _matrix(self, name: str, gradients: dict[str, Tensor]) -> Tensor:
-        weight = gradients[f"{name}.weight"]
-        if type(self.layers[name]).__name__ == "Conv1D":
-            weight = weight.T
+        module, weight = _main(self.layers[name]), gradients[f"{name}.weight"]
         bias = gradients.get(f"{name}.bias")
+        if _is_norm(module):
+            return weight.flatten()[None] if bias is None else torch.cat([weight.flatten(), bias.flatten()])[None]
+        weight = weight.T if type(module).__name__ in {"Conv1D", "Embedding"} else weight.flatten(1)
         return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
 
     def token_tensors(self, example: object, sampler: Sampler | None) -> dict[str, tuple[Tensor, Tensor]]:
         """Inputs [tokens, in (+1)] and output gradients [tokens, out] of each layer, over all of its calls."""
-        inputs: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        inputs: dict[str, list[tuple[nn.Module, Tensor]]] = {name: [] for name in self.layers}
         outputs: dict[str, list[Tensor]] = {name: [] for name in self.layers}
 
         def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
             def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                inputs[name].append(arguments[0].detach())
+                inputs[name].append((module, arguments[0].detach()))
                 added = torch.zeros_like(output, requires_grad=True)
                 outputs[name].append(added)
                 return output + added
 
             return hook
 
-        handles = [module.register_forward_hook(watch(name)) for name, module in self.layers.items()]
+        handles = [each.register_forward_hook(watch(name)) for name, users in self.layers.items() for each in users]
         loss = self.task.train_loss(self.model, self.task.collate([example]), sampler)
         found = {}
-        for name, module in self.layers.items():
-            flat = [each.reshape(-1, each.shape[-1]) for each in inputs[name]]
-            activations = torch.cat(flat)
-            if module.bias is not None:
-                activations = torch.cat([activations, torch.ones(len(activations), 1, dtype=torch.float64)], 1)
+        for name, users in self.layers.items():
             gradients = torch.autograd.grad(loss, outputs[name], retain_graph=True, materialize_grads=True)
-            found[name] = (activations, torch.cat([each.reshape(-1, each.shape[-1]) for each in gradients]))
+            turned = not isinstance(_main(users), nn.Embedding)
+            parts = [
+                vectors[::-1] if turned and isinstance(module, nn.Embedding) else vectors
+                for module, vectors in (
+                    (module, _vectors(module, seen, gradient))
+                    for (module, seen), gradient in zip(inputs[name], gradients, strict=True)
+                )
+            ]
+            found[name] = (torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
         for handle in handles:
             handle.remove()
         return found
@@ -98,8 +113,10 @@ class BruteForce:
         rows = torch.stack([each[layer].flatten() for each in self.fisher])  # [examples, out * in]
         activations = torch.cat([each[layer][0] for each in self.tokens])
         gradients = torch.cat([each[layer][1] for each in self.tokens])
-        a = activations.T @ activations / len(activations)
-        s = gradients.T @ gradients / len(gradients)
+        a, s = (
+            moment if len(moment) <= self.widest else moment.diagonal().diag()
+            for moment in (each.T @ each / len(each) for each in (activations, gradients))
+        )
         return _dense(strategy, rows, a, s)
 
     def scores(self, strategy: str, damping: float | None = None) -> Tensor:
@@ -124,18 +141,77 @@ def _dense(strategy: str, rows: Tensor, a: Tensor, s: Tensor) -> Tensor:
         return torch.diag(rows.square().mean(0))
     if strategy == "kfac":
         return torch.kron(s, a)
-    basis = torch.kron(torch.linalg.eigh(s).eigenvectors, torch.linalg.eigh(a).eigenvectors)
+    basis = torch.kron(_eigenvectors(s), _eigenvectors(a))
     eigenvalues = (rows @ basis).square().mean(0)
     return basis @ torch.diag(eigenvalues) @ basis.T
 
 
-class _Stateless(nn.Module):
-    """A model called with given parameters, so that `torch.func` can differentiate with respect to them."""
+def _eigenvectors(matrix: Tensor) -> Tensor:
+    """Those of a diagonal matrix are the axes, also where eigenvalues are equal."""
+    diagonal = torch.equal(matrix, matrix.diagonal().diag())
+    axes = torch.eye(len(matrix), dtype=torch.float64)
+    return axes if diagonal else torch.linalg.eigh(matrix).eigenvectors.contiguous()
 
-    def __init__(self, model: nn.Module, parameters: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._model = [model]  # in a list, so that it is no submodule with parameters of its own
-        self._values = parameters
 
-    def forward(self, *args: object, **kwargs: object) -> object:
-        return torch.func.functional_call(self._model[0], self._values, args, kwargs)
+def _users(model: nn.Module, weight: object) -> list[nn.Module]:
+    return [module for module in model.modules() if getattr(module, "weight", None) is weight]
+
+
+def _main(users: Sequence[nn.Module]) -> nn.Module:
+    return next((each for each in users if not isinstance(each, nn.Embedding)), users[0])
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm")
+
+
+def _vectors(module: nn.Module, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """One call on one example: [tokens, in (+1)] and [tokens, out], whose products are the weight's gradient."""
+    if isinstance(module, nn.Embedding):
+        rows = torch.eye(module.num_embeddings, dtype=torch.float64)
+        if module.padding_idx is not None:
+            rows[module.padding_idx] = 0
+        return rows[inputs.flatten()], gradient.reshape(-1, module.embedding_dim)
+    if _is_norm(module):
+        return _normalisation_vectors(module, inputs, gradient)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        activations, gradients = _convolution_vectors(module, inputs, gradient)
+    else:
+        activations, gradients = inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    if module.bias is not None:
+        activations = torch.cat([activations, torch.ones(len(activations), 1, dtype=torch.float64)], 1)
+    return activations, gradients
+
+
+def _normalisation_vectors(module: Any, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Textbook formulas, and each token's own gradient as its activations."""
+    shape = module.weight.shape
+    over = tuple(range(-len(shape), 0))
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        epsilon = torch.finfo(torch.float64).eps if module.eps is None else module.eps
+        centred = inputs - inputs.mean(over, keepdim=True) if isinstance(module, nn.LayerNorm) else inputs
+        normalised = centred / (centred.square().mean(over, keepdim=True) + epsilon).sqrt()
+    else:  # those of transformers compute in float32, whatever the model's type
+        normalised = module.forward(inputs).detach() / module.weight.detach()
+    parts = [gradient * normalised] + [gradient] * (getattr(module, "bias", None) is not None)
+    each = torch.cat([part.reshape(-1, shape.numel()) for part in parts], 1)
+    return each, torch.ones(len(each), 1, dtype=torch.float64)
+
+
+def _convolution_vectors(module: Any, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Patches as PyTorch's own convolution with kernels that each pick one number of the patch."""
+    found = []
+    for group in range(module.groups):
+        channels = inputs.shape[1] // module.groups
+        size = channels * math.prod(module.kernel_size)
+        picks = type(module)(
+            channels, size, module.kernel_size, module.stride, module.padding, module.dilation,
+            bias=False, padding_mode=module.padding_mode, dtype=torch.float64,
+        )  # fmt: skip
+        picks.weight = nn.Parameter(torch.eye(size, dtype=torch.float64).view_as(picks.weight), requires_grad=False)
+        patches = picks(inputs[:, group * channels : (group + 1) * channels])
+        own = torch.zeros_like(gradient)
+        outputs = slice(group * gradient.shape[1] // module.groups, (group + 1) * gradient.shape[1] // module.groups)
+        own[:, outputs] = gradient[:, outputs]
+        found.append((patches.flatten(2)[0].T, own.flatten(2)[0].T))
+    return torch.cat([each[0] for each in found]), torch.cat([each[1] for each in found])

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import wherefrom as wf
-from tests.models import gpt2, relative_error, token_rows, widened
+from tests.models import gpt2, gpt2_case, relative_error, token_rows, widened
 from tests.reference import BruteForce
-from wherefrom.errors import LayerError
+from wherefrom.curvature import bases_to_tensors
+from wherefrom.errors import InputError, LayerError
+from wherefrom.fingerprint import model_digest
 from wherefrom.layers import select_layers
+from wherefrom.placement import execution_device
 
 
 def examples(count: int = 6) -> list[object]:
@@ -106,16 +111,6 @@ def test_a_lost_batch_dimension_is_refused(tmp_path: Path) -> None:
         study.fit("diagonal")
 
 
-def test_shared_weights_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    with pytest.raises(LayerError, match="'0' and '1' share one weight"):
-        select_layers(model)
-    lm = gpt2()
-    with pytest.raises(LayerError, match="'transformer.wte' and 'lm_head' share one weight"):
-        select_layers(lm, ["lm_head"])
-
-
 def test_the_head_is_left_out_unless_it_is_named() -> None:
     model = gpt2()
     task = wf.CausalLM()
@@ -123,6 +118,7 @@ def test_the_head_is_left_out_unless_it_is_named() -> None:
     assert len(names) == 8
     assert names[:4] == [f"transformer.h.0.{each}" for each in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
     assert list(select_layers(model, ["transformer.h.*.mlp.*"])) == [name for name in names if ".mlp.c_" in name]
+    assert list(select_layers(model, ["lm_head"])) == ["transformer.wte"]  # one weight, under its first name
     with pytest.raises(LayerError, match=r"'transformer.h.0' names 'transformer.h.0', which is not a layer"):
         select_layers(model, ["transformer.h.0"])
 
@@ -137,6 +133,45 @@ def test_weights_get_no_gradient_and_the_graph_starts_at_the_first_layer(tmp_pat
     study.fit("diagonal", batch_size=2)
     assert seen
     assert not any(seen)
+
+
+class Positions(nn.Module):
+    """Positions are looked up once for all examples; their row is broadcast, or taken out first."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.positions, self.last, self.first = nn.Embedding(4, 2), nn.Linear(2, 3), first
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        positions = self.positions(torch.arange(4)[None])
+        hidden = torch.tanh(inputs[..., None] * (positions[0] if self.first else positions))
+        result: Tensor = self.last(hidden).sum(1)
+        return result
+
+
+def test_rows_for_all_examples_are_each_examples_own_or_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, rows, task = Positions(first=False).double(), widened(examples(9)), wf.Classification(["*"])
+    study = wf.Study(tmp_path / "run", model, task, train=rows)
+    found = study.score(rows, study.fit("ekfac", empirical=True, batch_size=4), train_batch_size=5).values
+    expected = BruteForce(model, task, list(study.layers), rows, rows).scores("ekfac")
+    assert relative_error(found, expected) < 1e-9
+    refused = wf.Study(tmp_path / "refused", Positions(first=True).double(), task, train=rows)
+    with pytest.raises(LayerError, match="'positions' reads one row for all 4 examples"):
+        refused.fit("diagonal", batch_size=4)
+
+
+def test_an_encoder_of_pytorch_is_tracked_without_its_attention(tmp_path: Path) -> None:
+    """Its attention calls no module for its projections; the rest runs as modules while there are hooks."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    model = nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Linear(2, 4), layer, nn.Flatten(), nn.Linear(8, 3)).double()
+    rows, task = widened(examples(9)), wf.Classification()
+    study = wf.Study(tmp_path, model, task, train=rows)
+    assert list(study.layers) == ["1", "2.linear1", "2.linear2", "4"]
+    found = study.score(rows, study.fit("ekfac", empirical=True)).values
+    expected = BruteForce(model, task, list(study.layers), rows, rows).scores("ekfac")
+    assert relative_error(found, expected) < 1e-9
 
 
 class TwoHeads(nn.Module):
@@ -168,12 +203,13 @@ def test_layers_that_read_one_tensor_share_activations_and_are_stored_apart(tmp_
     assert seen["one"] is seen["two"]
     assert seen["other"] is not seen["one"]
     factors = study.fit(strategy, empirical=True, batch_size=4)
-    assert torch.equal(factors.bases["one"].activations, factors.bases["two"].activations)
+    named = bases_to_tensors(factors.bases)
+    assert torch.equal(named["one.activations"], named["two.activations"])
     found = study.score(rows, factors, train_batch_size=2).values
     expected = BruteForce(model, task, list(study.layers), rows, rows).scores(strategy)
     assert relative_error(found, expected) < 1e-9
     again = wf.Study(tmp_path, model, task, train=rows).fit(strategy, empirical=True)
-    assert all(torch.equal(each.gradients, again.bases[name].gradients) for name, each in factors.bases.items())
+    assert all(torch.equal(each, named[name]) for name, each in bases_to_tensors(again.bases).items())
 
 
 def test_a_llama_is_scored_like_any_other(tmp_path: Path) -> None:
@@ -192,3 +228,116 @@ def test_a_llama_is_scored_like_any_other(tmp_path: Path) -> None:
     found = study.score(queries, study.fit("ekfac", empirical=True, batch_size=3)).values
     expected = BruteForce(model, task, list(study.layers), train, queries).scores("ekfac")
     assert relative_error(found, expected) < 1e-8
+
+
+class Checkpointed(nn.Module):
+    """A block that is computed again in the backward pass holds the first tracked layer, one that is called twice, and
+    an in-place activation."""
+
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.first, self.twice, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.use_reentrant = use_reentrant
+
+    def block(self, inputs: Tensor) -> Tensor:
+        hidden = self.twice(torch.relu_(self.first(inputs)))
+        result: Tensor = self.twice(torch.tanh(hidden) * hidden)
+        return result
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.use_reentrant is None:
+            hidden = self.block(inputs)
+        else:
+            hidden = checkpoint(self.block, inputs, use_reentrant=self.use_reentrant)
+        result: Tensor = self.last(torch.tanh(hidden))
+        return result
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    found = []
+    for use_reentrant in (None, False):
+        torch.manual_seed(0)
+        model, rows = Checkpointed(use_reentrant).double(), widened(examples(9))
+        study = wf.Study(tmp_path / str(use_reentrant), model, wf.Classification(), train=rows)
+        found.append(study.score(rows, study.fit("ekfac", batch_size=4), train_batch_size=5).values)
+    assert torch.equal(*found)
+    plain = Checkpointed(None).double()
+    plain.load_state_dict(model.state_dict())
+    scores = study.score(rows, study.fit("identity")).values
+    expected = BruteForce(plain, wf.Classification(), ["first", "twice", "last"], rows, rows).scores("identity")
+    assert relative_error(scores, expected) < 1e-10
+
+
+def test_reentrant_checkpointing_is_refused_by_name(tmp_path: Path) -> None:
+    study = wf.Study(tmp_path, Checkpointed(True), wf.Classification(), train=examples())
+    with pytest.raises(LayerError, match=r"gradients switched off: first, twice\. .* pass use_reentrant=False"):
+        study.fit("diagonal")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_language_model_with_checkpointing_is_scored_alike(tmp_path: Path, training: bool) -> None:
+    """Models of transformers switch it off outside of training; one that does not is computed again."""
+    found, runs = [], [0, 0]
+    for enabled in (0, 1):
+        case = gpt2_case()
+        model: Any = case.model
+        if enabled:
+            model.gradient_checkpointing_enable()
+            for block in model.transformer.h:
+                if training:  # and stay there
+                    block.train = lambda mode: None
+        study = wf.Study(tmp_path / str(enabled), model, case.task, train=case.train)
+
+        def count(*_: object, enabled: int = enabled) -> None:
+            runs[enabled] += 1
+
+        model.transformer.h[0].mlp.c_fc.register_forward_hook(count)
+        found.append(study.score(case.queries, study.fit("ekfac", batch_size=5), query_batch_size=5).values)
+    assert relative_error(found[1], found[0]) < 1e-12
+    assert runs[1] == (2 if training else 1) * runs[0]
+
+
+def test_weights_in_bfloat16_are_scored_as_rounded_ones(tmp_path: Path) -> None:
+    """The model's passes are rounded to 8 bits everywhere; what is captured is multiplied and added up in float32."""
+    model = gpt2(layers=1)
+    nn.Module.to(model, torch.bfloat16)
+    train, queries = token_rows(9), token_rows(4, seed=4)
+    task = wf.CausalLM(["transformer.*"])
+    study = wf.Study(tmp_path, model, task, train=train)
+    for strategy in ("identity", "kfac"):
+        scores = study.score(queries, study.fit(strategy, empirical=True)).values
+        assert scores.dtype == torch.float32
+        expected = BruteForce(model, task, list(study.layers), train, queries).scores(strategy)
+        assert relative_error(scores, expected) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_offloaded_weights_are_scored_and_known_again(tmp_path: Path, kind: str) -> None:
+    """accelerate brings each layer's weights only while it computes; between passes they have no values."""
+    import accelerate
+
+    case = gpt2_case()
+    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
+    expected = study.score(case.queries, study.fit("ekfac")).values
+    model = gpt2_case().model
+    place = torch.device("cpu")
+    if kind == "cpu":
+        accelerate.cpu_offload(model, place)
+    else:
+        accelerate.disk_offload(model, str(tmp_path / "weights"), place)
+    assert all(each.is_meta for each in model.parameters())
+    assert execution_device(model) == place
+    assert model_digest(model) == model_digest(case.model)
+    again = wf.Study(tmp_path / "again", model, case.task, train=case.train)
+    found = again.score(case.queries, again.fit("ekfac")).values
+    assert relative_error(found, expected) < 1e-12
+    assert all(each.requires_grad and each.is_meta for each in model.parameters())
+    # The same model: what was fitted without offloading is used, not refused.
+    same = wf.Study(tmp_path / "run", model, case.task, train=case.train)
+    assert torch.equal(same.score(case.queries, same.fit("ekfac")).values, expected)
+    assert list(select_layers(model, ["lm_head"])) == ["transformer.wte"]
+
+
+def test_weights_without_values_are_refused() -> None:
+    with pytest.raises(InputError, match="'0.weight' is on the meta device and has no values"):
+        model_digest(nn.Sequential(nn.Linear(2, 2, bias=False, device="meta")))

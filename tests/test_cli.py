@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from tests.models import relative_error
 from wherefrom.cli import main
-from wherefrom.scores import Scores
+from wherefrom.scores import Scores, TopScores
+from wherefrom.store import Artifact
 
 TEXTS = [
     "the cat sat on the mat and the dog sat too",
@@ -93,9 +96,42 @@ def test_explain_prints_the_plan_and_low_rank_scores_are_kept_apart(folder: Path
     assert "rescore=3: expected at least 1 together with a query_rank" in " ".join(refused.stderr.split())
 
 
+def test_kinds_of_scores(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(folder)
+
+    def said(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["wherefrom", *arguments])
+        main()
+        return capsys.readouterr().out
+
+    said("fit", "kinds", "--model", "model", "--train", "train.txt", "--strategy", "identity")
+    options = ("score", "kinds", "--queries", "queries.jsonl", "--strategy", "identity")
+    said(*options, "--per-layer", "--self-influence", "--tokens", "2")
+    scores = Scores.load(folder / "kinds" / "scores" / "identity-layers-self")
+    assert scores.normalized("cosine").values.shape == (2, 5)
+    assert len(scores.layers) == 4
+    said("report", "kinds", "--name", "identity-layers-self", "--output", "kinds.html")
+    assert 'data-shares="' in (folder / "kinds.html").read_text()
+    few = said(*options, "--top-only", "3")
+    assert "Scores of 2 queries, the 3 highest and lowest each, are in kinds/scores/identity-top3." in few
+    names = ("identity-layers-self", "identity-top3")
+    shown = [said("top", "kinds", "--name", name, "--k", "2") for name in names]
+    assert "Query 1" in shown[0]
+    assert shown[0] == shown[1]
+    said(*options, "--aggregate-queries", "sum")
+    assert "The sum of 2 queries." in said("top", "kinds", "--name", "identity-query-sum")
+    own = said("self-influence", "kinds", "--strategy", "identity", "--k", "1")
+    values = Artifact(folder / "kinds" / "self_influence" / "identity", {}).mapped()["self_influence"]
+    assert TEXTS[int(values.argmax())] in own
+    assert sum(text in own for text in TEXTS) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["score", "run", "--queries", "q.txt", "--top-only", "2", "--per-layer"], "per_layer=True with only the 2"),
+        (["score", "run", "--queries", "q.txt", "--top-only", "2", "--tokens", "2"], "tokens=2 needs every pair"),
+        (["score", "run", "--queries", "q.txt", "--aggregate-train", "sum", "--self-influence"], "self_influence=True"),
         (["fit", "new", "--model", "model", "--train", "missing.txt"], "missing.txt"),
         (["fit", "new", "--model", "no-such-directory/x/y", "--train", "train.txt"], "no-such-directory/x/y"),
         (["fit", "new", "--model", "model", "--train", "train.txt", "--layers", "mlp.c_fd"], "Close names:"),
@@ -121,3 +157,34 @@ def test_wrong_use_is_one_line_and_leaves_nothing(
     assert last.startswith("error: ")
     assert message in last
     assert not (folder / "new").exists()
+
+
+def test_torchrun_gives_the_scores_of_one_process(folder: Path) -> None:
+    """The command that docs/how-to/many-gpus.md gives."""
+    script = folder / "wherefrom_command"
+    script.write_text(f"#!{sys.executable}\nfrom wherefrom.cli import main\nmain()\n")
+    script.chmod(0o755)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    fit = ("fit", "ranks", "--model", "model", "--train", "train.txt")
+    score = ("score", "ranks", "--queries", "queries.jsonl", "--top-only", "2")
+    for arguments in (fit, score):
+        done = subprocess.run(
+            [*launch, str(script), *arguments], cwd=folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("in ranks/") == 1  # one process speaks for both
+    alone = wherefrom(folder, "fit", "alone", "--model", "model", "--train", "train.txt")
+    assert alone.returncode == 0, alone.stderr
+    assert wherefrom(folder, "score", "alone", "--queries", "queries.jsonl").returncode == 0
+    expected = Scores.load(folder / "alone" / "scores" / "ekfac").values
+    found = TopScores.load(folder / "ranks" / "scores" / "ekfac-top2")
+    assert torch.equal(found.train, expected.topk(2).indices)
+    assert relative_error(found.values, expected.topk(2).values) < 1e-4
+
+
+def test_self_influence_is_shown_with_its_texts(folder: Path) -> None:
+    fit = wherefrom(folder, "fit", "self", "--model", "model", "--train", "train.txt", "--strategy", "identity")
+    assert fit.returncode == 0, fit.stderr
+    shown = wherefrom(folder, "self-influence", "self", "--strategy", "identity", "--k", "2")
+    assert shown.returncode == 0, shown.stderr
+    assert sum(text in " ".join(shown.stdout.split()) for text in TEXTS) == 2

@@ -65,7 +65,7 @@ def test_scores_are_float32_whatever_the_operands(
     pairwise = PairwiseCollector(bank, 10, torch.float32, META)
     pairwise.collect("0", captured(tracked, dtype), slice(5, 10))
     assert bank.product("0", captured(tracked, dtype)).dtype == torch.float32
-    tokens = bank.token_products("0", 0, *bank.in_basis("0", captured(tracked, dtype))[:2])
+    tokens = bank.token_products("0", 0, bank.in_basis("0", captured(tracked, dtype)))
     assert (tokens.shape, tokens.dtype) == ((BATCH, TOKENS), torch.float32)
 
 

@@ -48,8 +48,8 @@ def test_batches_are_those_asked_for_whatever_was_prepared(sizes: list[int]) -> 
             assert batch.keys() == expected.keys()
             assert all(torch.equal(batch[name], expected[name]) for name in batch)
             real = sum(len(data.rows[row]["input_ids"]) for row in rows)  # type: ignore[index, misc]
-            assert (batch["input_ids"].numel() if padding is None else padding.tokens) == real
-            assert padding is None or int(padding.mask.sum()) == real
+            assert [each.tokens for each in padding] == ([] if batch["input_ids"].numel() == real else [real])
+            assert all(int(each.mask.sum()) == real for each in padding)
             position = rows.stop
 
 

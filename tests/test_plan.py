@@ -23,7 +23,7 @@ from tests.models import gpt2_case, mlp_case, relative_error
 from wherefrom.capture import Captured
 from wherefrom.curvature import STRATEGIES
 from wherefrom.errors import InputError, MemoryLimitError
-from wherefrom.gradients import GradientBank
+from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import select_layers
 from wherefrom.memory import Footprint
 from wherefrom.plan import SHARD_BYTES, SHARD_ROWS, Job, Plan, Wanted, factor_bytes, plan_scores
@@ -97,6 +97,35 @@ def test_the_estimated_operations_are_those_that_run(tmp_path: Path, strategy: s
     estimated = sum(cost.flop for cost in plan.costs())
     # Tiles round a covariance up to whole rows, and two examples are measured to plan.
     assert 0.8 * estimated < counter.get_total_flops() < 1.35 * estimated
+
+
+def test_the_estimate_of_other_kinds_of_layers(tmp_path: Path) -> None:
+    """Convolutions whose layers see different numbers of tokens, and an embedding, against PyTorch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.manual_seed(0)
+    convolutions = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.Tanh(), nn.Conv2d(16, 24, 3, stride=2), nn.Flatten(), nn.Linear(24 * 9, 3)
+    )
+    images: list[object] = [(torch.randn(3, 9, 9), torch.tensor(row % 3)) for row in range(24)]
+    words = nn.Sequential(nn.Embedding(40, 32), nn.Flatten(), nn.Linear(32 * 12, 3))
+    texts: list[object] = [(torch.randint(40, (12,)), torch.tensor(row % 3)) for row in range(24)]
+    for name, model, rows in (("images", convolutions, images), ("texts", words, texts)):
+        for strategy in STRATEGIES:
+            task = wf.Classification(["*"])
+            study = wf.Study(tmp_path / name / strategy, model, task, train=rows)
+            plan = study.plan(rows[:9], strategy)
+            with FlopCounterMode(display=False) as counter:
+                study.score(rows[:9], study.fit(strategy))
+            estimated = sum(cost.flop for cost in plan.costs())
+            assert 0.7 * estimated < counter.get_total_flops() < 1.4 * estimated
+
+
+def test_one_hot_layers_have_no_matrix_of_the_vocabulary() -> None:
+    layers = select_layers(nn.Sequential(nn.Embedding(5000, 8), nn.Linear(8, 4, bias=False)), ["*"])
+    ekfac = factor_bytes(layers, STRATEGIES["ekfac"], torch.float32)
+    assert ekfac == 4 * (8**2 + 5000 + 8 * 5000 + 4**2 + 8**2 + 4 * 8)
+    assert BankForm(torch.bfloat16, CPU, tokens=10).bytes_per_query(layers) == 2 * (8 * 10 + 4 * 8) + 8 * 10
 
 
 def test_the_plan_says_what_it_chose(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

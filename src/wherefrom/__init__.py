@@ -1,25 +1,63 @@
 """Which training examples made a PyTorch model do what it did: influence functions on Kronecker-factored curvature."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from wherefrom.checkpoints import score_checkpoints
 from wherefrom.curvature import Factors
 from wherefrom.errors import WherefromError
 from wherefrom.fingerprint import LIBRARY as __version__  # noqa: N811
+from wherefrom.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
+from wherefrom.ranks import join_ranks
 from wherefrom.sampling import Sampler
-from wherefrom.scores import Hit, Scores
+from wherefrom.scores import Hit, Scores, TopScores
 from wherefrom.study import Study
-from wherefrom.task import CausalLM, Classification, Regression, Task
+from wherefrom.task import Classification, Regression, Task
 from wherefrom.tokens import TokenScores
+
+if TYPE_CHECKING:
+    from wherefrom.huggingface import PretrainedStudy, study_from_pretrained
+    from wherefrom.recording import RecordedCheckpoint, TrainingRecorder, read_recording
 
 __all__ = [
     "CausalLM",
+    "ChosenToken",
     "Classification",
     "Factors",
     "Hit",
+    "MaskedLM",
+    "PretrainedStudy",
+    "RecordedCheckpoint",
     "Regression",
     "Sampler",
     "Scores",
+    "Seq2Seq",
+    "SequenceClassification",
     "Study",
     "Task",
     "TokenScores",
+    "TopScores",
+    "TrainingRecorder",
     "WherefromError",
     "__version__",
+    "join_ranks",
+    "read_recording",
+    "score_checkpoints",
+    "study_from_pretrained",
 ]
+
+# What needs transformers is imported when it is first asked for, since the engine runs on torch alone.
+_LAZY = {
+    "PretrainedStudy": "huggingface",
+    "study_from_pretrained": "huggingface",
+    "RecordedCheckpoint": "recording",
+    "TrainingRecorder": "recording",
+    "read_recording": "recording",
+}
+
+if not TYPE_CHECKING:  # a type checker would take any name for an attribute
+
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

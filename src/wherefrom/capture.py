@@ -1,13 +1,14 @@
 """Hooks: one forward and backward pass in, activations and output gradients of every tracked layer out.
 
 Weights are frozen while capturing, so autograd forms no weight gradient, and the graph starts at the output of the
-first tracked layer. The model is handed back as it was found, also after an exception. This module knows layers; it
-knows nothing of datasets, tasks or curvature.
+first tracked layer. The model is handed back as it was found, also after an exception. Where a model computes parts of
+its forward pass again while going back (gradient checkpointing, non-reentrant), the hooks do the same again and nothing
+is captured twice. This module knows layers; it knows nothing of datasets, tasks or curvature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from wherefrom.errors import LayerError, LossError
-from wherefrom.layers import TrackedLayer
+from wherefrom.layer_types import NO_COLUMN, distinct_one_hot
+from wherefrom.layers import TrackedLayer, Use
 from wherefrom.precision import widened
 
 
@@ -25,14 +27,14 @@ class Captured(NamedTuple):
     """What one batch says about one layer; rows of padding are zero in both tensors.
 
     Attributes:
-        activations: [batch, tokens, width]: the layer's input and, when it has a bias, a column of ones, then zeros
+        activations: [batch, tokens, columns]: the layer's input and, when it has a bias, a column of ones, then zeros
             for alignment. Layers that read one tensor one after another share this one.
         gradients: of the summed loss with respect to the layer's output, [batch, tokens, out].
         tokens: how many of the batch's tokens are not padding.
         calls: how many uses of the layer, of equally many tokens each, are joined along the token axis; 0 when they
             differ.
-        columns: int64 [width of activations]: which columns of the layer's gradient matrix the activations are, when
-            they are only those that the batch touches; None is all of them.
+        columns: int64 [batch, columns]: which columns of the layer's gradient matrix the activations of each example
+            are, when they are only those that it touches; columns that are zero may stand for any. None is all of them.
     """
 
     activations: Tensor
@@ -42,8 +44,29 @@ class Captured(NamedTuple):
     columns: Tensor | None = None
 
     def selected(self, matrix: Tensor) -> Tensor:
-        """The batch's columns of a matrix [..., out, width] that has one number for each weight of the layer."""
-        return matrix if self.columns is None else matrix[..., self.columns]
+        """The numbers of a matrix [out, width], one for each weight of the layer, for the columns that are held.
+
+        Returns:
+            What can be multiplied with gradients [batch, out, columns], on their device.
+        """
+        matrix = matrix.to(self.gradients.device)
+        return matrix if self.columns is None else matrix[:, self.columns].transpose(0, 1)
+
+    def rows(self, chosen: Tensor) -> Captured:
+        """Some examples of the batch; `tokens` stays the whole batch's."""
+        columns = None if self.columns is None else self.columns[chosen]
+        return self._replace(activations=self.activations[chosen], gradients=self.gradients[chosen], columns=columns)
+
+    @property
+    def bytes_each(self) -> int:
+        """What an example's weight gradient takes, or its activations or gradients if that is more."""
+        (_, tokens, width), outputs = self.activations.shape, self.gradients.shape[2]
+        return max(outputs * width, tokens * width, tokens * outputs) * self.gradients.element_size()
+
+    def as_one_example(self) -> Captured:
+        """The batch's tokens in one row, whose gradient is the sum of the examples'; only where `columns` is None."""
+        activations, gradients = (each.flatten(0, 1).unsqueeze(0) for each in (self.activations, self.gradients))
+        return self._replace(activations=activations, gradients=gradients)
 
 
 class Receiver(Protocol):
@@ -67,8 +90,9 @@ class Padding:
 
 @dataclass
 class _Call:
-    """One use of a layer in a forward pass."""
+    """One run of a module that uses a layer's weight in a forward pass."""
 
+    use: Use
     inputs: Tensor
     version: int
     gradient: Tensor | None = None
@@ -79,30 +103,39 @@ class _Pass:
     """What one forward and backward pass has seen so far.
 
     Attributes:
-        latest: the layer and the input that activations were last made for, and the activations.
+        latest: the layer, its use and the input that activations were last made for, and the activations.
+        without_graph: layers that ran while gradients were switched off.
+        begun: whether something that is no tracked layer has begun the graph, such as embeddings that are made to
+            require gradients for checkpointing.
     """
 
     examples: int
-    padding: Padding | None
+    padding: Sequence[Padding]
     calls: dict[str, list[_Call]] = field(default_factory=dict)
     starts: list[Tensor] = field(default_factory=list)
     backward: bool = False
-    latest: tuple[TrackedLayer, Tensor, Tensor] | None = None
+    latest: tuple[TrackedLayer, Use, Tensor, Tensor] | None = None
+    without_graph: set[str] = field(default_factory=set)
+    begun: bool = False
+
+    def padding_of(self, tokens: int) -> Padding | None:
+        """The padding of layers that see `tokens` an example; None when there is none of that many."""
+        return next((each for each in self.padding if each.mask.shape[1] == tokens), None)
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter gradients; every module and parameter is put back as it was."""
     training = [(module, module.training) for module in model.modules()]
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         model.eval()
-        for parameter, _ in required:
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
+        for name, parameter in model.named_parameters():  # by name: offloading makes new parameters in every pass
+            parameter.requires_grad_(required[name])
         for module, flag in training:
             module.training = flag
 
@@ -110,8 +143,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 class Capture(AbstractContextManager["Capture"]):
     """Hands `(layer, activations, gradients)` to a receiver during each backward pass.
 
-    A layer that is called several times in a pass is received once, its calls joined along the token axis: the
-    gradient of its weight is the sum over calls, as it is over tokens.
+    A layer that is called several times in a pass, or through several modules, is received once, its calls joined
+    along the token axis: the gradient of its weight is the sum over calls, as it is over tokens.
 
     Args:
         operand: what becomes of every captured tensor; a wider type, unless one asks for something else.
@@ -134,9 +167,10 @@ class Capture(AbstractContextManager["Capture"]):
         with ExitStack() as stack:
             stack.enter_context(frozen(self._model))
             for name, layer in self._layers.items():
-                hook = partial(self._forward_hook, name)
-                handle = layer.module.register_forward_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
+                for use in layer.uses:
+                    hook = partial(self._forward_hook, name, use)
+                    handle = use.module.register_forward_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
             self._undo = stack.pop_all()
         return self
 
@@ -144,13 +178,13 @@ class Capture(AbstractContextManager["Capture"]):
         self._pass = None
         self._undo.close()
 
-    def run(self, loss: Callable[[], Tensor], examples: int, padding: Padding | None = None) -> Tensor:
+    def run(self, loss: Callable[[], Tensor], examples: int, padding: Sequence[Padding] = ()) -> Tensor:
         """One forward and backward pass.
 
         Args:
             loss: computes the summed loss of the batch.
             examples: how many rows the batch has.
-            padding: which tokens are real; None when all are.
+            padding: which tokens are real, by how many a layer sees; nothing when all are.
 
         Returns:
             The loss, detached, still on its device.
@@ -166,7 +200,7 @@ class Capture(AbstractContextManager["Capture"]):
             self._check(value, current)
             current.backward = True
             # Gradients of the starts are asked for and dropped: what counts arrives at the hooks on the way there.
-            torch.autograd.grad(value, current.starts, allow_unused=True)
+            torch.autograd.grad(value, _leaves(value) if current.begun else current.starts, allow_unused=True)
             for name in list(current.calls):  # layers of which only some calls have part in the loss
                 self._deliver(name, current)
         finally:
@@ -181,6 +215,12 @@ class Capture(AbstractContextManager["Capture"]):
                 "Use reduction='sum' or call .sum()."
             )
         missing = [name for name in self._layers if name not in current.calls]
+        if missing and current.without_graph.issuperset(missing):
+            raise LayerError(
+                f"{len(missing)} tracked layer(s) ran with gradients switched off: {', '.join(missing[:5])}. With "
+                "gradient checkpointing, pass use_reentrant=False; under torch.no_grad, leave them out with "
+                "`layers=[...]`."
+            )
         if missing:
             raise LayerError(
                 f"{len(missing)} tracked layer(s) never ran in a forward pass: {', '.join(missing[:5])}. "
@@ -195,24 +235,34 @@ class Capture(AbstractContextManager["Capture"]):
     def _forward_hook(
         self,
         name: str,
+        use: Use,
         module: nn.Module,
         arguments: tuple[Tensor, ...],
         keywords: dict[str, Tensor],
         output: Tensor,
     ) -> Tensor | None:
         current = self._pass
-        if current is None or current.backward or not torch.is_grad_enabled():
+        if current is None:
             return None
-        inputs = arguments[0] if arguments else next(iter(keywords.values()))
-        call = _Call(inputs.detach(), inputs._version)
-        current.calls.setdefault(name, []).append(call)
-        started = None
+        if not torch.is_grad_enabled():
+            current.without_graph.add(name)
+            return None
+        inputs, start = arguments[0] if arguments else next(iter(keywords.values())), None
+        replaced = len(inputs) == 1 != current.examples  # such as positions, which are the same for all examples
+        if replaced:
+            inputs, output = (each.expand(current.examples, *each.shape[1:]) for each in (inputs, output))
         if not output.requires_grad:
             start = output.detach().requires_grad_()
-            current.starts.append(start)
-            output = started = start.clone()  # a leaf itself would forbid later in-place operations
-        output.register_hook(partial(self._gradient_hook, name, call))
-        return started
+            output, replaced = start.clone(), True  # a leaf itself would forbid later in-place operations
+        # What gradient checkpointing computes again must come out alike, but what counts is the first time.
+        if not current.backward:
+            call = _Call(use, inputs.detach(), inputs._version)
+            current.calls.setdefault(name, []).append(call)
+            output.register_hook(partial(self._gradient_hook, name, call))
+            if start is not None:
+                current.starts.append(start)
+            current.begun |= not current.starts
+        return output if replaced else None
 
     def _gradient_hook(self, name: str, call: _Call, gradient: Tensor) -> None:
         current = self._pass
@@ -222,49 +272,77 @@ class Capture(AbstractContextManager["Capture"]):
             self._deliver(name, current)
 
     def _deliver(self, name: str, current: _Pass) -> None:
+        layer = self._layers[name]
         parts = [
-            self._captured(name, call.inputs, call.gradient, current)
+            self._captured(layer, call, call.gradient, current)
             for call in current.calls.pop(name)
             if call.gradient is not None and self._untouched(name, call)
         ]
-        if len(parts) == 1:
-            self._receive(name, parts[0])
-        elif parts:
-            activations, gradients, tokens, _ = zip(*parts, strict=True)
-            calls = len(parts) if len({each.shape[1] for each in activations}) == 1 else 0
-            joined = Captured(torch.cat(activations, 1), torch.cat(gradients, 1), sum(tokens), calls)
-            self._receive(name, joined)
+        if not parts:
+            return
+        found = parts[0]
+        if len(parts) > 1:
+            activations, gradients, tokens, calls, _ = zip(*parts, strict=True)
+            lengths = {part.gradients.shape[1] / part.calls for part in parts}
+            together = sum(calls) if len(lengths) == 1 else 0
+            found = Captured(torch.cat(activations, 1), torch.cat(gradients, 1), sum(tokens), together)
+        if layer.one_hot:
+            vectors, columns = distinct_one_hot(found.activations, found.gradients.dtype)
+            found = found._replace(activations=vectors, columns=columns)
+        self._receive(name, found)
 
-    def _captured(self, name: str, inputs: Tensor, gradient: Tensor, current: _Pass) -> Captured:
-        layer = self._layers[name]
-        activations, gradients = self._activations(layer, inputs, current), layer.gradients(gradient)
-        batch, tokens = activations.shape[:2]
-        if batch != current.examples:
+    def _captured(self, layer: TrackedLayer, call: _Call, gradient: Tensor, current: _Pass) -> Captured:
+        """One call's tensors; of a one-hot layer, ids [batch, tokens] stand for activations."""
+        if len(call.inputs) != current.examples:
             raise LayerError(
-                f"Layer {name!r} saw {batch} rows for {current.examples} examples: its input must keep the "
-                "batch as first dimension. Leave the layer out with `layers=[...]`."
+                f"Layer {layer.name!r} saw {len(call.inputs)} rows for {current.examples} examples: its input must "
+                "keep the batch as first dimension. Leave the layer out with `layers=[...]`."
             )
-        padding = current.padding
-        if padding is None or _pooled(activations, padding):
-            return Captured(activations, self._operand(gradients), batch * tokens)
-        if tokens != padding.mask.shape[1]:
+        if current.examples > 1 and call.inputs.stride(0) == 0 and not bool(gradient[1:].any()):
             raise LayerError(
-                f"Layer {name!r} has {tokens} tokens per example and the task's mask {padding.mask.shape[1]}. "
+                f"Layer {layer.name!r} reads one row for all {current.examples} examples, and the model takes the "
+                "first of them from its output (output[0]) instead of broadcasting it, so the examples' parts of its "
+                "gradient cannot be told apart. Leave the layer out with `layers=[...]`."
+            )
+        copies = call.use.kind.copies(call.use.module)
+        shared = self._shared_activations(layer, call, current) if layer.shares_activations(call.use) else None
+        read = layer.read(call.use, call.inputs) if shared is None else shared
+        activations, gradients = layer.tensors(call.use, read, gradient)
+        batch, tokens = gradients.shape[:2]
+        padding, real = self._padding(layer.name, tokens // copies, current), batch * tokens
+        if padding is not None:
+            mask = padding.mask.to(gradients.device).repeat(1, copies, 1)
+            real, gradients = copies * padding.tokens, gradients * mask
+            activations = activations if shared is not None else _masked(activations, mask)
+        if shared is None and not layer.one_hot:
+            activations = self._operand(activations)
+        return Captured(activations, self._operand(gradients), real, copies)
+
+    @staticmethod
+    def _padding(name: str, positions: int, current: _Pass) -> Padding | None:
+        """Which of a layer's positions are real; None when all are."""
+        found = current.padding_of(positions)
+        # A layer that sees one vector for each example has no padding left.
+        if found is None and current.padding and positions != 1:
+            counts = " and ".join(str(each.mask.shape[1]) for each in current.padding)
+            raise LayerError(
+                f"Layer {name!r} has {positions} tokens per example and the task's mask {counts}. "
                 "Leave the layer out with `layers=[...]`, or return None from Task.mask."
             )
-        return Captured(activations, self._operand(gradients * padding.mask), padding.tokens)
+        return found
 
-    def _activations(self, layer: TrackedLayer, inputs: Tensor, current: _Pass) -> Tensor:
+    def _shared_activations(self, layer: TrackedLayer, call: _Call, current: _Pass) -> Tensor:
         """A layer's activations, masked; those of the layer before if both have read the same tensor."""
         if current.latest is not None:
-            before, source, activations = current.latest
-            if layer.reads_as(before) and _same_memory(source, inputs):
+            before, use, source, activations = current.latest
+            if layer.reads_as(call.use, before, use) and _same_memory(source, call.inputs):
                 return activations
-        activations, padding = layer.activations(inputs), current.padding
-        if padding is not None and activations.shape[:2] == padding.mask.shape[:2]:
-            activations = activations * padding.mask
+        activations = layer.read(call.use, call.inputs)
+        padding = current.padding_of(activations.shape[1])
+        if padding is not None and len(activations) == len(padding.mask):
+            activations = activations * padding.mask.to(activations.device)
         activations = self._operand(activations)
-        current.latest = (layer, inputs, activations)
+        current.latest = (layer, call.use, call.inputs, activations)
         return activations
 
     @staticmethod
@@ -277,11 +355,26 @@ class Capture(AbstractContextManager["Capture"]):
         return True
 
 
-def _pooled(activations: Tensor, padding: Padding) -> bool:
-    """Whether a layer sees one vector for each example, so that no padding is left."""
-    return activations.shape[1] == 1 and padding.mask.shape[1] != 1
+def _leaves(value: Tensor) -> list[Tensor]:
+    """Every tensor that the graph of `value` begins at."""
+    found, seen, pending = [], set(), [value.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending += [each for each, _ in node.next_functions]
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+    return found
+
+
+def _masked(activations: Tensor, mask: Tensor) -> Tensor:
+    """Vectors [batch, tokens, width] or ids [batch, tokens] without those of padding."""
+    return activations * mask if activations.dim() == 3 else activations.where(mask.squeeze(2), NO_COLUMN)
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors, both alive, are the same numbers in the same place."""
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    alike = one.shape == other.shape and one.stride() == other.stride() and one.device == other.device
+    return alike and one.data_ptr() == other.data_ptr()

@@ -1,4 +1,4 @@
-"""The command: `wherefrom fit`, `score`, `top` and `report` on a Hugging Face model and text.
+"""The command: `wherefrom fit`, `score`, `top` and `report` on a Hugging Face model and text, and `wherefrom plan`.
 
 What `fit` and `score` were given is written into the run directory, so that the later commands need only the run. All
 work is the library's; this module turns arguments into its calls, and its errors into one line and an exit status.
@@ -6,13 +6,11 @@ work is the library's; this module turns arguments into its calls, and its error
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -20,99 +18,27 @@ from rich.console import Console
 from rich.markup import escape
 
 from wherefrom.errors import InputError, WherefromError
+from wherefrom.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
+from wherefrom.plan_command import plan
 from wherefrom.progress import show_log
+from wherefrom.ranks import Ranks
 from wherefrom.report.evaluations import load_figures
 from wherefrom.report.html import render_report
-from wherefrom.report.passages import DatasetPassages, DatasetTokens
-from wherefrom.report.text import top_tables
-from wherefrom.scores import Scores
+from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage, Passages
+from wherefrom.report.text import hits_table, top_tables
+from wherefrom.run_sources import SOURCES, RunSources, TextSource
+from wherefrom.scores import Scores, TopScores, load_scores
 from wherefrom.store import write_text
-from wherefrom.study import Study, score_name
-from wherefrom.task import CausalLM
-from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, read_texts
+from wherefrom.study import Study
 from wherefrom.tokens import INDEX, TokenScores
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 StrategyName = Literal["identity", "diagonal", "kfac", "ekfac"]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
-_SOURCES = "sources.json"
-
-
-class _ScoreOptions(TypedDict):
-    """What sequence scores and token scores are asked with alike."""
-
-    damping: float | None
-    half_precision: bool
-    query_rank: int | None
-    rescore: int
-    query_batch_size: int | None
-    train_batch_size: int | None
-    name: str
-    overwrite: bool
-
 
 app = tyro.extras.SubcommandApp()
+app.command(plan)
 console = Console()
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """Where sequences come from, and how texts are turned into them."""
-
-    source: str
-    split: str
-    column: str | None
-    unit: Literal["documents", "blocks"]
-    length: int
-
-    def sequences(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Read and tokenise the texts."""
-        texts = read_texts(self.source, split=self.split, column=self.column)
-        cut = as_documents if self.unit == "documents" else as_blocks
-        return cut(texts, tokenizer, self.length)
-
-
-@dataclass(frozen=True)
-class RunSources:
-    """What a run directory was made from: `RUN/sources.json`."""
-
-    model: str
-    layers: list[str] | None
-    train: TextSource
-    empirical: bool
-    seed: int
-    queries: Mapping[str, TextSource]
-
-    @classmethod
-    def load(cls, run: Path) -> RunSources:
-        """Read what `fit` wrote."""
-        file = run / _SOURCES
-        if not file.exists():
-            raise InputError(f"{run} is not a run directory: it has no {_SOURCES}. Start with: wherefrom fit {run} ...")
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            queries = {name: TextSource(**each) for name, each in found.pop("queries").items()}
-            return cls(train=TextSource(**found.pop("train")), queries=queries, **found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file} cannot be read ({error}). Run `wherefrom fit` again to write it.") from error
-
-    def save(self, run: Path) -> None:
-        """Write the file."""
-        write_text(run / _SOURCES, json.dumps(asdict(self), indent=1) + "\n")
-
-    def study(
-        self, run: Path, device: str, memory_budget: float | None
-    ) -> tuple[Study[dict[str, torch.Tensor]], PreTrainedTokenizerBase]:
-        """Load model, tokenizer and training sequences."""
-        tokenizer = load_tokenizer(self.model)
-        model = load_model(self.model)
-        torch.nn.Module.to(model, _device(device))
-        train = self.train.sequences(tokenizer)
-        return Study(run, model, CausalLM(self.layers), train=train, memory_budget=memory_budget), tokenizer
 
 
 @app.command
@@ -157,7 +83,7 @@ def fit(
         overwrite: Replace factors that were made from something else.
         profile: Print where the time went.
     """
-    known = RunSources.load(run).queries if (run / _SOURCES).exists() else {}
+    known = RunSources.load(run).queries if (run / SOURCES).exists() else {}
     text = TextSource(train, split, column, unit, length)
     sources = RunSources(model, list(layers) or None, text, empirical, seed, known)
     study, _ = sources.study(run, device, memory_budget)
@@ -169,7 +95,7 @@ def fit(
         seed=seed,
         overwrite=overwrite,
     )
-    sources.save(run)
+    Ranks.current().first(lambda: sources.save(run))
     _say(f"{strategy} factors of {len(study.train):,} sequences are in {run / 'factors'}.", study, profile)
 
 
@@ -187,6 +113,11 @@ def score(
     query_rank: int | None = None,
     rescore: int = 0,
     tokens: int | None = None,
+    per_layer: bool = False,
+    self_influence: bool = False,
+    aggregate_queries: Aggregation | None = None,
+    aggregate_train: Aggregation | None = None,
+    top_only: int | None = None,
     query_batch_size: int | None = None,
     train_batch_size: int | None = None,
     device: str = "auto",
@@ -211,6 +142,11 @@ def score(
         rescore: With a query rank, compute this many of each query's highest scores again with whole gradients.
         tokens: Also score the tokens of this many most positive and most negative sequences of each query; the report
             shades them.
+        per_layer: Also keep each layer's part of every score.
+        self_influence: Also keep each training sequence's score with itself, for normalised scores.
+        aggregate_queries: One score for all queries together: of the sum or the mean of their losses.
+        aggregate_train: One score of each query for all training sequences together.
+        top_only: Keep only this many of each query's highest and lowest scores, for very many training sequences.
         query_batch_size: Queries a batch; found by default.
         train_batch_size: Training sequences a batch; found by default.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
@@ -221,39 +157,89 @@ def score(
     """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens={tokens}: expected at least 1 sequence of each sign.")
-    sources = RunSources.load(run)
-    study, tokenizer = sources.study(run, device, memory_budget)
-    text = replace(sources.train, source=queries, split=split, column=column)
-    sequences = text.sequences(tokenizer)
-    if explain:
-        plan = study.plan(
-            sequences,
-            strategy,
-            half_precision=half_precision,
-            query_rank=query_rank,
-            query_batch_size=query_batch_size,
-            train_batch_size=train_batch_size,
+    if tokens is not None and (top_only or aggregate_queries or aggregate_train):
+        raise InputError(
+            f"tokens={tokens} needs every pair's score, which top_only, aggregate_queries and aggregate_train do not "
+            "keep: leave one of them out."
         )
-        console.print(plan.table())
-        return
-    factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
-    name = score_name(name, factors, half_precision, query_rank)
-    options: _ScoreOptions = {
+    common: ScoreOptions = {
         "damping": damping,
         "half_precision": half_precision,
         "query_rank": query_rank,
-        "rescore": rescore,
         "query_batch_size": query_batch_size,
         "train_batch_size": train_batch_size,
         "name": name,
         "overwrite": overwrite,
     }
-    scores = study.score(sequences, factors, **options)
-    replace(sources, queries={**sources.queries, name: text}).save(run)
+    pairwise: PairwiseOptions = {
+        **common,
+        "rescore": rescore,
+        "per_layer": per_layer,
+        "self_influence": self_influence,
+        "aggregate_queries": aggregate_queries,
+        "aggregate_train": aggregate_train,
+    }
+    options = Options(**pairwise, top=top_only)
+    sources = RunSources.load(run)
+    study, tokenizer = sources.study(run, device, memory_budget)
+    text = replace(sources.train, source=queries, split=split, column=column)
+    sequences = text.sequences(tokenizer)
+    if explain:
+        plan = study.plan(sequences, strategy, **common)
+        if Ranks.current().writes:
+            console.print(plan.table())
+        return
+    factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
+    kept = options.result_name(factors)
+    if top_only is None:
+        shape = "{:,} queries x {:,} training sequences".format(
+            *study.score(sequences, factors, **pairwise).values.shape
+        )
+    else:
+        found = study.score_top(sequences, factors, top_only, **common)
+        shape = f"{len(found.values):,} queries, the {found.values.shape[1]} highest and lowest each,"
+    Ranks.current().first(lambda: replace(sources, queries={**sources.queries, kept: text}).save(run))
     if tokens is not None:
-        study.score_tokens(sequences, factors, top=tokens, **options)
-    rows, columns = scores.values.shape
-    _say(f"Scores of {rows:,} queries x {columns:,} training sequences are in {run / 'scores' / name}.", study, profile)
+        of_pairs: RescoredOptions = {**common, "rescore": rescore, "name": kept}
+        study.score_tokens(sequences, factors, top=tokens, **of_pairs)
+    _say(f"Scores of {shape} are in {run / 'scores' / kept}.", study, profile)
+
+
+@app.command
+def self_influence(
+    run: Run,
+    *,
+    strategy: StrategyName = "ekfac",
+    damping: float | None = None,
+    half_precision: bool = False,
+    batch_size: int | None = None,
+    k: int = 10,
+    device: str = "auto",
+    memory_budget: float | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Show the training sequences that the model could only learn by heart: those of the highest self-influence.
+
+    Args:
+        run: A run directory that `wherefrom fit` made.
+        strategy: The curvature; fitted first if the run does not have it yet.
+        damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
+        half_precision: bfloat16 products in the model's passes.
+        batch_size: Sequences a batch; found by default.
+        k: How many sequences are shown.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
+        overwrite: Replace what was made from something else.
+    """
+    sources = RunSources.load(run)
+    study, _ = sources.study(run, device, memory_budget)
+    factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
+    values = study.self_influence(
+        factors, damping=damping, half_precision=half_precision, batch_size=batch_size, overwrite=overwrite
+    )
+    hits = Scores(values.unsqueeze(0), {}).top(k)
+    if Ranks.current().writes:
+        console.print(hits_table("Highest self-influence", hits, DatasetPassages(study.train)))
 
 
 @app.command
@@ -266,11 +252,11 @@ def top(run: Run, *, name: str = "ekfac", k: int = 5, query: tuple[int, ...] = (
         k: Sequences for each query.
         query: Which queries; the first three by default.
     """
-    scores = Scores.load(run / "scores" / name)
+    scores = load_scores(run / "scores" / name)
     count = len(scores.values)
     if not all(0 <= each < count for each in query):
         raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")
-    queries, train = map(DatasetPassages, _sequences(run, name)[:2])
+    queries, train = _passages(run, name, scores)
     console.print(top_tables(scores, queries, train, shown=query or range(min(3, count)), k=k))
 
 
@@ -285,7 +271,8 @@ def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = 
         output: The page; RUN/reports/NAME.html by default.
     """
     scores = Scores.load(run / "scores" / name)
-    queries, train, tokenizer, sources = _sequences(run, name)
+    sources = RunSources.load(run)
+    queries, train, tokenizer = sources.sequences(run, name)
     tokens = _token_scores(run, name, scores)
     page = render_report(
         title=f"Where from? {run.name}",
@@ -322,14 +309,13 @@ def main() -> None:
         sys.exit(130)
 
 
-def _sequences(run: Path, name: str) -> tuple[Dataset, Dataset, PreTrainedTokenizerBase, RunSources]:
-    """The sequences behind scores: queries, training set, what tokenised them, and where they come from."""
-    sources = RunSources.load(run)
-    if name not in sources.queries:
-        raise InputError(f"{run / _SOURCES} does not say which queries {name!r} are of: score with `wherefrom score`.")
-    tokenizer = load_tokenizer(sources.model)
-    queries, train = (each.sequences(tokenizer) for each in (sources.queries[name], sources.train))
-    return queries, train, tokenizer, sources
+def _passages(run: Path, name: str, scores: Scores | TopScores) -> tuple[Passages, Passages]:
+    """The queries and training sequences behind scores; where queries were aggregated, one that says so."""
+    queries, train, _ = RunSources.load(run).sequences(run, name)
+    how = scores.fingerprint.get("aggregated queries")
+    return DatasetPassages(queries) if how is None else [
+        Passage(f"The {how} of {len(queries)} queries.")
+    ], DatasetPassages(train)
 
 
 def _token_scores(run: Path, name: str, scores: Scores) -> TokenScores | None:
@@ -342,16 +328,9 @@ def _token_scores(run: Path, name: str, scores: Scores) -> TokenScores | None:
     )
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={name!r} is not available here ({str(error).splitlines()[0]}).") from error
-
-
 def _say(message: str, study: Study[dict[str, torch.Tensor]], profile: bool) -> None:
+    if not Ranks.current().writes:
+        return
     if profile:
         console.print(*study.profile.tables())
     console.print(message, soft_wrap=True)

@@ -2,8 +2,10 @@
 
 Every strategy is one row of `STRATEGIES`. Fitting is at most two sweeps, whose collectors are here, and an
 eigendecomposition; preconditioning is
-`Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T`. The raw fit is kept undamped, so any damping is free afterwards. This module
-does not decide what is swept or where factors are stored, and does not know what scores are.
+`Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T`. The raw fit is kept undamped, so any damping is free afterwards. A side whose
+covariance is diagonal, or taken to be (see `TrackedLayer.diagonal_sides`), has no eigenvectors: they are the axes. This
+module does not decide what is swept or where factors are stored, and does not know what scores are. Factors may be on
+another device than what is captured; what is needed is moved there.
 
 Martens & Grosse 2015 (K-FAC), George et al. 2018 (EK-FAC), Grosse et al. 2023 (both for influence functions).
 """
@@ -11,7 +13,7 @@ Martens & Grosse 2015 (K-FAC), George et al. 2018 (EK-FAC), Grosse et al. 2023 (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
@@ -20,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from wherefrom.capture import Captured
-from wherefrom.errors import InputError, LossError, MismatchError
+from wherefrom.eigenvectors import eigenvectors, finite_sum
+from wherefrom.errors import InputError, MismatchError
 from wherefrom.fingerprint import Fingerprint, differences
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Workspace
@@ -65,14 +68,14 @@ class Basis:
     """The eigenvectors of a layer's two covariances, as columns, with their eigenvalues.
 
     Attributes:
-        activations: Q_A [in, in], of A = E[a a^T] over unmasked tokens.
-        gradients: Q_S [out, out], of S = E[s s^T] over unmasked tokens.
-        activation_eigenvalues: [in], ascending.
-        gradient_eigenvalues: [out], ascending.
+        activations: Q_A [in, in], of A = E[a a^T] over unmasked tokens; None for the axes themselves.
+        gradients: Q_S [out, out], of S = E[s s^T] over unmasked tokens; None for the axes themselves.
+        activation_eigenvalues: [in], ascending; along the axes, the mean squares in their order.
+        gradient_eigenvalues: [out], likewise.
     """
 
-    activations: Tensor
-    gradients: Tensor
+    activations: Tensor | None
+    gradients: Tensor | None
     activation_eigenvalues: Tensor
     gradient_eigenvalues: Tensor
 
@@ -82,16 +85,20 @@ class Basis:
 
     def sides(self, width: int) -> Sides:
         """What turns gradients of `width` columns (see `TrackedLayer.width`) into this basis."""
+        if self.activations is None:
+            return Sides(self.gradients)
         missing = width - len(self.activations)
         return Sides(self.gradients, functional.pad(self.activations, (0, missing, 0, missing)))
 
     def rotate(self, gradients: Tensor) -> Tensor:
         """Q_S^T G Q_A for [..., out, in]."""
-        return self.gradients.T @ gradients @ self.activations
+        turned = gradients if self.gradients is None else self.gradients.T @ gradients
+        return turned if self.activations is None else turned @ self.activations
 
     def rotate_back(self, gradients: Tensor) -> Tensor:
         """Q_S G Q_A^T for [..., out, in]."""
-        return self.gradients @ gradients @ self.activations.T
+        turned = gradients if self.gradients is None else self.gradients @ gradients
+        return turned if self.activations is None else turned @ self.activations.T
 
 
 class Sides(NamedTuple):
@@ -100,20 +107,26 @@ class Sides(NamedTuple):
     left: Tensor | None = None
     right: Tensor | None = None
 
+    def on(self, device: torch.device) -> Sides:
+        """Both on a device."""
+        return Sides(*(None if each is None else each.to(device, non_blocking=True) for each in self))
+
 
 def weight_gradients(
     captured: Captured, sides: Sides | None = None, workspace: Workspace | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Each example's gradient of a layer's weight, left^T G right with G = s^T a: [batch, out, width].
 
-    The bias is a column of it, `TrackedLayer.shape[1] - 1`; columns past that are zero.
+    The bias is a column of it, `TrackedLayer.shape[1] - 1`; columns past that are zero. Of a one-hot layer, only
+    `Captured.columns` are there.
 
     Args:
         sides: orthogonal matrices, for gradients in a basis; None is neither.
         workspace: where the result is put; it is good until the next call with the same one.
         dtype: of the result; float32 or wider by default.
     """
-    activations, gradients, (left, right) = captured.activations, captured.gradients, sides or Sides()
+    activations, gradients = captured.activations, captured.gradients
+    left, right = (sides or Sides()).on(gradients.device)
     tokens, width, outputs = activations.shape[1], activations.shape[2], gradients.shape[2]
     # Each side is rotated where it has fewer rows: token by token, or in the product. Products rounded to bfloat16
     # must not be rotated, since their rounding errors would be rotated with them.
@@ -137,8 +150,8 @@ def weight_gradients(
 class CovarianceCollector(Collector):
     """Sums a a^T and s s^T over unmasked tokens, and counts them.
 
-    The sums have no lower triangle. Layers that read the same tensor, such as the three projections of an attention,
-    share the product of it.
+    The sums have no lower triangle, and where only the diagonal is used they are that alone. Layers that read the same
+    tensor, such as the three projections of an attention, share the product of it.
     """
 
     def __init__(self, layers: Mapping[str, TrackedLayer], dtype: torch.dtype, device: torch.device) -> None:
@@ -146,33 +159,55 @@ class CovarianceCollector(Collector):
         self._latest: tuple[Tensor, Tensor] | None = None
         self.sums = {}
         for name, layer in layers.items():
-            outputs, width = layer.padded_shape
-            self.sums[f"{name}.activations"] = torch.zeros(width, width, dtype=dtype, device=device)
-            self.sums[f"{name}.gradients"] = torch.zeros(outputs, outputs, dtype=dtype, device=device)
+            sides = zip(("gradients", "activations"), layer.padded_shape, layer.diagonal_sides, strict=True)
+            for side, size, diagonal in sides:
+                shape = (size,) if diagonal else (size, size)
+                self.sums[f"{name}.{side}"] = torch.zeros(shape, dtype=dtype, device=device)
             self.sums[f"{name}.tokens"] = torch.zeros((), dtype=torch.int64, device=device)
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        self.sums[f"{layer}.activations"] += self._activation_product(captured.activations)
-        self.sums[f"{layer}.gradients"] += upper_product(captured.gradients.flatten(0, 1))
+        activations, gradients = self.sums[f"{layer}.activations"], self.sums[f"{layer}.gradients"]
+        if captured.columns is None:
+            activations += self._activation_product(captured.activations, activations.dim() == 1).to(activations.device)
+        else:
+            add_columns(activations, captured.activations.square().sum(1), captured.columns)
+        gradients += second_moment(captured.gradients, gradients.dim() == 1).to(gradients.device)
         self.sums[f"{layer}.tokens"] += captured.tokens
 
     def release(self) -> None:
         self._latest = None
 
-    def _activation_product(self, activations: Tensor) -> Tensor:
+    def _activation_product(self, activations: Tensor, diagonal: bool) -> Tensor:
         if self._latest is None or self._latest[0] is not activations:
-            self._latest = (activations, upper_product(activations.flatten(0, 1)))
+            self._latest = (activations, second_moment(activations, diagonal))
         return self._latest[1]
 
     def means(self) -> dict[str, Tensor]:
-        """A and S of every layer, as `LAYER.activations` and `LAYER.gradients`."""
+        """A and S of every layer, `LAYER.activations` and `LAYER.gradients`; their diagonals where only those count."""
         found = {}
         for name, layer in self._layers.items():
             outputs, inputs = layer.shape
             for side, size in (("activations", inputs), ("gradients", outputs)):
-                upper = self.sums[f"{name}.{side}"][:size, :size] / self.sums[f"{name}.tokens"]
-                found[f"{name}.{side}"] = upper.triu() + upper.triu(1).T
+                total = self.sums[f"{name}.{side}"]
+                mean = total[(slice(size),) * total.dim()] / self.sums[f"{name}.tokens"]
+                found[f"{name}.{side}"] = mean if mean.dim() == 1 else mean.triu() + mean.triu(1).T
         return found
+
+
+def add_columns(total: Tensor, numbers: Tensor, columns: Tensor) -> None:
+    """Add numbers [batch, ..., columns] to the columns of `total` [..., width] that they are of.
+
+    Args:
+        columns: int64 [batch, columns].
+    """
+    added = numbers.movedim(0, -2).flatten(-2).to(total.device)  # [..., batch * columns]
+    total.index_add_(-1, columns.flatten().to(total.device), added)
+
+
+def second_moment(vectors: Tensor, diagonal: bool) -> Tensor:
+    """The sum of v v^T over [batch, tokens, size], without its lower triangle; or its diagonal alone."""
+    rows = vectors.flatten(0, 1)
+    return rows.square().sum(0, dtype=widened_dtype(rows.dtype)) if diagonal else upper_product(rows)
 
 
 # Narrower tiles waste fewer products below the diagonal, wider ones multiply faster.
@@ -191,10 +226,19 @@ def upper_product(rows: Tensor) -> Tensor:
 def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Basis]:
     """The eigenvectors of every layer's covariances, found in float64 and kept in the covariances' dtype.
 
+    Args:
+        covariances: as `CovarianceCollector.means` gives them.
+
     Raises:
         LossError: a covariance is not finite.
     """
-    found = _eigenvectors(covariances)
+    diagonals = {name: each for name, each in covariances.items() if each.dim() == 1}
+    found: dict[str, tuple[Tensor, Tensor | None]] = {
+        **eigenvectors({name: each for name, each in covariances.items() if name not in diagonals})
+    }
+    for name, each in diagonals.items():
+        finite_sum(each, name)
+        found[name] = (each, None)
     bases = {}
     for layer in layers:
         (activation_values, activations), (gradient_values, gradients) = (
@@ -204,69 +248,26 @@ def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str]) -> dic
     return bases
 
 
-def _eigenvectors(covariances: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Eigenvalues and eigenvectors by name: those of one size in batches, and equal matrices once."""
-    first: dict[tuple[int, float], str] = {}  # equal matrices have equal sums, and rarely do others
-    same: dict[str, str] = {}
-    sizes: dict[int, list[str]] = {}
-    for name, matrix in covariances.items():
-        total = _finite_sum(matrix, name)
-        other = first.setdefault((len(matrix), total), name)
-        same[name] = other if torch.equal(covariances[other], matrix) else name
-        if same[name] == name:
-            sizes.setdefault(len(matrix), []).append(name)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for size, names in sizes.items():
-        count = max(1, _EIGH_BYTES // (8 * size**2))
-        for start in range(0, len(names), count):
-            batch = names[start : start + count]
-            found.update(zip(batch, zip(*_eigh([covariances[name] for name in batch]), strict=True), strict=True))
-    # Copies: tensors that share memory cannot be stored side by side.
-    for name, other in same.items():
-        if name != other:
-            eigenvalues, eigenvectors = found[other]
-            found[name] = eigenvalues.clone(), eigenvectors.clone()
-    return found
-
-
 def bases_to_tensors(bases: Mapping[str, Basis]) -> dict[str, Tensor]:
     """Bases as the flat mapping that is stored: `LAYER.FIELD`."""
-    return {
+    named = {
         f"{layer}.{each.name}": getattr(basis, each.name) for layer, basis in bases.items() for each in fields(Basis)
     }
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def bases_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Basis]:
     """The inverse of `bases_to_tensors`."""
     layers = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-    return {layer: Basis(*(tensors[f"{layer}.{each.name}"] for each in fields(Basis))) for layer in layers}
-
-
-def _finite_sum(matrix: Tensor, name: str) -> float:
-    total = float(matrix.sum(dtype=_eigh_dtype(matrix)))
-    if not math.isfinite(total):
-        raise LossError(
-            f"Layer {name.rpartition('.')[0]!r}: its covariance is not finite. Some activation or gradient overflowed; "
-            "load the model in float32 or bfloat16 rather than float16."
+    return {
+        layer: Basis(
+            tensors.get(f"{layer}.activations"),
+            tensors.get(f"{layer}.gradients"),
+            tensors[f"{layer}.activation_eigenvalues"],
+            tensors[f"{layer}.gradient_eigenvalues"],
         )
-    return total
-
-
-# Matrices of one size that are decomposed together, in float64.
-_EIGH_BYTES = 2**28
-
-
-def _eigh_dtype(matrix: Tensor) -> torch.dtype:
-    return torch.float32 if matrix.device.type == "mps" else torch.float64
-
-
-def _eigh(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [count, n] and eigenvectors [count, n, n] of symmetric matrices of one size."""
-    dtype = matrices[0].dtype
-    stacked = torch.stack([each.to(_eigh_dtype(each)) for each in matrices])
-    eigenvalues, eigenvectors = torch.linalg.eigh(stacked)
-    # A covariance has no negative eigenvalue; what is below zero is rounding.
-    return eigenvalues.clamp_min(0).to(dtype), eigenvectors.to(dtype)
+        for layer in layers
+    }
 
 
 class EigenvalueCollector(Collector):
@@ -289,8 +290,11 @@ class EigenvalueCollector(Collector):
         }
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        gradients = weight_gradients(captured, self._sides.get(layer), self._workspace)
-        self.sums[layer] += gradients.square_().sum(0)
+        squares = weight_gradients(captured, self._sides.get(layer), self._workspace).square_()
+        if captured.columns is None:
+            self.sums[layer] += squares.sum(0).to(self.sums[layer].device)
+        else:
+            add_columns(self.sums[layer], squares, captured.columns)
 
     def release(self) -> None:
         self._workspace.release()

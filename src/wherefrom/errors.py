@@ -39,3 +39,7 @@ class MemoryLimitError(WherefromError):
 
 class TrainingError(WherefromError):
     """A training function failed, or a process that ran it died."""
+
+
+class RankError(WherefromError):
+    """Another process of a run on several has stopped, or has another model or other data."""

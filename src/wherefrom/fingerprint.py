@@ -14,8 +14,10 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from wherefrom.errors import InputError
+from wherefrom.placement import read_tensor
 
 Fingerprint = Mapping[str, str]
 
@@ -33,18 +35,27 @@ class Dataset(Protocol[Example_co]):
 
 
 def model_digest(model: nn.Module) -> str:
-    """The structure of a model and every byte of its parameters and buffers."""
+    """The structure of a model and every byte of its parameters and buffers, sharded over processes or not."""
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return _short(hashlib.sha256((repr(model) + tensors_digest(state)).encode()).hexdigest())
+    # One by one: weights that were offloaded may not fit into memory together.
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        _update(digest, name, read_tensor(model, name, value))
+    structure = repr(model).replace("FSDP", "")  # what fully_shard puts before the names of classes
+    return _short(hashlib.sha256((structure + digest.hexdigest()).encode()).hexdigest())
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Names, dtypes, shapes and bytes of tensors, as a SHA-256 in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
+        _update(digest, name, tensor)
     return digest.hexdigest()
+
+
+def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    digest.update(_bytes(tensor))
 
 
 def dataset_digest(dataset: Dataset[object]) -> str:
@@ -97,6 +108,8 @@ def _describe(value: object) -> object:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
 

@@ -60,26 +60,35 @@ class Fitting(Generic[Batch]):
         sweep = self.sweep
 
         def covariance(sums: Partial) -> dict[str, Tensor]:
-            collector = CovarianceCollector(sweep.layers, sweep.dtype, sweep.device)
+            collector = CovarianceCollector(sweep.layers, sweep.dtype, sweep.factors_device)
             self._run("covariance", collector, sums)
             return collector.means()
 
         def basis(_: Partial) -> dict[str, Tensor]:
-            means = self.stages.load("covariance", covariance, sweep.device)
+            means = self.stages.load("covariance", covariance, sweep.factors_device)
             with sweep.profile.action("eigendecomposition"):
-                return bases_to_tensors(diagonalize(means, sweep.layers))
+                return self._diagonalized(means)
 
-        return bases_from_tensors(self.stages.load("eigenbasis", basis, sweep.device))
+        return bases_from_tensors(self.stages.load("eigenbasis", basis, sweep.factors_device))
+
+    def _diagonalized(self, covariances: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every layer's basis; on several processes each finds a part of them, of neighbours that may be equal."""
+        ranks = self.sweep.ranks
+        mine = ranks.share_of({name: sum(size**3 for size in each.shape) for name, each in self.sweep.layers.items()})
+        with ranks.agreeing():
+            chosen = {name: each for name, each in covariances.items() if name.rpartition(".")[0] in mine}
+            bases = bases_to_tensors(diagonalize(chosen, mine))
+        return ranks.joined(bases, self.sweep.factors_device)
 
     def _mean_squares(self, bases: dict[str, Basis]) -> dict[str, Tensor]:
         sweep = self.sweep
 
         def mean_squares(sums: Partial) -> dict[str, Tensor]:
-            collector = EigenvalueCollector(sweep.layers, bases, len(self.train), sweep.dtype, sweep.device)
+            collector = EigenvalueCollector(sweep.layers, bases, len(self.train), sweep.dtype, sweep.factors_device)
             self._run("eigenvalues", collector, sums)
             return collector.means()
 
-        return self.stages.load("eigenvalues" if bases else "diagonal", mean_squares, sweep.device)
+        return self.stages.load("eigenvalues" if bases else "diagonal", mean_squares, sweep.factors_device)
 
     def _run(self, name: str, collector: CovarianceCollector | EigenvalueCollector, sums: Partial) -> None:
         self.sweep.run(name, self.train, collector, self._loss, batch_size=self.batch_size, partial=sums)

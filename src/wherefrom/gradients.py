@@ -1,12 +1,14 @@
 """Banks of per-example gradients, kept in memory while a training set is swept against them.
 
 A bank holds the preconditioned gradient of every query, whole or as a product of two thin matrices, and multiplies it
-with training gradients. It does not decide how many queries there are room for (`plan` does).
+with training gradients. Of one-hot layers it holds the columns that a query touches. It does not decide how many
+queries there are room for (`plan` does).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +26,8 @@ from wherefrom.sweep import Collector
 PIECE_BYTES = 2**28
 # Directions beyond the rank in a randomised decomposition, and its power iterations (Halko et al. 2011, section 4.5).
 _OVERSAMPLING, _ITERATIONS = 8, 2
+# After a one-hot layer's name: which columns are held.
+_COLUMNS = ".columns"
 _SQUARED_NORM, _SQUARED_REST = "squared norm", "squared rest"
 
 
@@ -36,6 +40,8 @@ class BankForm:
         place: the device that they lie on.
         streamed: whether that is another than the model's, so that they are moved there piece by piece for every batch.
         rank: of the two thin matrices; None keeps gradients whole, as do layers in which that takes less.
+        tokens: how many vectors the longest query has in a one-hot layer, of which it touches as many columns at most;
+            a bank makes room for more when they come.
         rotated_back: for each layer, whether the preconditioned gradient is brought back from the eigenbasis on its
             left and right side; otherwise each training gradient is brought there.
     """
@@ -44,20 +50,22 @@ class BankForm:
     place: torch.device
     streamed: bool = False
     rank: int | None = None
+    tokens: int = 0
     rotated_back: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
 
     def thin(self, layer: TrackedLayer) -> bool:
         """Whether a layer's gradients are kept as two thin matrices."""
         outputs, width = layer.padded_shape
-        return self.rank is not None and self.rank * (outputs + width) < outputs * width
+        return not layer.one_hot and self.rank is not None and self.rank * (outputs + width) < outputs * width
 
     def bytes_per_query(self, layers: Mapping[str, TrackedLayer]) -> int:
         """What one query takes."""
-        numbers = 0
+        taken = 0
         for layer in layers.values():
             outputs, width = layer.padded_shape
-            numbers += (self.rank or 0) * (outputs + width) if self.thin(layer) else outputs * width
-        return numbers * self.dtype.itemsize
+            numbers = (self.rank or 0) * (outputs + width) if self.thin(layer) else outputs * layer.columns(self.tokens)
+            taken += numbers * self.dtype.itemsize + layer.one_hot * self.tokens * torch.int64.itemsize
+        return taken
 
 
 class GradientBank(Collector):
@@ -65,7 +73,8 @@ class GradientBank(Collector):
 
     Attributes:
         sums: a tensor [queries, out, width] for each layer or, of low rank, `LAYER.left` [queries, out, rank] and
-            `LAYER.right` [queries, rank, width].
+            `LAYER.right` [queries, rank, width]. Of a one-hot layer only columns that a query touches, [queries, out,
+            columns], and which those are, `LAYER.columns` int64 [queries, columns].
     """
 
     def __init__(
@@ -90,7 +99,9 @@ class GradientBank(Collector):
                 self.sums[f"{name}.left"] = self._zeros(queries, outputs, form.rank)
                 self.sums[f"{name}.right"] = self._zeros(queries, form.rank, width)
             else:
-                self.sums[name] = self._zeros(queries, outputs, width)
+                self.sums[name] = self._zeros(queries, outputs, layer.columns(form.tokens))
+            if layer.one_hot:
+                self.sums[f"{name}{_COLUMNS}"] = self._zeros(queries, form.tokens, dtype=torch.int64)
         if form.rank is not None:
             self.sums[_SQUARED_NORM] = torch.zeros(queries, dtype=torch.float64, device=form.place)
             self.sums[_SQUARED_REST] = torch.zeros(queries, dtype=torch.float64, device=form.place)
@@ -99,9 +110,22 @@ class GradientBank(Collector):
         """How many queries there are."""
         return self._queries
 
-    def _zeros(self, *shape: int) -> Tensor:
+    def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         form = self._form
-        return torch.zeros(shape, dtype=form.dtype, device=form.place, pin_memory=form.streamed)
+        return torch.zeros(shape, dtype=dtype or form.dtype, device=form.place, pin_memory=form.streamed)
+
+    def align(self, most: Callable[[int], int]) -> None:
+        for name in list(self.sums):
+            if name.endswith(_COLUMNS):
+                self.widen(name.removesuffix(_COLUMNS), most(self.sums[name].shape[1]))
+
+    def widen(self, layer: str, columns: int) -> None:
+        """Have room for that many columns of each query's gradient of a one-hot layer."""
+        for name in (layer, f"{layer}{_COLUMNS}"):
+            kept = self.sums[name]
+            if kept.shape[-1] < columns:
+                self.sums[name] = self._zeros(*kept.shape[:-1], columns, dtype=kept.dtype)
+                self.sums[name][..., : kept.shape[-1]] = kept
 
     def release(self) -> None:
         self._workspace.release()
@@ -111,16 +135,24 @@ class GradientBank(Collector):
         sides = self._sides.get(layer, Sides())
         gradients = weight_gradients(captured, sides, self._workspace)
         if layer in self._filters:
-            gradients *= self._filters[layer]
-        if layer in self.sums:
+            gradients *= captured.selected(self._filters[layer])
+        if captured.columns is not None:
+            self._collect_columns(layer, self._back(layer, gradients), captured.columns, rows)
+        elif layer in self.sums:
             self.sums[layer][rows] = self._back(layer, gradients)
         else:
             self._collect_thin(layer, gradients, sides, rows)
 
+    def _collect_columns(self, layer: str, gradients: Tensor, columns: Tensor, rows: slice) -> None:
+        count = columns.shape[1]
+        self.widen(layer, count)
+        self.sums[layer][rows, :, :count] = gradients.to(self._form.place)
+        self.sums[f"{layer}{_COLUMNS}"][rows, :count] = columns.to(self._form.place)
+
     def _back(self, layer: str, gradients: Tensor) -> Tensor:
         """Preconditioned gradients out of the eigenbasis, on the sides that are to be."""
         remaining = self._remaining(layer)
-        left, right = self._sides.get(layer, Sides())
+        left, right = self._sides.get(layer, Sides()).on(gradients.device)
         if left is not None and remaining.left is None:
             gradients = left @ gradients
         if right is not None and remaining.right is None:
@@ -136,12 +168,32 @@ class GradientBank(Collector):
     def _collect_thin(self, layer: str, gradients: Tensor, sides: Sides, rows: slice) -> None:
         """Keep the largest singular directions; two thin matrices are rotated back at little cost."""
         left, right = _truncated(gradients, self.sums[f"{layer}.left"].shape[2])
+        sides = sides.on(gradients.device)
         squared = gradients.square().sum((1, 2), dtype=torch.float64)
         kept = right.square().sum((1, 2), dtype=torch.float64)  # the left matrix is orthonormal
         self.sums[_SQUARED_NORM][rows] += squared.to(self._form.place)
         self.sums[_SQUARED_REST][rows] += (squared - kept).clamp_min(0).to(self._form.place)
         self.sums[f"{layer}.left"][rows] = left if sides.left is None else sides.left @ left
         self.sums[f"{layer}.right"][rows] = right if sides.right is None else right @ sides.right.T
+
+    def summed(self, total: GradientBank | None = None) -> GradientBank:
+        """One gradient, the sum of all queries', added to another such bank; only of whole gradients."""
+        if total is None:
+            total = copy.copy(self)
+            total._queries, total.sums = 1, {}
+        for name, each in self.sums.items():
+            if name.endswith(_COLUMNS):
+                continue
+            columns = self.sums.get(f"{name}{_COLUMNS}")
+            before = total.sums.get(name)
+            if columns is None:
+                added = each.sum(0, keepdim=True, dtype=widened_dtype(each.dtype)).to(each.dtype)
+                total.sums[name] = added if before is None else before + added
+            else:
+                held = total.sums.get(f"{name}{_COLUMNS}")
+                joined = _joined(each, columns, before, held)
+                total.sums[name], total.sums[f"{name}{_COLUMNS}"] = joined
+        return total
 
     def relative_errors(self) -> Tensor | None:
         """How much of each query's preconditioned gradient the low rank leaves out, as a part of its norm: [queries].
@@ -161,11 +213,35 @@ class GradientBank(Collector):
         if layer not in self.sums and self._tokens_are_cheaper(layer, captured):
             return self._product_of_tokens(layer, captured)
         dtype = self._form.dtype
-        gradients = weight_gradients(captured, self._remaining(layer), self._workspace, dtype).flatten(1)
+        gradients = weight_gradients(captured, self._remaining(layer), self._workspace, dtype)
         if dtype == torch.bfloat16 and gradients.device.type == "cpu":
             gradients = gradients.float()  # a product that most CPUs do by software; the numbers are the same
+        if captured.columns is not None:
+            return self._product_of_columns(layer, gradients, captured.columns)
+        gradients = gradients.flatten(1)
         pieces = [product(piece.flatten(1), gradients.T) for piece in self._pieces(layer, gradients)]
         return torch.cat(pieces)
+
+    def _product_of_columns(self, layer: str, gradients: Tensor, columns: Tensor) -> Tensor:
+        """Dot products with gradients [batch, out, columns], over the columns that both sides touch: [queries, batch].
+
+        Both are spread out over those columns, some columns and some queries at a time.
+        """
+        kept, touched = self.sums[layer], self.sums[f"{layer}{_COLUMNS}"].to(columns.device)
+        common = columns.unique()
+        common = common[torch.isin(common, touched)]
+        total = gradients.new_zeros(len(kept), len(gradients), dtype=widened_dtype(gradients.dtype))
+        each = kept.shape[1] * gradients.element_size()
+        if not len(common):
+            return total
+        for part in common.split(self._per_piece(len(gradients) * each)):
+            trained, start = _spread(gradients, columns, part).flatten(1), 0
+            for queries in kept.split(self._per_piece(len(part) * each)):
+                stop = start + len(queries)
+                here = queries.to(gradients.device, gradients.dtype, non_blocking=True)
+                total[start:stop] += product(_spread(here, touched[start:stop], part).flatten(1), trained.T)
+                start = stop
+        return total
 
     def _pieces(self, layer: str, like: Tensor) -> Iterator[Tensor]:
         """A layer's gradients [queries, out, width] of the type and on the device of `like`, some queries at a time."""
@@ -212,27 +288,61 @@ class GradientBank(Collector):
 
     def in_basis(self, layer: str, captured: Captured) -> Captured:
         """A training batch's tensors in the basis that the bank keeps a layer's gradients in, for `token_products`."""
-        left, right = self._remaining(layer) if layer in self.sums else Sides()
+        remaining = self._remaining(layer) if layer in self.sums else Sides()
+        left, right = remaining.on(captured.gradients.device)
         return captured._replace(
             activations=captured.activations if right is None else rotated(captured.activations, right),
             gradients=captured.gradients if left is None else rotated(captured.gradients, left),
         )
 
-    def token_products(self, layer: str, query: int, activations: Tensor, gradients: Tensor) -> Tensor:
+    def token_products(self, layer: str, query: int, captured: Captured) -> Tensor:
         """What each position adds to the dot product of one query with training gradients: s_t^T P a_t.
 
         Args:
-            activations: [batch, tokens, width]; gradients: [batch, tokens, out]; both `in_basis`.
+            captured: of some training examples, `in_basis`.
 
         Returns:
             [batch, tokens]; over tokens, the sum is `product`.
         """
         names = [layer] if layer in self.sums else [f"{layer}.left", f"{layer}.right"]
-        wide = widened_dtype(gradients.dtype)
-        projected = gradients.to(wide)
+        wide = widened_dtype(captured.gradients.dtype)
+        projected = captured.gradients.to(wide)
         for name in names:
-            projected = projected @ self.sums[name][query].to(gradients.device, wide)
-        return (projected * activations).sum(-1)  # projected: [batch, tokens, width]
+            matrix = self.sums[name][query].to(projected.device, wide)
+            if captured.columns is not None:
+                matrix = self._columns_of(layer, query, matrix, captured.columns)  # [batch, out, columns]
+            projected = projected @ matrix
+        return (projected * captured.activations).sum(-1)  # projected: [batch, tokens, columns]
+
+    def _columns_of(self, layer: str, query: int, matrix: Tensor, columns: Tensor) -> Tensor:
+        """The given columns [batch, columns] of one query's gradient [out, own columns]: [batch, out, columns]."""
+        chosen, places = columns.unique(return_inverse=True)
+        own = self.sums[f"{layer}{_COLUMNS}"][query].to(columns.device)
+        return _spread(matrix.unsqueeze(0), own.unsqueeze(0), chosen)[0][:, places].transpose(0, 1)
+
+
+def _joined(gradients: Tensor, columns: Tensor, before: Tensor | None, held: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum of gradients [n, out, columns], and of one before, with each column that any of them holds once."""
+    flat, places = gradients.movedim(0, 1).flatten(1), columns.flatten()  # [out, n * columns]
+    if before is not None and held is not None:
+        flat, places = torch.cat([before[0], flat], 1), torch.cat([held[0], places])
+    chosen, where = places.unique(return_inverse=True)
+    total = flat.new_zeros(len(flat), len(chosen), dtype=widened_dtype(flat.dtype))
+    total.index_add_(1, where, flat.to(total.dtype))
+    return total.to(flat.dtype).unsqueeze(0), chosen.unsqueeze(0)
+
+
+def _spread(gradients: Tensor, columns: Tensor, chosen: Tensor) -> Tensor:
+    """Gradients [n, out, columns] of which only some columns are held, as the chosen columns: [n, out, chosen].
+
+    Args:
+        columns: int64 [n, columns]: which they are; several that stand for one are added up.
+        chosen: int64, ascending.
+    """
+    places = torch.searchsorted(chosen, columns).clamp_max_(len(chosen) - 1)
+    held = (chosen[places] == columns).unsqueeze(1)  # [n, 1, columns]
+    spread = gradients.new_zeros(*gradients.shape[:2], len(chosen))
+    return spread.scatter_add_(2, places.unsqueeze(1).expand_as(gradients), gradients * held)
 
 
 def thin_product_flop(shape: tuple[int, int], rank: int, tokens: int, batch: int) -> tuple[float, float]:

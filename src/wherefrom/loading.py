@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from wherefrom.capture import Padding
+from wherefrom.errors import InputError
 from wherefrom.fingerprint import Dataset
 from wherefrom.task import Batch, Task
 
 
 class Loaded(NamedTuple, Generic[Batch]):
-    """A batch on the device, and which of its tokens are real; None when all are."""
+    """A batch on the device, and which of its tokens are real; nothing when all are."""
 
     batch: Batch
-    padding: Padding | None
+    padding: tuple[Padding, ...]
 
 
 class Loader(Generic[Batch]):
@@ -29,12 +30,19 @@ class Loader(Generic[Batch]):
 
     Args:
         ahead: prepare the next batch in a thread; None does so for a GPU, whose work leaves the host idle.
+        end: the position after the last example that is wanted; None is the dataset's end.
     """
 
     def __init__(
-        self, task: Task[Batch], dataset: Dataset[object], device: torch.device, ahead: bool | None = None
+        self,
+        task: Task[Batch],
+        dataset: Dataset[object],
+        device: torch.device,
+        ahead: bool | None = None,
+        end: int | None = None,
     ) -> None:
         self._task, self._dataset, self._device = task, dataset, device
+        self._end = len(dataset) if end is None else end
         ahead = device.type == "cuda" if ahead is None else ahead
         self._thread = ThreadPoolExecutor(1) if ahead else None
         self._coming: tuple[range, Future[Loaded[Batch]]] | None = None
@@ -49,15 +57,13 @@ class Loader(Generic[Batch]):
     def load(self, rows: range) -> Loaded[Batch]:
         """The examples at `rows` as a batch on the device; as many after them are prepared meanwhile."""
         prepared = self._prepared(rows)
-        following = range(rows.stop, min(rows.stop + len(rows), len(self._dataset)))
+        following = range(rows.stop, min(rows.stop + len(rows), self._end))
         if self._thread is not None and following:
             self._coming = (following, self._thread.submit(self._prepare, following))
         # From pinned memory, the host does not wait for the copy.
         batch = cast(Batch, mapped(prepared.batch, lambda tensor: tensor.to(self._device, non_blocking=True)))
-        padding = prepared.padding
-        if padding is not None:
-            padding = Padding(padding.mask.to(self._device, non_blocking=True), padding.tokens)
-        return Loaded(batch, padding)
+        padding = (Padding(each.mask.to(self._device, non_blocking=True), each.tokens) for each in prepared.padding)
+        return Loaded(batch, tuple(padding))
 
     def _prepared(self, rows: range) -> Loaded[Batch]:
         coming, self._coming = self._coming, None
@@ -71,10 +77,15 @@ class Loader(Generic[Batch]):
     def _prepare(self, rows: range) -> Loaded[Batch]:
         """Collate on the host; what counts tokens is done here, so that nobody waits for the device to tell."""
         batch = self._task.collate([self._dataset[row] for row in rows])
-        mask = self._task.mask(batch)
-        padding = None
-        if mask is not None and not bool(mask.all()):
-            padding = Padding(self._pinned(mask.unsqueeze(-1)), int(mask.sum()))
+        masks = self._task.masks(batch)
+        if all(bool(mask.all()) for mask in masks):
+            masks = ()
+        if len({mask.shape[1] for mask in masks}) < len(masks):
+            raise InputError(
+                f"{type(self._task).__name__}.masks returned masks of {[mask.shape[1] for mask in masks]} tokens, by "
+                "which layers cannot be told apart. Pad one of the sequences by one token more."
+            )
+        padding = tuple(Padding(self._pinned(mask.unsqueeze(-1)), int(mask.sum())) for mask in masks)
         return Loaded(cast(Batch, mapped(batch, self._pinned)), padding)
 
     def _pinned(self, tensor: Tensor) -> Tensor:

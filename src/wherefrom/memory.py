@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from wherefrom.errors import InputError, MemoryLimitError
 
 # Enough tokens a batch to fill the matrix units; more only costs memory.
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
 # The part of the free memory that is used without being asked, and of that what a batch may take.
-_FREE_SHARE, _BATCH_SHARE = 0.8, 0.3
+FREE_SHARE, _BATCH_SHARE = 0.8, 0.3
 
 
 # What PyTorch, CUDA's pinned memory, cuBLAS and cuSOLVER say in plain RuntimeErrors.
@@ -34,7 +36,7 @@ def free_memory(device: torch.device) -> int:
 def usable_memory(device: torch.device, budget: int | None) -> int:
     """Bytes to plan with: the budget, but no more than what is free; without one, most of what is free."""
     free = free_memory(device)
-    return int(_FREE_SHARE * free) if budget is None else min(budget, free)
+    return int(FREE_SHARE * free) if budget is None else min(budget, free)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -51,14 +53,20 @@ class Footprint:
     Attributes:
         tokens: vectors that a layer sees, the most of any layer.
         saved_bytes: what autograd keeps for the backward pass.
-        gradient_bytes: the largest layer's gradient.
+        gradient_bytes: the largest layer's gradient, or what is captured of it if that is more.
         flop: floating-point operations of a forward and backward pass.
+        layer_tokens: vectors that each layer sees, where they differ from `tokens`.
     """
 
     tokens: int
     saved_bytes: int
     gradient_bytes: int
     flop: int
+    layer_tokens: Mapping[str, int] = field(default_factory=dict)
+
+    def tokens_of(self, layer: str) -> int:
+        """Vectors that one layer sees."""
+        return self.layer_tokens.get(layer, self.tokens)
 
     @property
     def bytes(self) -> int:
@@ -104,14 +112,22 @@ class SavedBytes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+        # By storage rather than by address: without numbers, on the "meta" device, all addresses are 0.
+        weights = list(model.parameters())
+        self._weights = {StorageWeakRef(each.untyped_storage()) for each in weights if not isinstance(each, DTensor)}
+        # A sharded weight is put together for each pass, and known by nothing but its shape.
+        self._gathered = {_any_order(each) for each in weights if isinstance(each, DTensor)}
         self.total = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Count a tensor and keep it as it is."""
-        if tensor.untyped_storage().data_ptr() not in self._weights:
+        if StorageWeakRef(tensor.untyped_storage()) not in self._weights and _any_order(tensor) not in self._gathered:
             self.total += tensor.numel() * tensor.element_size()
         return tensor
+
+
+def _any_order(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(tensor.shape))
 
 
 class Workspace:

@@ -47,6 +47,7 @@ class Job:
     Attributes:
         query, example: what a query and a training example take.
         usable: bytes to plan with on `device`, where the model is.
+        factors_on_host: only one layer's factors are on the device at a time.
     """
 
     layers: Mapping[str, TrackedLayer]
@@ -58,6 +59,34 @@ class Job:
     wanted: Wanted
     usable: int
     device: torch.device
+    factors_on_host: bool = False
+
+    @property
+    def factor_bytes(self) -> int:
+        """What bases and eigenvalues take on the device."""
+        if not self.factors_on_host:
+            return factor_bytes(self.layers, self.strategy, self.wanted.dtype)
+        return max(factor_bytes({name: each}, self.strategy, self.wanted.dtype) for name, each in self.layers.items())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan has to know of a machine besides its device's memory.
+
+    Attributes:
+        matmul: floating-point operations a second of a large product.
+        copy: bytes a second from the host's memory to the device.
+        host: bytes that are free on the host.
+    """
+
+    matmul: float
+    copy: float
+    host: int
+
+    @classmethod
+    def measured(cls, device: torch.device, dtype: torch.dtype) -> Machine:
+        """This machine, with a GPU."""
+        return cls(matmul_speed(device, dtype), copy_speed(device), free_memory(torch.device("cpu")))
 
 
 @dataclass(frozen=True)
@@ -101,17 +130,21 @@ class Plan:
         """What a block of query gradients takes."""
         return self.block * self.form.bytes_per_query(self.job.layers)
 
-    def shards(self, queries: int, train: int) -> list[range]:
-        """Runs of training examples whose scores for some queries are in memory together."""
-        rows = max(SHARD_ROWS, SHARD_BYTES // (queries * widened_dtype(self.form.dtype).itemsize))
+    def shards(self, queries: int, train: int, least: int = 1) -> list[range]:
+        """Runs of training examples whose scores for some queries are in memory together.
+
+        Args:
+            least: how many examples make a run, if there are so many.
+        """
+        rows = max(SHARD_ROWS, least, SHARD_BYTES // (queries * widened_dtype(self.form.dtype).itemsize))
         return [range(start, min(start + rows, train)) for start in range(0, train, rows)]
 
     def costs(self) -> list[Cost]:
         """The stages of a fit and a score."""
         job = self.job
-        each, query = _PerExample.of(job, job.example.tokens), _PerExample.of(job, job.query.tokens)
+        each, query = _PerExample.of(job, job.example), _PerExample.of(job, job.query)
         batch = self.train_batch * job.example.bytes
-        factors = 2 * factor_bytes(job.layers, job.strategy, job.wanted.dtype)
+        factors = 2 * job.factor_bytes
         query_memory = self.bank_bytes + factors + self.query_batch * job.query.bytes
         back, brought = self._rotations()
         passes = self.sweeps * job.train
@@ -120,7 +153,9 @@ class Plan:
             Cost(
                 "pairwise scores",
                 passes,
-                passes * (job.example.flop + each.forming) + brought + job.queries * job.train * self._dot_flop(),
+                passes * (job.example.flop + self._forming_flop())
+                + brought
+                + job.queries * job.train * self._dot_flop(),
                 self.bank_bytes + factors + batch + SHARD_BYTES,
             ),
         ]
@@ -132,15 +167,26 @@ class Plan:
             found.insert(0, Cost("covariance", job.train, flop, batch + factors))
         return found
 
+    def _forming_flop(self) -> float:
+        """Operations for one training example's gradients, but for layers whose tokens are multiplied themselves."""
+        total = 0.0
+        for name, layer in self.job.layers.items():
+            by_tokens, whole = self._product_flop(name, layer)
+            tokens = self.job.example.tokens_of(name)
+            total += 2.0 * tokens * layer.shape[0] * layer.columns(tokens) if by_tokens >= whole else 0.0
+        return total
+
     def _dot_flop(self) -> float:
         """Operations for the product of one query's gradient with one training example's."""
-        rank, total = self.form.rank, 0.0
-        for layer in self.job.layers.values():
-            if rank is not None and self.form.thin(layer):
-                total += min(thin_product_flop(layer.padded_shape, rank, self.job.example.tokens, self.train_batch))
-            else:
-                total += 2.0 * math.prod(layer.padded_shape)
-        return total
+        return sum(min(self._product_flop(*each)) for each in self.job.layers.items())
+
+    def _product_flop(self, name: str, layer: TrackedLayer) -> tuple[float, float]:
+        """For a product of a layer's gradients: by tokens, which only thin matrices can be, and by whole gradients."""
+        tokens, (outputs, width) = self.job.example.tokens_of(name), layer.padded_shape
+        if self.form.rank is None or not self.form.thin(layer):
+            # Of a one-hot layer, the columns that a batch touches, at the most.
+            return math.inf, 2.0 * outputs * min(width, self.train_batch * layer.columns(tokens))
+        return thin_product_flop((outputs, width), self.form.rank, tokens, self.train_batch)
 
     def _rotations(self) -> tuple[float, float]:
         """Operations for bringing query gradients back from the eigenbasis, and training gradients into it."""
@@ -191,43 +237,56 @@ class _PerExample:
     covariance: float
 
     @classmethod
-    def of(cls, job: Job, tokens: int) -> _PerExample:
-        shapes = [layer.padded_shape for layer in job.layers.values()]
-        forming = sum(2.0 * tokens * out * width for out, width in shapes)
-        rotating = sum(sum(_sides_flop(job, out, width, tokens)) for out, width in shapes)
-        covariance = sum(tokens * (out**2 + width**2) for out, width in shapes)
+    def of(cls, job: Job, footprint: Footprint) -> _PerExample:
+        forming = rotating = covariance = 0.0
+        for name, layer in job.layers.items():
+            tokens = footprint.tokens_of(name)
+            outputs, columns = layer.shape[0], layer.columns(tokens)
+            forming += 2.0 * tokens * outputs * columns
+            rotating += sum(_sides_flop(job, layer, tokens))
+            covariance += sum(
+                tokens * (1 if diagonal else size) * size
+                for size, diagonal in zip((outputs, columns), layer.diagonal_sides, strict=True)
+            )
         return cls(forming, forming + rotating * job.strategy.basis, covariance)
 
 
 def factor_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
     """What bases and eigenvalues take; while they are in use, they are there twice."""
-    shapes = [layer.padded_shape for layer in layers.values()]
-    numbers = sum((out**2 + width**2) * strategy.basis for out, width in shapes)
-    if strategy.eigenvalues != "none":
-        numbers += sum(out * width for out, width in shapes)
+    numbers = 0
+    for layer in layers.values():
+        for size, diagonal in zip(layer.padded_shape, layer.diagonal_sides, strict=True):
+            numbers += size * (1 if diagonal else size) * strategy.basis
+        if strategy.eigenvalues != "none":
+            numbers += math.prod(layer.padded_shape)
     return numbers * widened_dtype(dtype).itemsize
 
 
-def plan_scores(job: Job) -> Plan:
-    """Choose batch sizes, and with what memory is left the form, the place and the number of resident gradients."""
+def plan_scores(job: Job, machine: Machine | None = None) -> Plan:
+    """Choose batch sizes, and with what memory is left the form, the place and the number of resident gradients.
+
+    Args:
+        machine: None measures this one, where that decides.
+    """
     train_batch = job.wanted.train_batch or job.example.batch_size(job.train, job.usable, job.device)
     query_batch = job.wanted.query_batch or job.query.batch_size(job.queries, job.usable, job.device)
     batch = max(train_batch * job.example.bytes, query_batch * job.query.bytes)
-    copies = factor_bytes(job.layers, job.strategy, job.wanted.dtype)
     # Whole gradients that are on the device as they are need no room for pieces.
     pieces = PIECE_BYTES * (job.wanted.rank is not None or job.wanted.dtype == torch.bfloat16)
-    plan = _fitting(job, query_batch, train_batch, job.usable - batch - copies - SHARD_BYTES - pieces, job.device)
+    room = job.usable - batch - job.factor_bytes - SHARD_BYTES - pieces
+    plan = _fitting(job, query_batch, train_batch, room, job.device)
     if job.device.type == "cpu" or plan.sweeps == 1:
         return plan
-    host = torch.device("cpu")
+    machine = machine or Machine.measured(job.device, plan.form.dtype)
     # Pinned memory is handed out in powers of two, so that up to half of it may be wasted.
-    streamed = _fitting(job, query_batch, train_batch, int(0.4 * free_memory(host)), host)
-    return min(plan, streamed, key=_sweep_seconds)
+    streamed = _fitting(job, query_batch, train_batch, int(0.4 * machine.host), torch.device("cpu"))
+    return min(plan, streamed, key=lambda each: _sweep_seconds(each, machine))
 
 
 def _fitting(job: Job, query_batch: int, train_batch: int, room: int, place: torch.device) -> Plan:
     """As many queries as there is room for, in blocks of equal size."""
-    form = BankForm(job.wanted.dtype, place, place != job.device, job.wanted.rank)
+    tokens = max((job.query.tokens_of(name) for name, layer in job.layers.items() if layer.one_hot), default=0)
+    form = BankForm(job.wanted.dtype, place, place != job.device, job.wanted.rank, tokens)
     each = form.bytes_per_query(job.layers) + SHARD_ROWS * widened_dtype(form.dtype).itemsize
     most = max(1, min(job.queries, room // each))
     sweeps = -(-job.queries // most)
@@ -245,25 +304,33 @@ def _cheaper_sides(job: Job, form: BankForm, layer: str, sweeps: int) -> tuple[b
 
 def _side_costs(job: Job, layer: str, sweeps: int) -> tuple[tuple[float, float], tuple[float, float]]:
     """Operations for the left and the right side: all query gradients back, or all training gradients there."""
-    outputs, width = job.layers[layer].padded_shape
-    query = (2.0 * job.queries * outputs**2 * width, 2.0 * job.queries * outputs * width**2)
-    left, right = _sides_flop(job, outputs, width, job.example.tokens)
-    return query, (sweeps * job.train * left, sweeps * job.train * right)
+    tracked = job.layers[layer]
+    outputs, columns = tracked.shape[0], tracked.columns(job.query.tokens_of(layer))
+    back = [
+        0.0 if diagonal else 2.0 * job.queries * outputs * columns * size
+        for size, diagonal in zip((outputs, columns), tracked.diagonal_sides, strict=True)
+    ]
+    left, right = _sides_flop(job, tracked, job.example.tokens_of(layer))
+    return (back[0], back[1]), (sweeps * job.train * left, sweeps * job.train * right)
 
 
-def _sides_flop(job: Job, outputs: int, width: int, tokens: int) -> tuple[float, float]:
+def _sides_flop(job: Job, layer: TrackedLayer, tokens: int) -> tuple[float, float]:
     """Operations for one example's gradient into the basis, left and right: its tokens or its rows, whichever fewer."""
+    outputs, columns = layer.shape[0], layer.columns(tokens)
     if job.wanted.dtype == torch.bfloat16 and job.device.type == "cuda":
-        return 4.0 * outputs**2 * tokens, 4.0 * width**2 * tokens  # see `precision.rotated`
-    return 2.0 * outputs**2 * min(tokens, width), 2.0 * width**2 * min(tokens, outputs)
+        left, right = 4.0 * outputs**2 * tokens, 4.0 * columns**2 * tokens  # see `precision.rotated`
+    else:
+        left, right = 2.0 * outputs**2 * min(tokens, columns), 2.0 * columns**2 * min(tokens, outputs)
+    no_left, no_right = layer.diagonal_sides
+    return left * (not no_left), right * (not no_right)
 
 
-def _sweep_seconds(plan: Plan) -> float:
+def _sweep_seconds(plan: Plan, machine: Machine) -> float:
     """What the training sweeps take, roughly: passes, and moving a bank that is not on the device for every batch."""
-    seconds = plan.costs()[-1].flop / matmul_speed(plan.job.device, plan.form.dtype)
+    seconds = plan.costs()[-1].flop / machine.matmul
     if plan.form.place != plan.job.device:
         batches = -(-plan.job.train // plan.train_batch)
-        seconds += plan.sweeps * batches * plan.bank_bytes / copy_speed(plan.job.device)
+        seconds += plan.sweeps * batches * plan.bank_bytes / machine.copy
     return seconds
 
 

@@ -6,6 +6,7 @@ This module knows nothing of what is being done.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -48,10 +49,13 @@ def progress_bar(name: str, total: int, shown: bool | None = None) -> Iterator[C
 
 
 def show_log() -> None:
-    """Print what the library logs on the standard error; for commands, a library's user decides that."""
+    """Print what the library logs on the standard error; for commands, a library's user decides that.
+
+    Of several processes on one study, the first speaks for all; from the others come warnings.
+    """
     logger = logging.getLogger("wherefrom")
     if logger.handlers:
         return
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -1,10 +1,11 @@
-"""Scores of every (query, training example) pair, and the collector that adds them up in one training sweep."""
+"""Scores of (query, training example) pairs, and the collectors that add them up in one training sweep."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ from wherefrom.fingerprint import Fingerprint
 from wherefrom.gradients import GradientBank
 from wherefrom.store import Artifact, read_manifest
 from wherefrom.sweep import Collector
+
+Normalization = Literal["cosine", "relatif", "theta-relatif"]
+
+# Before the name of a layer or group, in what is stored.
+LAYER = "layer:"
 
 
 class Hit(NamedTuple):
@@ -42,6 +48,10 @@ class Scores:
         fingerprint: what the scores were computed from.
         query_errors: with a `query_rank`, what it has left out of each query's preconditioned gradient, as a part of
             its norm, [query]; otherwise None.
+        layers: with `per_layer`, the part of each layer or group, by its name, as `values`, which is their sum.
+        self_influence: with `self_influence=True`, g_t^T (H + damping)^-1 g_t of each training example, [train].
+        query_self_influence: the same of each query, [query].
+        preconditioned_norms: the norm of (H + damping)^-1 g_t of each training example, [train].
         changes: by how much re-scoring at full rank has changed each query's highest scores, [query, rescored], in
             the order that they had; None without it.
     """
@@ -50,6 +60,10 @@ class Scores:
     fingerprint: Fingerprint
     query_errors: Tensor | None = None
     changes: Tensor | None = None
+    layers: Mapping[str, Tensor] = field(default_factory=dict)
+    self_influence: Tensor | None = None
+    query_self_influence: Tensor | None = None
+    preconditioned_norms: Tensor | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> Scores:
@@ -59,13 +73,11 @@ class Scores:
             InputError: there are no scores.
             DamagedError: the files are not what was written.
         """
-        folder = Path(folder)
-        if not folder.exists():
-            found = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
-            raise InputError(f"{folder}: no scores there; found {', '.join(found) or 'none'}. Compute them first.")
-        fingerprint = read_manifest(folder)["fingerprint"]
-        tensors = Artifact(folder, fingerprint).mapped()
-        return cls(tensors["values"], fingerprint, tensors.get("query_errors"), tensors.get("changes"))
+        tensors, fingerprint = _stored(Path(folder))
+        if "lowest_train" in tensors:
+            raise InputError(f"{folder} holds only the highest and lowest scores: read them with TopScores.load.")
+        layers = {name.removeprefix(LAYER): tensors.pop(name) for name in list(tensors) if name.startswith(LAYER)}
+        return cls(fingerprint=fingerprint, layers=layers, **tensors)
 
     @property
     def strategy(self) -> str:
@@ -76,27 +88,188 @@ class Scores:
         """The k most influential training examples of each query, best first, query by query.
 
         Raises:
-            InputError: k is less than 1.
+            InputError: k is less than 1, or training examples were added up.
         """
+        if "aggregated training examples" in self.fingerprint:
+            raise InputError(
+                "These scores add up all training examples, so none is the top: leave aggregate_train out."
+            )
         if k < 1:
             raise InputError(f"k={k}: expected at least 1.")
         best = self.values.topk(min(k, self.values.shape[1]), dim=1)
-        return [
-            Hit(query, rank, train, score)
-            for query, (row, scores) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            for rank, (train, score) in enumerate(zip(row, scores, strict=True), start=1)
-        ]
+        return _hits(best.indices, best.values)
+
+    def of_layers(self, name: str) -> Scores:
+        """The part that one layer or group adds to every score; its norms are not known.
+
+        Raises:
+            InputError: there is no such part.
+        """
+        if name not in self.layers:
+            known = ", ".join(self.layers) or "none; score with per_layer=True, or with groups of layers"
+            raise InputError(f"name={name!r}: expected a layer or group whose part was kept: {known}.")
+        return Scores(self.layers[name], {**self.fingerprint, "part": name})
+
+    def normalized(self, kind: Normalization) -> Scores:
+        """Scores divided by norms of gradients, in memory: they favour examples less whose gradient is large anyway.
+
+        Args:
+            kind: "cosine" divides g_q^T P g_t by sqrt(g_q^T P g_q) sqrt(g_t^T P g_t), with P the damped inverse
+                curvature: between -1 and 1. "relatif" divides by sqrt(g_t^T P g_t) alone (l-RelatIF of Barshan et
+                al. 2020), and "theta-relatif" by |P g_t| (their theta-RelatIF). A gradient of zero has a score of zero.
+
+        Raises:
+            InputError: the norms were not computed.
+        """
+        if self.self_influence is None or self.query_self_influence is None or self.preconditioned_norms is None:
+            raise InputError(
+                f"normalized({kind!r}) needs norms that these scores do not have: score with self_influence=True."
+            )
+        divisors = {
+            "cosine": self.query_self_influence.sqrt().unsqueeze(1) * self.self_influence.sqrt(),
+            "relatif": self.self_influence.sqrt(),
+            "theta-relatif": self.preconditioned_norms,
+        }
+        if kind not in divisors:
+            raise InputError(f"kind={kind!r}: expected one of {', '.join(divisors)}.")
+        values = torch.where(divisors[kind] > 0, self.values / divisors[kind], 0.0)
+        return replace(self, values=values, layers={}, fingerprint={**self.fingerprint, "normalized": kind})
+
+
+def load_scores(folder: str | Path) -> Scores | TopScores:
+    """Read finished scores of either kind."""
+    kind = TopScores if "kept" in _stored(Path(folder))[1] else Scores
+    return kind.load(folder)
+
+
+def _stored(folder: Path) -> tuple[dict[str, Tensor], Fingerprint]:
+    """The memory-mapped tensors of a finished result, and what it was computed from."""
+    if not folder.exists():
+        found = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
+        raise InputError(f"{folder}: no scores there; found {', '.join(found) or 'none'}. Compute them first.")
+    fingerprint = read_manifest(folder)["fingerprint"]
+    return Artifact(folder, fingerprint).mapped(), fingerprint
+
+
+@dataclass(frozen=True)
+class TopScores:
+    """Each query's highest and lowest scores, where the whole matrix was never kept.
+
+    Of equal scores, the one of the earlier training example comes first.
+
+    Attributes:
+        values, train: the highest scores, best first, and their training positions, [query, k].
+        lowest_values, lowest_train: the lowest, lowest first.
+        fingerprint: what they were computed from.
+        query_errors: as in `Scores`.
+    """
+
+    values: Tensor
+    train: Tensor
+    lowest_values: Tensor
+    lowest_train: Tensor
+    fingerprint: Fingerprint
+    query_errors: Tensor | None = None
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TopScores:
+        """Read finished top scores, `RUN/scores/NAME`, without the model or the data.
+
+        Raises:
+            InputError: there are none, or they are of another kind.
+            DamagedError: the files are not what was written.
+        """
+        tensors, fingerprint = _stored(Path(folder))
+        if "lowest_train" not in tensors:
+            raise InputError(f"{folder} holds the scores of all pairs: read them with Scores.load.")
+        return cls(fingerprint=fingerprint, **tensors)
+
+    @property
+    def strategy(self) -> str:
+        """The strategy of the factors behind the scores."""
+        return self.fingerprint["strategy"]
+
+    def top(self, k: int = 10) -> list[Hit]:
+        """The k most influential training examples of each query, best first, query by query.
+
+        Raises:
+            InputError: k is less than 1, or more than was kept.
+        """
+        if not 1 <= k <= self.values.shape[1]:
+            raise InputError(f"k={k}: expected 1 to {self.values.shape[1]}, which were kept; score_top keeps more.")
+        return _hits(self.train[:, :k], self.values[:, :k])
+
+
+def _hits(train: Tensor, values: Tensor) -> list[Hit]:
+    return [
+        Hit(query, rank, position, score)
+        for query, (row, scores) in enumerate(zip(train.tolist(), values.tolist(), strict=True))
+        for rank, (position, score) in enumerate(zip(row, scores, strict=True), start=1)
+    ]
+
+
+def extremes(values: Tensor, train: Tensor, k: int) -> dict[str, Tensor]:
+    """The fields of `TopScores`, of scores in any order.
+
+    Args:
+        values: [query, n].
+        train: their training positions, int64 [query, n] or [n], ascending where scores are equal.
+    """
+    train = train.expand_as(values)
+    found = {}
+    for prefix, descending in (("", True), ("lowest_", False)):
+        order = values.sort(dim=1, descending=descending, stable=True).indices[:, :k]
+        found[f"{prefix}values"], found[f"{prefix}train"] = values.gather(1, order), train.gather(1, order)
+    return found
+
+
+def merged_extremes(parts: list[dict[str, Tensor]], k: int) -> dict[str, Tensor]:
+    """Those of several runs of training examples, in ascending order, that make the whole."""
+    names = ("values", "train", "lowest_values", "lowest_train")
+    values, train, lowest_values, lowest_train = (torch.cat([part[name] for part in parts], 1) for name in names)
+    highest, lowest = extremes(values, train, k), extremes(lowest_values, lowest_train, k)
+    return {name: (lowest if name.startswith("lowest_") else highest)[name] for name in names}
 
 
 class PairwiseCollector(Collector):
-    """Adds up, layer by layer, the products of resident query gradients with each training gradient."""
+    """Adds up, layer by layer, the products of resident query gradients with each training gradient.
 
-    def __init__(self, bank: GradientBank, examples: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._bank = bank
-        self.sums = {"values": torch.zeros(len(bank), examples, dtype=dtype, device=device)}
+    Args:
+        groups: of layers whose part is kept, by layer; empty keeps none.
+        summed: add up over training examples too.
+
+    Attributes:
+        sums: `values` [queries, examples], or [queries, 1] when summed, and the like for each group.
+    """
+
+    def __init__(
+        self,
+        bank: GradientBank,
+        examples: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        groups: Mapping[str, str] | None = None,
+        summed: bool = False,
+    ) -> None:
+        self._bank, self._groups, self._summed = bank, groups or {}, summed
+        names = ["values", *(LAYER + group for group in dict.fromkeys(self._groups.values()))]
+        shape = (len(bank), 1 if summed else examples)
+        self.sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name in names}
 
     def release(self) -> None:
         self._bank.release()
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        self.sums["values"][:, rows] += self._bank.product(layer, captured)
+        if self._summed:
+            rows = slice(0, 1)
+            # Gradients that hold different columns cannot be added up before the product.
+            captured = captured.as_one_example() if captured.columns is None else captured
+        products = self._bank.product(layer, captured)
+        if self._summed:
+            products = products.sum(1, keepdim=True)
+        self._add("values", products, rows)
+        if layer in self._groups:
+            self._add(LAYER + self._groups[layer], products, rows)
+
+    def _add(self, name: str, products: Tensor, rows: slice) -> None:
+        self.sums[name][:, rows] += products.to(self.sums[name].device)

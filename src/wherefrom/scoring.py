@@ -7,8 +7,8 @@ optimistic; it does not know where results are kept or what they are reused for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Generic
@@ -16,19 +16,20 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from wherefrom.capture import Captured
 from wherefrom.curvature import Preconditioner, Strategy
 from wherefrom.errors import MemoryLimitError
 from wherefrom.fingerprint import Dataset
 from wherefrom.gradients import GradientBank
+from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
 from wherefrom.memory import out_of_memory
-from wherefrom.plan import Job, Plan, Wanted, factor_bytes, plan_scores
-from wherefrom.scores import PairwiseCollector
+from wherefrom.options import Options
+from wherefrom.plan import Job, Plan, Wanted, plan_scores
+from wherefrom.ranks import Ranks
+from wherefrom.scores import PairwiseCollector, extremes, merged_extremes
 from wherefrom.stages import BlockStages
 from wherefrom.store import Partial, scratch_matrix
-from wherefrom.sweep import Objective, Sweep
+from wherefrom.sweep import Collector, Objective, Sweep
 from wherefrom.task import Batch, Task
-from wherefrom.tokens import TokenCollector, TokenParts, token_parts
 
 logger = logging.getLogger("wherefrom")
 
@@ -41,7 +42,7 @@ def make_plan(
     strategy: Strategy,
     queries: Dataset[object],
     train: Dataset[object],
-    wanted: Wanted,
+    options: Options,
     loaded: bool = True,
 ) -> Plan:
     """The plan of a score, from what a query and a training example take.
@@ -49,21 +50,26 @@ def make_plan(
     Args:
         loaded: whether the factors are in memory already; otherwise room is left for them.
     """
-    usable = sweep.usable_memory()
-    if not loaded and sweep.memory_budget is None:
-        usable -= factor_bytes(sweep.layers, strategy, wanted.dtype)
+    dtype = torch.bfloat16 if options.half_precision else sweep.dtype
+    wanted = Wanted(dtype, options.query_rank, options.query_batch_size, options.train_batch_size)
     job = Job(
         layers=sweep.layers,
         strategy=strategy,
         queries=len(queries),
         train=len(train),
         query=sweep.footprint(queries, _measurement(sweep.task)),
-        example=sweep.footprint(train, _loss(sweep.task)),
+        example=sweep.footprint(train, training_loss(sweep.task)),
         wanted=wanted,
-        usable=usable,
+        usable=sweep.ranks.least(sweep.usable_memory()),
         device=sweep.device,
+        factors_on_host=sweep.offload_factors,
     )
-    return plan_scores(job)
+    if not loaded and sweep.memory_budget is None:
+        job = replace(job, usable=job.usable - job.factor_bytes)
+    plan = plan_scores(job)
+    # Measured speeds differ between processes, and what all of them do together must not.
+    choices = sweep.ranks.first(lambda: (plan.query_batch, plan.train_batch, plan.block, plan.form))
+    return Plan(job, *choices)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Scoring(Generic[Batch]):
 
     Attributes:
         strategy: of the factors behind the preconditioner.
+        groups: of each layer whose part of a score is kept.
     """
 
     sweep: Sweep[Batch]
@@ -79,125 +86,136 @@ class Scoring(Generic[Batch]):
     preconditioner: Preconditioner
     queries: Dataset[object]
     train: Dataset[object]
-    wanted: Wanted
+    options: Options
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def plan(self) -> Plan:
         """Sizes and forms; made, and said in the log, when there is something to compute."""
-        plan = make_plan(self.sweep, self.strategy, self.queries, self.train, self.wanted)
-        logger.info(str(plan))
+        plan = make_plan(self.sweep, self.strategy, self.queries, self.train, self.options)
+        if self.ranks.writes:
+            logger.info(str(plan))
         return plan
 
-    def pairwise(self, stages: BlockStages, file: Path) -> dict[str, Tensor]:
-        """`values` [queries, train] in a file, block by block; `query_errors` [queries] of a low rank.
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the work."""
+        return self.sweep.ranks
+
+    def pairwise(self, stages: BlockStages, folder: Path) -> dict[str, Tensor]:
+        """The tensors of `Scores`, block by block: `values` [queries, train], and what was asked for beside it.
 
         Args:
             stages: keeps blocks.
-            file: where the values lie while they are put together.
+            folder: where matrices lie while they are put together.
         """
-        values = scratch_matrix(file, len(self.queries), len(self.train), self.sweep.dtype)
-        errors = torch.zeros(len(self.queries))
+        whole = _Assembled(folder, len(self.queries), len(self.train), self.ranks.writes)
 
         def work(rows: range) -> None:
-            bank = cache(partial(self._bank, rows))  # not made when all of its blocks are there
-            for columns in self.plan.shards(len(rows), len(self.train)):
-                found = stages.mapped(rows, columns, partial(self._pairwise_block, bank, _Rows(self.train, columns)))
-                values[rows.start : rows.stop, columns.start : columns.stop] = found["values"]
-                if self.wanted.rank is not None:
-                    errors[rows.start : rows.stop] = found["query_errors"]
+            bank = cache(partial(self.bank, rows))  # not made when all of its blocks are there
+            for columns in self.shards(rows, len(self.train)):
+                train = Rows(self.train, columns)
+                whole.put(rows, columns, stages.mapped(rows, columns, partial(self.block, bank, rows, train)))
 
-        self._each_block(work, stages)
-        if self.wanted.rank is None:
-            return {"values": values}
-        logger.info(
-            f"Rank {self.wanted.rank} leaves out {errors.mean():.1%} of a query gradient's norm on average, "
-            f"{errors.max():.1%} at most."
-        )
-        return {"values": values, "query_errors": errors}
+        self.each_block(work, stages)
+        if "query_errors" in whole.tensors and self.ranks.writes:
+            errors = whole.tensors["query_errors"]
+            logger.info(
+                f"Rank {self.options.query_rank} leaves out {errors.mean():.1%} of a query gradient's norm on average, "
+                f"{errors.max():.1%} at most."
+            )
+        if self.options.self_influence:
+            whole.tensors["preconditioned_norms"] = whole.tensors.pop(SQUARED_NORM).sqrt()
+            whole.tensors["query_self_influence"] = self._query_self_influence()
+        return whole.tensors
 
-    def _pairwise_block(self, bank: Callable[[], GradientBank], train: _Rows, sums: Partial) -> dict[str, Tensor]:
-        """A sweep over some training examples."""
+    def highest(self, stages: BlockStages, k: int) -> dict[str, Tensor]:
+        """The tensors of `TopScores`: each block is reduced to its extremes before it is kept."""
+        kept: list[dict[str, Tensor]] = []
+
+        def reduced(bank: Callable[[], GradientBank], rows: range, columns: range, sums: Partial) -> dict[str, Tensor]:
+            found = self.block(bank, rows, Rows(self.train, columns), sums)
+            values = found.pop("values").cpu()
+            return {**found, **extremes(values, torch.arange(columns.start, columns.stop), k)}
+
+        def work(rows: range) -> None:
+            bank = cache(partial(self.bank, rows))
+            shards = self.shards(rows, len(self.train))
+            parts = [stages.mapped(rows, columns, partial(reduced, bank, rows, columns)) for columns in shards]
+            kept.append({**parts[0], **merged_extremes(parts, k)})  # the first has what does not depend on columns
+
+        self.each_block(work, stages)
+        return {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
+
+    def aggregated(self, stages: BlockStages) -> dict[str, Tensor]:
+        """The tensors of `Scores` with one row for all queries, one column for all training examples, or both."""
+        kept: list[dict[str, Tensor]] = []
+        everything = range(len(self.train))
+
+        def work(rows: range) -> None:
+            bank = cache(partial(self.bank, rows))
+            kept.append(stages.mapped(rows, everything, partial(self.block, bank, rows, self.train)))
+
+        if self.options.aggregate_queries:
+            rows = range(len(self.queries))
+            kept.append(stages.mapped(rows, everything, partial(self.block, self._summed_bank, rows, self.train)))
+        else:
+            self.each_block(work, stages)
+        divisor = len(self.queries) if self.options.aggregate_queries == "mean" else 1
+        divisor *= len(self.train) if self.options.aggregate_train == "mean" else 1
+        joined = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
+        return {name: each / divisor if each.dim() == 2 else each for name, each in joined.items()}
+
+    def block(
+        self, bank: Callable[[], GradientBank], rows: range, train: Dataset[object], sums: Partial
+    ) -> dict[str, Tensor]:
+        """A sweep over some training examples against resident queries."""
         sweep, resident = self.sweep, bank()
-        collector = PairwiseCollector(resident, len(train), sweep.dtype, sweep.device)
-        self._sweep_train("pairwise scores", train, collector, len(resident), sums)
+        summed = self.options.aggregate_train is not None
+        collector: Collector = PairwiseCollector(
+            resident, len(train), sweep.dtype, sweep.device, self.groups, summed=summed
+        )
+        if self.options.self_influence and not rows.start:  # once is enough
+            collector = Together(collector, self._self_influence(train))
+        self.sweep_train("pairwise scores", train, collector, len(resident), sums)
         errors = resident.relative_errors()
         return collector.sums if errors is None else {**collector.sums, "query_errors": errors}
 
-    def rescore(self, values: Tensor, top: int, stages: BlockStages) -> Tensor:
-        """Replace each query's highest scores by those of whole query gradients.
+    def _self_influence(self, examples: Dataset[object]) -> SelfInfluenceCollector:
+        sweep = self.sweep
+        return SelfInfluenceCollector(sweep.layers, self.preconditioner, len(examples), sweep.dtype, sweep.device)
 
-        Args:
-            values: [queries, train], of low rank; changed.
-            top: how many of each query.
+    def _query_self_influence(self) -> Tensor:
+        """A sweep over queries for their scores with themselves."""
+        collector = self._self_influence(self.queries)
+        self.sweep.run(
+            "query self-influence",
+            self.queries,
+            collector,
+            _measurement(self.sweep.task),
+            batch_size=self.options.query_batch_size,
+        )
+        return collector.sums[SELF_INFLUENCE]
 
-        Returns:
-            By how much each has changed, [queries, top].
-        """
-        chosen = values.topk(min(top, values.shape[1]), dim=1)
-        changes = torch.zeros_like(chosen.values)
-        whole = replace(self, wanted=replace(self.wanted, rank=None))
-
-        def work(rows: range) -> None:
-            wanted, places = chosen.indices[rows.start : rows.stop].unique(return_inverse=True)
-            bank = cache(partial(whole._bank, rows))
-            better = chosen.values[rows.start : rows.stop].clone()  # [rows, top]
-            for columns in whole.plan.shards(len(rows), len(wanted)):
-                train = _Rows(self.train, wanted[columns.start : columns.stop].tolist())
-                found = stages.mapped(rows, columns, partial(whole._pairwise_block, bank, train))["values"]
-                inside = (places >= columns.start) & (places < columns.stop)
-                better[inside] = found.gather(1, (places - columns.start).clamp(0, len(columns) - 1))[inside]
-            changes[rows.start : rows.stop] = better - chosen.values[rows.start : rows.stop]
-            values[rows.start : rows.stop].scatter_(1, chosen.indices[rows.start : rows.stop], better)
-
-        whole._each_block(work, stages)
-        before = chosen.values.abs().mean()
-        logger.info(f"At full rank, the {changes.shape[1]} highest scores move by {changes.abs().mean() / before:.1%}.")
-        return changes
-
-    def all_per_token(self, chosen: Tensor | None, parts: TokenParts) -> dict[str, Tensor]:
-        """Token scores in parts of bounded size; what is returned tells where in them a pair is.
-
-        Args:
-            chosen: int64 [pairs, 2], (query, training position); None is every pair.
-            parts: keeps the parts.
-
-        Returns:
-            `pairs` [pairs, 2] in the order of the parts, `shards` (how many pairs each part has), `lengths` (tokens of
-            each training example).
-        """
-        lengths = torch.tensor(self._train_lengths())
-        longest = int(lengths.max())
-        kept: list[Tensor] = []
-
-        def work(rows: range) -> None:
-            bank = cache(partial(self._bank, rows))  # not made when all of its parts are there
-            mine: list[Tensor] = []
-            for pairs in token_parts(rows, len(self.train), chosen, longest * self.sweep.dtype.itemsize):
-                parts.keep(pairs, partial(self._per_token, bank, rows.start, pairs, lengths))
-                mine.append(pairs)
-            kept.extend(mine)
-
-        self._each_block(work)
-        parts.remove_others(kept)
-        sizes = torch.tensor([len(pairs) for pairs in kept])
-        return {"pairs": torch.cat(kept), "shards": sizes, "lengths": lengths}
-
-    def _per_token(
-        self, bank: Callable[[], GradientBank], first: int, pairs: Tensor, lengths: Tensor, sums: Partial
-    ) -> dict[str, Tensor]:
-        """`values` [pairs, tokens of the longest example]: a sweep over the training examples among the pairs.
-
-        Args:
-            first: the query in the bank's first row.
-        """
-        examples, places = pairs[:, 1].unique(return_inverse=True)
-        local, resident = torch.stack([pairs[:, 0] - first, places], 1), bank()
-        place = (self.sweep.dtype, self.sweep.device)
-        collector = TokenCollector(resident, local, lengths[examples], int(lengths.max()), *place)
-        self._sweep_train("token scores", _Rows(self.train, examples.tolist()), collector, len(resident), sums)
+    def train_self_influence(self, sums: Partial) -> dict[str, Tensor]:
+        """A sweep over training examples for their scores with themselves."""
+        collector = self._self_influence(self.train)
+        self.sweep.run(
+            "self-influence",
+            self.train,
+            collector,
+            training_loss(self.sweep.task),
+            batch_size=self.options.train_batch_size,
+            partial=sums,
+        )
         return collector.sums
 
-    def _each_block(self, work: Callable[[range], None], stages: BlockStages | None = None) -> None:
+    def shards(self, rows: range, train: int) -> list[range]:
+        """The planned parts of a training set; a batch for every process at least."""
+        matrices = 1 + len(set(self.groups.values()))
+        return self.plan.shards(len(rows) * matrices, train, self.ranks.count * self.plan.train_batch)
+
+    def each_block(self, work: Callable[[range], None], stages: BlockStages | None = None) -> None:
         """Work on runs of queries whose gradients are resident together: as planned, and fewer when memory runs out."""
         start, size = 0, self.plan.block
         while start < len(self.queries):
@@ -222,34 +240,45 @@ class Scoring(Generic[Batch]):
             return False
         return True
 
-    def _bank(self, rows: range) -> GradientBank:
+    def bank(self, rows: range) -> GradientBank:
         """The preconditioned gradients of some queries: a sweep over them."""
-        try:
-            bank = GradientBank(self.sweep.layers, self.preconditioner, len(rows), self.plan.form)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            raise MemoryLimitError(
-                f"Gradients of {len(rows)} queries do not fit into memory. Give a query_rank, or track fewer layers."
-            ) from error
+        with self.ranks.agreeing():
+            try:
+                bank = GradientBank(self.sweep.layers, self.preconditioner, len(rows), self.plan.form)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                raise MemoryLimitError(
+                    f"Gradients of {len(rows)} queries do not fit into memory. Give a query_rank, or fewer layers."
+                ) from error
         batch, smallest = self._batch(self.plan.query_batch, len(rows))
-        queries = _Rows(self.queries, rows)
+        queries = Rows(self.queries, rows)
         self.sweep.run(
             "query gradients", queries, bank, _measurement(self.sweep.task), batch_size=batch, smallest_batch=smallest
         )
         return bank
 
-    def _sweep_train(
-        self,
-        name: str,
-        dataset: Dataset[object],
-        collector: PairwiseCollector | TokenCollector,
-        queries: int,
-        sums: Partial,
+    def _summed_bank(self) -> GradientBank:
+        """One gradient, the sum of all queries' preconditioned gradients."""
+        total: GradientBank | None = None
+        for start in range(0, len(self.queries), self.plan.block):
+            total = self.bank(range(start, min(start + self.plan.block, len(self.queries)))).summed(total)
+        assert total is not None
+        return total
+
+    def sweep_train(
+        self, name: str, dataset: Dataset[object], collector: Collector, queries: int, sums: Partial
     ) -> None:
+        """A sweep over training examples while the gradients of some queries are resident."""
         batch, smallest = self._batch(self.plan.train_batch, queries)
         self.sweep.run(
-            name, dataset, collector, _loss(self.sweep.task), batch_size=batch, smallest_batch=smallest, partial=sums
+            name,
+            dataset,
+            collector,
+            training_loss(self.sweep.task),
+            batch_size=batch,
+            smallest_batch=smallest,
+            partial=sums,
         )
 
     @staticmethod
@@ -257,26 +286,33 @@ class Scoring(Generic[Batch]):
         """The batch size to start with and the smallest to go on with while fewer queries could be resident instead."""
         return planned, 1 if queries == 1 else max(1, int(_SMALLEST_BATCH * planned))
 
-    def _train_lengths(self) -> list[int]:
-        """How many tokens each training example has: as long as its mask or, without one, as many as layers see."""
-        task, examples = self.sweep.task, len(self.train)
-        if type(task).mask is Task.mask:  # never pads: all examples are alike
-            return [self._seen_tokens(0)] * examples
-        masks = (task.mask(task.collate([self.train[row]])) for row in range(examples))
-        return [self._seen_tokens(row) if mask is None else mask.shape[1] for row, mask in enumerate(masks)]
 
-    def _seen_tokens(self, row: int) -> int:
-        """How many vectors of one example the layers see in a call; the most of any layer."""
-        seen: list[int] = []
+class _Assembled:
+    """Tensors of scores that are put together block by block; matrices lie in files, which one process writes."""
 
-        def receive(layer: str, captured: Captured) -> None:
-            seen.append(captured.activations.shape[1] // max(captured.calls, 1))
+    def __init__(self, folder: Path, queries: int, train: int, writes: bool) -> None:
+        self._folder, self._queries, self._train, self._writes = folder, queries, train, writes
+        self.tensors: dict[str, Tensor] = {}
 
-        self.sweep.probe(self.train, row, _loss(self.sweep.task), receive)
-        return max(seen)
+    def put(self, rows: range, columns: range, block: Mapping[str, Tensor]) -> None:
+        """Put a block in its place: matrices, and vectors with a number for each query or training example."""
+        for name, part in block.items():
+            if part.dim() == 1:
+                size, place = (self._queries, rows) if name == "query_errors" else (self._train, columns)
+                whole = self.tensors.setdefault(name, part.new_zeros(size))
+                whole[place.start : place.stop] = part
+            elif self._writes:
+                self._matrix(name, part.dtype)[rows.start : rows.stop, columns.start : columns.stop] = part
+
+    def _matrix(self, name: str, dtype: torch.dtype) -> Tensor:
+        if name not in self.tensors:
+            file = self._folder / f"matrix{len(self.tensors)}"
+            self.tensors[name] = scratch_matrix(file, self._queries, self._train, dtype)
+        return self.tensors[name]
 
 
-def _loss(task: Task[Batch]) -> Objective[Batch]:
+def training_loss(task: Task[Batch]) -> Objective[Batch]:
+    """What a sweep over training examples passes back through the model."""
     return lambda model, batch, rows: task.train_loss(model, batch)
 
 
@@ -285,7 +321,7 @@ def _measurement(task: Task[Batch]) -> Objective[Batch]:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Some examples of a dataset, in a given order."""
 
     dataset: Dataset[object]

@@ -1,13 +1,14 @@
 """Stages: results of one directory that are each loaded, or computed and kept.
 
-This module knows fingerprints and the profile; it does not know what is computed.
+On several processes all compute, and one looks at files and writes them. This module knows fingerprints and the
+profile; it does not know what is computed.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from wherefrom.fingerprint import Fingerprint
 from wherefrom.profile import Profile
+from wherefrom.ranks import Ranks
 from wherefrom.store import Artifact, Partial, remove
 
 Compute = Callable[[Partial], dict[str, Tensor]]
@@ -35,19 +37,29 @@ class Stages:
     fingerprint: Fingerprint
     profile: Profile
     overwrite: bool = False
+    ranks: Ranks = field(default_factory=Ranks.current)
 
     def keep(self, name: str, compute: Compute) -> Artifact:
         """Have `folder/name`, computed unless it is there; `compute` may keep partial sums beside it."""
         artifact = Artifact(self.folder / name, self.fingerprint)
-        sums = Partial(self.folder / f"{name}.partial.safetensors", self.fingerprint)
+        sums = Partial(self.folder / f"{name}.partial{self.ranks.suffix}.safetensors", self.fingerprint)
         if self.overwrite:
             sums.discard()
-        if not artifact.available(self.overwrite):
+        if not self.ranks.first(lambda: artifact.available(self.overwrite)):
             tensors = compute(sums)
             with self.profile.action(f"save {name}"):
-                artifact.save(tensors)
-        sums.discard()  # only now: until the artifact is there, the sums are all there is
+                self.ranks.first(lambda: artifact.save(tensors))
+        self.ranks.first(lambda: self._discard_sums(name))
         return artifact
+
+    def _discard_sums(self, name: str) -> None:
+        """Delete what is left of sweeps, on any number of processes: only now, until now it was all there was."""
+        for path in self.folder.glob(f"{name}.partial*"):
+            remove(path)
+
+    def clear(self) -> None:
+        """Delete everything."""
+        self.ranks.first(lambda: remove(self.folder))
 
     def load(self, name: str, compute: Compute, device: torch.device) -> dict[str, Tensor]:
         """`keep`, and its tensors in memory."""
@@ -89,11 +101,14 @@ class BlockStages:
 
         A block of more rows is taken up only when all of it is there: with less memory now, it could not be finished.
         """
+        return self.stages.ranks.first(lambda: self._begun(rows))
+
+    def _begun(self, rows: range) -> range:
         for stop in {found.stop for _, found, _ in self._named() if found.start == rows.start}:
             other = range(rows.start, stop)
             if stop <= rows.stop or self._complete(other):
                 return other
-            self.discard(other)
+            self._discard(other)
         return rows
 
     def _complete(self, rows: range) -> bool:
@@ -102,6 +117,9 @@ class BlockStages:
 
     def discard(self, rows: range) -> None:
         """Forget blocks of these rows."""
+        self.stages.ranks.first(lambda: self._discard(rows))
+
+    def _discard(self, rows: range) -> None:
         for path, found, _ in self._named():
             if found == rows:
                 remove(path)

@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Generic
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from wherefrom.curvature import Factors, checked_strategy
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.fingerprint import (
     LIBRARY,
     Dataset,
-    Fingerprint,
     dataset_digest,
     model_digest,
     names_summary,
 )
 from wherefrom.fitting import Fitting
-from wherefrom.layers import select_layers
+from wherefrom.influence import SELF_INFLUENCE
+from wherefrom.layers import coverage, select_layers
 from wherefrom.memory import checked_batch_size
-from wherefrom.plan import Plan, Wanted
+from wherefrom.options import (
+    Options,
+    PairwiseOptions,
+    RescoredOptions,
+    ScoreOptions,
+    check_names,
+    layer_groups,
+    of_values,
+)
+from wherefrom.plan import Plan
 from wherefrom.precision import HalfPrecision
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, Tokenizer
-from wherefrom.scores import Scores
+from wherefrom.rescoring import rescore
+from wherefrom.scores import Scores, TopScores
 from wherefrom.scoring import Scoring, make_plan
 from wherefrom.stages import BlockStages, Stages
-from wherefrom.store import Partial, checked_name, remove, write_text
+from wherefrom.store import Partial, checked_name, read_manifest, write_text
 from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task
+from wherefrom.token_scoring import TokenScoring
 from wherefrom.tokens import INDEX, TokenParts, TokenScores, extreme_pairs
+
+logger = logging.getLogger("wherefrom")
 
 
 class Study(Generic[Batch]):
@@ -53,6 +68,8 @@ class Study(Generic[Batch]):
             what is free.
         compile_activations: run the model's activation functions through torch.compile, which makes each pass through
             a model like GPT-2 a fifth faster after some seconds of compiling.
+        offload_factors: keep covariances, eigenvectors and eigenvalues in the host's memory, and bring a layer's to the
+            device when it is needed: slower, for models whose factors do not fit.
 
     Raises:
         InputError: `train` is empty, or the memory budget is not positive.
@@ -70,6 +87,7 @@ class Study(Generic[Batch]):
         checkpoint_seconds: float = 60.0,
         memory_budget: float | None = None,
         compile_activations: bool = False,
+        offload_factors: bool = False,
     ) -> None:
         if len(train) == 0:
             raise InputError("train is empty: expected at least one example. Check the path or the filter.")
@@ -86,8 +104,11 @@ class Study(Generic[Batch]):
             checkpoint_seconds=checkpoint_seconds,
             memory_budget=None if memory_budget is None else int(memory_budget * 2**30),
             compile_activations=compile_activations,
+            offload_factors=offload_factors,
         )
         self.layers = layers
+        if self._sweep.ranks.writes:
+            logger.info(coverage(model, layers).capitalize() + ".")
         self.profile = self._sweep.profile
 
     def fit(
@@ -127,39 +148,21 @@ class Study(Generic[Batch]):
         size = checked_batch_size(batch_size)
         return Fitting(sweep, self.train, stages, None if empirical else seed, size).factors(strategy)
 
-    def plan(
-        self,
-        queries: Dataset[object],
-        strategy: str = "ekfac",
-        *,
-        half_precision: bool = False,
-        query_rank: int | None = None,
-        query_batch_size: int | None = None,
-        train_batch_size: int | None = None,
-    ) -> Plan:
+    def plan(self, queries: Dataset[object], strategy: str = "ekfac", **options: Unpack[ScoreOptions]) -> Plan:
         """What `score` would do with these arguments, and what that and the fit would cost, without doing it.
+
+        Args:
+            options: those of `ScoreOptions`.
 
         Returns:
             `str(plan)` is one line, `plan.table()` has the stages with their operations, memory and least time.
         """
-        sweep = self._precise_sweep(half_precision)
-        wanted = self._wanted(half_precision, query_rank, query_batch_size, train_batch_size)
-        return make_plan(sweep, checked_strategy(strategy), queries, self.train, wanted, loaded=False)
+        check_names(options, ScoreOptions.__optional_keys__)
+        chosen = Options(**options)
+        sweep = self._precise_sweep(chosen.half_precision)
+        return make_plan(sweep, checked_strategy(strategy), queries, self.train, chosen, loaded=False)
 
-    def score(
-        self,
-        queries: Dataset[object],
-        factors: Factors,
-        *,
-        damping: float | None = None,
-        half_precision: bool = False,
-        query_rank: int | None = None,
-        rescore: int = 0,
-        query_batch_size: int | None = None,
-        train_batch_size: int | None = None,
-        name: str | None = None,
-        overwrite: bool = False,
-    ) -> Scores:
+    def score(self, queries: Dataset[object], factors: Factors, **options: Unpack[PairwiseOptions]) -> Scores:
         """Score every (query, training example) pair, or load the scores when they are there.
 
         The preconditioned query gradients stay in memory, as many as fit, and the training set is swept once for each
@@ -169,26 +172,66 @@ class Study(Generic[Batch]):
         Args:
             queries: examples of the kind that the task measures.
             factors: what `fit` returned for this model.
-            damping: added to every eigenvalue; None adds 0.1 x the mean eigenvalue of each layer.
-            half_precision: bfloat16 products in the model's passes, resident query gradients in bfloat16; what is
-                added up stays float32.
-            query_rank: keep each layer's preconditioned query gradient as two matrices of this rank, so that more
-                queries fit into memory; `Scores.query_errors` says what that leaves out. None keeps them whole.
-            rescore: with a `query_rank`, how many of each query's highest scores are computed again with whole
-                gradients.
-            query_batch_size, train_batch_size: None finds them; results depend on them only by rounding.
-            name: of the scores in the run directory; the strategy by default, with "-half" in half precision and
-                "-rankR" with a query rank.
-            overwrite: replace what has this name, instead of refusing when it was made from something else.
+            options: those of `PairwiseOptions`; `damping` above all.
 
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
-        wanted = self._wanted(half_precision, query_rank, query_batch_size, train_batch_size)
-        scoring = self._scoring(queries, factors, damping, half_precision, wanted)
-        fingerprint = self._score_fingerprint(queries, factors, damping, half_precision, query_rank, rescore)
-        name = score_name(name, factors, half_precision, query_rank)
-        return self._keep_scores(scoring, fingerprint, rescore, name, overwrite)
+        check_names(options, PairwiseOptions.__optional_keys__)
+        return self._keep_scores(self._scoring(queries, factors, Options(**options)), factors)
+
+    def score_top(
+        self, queries: Dataset[object], factors: Factors, k: int = 100, **options: Unpack[ScoreOptions]
+    ) -> TopScores:
+        """Each query's `k` highest and `k` lowest scores, or load them when they are there.
+
+        As `score`, without ever holding or storing a matrix of queries x training examples: for millions of those.
+
+        Args:
+            queries, factors: as in `score`.
+            options: those of `ScoreOptions`.
+
+        Raises:
+            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+        """
+        check_names(options, ScoreOptions.__optional_keys__)
+        scoring = self._scoring(queries, factors, Options(**options, top=k))
+        self._keep(scoring, factors, lambda blocks: scoring.highest(BlockStages(blocks, len(self.train)), k))
+        return TopScores.load(self.path / "scores" / scoring.options.result_name(factors))
+
+    def self_influence(
+        self,
+        factors: Factors,
+        *,
+        damping: float | None = None,
+        half_precision: bool = False,
+        batch_size: int | None = None,
+        name: str | None = None,
+        overwrite: bool = False,
+    ) -> Tensor:
+        """Each training example's score with itself, g_t^T (H + damping)^-1 g_t, in one sweep; or load them.
+
+        High for examples that the model could only learn by heart: wrong labels, rare cases (Koh & Liang 2017, section
+        5.4; Feldman & Zhang 2020). For `identity` it is the squared norm of the gradient.
+
+        Args:
+            factors, damping, half_precision, name, overwrite: as in `score`; kept in `RUN/self_influence`.
+            batch_size: None finds one.
+
+        Returns:
+            [train], in dataset order; float32, or float64 for a float64 model.
+
+        Raises:
+            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+        """
+        options = Options(
+            damping=damping, half_precision=half_precision, train_batch_size=batch_size, name=name, overwrite=overwrite
+        )
+        scoring = self._scoring(self.train, factors, options)
+        fingerprint = self._score_fingerprint(None, factors, options)
+        stages = Stages(self.path / "self_influence", fingerprint, self.profile, overwrite)
+        kept = stages.keep(options.result_name(factors), scoring.train_self_influence)
+        return kept.load()[SELF_INFLUENCE]
 
     def score_tokens(
         self,
@@ -196,14 +239,7 @@ class Study(Generic[Batch]):
         factors: Factors,
         *,
         top: int | None = None,
-        damping: float | None = None,
-        half_precision: bool = False,
-        query_rank: int | None = None,
-        rescore: int = 0,
-        query_batch_size: int | None = None,
-        train_batch_size: int | None = None,
-        name: str | None = None,
-        overwrite: bool = False,
+        **options: Unpack[RescoredOptions],
     ) -> TokenScores:
         """Score every token of training examples, or load the scores when they are there.
 
@@ -211,34 +247,35 @@ class Study(Generic[Batch]):
             top: only the pairs of each query with its `top` most positive and `top` most negative training examples,
                 which are found first with `score`, and cost little; None is every pair, written to disk in parts of
                 bounded size, at (tokens of a training example) times the cost of `score`.
-            queries, factors, damping, half_precision, query_rank, query_batch_size, train_batch_size: as in `score`.
-            rescore: as in `score`, for finding the pairs; their tokens are scored with gradients of the `query_rank`.
-            name: of the sequence scores that these are the parts of; they are kept beside them in the run directory.
-            overwrite: replace the token scores that have this name; sequence scores are never replaced here.
-
-        Raises:
-            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+            queries, factors: as in `score`.
+            options: those of `RescoredOptions`. `rescore` is for finding the pairs; their tokens are scored with
+                gradients of the `query_rank`. `name` is that of the sequence scores that these are the parts of; they
+                are kept beside them. `overwrite` replaces token scores, never sequence scores.
         """
         if top is not None and top < 1:
             raise InputError(f"top={top}: expected at least 1, or None for every pair.")
-        wanted = self._wanted(half_precision, query_rank, query_batch_size, train_batch_size)
-        scoring = self._scoring(queries, factors, damping, half_precision, wanted)
-        sequences = self._score_fingerprint(queries, factors, damping, half_precision, query_rank, rescore)
+        check_names(options, RescoredOptions.__optional_keys__)
+        scoring = self._scoring(queries, factors, replace(Options(**options), overwrite=False))
         pairs = "all pairs" if top is None else f"the {top} highest and lowest of each query"
+        sequences = self._score_fingerprint(queries, factors, scoring.options)
         fingerprint = {**sequences, "pairs": pairs}
-        base = score_name(name, factors, half_precision, query_rank)
+        base = scoring.options.result_name(factors)
         folder = self.path / "scores" / f"{base}.{'all' if top is None else f'top{top}'}.tokens"
-        if overwrite:
-            remove(folder)
+        stages = Stages(folder, fingerprint, self.profile)
+        if options.get("overwrite"):
+            stages.clear()
 
         def compute(_: Partial) -> dict[str, Tensor]:
             chosen = None
             if top is not None:
-                scores = self._keep_scores(scoring, sequences, rescore, base, overwrite=False)
+                stored = self.path / "scores" / base
+                # Scores with more kept beside the same values are as good.
+                same = stored.exists() and of_values(read_manifest(stored)["fingerprint"]) == sequences
+                scores = Scores.load(stored) if same else self._keep_scores(scoring, factors)
                 chosen = extreme_pairs(scores.values, top)
-            return scoring.all_per_token(chosen, TokenParts(folder, fingerprint, self.profile))
+            return TokenScoring(scoring).all_pairs(chosen, TokenParts(folder, fingerprint, self.profile))
 
-        Stages(folder, fingerprint, self.profile).keep(INDEX, compute)
+        stages.keep(INDEX, compute)
         return TokenScores.load(folder)
 
     def report(
@@ -292,68 +329,54 @@ class Study(Generic[Batch]):
             figures=figures,
             k=k,
         )
-        write_text(path, page)
+        self._sweep.ranks.first(lambda: write_text(path, page))
         return path
 
-    def _keep_scores(
-        self, scoring: Scoring[Batch], fingerprint: Fingerprint, rescore: int, name: str, overwrite: bool
-    ) -> Scores:
-        """Sequence scores, computed block by block unless they are there."""
-        folder = self.path / "scores"
-        blocks = Stages(folder / f"{name}.blocks", fingerprint, self.profile)
-        if overwrite:
-            remove(blocks.folder)
+    def _keep_scores(self, scoring: Scoring[Batch], factors: Factors) -> Scores:
+        """Scores of all pairs, or aggregated ones, computed block by block unless they are there."""
+        options = scoring.options
 
-        def compute(_: Partial) -> dict[str, Tensor]:
-            found = scoring.pairwise(BlockStages(blocks, len(self.train)), blocks.folder / "values")
-            if rescore:
+        def compute(blocks: Stages) -> dict[str, Tensor]:
+            stages = BlockStages(blocks, len(self.train))
+            if options.aggregate_queries or options.aggregate_train:
+                return scoring.aggregated(stages)
+            found = scoring.pairwise(stages, blocks.folder)
+            if options.rescore:
                 again = BlockStages(replace(blocks, folder=blocks.folder / "rescored"), len(self.train))
-                found["changes"] = scoring.rescore(found["values"], rescore, again)
+                found["changes"] = rescore(scoring, found.get("values"), again)
             return found
 
-        Stages(folder, fingerprint, self.profile, overwrite).keep(name, compute)
-        remove(blocks.folder)
-        return Scores.load(folder / name)
+        self._keep(scoring, factors, compute)
+        return Scores.load(self.path / "scores" / options.result_name(factors))
 
-    def _wanted(
-        self, half_precision: bool, query_rank: int | None, query_batch_size: int | None, train_batch_size: int | None
-    ) -> Wanted:
-        if query_rank is not None and query_rank < 1:
-            raise InputError(f"query_rank={query_rank}: expected at least 1, or None for whole gradients.")
-        dtype = torch.bfloat16 if half_precision else self._sweep.dtype
-        return Wanted(dtype, query_rank, checked_batch_size(query_batch_size), checked_batch_size(train_batch_size))
+    def _keep(self, scoring: Scoring[Batch], factors: Factors, compute: Callable[[Stages], dict[str, Tensor]]) -> None:
+        """Have scores in the run directory, computed unless they are there.
 
-    def _scoring(
-        self, queries: Dataset[object], factors: Factors, damping: float | None, half_precision: bool, wanted: Wanted
-    ) -> Scoring[Batch]:
-        sweep, strategy = self._precise_sweep(half_precision), checked_strategy(factors.strategy)
-        return Scoring(sweep, strategy, factors.preconditioner(damping), queries, self.train, wanted)
+        Args:
+            compute: makes their tensors, and may keep blocks in the stages that it is given.
+        """
+        folder, name = self.path / "scores", scoring.options.result_name(factors)
+        fingerprint = self._score_fingerprint(scoring.queries, factors, scoring.options)
+        blocks = Stages(folder / f"{name}.blocks", fingerprint, self.profile)
+        if scoring.options.overwrite:
+            blocks.clear()
+        stages = Stages(folder, fingerprint, self.profile, scoring.options.overwrite)
+        stages.keep(name, lambda _: compute(blocks))
+        blocks.clear()
 
-    def _score_fingerprint(
-        self,
-        queries: Dataset[object],
-        factors: Factors,
-        damping: float | None,
-        half_precision: bool,
-        query_rank: int | None,
-        rescore: int,
-    ) -> dict[str, str]:
+    def _scoring(self, queries: Dataset[object], factors: Factors, options: Options) -> Scoring[Batch]:
+        sweep, strategy = self._precise_sweep(options.half_precision), checked_strategy(factors.strategy)
+        groups = layer_groups(options.per_layer, list(self.layers))
+        return Scoring(sweep, strategy, factors.preconditioner(options.damping), queries, self.train, options, groups)
+
+    def _score_fingerprint(self, queries: Dataset[object] | None, factors: Factors, options: Options) -> dict[str, str]:
         """What scores depend on; refuses factors of another model."""
-        if rescore < 0 or (rescore and query_rank is None):
-            raise InputError(f"rescore={rescore}: expected at least 1 together with a query_rank, or 0.")
-        rank = "full" if query_rank is None else str(query_rank)
-        study = self._fingerprint()
-        factors.check_model(study)
-        return study | {
-            "strategy": factors.strategy,
-            "factors": factors.fingerprint["training data"],
-            "targets": factors.fingerprint["targets"],
-            "factors' precision": factors.fingerprint["precision"],
-            "damping": "0.1 x mean eigenvalue" if damping is None else repr(damping),
-            "queries": dataset_digest(queries),
-            "precision": str(self._precise_sweep(half_precision).precision),
-            "query rank": f"{rank}, the top {rescore} at full rank" if rescore else rank,
-        }
+        precision = str(self._precise_sweep(options.half_precision).precision)
+        found = options.fingerprint(self._fingerprint(), factors, precision)
+        if queries is None:
+            return found
+        measured = self._sweep.task.settings().get("measure", "measurement")
+        return found | {"queries": dataset_digest(queries), "measured": measured}
 
     def _precise_sweep(self, half_precision: bool) -> Sweep[Batch]:
         if half_precision and self._sweep.dtype == torch.float64:
@@ -362,25 +385,20 @@ class Study(Generic[Batch]):
 
     def _fingerprint(self) -> dict[str, str]:
         """What everything in this study depends on; taken anew each time, since weights and lists can change."""
+        task = {name: value for name, value in self._sweep.task.settings().items() if name != "measure"}
         with self.profile.action("fingerprint"):
-            return {
+            found = {
                 "library": LIBRARY,
                 "model": model_digest(self._sweep.model),
-                "task": json.dumps(self._sweep.task.settings(), sort_keys=True),
+                "task": json.dumps(task, sort_keys=True),
                 "layers": names_summary(list(self.layers)),
                 "training data": dataset_digest(self.train),
             }
+        for name, value in found.items():
+            self._sweep.ranks.check_alike(name, value)
+        return found
 
 
 def _suffix(half_precision: bool) -> str:
     """What half precision adds to a result's name."""
     return "-half" if half_precision else ""
-
-
-def score_name(name: str | None, factors: Factors, half_precision: bool, query_rank: int | None = None) -> str:
-    """The name that scores are kept under; endings of what is kept beside them are not for names."""
-    low_rank = "" if query_rank is None else f"-rank{query_rank}"
-    chosen = checked_name(name or factors.strategy + _suffix(half_precision) + low_rank)
-    if Path(chosen).suffix in (".tokens", ".blocks"):
-        raise InputError(f"name={name!r}: expected another ending, this one is for parts of scores.")
-    return chosen

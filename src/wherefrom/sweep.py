@@ -1,7 +1,7 @@
 """The sweep: one pass of a model over a dataset that hands every tracked layer's tensors to a collector.
 
-Batches, progress, resuming, out-of-memory back-off and the profile are written here once; a collector is tensor
-algebra on what it is handed. The sweep does not know what is collected or what it is for.
+Batches, progress, resuming, out-of-memory back-off, several processes and the profile are written here once; a
+collector is tensor algebra on what it is handed. The sweep does not know what is collected or what it is for.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from typing import Generic
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from wherefrom.capture import Capture, Captured, Receiver
 from wherefrom.compiling import compiled_activations
-from wherefrom.errors import LossError
+from wherefrom.errors import LossError, MemoryLimitError
 from wherefrom.fingerprint import Dataset
 from wherefrom.layers import TrackedLayer
 from wherefrom.loading import Loader
 from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, usable_memory
+from wherefrom.placement import execution_device
 from wherefrom.precision import Precision
 from wherefrom.profile import Profile
 from wherefrom.progress import progress_bar
+from wherefrom.ranks import Ranks
 from wherefrom.store import Partial
 from wherefrom.task import Batch, Task
 
@@ -52,6 +55,13 @@ class Collector(ABC):
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
         """Add one layer's share of the batch that holds the dataset positions `rows`."""
 
+    def align(self, most: Callable[[int], int]) -> None:  # noqa: B027  (most sums have one size in all processes)
+        """Give `sums` the sizes that they have in other processes.
+
+        Args:
+            most: the largest of all processes' numbers.
+        """
+
     def release(self) -> None:  # noqa: B027  (most collectors keep nothing)
         """Give back what was kept from one batch for the next: memory has run out."""
 
@@ -66,6 +76,8 @@ class Sweep(Generic[Batch]):
         progress: show a progress bar; None shows one when the standard error is a terminal.
         checkpoint_seconds: how often partial sums are written to disk, at the most; 0 is after every batch.
         compile_activations: run activation functions through torch.compile.
+        offload_factors: keep covariances, eigenvectors and eigenvalues on the host.
+        ranks: the processes that share each sweep.
         memory_budget: bytes that may be taken beyond what is there at the start; None is most of what is free.
     """
 
@@ -78,11 +90,23 @@ class Sweep(Generic[Batch]):
     checkpoint_seconds: float = 60.0
     memory_budget: int | None = None
     compile_activations: bool = False
+    offload_factors: bool = False
+    ranks: Ranks = field(default_factory=Ranks.current)
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
-        return next(self.model.parameters()).device
+        """Where the model computes, or the first of its parts."""
+        return execution_device(self.model)
+
+    @property
+    def factors_device(self) -> torch.device:
+        """Where factors are kept."""
+        return torch.device("cpu") if self.offload_factors else self.device
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether the model's weights are sharded over processes, so that all must pass through it together."""
+        return any(isinstance(module, FSDPModule) for module in self.model.modules())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +124,9 @@ class Sweep(Generic[Batch]):
         smallest_batch: int = 1,
         partial: Partial | None = None,
     ) -> None:
-        """Pass over the whole dataset once, in its order.
+        """Pass over the whole dataset once, in its order; on several processes, each over its share.
+
+        Afterwards every process has the sums over all examples.
 
         Args:
             name: what the progress bar and the profile call this sweep.
@@ -111,40 +137,65 @@ class Sweep(Generic[Batch]):
         Raises:
             LossError: a loss is not finite; the batch is named.
             MemoryLimitError: the smallest batch does not fit.
+            RankError: another process has stopped.
         """
-        state = _State(name, collector, partial, time.perf_counter() + self.checkpoint_seconds)
-        # A resumed sweep keeps the size that it had, so that its sums are the same to the last bit.
-        size = state.restore() or batch_size or self._suggested_batch_size(dataset, objective)
-        start = time.perf_counter()
+        rows = self.ranks.share(len(dataset))
+        state = _State(name, collector, partial, rows, time.perf_counter() + self.checkpoint_seconds)
+        # Where every pass takes all processes, one that fails must end, and the others with it, rather than wait here.
+        with nullcontext() if self.lockstep else self.ranks.agreeing():
+            stored = state.restore()
+            if batch_size is None and (stored is None or self.lockstep):
+                batch_size = self._suggested_batch_size(dataset, objective)
+            # A resumed sweep keeps the size that it had, so that its sums are the same to the last bit.
+            self._pass(state, dataset, objective, stored or batch_size or 1, smallest_batch)
+        with self.profile.action(f"{name}: sum over processes"):
+            collector.align(self.ranks.most)
+            self.ranks.add_up(collector.sums.values())
+
+    def _pass(
+        self, state: _State, dataset: Dataset[object], objective: Objective[Batch], size: int, smallest_batch: int
+    ) -> None:
+        """This process's share of a sweep."""
+        start, end = time.perf_counter(), state.share.stop
+        batches = -(-(end - state.position) // size)
+        idle = self.ranks.most(batches) - batches if self.lockstep else 0
         compiled = compiled_activations(self.model) if self.compile_activations else nullcontext()
-        with progress_bar(name, len(dataset), self.progress) as show, self._loader(dataset) as loader, compiled:
-            while state.position < len(dataset):
-                rows = slice(state.position, min(state.position + size, len(dataset)))
+        shown = self.progress if self.ranks.writes else False
+        with (
+            progress_bar(state.name, len(state.share), shown) as show,
+            self._loader(dataset, end) as loader,
+            compiled,
+        ):
+            while state.position < end:
+                rows = range(state.position, min(state.position + size, end))
                 if self._fits(state, loader, rows, objective):
                     self._checkpoint(state, size)
                 else:
-                    collector.release()
-                    size = halved(size, smallest_batch, name, self.device)
+                    state.collector.release()
+                    size = halved(size, smallest_batch, state.name, self.device)
                     state.restore()
-                show(state.position)
+                show(state.position - state.share.start)
+        for _ in range(idle):
+            self.probe(dataset, 0, objective, lambda layer, captured: None)
         state.check_losses()
-        self.profile.processed(name, state.examples, state.tokens, time.perf_counter() - start)
+        self.profile.processed(state.name, state.examples, state.tokens, time.perf_counter() - start)
 
     def footprint(self, dataset: Dataset[object], objective: Objective[Batch]) -> Footprint:
         """What an example takes, measured on the longest of a few."""
         samples = range(0, len(dataset), max(1, len(dataset) // 32))
         row = max(samples, key=lambda row: _numel(self.task.collate([dataset[row]])))
-        tokens, gradient_bytes = [1], [1]
+        tokens: dict[str, int] = {}
+        gradient_bytes = [1]
 
         def receive(layer: str, captured: Captured) -> None:
-            outputs, width = self.layers[layer].padded_shape
-            tokens.append(captured.activations.shape[1])
-            gradient_bytes.append(outputs * width * captured.gradients.element_size())
+            tokens[layer] = captured.gradients.shape[1]
+            gradient_bytes.append(captured.bytes_each)
 
         saved, counter = SavedBytes(self.model), FlopCounterMode(display=False)
         with counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             self.probe(dataset, row, objective, receive)
-        return Footprint(max(tokens), max(1, saved.total), max(gradient_bytes), counter.get_total_flops())
+        most, saved_bytes = max(tokens.values(), default=1), max(1, saved.total)
+        return Footprint(most, saved_bytes, max(gradient_bytes), counter.get_total_flops(), tokens)
 
     def usable_memory(self) -> int:
         """Bytes to plan with on the model's device."""
@@ -155,21 +206,26 @@ class Sweep(Generic[Batch]):
 
     def probe(self, dataset: Dataset[object], row: int, objective: Objective[Batch], receive: Receiver) -> None:
         """Pass over one example alone."""
-        with self._loader(dataset) as loader:
+        with self._loader(dataset, row + 1) as loader:
             batch, padding = loader.load(range(row, row + 1))
         with Capture(self.model, self.layers, receive) as capture, self.precision.passes(self.device):
             capture.run(lambda: objective(self.model, batch, [row]), 1, padding)
 
-    def _loader(self, dataset: Dataset[object]) -> Loader[Batch]:
-        return Loader(self.task, dataset, self.device)
+    def _loader(self, dataset: Dataset[object], end: int) -> Loader[Batch]:
+        return Loader(self.task, dataset, self.device, end=end)
 
-    def _fits(self, state: _State, loader: Loader[Batch], rows: slice, objective: Objective[Batch]) -> bool:
+    def _fits(self, state: _State, loader: Loader[Batch], rows: range, objective: Objective[Batch]) -> bool:
         """Process one batch; False when there was not enough memory for it."""
         try:
-            self._process(state, loader, range(rows.start, rows.stop), objective)
+            self._process(state, loader, rows, objective)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
+            if self.lockstep:
+                raise MemoryLimitError(
+                    f"{state.name}: a batch of {len(rows)} examples does not fit into memory, and processes that share "
+                    "a model's weights cannot try smaller ones by themselves. Give a smaller batch size."
+                ) from error
             return False
         return True
 
@@ -207,11 +263,17 @@ class Sweep(Generic[Batch]):
 
 @dataclass
 class _State:
-    """How far one sweep has come."""
+    """How far one sweep has come.
+
+    Attributes:
+        share: the dataset positions that are to be passed over here.
+        position: the first that is not done.
+    """
 
     name: str
     collector: Collector
     partial: Partial | None
+    share: range
     next_save: float
     position: int = 0
     examples: int = 0
@@ -224,7 +286,7 @@ class _State:
             total.zero_()
         self.losses.clear()
         stored = self.partial.load(self.collector.sums) if self.partial else None
-        self.position, size = stored or (0, None)
+        self.position, size = stored or (self.share.start, None)
         return size
 
     def advance(self, rows: range, tokens: int, loss: Tensor) -> None:

@@ -6,16 +6,14 @@ curvature or scores. A task of your own is a subclass of `Task` with a `train_lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
 from wherefrom.errors import InputError
-from wherefrom.losses import IGNORED, summed_cross_entropy
 from wherefrom.precision import widened
 from wherefrom.sampling import Sampler
 
@@ -45,12 +43,25 @@ class Task(Generic[Batch]):
         raise NotImplementedError(f"{type(self).__name__} must define train_loss(model, batch, sampler=None).")
 
     def measurement(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What is attributed, summed over the batch: a scalar. The loss with the dataset's targets by default."""
+        """What is attributed, summed over the batch: a scalar. The loss with the dataset's targets by default.
+
+        Lower is more of what is asked about, as with a loss: return minus a logit or a log-probability. A positive
+        score then says that training on the example made it more likely.
+        """
         return self.train_loss(model, batch)
 
     def mask(self, batch: Batch) -> Tensor | None:
         """Which tokens are real rather than padding: boolean [batch, tokens], or None when all are."""
         return None
+
+    def masks(self, batch: Batch) -> Sequence[Tensor]:
+        """`mask`, or several where layers see different tokens, as in an encoder and a decoder.
+
+        A layer's is the one with as many tokens as the layer sees; so no two may have equally many, unless nothing is
+        padded.
+        """
+        mask = self.mask(batch)
+        return () if mask is None else (mask,)
 
     def head(self, model: nn.Module) -> nn.Module | None:
         """The output head, which is not tracked unless `layers` names it; None when the model has no such layer."""
@@ -62,80 +73,12 @@ class Task(Generic[Batch]):
         return batch
 
     def settings(self) -> dict[str, str]:
-        """What makes two tasks the same, for fingerprints: the class and its public attributes."""
+        """What makes two tasks the same, for fingerprints: the class and its public attributes.
+
+        `measure` is what only queries depend on: factors and self-influence serve every value of it.
+        """
         public = {name: repr(value) for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
-
-
-class CausalLM(Task[dict[str, Tensor]]):
-    """Next-token prediction with a Hugging Face causal language model.
-
-    Batches are dicts with `input_ids` [batch, tokens] and, optionally, `attention_mask` (1 = real token) and `labels`
-    (-100 = not counted; the inputs themselves by default). The loss is the cross-entropy summed over counted tokens.
-    Examples of different lengths are padded on the right when they are collated.
-    """
-
-    def train_loss(self, model: nn.Module, batch: dict[str, Tensor], sampler: Sampler | None = None) -> Tensor:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
-        # The labels are shifted, not the logits: a slice of those would be copied, and filled up again going back.
-        labels = functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED)
-        if sampler is not None:
-            counted = labels != IGNORED
-            labels = torch.where(counted, sampler.categorical(output.logits.detach(), counted), labels)
-        return summed_cross_entropy(output.logits, labels)
-
-    def mask(self, batch: dict[str, Tensor]) -> Tensor | None:
-        mask = batch.get("attention_mask")
-        return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-
-    def head(self, model: nn.Module) -> nn.Module | None:
-        find = getattr(model, "get_output_embeddings", None)
-        head = find() if callable(find) else None
-        return head if isinstance(head, nn.Module) else None
-
-    def collate(self, examples: Sequence[object]) -> dict[str, Tensor]:
-        """Pad examples on the right to the longest: input_ids with 0, attention_mask with 0, labels with -100.
-
-        Without padding there is no attention_mask: a model that is given none can take its fast causal attention
-        without a look at the values, also when it is compiled.
-        """
-        rows = [_tensors(example) for example in examples]
-        padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-        batch = {
-            name: nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
-            for name, value in padding.items()
-        }
-        if bool((batch["attention_mask"] == 1).all()):
-            del batch["attention_mask"]
-        return batch
-
-
-def _labels(batch: Mapping[str, Tensor]) -> Tensor:
-    labels = batch.get("labels")
-    if labels is None:
-        labels = batch["input_ids"]
-        mask = batch.get("attention_mask")
-        if mask is not None:
-            labels = labels.masked_fill(mask == 0, IGNORED)
-    return labels
-
-
-def _tensors(example: object) -> dict[str, Tensor]:
-    """One example's columns as int64 vectors, with attention_mask and labels filled in where they are missing."""
-    if not isinstance(example, Mapping) or "input_ids" not in example:
-        found = sorted(example) if isinstance(example, Mapping) else type(example).__name__
-        raise InputError(
-            f"CausalLM needs examples that are dicts with 'input_ids'; found {found}. "
-            "Tokenise the dataset first, or write a Task with its own collate."
-        )
-    row = {
-        name: torch.as_tensor(example[name], dtype=torch.int64)
-        for name in ("input_ids", "attention_mask", "labels")
-        if example.get(name) is not None
-    }
-    row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
-    row.setdefault("labels", _labels(row))
-    return row
 
 
 class Classification(Task[Sequence[Tensor]]):

@@ -20,7 +20,7 @@ from wherefrom.errors import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # A file's ending, and the builder of the `datasets` library that reads it.
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -45,19 +45,24 @@ def read_texts(source: str, *, split: str = "train", column: str | None = None) 
     Returns:
         The texts in their order. Empty rows stay, as empty strings: `as_blocks` counts them.
     """
+    return _texts_of(read_rows(source, split), source, column)
+
+
+def read_rows(source: str, split: str = "train") -> Dataset:
+    """Read a file, a saved dataset or a dataset on the Hugging Face hub, as `read_texts` does, with all its columns."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return _texts_of(_saved_dataset(path, split), source, column)
+        return _saved_dataset(path, split)
     if path.suffix == ".txt" and path.is_file():
-        return _paragraphs(path)
+        return require("datasets").Dataset.from_dict({"text": _paragraphs(path)})
     if path.is_file():
-        return _texts_of(_file_dataset(path), source, column)
+        return _file_dataset(path)
     if path.suffix in FILES or not _is_hub_name(source):
         raise InputError(
             f"source={source!r}: no such file or directory; "
             f"expected a {', '.join(FILES)} file, a saved dataset or a hub name such as owner/name."
         )
-    return _texts_of(_hub_dataset(source, split), source, column)
+    return _hub_dataset(source, split)
 
 
 def as_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -122,23 +127,29 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str) -> PreTrainedModel:
-    """Load a causal language model in float32 and evaluation mode from a model directory or hub name.
+def load_config(name: str) -> PreTrainedConfig:
+    """Load the configuration of a model directory or hub name, with the errors of `load_tokenizer`."""
+    config: PreTrainedConfig = _pretrained("AutoConfig", name)
+    return config
 
-    As `transformers.AutoModelForCausalLM`, which would keep the checkpoint's own type, often bfloat16, too coarse for
+
+def load_model(name: str, auto_class: str = "AutoModelForCausalLM") -> PreTrainedModel:
+    """Load a model in float32 and evaluation mode from a model directory or hub name.
+
+    As the class of transformers does, which would keep the checkpoint's own type, often bfloat16, too coarse for
     factors; and with the errors of `load_tokenizer`.
     """
-    model: PreTrainedModel = _pretrained("AutoModelForCausalLM", name, dtype=torch.float32)
+    model: PreTrainedModel = _pretrained(auto_class, name, dtype=torch.float32)
     model.train(False)
     return model
 
 
-def _require(module: str) -> Any:
-    """Import a library of the `text` extra."""
+def require(module: str, extra: str = "text") -> Any:
+    """Import a library of one of our extras."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise InputError(f"{module} is needed here and not installed: pip install 'wherefrom[text]'.") from error
+        raise InputError(f"{module} is needed here and not installed: pip install 'wherefrom[{extra}]'.") from error
 
 
 # Reading
@@ -161,7 +172,7 @@ def _file_dataset(path: Path) -> Dataset:
         raise InputError(f"{path}: cannot read {path.suffix or 'this'} files; expected one of {', '.join(FILES)}.")
     if not path.stat().st_size:
         raise InputError(f"{path}: the file is empty; expected {builder} rows with a column of text.")
-    datasets = _require("datasets")
+    datasets = require("datasets")
     try:
         return datasets.load_dataset(builder, data_files=str(path), split="train")
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
@@ -170,7 +181,7 @@ def _file_dataset(path: Path) -> Dataset:
 
 
 def _saved_dataset(path: Path, split: str) -> Dataset:
-    datasets = _require("datasets")
+    datasets = require("datasets")
     try:
         saved = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
@@ -183,7 +194,7 @@ def _saved_dataset(path: Path, split: str) -> Dataset:
 
 
 def _hub_dataset(source: str, split: str) -> Dataset:
-    datasets = _require("datasets")
+    datasets = require("datasets")
     owner, _, config = source.rpartition("/")
     # Without asking the hub, owner/name and name/config look the same: the first that exists is meant.
     candidates: list[tuple[str, str | None]] = [(source, None)] if source.count("/") < 2 else []
@@ -231,7 +242,7 @@ def _cut(tokens: list[int], block_size: int) -> Iterator[list[int]]:
 
 
 def _sequences(sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    return _require("datasets").Dataset.from_dict(
+    return require("datasets").Dataset.from_dict(
         {
             "input_ids": sequences,
             "attention_mask": [[1] * len(ids) for ids in sequences],
@@ -256,7 +267,7 @@ def _pretrained(auto_class: str, name: str, **options: Any) -> Any:
         raise InputError(f"{name!r} is neither a directory nor a hub name; expected a path or owner/name.")
     with _hub(name) as reachable:
         try:
-            return getattr(_require("transformers"), auto_class).from_pretrained(name, **options)
+            return getattr(require("transformers"), auto_class).from_pretrained(name, **options)
         except (OSError, ValueError) as error:
             if not reachable:
                 raise _unreachable(repr(name)) from error
@@ -264,10 +275,12 @@ def _pretrained(auto_class: str, name: str, **options: Any) -> Any:
 
 
 def _pretrained_directory(auto_class: str, path: Path, **options: Any) -> Any:
-    if not (path / "config.json").is_file():
+    # An adapter's directory has a tokenizer and no model.
+    needed = ("config.json", *(("tokenizer_config.json",) if auto_class == "AutoTokenizer" else ()))
+    if not any((path / name).is_file() for name in needed):
         raise InputError(f"{path}: holds no config.json; expected a model directory written by save_pretrained.")
     try:
-        return getattr(_require("transformers"), auto_class).from_pretrained(str(path), **options)
+        return getattr(require("transformers"), auto_class).from_pretrained(str(path), **options)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a complete model directory ({_first_line(error)}).") from error
 
@@ -278,7 +291,7 @@ def _hub(name: str) -> Iterator[bool]:
 
     Left to themselves they retry for half a minute, with a line for each attempt, before they look into the cache.
     """
-    hub = _require("huggingface_hub")
+    hub = require("huggingface_hub")
     try:
         hub.get_session().head(hub.constants.ENDPOINT, timeout=5)
         reachable = True

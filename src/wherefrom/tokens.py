@@ -19,6 +19,7 @@ from wherefrom.capture import Captured
 from wherefrom.errors import InputError, LayerError
 from wherefrom.fingerprint import Fingerprint, differences, tensors_digest
 from wherefrom.gradients import GradientBank
+from wherefrom.options import of_values
 from wherefrom.profile import Profile
 from wherefrom.stages import Compute, Stages
 from wherefrom.store import Artifact, check_same, read_manifest, remove
@@ -98,15 +99,14 @@ class TokenCollector(Collector):
         captured = self._bank.in_basis(layer, captured)
         for query in queries.unique().tolist():
             chosen = (queries == query).nonzero().squeeze(1)
-            activations, gradients = (each[examples[chosen]] for each in captured[:2])  # [chosen, calls * tokens, ...]
-            products = self._bank.token_products(layer, query, activations, gradients)
+            products = self._bank.token_products(layer, query, captured.rows(examples[chosen]))
             folded = products.view(len(chosen), captured.calls, tokens).sum(1)  # [chosen, tokens]
             self.sums["values"][first + chosen, :tokens] += folded
 
     @staticmethod
     def _check(layer: str, captured: Captured, tokens: int) -> None:
         """A layer must see one vector for each token of the batch's longest example, in each of its calls."""
-        seen, calls = captured.activations.shape[1], captured.calls
+        seen, calls = captured.gradients.shape[1], captured.calls
         if not calls or seen != calls * tokens:
             raise LayerError(
                 f"Layer {layer!r} sees {seen} vectors an example in {calls or 'unequal'} call(s), where the longest "
@@ -156,7 +156,7 @@ class TokenScores:
 
     def differences(self, scores: Fingerprint) -> list[str]:
         """What these were computed from and sequence scores were not, or the other way round; empty if they match."""
-        return differences({**self.fingerprint, "pairs": ""}, {**scores, "pairs": ""})
+        return differences(*(of_values({**each, "pairs": ""}) for each in (self.fingerprint, scores)))
 
     def __contains__(self, pair: tuple[int, int]) -> bool:
         """Whether (query, training position) is stored."""

@@ -14,11 +14,17 @@ from rich.text import Text
 
 from wherefrom.errors import InputError
 from wherefrom.report.passages import Passages, TokenContributions
-from wherefrom.scores import Scores
+from wherefrom.scores import Hit, Scores, TopScores
 
 
 def top_tables(
-    scores: Scores, queries: Passages, train: Passages, *, shown: Iterable[int], k: int = 5, width: int = 160
+    scores: Scores | TopScores,
+    queries: Passages,
+    train: Passages,
+    *,
+    shown: Iterable[int],
+    k: int = 5,
+    width: int = 160,
 ) -> RenderableType:
     """For each query in `shown`: its text and a table of its k top training sequences.
 
@@ -31,17 +37,23 @@ def top_tables(
     for query in shown:
         passage = queries[query]
         heading = escape(f"Query {query}" + (f" ({passage.label})" if passage.label else ""))
-        table = Table("Rank", "Train", "Score", title_justify="left", title=f"[bold]{heading}[/bold]")
-        labelled = bool(passage.label)
-        if labelled:
-            table.add_column("Label")
-        table.add_column("Training sequence", overflow="fold")
-        for hit in (each for each in hits if each.query == query):
-            found = train[hit.train]
-            label = [Text(found.label)] if labelled else []
-            table.add_row(str(hit.rank), str(hit.train), f"{hit.score:,.4g}", *label, Text(excerpt(found.text, width)))
+        table = hits_table(heading, [each for each in hits if each.query == query], train, width)
         parts += [table, Text(excerpt(passage.text, 2 * width)), Text()]
     return Group(*parts)
+
+
+def hits_table(heading: str, hits: Sequence[Hit], train: Passages, width: int = 160) -> Table:
+    """Training sequences with their ranks and scores, and their labels where they have some."""
+    found = [train[hit.train] for hit in hits]
+    labelled = any(each.label for each in found)
+    table = Table("Rank", "Train", "Score", title_justify="left", title=f"[bold]{heading}[/bold]")
+    if labelled:
+        table.add_column("Label")
+    table.add_column("Training sequence", overflow="fold")
+    for hit, each in zip(hits, found, strict=True):
+        label = [Text(each.label)] if labelled else []
+        table.add_row(str(hit.rank), str(hit.train), f"{hit.score:,.4g}", *label, Text(excerpt(each.text, width)))
+    return table
 
 
 def token_tables(

@@ -1,0 +1,81 @@
+"""Self-influence: what training on an example does to its own loss, and the norms that normalised scores divide by.
+
+One sweep without resident gradients: an example's gradient is only multiplied with itself. This module knows curvature
+and sweeps, not where results are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wherefrom.capture import Captured
+from wherefrom.curvature import Preconditioner, weight_gradients
+from wherefrom.layers import TrackedLayer
+from wherefrom.memory import Workspace
+from wherefrom.sweep import Collector
+
+SELF_INFLUENCE, SQUARED_NORM = "self_influence", "squared_norm"
+
+
+class SelfInfluenceCollector(Collector):
+    """Adds up, layer by layer, g^T P g and |P g|^2 of every example, with P the damped inverse of the curvature.
+
+    In the eigenbasis P is a diagonal, and a rotation changes no norm: both are sums over the rotated gradient.
+
+    Attributes:
+        sums: `self_influence` [examples], and `squared_norm` [examples] of the preconditioned gradients.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, TrackedLayer],
+        preconditioner: Preconditioner,
+        examples: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._sides = {name: each.sides(layers[name].width) for name, each in preconditioner.bases.items()}
+        self._filters = {
+            name: functional.pad(each, (0, layers[name].width - each.shape[1]))
+            for name, each in preconditioner.filters.items()
+        }
+        self._workspace = Workspace()
+        self.sums = {name: torch.zeros(examples, dtype=dtype, device=device) for name in (SELF_INFLUENCE, SQUARED_NORM)}
+
+    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+        gradients = weight_gradients(captured, self._sides.get(layer), self._workspace)
+        squares = gradients.square_()
+        if layer in self._filters:
+            selected = captured.selected(self._filters[layer])
+            weighted = squares * selected
+            influence, norm = weighted.sum((1, 2)), weighted.mul_(selected).sum((1, 2))
+        else:
+            influence = norm = squares.sum((1, 2))
+        self._add(SELF_INFLUENCE, influence, rows)
+        self._add(SQUARED_NORM, norm, rows)
+
+    def _add(self, name: str, values: Tensor, rows: slice) -> None:
+        self.sums[name][rows] += values.to(self.sums[name].device)
+
+    def release(self) -> None:
+        self._workspace.release()
+
+
+class Together(Collector):
+    """Several collectors on one sweep; their sums have different names."""
+
+    def __init__(self, *collectors: Collector) -> None:
+        self._collectors = collectors
+        self.sums = {name: total for each in collectors for name, total in each.sums.items()}
+
+    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+        for each in self._collectors:
+            each.collect(layer, captured, rows)
+
+    def release(self) -> None:
+        for each in self._collectors:
+            each.release()

@@ -1,0 +1,315 @@
+"""Tasks of Hugging Face models of text: causal, masked and encoder-decoder language models, sequence classification.
+
+Batches are dicts of tensors with the names that these models use; a label of -100 is not counted. The training loss is
+always the summed cross-entropy of the counted labels; what is measured on queries may be something else. Every
+measurement is lower the more of it there is, as a loss is: a positive score says that training on the example made what
+was measured more likely. This module knows nothing of sweeps, curvature or scores, and does not import transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wherefrom.errors import InputError
+from wherefrom.losses import IGNORED, summed_cross_entropy
+from wherefrom.precision import widened
+from wherefrom.sampling import Sampler
+from wherefrom.task import Task
+
+TokenBatch = dict[str, Tensor]
+Measure = Literal["loss", "margin"]
+
+# Columns that say which tokens of an example are counted: 1 = counted. TRL calls them so.
+_COUNTING = ("completion_mask", "assistant_masks")
+
+
+@dataclass(frozen=True)
+class ChosenToken:
+    """Measure one token: minus its log-probability as the next one.
+
+    Attributes:
+        token: its number in the vocabulary.
+        position: after which of the query's real tokens; 0 is the first, -1 the last.
+    """
+
+    token: int
+    position: int = -1
+
+
+class LanguageTask(Task[TokenBatch]):
+    """What the tasks of this module have in common; a task is its `predictions`.
+
+    Args:
+        layers: as in `Task`.
+        measure: of queries: "loss", the summed cross-entropy, or "margin", minus the sum over counted labels of their
+            log-odds: the label's logit less the logarithm of the summed exponentials of all others (as in
+            TRAK, Park et al. 2023).
+    """
+
+    padding: ClassVar[Mapping[str, int]] = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    """The columns that a batch may have, and what each is padded with."""
+
+    def __init__(self, layers: Sequence[str] | None = None, measure: Measure = "loss") -> None:
+        super().__init__(layers)
+        if measure not in ("loss", "margin"):
+            raise InputError(f"measure={measure!r}: {type(self).__name__} has the measures 'loss' and 'margin'.")
+        self.measure: Measure | ChosenToken = measure
+
+    def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Logits [..., classes] of every prediction, and their labels [...], -100 where nothing is counted."""
+        raise NotImplementedError(f"{type(self).__name__} must define predictions(model, batch).")
+
+    def train_loss(self, model: nn.Module, batch: TokenBatch, sampler: Sampler | None = None) -> Tensor:
+        logits, labels = self.predictions(model, batch)
+        if sampler is not None:
+            counted = labels != IGNORED
+            labels = torch.where(counted, sampler.categorical(logits.detach(), counted), labels)
+        return summed_cross_entropy(logits, labels)
+
+    def measurement(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """What `measure` says, summed over the batch: a scalar; lower is more of it."""
+        if self.measure == "loss":
+            return self.train_loss(model, batch)
+        return -_summed_log_odds(*self.predictions(model, batch))
+
+    def mask(self, batch: TokenBatch) -> Tensor | None:
+        mask = batch.get("attention_mask")
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+    def head(self, model: nn.Module) -> nn.Module | None:
+        find = getattr(model, "get_output_embeddings", None)
+        head = find() if callable(find) else None
+        return head if isinstance(head, nn.Module) else None
+
+    def collate(self, examples: Sequence[object]) -> TokenBatch:
+        """Pad examples on the right to the longest: labels with -100, other columns with 0.
+
+        Without padding there is no attention_mask: a model that is given none can take its fast attention without a
+        look at the values, also when it is compiled.
+        """
+        rows = [self.row(example) for example in examples]
+        names = [name for name in self.padding if name in rows[0]]
+        lacking = next((row for row in rows if any(name not in row for name in names) or len(row) != len(names)), None)
+        if lacking is not None:
+            raise InputError(
+                f"{type(self).__name__}: one example has the columns {sorted(rows[0])} and another of the same batch "
+                f"{sorted(lacking)}; give all examples the same."
+            )
+        batch = {
+            name: nn.utils.rnn.pad_sequence([row[name] for row in rows], True, self.padding[name]) for name in names
+        }
+        if bool((batch["attention_mask"] == 1).all()):
+            del batch["attention_mask"]
+        return batch
+
+    def row(self, example: object) -> TokenBatch:
+        """One example's columns as int64 vectors; the attention mask is filled in where it is missing."""
+        if not isinstance(example, Mapping) or "input_ids" not in example:
+            found = sorted(example) if isinstance(example, Mapping) else type(example).__name__
+            raise InputError(
+                f"{type(self).__name__} needs examples that are dicts with 'input_ids'; found {found}. "
+                "Tokenise the dataset first, or write a Task with its own collate."
+            )
+        row = {name: _vector(example[name]) for name in self.padding if example.get(name) is not None}
+        row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
+        return row
+
+    def _need_labels(self, row: TokenBatch, what: str) -> None:
+        if "labels" not in row:
+            raise InputError(f"{type(self).__name__} needs examples with 'labels': {what}; found {sorted(row)}.")
+
+
+class CausalLM(LanguageTask):
+    """Next-token prediction with a Hugging Face causal language model.
+
+    Batches are dicts with `input_ids` [batch, tokens] and, optionally, `attention_mask` (1 = real token) and `labels`
+    (-100 = not counted; the inputs themselves by default). The loss is the cross-entropy summed over counted tokens.
+    Examples of different lengths are padded on the right when they are collated.
+
+    To count only a completion, give examples `labels` that are -100 on the prompt, a `prompt_length`, or a
+    `completion_mask` or `assistant_masks` as TRL makes them (1 = counted).
+
+    Args:
+        layers: as in `Task`.
+        measure: of queries: "loss", "margin" (see `LanguageTask`), or a `ChosenToken`. Lower is more of each.
+    """
+
+    def __init__(self, layers: Sequence[str] | None = None, measure: Measure | ChosenToken = "loss") -> None:
+        super().__init__(layers, "loss" if isinstance(measure, ChosenToken) else measure)
+        self.measure = measure
+
+    def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        # The labels are shifted, not the logits: a slice of those would be copied, and filled up again going back.
+        return _next_token_logits(model, batch), functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED)
+
+    def measurement(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        if not isinstance(self.measure, ChosenToken):
+            return super().measurement(model, batch)
+        logits = _next_token_logits(model, batch)
+        mask = self.mask(batch)
+        assert mask is not None
+        places = _places(mask, self.measure.position)
+        after = logits[torch.arange(len(places), device=places.device), places]  # [batch, classes]
+        if not 0 <= self.measure.token < after.shape[1]:
+            raise InputError(f"measure={self.measure}: the model's vocabulary has tokens 0 to {after.shape[1] - 1}.")
+        return summed_cross_entropy(after, torch.full_like(places, self.measure.token))
+
+    def row(self, example: object) -> TokenBatch:
+        row = super().row(example)
+        assert isinstance(example, Mapping)
+        labels = _labels(row)
+        for name in _COUNTING:
+            if example.get(name) is not None:
+                labels = labels.masked_fill(_vector(example[name]) == 0, IGNORED)
+        if example.get("prompt_length") is not None:
+            prompt = (row["attention_mask"].cumsum(0) - 1) < int(example["prompt_length"])
+            labels = labels.masked_fill(prompt, IGNORED)
+        return {**row, "labels": labels}
+
+
+class MaskedLM(LanguageTask):
+    """Prediction of masked tokens with a Hugging Face masked language model, such as BERT.
+
+    Examples are dicts with `input_ids`, in which some tokens are masked, and `labels`, -100 everywhere else; optionally
+    `attention_mask` and `token_type_ids`. Which tokens are masked is part of the example, so it must not be drawn anew
+    whenever the dataset is read.
+    """
+
+    padding: ClassVar[Mapping[str, int]] = {"input_ids": 0, "token_type_ids": 0, "attention_mask": 0, "labels": IGNORED}
+
+    def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        logits: Tensor = model(**_without(batch, "labels")).logits
+        return logits, batch["labels"]
+
+    def row(self, example: object) -> TokenBatch:
+        row = super().row(example)
+        self._need_labels(row, "the masked tokens, and -100 for all others")
+        return row
+
+
+class Seq2Seq(LanguageTask):
+    """Next-token prediction with a Hugging Face encoder-decoder, such as T5 or BART.
+
+    Examples are dicts with `input_ids` of the encoder and `labels`, the decoder's targets (-100 = not counted; at the
+    end, -100 is padding); optionally `attention_mask` of the encoder. The model makes the decoder's inputs of them.
+
+    Layers see the encoder's tokens or the decoder's, and are told apart by how many there are: where both would be
+    equally many, the decoder's have one more of padding. Token scores are of the encoder's tokens; track only its
+    layers for them.
+    """
+
+    def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        logits: Tensor = model(**batch, use_cache=False).logits
+        return logits, batch["labels"]
+
+    def masks(self, batch: TokenBatch) -> tuple[Tensor, ...]:
+        """The encoder's mask and the decoder's."""
+        encoder = self.mask(batch)
+        assert encoder is not None
+        counted = batch["labels"] != IGNORED
+        return encoder, counted.flip(1).cummax(1).values.flip(1)  # real: up to the last that is counted
+
+    def collate(self, examples: Sequence[object]) -> TokenBatch:
+        batch = super().collate(examples)
+        if batch["labels"].shape[1] == batch["input_ids"].shape[1]:
+            batch["labels"] = functional.pad(batch["labels"], (0, 1), value=IGNORED)
+        return batch
+
+    def row(self, example: object) -> TokenBatch:
+        row = super().row(example)
+        self._need_labels(row, "the tokens that the decoder is to write")
+        return row
+
+
+class SequenceClassification(LanguageTask):
+    """Classification of token sequences with a Hugging Face model that has one label a sequence.
+
+    Examples are dicts with `input_ids` and an integer `labels` (or `label`); optionally `attention_mask` and
+    `token_type_ids`.
+
+    Args:
+        layers, measure: as in `LanguageTask`.
+        pad_token: what `input_ids` are padded with. Decoders that classify by their last token look for it
+            (`model.config.pad_token_id`); others do not care.
+    """
+
+    padding: ClassVar[Mapping[str, int]] = {"input_ids": 0, "token_type_ids": 0, "attention_mask": 0}
+
+    def __init__(self, layers: Sequence[str] | None = None, measure: Measure = "loss", *, pad_token: int = 0) -> None:
+        super().__init__(layers, measure)
+        self.pad_token = pad_token
+
+    def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        logits: Tensor = model(**_without(batch, "labels")).logits
+        if logits.shape[-1] == 1:
+            raise InputError(
+                "SequenceClassification: the model has one output, which is no choice between classes. Write a Task "
+                "whose train_loss is what it was trained with."
+            )
+        return logits, batch["labels"]
+
+    def collate(self, examples: Sequence[object]) -> TokenBatch:
+        batch = super().collate(examples)
+        if "attention_mask" in batch:
+            batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, self.pad_token)
+        return {**batch, "labels": torch.tensor([_class_of(example) for example in examples])}
+
+
+def _class_of(example: object) -> int:
+    assert isinstance(example, Mapping)
+    for name in ("labels", "label"):
+        if example.get(name) is not None:
+            return int(example[name])
+    raise InputError(f"SequenceClassification needs examples with an integer 'labels'; found {sorted(example)}.")
+
+
+def _vector(values: object) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.int64)
+
+
+def _without(batch: TokenBatch, name: str) -> TokenBatch:
+    return {key: value for key, value in batch.items() if key != name}
+
+
+def _next_token_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
+    logits: Tensor = model(
+        input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
+    ).logits
+    return logits
+
+
+def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+    labels = batch.get("labels")
+    if labels is None:
+        labels = batch["input_ids"]
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            labels = labels.masked_fill(mask == 0, IGNORED)
+    return labels
+
+
+def _summed_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum over counted labels of their logit less the log-sum-exp of all other logits: a scalar."""
+    counted = labels != IGNORED
+    rows, chosen = widened(logits[counted]), labels[counted].unsqueeze(-1)  # [counted, classes], [counted, 1]
+    others = rows.scatter(-1, chosen, -torch.inf).logsumexp(-1)
+    return (rows.gather(-1, chosen).squeeze(-1) - others).sum()
+
+
+def _places(mask: Tensor, position: int) -> Tensor:
+    """Where in each row of `mask` [batch, tokens] its real token number `position` is: int64 [batch]."""
+    number = mask.cumsum(1)  # 1 at the first real token
+    wanted = position + (1 if position >= 0 else number[:, -1:] + 1)
+    found = mask & (number == wanted)
+    if not bool(found.any(1).all()):
+        raise InputError(
+            f"measure: position={position} of a query with {int(number[~found.any(1), -1][0])} tokens; expected a "
+            "position that every query has, counted from its first (0) or its last token (-1)."
+        )
+    return found.int().argmax(1)

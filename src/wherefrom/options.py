@@ -1,0 +1,241 @@
+"""What may be asked of scores: the keyword arguments of `Study.score` and its relatives, once, with their checks.
+
+From them follow the name that results are kept under and what a fingerprint says. This module knows no model and no
+data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, TypedDict
+
+from wherefrom.curvature import Factors
+from wherefrom.errors import InputError
+from wherefrom.fingerprint import Fingerprint
+from wherefrom.memory import checked_batch_size
+from wherefrom.store import checked_name
+
+Aggregation = Literal["sum", "mean"]
+LayerGroups = Mapping[str, Sequence[str]]
+"""Names for groups of layers, each with the names or glob patterns of its layers."""
+
+# Entries of fingerprints for what is kept beside the values.
+_PARTS, _SELF_INFLUENCE = "parts by layer", "self-influence"
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Keyword arguments of `Study.score`, `score_top`, `score_tokens` and `plan`.
+
+    Attributes:
+        damping: added to every eigenvalue; None adds 0.1 x the mean eigenvalue of each layer.
+        half_precision: bfloat16 products in the model's passes, resident query gradients in bfloat16; what is added up
+            stays float32.
+        query_rank: keep each layer's preconditioned query gradient as two matrices of this rank, so that more queries
+            fit into memory; `Scores.query_errors` says what that leaves out. None keeps them whole.
+        query_batch_size, train_batch_size: None finds them; results depend on them only by rounding.
+        name: of the result in the run directory; by default the strategy, and what else was asked for.
+        overwrite: replace what has this name, instead of refusing when it was made from something else.
+    """
+
+    damping: float | None
+    half_precision: bool
+    query_rank: int | None
+    query_batch_size: int | None
+    train_batch_size: int | None
+    name: str | None
+    overwrite: bool
+
+
+class RescoredOptions(ScoreOptions, total=False):
+    """Keyword arguments of `Study.score` and `score_tokens`, besides those of `ScoreOptions`.
+
+    Attributes:
+        rescore: with a `query_rank`, how many of each query's highest scores are computed again with whole gradients.
+    """
+
+    rescore: int
+
+
+class PairwiseOptions(RescoredOptions, total=False):
+    """Keyword arguments of `Study.score`, besides those of `RescoredOptions`.
+
+    Attributes:
+        per_layer: also keep each layer's part of every score; or a mapping of names to layer patterns, such as
+            `{"attention": ["*.attn.*"], "mlp": ["*.mlp.*"]}`, to keep the parts of groups ("other" is the rest).
+        self_influence: also compute each example's score with itself, in the same sweep, for `Scores.normalized`.
+        aggregate_queries: score the "sum" or "mean" of all queries' measurements; `values` is then [1, train].
+        aggregate_train: score against the "sum" or "mean" of all training gradients; `values` is then [query, 1].
+    """
+
+    per_layer: bool | LayerGroups
+    self_influence: bool
+    aggregate_queries: Aggregation | None
+    aggregate_train: Aggregation | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The same with their defaults, checked.
+
+    Attributes:
+        top: how many of each query's highest and lowest scores are kept; None keeps all of them.
+
+    Raises:
+        InputError: one of them is impossible, or two do not go together.
+    """
+
+    damping: float | None = None
+    half_precision: bool = False
+    query_rank: int | None = None
+    rescore: int = 0
+    query_batch_size: int | None = None
+    train_batch_size: int | None = None
+    name: str | None = None
+    overwrite: bool = False
+    per_layer: bool | LayerGroups = False
+    self_influence: bool = False
+    aggregate_queries: Aggregation | None = None
+    aggregate_train: Aggregation | None = None
+    top: int | None = None
+
+    def __post_init__(self) -> None:
+        checked_batch_size(self.query_batch_size)
+        checked_batch_size(self.train_batch_size)
+        if self.query_rank is not None and self.query_rank < 1:
+            raise InputError(f"query_rank={self.query_rank}: expected at least 1, or None for whole gradients.")
+        if self.rescore < 0 or (self.rescore and self.query_rank is None):
+            raise InputError(f"rescore={self.rescore}: expected at least 1 together with a query_rank, or 0.")
+        for argument in ("aggregate_queries", "aggregate_train"):
+            value = getattr(self, argument)
+            if value not in (None, "sum", "mean"):
+                raise InputError(f"{argument}={value!r}: expected 'sum', 'mean' or None.")
+        if self.top is not None and self.top < 1:
+            raise InputError(f"k={self.top}: expected at least 1.")
+        self._check_together()
+        self._check_top()
+
+    def _check_together(self) -> None:
+        aggregated = bool(self.aggregate_queries or self.aggregate_train)
+        if self.aggregate_queries and self.query_rank is not None:
+            raise InputError(
+                f"query_rank={self.query_rank} with aggregate_queries={self.aggregate_queries!r}: the sum of all "
+                "query gradients is one gradient, which fits whole. Leave query_rank out."
+            )
+        if self.rescore and (aggregated or self.per_layer):
+            raise InputError(
+                f"rescore={self.rescore} replaces single scores, and aggregate_queries, aggregate_train and per_layer "
+                "keep others beside them. Leave one of them out."
+            )
+        if self.self_influence and aggregated:
+            raise InputError(
+                "self_influence=True belongs to single examples, and aggregate_queries and aggregate_train sum over "
+                "them. Leave one of them out, or use Study.self_influence."
+            )
+
+    def _check_top(self) -> None:
+        others = ("rescore", "per_layer", "self_influence", "aggregate_queries", "aggregate_train")
+        found = [name for name in others if getattr(self, name)]
+        if self.top is not None and found:
+            raise InputError(
+                f"{found[0]}={getattr(self, found[0])!r} with only the {self.top} highest and lowest scores: these are "
+                "kept alone. Leave one of them out."
+            )
+
+    def result_name(self, factors: Factors) -> str:
+        """The name that results are kept under; endings of what is kept beside them are not for names."""
+        chosen = checked_name(self.name or factors.strategy + self._suffix())
+        if Path(chosen).suffix in (".tokens", ".blocks"):
+            raise InputError(f"name={self.name!r}: expected another ending, this one is for parts of scores.")
+        return chosen
+
+    def _suffix(self) -> str:
+        parts = {
+            "-half": self.half_precision,
+            f"-rank{self.query_rank}": self.query_rank is not None,
+            "-layers": self.per_layer is True,
+            "-groups": bool(self.per_layer) and self.per_layer is not True,
+            "-self": self.self_influence,
+            f"-query-{self.aggregate_queries}": self.aggregate_queries,
+            f"-train-{self.aggregate_train}": self.aggregate_train,
+            f"-top{self.top}": self.top is not None,
+        }
+        return "".join(part for part, wanted in parts.items() if wanted)
+
+    def fingerprint(self, study: Fingerprint, factors: Factors, precision: str) -> dict[str, str]:
+        """What a result depends on, beside its queries.
+
+        Raises:
+            MismatchError: the factors are of another model.
+        """
+        factors.check_model(study)
+        return {
+            **study,
+            "strategy": factors.strategy,
+            "factors": factors.fingerprint["training data"],
+            "targets": factors.fingerprint["targets"],
+            "factors' precision": factors.fingerprint["precision"],
+            "precision": precision,
+            **self._settings(),
+        }
+
+    def _settings(self) -> dict[str, str]:
+        rank = "full" if self.query_rank is None else str(self.query_rank)
+        found = {
+            "damping": "0.1 x mean eigenvalue" if self.damping is None else repr(self.damping),
+            "query rank": f"{rank}, the top {self.rescore} at full rank" if self.rescore else rank,
+        }
+        if self.per_layer:
+            groups = "each" if self.per_layer is True else repr({k: list(v) for k, v in self.per_layer.items()})
+            found[_PARTS] = groups
+        if self.self_influence:
+            found[_SELF_INFLUENCE] = "yes"
+        for name, how in (("queries", self.aggregate_queries), ("training examples", self.aggregate_train)):
+            if how:
+                found[f"aggregated {name}"] = how
+        if self.top is not None:
+            found["kept"] = f"the {self.top} highest and lowest of each query"
+        return found
+
+
+def check_names(options: Mapping[str, object], known: frozenset[str]) -> None:
+    """Refuse keyword arguments that are for another call, and would be passed over.
+
+    Raises:
+        InputError: names the first.
+    """
+    for name in options:
+        if name not in known:
+            raise InputError(f"{name}={options[name]!r}: expected one of {', '.join(sorted(known))}.")
+
+
+def of_values(fingerprint: Fingerprint) -> dict[str, str]:
+    """What the values of scores depend on, without what is kept beside them."""
+    return {name: value for name, value in fingerprint.items() if name not in (_PARTS, _SELF_INFLUENCE)}
+
+
+def layer_groups(per_layer: bool | LayerGroups, layers: Sequence[str]) -> dict[str, str]:
+    """The group of each layer whose part of a score is kept; empty when none is.
+
+    Raises:
+        InputError: a pattern matches no layer, or a layer is in two groups.
+    """
+    if not per_layer:
+        return {}
+    if per_layer is True:
+        return {layer: layer for layer in layers}
+    found: dict[str, str] = {}
+    for group, patterns in per_layer.items():
+        for pattern in patterns:
+            matched = [layer for layer in layers if fnmatchcase(layer, pattern)]
+            if not matched:
+                raise InputError(
+                    f"per_layer: {pattern!r} of group {group!r} matches no tracked layer; they are called "
+                    f"{layers[0]!r} to {layers[-1]!r}."
+                )
+            for layer in matched:
+                if found.setdefault(layer, group) != group:
+                    raise InputError(f"per_layer: {layer!r} is in the groups {found[layer]!r} and {group!r}.")
+    return {layer: found.get(layer, "other") for layer in layers}

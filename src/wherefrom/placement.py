@@ -1,0 +1,65 @@
+"""Where a model's weights are: on one device, on several, or brought by accelerate only while a module computes.
+
+This module knows how to find and read weights, nothing of layers or passes. accelerate is imported only where a model
+has been offloaded with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from wherefrom.errors import InputError
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module, or the first part of it, computes; its weights may be elsewhere between calls."""
+    for each in module.modules():
+        hook = getattr(each, "_hf_hook", None)
+        for inner in getattr(hook, "hooks", (hook,)):
+            device = getattr(inner, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next(module.parameters()).device
+
+
+def read_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a model's `state_dict`, brought from where accelerate keeps it.
+
+    Raises:
+        InputError: the model has no values for it.
+    """
+    if not tensor.is_meta:
+        return tensor
+    owner, _, attribute = name.rpartition(".")
+    with _present(model.get_submodule(owner)) as module:
+        found = getattr(module, attribute)
+        assert isinstance(found, Tensor)
+        if found.is_meta:
+            raise InputError(f"model: {name!r} is on the meta device and has no values. Load the weights first.")
+        return found.detach().clone()
+
+
+@contextmanager
+def _present(module: nn.Module) -> Iterator[nn.Module]:
+    if not hasattr(module, "_hf_hook"):
+        yield module
+        return
+    from accelerate.utils import align_module_device  # noqa: PLC0415  (an optional package)
+
+    with align_module_device(module):
+        yield module
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of weights that are another one, as transformers knows them: offloading makes two tensors of one."""
+    found = {}
+    for prefix, module in model.named_modules():
+        names = getattr(module, "all_tied_weights_keys", None)
+        start = f"{prefix}." if prefix else ""
+        if isinstance(names, dict):
+            found.update({start + name: start + other for name, other in names.items()})
+    return found

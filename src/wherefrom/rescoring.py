@@ -1,0 +1,60 @@
+"""The highest scores of low-rank query gradients once more, with whole ones.
+
+This module knows how scores are computed; it does not know where they are kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from wherefrom.scoring import Rows, Scoring
+from wherefrom.stages import BlockStages
+from wherefrom.task import Batch
+
+logger = logging.getLogger("wherefrom")
+
+
+def rescore(scoring: Scoring[Batch], values: Tensor | None, stages: BlockStages) -> Tensor:
+    """Replace each query's highest scores by those of whole query gradients.
+
+    Args:
+        values: [queries, train], of low rank; changed. None in a process that does not write.
+        stages: keeps blocks.
+
+    Returns:
+        By how much each has changed, [queries, rescored].
+    """
+    ranks, top = scoring.ranks, scoring.options.rescore
+    positions, before = ranks.first(lambda: _highest(values, top))
+    changes = torch.zeros_like(before)
+    whole = replace(scoring, options=replace(scoring.options, query_rank=None, rescore=0, self_influence=False))
+
+    def work(rows: range) -> None:
+        wanted, places = positions[rows.start : rows.stop].unique(return_inverse=True)
+        bank = cache(partial(whole.bank, rows))
+        better = before[rows.start : rows.stop].clone()  # [rows, top]
+        for columns in whole.shards(rows, len(wanted)):
+            train = Rows(scoring.train, wanted[columns.start : columns.stop].tolist())
+            found = stages.mapped(rows, columns, partial(whole.block, bank, rows, train))["values"]
+            inside = (places >= columns.start) & (places < columns.stop)
+            better[inside] = found.gather(1, (places - columns.start).clamp(0, len(columns) - 1))[inside]
+        changes[rows.start : rows.stop] = better - before[rows.start : rows.stop]
+        if values is not None:
+            values[rows.start : rows.stop].scatter_(1, positions[rows.start : rows.stop], better)
+
+    whole.each_block(work, stages)
+    share = changes.abs().mean() / before.abs().mean()
+    logger.info(f"At full rank, the {changes.shape[1]} highest scores move by {share:.1%}.")
+    return changes
+
+
+def _highest(values: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """Positions and values of each query's highest scores, [queries, count]."""
+    assert values is not None
+    found = values.topk(min(count, values.shape[1]), dim=1)
+    return found.indices, found.values

@@ -1,0 +1,298 @@
+"""The calculator: its counts are those of real runs and of closed forms, and its layout is what it says."""
+
+from __future__ import annotations
+
+import html
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import scale
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import wherefrom as wf
+from tests.models import gpt2
+from wherefrom.blueprint import PRESETS, Blueprint, measure, model_without_weights
+from wherefrom.calculator import Estimate, Hardware, Request
+from wherefrom.cli import main
+from wherefrom.errors import InputError, LayerError
+from wherefrom.report.scale import sections
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GIB = 2**30
+MACHINE = Hardware(
+    ranks=1, memory=1000 * GIB, host_memory=1000 * GIB, matmul=4e14, eigen=1e12, efficiency=0.5, link=1e11, copy=2.5e10,
+    device=CUDA,
+)  # fmt: skip
+REQUEST = Request("ekfac", train=4656, fit_train=4656, queries=481)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny GPT-2's config, without weights."""
+    path = tmp_path_factory.mktemp("model")
+    gpt2().config.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def published() -> Blueprint:
+    """GPT-2 on the published job's sequences of 512 tokens."""
+    return measure("gpt2", 512)
+
+
+def flop(estimate: Estimate) -> dict[str, float]:
+    return {stage.name: stage.flop for stage in estimate.stages}
+
+
+# Counts
+
+
+@pytest.mark.parametrize("strategy", ["identity", "kfac", "ekfac"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_plan_on_paper_is_that_of_the_real_model(
+    tmp_path: Path, small: Path, strategy: str, rank: int | None
+) -> None:
+    rows: list[object] = [{"input_ids": list(range(10))}] * 14
+    study = wf.Study(tmp_path, gpt2(torch.float32), wf.CausalLM(), train=rows)
+    with sdpa_kernel(SDPBackend.MATH):  # without numbers there is no fused attention of a CPU
+        real = study.plan(rows[:5], strategy, query_rank=rank)
+    request = Request(strategy, train=14, fit_train=14, queries=5, query_rank=rank)
+    paper = Estimate(measure(str(small), 10, device=CPU), request, replace(MACHINE, device=CPU))
+    assert paper.plan.job.example == real.job.example
+    assert (paper.plan.train_batch, paper.plan.block, paper.plan.form) == (14, 5, real.form)
+    assert paper.plan.costs() == real.costs()
+    for cost in real.costs():
+        stage = next(each for each in paper.stages if each.name == cost.stage)
+        assert (stage.passes, stage.flop) == (cost.passes, cost.flop)
+        assert stage.bytes == paper.weight_bytes + cost.bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("gpt2", 124439808), ("smollm2-135m", 134515008), ("llama-3-8b", 8030261248), ("llama-3-70b", 70553706496)],
+)
+def test_presets_have_the_published_number_of_weights(name: str, weights: int) -> None:
+    model = model_without_weights(name, torch.bfloat16)
+    assert sum(each.numel() for each in model.parameters()) == weights
+    assert {each.device.type for each in model.parameters()} == {"meta"}
+    numbers = PRESETS[name]
+    if numbers["model_type"] == "llama":
+        hidden, inner, count = (numbers[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+        keys = hidden * numbers["num_key_value_heads"] // numbers["num_attention_heads"]
+        block = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner + 2 * hidden
+        outside = numbers["vocab_size"] * hidden * (1 if numbers["tie_word_embeddings"] else 2) + hidden
+        assert weights == count * block + outside
+
+
+@pytest.mark.parametrize(("half", "attention"), [(False, 12), (True, 14)])
+def test_a_pass_through_gpt2_takes_what_its_products_take(half: bool, attention: int) -> None:
+    """Forward and backward without weight gradients; fused attention computes its scores again going back."""
+    tokens, width, layers, vocabulary = 512, 768, 12, 50257
+    found = measure("gpt2", tokens, half_precision=half)
+    products = layers * 12 * width**2 + vocabulary * width
+    first = 3 * width**2  # nobody asks for the gradient of the first layer's input
+    expected = 2 * tokens * (2 * products - first) + attention * tokens**2 * width * layers
+    assert found.example.flop == expected
+    assert found.example.tokens == tokens
+
+
+def test_the_published_job_takes_what_the_design_says(published: Blueprint) -> None:
+    """DESIGN.md, section 4, to the two digits that it gives."""
+    train, queries = REQUEST.train, REQUEST.queries
+    attention = 12 * 512**2 * 768 * 12
+    ekfac = flop(Estimate(published, REQUEST, MACHINE))
+    identity = flop(Estimate(published, replace(REQUEST, strategy="identity"), MACHINE))
+    passes = train * published.example.flop
+    forming = train * identity["query gradients"] / queries - passes
+    assert round((passes - train * attention) / 1e15, 1) == 1.2
+    assert round(forming / 1e14) == 4
+    assert round((identity["pairwise scores"] - passes - forming) / 1e14, 1) == 3.8
+    assert round(2 * (ekfac["covariance"] - passes) / 1e15, 1) == 1.6  # there both triangles are counted
+    assert round((ekfac["eigenvalues"] - passes - forming) / 1e15, 1) == 1.6
+
+
+def test_fused_attention_keeps_no_matrix_of_tokens_by_tokens() -> None:
+    def ratio(half: bool) -> float:
+        short, long = (measure("gpt2", length, half_precision=half).example for length in (256, 1024))
+        return long.saved_bytes / short.saved_bytes
+
+    assert ratio(True) == pytest.approx(4, rel=0.01)
+    assert ratio(False) > 6
+
+
+@pytest.mark.parametrize("rank", [None, 2, 20])
+def test_the_operations_of_more_training_examples_are_those_that_run(tmp_path: Path, rank: int | None) -> None:
+    """PyTorch's own counter, over scores of 40 examples and of 20."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 8))
+    rows: list[object] = [(torch.randn(32), torch.tensor(row % 8)) for row in range(40)]
+    counted, planned = [], []
+    for train in (rows, rows[:20]):
+        study = wf.Study(tmp_path / str(len(train)), model, wf.Classification(), train=train)
+        factors = study.fit("identity")
+        with FlopCounterMode(display=False) as counter:
+            study.score(rows[:10], factors, query_rank=rank, train_batch_size=20)
+        counted.append(counter.get_total_flops())
+        planned.append(study.plan(rows[:10], "identity", query_rank=rank, train_batch_size=20).costs()[-1].flop)
+    assert counted[0] - counted[1] == planned[0] - planned[1]
+
+
+# The layout
+
+
+def test_ranks_share_the_work_and_exchange_their_sums(published: Blueprint) -> None:
+    one = Estimate(published, replace(REQUEST, train=4800, fit_train=4800, queries=480), MACHINE)
+    eight = replace(one, hardware=replace(MACHINE, ranks=8))
+    squares = 12 * 4 * sum(out**2 + width**2 for out, width in [(2304, 776), (768, 776), (3072, 776), (768, 3080)])
+    for single, shared in zip(one.stages, eight.stages, strict=True):
+        assert single.sent == 0
+        assert shared.passes == single.passes
+        if single.name != "eigendecomposition":
+            assert shared.flop == single.flop
+            arithmetic = shared.seconds - shared.sent / MACHINE.link
+            assert arithmetic == pytest.approx(single.seconds / 8)
+        assert shared.least_seconds <= shared.seconds
+    sent = {stage.name: stage.sent for stage in eight.stages}
+    assert sent["covariance"] == 2 * squares * 7 / 8
+    assert sent["eigendecomposition"] == squares * 7 / 8
+    assert sent["pairwise scores"] == 2 * 4 * 480 * 4800 * 7 / 8
+
+
+def test_eigendecompositions_are_spread_by_layer(published: Blueprint) -> None:
+    cubes = [9 * (out**3 + inputs**3) for out, inputs in [(2304, 769), (768, 769), (3072, 769), (768, 3073)]]
+    seconds = []
+    for ranks in (1, 12, 100):
+        stages = Estimate(published, REQUEST, replace(MACHINE, ranks=ranks)).stages
+        found = next(each for each in stages if each.name == "eigendecomposition")
+        assert found.flop == 12 * sum(cubes)
+        seconds.append(found.seconds - found.sent / MACHINE.link)
+    assert seconds[0] == pytest.approx(12 * sum(cubes) / MACHINE.eigen)
+    assert sum(cubes) <= seconds[1] * MACHINE.eigen < sum(cubes) + max(cubes)
+    assert seconds[2] == pytest.approx(max(cubes) / MACHINE.eigen)
+
+
+def test_sharded_weights_are_gathered_for_every_batch(small: Path) -> None:
+    whole = Estimate(
+        measure(str(small), 10), Request("identity", train=100, fit_train=100, queries=8), replace(MACHINE, ranks=4)
+    )
+    sharded = replace(whole, request=replace(whole.request, shard_model=True, batch_size=5))
+    weights, blocks = gpt2().num_parameters(), gpt2().transformer.h
+    block = sum(each.numel() for each in blocks[0].parameters())
+    assert whole.weight_bytes == 4 * weights
+    assert sharded.weight_bytes == weights + 4 * (weights - 2 * block) + 4 * 2 * block  # both blocks, one ahead
+    gathered = {stage.name: more.sent - stage.sent for stage, more in zip(whole.stages, sharded.stages, strict=True)}
+    batches = {"query gradients": 1, "pairwise scores": 5}
+    assert gathered == {name: 2 * count * 4 * weights * 3 / 4 for name, count in batches.items()}
+
+
+def test_factors_on_the_host_leave_one_layer_on_the_device(published: Blueprint) -> None:
+    resident = Estimate(published, REQUEST, MACHINE)
+    offloaded = replace(resident, request=replace(REQUEST, offload_factors=True))
+    largest = 4 * (768**2 + 3080**2 + 768 * 3080)
+    assert {stage.memory["factors"] for stage in offloaded.stages if stage.passes} == {2 * largest}
+    assert resident.host_bytes == 0
+    assert offloaded.host_bytes == 2 * resident.basis_bytes
+    assert all(stage.copied == 0 for stage in resident.stages)
+    batches = -(-4656 // offloaded.plan.train_batch)
+    assert offloaded.stages[0].copied == batches * resident.basis_bytes
+    assert offloaded.stages[0].memory["factors"] < resident.stages[0].memory["factors"]
+
+
+def test_what_does_not_fit_is_said_and_an_option_that_helps_is_found(published: Blueprint) -> None:
+    little = Estimate(published, REQUEST, replace(MACHINE, memory=4 * GIB))
+    assert little.lacking == "device memory"
+    others = little.alternatives({False: published, True: measure("gpt2", 512, half_precision=True)})
+    assert others["with --offload-factors"].lacking is None
+    assert "with --shard-model" not in others  # one rank has nothing to share
+    starved = replace(others["with --offload-factors"], hardware=replace(little.hardware, host_memory=GIB))
+    assert starved.lacking == "host memory"
+
+
+def test_highest_scores_take_a_fixed_part_of_the_disk(published: Blueprint) -> None:
+    matrix = Estimate(published, replace(REQUEST, train=10**7), MACHINE).disk()
+    top = Estimate(published, replace(REQUEST, train=10**7, top=1000), MACHINE).disk()
+    assert matrix["score matrix"] == 4 * 481 * 10**7
+    assert top["top scores"] == 12 * 481 * 1000
+    exact = 12 * 4 * sum(out**2 + width**2 for out, width in [(2304, 776), (768, 776), (3072, 776), (768, 3080)])
+    assert matrix["covariance"] == top["eigenbasis"] == exact
+
+
+# Wrong use
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"queries": 0}, "queries=0: expected at least 1"), ({"fit_train": 10**6}, "at most the 4656 training sequences")],
+)
+def test_impossible_requests_are_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(REQUEST, **change)  # type: ignore[arg-type]
+
+
+def test_impossible_machines_and_models_are_refused(small: Path) -> None:
+    with pytest.raises(InputError, match="ranks=0: expected at least 1"):
+        replace(MACHINE, ranks=0)
+    with pytest.raises(InputError, match="matmul=0.0: expected a number above 0"):
+        replace(MACHINE, matmul=0.0)
+    with pytest.raises(InputError, match=re.escape("efficiency=1.5: expected a part")):
+        replace(MACHINE, efficiency=1.5)
+    with pytest.raises(InputError, match="length=13: expected 2 to 12 tokens"):
+        measure(str(small), 13)
+    with pytest.raises(InputError, match="model='gpt-5': expected one of gpt2, "):
+        measure("gpt-5", 10)
+    with pytest.raises(LayerError, match="Close names"):
+        measure(str(small / "config.json"), 10, patterns=["transformer.h.*.mlp.c_fd"])
+
+
+# The command and its pages
+
+
+def test_the_page_on_large_models_says_what_the_commands_say() -> None:
+    assert scale.DOCUMENT.read_text() == scale.page(), "python benchmarks/scale.py writes it anew"
+
+
+def test_the_command_prints_and_writes_the_estimate(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = f"--model {small} --train 1000 --queries 7 --length 12 --ranks 2 --device-memory 1 --flops 10"
+    monkeypatch.setattr(sys, "argv", ["wherefrom", "plan", *options.split(), "--page", str(tmp_path / "page.html")])
+    monkeypatch.setenv("COLUMNS", "120")
+    main()
+    printed, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+    run = scale.Run(options)
+    assert all(stage.name in printed for stage in run.estimate.stages)
+    rows = [
+        [html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>([^<]*)", row)] for row in re.findall(r"<tr>.*", page)
+    ]
+    for section in sections(run.estimate, run.arguments.alternatives()):
+        for row in section.rows:
+            assert list(row) in rows
+            assert all(cell in printed for cell in row)
+    assert "Fits: " in printed
+    assert "<script" not in page
+
+
+def test_without_a_speed_it_is_measured_here(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = scale.Run(f"--model {small} --train 10 --queries 2 --length 12 --device-memory 1").estimate
+    if not torch.cuda.is_available():
+        assert found.hardware.device == CPU
+    assert 1e8 < found.hardware.matmul < 1e16
+
+
+def test_wrong_use_of_the_command_is_one_line(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    options = f"--model {small} --train 0 --queries 7 --length 12 --device-memory 1 --flops 10 --page {page}"
+    monkeypatch.setattr(sys, "argv", ["wherefrom", "plan", *options.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.strip() == "error: train=0: expected at least 1."
+    assert not page.exists()

@@ -1,0 +1,179 @@
+"""Which layers are tracked by default and by name, which are refused, and what is left out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wherefrom as wf
+from tests.models import VOCABULARY, gpt2, relative_error, token_rows
+from tests.reference import BruteForce
+from wherefrom.curvature import STRATEGIES
+from wherefrom.errors import LayerError
+from wherefrom.layers import coverage, select_layers, untracked
+
+
+def vectors() -> list[object]:
+    torch.manual_seed(1)
+    return [(torch.randn(4).double(), torch.randint(3, ())) for _ in range(13)]
+
+
+def adapted() -> Any:
+    import peft
+
+    torch.manual_seed(0)
+    options = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], lora_dropout=0.0, init_lora_weights=False)
+    return peft.get_peft_model(gpt2(layers=1), options)
+
+
+def test_of_a_model_with_adapters_only_these_are_tracked(tmp_path: Path) -> None:
+    model = adapted().double()
+    train, queries, task = token_rows(9), token_rows(4, seed=4), wf.CausalLM()
+    study = wf.Study(tmp_path, model, task, train=train)
+    assert len(study.layers) == 4
+    assert all("lora_" in name for name in study.layers)
+    assert untracked(model, study.layers) == []
+    for strategy in STRATEGIES:
+        found = study.score(queries, study.fit(strategy, empirical=True)).values
+        expected = BruteForce(model, task, list(study.layers), train, queries).scores(strategy)
+        assert relative_error(found, expected) < 1e-8
+    named = select_layers(model, ["*.c_attn.base_layer"])
+    assert list(named) == ["base_model.model.transformer.h.0.attn.c_attn.base_layer"]
+
+
+def test_frozen_layers_are_left_out_by_default() -> None:
+    model = gpt2(layers=2)
+    model.transformer.h[0].requires_grad_(False)
+    assert {name.split(".")[2] for name in select_layers(model, None, model.lm_head)} == {"1"}
+    assert "transformer.h.0.mlp.c_fc" in select_layers(model, ["*.c_fc"])
+    model.requires_grad_(False)
+    assert len(select_layers(model, None, model.lm_head)) == 8
+    model.transformer.wte.requires_grad_(True)
+    with pytest.raises(LayerError, match="no layer that is tracked without being named.* such as 'transformer.wte'"):
+        select_layers(model, None, model.lm_head)
+
+
+class Mixed(nn.Module):
+    """Kinds that cannot be tracked beside those that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.recurrent = nn.GRU(4, 4, batch_first=True)
+        self.batch = nn.BatchNorm1d(4)
+        self.up = nn.ConvTranspose1d(4, 4, 1)
+        self.renormalised = nn.Embedding(5, 4, max_norm=1.0)
+        self.scaled = nn.Embedding(5, 4, scale_grad_by_freq=True)
+        self.weightless = nn.LayerNorm(4, elementwise_affine=False)
+        self.norm = nn.LayerNorm(4)
+        self.last = nn.Linear(4, 3)
+
+
+def test_what_cannot_be_tracked_is_named_with_the_reason() -> None:
+    model = Mixed()
+    assert list(select_layers(model)) == ["last"]
+    assert list(select_layers(model, ["*"])) == ["norm", "last"]
+    for name, reason in {
+        "attention": "'attention', a MultiheadAttention with 60 weights of its own, which is not",
+        "recurrent": "a GRU with 120 weights of its own",
+        "batch": "a BatchNorm1d with 8 weights of its own",
+        "up": "a ConvTranspose1d with 20 weights of its own",
+        "renormalised": "an? Embedding that cannot be tracked: max_norm changes its weights",
+        "scaled": "Embedding that cannot be tracked: scale_grad_by_freq",
+        "weightless": "a LayerNorm that cannot be tracked: it has no weight",
+    }.items():
+        with pytest.raises(LayerError, match=reason):
+            select_layers(model, [name])
+    layers = select_layers(model)
+    left = {each.name: each.weights for each in untracked(model, layers)}
+    assert left == {
+        "attention": 60, "attention.out_proj": 20, "recurrent": 120, "batch": 8, "up": 20, "renormalised": 20,
+        "scaled": 20, "norm": 8,
+    }  # fmt: skip
+    line = coverage(model, layers)
+    assert line.startswith("tracking 1 layer(s), 15 of 291 weights; not tracked: attention MultiheadAttention (60), ")
+    assert "2 Embedding (40)" in line
+
+
+def test_tied_weights_count_once() -> None:
+    model = gpt2(layers=1)
+    total = sum(each.numel() for each in model.parameters())
+    for patterns in (None, ["lm_head"], ["*"]):
+        layers = select_layers(model, patterns, model.lm_head)
+        tracked = sum(math.prod(layer.shape) for layer in layers.values())
+        assert tracked + sum(each.weights for each in untracked(model, layers)) == total
+    assert coverage(model, layers).endswith("weights")  # nothing is left out
+    assert [use.name for use in layers["transformer.wte"].uses] == ["transformer.wte", "lm_head"]
+    assert layers["transformer.wte"].shape == (VOCABULARY, 8)
+
+
+class Twins(nn.Module):
+    """Two linear layers of one weight, with one bias for both or only for the first."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.one, self.other, self.last = nn.Linear(4, 4), nn.Linear(4, 4, bias=both), nn.Linear(4, 3)
+        self.other.weight = self.one.weight
+        if both:
+            self.other.bias = self.one.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.last(torch.tanh(self.other(torch.tanh(self.one(inputs)))))
+        return result
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_linear_layers_of_one_weight_are_one_layer(tmp_path: Path, both: bool) -> None:
+    torch.manual_seed(0)
+    model, task, rows = Twins(both).double(), wf.Classification(), vectors()
+    study = wf.Study(tmp_path, model, task, train=rows)
+    assert list(study.layers) == ["one", "last"]
+    found = study.score(rows, study.fit("identity"), train_batch_size=5).values
+    weights = [*model.one.parameters(), *model.last.parameters()]
+    each = [
+        torch.cat(
+            [part.flatten() for part in torch.autograd.grad(task.train_loss(model, task.collate([row])), weights)]
+        )
+        for row in rows
+    ]
+    assert relative_error(found, torch.stack(each) @ torch.stack(each).T) < 1e-10
+
+
+def test_what_cannot_be_joined_is_refused() -> None:
+    model = Twins(both=True)
+    model.other.bias = nn.Parameter(torch.zeros(4))
+    with pytest.raises(LayerError, match="'one' and 'other' share one weight, and they have biases of their own"):
+        select_layers(model)
+    assert list(select_layers(model, ["last"])) == ["last"]
+    shared = nn.ModuleDict({"batch": nn.BatchNorm1d(4), "norm": nn.LayerNorm(4)})
+    shared["batch"].weight = shared["norm"].weight
+    with pytest.raises(LayerError, match="'batch' and 'norm' share one weight, and the gradient of one"):
+        select_layers(shared, ["norm"])
+    biases = Twins(both=True)
+    biases.last = nn.Linear(4, 4)
+    biases.last.bias = biases.one.bias
+    with pytest.raises(LayerError, match="'one' and 'last' share one bias"):
+        select_layers(biases)
+    turned = nn.ModuleList([nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)])
+    turned[1].weight = turned[2].weight = turned[0].weight
+    with pytest.raises(LayerError, match="'1' and '2' share one weight, and they have biases of their own"):
+        select_layers(turned, ["0"])
+
+
+class ChannelsFirst(nn.LayerNorm):
+    """One weight for each channel, which is not the last dimension."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+def test_a_normalisation_that_computes_in_its_own_way_is_not_taken_for_the_usual_one() -> None:
+    model = nn.Sequential(ChannelsFirst(3), nn.LayerNorm(3))
+    assert list(select_layers(model, ["*"])) == ["1"]
+    with pytest.raises(LayerError, match="a ChannelsFirst with 6 weights of its own"):
+        select_layers(model, ["0"])

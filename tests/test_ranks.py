@@ -1,0 +1,134 @@
+"""Several processes give what one gives, stop together, and go on where they were."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests import rank_worker
+from tests.models import relative_error
+from wherefrom.ranks import Ranks
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(job: str, run: Path, count: int, **variables: str) -> list[subprocess.Popen[str]]:
+    """Start processes as torchrun does, without its supervision."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.rank_worker", job, str(run)]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **shared, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def finished(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Exit status and standard error of each."""
+    outputs = [process.communicate(timeout=120)[1] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def results(run: Path) -> dict[str, Tensor]:
+    return {
+        f"{file.parent.relative_to(run)}/{name}": tensor
+        for file in run.rglob("tensors.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """What one process finds."""
+    found = {}
+    for job in ("mlp", "gpt2"):
+        run = tmp_path_factory.mktemp(job)
+        rank_worker.JOBS[job](run)
+        found[job] = results(run)
+    return found
+
+
+@pytest.mark.parametrize(("job", "count"), [("mlp", 2), ("gpt2", 3), ("sharded", 2)])
+def test_several_processes_give_what_one_gives(
+    tmp_path: Path, alone: dict[str, dict[str, Tensor]], job: str, count: int
+) -> None:
+    assert [status for status, _ in finished(start(job, tmp_path, count))] == [0] * count
+    found, expected = results(tmp_path), alone["gpt2" if job == "sharded" else job]
+    compared = [name for name in expected if "/eigenbasis/" not in name]  # eigenvectors have no sign
+    assert {name for name in found if "/eigenbasis/" not in name} == set(compared)
+    for name in compared:
+        assert relative_error(found[name], expected[name]) < 1e-9, name
+    assert not [path for path in tmp_path.rglob("*") if ".part" in path.name]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What three processes find."""
+    run = tmp_path_factory.mktemp("undisturbed")
+    assert all(status == 0 for status, _ in finished(start("slow", run, 3)))
+    return results(run)
+
+
+@pytest.mark.parametrize("kill", ["1:2", "0:9"])
+def test_a_killed_process_stops_the_others_and_the_run_goes_on(
+    tmp_path: Path, undisturbed: dict[str, Tensor], kill: str
+) -> None:
+    ends = finished(start("slow", tmp_path, 3, KILL=kill))
+    victim = int(kill[0])
+    assert ends[victim][0] == -signal.SIGKILL
+    for rank, (status, message) in enumerate(ends):
+        assert rank == victim or (status == 1 and "Another process of this run has stopped" in message)
+    assert all(status == 0 for status, _ in finished(start("slow", tmp_path, 3)))
+    found = results(tmp_path)
+    assert found.keys() == undisturbed.keys()
+    assert all((found[name] == tensor).all() for name, tensor in undisturbed.items())  # bit for bit
+    assert not [path for path in tmp_path.rglob("*") if ".part" in path.name]
+
+
+def test_an_error_in_one_process_is_everyone_s(tmp_path: Path) -> None:
+    ends = finished(start("poisoned", tmp_path, 2))
+    assert [status for status, _ in ends] == [1, 1]
+    assert "LossError: Process 1 of 2: eigenvalues: the loss of examples 6 to 11 is nan" in ends[0][1]
+    assert "LossError: eigenvalues: the loss of examples 6 to 11 is nan" in ends[1][1]
+    assert not results(tmp_path)
+
+
+def test_processes_with_different_models_are_refused(tmp_path: Path) -> None:
+    for status, message in finished(start("unlike", tmp_path, 2)):
+        assert status == 1
+        assert "RankError: model: process 0 of 2 has" in message
+    assert not results(tmp_path)
+
+
+@given(total=st.integers(0, 50), count=st.integers(1, 9))
+def test_shares_are_runs_of_about_equal_length(total: int, count: int) -> None:
+    shares = [Ranks(index, count).share(total) for index in range(count)]
+    assert [row for share in shares for row in share] == list(range(total))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(costs=st.lists(st.integers(1, 10**12), min_size=1, max_size=20), count=st.integers(1, 9))
+def test_unequal_costs_are_shared_in_runs(costs: list[int], count: int) -> None:
+    named: dict[str, float] = {str(place): cost for place, cost in enumerate(costs)}
+    shares = [Ranks(index, count).share_of(named) for index in range(count)]
+    assert [name for share in shares for name in share] == list(named)
+    largest = max(sum(named[name] for name in share) for share in shares)
+    assert largest <= sum(costs) / count + 1.0001 * max(costs)

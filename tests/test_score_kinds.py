@@ -1,0 +1,347 @@
+"""What kinds of scores must not depend on: blocks, shards, batches, ranks, kills; and what goes with what.
+
+`test_scores` holds them against brute force.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import wherefrom as wf
+from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
+from wherefrom.errors import InputError, MismatchError
+
+STRATEGIES = ["identity", "diagonal", "kfac", "ekfac"]
+CASES: list[CaseMaker] = [mlp_case, gpt2_case]
+each_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+each_case = pytest.mark.parametrize("make_case", CASES)
+
+
+def study_of(path: Path, case: Case, **options: object) -> wf.Study[object]:
+    return wf.Study(path, case.model, case.task, train=case.train, **options)  # type: ignore[arg-type]
+
+
+# Self-influence and norms.
+
+
+def test_a_training_example_as_query_has_a_cosine_of_one(tmp_path: Path) -> None:
+    case = gpt2_case()
+    study = study_of(tmp_path, case)
+    cosine = study.score(case.train, study.fit("ekfac"), self_influence=True).normalized("cosine").values
+    assert relative_error(cosine.diagonal(), torch.ones(len(case.train))) < 1e-9
+    assert int((cosine.argmax(1) == torch.arange(len(case.train))).sum()) == len(case.train)
+
+
+def test_self_influence_comes_with_pairwise_scores_and_changes_none(tmp_path: Path) -> None:
+    case = gpt2_case()
+    study = study_of(tmp_path, case)
+    factors = study.fit("ekfac")
+    plain = study.score(case.queries, factors)
+    small = study_of(tmp_path, case, memory_budget=1e-9)  # one resident query at a time
+    for name, each in (("one-block", study), ("blocks", small)):
+        scores = each.score(case.queries, factors, self_influence=True, name=name, train_batch_size=3)
+        assert scores.self_influence is not None
+        assert scores.query_self_influence is not None
+        assert relative_error(scores.values, plain.values) < 1e-9
+        assert relative_error(scores.self_influence, study.self_influence(factors)) < 1e-9
+        as_train = wf.Study(tmp_path / f"queries-{name}", case.model, case.task, train=case.queries)
+        assert relative_error(scores.query_self_influence, as_train.self_influence(factors)) < 1e-9
+
+
+def test_an_example_without_a_gradient_has_normalized_scores_of_zero() -> None:
+    values = torch.tensor([[0.0, 2.0], [0.0, -4.0]])
+    own = torch.tensor([0.0, 4.0])
+    scores = wf.Scores(
+        values, {}, self_influence=own, query_self_influence=torch.tensor([4.0, 16.0]), preconditioned_norms=own
+    )
+    assert scores.normalized("cosine").values.tolist() == [[0, 0.5], [0, -0.5]]
+    assert scores.normalized("relatif").values.tolist() == [[0, 1], [0, -2]]
+    assert scores.normalized("theta-relatif").values.tolist() == [[0, 0.5], [0, -1]]
+
+
+def test_self_influence_is_kept_and_reused_and_half_precision_is_close(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float32)
+    study = study_of(tmp_path, case)
+    factors = study.fit("ekfac")
+    found = [study.self_influence(factors, batch_size=size, overwrite=True) for size in (1, 5, 14)]
+    assert max(relative_error(each, found[0]) for each in found) < 1e-5
+    half = study.self_influence(factors, half_precision=True)
+    assert 0 < relative_error(half, found[0]) < 0.05
+    assert torch.equal(study.self_influence(factors), found[-1])
+    with pytest.raises(MismatchError, match="damping: stored 0.1 x mean eigenvalue, now 1.0"):
+        study.self_influence(factors, damping=1.0)
+    other = study.self_influence(factors, damping=1.0, name="other")
+    assert relative_error(other, found[0]) > 0.01
+
+
+# Parts by layer.
+
+
+def test_groups_sum_their_layers_in_every_block(tmp_path: Path) -> None:
+    case = gpt2_case()
+    study = study_of(tmp_path, case)
+    factors = study.fit("ekfac")
+    layers = study.score(case.queries, factors, per_layer=True).layers
+    groups = {"attention": ["*.attn.*"], "mlp": ["*.0.mlp.c_fc", "*.0.mlp.c_proj"]}
+    small = study_of(tmp_path, case, memory_budget=1e-9)
+    found = small.score(case.queries, factors, per_layer=groups)
+    assert set(found.layers) == {"attention", "mlp", "other"}
+    expected = {
+        "attention": [name for name in layers if ".attn." in name],
+        "mlp": [name for name in layers if ".0.mlp." in name],
+        "other": [name for name in layers if ".1.mlp." in name],
+    }
+    for group, names in expected.items():
+        assert relative_error(found.layers[group], torch.stack([layers[name] for name in names]).sum(0)) < 1e-9
+    mlp = found.of_layers("mlp")
+    assert torch.equal(mlp.values, found.layers["mlp"])
+    assert len(mlp.top(2)) == 2 * len(case.queries)
+    with pytest.raises(InputError, match=r"'mpl'.*attention, "):
+        found.of_layers("mpl")
+
+
+# Sums over examples.
+
+
+@pytest.mark.parametrize(("strategy", "how"), [("identity", "sum"), ("diagonal", "mean"), ("kfac", "sum")])
+def test_aggregated_scores_do_not_depend_on_the_batch(tmp_path: Path, strategy: str, how: str) -> None:
+    case = gpt2_case()
+    study = study_of(tmp_path, case)
+    factors = study.fit(strategy)
+    values = study.score(case.queries, factors).values
+    reduce: Callable[[Tensor, int], Tensor] = {
+        "sum": lambda tensor, axis: tensor.sum(axis, keepdim=True),
+        "mean": lambda tensor, axis: tensor.mean(axis, keepdim=True),
+    }[how]
+    for size in (1, 4, None):
+        options: dict[str, object] = {"query_batch_size": size, "train_batch_size": size, "overwrite": True}
+        queries = study.score(case.queries, factors, aggregate_queries=how, **options).values  # type: ignore[arg-type]
+        assert queries.shape == (1, len(case.train))
+        assert relative_error(queries, reduce(values, 0)) < 1e-9
+        train = study.score(case.queries, factors, aggregate_train=how, **options).values  # type: ignore[arg-type]
+        assert train.shape == (len(case.queries), 1)
+        assert relative_error(train, reduce(values, 1)) < 1e-9
+        options |= {"aggregate_queries": how, "aggregate_train": how}
+        both = study.score(case.queries, factors, **options).values  # type: ignore[arg-type]
+        assert both.shape == (1, 1)
+        assert relative_error(both, reduce(reduce(values, 0), 1)) < 1e-9
+
+
+def test_aggregation_in_blocks_shards_layers_ranks_and_half_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = gpt2_case(torch.float32)
+    study = study_of(tmp_path, case)
+    factors = study.fit("ekfac")
+    plain = study.score(case.queries, factors, per_layer=True)
+    monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", 4)
+    monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 1)
+    small = study_of(tmp_path, case, memory_budget=1e-9)
+    train = small.score(case.queries, factors, aggregate_train="sum", per_layer=True)
+    assert relative_error(train.values, plain.values.sum(1, keepdim=True)) < 1e-4
+    queries = small.score(case.queries, factors, aggregate_queries="sum", per_layer=True)
+    assert relative_error(queries.values, plain.values.sum(0, keepdim=True)) < 1e-4
+    for layer, part in plain.layers.items():
+        assert relative_error(train.layers[layer], part.sum(1, keepdim=True)) < 1e-4
+        assert relative_error(queries.layers[layer], part.sum(0, keepdim=True)) < 1e-4
+    low = study.score(case.queries, factors, query_rank=2).values.sum(1, keepdim=True)
+    low_sum = study.score(case.queries, factors, query_rank=2, aggregate_train="sum").values
+    assert relative_error(low_sum, low) < 1e-4
+    half = study.score(case.queries, factors, half_precision=True).values
+    for argument, axis in (("aggregate_queries", 0), ("aggregate_train", 1)):
+        found = study.score(case.queries, factors, half_precision=True, **{argument: "sum"})  # type: ignore[arg-type]
+        assert relative_error(found.values, half.sum(axis, keepdim=True)) < 0.05
+
+
+# The extremes of each query.
+
+
+def expected_extremes(values: Tensor, k: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Training positions of the highest and the lowest scores, earlier ones first among equals."""
+    rows = [list(enumerate(row)) for row in values.tolist()]
+    highest = [[place for place, _ in sorted(row, key=lambda pair: (-pair[1], pair[0]))[:k]] for row in rows]
+    lowest = [[place for place, _ in sorted(row, key=lambda pair: (pair[1], pair[0]))[:k]] for row in rows]
+    return highest, lowest
+
+
+@pytest.mark.parametrize("strategy", ["identity", "ekfac"])
+def test_top_scores_are_the_extremes_of_the_matrix(
+    tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = gpt2_case()
+    case.train += case.train[:6]  # equal examples have equal scores
+    study = study_of(tmp_path, case)
+    factors = study.fit(strategy)
+    values = study.score(case.queries, factors, train_batch_size=1).values
+    highest, lowest = expected_extremes(values, 5)
+    for shard, size, budget in ((512, 1, None), (7, 3, None), (4, 2, 1e-9)):
+        monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", shard)
+        monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 1)
+        each = study_of(tmp_path, case, memory_budget=budget)
+        top = each.score_top(case.queries, factors, k=5, train_batch_size=size, overwrite=True)
+        assert relative_error(top.values, values.gather(1, torch.tensor(highest))) < 1e-9
+        assert relative_error(top.lowest_values, values.gather(1, torch.tensor(lowest))) < 1e-9
+        assert relative_error(values.gather(1, top.train), top.values) < 1e-9
+        assert relative_error(values.gather(1, top.lowest_train), top.lowest_values) < 1e-9
+        if size == 1:
+            assert top.train.tolist() == highest
+            assert top.lowest_train.tolist() == lowest
+    loaded = wf.TopScores.load(tmp_path / "scores" / f"{strategy}-top5")
+    assert torch.equal(loaded.train, top.train)
+    hits = loaded.top(2)
+    assert [(hit.query, hit.rank) for hit in hits[:4]] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [hit.train for hit in hits[:2]] == top.train[0, :2].tolist()
+
+
+def test_top_scores_of_few_examples_are_all_of_them(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = study_of(tmp_path, case)
+    factors = study.fit("ekfac")
+    top = study.score_top(case.queries, factors)
+    values = study.score(case.queries, factors).values
+    assert top.values.shape == values.shape
+    assert [hit[:3] for hit in top.top(4)] == [hit[:3] for hit in wf.Scores(values, {}).top(4)]
+    with pytest.raises(InputError, match="k=0"):
+        study.score_top(case.queries, factors, k=0)
+
+
+def test_top_scores_of_low_rank_and_half_precision(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float32)
+    study = study_of(tmp_path, case)
+    factors = study.fit("ekfac")
+    low = study.score(case.queries, factors, query_rank=2, half_precision=True)
+    top = study.score_top(case.queries, factors, k=3, query_rank=2, half_precision=True)
+    assert torch.equal(top.values, low.values.topk(3, dim=1).values)
+    assert top.query_errors is not None
+    assert low.query_errors is not None
+    assert torch.equal(top.query_errors, low.query_errors)
+
+
+def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file that is ever written holds fewer numbers than the matrix would; they are looked at as they appear."""
+    from wherefrom import store
+
+    case = mlp_case()
+    case.train = case.train * 8  # 96
+    monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", 12)
+    monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 1)
+    study = study_of(tmp_path, case, checkpoint_seconds=0)
+    factors = study.fit("identity")
+    written: list[int] = []
+    original = store._write_tensors
+
+    def watched(file: Path, tensors: dict[str, Tensor], header: dict[str, object]) -> str:
+        written.append(max(tensor.numel() for tensor in tensors.values()))
+        return original(file, tensors, header)
+
+    def refused(*arguments: object) -> Tensor:
+        raise AssertionError("a matrix was made")
+
+    monkeypatch.setattr(store, "_write_tensors", watched)
+    monkeypatch.setattr("wherefrom.scoring.scratch_matrix", refused)
+    study.score_top(case.queries, factors, k=3, train_batch_size=4)
+    assert len(written) > 8
+    assert max(written) == 12 * len(case.queries)  # the sums of a shard under way
+    assert [path.name for path in (tmp_path / "scores").iterdir()] == ["identity-top3"]
+    with safe_open(tmp_path / "scores" / "identity-top3" / "tensors.safetensors", "pt") as file:
+        assert {tuple(file.get_tensor(name).shape) for name in file.keys()} == {(len(case.queries), 3)}  # noqa: SIM118
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+import torch
+import wherefrom.plan
+from tests.models import mlp_case
+from tests.resume_worker import Slow
+import wherefrom as wf
+wherefrom.plan.SHARD_ROWS, wherefrom.plan.SHARD_BYTES = 4, 1
+case, task = mlp_case(torch.float32), Slow()
+task._log = Path(sys.argv[2])
+study = wf.Study(sys.argv[1], case.model, task, train=case.train, checkpoint_seconds=0)
+factors = study.fit("identity")
+study.score_top(case.queries, factors, k=3, train_batch_size=2, query_batch_size=5)
+study.score(
+    case.queries, factors, per_layer=True, self_influence=True, train_batch_size=2, query_batch_size=5, name="all"
+)
+study.self_influence(factors, batch_size=2)
+"""
+
+
+def lines(log: Path) -> int:
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
+    def start(run: Path, log: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", WORKER, str(run), str(log)]
+        return subprocess.Popen(command, cwd=Path(__file__).parents[1])
+
+    def results(run: Path) -> dict[str, Tensor]:
+        return {
+            f"{file.parent.relative_to(run)}/{name}": tensor
+            for file in run.rglob("tensors.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+
+    assert start(tmp_path / "whole", tmp_path / "whole.log").wait() == 0
+    expected, batches = results(tmp_path / "whole"), lines(tmp_path / "whole.log")
+    run, log = tmp_path / "run", tmp_path / "log"
+    kills = (5, 14)
+    for after in kills:
+        process = start(run, log)
+        while lines(log) < after and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert start(run, log).wait() == 0
+    found = results(run)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert lines(log) <= batches + 5 * len(kills)
+    assert not [path.name for path in run.rglob("*") if ".part" in path.name or ".blocks" in path.name]
+
+
+# Wrong use.
+
+
+def test_each_call_refuses_the_options_of_another(tmp_path: Path) -> None:
+    """A keyword that would change nothing must not be taken for one that did."""
+    case = mlp_case()
+    study = study_of(tmp_path, case)
+    factors = study.fit("identity")
+    calls: list[tuple[Callable[..., object], dict[str, object]]] = [
+        (study.score, {"top": 3}),
+        (study.score, {"per_layers": True}),
+        (study.score_top, {"per_layer": True}),
+        (study.score_top, {"rescore": 2, "query_rank": 2}),
+        (study.score_top, {"aggregate_train": "sum"}),
+        (study.score_tokens, {"per_layer": True}),
+        (study.score_tokens, {"self_influence": True}),
+    ]
+    for call, options in calls:
+        with pytest.raises((TypeError, InputError), match=next(iter(options))):
+            call(case.queries, factors, **options)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_tokens_belong_to_scores_that_keep_more_beside_the_same_values(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = study_of(tmp_path, case)
+    factors = study.fit("ekfac")
+    tokens = study.score_tokens(case.queries, factors)
+    for options in ({"self_influence": True}, {"per_layer": True}):
+        assert not tokens.differences(study.score(case.queries, factors, **options).fingerprint)  # type: ignore[arg-type]
+    aggregated = study.score(case.queries, factors, aggregate_train="sum")
+    assert tokens.differences(aggregated.fingerprint)

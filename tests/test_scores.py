@@ -1,0 +1,232 @@
+"""Kinds of scores: self-influence, normalised, by layer, aggregated, the highest alone; each against brute force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import wherefrom as wf
+from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
+from tests.reference import BruteForce
+from wherefrom.curvature import STRATEGIES
+from wherefrom.errors import InputError
+from wherefrom.options import Options, PairwiseOptions
+from wherefrom.scores import extremes, merged_extremes
+
+CASES: dict[str, CaseMaker] = {"mlp": mlp_case, "gpt2": gpt2_case}
+
+
+def study_of(case: Case, folder: Path) -> wf.Study[object]:
+    return wf.Study(folder, case.model, case.task, train=case.train)
+
+
+def brute_force(case: Case, study: wf.Study[object], strategy: str) -> dict[str, Tensor]:
+    """Scores of train x train, queries x queries and queries x train, and the norms of preconditioned gradients."""
+    found = BruteForce(case.model, case.task, list(study.layers), case.train, case.queries, seed=0)
+    rows = {"train": found.train, "queries": found.queries}
+    total: dict[str, Tensor] = {}
+    for layer in found.layers:
+        gradients = {name: torch.stack([row[layer].flatten() for row in each]) for name, each in rows.items()}
+        size = gradients["train"].shape[1]
+        inverse = torch.eye(size, dtype=torch.float64)
+        if strategy != "identity":
+            matrix = found.curvature(strategy, layer)
+            damping = 0.1 * matrix.diagonal().mean()
+            inverse = torch.linalg.inv(matrix + damping * inverse)
+        conditioned = gradients["train"] @ inverse
+        parts = {
+            "train": gradients["train"] @ conditioned.T,
+            "queries": gradients["queries"] @ inverse @ gradients["queries"].T,
+            "pairs": gradients["queries"] @ conditioned.T,
+            "squared norms": conditioned.square().sum(1),
+        }
+        for name, part in parts.items():
+            total[name] = total.get(name, torch.zeros_like(part)) + part
+        total[f"pairs of {layer}"] = parts["pairs"]
+    return {name: each.detach() for name, each in total.items()}
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_self_influence_and_norms_equal_brute_force(tmp_path: Path, make: CaseMaker, strategy: str) -> None:
+    case = make(torch.float64)
+    study = study_of(case, tmp_path)
+    factors = study.fit(strategy)
+    expected = brute_force(case, study, strategy)
+    alone = study.self_influence(factors, batch_size=5)
+    assert relative_error(alone, expected["train"].diagonal()) < 1e-8
+    scores = study.score(case.queries, factors, self_influence=True, train_batch_size=4)
+    assert scores.self_influence is not None and scores.query_self_influence is not None
+    assert relative_error(scores.values, expected["pairs"]) < 1e-8
+    assert relative_error(scores.self_influence, expected["train"].diagonal()) < 1e-8
+    assert relative_error(scores.query_self_influence, expected["queries"].diagonal()) < 1e-8
+    queries, train = expected["queries"].diagonal().sqrt(), expected["train"].diagonal().sqrt()
+    cosine = scores.normalized("cosine")
+    assert relative_error(cosine.values, expected["pairs"] / torch.outer(queries, train)) < 1e-8
+    assert cosine.values.abs().max() <= 1 + 1e-12
+    assert relative_error(scores.normalized("relatif").values, expected["pairs"] / train) < 1e-8
+    norms = expected["squared norms"].sqrt()
+    assert relative_error(scores.normalized("theta-relatif").values, expected["pairs"] / norms) < 1e-8
+    assert len(cosine.top(2)) == 2 * len(case.queries)
+
+
+@pytest.mark.parametrize("strategy", ["identity", "ekfac"])
+def test_parts_of_layers_equal_brute_force_and_add_up(tmp_path: Path, strategy: str) -> None:
+    case = gpt2_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit(strategy)
+    expected = brute_force(case, study, strategy)
+    scores = study.score(case.queries, factors, per_layer=True, train_batch_size=3)
+    assert set(scores.layers) == set(study.layers)
+    for layer in study.layers:
+        assert relative_error(scores.of_layers(layer).values, expected[f"pairs of {layer}"]) < 1e-8
+    assert relative_error(sum(scores.layers.values(), torch.zeros(())), scores.values) < 1e-12
+    groups = {"attention": ["*.attn.*"], "mlp": ["*.mlp.c_fc", "*.mlp.c_proj"]}
+    grouped = study.score(case.queries, factors, per_layer=groups)
+    attention = sum((each for name, each in scores.layers.items() if ".attn." in name), torch.zeros(()))
+    assert relative_error(grouped.of_layers("attention").values, attention) < 1e-12
+    with pytest.raises(InputError, match=r"expected a layer or group whose part was kept: attention, mlp"):
+        grouped.of_layers("mpl")
+
+
+@pytest.mark.parametrize(
+    ("queries", "train"), [("sum", None), ("mean", None), (None, "sum"), (None, "mean"), ("mean", "sum")]
+)
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_aggregated_scores_equal_sums_of_the_matrix(
+    tmp_path: Path, make: CaseMaker, queries: str | None, train: str | None
+) -> None:
+    case = make(torch.float64)
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    expected = study.score(case.queries, factors).values
+    if queries:
+        expected = expected.sum(0, keepdim=True) / (len(case.queries) if queries == "mean" else 1)
+    if train:
+        expected = expected.sum(1, keepdim=True) / (len(case.train) if train == "mean" else 1)
+    options: PairwiseOptions = {"query_batch_size": 2, "train_batch_size": 5, "per_layer": True}
+    options |= {"aggregate_queries": queries, "aggregate_train": train}  # type: ignore[typeddict-item]
+    scores = study.score(case.queries, factors, **options)
+    assert scores.values.shape == expected.shape
+    assert relative_error(scores.values, expected) < 1e-9
+    assert relative_error(sum(scores.layers.values(), torch.zeros(())), expected) < 1e-9
+
+
+def test_summed_queries_may_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block's gradients are added to one before the next block's are made."""
+    from wherefrom.plan import Plan
+
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    expected = study.score(case.queries, factors).values.sum(0, keepdim=True)
+    original = Plan.__init__
+
+    def smaller(self: Plan, *arguments: object) -> None:
+        original(self, *arguments)  # type: ignore[arg-type]
+        object.__setattr__(self, "block", 2)
+
+    monkeypatch.setattr(Plan, "__init__", smaller)
+    scores = study.score(case.queries, factors, aggregate_queries="sum")
+    assert relative_error(scores.values, expected) < 1e-9
+
+
+def test_the_highest_alone_equal_those_of_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = gpt2_case()
+    case.train += [case.train[3], case.train[3]]  # equal scores: the earlier comes first
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    values = study.score(case.queries, factors, train_batch_size=1).values
+    monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", 3)
+    monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 1)
+    top = study.score_top(case.queries, factors, k=5, train_batch_size=1)
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :5]
+    assert torch.equal(top.train, order)
+    assert relative_error(top.values, values.gather(1, order)) < 1e-12
+    assert torch.equal(top.lowest_train, values.sort(dim=1, stable=True).indices[:, :5])
+    assert [hit.train for hit in top.top(2)] == order[:, :2].flatten().tolist()
+    sizes = [file.stat().st_size for file in (tmp_path / "scores" / "ekfac-top5").rglob("*")]
+    assert max(sizes) < 4000
+    with pytest.raises(InputError, match=r"k=6: expected 1 to 5"):
+        top.top(6)
+    with pytest.raises(InputError, match=r"only the highest and lowest"):
+        wf.Scores.load(tmp_path / "scores" / "ekfac-top5")
+
+
+@given(values=st.lists(st.integers(-3, 3), min_size=1, max_size=30), k=st.integers(1, 5), cut=st.integers(1, 7))
+def test_merged_extremes_are_those_of_the_whole(values: list[int], k: int, cut: int) -> None:
+    row = torch.tensor([values], dtype=torch.float64)
+    positions = torch.arange(len(values))
+    runs = zip(row.split(cut, 1), positions.split(cut), strict=True)
+    merged = merged_extremes([extremes(part, place, k) for part, place in runs], k)
+    ordered = sorted(range(len(values)), key=lambda place: (-values[place], place))[:k]
+    assert merged["train"].tolist() == [ordered]
+    lowest = sorted(range(len(values)), key=lambda place: (values[place], place))[:k]
+    assert merged["lowest_train"].tolist() == [lowest]
+    assert merged["lowest_values"].tolist() == [[values[place] for place in lowest]]
+
+
+def test_kinds_are_kept_apart_and_loaded(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    study.score(case.queries, factors)
+    study.score(case.queries, factors, self_influence=True, per_layer=True)
+    study.score_top(case.queries, factors, k=3)
+    study.self_influence(factors)
+    kept = {path.name for path in (tmp_path / "scores").iterdir()}
+    assert kept == {"ekfac", "ekfac-layers-self", "ekfac-top3"}
+    again = wf.Scores.load(tmp_path / "scores" / "ekfac-layers-self")
+    assert again.self_influence is not None and set(again.layers) == set(study.layers)
+    before = (tmp_path / "self_influence" / "ekfac" / "tensors.safetensors").stat().st_mtime_ns
+    study.self_influence(factors)
+    assert (tmp_path / "self_influence" / "ekfac" / "tensors.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aggregate_queries": "median"}, r"aggregate_queries='median': expected 'sum', 'mean' or None"),
+        ({"aggregate_queries": "sum", "query_rank": 2}, r"query_rank=2 with aggregate_queries='sum'"),
+        ({"aggregate_train": "sum", "self_influence": True}, r"self_influence=True belongs to single examples"),
+        ({"query_rank": 2, "rescore": 2, "per_layer": True}, r"rescore=2 replaces single scores"),
+        ({"per_layer": {"one": ["first"], "two": ["f*"]}}, r"'first' is in the groups 'one' and 'two'"),
+        ({"per_layer": {"one": ["nothing*"]}}, r"'nothing\*' of group 'one' matches no tracked layer"),
+    ],
+)
+def test_impossible_options_are_refused(tmp_path: Path, options: PairwiseOptions, message: str) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit("identity")
+    with pytest.raises(InputError, match=message):
+        study.score(case.queries, factors, **options)
+    assert not list((tmp_path / "scores").glob("*/tensors.safetensors"))
+
+
+def test_scores_without_norms_say_how_to_get_them(tmp_path: Path) -> None:
+    case = mlp_case()
+    scores = study_of(case, tmp_path).score(case.queries, study_of(case, tmp_path).fit("identity"))
+    with pytest.raises(InputError, match=r"score with self_influence=True"):
+        scores.normalized("cosine")
+
+
+def test_half_precision_and_low_rank_keep_what_they_are_asked_for(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float32)
+    study = study_of(case, tmp_path)
+    exact = study.self_influence(study.fit("ekfac"))
+    factors = study.fit("ekfac", half_precision=True)
+    half = study.self_influence(factors, half_precision=True)
+    assert relative_error(half, exact) < 0.05
+    thin = study.score(case.queries, factors, query_rank=1, per_layer=True, self_influence=True)
+    assert thin.query_errors is not None and thin.self_influence is not None
+    assert relative_error(sum(thin.layers.values(), torch.zeros(())), thin.values) < 1e-5
+
+
+def test_options_are_documented_once_and_have_defaults() -> None:
+    assert set(get_type_hints(PairwiseOptions)) | {"top"} == set(get_type_hints(Options))

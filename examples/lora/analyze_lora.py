@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.append(str(Path(__file__).parents[1] / "wikitext"))
 from data import load_data
 from models import BLOCK_SIZES, load_base
-from training import TrainSettings, finetune, perplexity
+from training import TrainSettings, perplexity, train
 
 import wherefrom as wf
 from wherefrom.evaluate.labels import label_agreement
@@ -152,22 +152,22 @@ def train_adapters(arguments: Arguments) -> tuple[PeftModel, Texts, dict[str, fl
     limits = (arguments.max_train_examples, arguments.max_query_examples)
     texts = Texts(tokenizer, *load_data("wikipedia", tokenizer, BLOCK_SIZES["small"], *limits))
     before = perplexity(base, texts.queries, EVAL_BATCH_SIZE)
-    start = with_adapters(base, arguments.rank, arguments.seed)
+    tuned = with_adapters(base, arguments.rank, arguments.seed)
     settings = TrainSettings(
         batch_size=arguments.train_batch_size,
         learning_rate=arguments.learning_rate,
         num_epochs=arguments.num_train_epochs,
     )
     began = time.perf_counter()
-    tuned = finetune(start, texts.train, settings, arguments.seed, "Fine-tuning")
+    train(base, texts.train, settings, arguments.seed, "Fine-tuning")
     seconds = time.perf_counter() - began
-    after = perplexity(tuned, texts.queries, EVAL_BATCH_SIZE)
+    after = perplexity(base, texts.queries, EVAL_BATCH_SIZE)
     console.print(f"Perplexity of {len(texts.queries):,} queries: {before:.1f}, then {after:.1f} ({seconds:.0f} s).")
     return tuned, texts, {"before": before, "after": after}
 
 
 def with_adapters(base: PreTrainedModel, rank: int, seed: int) -> PeftModel:
-    """The model with an adapter of that rank beside every matrix of its blocks."""
+    """Put an adapter of that rank beside every matrix of the model's blocks; the model itself is changed."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED, fan_in_fan_out=True, task_type="CAUSAL_LM")
     model: PeftModel = get_peft_model(base, config)

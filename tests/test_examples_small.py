@@ -1,4 +1,4 @@
-"""The diabetes and LoRA examples at a size for tests: their numbers against retraining and autograd done another way."""
+"""The diabetes and LoRA examples at a small size: their numbers against retraining and gradients made another way."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Ridge
 from tokenizers import ByteLevelBPETokenizer
@@ -19,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import wherefrom as wf
 
+Array = NDArray[np.float64]
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRAIN, TEST, DECAY = 40, 6, 0.05
 
@@ -38,7 +40,7 @@ def found(diabetes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return numbers
 
 
-def patients() -> tuple[list[np.ndarray], list[np.ndarray]]:
+def patients() -> tuple[list[Array], list[Array]]:
     """Features, with a column of ones, and targets, of the training and of the test patients."""
     features, targets = load_diabetes(return_X_y=True)
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).numpy()
@@ -53,7 +55,7 @@ def patients() -> tuple[list[np.ndarray], list[np.ndarray]]:
 def test_leaving_out_agrees_with_ridge_regression_trained_again(found: dict[str, Any]) -> None:
     (rows, test_rows), (targets, test_targets) = patients()
 
-    def loss(kept: np.ndarray) -> float:
+    def loss(kept: NDArray[np.int64]) -> float:
         # The example divides the loss by the number of all patients, so the sum is weighed against all of their decay.
         ridge = Ridge(alpha=TRAIN * DECAY, fit_intercept=False, solver="cholesky").fit(rows[kept], targets[kept])
         return float(0.5 * np.square(ridge.predict(test_rows) - test_targets).mean())

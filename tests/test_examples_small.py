@@ -116,10 +116,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe.train_from_iterator(texts, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 300, "n_positions": 128, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    models.save(
-        models.small_folder(path), GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)), tokenizer
-    )
+    config = GPT2Config(vocab_size=300, n_positions=128, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    models.save(models.small_folder(path), GPT2LMHeadModel(config), tokenizer)
     return path
 
 

@@ -97,7 +97,7 @@ def test_the_mlp_without_one_patient_is_where_another_optimiser_ends(diabetes: d
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         decay = sum((each.square().sum() for each in model.parameters()), torch.zeros((), dtype=torch.float64))
-        loss = 0.5 * (model(rest[0]) - rest[1]).square().sum() / TRAIN + 0.5 * DECAY * decay
+        loss: torch.Tensor = 0.5 * (model(rest[0]) - rest[1]).square().sum() / TRAIN + 0.5 * DECAY * decay
         torch.autograd.backward(loss)
         return loss
 

@@ -223,12 +223,13 @@ def comparison(facts: Mapping[str, Mapping[str, float]], correlations: torch.Ten
     left, right = plot.subplots(1, 2)
     left.hist(correlations.numpy(), bins=20, color=BLUE, alpha=0.7)
     left.set(xlabel="Spearman correlation of a query's scores", ylabel="Queries", xlim=(None, 1))
+    left.yaxis.get_major_locator().set_params(integer=True)
     heights, errors = ([each[key] for each in facts.values()] for key in ("topic_agreement", "topic_agreement_error"))
     right.bar(list(facts), heights, yerr=errors, color=BLUE, alpha=0.7, width=0.5, capsize=3)
     chance = next(iter(facts.values()))["topic_chance"]
     right.axhline(chance, color=INK, linewidth=0.9, dashes=(5, 3), label="random pairs")
     right.set(ylabel="Top 10 with the query's topic", ylim=(0, None))
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     return plot

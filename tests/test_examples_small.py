@@ -1,0 +1,156 @@
+"""The diabetes and LoRA examples at a small size: their numbers against retraining and gradients made another way."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import data
+import models
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from sklearn.datasets import load_diabetes
+from sklearn.linear_model import Ridge
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import wherefrom as wf
+
+Array = NDArray[np.float64]
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TRAIN, TEST, DECAY = 40, 6, 0.05
+
+
+@pytest.fixture(scope="module")
+def diabetes() -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLES / "diabetes" / "leave_one_out.py"))
+
+
+@pytest.fixture(scope="module")
+def found(diabetes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    run = tmp_path_factory.mktemp("diabetes")
+    options = {"hidden": 2, "weight_decay": DECAY, "num_test": TEST, "max_train_examples": TRAIN}
+    diabetes["main"](diabetes["Arguments"](run_dir=run, **options))
+    assert (run / "evaluation" / "leave-one-out.png").read_bytes().startswith(b"\x89PNG")
+    numbers: dict[str, Any] = json.loads((run / "evaluation" / "leave-one-out.json").read_text())
+    return numbers
+
+
+def patients() -> tuple[list[Array], list[Array]]:
+    """Features, with a column of ones, and targets, of the training and of the test patients."""
+    features, targets = load_diabetes(return_X_y=True)
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).numpy()
+    test, train = order[:TEST], order[TEST:][:TRAIN]
+    columns = np.column_stack([features, targets])
+    columns = (columns - columns[train].mean(0)) / columns[train].std(0, ddof=1)
+    ones = np.ones((len(columns), 1))
+    rows = np.hstack([columns[:, :-1], ones])
+    return [rows[train], rows[test]], [columns[train, -1], columns[test, -1]]
+
+
+def test_leaving_out_agrees_with_ridge_regression_trained_again(found: dict[str, Any]) -> None:
+    (rows, test_rows), (targets, test_targets) = patients()
+
+    def loss(kept: NDArray[np.int64]) -> float:
+        # The example divides the loss by the number of all patients, so the sum is weighed against all of their decay.
+        ridge = Ridge(alpha=TRAIN * DECAY, fit_intercept=False, solver="cholesky").fit(rows[kept], targets[kept])
+        return float(0.5 * np.square(ridge.predict(test_rows) - test_targets).mean())
+
+    everyone = np.arange(TRAIN)
+    measured = [loss(everyone[everyone != left_out]) - loss(everyone) for left_out in range(TRAIN)]
+    np.testing.assert_allclose(found["linear"]["measured"], measured, rtol=0, atol=1e-12)
+
+
+def test_scores_over_examples_are_the_exact_first_order_change_of_linear_regression(found: dict[str, Any]) -> None:
+    (rows, test_rows), (targets, test_targets) = patients()
+    hessian = rows.T @ rows / TRAIN + DECAY * np.eye(rows.shape[1])
+    weights = np.linalg.solve(hessian, rows.T @ targets / TRAIN)
+    slope = (test_rows * (test_rows @ weights - test_targets)[:, None]).mean(0)
+    expected = slope @ np.linalg.solve(hessian, (rows * (rows @ weights - targets)[:, None]).T) / TRAIN
+    predicted = found["linear"]["predicted"]
+    for name in ("kfac", "ekfac", "Gauss-Newton", "Hessian"):
+        np.testing.assert_allclose(predicted[name], expected, rtol=1e-8, atol=1e-12)
+    assert found["linear"]["facts"]["error after correction, kfac"] < 1e-10
+
+
+def test_the_mlp_without_one_patient_is_where_another_optimiser_ends(diabetes: dict[str, Any]) -> None:
+    options = diabetes["Arguments"](num_test=TEST, max_train_examples=TRAIN)
+    split = diabetes["Data"].load(options)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1)).double()
+    problem = diabetes["Retraining"](model, split, DECAY)
+    start = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    kept = torch.ones(TRAIN, dtype=torch.float64)
+    optimum = problem.solve(start, kept)
+    without = problem.solve(optimum, kept.index_fill(0, torch.tensor(3), 0))
+
+    torch.nn.utils.vector_to_parameters(optimum.clone(), model.parameters())
+    rest = [torch.cat([each[:3], each[4:]]) for each in split.train]
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), max_iter=2000, tolerance_grad=1e-11, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        decay = sum((each.square().sum() for each in model.parameters()), torch.zeros((), dtype=torch.float64))
+        loss: torch.Tensor = 0.5 * (model(rest[0]) - rest[1]).square().sum() / TRAIN + 0.5 * DECAY * decay
+        torch.autograd.backward(loss)
+        return loss
+
+    optimizer.step(closure)
+    other = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    torch.testing.assert_close(without, other, rtol=0, atol=1e-6)
+    assert float((without - optimum).norm()) > 1e-3  # leaving out has moved it far more than that
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 in the place of the pre-trained small one."""
+    path = tmp_path_factory.mktemp("cache")
+    bpe = ByteLevelBPETokenizer()
+    texts = [lead.text for lead in data.labelled_leads("query")[:20]]
+    bpe.train_from_iterator(texts, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=128, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    models.save(models.small_folder(path), GPT2LMHeadModel(config), tokenizer)
+    return path
+
+
+def test_lora_scores_are_products_of_adapter_gradients(cache: Path, tmp_path: Path) -> None:
+    lora = runpy.run_path(str(EXAMPLES / "lora" / "analyze_lora.py"))
+    options = lora["Arguments"](
+        run_dir=tmp_path, cache_dir=cache, rank=2, max_train_examples=10, max_query_examples=3, strategy="identity"
+    )
+    lora["main"](options)
+    numbers = json.loads((tmp_path / "evaluation" / "adapters.json").read_text())
+    sizes = {(16, 48), (16, 16), (16, 64), (64, 16)}  # inputs and outputs of the four matrices, all with an adapter
+    assert numbers["analyses"]["adapters"]["tracked_weights"] == sum(2 * (each[0] + each[1]) for each in sizes)
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+    model, texts, perplexity = lora["train_adapters"](options)  # repeatable, so the same weights again
+    assert perplexity == numbers["perplexity"]
+    adapters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    assert adapters and all("lora_" in name for name in adapters)
+    before = models.load_base("small", cache)[0].state_dict()
+    frozen = model.state_dict()
+    assert all(
+        torch.equal(value, frozen["base_model.model." + name.replace(f"{part}.", f"{part}.base_layer.")])
+        for name, value in before.items()
+        for part in [name.split(".")[-2]]
+        if part in lora["ADAPTED"]
+    )
+
+    def gradient(row: dict[str, Any]) -> torch.Tensor:
+        tokens = torch.tensor([row["input_ids"]])
+        logits = model(input_ids=tokens).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
+        return torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(adapters.values()))])
+
+    queries, train = (torch.stack([gradient(row) for row in part]) for part in (texts.queries, texts.train))
+    scores = wf.Scores.load(tmp_path / "adapters" / "scores" / "identity").values
+    torch.testing.assert_close(scores, queries @ train.T, rtol=1e-4, atol=1e-4 * float(scores.abs().max()))

@@ -24,8 +24,8 @@ class Task(Generic[Batch]):
     """What a model was trained for and what is asked about it.
 
     Args:
-        layers: names or glob patterns (`transformer.h.*.mlp.*`) of the layers to track. None tracks every supported
-            layer except the output head.
+        layers: names or glob patterns (`transformer.h.*.mlp.*`) of the layers to track. None tracks linear layers and
+            convolutions that are not frozen, except the output head; of a model with LoRA adapters, these alone.
     """
 
     def __init__(self, layers: Sequence[str] | None = None) -> None:

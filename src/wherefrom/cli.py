@@ -69,7 +69,7 @@ def fit(
         model: A model directory or hub name.
         train: The training text: a .txt, .jsonl, .csv or .parquet file, a saved dataset or a hub name.
         strategy: The curvature.
-        layers: Names or patterns of the layers to track, such as 'transformer.h.*.mlp.*'; linear layers but the output head by default.
+        layers: Names or patterns of the layers to track, such as '*.mlp.*'; linear ones but the head by default.
         split: The split of a saved or hub dataset.
         column: The column that holds the text; found when there is only one.
         unit: One sequence a document, or all text joined and cut into blocks.

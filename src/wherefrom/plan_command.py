@@ -36,7 +36,7 @@ class PlanArguments:
         flops: TFLOP/s that a large product reaches on each GPU; measured on this machine by default, on its GPU if it
             has one.
         strategy: The curvature.
-        layers: Names or patterns of the layers to track, such as 'model.layers.*.mlp.*'; linear layers but the output head by default.
+        layers: Names or patterns of the layers to track, such as '*.mlp.*'; linear ones but the head by default.
         fit_train: Fit the factors on so many of the training sequences; on all by default.
         half_precision: bfloat16 weights, products and query gradients.
         query_rank: Keep query gradients as pairs of matrices of this rank.

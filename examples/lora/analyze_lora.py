@@ -182,7 +182,7 @@ def merged(tuned: PeftModel) -> nn.Module:
 
 def analyze(arguments: Arguments, name: str, model: nn.Module, texts: Texts) -> Analysis:
     """Factors and scores through a model's adapters, or the matrices that had them."""
-    patterns = ["*.lora_A.*", "*.lora_B.*"] if isinstance(model, PeftModel) else [f"*.{each}" for each in ADAPTED]
+    patterns = None if isinstance(model, PeftModel) else [f"*.{each}" for each in ADAPTED]
     study = wf.Study(arguments.run_dir / name, model, wf.CausalLM(patterns), train=texts.train)
     began = time.process_time()
     factors = study.fit(arguments.strategy, overwrite=arguments.overwrite)

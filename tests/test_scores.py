@@ -83,7 +83,7 @@ def test_parts_of_layers_equal_brute_force_and_add_up(tmp_path: Path, strategy: 
     factors = study.fit(strategy)
     expected = brute_force(case, study, strategy)
     scores = study.score(case.queries, factors, per_layer=True, train_batch_size=3)
-    assert set(scores.layers) == set(study.layers)
+    assert list(scores.layers) == list(study.layers)
     for layer in study.layers:
         assert relative_error(scores.of_layers(layer).values, expected[f"pairs of {layer}"]) < 1e-8
     assert relative_error(sum(scores.layers.values(), torch.zeros(())), scores.values) < 1e-12
@@ -183,7 +183,7 @@ def test_kinds_are_kept_apart_and_loaded(tmp_path: Path) -> None:
     kept = {path.name for path in (tmp_path / "scores").iterdir()}
     assert kept == {"ekfac", "ekfac-layers-self", "ekfac-top3"}
     again = wf.Scores.load(tmp_path / "scores" / "ekfac-layers-self")
-    assert again.self_influence is not None and set(again.layers) == set(study.layers)
+    assert again.self_influence is not None and list(again.layers) == list(study.layers)
     before = (tmp_path / "self_influence" / "ekfac" / "tensors.safetensors").stat().st_mtime_ns
     study.self_influence(factors)
     assert (tmp_path / "self_influence" / "ekfac" / "tensors.safetensors").stat().st_mtime_ns == before

@@ -19,8 +19,8 @@ from wherefrom.sweep import Collector
 
 Normalization = Literal["cosine", "relatif", "theta-relatif"]
 
-# Before the name of a layer or group, in what is stored.
-LAYER = "layer:"
+# Before the name of a layer or group, in what is stored; its number follows, since safetensors sorts by name.
+_LAYER = "layer:"
 
 
 class Hit(NamedTuple):
@@ -76,7 +76,8 @@ class Scores:
         tensors, fingerprint = _stored(Path(folder))
         if "lowest_train" in tensors:
             raise InputError(f"{folder} holds only the highest and lowest scores: read them with TopScores.load.")
-        layers = {name.removeprefix(LAYER): tensors.pop(name) for name in list(tensors) if name.startswith(LAYER)}
+        stored = sorted(name for name in tensors if name.startswith(_LAYER))
+        layers = {name.split(":", 2)[2]: tensors.pop(name) for name in stored}
         return cls(fingerprint=fingerprint, layers=layers, **tensors)
 
     @property
@@ -252,7 +253,9 @@ class PairwiseCollector(Collector):
         summed: bool = False,
     ) -> None:
         self._bank, self._groups, self._summed = bank, groups or {}, summed
-        names = ["values", *(LAYER + group for group in dict.fromkeys(self._groups.values()))]
+        kept = list(dict.fromkeys(self._groups.values()))
+        self._parts = {group: f"{_LAYER}{number:06}:{group}" for number, group in enumerate(kept)}
+        names = ["values", *self._parts.values()]
         shape = (len(bank), 1 if summed else examples)
         self.sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name in names}
 
@@ -269,7 +272,7 @@ class PairwiseCollector(Collector):
             products = products.sum(1, keepdim=True)
         self._add("values", products, rows)
         if layer in self._groups:
-            self._add(LAYER + self._groups[layer], products, rows)
+            self._add(self._parts[self._groups[layer]], products, rows)
 
     def _add(self, name: str, products: Tensor, rows: slice) -> None:
         self.sums[name][:, rows] += products.to(self.sums[name].device)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import rank_worker
 from tests.models import relative_error
+from tests.runs import results
 from wherefrom.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
@@ -45,14 +45,6 @@ def finished(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Exit status and standard error of each."""
     outputs = [process.communicate(timeout=120)[1] for process in processes]
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
-
-
-def results(run: Path) -> dict[str, Tensor]:
-    return {
-        f"{file.parent.relative_to(run)}/{name}": tensor
-        for file in run.rglob("tensors.safetensors")
-        for name, tensor in load_file(file).items()
-    }
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.models import mlp_case
+from tests.runs import kill_and_resume, lines, results
 from wherefrom.sweep import Sweep
 
 # Sweeps of the worker: covariance 6 batches, eigenvalues 6, queries 1, pairwise 6; two examples are measured to plan.
@@ -22,18 +20,6 @@ BATCHES = 21
 def start(run: Path, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tests.resume_worker", str(run), str(log)]
     return subprocess.Popen(command, cwd=Path(__file__).parents[1])
-
-
-def lines(log: Path) -> int:
-    return len(log.read_text().splitlines()) if log.exists() else 0
-
-
-def results(run: Path) -> dict[str, Tensor]:
-    return {
-        f"{file.parent.relative_to(run)}/{name}": tensor
-        for file in run.rglob("tensors.safetensors")
-        for name, tensor in load_file(file).items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +35,7 @@ def test_killed_runs_end_with_the_same_bits(
     tmp_path: Path, undisturbed: dict[str, Tensor], kills: tuple[int, ...]
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    for after in kills:
-        process = start(run, log)
-        while lines(log) < after and process.poll() is None:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert start(run, log).wait() == 0
+    kill_and_resume(start, run, log, kills)
     found = results(run)
     assert found.keys() == undisturbed.keys()
     assert all((found[name] == tensor).all() for name, tensor in undisturbed.items())  # bit for bit

@@ -5,21 +5,19 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 import wherefrom as wf
 from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
+from tests.runs import kill_and_resume, lines, results
 from tests.test_layers import CASES as LAYER_CASES
 from wherefrom.errors import InputError, MismatchError
 
@@ -280,33 +278,16 @@ study.self_influence(factors, batch_size=2)
 """
 
 
-def lines(log: Path) -> int:
-    return len(log.read_text().splitlines()) if log.exists() else 0
-
-
 def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     def start(run: Path, log: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", WORKER, str(run), str(log)]
         return subprocess.Popen(command, cwd=Path(__file__).parents[1])
 
-    def results(run: Path) -> dict[str, Tensor]:
-        return {
-            f"{file.parent.relative_to(run)}/{name}": tensor
-            for file in run.rglob("tensors.safetensors")
-            for name, tensor in load_file(file).items()
-        }
-
     assert start(tmp_path / "whole", tmp_path / "whole.log").wait() == 0
     expected, batches = results(tmp_path / "whole"), lines(tmp_path / "whole.log")
     run, log = tmp_path / "run", tmp_path / "log"
     kills = (5, 14)
-    for after in kills:
-        process = start(run, log)
-        while lines(log) < after and process.poll() is None:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert start(run, log).wait() == 0
+    kill_and_resume(start, run, log, kills)
     found = results(run)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

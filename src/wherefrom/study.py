@@ -260,7 +260,9 @@ class Study(Generic[Batch]):
             if top is not None:
                 stored = self.path / "scores" / base
                 # Scores with more kept beside the same values are as good.
-                same = stored.exists() and of_values(read_manifest(stored)["fingerprint"]) == sequences
+                same = scoring.ranks.first(
+                    lambda: stored.exists() and of_values(read_manifest(stored)["fingerprint"]) == sequences
+                )
                 scores = Scores.load(stored) if same else self._keep_scores(scoring, factors)
                 pairs = extreme_pairs(scores.values, top)
             return TokenScoring(scoring).all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
@@ -366,7 +368,9 @@ class Study(Generic[Batch]):
         if queries is None:
             return found
         measured = self._sweep.task.settings().get("measure", "measurement")
-        return found | {"queries": dataset_digest(queries), "measured": measured}
+        asked = {"queries": dataset_digest(queries), "measured": measured}
+        self._sweep.ranks.check_alike("queries", asked["queries"])
+        return found | asked
 
     def _precise_sweep(self, half_precision: bool) -> Sweep[Batch]:
         if half_precision and self._sweep.dtype == torch.float64:

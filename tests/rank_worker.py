@@ -102,5 +102,6 @@ if __name__ == "__main__":
     join_ranks()
     try:
         JOBS[sys.argv[1]](Path(sys.argv[2]))
+        torch.distributed.destroy_process_group()
     except WherefromError as error:
         sys.exit(f"{type(error).__name__}: {error}")

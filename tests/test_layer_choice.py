@@ -96,7 +96,7 @@ def test_what_cannot_be_tracked_is_named_with_the_reason() -> None:
         "scaled": 20, "norm": 8,
     }  # fmt: skip
     line = coverage(model, layers)
-    assert line.startswith("tracking 1 layer(s), 15 of 291 weights; not tracked: attention MultiheadAttention (60), ")
+    assert line.startswith("Tracking 1 layer(s), 15 of 291 weights; not tracked: attention MultiheadAttention (60), ")
     assert "2 Embedding (40)" in line
 
 

@@ -145,7 +145,7 @@ def test_the_plan_says_what_it_chose(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert sum("Plan: 5 of 5 query gradients resident (whole" in each for each in caplog.messages) == 1
     with caplog.at_level(logging.INFO, "wherefrom"):
         study.score(case.queries, study.fit("identity"))
-    assert len(caplog.messages) == 1  # nothing to compute, nothing to plan
+    assert sum("Plan:" in each for each in caplog.messages) == 1  # nothing to compute, nothing to plan
 
 
 # Estimates that are off.

@@ -320,7 +320,7 @@ def coverage(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> str:
         for kind, same in kinds.items()
     ]
     rest = f"; not tracked: {', '.join(parts)}" if parts else ""
-    return f"tracking {len(layers)} layer(s), {_short(tracked)} of {_short(total)} weights{rest}"
+    return f"Tracking {len(layers)} layer(s), {_short(tracked)} of {_short(total)} weights{rest}"
 
 
 def _short(count: int) -> str:

@@ -29,7 +29,8 @@ def join_ranks() -> torch.device:
     """Join the other processes that torchrun has started; without torchrun, do nothing.
 
     Call it before the model is moved to its device. A program that has initialised torch.distributed itself, as
-    transformers' Trainer does, need not call it.
+    transformers' Trainer does, need not call it. At the end of the program the processes part by themselves; with a
+    model that `fully_shard` has spread, call `torch.distributed.destroy_process_group()` as PyTorch wants it.
 
     Returns:
         The device of this process: its own GPU if there are any, else the CPU.
@@ -48,8 +49,14 @@ def join_ranks() -> torch.device:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-        atexit.register(dist.destroy_process_group)  # or gloo's threads may abort a process that is done
+        atexit.register(_leave)
     return device
+
+
+def _leave() -> None:
+    """At the end of a program that has not left by itself: or gloo's threads may abort a process that is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

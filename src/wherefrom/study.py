@@ -100,7 +100,7 @@ class Study(Generic[Batch]):
         )
         self.layers = layers
         if self._sweep.ranks.writes:
-            logger.info(coverage(model, layers).capitalize() + ".")
+            logger.info(f"{coverage(model, layers)}.")
         self.profile = self._sweep.profile
 
     def fit(

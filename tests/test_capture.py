@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import wherefrom as wf
-from tests.models import gpt2, gpt2_case, relative_error, token_rows, widened
+from tests.models import Mlp, gpt2, gpt2_case, mlp_case, relative_error, token_rows, widened
 from tests.reference import BruteForce
 from wherefrom.curvature import bases_to_tensors
 from wherefrom.errors import InputError, LayerError
@@ -91,6 +91,29 @@ def test_unused_layers_are_named_and_unused_calls_add_nothing(tmp_path: Path) ->
     wide = widened(rows)
     expected = BruteForce(model, wf.Classification(), ["used"], wide, wide).scores("identity")
     assert relative_error(found, expected) < 1e-5
+
+
+class Idle(Mlp):
+    """Another layer runs, and nothing reads what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(4, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.idle(inputs)
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize("strategy", ["diagonal", "kfac", "ekfac"])
+def test_a_layer_without_part_in_the_loss_scores_nothing(tmp_path: Path, strategy: str) -> None:
+    case = mlp_case()
+    model, used = Idle().double(), ["first", "twice", "plain"]
+    scores = []
+    for name, layers in (("all", None), ("used", used)):
+        study = wf.Study(tmp_path / name, model, wf.Classification(layers), train=case.train)
+        scores.append(study.score(case.queries, study.fit(strategy)).values)
+    assert relative_error(scores[0], scores[1]) < 1e-12
 
 
 class Folded(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import wherefrom as wf
-from tests.models import gpt2, gpt2_case, relative_error, token_rows, widened
+from tests.models import Mlp, gpt2, gpt2_case, mlp_case, relative_error, token_rows, widened
 from tests.reference import BruteForce
 from wherefrom.curvature import bases_to_tensors
 from wherefrom.errors import InputError, LayerError
@@ -91,6 +91,69 @@ def test_unused_layers_are_named_and_unused_calls_add_nothing(tmp_path: Path) ->
     wide = widened(rows)
     expected = BruteForce(model, wf.Classification(), ["used"], wide, wide).scores("identity")
     assert relative_error(found, expected) < 1e-5
+
+
+class Idle(Mlp):
+    """Another layer runs, and nothing reads what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(4, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.idle(inputs)
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize("strategy", ["diagonal", "kfac", "ekfac"])
+def test_a_layer_without_part_in_the_loss_scores_nothing(tmp_path: Path, strategy: str) -> None:
+    case = mlp_case()
+    model, used = Idle().double(), ["first", "twice", "plain"]
+    scores = []
+    for name, layers in (("all", None), ("used", used)):
+        study = wf.Study(tmp_path / name, model, wf.Classification(layers), train=case.train)
+        scores.append(study.score(case.queries, study.fit(strategy)).values)
+    assert relative_error(scores[0], scores[1]) < 1e-12
+
+
+class Branches(nn.Module):
+    """A branch that begins at a tracked layer, then one that begins at something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        left: Tensor = self.left(inputs)
+        return left + self.right(torch.tanh(inputs).detach().requires_grad_())
+
+
+def test_branches_may_begin_at_what_requires_gradients_itself(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    case, model = mlp_case(), Branches().double()
+    study = wf.Study(tmp_path, model, wf.Classification(), train=case.train)
+    found = study.score(case.queries, study.fit("identity")).values
+    brute = BruteForce(model, wf.Classification(), ["left", "right"], case.train, case.queries)
+    assert relative_error(found, brute.scores("identity")) < 1e-10
+
+
+def test_embeddings_that_require_gradients_change_nothing(tmp_path: Path) -> None:
+    """As peft makes them for checkpointing; a LLaMA's first layer reads them as they are."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=12, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config)
+    model.double()
+    scores = []
+    for name in ("usual", "required"):
+        study = wf.Study(tmp_path / name, model, wf.CausalLM(), train=token_rows(6))
+        scores.append(study.score(token_rows(3, seed=4), study.fit("kfac")).values)
+        model.enable_input_require_grads()
+    assert relative_error(scores[1], scores[0]) < 1e-12
 
 
 class Folded(nn.Module):

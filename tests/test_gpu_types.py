@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from tests.models import gpt2, relative_error, token_rows
 from wherefrom.capture import Captured
-from wherefrom.curvature import Basis, CovarianceCollector, EigenvalueCollector, Preconditioner, upper_product
+from wherefrom.curvature import (
+    Basis,
+    CovarianceCollector,
+    EigenvalueCollector,
+    Preconditioner,
+    add_columns,
+    upper_product,
+)
 from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import TrackedLayer, select_layers
 from wherefrom.scores import PairwiseCollector
@@ -46,6 +53,20 @@ def test_factors_are_float32_whatever_the_operands(biased: bool, dtype: torch.dt
     shapes = {"0.activations": (inputs, inputs), "0.gradients": (outputs, outputs), "0": (outputs, inputs)}
     assert {name: tuple(each.shape) for name, each in found.items()} == shapes
     assert {each.dtype for each in found.values()} == {torch.float32}
+
+
+def test_ids_are_counted_in_float32_whatever_the_operands() -> None:
+    tracked = select_layers(nn.Sequential(nn.Embedding(20, 48)), ["0"])["0"]
+    columns = torch.empty(BATCH, TOKENS, dtype=torch.int64, device=META)
+    vectors = torch.empty(BATCH, TOKENS, TOKENS, dtype=torch.bfloat16, device=META)
+    gradients = torch.empty(BATCH, TOKENS, 48, dtype=torch.bfloat16, device=META)
+    covariance = CovarianceCollector({"0": tracked}, torch.float32, META)
+    covariance.collect("0", Captured(vectors, gradients, BATCH * TOKENS, columns=columns), slice(0, BATCH))
+    assert covariance.means()["0.activations"].dtype == torch.float32
+    # bfloat16 has no 257.
+    total, columns = torch.zeros(3), torch.tensor([[2], [2]])
+    add_columns(total, torch.tensor([[256.0], [1.0]], dtype=torch.bfloat16), columns)
+    assert total.tolist() == [0.0, 0.0, 257.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

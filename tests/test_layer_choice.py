@@ -172,8 +172,42 @@ class ChannelsFirst(nn.LayerNorm):
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 
-def test_a_normalisation_that_computes_in_its_own_way_is_not_taken_for_the_usual_one() -> None:
-    model = nn.Sequential(ChannelsFirst(3), nn.LayerNorm(3))
+class Positions(nn.Embedding):
+    """Rows are looked up by place and not by what comes in, as in BART and OPT."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(torch.arange(input.shape[1]).expand(input.shape))
+
+
+class Standardised(nn.Conv1d):
+    """Computes with another weight than its own, as in BiT."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.conv1d(input, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("own", "usual", "weights"),
+    [
+        (ChannelsFirst(3), nn.LayerNorm(3), 6),
+        (Positions(5, 2), nn.Embedding(5, 2), 10),
+        (Standardised(2, 3, 1), nn.Conv1d(2, 3, 1), 9),
+    ],
+)
+def test_a_layer_that_computes_in_its_own_way_is_not_taken_for_the_usual_one(
+    own: nn.Module, usual: nn.Module, weights: int
+) -> None:
+    model = nn.Sequential(own, usual)
     assert list(select_layers(model, ["*"])) == ["1"]
-    with pytest.raises(LayerError, match="a ChannelsFirst with 6 weights of its own"):
+    with pytest.raises(LayerError, match=f"a {type(own).__name__} with {weights} weights of its own"):
         select_layers(model, ["0"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_that_are_computed_are_not_taken_for_one(bias: bool) -> None:
+    """Reading one makes a tensor, which may lie where that of another layer has been."""
+    from torch.nn.utils.parametrizations import orthogonal
+
+    for count in range(2, 12):
+        model = nn.Sequential(*[orthogonal(nn.Linear(4, 4, bias=bias)) for _ in range(count)])
+        assert list(select_layers(model)) == [str(number) for number in range(count)]

@@ -105,18 +105,14 @@ class _Pass:
     Attributes:
         latest: the layer, its use and the input that activations were last made for, and the activations.
         without_graph: layers that ran while gradients were switched off.
-        begun: whether something that is no tracked layer has begun the graph, such as embeddings that are made to
-            require gradients for checkpointing.
     """
 
     examples: int
     padding: Sequence[Padding]
     calls: dict[str, list[_Call]] = field(default_factory=dict)
-    starts: list[Tensor] = field(default_factory=list)
     backward: bool = False
     latest: tuple[TrackedLayer, Use, Tensor, Tensor] | None = None
     without_graph: set[str] = field(default_factory=set)
-    begun: bool = False
 
     def padding_of(self, tokens: int) -> Padding | None:
         """The padding of layers that see `tokens` an example; None when there is none of that many."""
@@ -199,8 +195,7 @@ class Capture(AbstractContextManager["Capture"]):
                 value = loss()
             self._check(value, current)
             current.backward = True
-            # Gradients of the starts are asked for and dropped: what counts arrives at the hooks on the way there.
-            torch.autograd.grad(value, _leaves(value) if current.begun else current.starts, allow_unused=True)
+            _backward(value)
             for name in list(current.calls):  # layers of which only some calls have part in the loss
                 self._deliver(name, current)
         finally:
@@ -247,21 +242,18 @@ class Capture(AbstractContextManager["Capture"]):
         if not torch.is_grad_enabled():
             current.without_graph.add(name)
             return None
-        inputs, start = arguments[0] if arguments else next(iter(keywords.values())), None
+        inputs = arguments[0] if arguments else next(iter(keywords.values()))
         replaced = len(inputs) == 1 != current.examples  # such as positions, which are the same for all examples
         if replaced:
             inputs, output = (each.expand(current.examples, *each.shape[1:]) for each in (inputs, output))
         if not output.requires_grad:
-            start = output.detach().requires_grad_()
-            output, replaced = start.clone(), True  # a leaf itself would forbid later in-place operations
+            # The graph begins here; a leaf itself would forbid later in-place operations.
+            output, replaced = output.detach().requires_grad_().clone(), True
         # What gradient checkpointing computes again must come out alike, but what counts is the first time.
         if not current.backward:
             call = _Call(use, inputs.detach(), inputs._version)
             current.calls.setdefault(name, []).append(call)
             output.register_hook(partial(self._gradient_hook, name, call))
-            if start is not None:
-                current.starts.append(start)
-            current.begun |= not current.starts
         return output if replaced else None
 
     def _gradient_hook(self, name: str, call: _Call, gradient: Tensor) -> None:
@@ -355,8 +347,25 @@ class Capture(AbstractContextManager["Capture"]):
         return True
 
 
+def _backward(value: Tensor) -> None:
+    """Go back to where the graph begins, and drop the gradients there: what counts arrives at hooks on the way.
+
+    Not by `autograd.grad`, with which PyTorch's counters of operations refuse modules that read a leaf.
+    """
+    leaves = _leaves(value)
+    before = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        torch.autograd.backward(value, inputs=leaves)
+    finally:
+        for leaf, gradient in zip(leaves, before, strict=True):
+            leaf.grad = gradient
+
+
 def _leaves(value: Tensor) -> list[Tensor]:
-    """Every tensor that the graph of `value` begins at."""
+    """Every tensor that the graph of `value` begins at: an output of a tracked layer, or what else requires gradients,
+    such as embeddings that are made to for checkpointing."""
     found, seen, pending = [], set(), [value.grad_fn]
     while pending:
         node = pending.pop()

@@ -170,7 +170,7 @@ class CovarianceCollector(Collector):
         if captured.columns is None:
             activations += self._activation_product(captured.activations, activations.dim() == 1).to(activations.device)
         else:
-            add_columns(activations, captured.activations.square().sum(1), captured.columns)
+            add_columns(activations, captured.activations.square().sum(1, dtype=activations.dtype), captured.columns)
         gradients += second_moment(captured.gradients, gradients.dim() == 1).to(gradients.device)
         self.sums[f"{layer}.tokens"] += captured.tokens
 
@@ -187,9 +187,10 @@ class CovarianceCollector(Collector):
         found = {}
         for name, layer in self._layers.items():
             outputs, inputs = layer.shape
+            tokens = self.sums[f"{name}.tokens"].clamp_min(1)  # none where no loss depends on the layer
             for side, size in (("activations", inputs), ("gradients", outputs)):
                 total = self.sums[f"{name}.{side}"]
-                mean = total[(slice(size),) * total.dim()] / self.sums[f"{name}.tokens"]
+                mean = total[(slice(size),) * total.dim()] / tokens
                 found[f"{name}.{side}"] = mean if mean.dim() == 1 else mean.triu() + mean.triu(1).T
         return found
 
@@ -200,7 +201,7 @@ def add_columns(total: Tensor, numbers: Tensor, columns: Tensor) -> None:
     Args:
         columns: int64 [batch, columns].
     """
-    added = numbers.movedim(0, -2).flatten(-2).to(total.device)  # [..., batch * columns]
+    added = numbers.movedim(0, -2).flatten(-2).to(total.device, total.dtype)  # [..., batch * columns]
     total.index_add_(-1, columns.flatten().to(total.device), added)
 
 

@@ -279,9 +279,9 @@ def layer_type(module: nn.Module) -> LayerType | None:
         name = f"{base.__module__}.{base.__qualname__}"
         for pattern, kind in LAYER_TYPES.items():
             if fnmatchcase(name, pattern):
-                own = type(module).forward is getattr(base, "forward", None)
-                # A normalisation that computes in a way of its own may not be w * f(x) + b over the last dimensions.
-                return None if kind is not None and kind.elementwise and not own else kind
+                inherited = type(module).forward is getattr(base, "forward", None)
+                # One that computes in a way of its own may pad or scale, make its ids itself, or not be w * f(x) + b.
+                return kind if kind is None or kind.plain or inherited else None
     return None
 
 

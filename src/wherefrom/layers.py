@@ -200,8 +200,9 @@ class _Identities:
         self._tied = tied_names(model)
 
     def of(self, name: str, module: nn.Module, parameter: str) -> int | str:
-        found, full = getattr(module, parameter), f"{name}.{parameter}"
-        return self._tied.get(full, full) if found.is_meta else id(found)
+        found, full = module._parameters.get(parameter), f"{name}.{parameter}"
+        # None: it is computed from parameters, as by weight normalisation, and another tensor whenever it is read.
+        return self._tied.get(full, full) if found is None or found.is_meta else id(found)
 
 
 def _by_default(model: nn.Module, weights: Sequence[list[Use]], head: nn.Module | None) -> list[list[Use]]:

@@ -124,8 +124,9 @@ class Branches(nn.Module):
         self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        left: Tensor = self.left(inputs)
-        return left + self.right(torch.tanh(inputs).detach().requires_grad_())
+        left = self.left(inputs)
+        result: Tensor = left + self.right(torch.tanh(inputs).detach().requires_grad_())
+        return result
 
 
 def test_branches_may_begin_at_what_requires_gradients_itself(tmp_path: Path) -> None:

@@ -179,6 +179,13 @@ class Positions(nn.Embedding):
         return super().forward(torch.arange(input.shape[1]).expand(input.shape))
 
 
+class Scaled(nn.Linear):
+    """Its output is not that of its weight alone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
 class Standardised(nn.Conv1d):
     """Computes with another weight than its own, as in BiT."""
 
@@ -192,6 +199,7 @@ class Standardised(nn.Conv1d):
         (ChannelsFirst(3), nn.LayerNorm(3), 6),
         (Positions(5, 2), nn.Embedding(5, 2), 10),
         (Standardised(2, 3, 1), nn.Conv1d(2, 3, 1), 9),
+        (Scaled(2, 3), nn.Linear(2, 3), 9),
     ],
 )
 def test_a_layer_that_computes_in_its_own_way_is_not_taken_for_the_usual_one(

@@ -244,12 +244,14 @@ def distinct_one_hot(ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 # By qualified name or pattern, so that the engine does not import the libraries that define the layers. None marks a
 # class that derives from a supported one and is used in another way.
+_LINEAR = LayerType(_linear_size, _as_tokens, _as_tokens, plain=True)
 _CONVOLUTION = LayerType(_convolution_size, _patches, _convolution_outputs, copies=_groups)
 _ELEMENTWISE = LayerType(
     _elementwise_size, _normalized, _features, by_default=False, elementwise=True, refused=_without_weight
 )
 LAYER_TYPES: dict[str, LayerType | None] = {
-    "torch.nn.modules.linear.Linear": LayerType(_linear_size, _as_tokens, _as_tokens, plain=True),
+    "torch.nn.modules.linear.Linear": _LINEAR,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": _LINEAR,
     # The output projection inside nn.MultiheadAttention, which never calls it.
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": None,
     "transformers.pytorch_utils.Conv1D": LayerType(
@@ -280,8 +282,8 @@ def layer_type(module: nn.Module) -> LayerType | None:
         for pattern, kind in LAYER_TYPES.items():
             if fnmatchcase(name, pattern):
                 inherited = type(module).forward is getattr(base, "forward", None)
-                # One that computes in a way of its own may pad or scale, make its ids itself, or not be w * f(x) + b.
-                return kind if kind is None or kind.plain or inherited else None
+                # One that computes in a way of its own may scale, pad, make its ids itself, or not be w * f(x) + b.
+                return kind if inherited else None
     return None
 
 

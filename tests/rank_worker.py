@@ -7,15 +7,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case
 from wherefrom.errors import WherefromError
+from wherefrom.placement import execution_device
 from wherefrom.ranks import Ranks, join_ranks
 
 # Of 12 training examples and 5 queries, processes get unequal shares; with fewer queries, some get none.
@@ -95,11 +99,72 @@ def unlike(run: Path) -> None:
     wf.Study(run, case.model, case.task, train=case.train).fit("diagonal")
 
 
-JOBS: dict[str, Callable[[Path], None]] = {job.__name__: job for job in (mlp, gpt2, sharded, slow, poisoned, unlike)}
+def unlike_queries(run: Path) -> None:
+    """Processes with different queries."""
+    case = mlp_case()
+    study = wf.Study(run, case.model, case.task, train=case.train)
+    study.score(case.queries[Ranks.current().index :][:3], study.fit("identity"))
+
+
+class Full(wf.CausalLM):
+    """The last process runs out of memory while training examples are swept."""
+
+    def train_loss(self, model: nn.Module, batch: dict[str, Tensor], sampler: wf.Sampler | None = None) -> Tensor:
+        if len(batch["input_ids"]) == 2 and Ranks.current().index == Ranks.current().count - 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().train_loss(model, batch, sampler)
+
+    def measurement(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return super().train_loss(model, batch)
+
+
+def sharded_full(run: Path) -> None:
+    """A job of two resident queries, for which a process that shares a model's weights has too little memory."""
+    case = gpt2_case()
+    fully_shard(case.model)
+    study = wf.Study(run, case.model, Full(), train=case.train[:TRAIN])
+    study.score(case.queries[:2], study.fit("identity"), train_batch_size=2)
+
+
+def impatient(run: Path) -> None:
+    """A program's own processes, which wait a second for each other, and one of which is slower."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+    case = mlp_case()
+    study = wf.Study(run, case.model, Unequal(), train=case.train)
+    study.fit("diagonal", batch_size=1)
+    dist.destroy_process_group()
+
+
+class Unequal(wf.Classification):
+    """Takes longer in the last process."""
+
+    def train_loss(self, *arguments: object) -> Tensor:
+        time.sleep(0.5 * Ranks.current().index)
+        return super().train_loss(*arguments)  # type: ignore[arg-type]
+
+
+def elsewhere(run: Path) -> None:
+    """Processes on devices of different names, as with a GPU each."""
+    case = mlp_case()
+    if Ranks.current().index:
+        add_hook_to_module(case.model, AlignDevicesHook(execution_device="cpu:0"))
+    study = wf.Study(run, case.model, case.task, train=case.train)
+    plan = study.plan(case.queries, "identity")
+    assert plan.form.place == plan.job.device == execution_device(case.model), plan
+
+
+JOBS: dict[str, Callable[[Path], None]] = {
+    job.__name__: job
+    for job in (
+        *(mlp, gpt2, sharded, slow, poisoned, unlike),
+        *(unlike_queries, sharded_full, impatient, elsewhere),
+    )
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    join_ranks()
+    if sys.argv[1] != "impatient":
+        join_ranks()
     try:
         JOBS[sys.argv[1]](Path(sys.argv[2]))
         torch.distributed.destroy_process_group()

@@ -110,6 +110,28 @@ def test_processes_with_different_models_are_refused(tmp_path: Path) -> None:
     assert not results(tmp_path)
 
 
+def test_processes_with_different_queries_are_refused(tmp_path: Path) -> None:
+    for status, message in finished(start("unlike_queries", tmp_path, 2)):
+        assert status == 1
+        assert "RankError: queries: process 0 of 2 has" in message
+    assert not results(tmp_path)
+
+
+def test_a_process_that_shares_weights_and_runs_out_of_memory_ends(tmp_path: Path) -> None:
+    """Rather than go on with fewer queries, while the others wait for it in the middle of a pass."""
+    ends = finished(start("sharded_full", tmp_path, 2))
+    assert [status for status, _ in ends] == [1, 1]
+    assert "MemoryLimitError: pairwise scores: a batch of 2 examples does not fit" in ends[1][1]
+
+
+def test_a_slower_process_is_waited_for(tmp_path: Path) -> None:
+    assert [status for status, _ in finished(start("impatient", tmp_path, 2))] == [0, 0]
+
+
+def test_each_process_keeps_query_gradients_on_its_own_device(tmp_path: Path) -> None:
+    assert [status for status, _ in finished(start("elsewhere", tmp_path, 2))] == [0, 0]
+
+
 @given(total=st.integers(0, 50), count=st.integers(1, 9))
 def test_shares_are_runs_of_about_equal_length(total: int, count: int) -> None:
     shares = [Ranks(index, count).share(total) for index in range(count)]

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from itertools import accumulate
 from typing import TypeVar, cast
@@ -23,6 +24,9 @@ from torch import Tensor
 from wherefrom.errors import InputError, RankError, WherefromError
 
 Result = TypeVar("Result")
+
+# How long processes wait for each other, where torch.distributed would give up after half an hour.
+_PATIENCE = timedelta(weeks=2)
 
 
 def join_ranks() -> torch.device:
@@ -195,9 +199,12 @@ def _portable(error: Exception) -> WherefromError:
 
 
 @cache
-def _control_group() -> dist.ProcessGroup | None:
-    """For messages between processes: on the host, where a lost process is noticed at once."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+def _control_group() -> dist.ProcessGroup:
+    """For messages between processes: on the host, where a lost process is noticed at once, and a slow one waited for.
+
+    Shares of a sweep may take unequal times: sequences are of unequal lengths, devices of unequal speeds.
+    """
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _group_of(tensor: Tensor) -> dist.ProcessGroup | None:

@@ -69,7 +69,9 @@ def make_plan(
     plan = plan_scores(job)
     # Measured speeds differ between processes, and what all of them do together must not.
     choices = sweep.ranks.first(lambda: (plan.query_batch, plan.train_batch, plan.block, plan.form))
-    return Plan(job, *choices)
+    query_batch, train_batch, block, form = choices
+    # Each has a device of its own.
+    return Plan(job, query_batch, train_batch, block, form if form.streamed else replace(form, place=job.device))
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,8 @@ class Scoring(Generic[Batch]):
         try:
             work(rows)
         except MemoryLimitError as error:
-            if len(rows) == 1:
+            # Of processes that share a model's weights, the others may be in the middle of a pass.
+            if len(rows) == 1 or self.sweep.lockstep:
                 raise
             logger.warning(f"{error} Going on with {len(rows) // 2} resident query gradients instead of {len(rows)}.")
             return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Generic
@@ -369,7 +369,7 @@ class Study(Generic[Batch]):
             return found
         measured = self._sweep.task.settings().get("measure", "measurement")
         asked = {"queries": dataset_digest(queries), "measured": measured}
-        self._sweep.ranks.check_alike("queries", asked["queries"])
+        self._check_alike(asked)
         return found | asked
 
     def _precise_sweep(self, half_precision: bool) -> Sweep[Batch]:
@@ -388,9 +388,13 @@ class Study(Generic[Batch]):
                 "layers": names_summary(list(self.layers)),
                 "training data": dataset_digest(self.train),
             }
+        self._check_alike(found)
+        return found
+
+    def _check_alike(self, found: Mapping[str, str]) -> None:
+        """Refuse to go on with processes that differ."""
         for name, value in found.items():
             self._sweep.ranks.check_alike(name, value)
-        return found
 
 
 def _suffix(half_precision: bool) -> str:

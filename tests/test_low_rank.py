@@ -18,6 +18,9 @@ from wherefrom.curvature import STRATEGIES, Preconditioner
 from wherefrom.gradients import BankForm, GradientBank, _truncated
 from wherefrom.layers import select_layers
 from wherefrom.memory import Workspace
+from wherefrom.options import Options
+from wherefrom.rescoring import rescore
+from wherefrom.stages import BlockStages, Stages
 
 CPU = torch.device("cpu")
 
@@ -139,6 +142,21 @@ def test_the_highest_scores_are_computed_again_at_full_rank(tmp_path: Path, monk
     assert "rank" in loaded.fingerprint["query rank"] and loaded.changes is not None
     with pytest.raises(wf.WherefromError, match="query rank: stored 1, the top 4 at full rank, now full"):
         study.score(case.queries, factors, name="again")
+
+
+def test_blocks_that_were_rescored_for_other_low_rank_scores_are_not_taken_up(tmp_path: Path) -> None:
+    """After an interrupt low-rank scores may be found anew, by other batches, and rounding decides between equals."""
+    case = gpt2_case(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("ekfac")
+    exact = study.score(case.queries, factors).values
+    scoring = study._scoring(case.queries, factors, Options(query_rank=1, rescore=1))
+    stages = BlockStages(Stages(tmp_path / "blocks", {}, study.profile), len(case.train))
+    for best in (3, 5):
+        low = torch.zeros_like(exact)
+        low[:, best] = 1
+        rescore(scoring, low, stages)
+        assert relative_error(low[:, best], exact[:, best]) < 1e-9
 
 
 def test_low_rank_in_half_precision(tmp_path: Path) -> None:

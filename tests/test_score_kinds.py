@@ -20,6 +20,7 @@ from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.runs import kill_and_resume, lines, results
 from tests.test_layers import CASES as LAYER_CASES
 from wherefrom.errors import InputError, MismatchError
+from wherefrom.scores import extremes
 
 STRATEGIES = ["identity", "diagonal", "kfac", "ekfac"]
 CASES: list[CaseMaker] = [mlp_case, gpt2_case]
@@ -225,6 +226,25 @@ def test_top_scores_of_low_rank_and_half_precision(tmp_path: Path) -> None:
     assert top.query_errors is not None
     assert low.query_errors is not None
     assert torch.equal(top.query_errors, low.query_errors)
+
+
+def test_top_scores_are_merged_shard_by_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many shards there are, the highest and lowest of two at most are in memory."""
+    case = mlp_case()
+    case.train = case.train * 8  # 96
+    monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", 12)
+    monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 1)
+    sizes: list[int] = []
+
+    def watched(values: Tensor, train: Tensor, k: int) -> dict[str, Tensor]:
+        sizes.append(values.shape[1])
+        return extremes(values, train, k)
+
+    monkeypatch.setattr("wherefrom.scores.extremes", watched)
+    study = study_of(tmp_path, case)
+    study.score_top(case.queries, study.fit("identity"), k=5, train_batch_size=4)
+    assert len(sizes) > 7
+    assert max(sizes) == 2 * 5
 
 
 def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,8 @@ def _control_group() -> dist.ProcessGroup:
 
     Shares of a sweep may take unequal times: sequences are of unequal lengths, devices of unequal speeds.
     """
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return group
 
 
 def _group_of(tensor: Tensor) -> dist.ProcessGroup | None:

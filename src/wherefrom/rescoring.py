@@ -12,6 +12,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from wherefrom.fingerprint import tensors_digest
 from wherefrom.scoring import Rows, Scoring
 from wherefrom.stages import BlockStages
 from wherefrom.task import Batch
@@ -32,6 +33,9 @@ def rescore(scoring: Scoring[Batch], values: Tensor | None, stages: BlockStages)
     ranks, top = scoring.ranks, scoring.options.rescore
     positions, before = ranks.first(lambda: _highest(values, top))
     changes = torch.zeros_like(before)
+    # From low-rank scores that were found anew, others may be the highest: equal ones differ by rounding.
+    folder = stages.stages.folder / tensors_digest({"positions": positions})[:16]
+    stages = replace(stages, stages=replace(stages.stages, folder=folder))
     whole = replace(scoring, options=replace(scoring.options, query_rank=None, rescore=0, self_influence=False))
 
     def work(rows: range) -> None:

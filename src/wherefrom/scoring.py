@@ -142,9 +142,11 @@ class Scoring(Generic[Batch]):
 
         def work(rows: range) -> None:
             bank = cache(partial(self.bank, rows))
-            shards = self.shards(rows, len(self.train))
-            parts = [stages.mapped(rows, columns, partial(reduced, bank, rows, columns)) for columns in shards]
-            kept.append({**parts[0], **merged_extremes(parts, k)})  # the first has what does not depend on columns
+            best: dict[str, Tensor] = {}
+            for columns in self.shards(rows, len(self.train)):
+                part = stages.mapped(rows, columns, partial(reduced, bank, rows, columns))
+                best = {**part, **merged_extremes([best, part], k)} if best else part
+            kept.append(best)
 
         self.each_block(work, stages)
         return {name: torch.cat([part[name] for part in kept]) for name in kept[0]}

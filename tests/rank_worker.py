@@ -132,7 +132,6 @@ def impatient(run: Path) -> None:
     case = mlp_case()
     study = wf.Study(run, case.model, Unequal(), train=case.train)
     study.fit("diagonal", batch_size=1)
-    dist.destroy_process_group()
 
 
 class Unequal(wf.Classification):
@@ -167,6 +166,7 @@ if __name__ == "__main__":
         join_ranks()
     try:
         JOBS[sys.argv[1]](Path(sys.argv[2]))
-        torch.distributed.destroy_process_group()
     except WherefromError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    finally:
+        dist.destroy_process_group()

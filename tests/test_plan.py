@@ -342,6 +342,8 @@ def test_impossible_options_are_refused(tmp_path: Path) -> None:
         study.score(case.queries, factors, query_rank=0)
     with pytest.raises(InputError, match="rescore=3: expected at least 1 together with a query_rank"):
         study.score(case.queries, factors, rescore=3)
+    with pytest.raises(InputError, match="queries is empty"):
+        study.plan([])
 
 
 def test_plans_are_values() -> None:

@@ -27,7 +27,9 @@ from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import select_layers
 from wherefrom.memory import Footprint
 from wherefrom.plan import SHARD_BYTES, SHARD_ROWS, Job, Plan, Wanted, factor_bytes, plan_scores
+from wherefrom.profile import Profile
 from wherefrom.scores import PairwiseCollector
+from wherefrom.stages import BlockStages, Stages
 from wherefrom.sweep import Sweep
 from wherefrom.tokens import TokenCollector
 
@@ -284,6 +286,14 @@ def test_token_scores_survive_another_cut(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list(tokens.folder.iterdir())) == len(tokens.shards) + 1  # and the index
 
 
+def test_a_block_that_was_being_written_is_not_finished(tmp_path: Path) -> None:
+    """Four queries fitted into memory before; now two do, and what is missing of the four could not be computed."""
+    blocks = BlockStages(Stages(tmp_path, {}, Profile()), columns=10)
+    blocks.mapped(range(4), range(6), lambda _: {"values": torch.zeros(4, 6)})
+    (tmp_path / "0-4.6-10.part").mkdir()
+    assert blocks.begun(range(2)) == range(2)
+
+
 def test_weights_are_no_part_of_what_an_example_takes() -> None:
     model = nn.Sequential(nn.Linear(1000, 1000), nn.Tanh(), nn.Linear(1000, 2))
     task = wf.Classification()
@@ -342,6 +352,8 @@ def test_impossible_options_are_refused(tmp_path: Path) -> None:
         study.score(case.queries, factors, query_rank=0)
     with pytest.raises(InputError, match="rescore=3: expected at least 1 together with a query_rank"):
         study.score(case.queries, factors, rescore=3)
+    with pytest.raises(InputError, match="queries is empty"):
+        study.plan([])
 
 
 def test_plans_are_values() -> None:

@@ -15,7 +15,7 @@ import wherefrom as wf
 from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from wherefrom.curvature import STRATEGIES
-from wherefrom.errors import InputError
+from wherefrom.errors import InputError, MismatchError
 from wherefrom.options import Options, PairwiseOptions
 from wherefrom.scores import extremes, merged_extremes
 
@@ -226,6 +226,37 @@ def test_half_precision_and_low_rank_keep_what_they_are_asked_for(tmp_path: Path
     thin = study.score(case.queries, factors, query_rank=1, per_layer=True, self_influence=True)
     assert thin.query_errors is not None and thin.self_influence is not None
     assert relative_error(sum(thin.layers.values(), torch.zeros(())), thin.values) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["b.tokens", "b.blocks", "b.part", "b.partial-0of2"])
+def test_names_of_what_is_deleted_in_the_end_are_refused(tmp_path: Path, name: str) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit("identity")
+    with pytest.raises(InputError, match="expected another ending"):
+        study.score(case.queries, factors, name=name)
+    with pytest.raises(InputError, match="expected another ending"):
+        wf.score_checkpoints(study, [tmp_path], case.queries, name=name)
+
+
+class Weighted(wf.Classification):
+    """Classification with a weight before the loss."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def train_loss(self, *arguments: object) -> Tensor:
+        return self.weight * super().train_loss(*arguments)  # type: ignore[arg-type]
+
+
+def test_scores_with_factors_of_another_task_are_others(tmp_path: Path) -> None:
+    case = mlp_case()
+    studies = [wf.Study(tmp_path / str(w), case.model, Weighted(w), train=case.train) for w in (1.0, 3.0)]
+    own, other = (study.fit("diagonal") for study in studies)
+    studies[0].score(case.queries, own)
+    with pytest.raises(MismatchError, match="factors' task: stored .*1.0.* now .*3.0"):
+        studies[0].score(case.queries, other)
 
 
 def test_options_are_documented_once_and_have_defaults() -> None:

@@ -22,7 +22,7 @@ from typing_extensions import Unpack
 
 from wherefrom.errors import DamagedError, InputError
 from wherefrom.fingerprint import Dataset, Fingerprint
-from wherefrom.options import RescoredOptions
+from wherefrom.options import RescoredOptions, checked_result_name
 from wherefrom.scores import Scores
 from wherefrom.stages import Stages
 from wherefrom.store import Partial, checked_name, remove, scratch_matrix
@@ -81,7 +81,7 @@ def score_checkpoints(
         WherefromError: as `Study.fit` and `Study.score`; what was finished before stays valid.
     """
     paths, weights = _named_paths(checkpoints), _weights(checkpoints, weights)
-    name = checked_name(options.pop("name", None) or f"{strategy}-checkpoints")
+    name = checked_result_name(options.pop("name", None) or f"{strategy}-checkpoints")
     precision = options.get("half_precision", False)
     overwrite = options.get("overwrite", False)
     parts: dict[str, Scores] = {}

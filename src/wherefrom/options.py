@@ -6,10 +6,10 @@ data.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Literal, TypedDict
 
 from typing_extensions import Unpack
@@ -26,6 +26,8 @@ LayerGroups = Mapping[str, Sequence[str]]
 
 # Entries of fingerprints for what is kept beside the values.
 _PARTS, _SELF_INFLUENCE = "parts by layer", "self-influence"
+# What ends the names of parts of a result and of files that are being written.
+_BESIDE = re.compile(r"\.(tokens|blocks|part|partial.*)$")
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -159,11 +161,8 @@ class Options:
             )
 
     def result_name(self, factors: Factors) -> str:
-        """The name that results are kept under; endings of what is kept beside them are not for names."""
-        chosen = checked_name(self.name or factors.strategy + self._suffix())
-        if Path(chosen).suffix in (".tokens", ".blocks"):
-            raise InputError(f"name={self.name!r}: expected another ending, this one is for parts of scores.")
-        return chosen
+        """The name that results are kept under."""
+        return checked_result_name(self.name or factors.strategy + self._suffix())
 
     def _suffix(self) -> str:
         parts = {
@@ -190,6 +189,7 @@ class Options:
             "strategy": factors.strategy,
             "factors": factors.fingerprint["training data"],
             "targets": factors.fingerprint["targets"],
+            "factors' task": factors.fingerprint["task"],
             "factors' precision": factors.fingerprint["precision"],
             "precision": precision,
             **self._settings(),
@@ -212,6 +212,13 @@ class Options:
         if self.top is not None:
             found["kept"] = f"the {self.top} highest and lowest of each query"
         return found
+
+
+def checked_result_name(name: str) -> str:
+    """A name for scores; endings of what is kept beside them for a while, and then deleted, are not for names."""
+    if _BESIDE.search(checked_name(name)):
+        raise InputError(f"name={name!r}: expected another ending, this one is for parts of scores.")
+    return name
 
 
 def of_values(fingerprint: Fingerprint) -> dict[str, str]:

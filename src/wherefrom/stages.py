@@ -112,7 +112,7 @@ class BlockStages:
         return rows
 
     def _complete(self, rows: range) -> bool:
-        finished = [columns for path, found, columns in self._named() if found == rows and path.is_dir()]
+        finished = [columns for path, found, columns in self._named() if found == rows and _BLOCK.fullmatch(path.name)]
         return sum(map(len, finished)) == self.columns
 
     def discard(self, rows: range) -> None:

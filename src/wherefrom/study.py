@@ -148,7 +148,12 @@ class Study(Generic[Batch]):
 
         Returns:
             `str(plan)` is one line, `plan.table()` has the stages with their operations, memory and least time.
+
+        Raises:
+            InputError: there are no queries, or an option is impossible.
         """
+        if len(queries) == 0:
+            raise InputError("queries is empty: expected at least one example. Check the path or the filter.")
         chosen = Options.of(ScoreOptions.__optional_keys__, None, **options)
         sweep = self._precise_sweep(chosen.half_precision)
         return make_plan(sweep, checked_strategy(strategy), queries, self.train, chosen, loaded=False)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -152,17 +152,42 @@ def elsewhere(run: Path) -> None:
     assert plan.form.place == plan.job.device == execution_device(case.model), plan
 
 
+def joined_later(run: Path) -> None:
+    """Processes that join after the study was made."""
+    case = mlp_case()
+    task = Counting()
+    study = wf.Study(run, case.model, task, train=case.train)
+    join_ranks()
+    study.fit("diagonal", batch_size=1)
+    assert task.examples == len(case.train) // Ranks.current().count, task.examples
+
+
+class Counting(wf.Classification):
+    """Counts the examples that are passed over."""
+
+    _examples = 0
+
+    @property
+    def examples(self) -> int:
+        """How many there were."""
+        return self._examples
+
+    def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: wf.Sampler | None = None) -> Tensor:
+        self._examples += len(batch[1])
+        return super().train_loss(model, batch, sampler)
+
+
 JOBS: dict[str, Callable[[Path], None]] = {
     job.__name__: job
     for job in (
         *(mlp, gpt2, sharded, slow, poisoned, unlike),
-        *(unlike_queries, sharded_full, impatient, elsewhere),
+        *(unlike_queries, sharded_full, impatient, elsewhere, joined_later),
     )
 }
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] != "impatient":
+    if sys.argv[1] not in ("impatient", "joined_later"):
         join_ranks()
     try:
         JOBS[sys.argv[1]](Path(sys.argv[2]))

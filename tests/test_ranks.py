@@ -128,6 +128,10 @@ def test_a_slower_process_is_waited_for(tmp_path: Path) -> None:
     assert [status for status, _ in finished(start("impatient", tmp_path, 2))] == [0, 0]
 
 
+def test_processes_may_join_after_a_study_was_made(tmp_path: Path) -> None:
+    assert [status for status, _ in finished(start("joined_later", tmp_path, 2))] == [0, 0]
+
+
 def test_each_process_keeps_query_gradients_on_its_own_device(tmp_path: Path) -> None:
     assert [status for status, _ in finished(start("elsewhere", tmp_path, 2))] == [0, 0]
 

@@ -77,7 +77,6 @@ class Sweep(Generic[Batch]):
         checkpoint_seconds: how often partial sums are written to disk, at the most; 0 is after every batch.
         compile_activations: run activation functions through torch.compile.
         offload_factors: keep covariances, eigenvectors and eigenvalues on the host.
-        ranks: the processes that share each sweep.
         memory_budget: bytes that may be taken beyond what is there at the start; None is most of what is free.
     """
 
@@ -91,7 +90,11 @@ class Sweep(Generic[Batch]):
     memory_budget: int | None = None
     compile_activations: bool = False
     offload_factors: bool = False
-    ranks: Ranks = field(default_factory=Ranks.current)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share each sweep; they may have joined after a study was made."""
+        return Ranks.current()
 
     @property
     def device(self) -> torch.device:

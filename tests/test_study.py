@@ -297,3 +297,15 @@ def test_float32_scores_do_not_depend_on_the_batch_with_fused_attention(tmp_path
         factors = study.fit("ekfac", batch_size=size)
         found.append(study.score(rows, factors, train_batch_size=size, query_batch_size=size).values)
     assert relative_error(*found) < 2e-5
+
+
+def test_a_replaced_basis_takes_its_eigenvalues_with_it(tmp_path: Path) -> None:
+    """Another batch rounds covariances otherwise, and eigenvectors of nearly equal eigenvalues are then others."""
+    case = mlp_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    study.fit("ekfac")
+    study.fit("kfac", batch_size=1, overwrite=True)
+    assert not (tmp_path / "factors" / "sampled" / "eigenvalues").exists()
+    expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit("ekfac", batch_size=1)
+    found = study.fit("ekfac", batch_size=1)
+    assert all(torch.equal(found.eigenvalues[name], each) for name, each in expected.eigenvalues.items())

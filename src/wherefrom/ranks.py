@@ -135,9 +135,10 @@ class Ranks:
         return min(self._all(number))
 
     def first(self, action: Callable[[], Result]) -> Result:
-        """Let the writing process act, while the others wait; what it returns or raises, all return or raise."""
+        """Once all have come so far, let the writing process act; what it returns or raises, all return or raise."""
         if self.count == 1:
             return action()
+        self._all(None)  # or it might delete what another still reads
         outcome: list[tuple[Result | None, Exception | None]] = [(None, None)]
         mine: Exception | None = None
         if self.writes:

@@ -57,6 +57,10 @@ class Stages:
         for path in self.folder.glob(f"{name}.partial*"):
             remove(path)
 
+    def forget(self, name: str) -> None:
+        """Delete one result."""
+        self.ranks.first(lambda: remove(self.folder / name))
+
     def clear(self) -> None:
         """Delete everything."""
         self.ranks.first(lambda: remove(self.folder))

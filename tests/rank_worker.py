@@ -189,9 +189,13 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] not in ("impatient", "joined_later"):
         join_ranks()
+    status = 0
     try:
         JOBS[sys.argv[1]](Path(sys.argv[2]))
     except WherefromError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        status = 1
     finally:
         dist.destroy_process_group()
+    # Threads that PyTorch has left behind fully_shard on a CPU now and then abort an interpreter that ends by itself.
+    os._exit(status)

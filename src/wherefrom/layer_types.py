@@ -289,7 +289,8 @@ def layer_type(module: nn.Module) -> LayerType | None:
 
 def kind_names() -> str:
     """The supported kinds, for messages."""
-    names = (pattern.rpartition(".")[2].lstrip("*") for pattern, kind in LAYER_TYPES.items() if kind)
+    shown = (pattern for pattern, kind in LAYER_TYPES.items() if kind and not pattern.startswith("transformers.models"))
+    names = (pattern.rpartition(".")[2] for pattern in shown)
     return ", ".join(dict.fromkeys(names))
 
 

@@ -201,7 +201,8 @@ class Estimate:
     @property
     def basis_bytes(self) -> int:
         """Of the covariances, or of their eigenvectors, of all layers."""
-        return self._square_bytes() if checked_strategy(self.request.strategy).basis else 0
+        strategy = checked_strategy(self.request.strategy)
+        return factor_bytes(self.blueprint.layers, replace(strategy, eigenvalues="none"), self._dtype)
 
     @property
     def eigenvalue_bytes(self) -> int:
@@ -284,8 +285,7 @@ class Estimate:
     # The stages
 
     def _covariance(self, cost: Cost) -> Stage:
-        moved = self._square_bytes()
-        return self._fitted(cost, moved, moved)
+        return self._fitted(cost, self.basis_bytes, self.basis_bytes)
 
     def _eigenvalues(self, cost: Cost) -> Stage:
         return self._fitted(cost, self.eigenvalue_bytes, self.basis_bytes + self.eigenvalue_bytes)
@@ -354,12 +354,6 @@ class Estimate:
         return Stage(name, passes, flop, memory, sent, copied, expected, max(parts))
 
     # Bytes
-
-    def _square_bytes(self) -> int:
-        numbers = sum(
-            out**2 + width**2 for out, width in (each.padded_shape for each in self.blueprint.layers.values())
-        )
-        return numbers * widened_dtype(self._dtype).itemsize
 
     def _on_device(self, total: float) -> float:
         """All layers' bytes, or only the largest layer's part where the rest is on the host."""

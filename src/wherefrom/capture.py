@@ -268,7 +268,7 @@ class Capture(AbstractContextManager["Capture"]):
         parts = [
             self._captured(layer, call, call.gradient, current)
             for call in current.calls.pop(name)
-            if call.gradient is not None and self._untouched(name, call)
+            if call.gradient is not None
         ]
         if not parts:
             return
@@ -285,17 +285,7 @@ class Capture(AbstractContextManager["Capture"]):
 
     def _captured(self, layer: TrackedLayer, call: _Call, gradient: Tensor, current: _Pass) -> Captured:
         """One call's tensors; of a one-hot layer, ids [batch, tokens] stand for activations."""
-        if len(call.inputs) != current.examples:
-            raise LayerError(
-                f"Layer {layer.name!r} saw {len(call.inputs)} rows for {current.examples} examples: its input must "
-                "keep the batch as first dimension. Leave the layer out with `layers=[...]`."
-            )
-        if current.examples > 1 and call.inputs.stride(0) == 0 and not bool(gradient[1:].any()):
-            raise LayerError(
-                f"Layer {layer.name!r} reads one row for all {current.examples} examples, and the model takes the "
-                "first of them from its output (output[0]) instead of broadcasting it, so the examples' parts of its "
-                "gradient cannot be told apart. Leave the layer out with `layers=[...]`."
-            )
+        self._check_call(layer.name, call, gradient, current)
         copies = call.use.kind.copies(call.use.module)
         shared = self._shared_activations(layer, call, current) if layer.shares_activations(call.use) else None
         read = layer.read(call.use, call.inputs) if shared is None else shared
@@ -309,6 +299,26 @@ class Capture(AbstractContextManager["Capture"]):
         if shared is None and not layer.one_hot:
             activations = self._operand(activations)
         return Captured(activations, self._operand(gradients), real, copies)
+
+    @staticmethod
+    def _check_call(name: str, call: _Call, gradient: Tensor, current: _Pass) -> None:
+        """Refuse a call whose tensors are not each example's own, as the layer has seen them."""
+        if call.inputs._version != call.version:
+            raise LayerError(
+                f"The input of layer {name!r} was overwritten in place after the layer had read it. "
+                "Make the operation that follows out of place (x = x + y, not x += y)."
+            )
+        if len(call.inputs) != current.examples:
+            raise LayerError(
+                f"Layer {name!r} saw {len(call.inputs)} rows for {current.examples} examples: its input must "
+                "keep the batch as first dimension. Leave the layer out with `layers=[...]`."
+            )
+        if current.examples > 1 and call.inputs.stride(0) == 0 and not bool(gradient[1:].any()):
+            raise LayerError(
+                f"Layer {name!r} reads one row for all {current.examples} examples, and the model takes the "
+                "first of them from its output (output[0]) instead of broadcasting it, so the examples' parts of its "
+                "gradient cannot be told apart. Leave the layer out with `layers=[...]`."
+            )
 
     @staticmethod
     def _padding(name: str, positions: int, current: _Pass) -> Padding | None:
@@ -336,15 +346,6 @@ class Capture(AbstractContextManager["Capture"]):
         activations = self._operand(activations)
         current.latest = (layer, call.use, call.inputs, activations)
         return activations
-
-    @staticmethod
-    def _untouched(name: str, call: _Call) -> bool:
-        if call.inputs._version != call.version:
-            raise LayerError(
-                f"The input of layer {name!r} was overwritten in place after the layer had read it. "
-                "Make the operation that follows out of place (x = x + y, not x += y)."
-            )
-        return True
 
 
 def _backward(value: Tensor) -> None:

@@ -367,6 +367,16 @@ class Preconditioner:
     bases: Mapping[str, Basis]
     filters: Mapping[str, Tensor]
 
+    def sides(self, layers: Mapping[str, TrackedLayer]) -> dict[str, Sides]:
+        """What turns each layer's captured gradients, with their aligned columns, into the basis."""
+        return {name: basis.sides(layers[name].width) for name, basis in self.bases.items()}
+
+    def aligned_filters(self, layers: Mapping[str, TrackedLayer]) -> dict[str, Tensor]:
+        """The filters with a column for each of a captured gradient's, [out, width]."""
+        return {
+            name: functional.pad(each, (0, layers[name].width - each.shape[1])) for name, each in self.filters.items()
+        }
+
     def apply(self, layer: str, gradients: Tensor) -> Tensor:
         """Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T for [..., out, in]."""
         basis = self.bases.get(layer)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from wherefrom.capture import Captured
 from wherefrom.curvature import Preconditioner, Sides, weight_gradients
@@ -86,11 +85,7 @@ class GradientBank(Collector):
     ) -> None:
         self._queries = queries
         self._form = form
-        self._sides = {name: each.sides(layers[name].width) for name, each in preconditioner.bases.items()}
-        self._filters = {
-            name: functional.pad(each, (0, layers[name].width - each.shape[1]))
-            for name, each in preconditioner.filters.items()
-        }
+        self._sides, self._filters = preconditioner.sides(layers), preconditioner.aligned_filters(layers)
         self._workspace, self._rebuilt = Workspace(), Workspace()
         self.sums = {}
         for name, layer in layers.items():

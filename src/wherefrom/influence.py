@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from wherefrom.capture import Captured
 from wherefrom.curvature import Preconditioner, weight_gradients
@@ -38,11 +37,7 @@ class SelfInfluenceCollector(Collector):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._sides = {name: each.sides(layers[name].width) for name, each in preconditioner.bases.items()}
-        self._filters = {
-            name: functional.pad(each, (0, layers[name].width - each.shape[1]))
-            for name, each in preconditioner.filters.items()
-        }
+        self._sides, self._filters = preconditioner.sides(layers), preconditioner.aligned_filters(layers)
         self._workspace = Workspace()
         self.sums = {name: torch.zeros(examples, dtype=dtype, device=device) for name in (SELF_INFLUENCE, SQUARED_NORM)}
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from wherefrom.errors import LayerError
 from wherefrom.layer_types import LayerType, elementwise_tensors, kind_names, layer_type, one_hot, weight_count
-from wherefrom.placement import execution_device, tied_names
+from wherefrom.placement import tied_names
 
 # Matrix units want rows of a multiple of 16 bytes: a product with 769 columns takes up to twice as long as with 776.
 _ALIGNMENT = 8
@@ -102,11 +101,6 @@ class TrackedLayer:
         That of one-hot vectors is diagonal; of more than `WIDEST` features, it is an approximation.
         """
         return self.shape[0] > WIDEST, self.one_hot or self.shape[1] > WIDEST
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layer computes."""
-        return execution_device(self._main.module)
 
     def columns(self, tokens: int) -> int:
         """How many columns of the gradient matrix are captured for an example of that many tokens."""

@@ -191,27 +191,16 @@ class Scoring(Generic[Batch]):
 
     def _query_self_influence(self) -> Tensor:
         """A sweep over queries for their scores with themselves."""
-        collector = self._self_influence(self.queries)
-        self.sweep.run(
-            "query self-influence",
-            self.queries,
-            collector,
-            _measurement(self.sweep.task),
-            batch_size=self.options.query_batch_size,
-        )
+        collector, size = self._self_influence(self.queries), self.options.query_batch_size
+        objective = _measurement(self.sweep.task)
+        self.sweep.run("query self-influence", self.queries, collector, objective, batch_size=size)
         return collector.sums[SELF_INFLUENCE]
 
     def train_self_influence(self, sums: Partial) -> dict[str, Tensor]:
         """A sweep over training examples for their scores with themselves."""
-        collector = self._self_influence(self.train)
-        self.sweep.run(
-            "self-influence",
-            self.train,
-            collector,
-            training_loss(self.sweep.task),
-            batch_size=self.options.train_batch_size,
-            partial=sums,
-        )
+        collector, size = self._self_influence(self.train), self.options.train_batch_size
+        objective = training_loss(self.sweep.task)
+        self.sweep.run("self-influence", self.train, collector, objective, batch_size=size, partial=sums)
         return collector.sums
 
     def shards(self, rows: range, train: int) -> list[range]:

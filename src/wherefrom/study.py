@@ -19,6 +19,7 @@ from wherefrom.errors import InputError, MismatchError
 from wherefrom.fingerprint import (
     LIBRARY,
     Dataset,
+    Fingerprint,
     dataset_digest,
     model_digest,
     names_summary,
@@ -131,7 +132,7 @@ class Study(Generic[Batch]):
         """
         checked_strategy(strategy)
         sweep = self._precise_sweep(half_precision)
-        usual = ("empirical" if empirical else "sampled") + _suffix(half_precision)
+        usual = ("empirical" if empirical else "sampled") + ("-half" if half_precision else "")
         folder = self.path / "factors" / checked_name(name or usual)
         fingerprint = self._fingerprint()
         fingerprint["targets"] = "dataset" if empirical else f"sampled, seed {seed}"
@@ -174,7 +175,9 @@ class Study(Generic[Batch]):
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
         chosen = Options.of(PairwiseOptions.__optional_keys__, None, **options)
-        return self._keep_scores(self._scoring(queries, factors, chosen), factors)
+        scoring = self._scoring(queries, factors, chosen)
+        fingerprint = self._score_fingerprint(queries, factors, chosen)
+        return self._keep_scores(scoring, chosen.result_name(factors), fingerprint)
 
     def score_top(
         self, queries: Dataset[object], factors: Factors, k: int = 100, **options: Unpack[ScoreOptions]
@@ -190,9 +193,11 @@ class Study(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
-        scoring = self._scoring(queries, factors, Options.of(ScoreOptions.__optional_keys__, k, **options))
-        self._keep(scoring, factors, lambda blocks: scoring.highest(BlockStages(blocks, len(self.train)), k))
-        return TopScores.load(self.path / "scores" / scoring.options.result_name(factors))
+        chosen = Options.of(ScoreOptions.__optional_keys__, k, **options)
+        scoring = self._scoring(queries, factors, chosen)
+        name, fingerprint = chosen.result_name(factors), self._score_fingerprint(queries, factors, chosen)
+        self._keep(scoring, name, fingerprint, lambda blocks: scoring.highest(BlockStages(blocks, len(self.train)), k))
+        return TopScores.load(self.path / "scores" / name)
 
     def self_influence(
         self,
@@ -268,7 +273,7 @@ class Study(Generic[Batch]):
                 same = scoring.ranks.first(
                     lambda: stored.exists() and of_values(read_manifest(stored)["fingerprint"]) == sequences
                 )
-                scores = Scores.load(stored) if same else self._keep_scores(scoring, factors)
+                scores = Scores.load(stored) if same else self._keep_scores(scoring, base, sequences)
                 pairs = extreme_pairs(scores.values, top)
             return TokenScoring(scoring).all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
 
@@ -329,7 +334,7 @@ class Study(Generic[Batch]):
         self._sweep.ranks.first(lambda: write_text(path, page))
         return path
 
-    def _keep_scores(self, scoring: Scoring[Batch], factors: Factors) -> Scores:
+    def _keep_scores(self, scoring: Scoring[Batch], name: str, fingerprint: Fingerprint) -> Scores:
         """Scores of all pairs, or aggregated ones, computed block by block unless they are there."""
         options = scoring.options
 
@@ -343,17 +348,22 @@ class Study(Generic[Batch]):
                 found["changes"] = rescore(scoring, found.get("values"), again)
             return found
 
-        self._keep(scoring, factors, compute)
-        return Scores.load(self.path / "scores" / options.result_name(factors))
+        self._keep(scoring, name, fingerprint, compute)
+        return Scores.load(self.path / "scores" / name)
 
-    def _keep(self, scoring: Scoring[Batch], factors: Factors, compute: Callable[[Stages], dict[str, Tensor]]) -> None:
+    def _keep(
+        self,
+        scoring: Scoring[Batch],
+        name: str,
+        fingerprint: Fingerprint,
+        compute: Callable[[Stages], dict[str, Tensor]],
+    ) -> None:
         """Have scores in the run directory, computed unless they are there.
 
         Args:
             compute: makes their tensors, and may keep blocks in the stages that it is given.
         """
-        folder, name = self.path / "scores", scoring.options.result_name(factors)
-        fingerprint = self._score_fingerprint(scoring.queries, factors, scoring.options)
+        folder = self.path / "scores"
         blocks = Stages(folder / f"{name}.blocks", fingerprint, self.profile)
         if scoring.options.overwrite:
             blocks.clear()
@@ -400,8 +410,3 @@ class Study(Generic[Batch]):
         """Refuse to go on with processes that differ."""
         for name, value in found.items():
             self._sweep.ranks.check_alike(name, value)
-
-
-def _suffix(half_precision: bool) -> str:
-    """What half precision adds to a result's name."""
-    return "-half" if half_precision else ""

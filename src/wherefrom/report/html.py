@@ -129,10 +129,10 @@ def render_report(
     _check(queries, train, values, k)
     reader = _Reader(train, tokens)
     views = [_query_view(row, _clean_passage(queries[row]), values[row], reader, k) for row in range(len(queries))]
-    environment = _environment()
-    style = environment.get_template("report.css").render()
-    script = environment.get_template("report.js").render()
-    return environment.get_template("report.html").render(
+    templates = package_templates()
+    style = templates.get_template("report.css").render()
+    script = templates.get_template("report.js").render()
+    return templates.get_template("report.html").render(
         title=_clean(title),
         summary=_clean(summary),
         queries=views,
@@ -145,7 +145,7 @@ def render_report(
         histogram_height=HISTOGRAM_HEIGHT,
         style=style,
         script=script,
-        policy=_policy(style, script),
+        policy=security_policy(style, script),
     )
 
 
@@ -335,7 +335,7 @@ def _clean(text: str) -> str:
     return plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _policy(style: str, script: str) -> str:
+def security_policy(style: str, script: str) -> str:
     """A content security policy: this style, this script, embedded pictures, and nothing else."""
     return (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
@@ -348,7 +348,7 @@ def _digest(source: str) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def package_templates() -> Environment:
     """The package's templates; style and script pass through it too, for uniform line ends."""
     return Environment(
         loader=PackageLoader("wherefrom.report"),

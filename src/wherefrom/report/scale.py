@@ -11,7 +11,7 @@ from rich.text import Text
 
 from wherefrom.calculator import REACHABLE, Estimate, Stage
 from wherefrom.memory import FREE_SHARE
-from wherefrom.report.html import _environment, _policy
+from wherefrom.report.html import package_templates, security_policy
 
 GIB = 2**30
 
@@ -47,11 +47,11 @@ def scale_text(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> Rend
 
 def scale_page(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> str:
     """The same as an HTML page without scripts."""
-    environment = _environment()
-    style = "".join(environment.get_template(name).render() for name in ("report.css", "scale.css"))
-    return environment.get_template("scale.html").render(
+    templates = package_templates()
+    style = "".join(templates.get_template(name).render() for name in ("report.css", "scale.css"))
+    return templates.get_template("scale.html").render(
         style=style,
-        policy=_policy(style, ""),
+        policy=security_policy(style, ""),
         title=f"{estimate.blueprint.name} on {_ranks(estimate)}: a plan on paper",
         summary=summary(estimate),
         verdict=verdict(estimate),

@@ -8,21 +8,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import analyze
-import data
 import evaluate_lds
 import half_precision_analysis
-import models
 import numpy as np
 import pytest
 import run_counterfactual
 import tokenwise_analysis
-import torch
 import train
 from common import Common
 from retraining import Retrained
-from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from tests.small_model import cache_small_model
 from wherefrom.errors import InputError
 from wherefrom.report.evaluations import load_figures
 
@@ -33,13 +29,7 @@ TRAIN, QUERIES = 14, 4
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with a tiny model in the small one's place, and what train.py makes of it."""
     path = tmp_path_factory.mktemp("example")
-    bpe = ByteLevelBPETokenizer()
-    texts = [lead.text for lead in data.labelled_leads("query")[:20]]
-    bpe.train_from_iterator(texts, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
-    models.save(models.small_folder(path / "cache"), GPT2LMHeadModel(config), tokenizer)
+    cache_small_model(path / "cache", positions=32)
     train.main(
         train.Arguments(
             checkpoint_dir=path / "checkpoints",

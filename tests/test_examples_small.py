@@ -7,7 +7,6 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-import data
 import models
 import numpy as np
 import pytest
@@ -15,10 +14,9 @@ import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Ridge
-from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import wherefrom as wf
+from tests.small_model import cache_small_model
 
 Array = NDArray[np.float64]
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -111,13 +109,7 @@ def test_the_mlp_without_one_patient_is_where_another_optimiser_ends(diabetes: d
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-2 in the place of the pre-trained small one."""
     path = tmp_path_factory.mktemp("cache")
-    bpe = ByteLevelBPETokenizer()
-    texts = [lead.text for lead in data.labelled_leads("query")[:20]]
-    bpe.train_from_iterator(texts, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=300, n_positions=128, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
-    models.save(models.small_folder(path), GPT2LMHeadModel(config), tokenizer)
+    cache_small_model(path, positions=128)
     return path
 
 

@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.markup import escape
 
-from wherefrom.errors import InputError, WherefromError
+from wherefrom.commands import command_line
+from wherefrom.errors import InputError
 from wherefrom.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
 from wherefrom.plan_command import plan
 from wherefrom.progress import show_log
@@ -290,23 +290,16 @@ def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = 
 
 
 def main() -> None:
-    """Run the command; errors of ours are one line and exit status 1, an interrupt is 130."""
+    """Run the command; exit statuses are those of `commands`."""
     show_log()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries that load models and data
-    try:
+    with command_line():
         app.cli(
             prog="wherefrom",
             description="Which training examples made the model say that?",
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-    except WherefromError as error:
-        console_error = Console(stderr=True)
-        console_error.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted. The same command continues from the last saved sums.")
-        sys.exit(130)
 
 
 def _passages(run: Path, name: str, scores: Scores | TopScores) -> tuple[Passages, Passages]:

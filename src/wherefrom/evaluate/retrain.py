@@ -8,6 +8,7 @@ what is missing. This module must not know scores, nor how a model is trained; t
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +26,8 @@ from wherefrom.evaluate.bank import Bank, Row, retraining_key
 from wherefrom.evaluate.pool import JobError, default_workers, run_jobs
 from wherefrom.fingerprint import Fingerprint
 from wherefrom.progress import progress_bar
+
+logger = logging.getLogger("wherefrom")
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,9 @@ class _Work:
                 "If memory ran out, pass fewer workers. If none ever started, see that the script calls this "
                 'under `if __name__ == "__main__":`.'
             ) from error
+        except (KeyboardInterrupt, SystemExit):
+            logger.warning(f"Stopped. {self._standing()}")
+            raise
 
     def _keep(self, group: Sequence[str], losses: NDArray[np.float64], seconds: float) -> None:
         known = next(iter(self.bank.rows.values()), None)

@@ -92,3 +92,8 @@ class DirectoryLock:
             return f"process {record['process']} on {record['host']}, for {minutes:,.0f} min"
         except (DamagedError, KeyError, TypeError):
             return "a process that has not said its name"
+
+
+def run_lock(run: Path) -> DirectoryLock:
+    """The lock of a run directory."""
+    return DirectoryLock(run / ".lock")

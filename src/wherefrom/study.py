@@ -29,7 +29,7 @@ from wherefrom.fingerprint import (
 from wherefrom.fitting import Fitting
 from wherefrom.influence import SELF_INFLUENCE
 from wherefrom.layers import coverage, select_layers
-from wherefrom.locks import DirectoryLock
+from wherefrom.locks import run_lock
 from wherefrom.memory import checked_batch_size
 from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups, of_values
 from wherefrom.plan import Plan
@@ -124,7 +124,7 @@ class Study(Generic[Batch]):
         if self._sweep.ranks.writes:
             logger.info(f"{coverage(model, layers)}.")
         self.profile = self._sweep.profile
-        self._lock = DirectoryLock(self.path / ".lock")
+        self._lock = run_lock(self.path)
 
     @_alone
     def fit(

@@ -339,7 +339,8 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     """The checked content of what `_write_tensors` wrote: tensors, memory-mapped, the digest and the header."""
     within(file.parent.parent, file.parent.name)
     try:
-        with safe_open(_checked_file(file), framework="pt") as opened:
+        _checked_file(file).open("rb").close()  # safe_open says "not found" where a permission is missing
+        with safe_open(file, framework="pt") as opened:
             described, digest = (opened.metadata()[name] for name in (_HEADER, _DIGEST))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         header = _parsed(described)

@@ -10,10 +10,10 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,16 +24,12 @@ import wherefrom as wf
 from tests.models import mlp_case
 from tests.reliability.outcomes import Outcome
 from tests.retrain_worker import fill
+from tests.runs import unprivileged
 from wherefrom.errors import WherefromError
 from wherefrom.options import ScoreOptions
 from wherefrom.report.evaluations import load_figures, save_evaluation
 from wherefrom.report.passages import Figure
 from wherefrom.store import Artifact, remove
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-NOBODY = 65534
 
 Results = dict[str, Tensor]
 
@@ -302,7 +298,7 @@ def _try(folder: Path, kind: str, fault: Fault, expected: Results, draw: random.
     damage = _content(run)
     use = Workplace().everything if kind == "complete" else Workplace().resumed
     try:
-        with _without_privileges(run, fault is unreadable):
+        with unprivileged() if fault is unreadable else nullcontext():
             found = use(run)
     except WherefromError as error:
         assert str(run) in str(error), f"{case}: {error} names no file of the run"
@@ -360,16 +356,3 @@ def _compare(found: Results, expected: Results, case: str) -> None:
     for name, tensor in expected.items():
         if name != "figures":
             assert torch.equal(found[name], tensor), f"{case}: {name} differs"
-
-
-@contextmanager
-def _without_privileges(run: Path, needed: bool) -> Iterator[None]:
-    """For root, permissions mean nothing."""
-    if not needed or os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)

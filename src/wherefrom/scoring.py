@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.curvature import Preconditioner, Strategy
+from wherefrom.disk import Blocks, Step, check_space, used_bytes
 from wherefrom.errors import MemoryLimitError
 from wherefrom.fingerprint import Dataset
 from wherefrom.gradients import GradientBank
@@ -111,6 +112,8 @@ class Scoring(Generic[Batch]):
             stages: keeps blocks.
             folder: where matrices lie while they are put together.
         """
+        vectors, options = 3 * self.options.self_influence, self.options
+        self.check_disk(folder, self._blocks().matrix_step(self.ranks.count, vectors, options.rescore))
         whole = _Assembled(folder, len(self.queries), len(self.train), self.ranks.writes)
 
         def work(rows: range) -> None:
@@ -133,6 +136,7 @@ class Scoring(Generic[Batch]):
 
     def highest(self, stages: BlockStages, k: int) -> dict[str, Tensor]:
         """The tensors of `TopScores`: each block is reduced to its extremes before it is kept."""
+        self.check_disk(stages.stages.folder, self._blocks().top_step(self.ranks.count, k))
         kept: list[dict[str, Tensor]] = []
 
         def reduced(bank: Callable[[], GradientBank], rows: range, columns: range, sums: Partial) -> dict[str, Tensor]:
@@ -155,6 +159,7 @@ class Scoring(Generic[Batch]):
         """The tensors of `Scores` with one row for all queries, one column for all training examples, or both."""
         kept: list[dict[str, Tensor]] = []
         everything = range(len(self.train))
+        self.check_disk(stages.stages.folder, self._blocks().summed_step(self.ranks.count))
 
         def work(rows: range) -> None:
             bank = cache(partial(self.bank, rows))
@@ -202,6 +207,22 @@ class Scoring(Generic[Batch]):
         objective = training_loss(self.sweep.task)
         self.sweep.run("self-influence", self.train, collector, objective, batch_size=size, partial=sums)
         return collector.sums
+
+    def check_disk(self, folder: Path, step: Step) -> None:
+        """Refuse to begin what there is too little room for, in a folder that holds nothing but what is begun of it."""
+        self.ranks.first(lambda: check_space(folder, [step], used_bytes([folder])))
+
+    def _blocks(self) -> Blocks:
+        """How scores are cut, for what they take on the disk."""
+        options, block = self.options, self.plan.block
+        queries, train = len(self.queries), len(self.train)
+        if options.aggregate_queries:
+            queries = block = 1
+        shard = train if options.aggregate_queries else len(self.shards(range(block), train)[0])
+        if options.aggregate_train:
+            train = shard = 1
+        matrices = 1 + len(set(self.groups.values()))
+        return Blocks(queries, train, self.sweep.dtype.itemsize, block, shard, matrices, options.query_rank is not None)
 
     def shards(self, rows: range, train: int) -> list[range]:
         """The planned parts of a training set; a batch for every process at least."""

@@ -266,7 +266,8 @@ class Study(Generic[Batch]):
             stages.clear()
 
         def compute(_: Partial) -> dict[str, Tensor]:
-            pairs = None
+            tokens, pairs = TokenScoring(scoring), None
+            tokens.check_disk(folder, top)
             if top is not None:
                 stored = self.path / "scores" / base
                 # Scores with more kept beside the same values are as good.
@@ -275,7 +276,7 @@ class Study(Generic[Batch]):
                 )
                 scores = Scores.load(stored) if same else self._keep_scores(scoring, base, sequences)
                 pairs = extreme_pairs(scores.values, top)
-            return TokenScoring(scoring).all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
+            return tokens.all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
 
         stages.keep(INDEX, compute)
         return TokenScores.load(folder)

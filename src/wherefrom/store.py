@@ -176,7 +176,7 @@ def scratch_matrix(file: Path, rows: int, columns: int, dtype: torch.dtype) -> T
         matrix = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(rows, columns)
         remove(file)
     except OSError as error:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(StorageError):
             remove(file)
         raise _cannot_write(file, size, str(error.strerror)) from error
     return matrix
@@ -230,7 +230,7 @@ def _storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, StorageError) as error:  # the last from a manifest
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(StorageError):
             remove(part)
         raise _cannot_write(part.with_suffix(""), needed, str(error)) from error
 
@@ -276,11 +276,20 @@ def _damaged(file: Path, reason: str) -> DamagedError:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a directory, if it is there; a link is deleted, never followed."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Delete a file or a directory, if it is there; a link is deleted, never followed.
+
+    Raises:
+        StorageError: it cannot be deleted.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot delete {path}: {error.strerror}. Check permissions, or choose another run directory."
+        ) from error
 
 
 def _flush(path: Path) -> None:

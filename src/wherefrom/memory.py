@@ -39,7 +39,7 @@ def usable_memory(device: torch.device, budget: int | None) -> int:
     return int(FREE_SHARE * free) if budget is None else min(budget, free)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether an error says that an allocation failed; on the CPU PyTorch raises a plain RuntimeError for it."""
     if isinstance(error, torch.OutOfMemoryError):
         return True

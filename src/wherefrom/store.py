@@ -82,7 +82,7 @@ class Artifact:
             StorageError: the directory cannot be written or the disk is full; nothing is left behind.
         """
         part = self.path.with_name(self.path.name + ".part")
-        with _storing(part, tensors):
+        with storing(part, tensors):
             remove(part)
             part.mkdir(parents=True)
             description = _description(self.path, self.fingerprint)
@@ -134,7 +134,7 @@ class Partial:
         part = self.path.with_name(self.path.name + ".part")
         description = _description(self.path, self.fingerprint)
         header = {**description, "position": position, "batch_size": batch_size}
-        with _storing(part, sums):
+        with storing(part, sums):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             remove(part)
             _write_tensors(part, sums, header)
@@ -295,8 +295,15 @@ def check_same(path: Path, stored: Fingerprint, current: Fingerprint) -> None:
 
 
 @contextlib.contextmanager
-def _storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Check the space, and turn a failed write into an error that leaves no temporary file."""
+def storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Check the space, and turn a failed write into an error that leaves no temporary file.
+
+    Args:
+        part: what is written before it gets its name, which is the same without the ending.
+
+    Raises:
+        StorageError: says how much was needed, and how much is free.
+    """
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if needed > _free_space(part):
         raise _cannot_write(part.with_suffix(""), needed, "not enough space")

@@ -48,8 +48,8 @@ class Fitting(Generic[Batch]):
 
     def factors(self, strategy: str) -> Factors:
         """Those of a strategy; what strategies have in common is computed once."""
-        needed = STRATEGIES[strategy]
         self.sweep.ranks.first(lambda: self._check_disk(strategy))
+        needed = STRATEGIES[strategy]
         if needed.basis and self.stages.overwrite:
             self.stages.forget("eigenvalues")  # they belong to the basis that is being replaced
         bases = self._bases() if needed.basis else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from wherefrom.errors import MemoryLimitError
 from wherefrom.fingerprint import Dataset
 from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
-from wherefrom.memory import out_of_memory
+from wherefrom.memory import within_memory
 from wherefrom.options import Options
 from wherefrom.plan import Job, Plan, Wanted, plan_scores
 from wherefrom.ranks import Ranks
@@ -246,7 +247,8 @@ class Scoring(Generic[Batch]):
     def _fits(self, work: Callable[[range], None], rows: range) -> bool:
         """Work on some queries; False when their gradients leave too little memory for the rest."""
         try:
-            work(rows)
+            with self._within_memory(len(rows)):
+                work(rows)
         except MemoryLimitError as error:
             # Of processes that share a model's weights, the others may be in the middle of a pass.
             if len(rows) == 1 or self.sweep.lockstep:
@@ -255,17 +257,15 @@ class Scoring(Generic[Batch]):
             return False
         return True
 
+    def _within_memory(self, queries: int) -> AbstractContextManager[None]:
+        """Turn a failed allocation into the error of our own that means fewer resident queries."""
+        advice = "Give a query_rank, track fewer layers, or use a device with more memory."
+        return within_memory(f"Gradients of {queries} queries, and what is made of them, do", self.sweep.device, advice)
+
     def bank(self, rows: range) -> GradientBank:
         """The preconditioned gradients of some queries: a sweep over them."""
-        with self.ranks.agreeing():
-            try:
-                bank = GradientBank(self.sweep.layers, self.preconditioner, len(rows), self.plan.form)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                raise MemoryLimitError(
-                    f"Gradients of {len(rows)} queries do not fit into memory. Give a query_rank, or fewer layers."
-                ) from error
+        with self.ranks.agreeing(), self._within_memory(len(rows)):
+            bank = GradientBank(self.sweep.layers, self.preconditioner, len(rows), self.plan.form)
         batch, smallest = self._batch(self.plan.query_batch, len(rows))
         queries = Rows(self.queries, rows)
         self.sweep.run(

@@ -30,7 +30,7 @@ from wherefrom.fitting import Fitting
 from wherefrom.influence import SELF_INFLUENCE
 from wherefrom.layers import coverage, select_layers
 from wherefrom.locks import run_lock
-from wherefrom.memory import checked_batch_size
+from wherefrom.memory import checked_batch_size, within_memory
 from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups, of_values
 from wherefrom.plan import Plan
 from wherefrom.precision import HalfPrecision
@@ -55,11 +55,12 @@ Result = TypeVar("Result")
 def _alone(
     method: Callable[Concatenate[Study[Batch], Parameters], Result],
 ) -> Callable[Concatenate[Study[Batch], Parameters], Result]:
-    """A method that runs `Study.alone`."""
+    """A method that runs `Study.alone`, and says in our words that memory has run out."""
+    advice = "Track fewer layers, give a smaller batch size or a query_rank, or use a device with more memory."
 
     @wraps(method)
     def locked(study: Study[Batch], /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-        with study.alone():
+        with study.alone(), within_memory(f"{method.__name__} does", study._sweep.device, advice):
             return method(study, *arguments, **options)
 
     return locked

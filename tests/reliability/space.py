@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import random
 import re
@@ -27,7 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import wherefrom as wf
@@ -173,7 +174,11 @@ def _bank(run: Path) -> None:
     """A bank of retrainings, and then a larger one."""
     masks = half_subsets(12, 3, seed=0)
     for seeds in (range(1), range(2)):
-        retrain(run / "retrainings", _losses, masks, seeds, fingerprint={"recipe": "1"}, workers=1, progress=False)
+        bank = retrain(
+            run / "retrainings", _losses, masks, seeds, fingerprint={"recipe": "1"}, workers=1, progress=False
+        )
+    # The order of rows in the table is that in which they were finished; this one is not.
+    save_file({"losses": bank.losses}, run / "losses.safetensors")
 
 
 def _recorder(run: Path) -> None:
@@ -205,9 +210,8 @@ def tensors(run: Path) -> dict[str, Tensor]:
     return {
         f"{file.relative_to(run)}/{name}": tensor.clone()
         for file in run.rglob("*.safetensors")
-        if ".partial" not in file.name
+        if ".partial" not in file.name and "retrainings" not in file.parts
         for name, tensor in load_file(file).items()
-        if name != "seconds"  # which a retraining took
     }
 
 
@@ -264,20 +268,12 @@ class Harness:
 
     def _check_finished(self, name: str) -> None:
         """What has its name is whole, and what it should be."""
-        for manifest in self.disk.run.rglob("manifest.json"):
+        for manifest in (file for file in self.disk.run.rglob("manifest.json") if file.parent.suffix != ".part"):
             artifact = Artifact(manifest.parent, read_manifest(manifest.parent)["fingerprint"])
             place = manifest.parent.relative_to(self.disk.run)
             for tensor, value in artifact.load().items():
                 expected = self.expected[name].get(f"{place}/tensors.safetensors/{tensor}")
-                assert expected is None or _part_of(value, expected), f"wrong result: {place}"
-
-
-def _part_of(value: Tensor, expected: Tensor) -> bool:
-    """Whether a tensor is the expected one, or some of its rows: a bank of retrainings grows."""
-    if value.shape == expected.shape:
-        return torch.equal(value, expected)
-    rows = expected.flatten(1) if expected.dim() > 1 else expected.unsqueeze(1)
-    return all(bool((rows == row.flatten()).all(1).any()) for row in value)
+                assert expected is None or torch.equal(value, expected), f"wrong result: {place}"
 
 
 def _leftover(run: Path) -> list[Path]:
@@ -299,6 +295,7 @@ _KINDS: dict[str, Callable[[Disk, int], object]] = {
 def main(folder: str, kind: str, count: str, seed: str) -> None:
     """All faults of one kind; the last line of the output is the outcome."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    logging.getLogger("wherefrom").setLevel(logging.ERROR)
     disk = Disk(Path(folder))
     if can_mount():
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK_MIB}m", "tmpfs", folder], check=True)

@@ -21,6 +21,7 @@ from wherefrom.curvature import (
     bases_to_tensors,
     diagonalize,
 )
+from wherefrom.disk import check_space, fit_steps, used_bytes
 from wherefrom.fingerprint import Dataset
 from wherefrom.layouts import Layout, check_layout
 from wherefrom.sampling import Sampler
@@ -48,6 +49,7 @@ class Fitting(Generic[Batch]):
 
     def factors(self, strategy: str) -> Factors:
         """Those of a strategy; what strategies have in common is computed once."""
+        self.sweep.ranks.first(lambda: self._check_disk(strategy))
         needed = STRATEGIES[strategy]
         if needed.basis and self.stages.overwrite:
             self.stages.forget("eigenvalues")  # they belong to the basis that is being replaced
@@ -58,6 +60,18 @@ class Fitting(Generic[Batch]):
         elif needed.eigenvalues == "product":
             eigenvalues = {layer: each.eigenvalues() for layer, each in bases.items()}
         return Factors(strategy, self.stages.fingerprint, bases, eigenvalues)
+
+    def _check_disk(self, strategy: str) -> None:
+        """Refuse to begin what there is too little room for; what is there already needs none."""
+        sweep, stages = self.sweep, self.stages
+        steps = fit_steps(sweep.layers, STRATEGIES[strategy], sweep.dtype, sweep.ranks.count)
+        there = set() if stages.overwrite else {name for name in steps if (stages.folder / name).exists()}
+        if "eigenbasis" in there:
+            there.add("covariance")  # which is needed for nothing else
+        missing = {name: step for name, step in steps.items() if name not in there}
+        if missing:
+            begun = [path for name in missing for path in (stages.folder / name, *stages.folder.glob(f"{name}.part*"))]
+            check_space(stages.folder, list(missing.values()), used_bytes(begun))
 
     def _bases(self) -> dict[str, Basis]:
         sweep = self.sweep

@@ -14,13 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from wherefrom.errors import DamagedError, InputError, StorageError
-from wherefrom.store import checked_name, read_json, write_text
+from wherefrom.errors import DamagedError, InputError
+from wherefrom.store import checked_name, read_json, storing, write_text
 
 logger = logging.getLogger("wherefrom")
 
@@ -241,10 +240,6 @@ def second_moments(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tens
 def _save_moments(file: Path, moments: dict[str, Tensor]) -> None:
     """Write under a temporary name, then rename."""
     part = file.with_name(file.name + ".part")
-    try:
+    with storing(part, moments):
         save_file(moments, part)
         part.replace(file)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        size = sum(each.nbytes for each in moments.values()) / 2**20
-        raise StorageError(f"Cannot write {file} ({size:,.1f} MiB): {error}. Free some space.") from error

@@ -31,7 +31,7 @@ from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
 from wherefrom.layers import coverage, select_layers
 from wherefrom.layouts import Layout, check_layout
 from wherefrom.locks import run_lock
-from wherefrom.memory import checked_batch_size
+from wherefrom.memory import checked_batch_size, within_memory
 from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups, of_values
 from wherefrom.plan import Plan
 from wherefrom.precision import HalfPrecision
@@ -56,11 +56,12 @@ Result = TypeVar("Result")
 def _alone(
     method: Callable[Concatenate[Study[Batch], Parameters], Result],
 ) -> Callable[Concatenate[Study[Batch], Parameters], Result]:
-    """A method that runs `Study.alone`."""
+    """A method that runs `Study.alone`, and says in our words that memory has run out."""
+    advice = "Track fewer layers, give a smaller batch size or a query_rank, or use a device with more memory."
 
     @wraps(method)
     def locked(study: Study[Batch], /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-        with study.alone():
+        with study.alone(), within_memory(f"{method.__name__} does", study._sweep.device, advice):
             return method(study, *arguments, **options)
 
     return locked
@@ -308,7 +309,8 @@ class Study(Generic[Batch]):
             stages.clear()
 
         def compute(_: Partial) -> dict[str, Tensor]:
-            pairs = None
+            tokens, pairs = TokenScoring(scoring), None
+            tokens.check_disk(folder, top)
             if top is not None:
                 stored = self.path / "scores" / base
                 # Scores with more kept beside the same values are as good.
@@ -317,7 +319,7 @@ class Study(Generic[Batch]):
                 )
                 scores = Scores.load(stored) if same else self._keep_scores(scoring, base, sequences)
                 pairs = extreme_pairs(scores.values, top)
-            return TokenScoring(scoring).all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
+            return tokens.all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
 
         stages.keep(INDEX, compute)
         return TokenScores.load(folder)

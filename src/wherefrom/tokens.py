@@ -34,7 +34,7 @@ _INDEX: Layout = {
 }
 
 # How large a file of token scores may be: what a sweep over it holds in memory.
-_PART_BYTES = 2**28
+PART_BYTES = 2**28
 
 
 def extreme_pairs(values: Tensor, count: int) -> Tensor:
@@ -61,7 +61,7 @@ def token_parts(queries: range, train: int, chosen: Tensor | None, bytes_each: i
         chosen: int64 [pairs, 2], (query, training position); None is every pair.
         bytes_each: what a pair's scores take.
     """
-    fitting = max(1, _PART_BYTES // bytes_each)
+    fitting = max(1, PART_BYTES // bytes_each)
     if chosen is not None:
         mine = chosen[(chosen[:, 0] >= queries.start) & (chosen[:, 0] < queries.stop)]
         yield from mine[mine[:, 1].argsort(stable=True)].split(fitting)

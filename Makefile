@@ -57,7 +57,7 @@ wheel: $(STAMP)
 ## Resolve the locks again; pins that still fit stay, unless UPGRADE=--upgrade
 lock: $(STAMP)
 	$(COMPILE) $(WITHOUT_TORCH) $(UPGRADE) --universal --extra dev pyproject.toml --output-file requirements/lock.txt
-	$(COMPILE) $(WITHOUT_TORCH) $(UPGRADE) --resolution lowest-direct --python-version 3.11 --python-platform linux \
+	$(COMPILE) $(WITHOUT_TORCH) --upgrade --resolution lowest-direct --python-version 3.11 --python-platform linux \
 		--extra test pyproject.toml --output-file requirements/lowest.txt
 	$(COMPILE) $(UPGRADE) --universal --python-version 3.11 --no-config --constraint requirements/lock.txt $(CUDA_ONLY) \
 		requirements/torch.in --output-file requirements/torch.txt

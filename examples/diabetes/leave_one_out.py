@@ -14,7 +14,6 @@ divided by N predicts the change.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import wherefrom as wf
+from wherefrom.commands import command_line
 from wherefrom.evaluate.precision import Correlations, compare_scores
 from wherefrom.report.evaluations import save_evaluation
 from wherefrom.report.passages import Figure
@@ -352,7 +352,5 @@ def _only(correlations: Correlations) -> float:
 
 if __name__ == "__main__":
     chosen = tyro.cli(Arguments, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
-    try:
+    with command_line():
         main(chosen)
-    except wf.WherefromError as error:
-        sys.exit(f"error: {error}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import wherefrom as wf
+from wherefrom.commands import command_line
 from wherefrom.report.evaluations import save_evaluation
 from wherefrom.report.passages import Figure
 from wherefrom.report.plots import COLOURS, RESOLUTION, png
@@ -242,7 +242,5 @@ def main(arguments: Arguments) -> None:
 
 if __name__ == "__main__":
     chosen = tyro.cli(Arguments, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
-    try:
+    with command_line():
         main(chosen)
-    except wf.WherefromError as error:
-        sys.exit(f"error: {error}")

@@ -34,6 +34,7 @@ from models import BLOCK_SIZES, load_base
 from training import TrainSettings, perplexity, train
 
 import wherefrom as wf
+from wherefrom.commands import command_line
 from wherefrom.evaluate.labels import label_agreement
 from wherefrom.evaluate.precision import compare_scores
 from wherefrom.report.evaluations import load_figures, save_evaluation
@@ -238,7 +239,5 @@ def comparison(facts: Mapping[str, Mapping[str, float]], correlations: torch.Ten
 if __name__ == "__main__":
     disable_progress_bar()
     chosen = tyro.cli(Arguments, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
-    try:
+    with command_line():
         main(chosen)
-    except wf.WherefromError as error:
-        sys.exit(f"error: {error}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import wherefrom as wf
+from wherefrom.commands import command_line
 from wherefrom.plan import Plan
 from wherefrom.progress import show_log
 
@@ -132,9 +132,5 @@ def run(main: Callable[[Options], None], options: type[Options]) -> None:
     disable_progress_bar()
     show_log()
     chosen = tyro.cli(options, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
-    try:
+    with command_line():
         main(chosen)
-    except wf.WherefromError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command continues from what is finished.")

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from torch import nn
 from training import TrainSettings, console, finetune, perplexity
 from transformers.utils.logging import disable_progress_bar
 
-from wherefrom import WherefromError
+from wherefrom.commands import command_line
+from wherefrom.errors import InputError, WherefromError
 from wherefrom.evaluate.retrain import current_device
 
 
@@ -85,9 +85,10 @@ def main(arguments: Arguments) -> None:
 if __name__ == "__main__":
     disable_progress_bar()
     chosen = tyro.cli(Arguments, use_underscores=True)
-    try:
-        main(chosen)
-    except WherefromError as error:
-        from_hub = chosen.model == "gpt2" or chosen.dataset == "wikitext"
-        offline = " Offline, use the defaults: --model small --dataset wikipedia." if from_hub else ""
-        sys.exit(f"error: {error}{offline}")
+    with command_line():
+        try:
+            main(chosen)
+        except WherefromError as error:
+            if chosen.model != "gpt2" and chosen.dataset != "wikitext":
+                raise
+            raise InputError(f"{error} Offline, use the defaults: --model small --dataset wikipedia.") from error

@@ -6,9 +6,11 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Generic
+from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from wherefrom.fingerprint import (
 from wherefrom.fitting import Fitting
 from wherefrom.influence import SELF_INFLUENCE
 from wherefrom.layers import coverage, select_layers
+from wherefrom.locks import run_lock
 from wherefrom.memory import checked_batch_size
 from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups, of_values
 from wherefrom.plan import Plan
@@ -37,13 +40,31 @@ from wherefrom.rescoring import rescore
 from wherefrom.scores import Scores, TopScores
 from wherefrom.scoring import Scoring, make_plan
 from wherefrom.stages import BlockStages, Stages
-from wherefrom.store import Partial, checked_name, read_manifest, write_text
+from wherefrom.store import Partial, checked_name, read_manifest, within, write_text
 from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task
 from wherefrom.token_scoring import TokenScoring
 from wherefrom.tokens import INDEX, TokenParts, TokenScores, extreme_pairs
 
 logger = logging.getLogger("wherefrom")
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _alone(
+    method: Callable[Concatenate[Study[Batch], Parameters], Result],
+) -> Callable[Concatenate[Study[Batch], Parameters], Result]:
+    """Let no other run into the directory meanwhile; of one run's processes, the first sees to it."""
+
+    @wraps(method)
+    def locked(study: Study[Batch], /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        ranks = study._sweep.ranks
+        with ExitStack() as stack:
+            ranks.first(lambda: stack.enter_context(study._lock))
+            return method(study, *arguments, **options)
+
+    return locked
 
 
 class Study(Generic[Batch]):
@@ -103,7 +124,9 @@ class Study(Generic[Batch]):
         if self._sweep.ranks.writes:
             logger.info(f"{coverage(model, layers)}.")
         self.profile = self._sweep.profile
+        self._lock = run_lock(self.path)
 
+    @_alone
     def fit(
         self,
         strategy: str = "ekfac",
@@ -133,7 +156,7 @@ class Study(Generic[Batch]):
         checked_strategy(strategy)
         sweep = self._precise_sweep(half_precision)
         usual = ("empirical" if empirical else "sampled") + ("-half" if half_precision else "")
-        folder = self.path / "factors" / checked_name(name or usual)
+        folder = within(self.path, "factors", checked_name(name or usual))
         fingerprint = self._fingerprint()
         fingerprint["targets"] = "dataset" if empirical else f"sampled, seed {seed}"
         fingerprint["precision"] = str(sweep.precision)
@@ -159,6 +182,7 @@ class Study(Generic[Batch]):
         sweep = self._precise_sweep(chosen.half_precision)
         return make_plan(sweep, checked_strategy(strategy), queries, self.train, chosen, loaded=False)
 
+    @_alone
     def score(self, queries: Dataset[object], factors: Factors, **options: Unpack[PairwiseOptions]) -> Scores:
         """Score every (query, training example) pair, or load the scores when they are there.
 
@@ -179,6 +203,7 @@ class Study(Generic[Batch]):
         fingerprint = self._score_fingerprint(queries, factors, chosen)
         return self._keep_scores(scoring, chosen.result_name(factors), fingerprint)
 
+    @_alone
     def score_top(
         self, queries: Dataset[object], factors: Factors, k: int = 100, **options: Unpack[ScoreOptions]
     ) -> TopScores:
@@ -199,6 +224,7 @@ class Study(Generic[Batch]):
         self._keep(scoring, name, fingerprint, lambda blocks: scoring.highest(BlockStages(blocks, len(self.train)), k))
         return TopScores.load(self.path / "scores" / name)
 
+    @_alone
     def self_influence(
         self,
         factors: Factors,
@@ -229,10 +255,11 @@ class Study(Generic[Batch]):
         )
         scoring = self._scoring(self.train, factors, options)
         fingerprint = self._score_fingerprint(None, factors, options)
-        stages = Stages(self.path / "self_influence", fingerprint, self.profile, overwrite)
+        stages = Stages(within(self.path, "self_influence"), fingerprint, self.profile, overwrite)
         kept = stages.keep(options.result_name(factors), scoring.train_self_influence)
         return kept.load()[SELF_INFLUENCE]
 
+    @_alone
     def score_tokens(
         self,
         queries: Dataset[object],
@@ -260,7 +287,7 @@ class Study(Generic[Batch]):
         sequences = self._score_fingerprint(queries, factors, scoring.options)
         fingerprint = {**sequences, "pairs": wanted}
         base = scoring.options.result_name(factors)
-        folder = self.path / "scores" / f"{base}.{'all' if top is None else f'top{top}'}.tokens"
+        folder = within(self.path, "scores", f"{base}.{'all' if top is None else f'top{top}'}.tokens")
         stages = Stages(folder, fingerprint, self.profile)
         if chosen.overwrite:
             stages.clear()
@@ -280,6 +307,7 @@ class Study(Generic[Batch]):
         stages.keep(INDEX, compute)
         return TokenScores.load(folder)
 
+    @_alone
     def report(
         self,
         scores: Scores,
@@ -363,8 +391,8 @@ class Study(Generic[Batch]):
         Args:
             compute: makes their tensors, and may keep blocks in the stages that it is given.
         """
-        folder = self.path / "scores"
-        blocks = Stages(folder / f"{name}.blocks", fingerprint, self.profile)
+        folder = within(self.path, "scores")
+        blocks = Stages(within(folder, f"{name}.blocks"), fingerprint, self.profile)
         if scoring.options.overwrite:
             blocks.clear()
         stages = Stages(folder, fingerprint, self.profile, scoring.options.overwrite)

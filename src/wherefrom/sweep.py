@@ -6,6 +6,7 @@ collector is tensor algebra on what it is handed. The sweep does not know what i
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,8 +31,11 @@ from wherefrom.precision import Precision
 from wherefrom.profile import Profile
 from wherefrom.progress import progress_bar
 from wherefrom.ranks import Ranks
+from wherefrom.stopping import HeldSignals, held_signals
 from wherefrom.store import Partial
 from wherefrom.task import Batch, Task
+
+logger = logging.getLogger("wherefrom")
 
 # Writing partial sums may take at most this part of the time.
 _CHECKPOINT_SHARE = 0.05
@@ -168,11 +172,12 @@ class Sweep(Generic[Batch]):
             progress_bar(state.name, len(state.share), shown) as show,
             self._loader(dataset, end) as loader,
             compiled,
+            held_signals() as held,
         ):
             while state.position < end:
                 rows = range(state.position, min(state.position + size, end))
                 if self._fits(state, loader, rows, objective):
-                    self._checkpoint(state, size)
+                    self._checkpoint(state, size, held)
                 else:
                     state.collector.release()
                     size = halved(size, smallest_batch, state.name, self.device)
@@ -252,16 +257,22 @@ class Sweep(Generic[Batch]):
             loss = capture.run(lambda: objective(self.model, batch, rows), len(rows), padding)
         state.advance(rows, tokens, loss)
 
-    def _checkpoint(self, state: _State, size: int) -> None:
-        if state.partial is None or time.perf_counter() < state.next_save:
-            return
-        state.check_losses()
-        start = time.perf_counter()
-        with self.profile.action(f"{state.name}: save partial sums"):
-            state.partial.save(state.collector.sums, state.position, size)
-        end = time.perf_counter()
-        if self.checkpoint_seconds > 0:
-            state.next_save = end + max(self.checkpoint_seconds, (end - start) / _CHECKPOINT_SHARE)
+    def _checkpoint(self, state: _State, size: int, held: HeldSignals) -> None:
+        """Save partial sums when it is time to, or when a signal asks this process to stop."""
+        stopping = held.received
+        if state.partial is not None and (stopping or time.perf_counter() >= state.next_save):
+            state.check_losses()
+            start = time.perf_counter()
+            with self.profile.action(f"{state.name}: save partial sums"):
+                state.partial.save(state.collector.sums, state.position, size)
+            end = time.perf_counter()
+            if self.checkpoint_seconds > 0:
+                state.next_save = end + max(self.checkpoint_seconds, (end - start) / _CHECKPOINT_SHARE)
+        if stopping:
+            done = f"{state.position - state.share.start:,} of {len(state.share):,} examples"
+            saved = "their sums are saved" if state.partial else "this sweep, a quick one, will be repeated"
+            logger.warning(f"{state.name}: {stopping.name} after {done}; {saved}. The same call goes on from there.")
+            held.deliver()
 
 
 @dataclass

@@ -96,7 +96,7 @@ class Bank:
             return
         if self._path.exists():
             # Saving deletes what it replaces a moment before the new table is there.
-            self._path.rename(self._runs / "table")
+            self._path.rename(self._runs / self._path.name)
         fingerprint = self._stored[0].fingerprint if self._stored else self._fingerprint
         Artifact(self._path, fingerprint).save(_to_tensors(list(self.rows.values())))
         self._remove_runs()

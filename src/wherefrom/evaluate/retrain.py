@@ -8,6 +8,7 @@ what is missing. This module must not know scores, nor how a model is trained; t
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -24,7 +25,10 @@ from wherefrom.errors import InputError, LossError, TrainingError
 from wherefrom.evaluate.bank import Bank, Row, retraining_key
 from wherefrom.evaluate.pool import JobError, default_workers, run_jobs
 from wherefrom.fingerprint import Fingerprint
+from wherefrom.locks import DirectoryLock
 from wherefrom.progress import progress_bar
+
+logger = logging.getLogger("wherefrom")
 
 
 @dataclass(frozen=True)
@@ -189,13 +193,15 @@ def retrain_pairs(
     asked: dict[str, tuple[int, int]] = {}
     for key, pair in zip(keys, pairs, strict=True):
         asked.setdefault(key, pair)
-    bank = Bank(Path(path), fingerprint, masks.shape[1], overwrite)
-    missing = [key for key in asked if key not in bank.rows]
-    if missing:
-        bank.check_machine()
-        groups = _groups(missing, asked, masks.sum(1).tolist(), together)
-        _Work(bank, masks, asked, groups).run(train, workers, progress)
-    bank.merge()
+    path = Path(path)
+    with DirectoryLock(path.with_name(f".{path.name}.lock")):
+        bank = Bank(path, fingerprint, masks.shape[1], overwrite)
+        missing = [key for key in asked if key not in bank.rows]
+        if missing:
+            bank.check_machine()
+            groups = _groups(missing, asked, masks.sum(1).tolist(), together)
+            _Work(bank, masks, asked, groups).run(train, workers, progress)
+        bank.merge()
     rows = [bank.rows[key] for key in keys]
     return torch.stack([row.losses for row in rows]), torch.tensor([row.seconds for row in rows], dtype=torch.float64)
 
@@ -276,6 +282,9 @@ class _Work:
                 "If memory ran out, pass fewer workers. If none ever started, see that the script calls this "
                 'under `if __name__ == "__main__":`.'
             ) from error
+        except (KeyboardInterrupt, SystemExit):
+            logger.warning(f"Stopped. {self._standing()}")
+            raise
 
     def _keep(self, group: Sequence[str], losses: NDArray[np.float64], seconds: float) -> None:
         known = next(iter(self.bank.rows.values()), None)

@@ -1,0 +1,68 @@
+"""Stopping at a safe moment: Ctrl-C, SIGTERM and SIGHUP wait until what is done is saved.
+
+This module knows signals and their handlers; it does not know what is done or saved.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+class HeldSignals:
+    """Signals that ask this process to stop, and wait.
+
+    Attributes:
+        received: the first that has come.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, _Handler] = {}
+
+    def hold(self) -> None:
+        """From now on note signals, except those that are ignored; a second one is not held back."""
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            if handler not in (None, signal.SIG_IGN):
+                self._before[number] = handler
+                signal.signal(number, self._receive)
+
+    def deliver(self) -> None:
+        """Let the handlers that were there before have the signal; where they return, go on holding."""
+        self.release()
+        self.hold()
+
+    def release(self) -> None:
+        """Put those handlers back, and let them have the signal."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+        received, self.received = self.received, None
+        if received is not None:
+            signal.raise_signal(received)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+        else:
+            self.release()
+
+
+@contextmanager
+def held_signals() -> Iterator[HeldSignals]:
+    """Hold signals back; in a thread, where Python handles none, nothing is held."""
+    held = HeldSignals()
+    if threading.current_thread() is threading.main_thread():
+        held.hold()
+    try:
+        yield held
+    finally:
+        held.release()

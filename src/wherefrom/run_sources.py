@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SOURCES = "sources.json"
 _FORMAT = 1
+_AGAIN = "Delete it and run `wherefrom fit` again; it finds the factors that are there."
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,14 @@ class RunSources:
             raise InputError(f"{run} is not a run directory: it has no {SOURCES}. Start with: wherefrom fit {run} ...")
         found = read_json(file)
         if found.pop("format", None) != _FORMAT:
-            raise DamagedError(f"{file} is another version's. Delete it and run `wherefrom fit` again, which then finds its factors.")
+            raise DamagedError(
+                f"{file} is another version's. Delete it and run `wherefrom fit` again, which then finds its factors."
+            )
         try:
             queries = {name: TextSource(**each) for name, each in found.pop("queries").items()}
             return cls(train=TextSource(**found.pop("train")), queries=queries, **found)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DamagedError(f"{file} cannot be read ({error}). Delete it and run `wherefrom fit` again, which then finds its factors.") from error
+            raise DamagedError(f"{file} cannot be read ({error}). {_AGAIN}") from error
 
     def save(self, run: Path) -> None:
         """Write the file; queries that other commands have noted are kept."""

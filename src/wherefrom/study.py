@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -55,13 +55,11 @@ Result = TypeVar("Result")
 def _alone(
     method: Callable[Concatenate[Study[Batch], Parameters], Result],
 ) -> Callable[Concatenate[Study[Batch], Parameters], Result]:
-    """Let no other run into the directory meanwhile; of one run's processes, the first sees to it."""
+    """A method that runs `Study.alone`."""
 
     @wraps(method)
     def locked(study: Study[Batch], /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-        ranks = study._sweep.ranks
-        with ExitStack() as stack:
-            ranks.first(lambda: stack.enter_context(study._lock))
+        with study.alone():
             return method(study, *arguments, **options)
 
     return locked
@@ -125,6 +123,17 @@ class Study(Generic[Batch]):
             logger.info(f"{coverage(model, layers)}.")
         self.profile = self._sweep.profile
         self._lock = run_lock(self.path)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs out of the run directory; they wait. What the methods below do, for several calls together.
+
+        Raises:
+            StorageError: the directory cannot be written.
+        """
+        with ExitStack() as stack:
+            self._sweep.ranks.first(lambda: stack.enter_context(self._lock))
+            yield
 
     @_alone
     def fit(

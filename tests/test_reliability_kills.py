@@ -1,15 +1,66 @@
-"""Processes killed at random moments and started again; docs/reliability.md has many more of them."""
+"""Processes killed at random moments, or asked to stop, and started again; docs/reliability.md has many more."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.reliability.kills import measure
+from tests.reliability import kills, stops
+from tests.runs import begun
+from tests.test_cli import folder  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="finds the files of a process in /proc")
+# The command, sent a signal in a batch.
+COMMAND = """
+import signal, sys
+from pathlib import Path
+from tests.reliability.kill_worker import End, log_batches
+from wherefrom.cli import main
+log, batch, name = sys.argv[1:4]
+log_batches(Path(log), End(batch=int(batch), signal=signal.Signals[name]))
+sys.argv[1:4] = []
+main()
+"""
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the files of a process in /proc")
 def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
-    assert sum(outcome.times for outcome in measure(tmp_path, count=16, seed=0)) == 16
+    assert sum(outcome.times for outcome in kills.measure(tmp_path, count=12, seed=19)) == 12
+
+
+def test_stopping_at_random_batches_loses_nothing(tmp_path: Path) -> None:
+    assert sum(outcome.times for outcome in stops.measure(tmp_path, count=8, seed=0)) == 8
+
+
+def test_a_command_that_is_asked_to_stop_says_how_to_go_on(folder: Path) -> None:  # noqa: F811
+    log = folder / "batches"
+
+    def command(name: str, batch: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+        start = [sys.executable, "-c", COMMAND, str(log), str(batch), name, arguments[0], str(folder / "stopped")]
+        root = Path(__file__).parents[1]
+        return subprocess.run([*start, *arguments[1:]], cwd=root, capture_output=True, text=True, check=False)
+
+    given = ("--model", str(folder / "model"), "--train", str(folder / "train.txt"))
+    commands = (
+        ("SIGTERM", 143, "Ended by SIGTERM", ("fit", *given, "--batch-size", "2")),
+        (
+            "SIGINT",
+            130,
+            "Interrupted",
+            ("score", "--queries", str(folder / "queries.jsonl"), "--train-batch-size", "2"),
+        ),
+    )
+    for name, status, word, arguments in commands:
+        stopped = command(
+            name, 2, *arguments
+        )  # five sequences in three batches, before which a score has one of queries
+        assert stopped.returncode == status, stopped.stderr
+        assert "Traceback" not in stopped.stderr
+        assert stopped.stderr.splitlines()[-1] == f"{word}. The same command goes on from what is saved."
+        assert "their sums are saved" in " ".join(stopped.stderr.split())
+        finished = command(name, 99, *arguments)
+        assert finished.returncode == 0, finished.stderr
+    batches = [line for line in begun(log) if not line.startswith("query")]
+    assert len(batches) == len(set(batches)) == 9

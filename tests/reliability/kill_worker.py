@@ -1,15 +1,19 @@
-"""Jobs to be killed, on a model small enough to do each in a moment; `kills.py` starts each as a process of its own.
+"""Jobs to be killed, on a model small enough to do each in a moment; `jobs.py` starts each as a process of its own.
 
-A job saves after every batch, and is cut into blocks, shards and parts by limits that are set here: a large run has
+A job is cut into blocks, shards and parts by limits that are set here: a large run has
 them because it is large. This module must not know when a job is killed, nor what is checked afterwards.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ import wherefrom.plan
 import wherefrom.tokens
 from tests.models import mlp_case
 from tests.retrain_worker import fill
+from wherefrom.commands import command_line
 from wherefrom.curvature import Factors
 from wherefrom.sweep import Sweep
 
@@ -39,10 +44,10 @@ class Moments:
     and not yet given their name.
 
     Args:
-        last: the number of the moment to be killed at; 0 is never.
+        last: the number of the moment to be killed at.
     """
 
-    def __init__(self, last: int) -> None:
+    def __init__(self, last: int | None) -> None:
         self.count = 0
         self._last = last
 
@@ -52,7 +57,7 @@ class Moments:
         flush = os.fsync
 
         def watched(descriptor: int) -> None:
-            self._pass(lambda: _tear(descriptor, self._last))
+            self._pass(lambda: _tear(descriptor, self.count))
             self._pass()
             flush(descriptor)
 
@@ -78,42 +83,64 @@ def _tear(descriptor: int, number: int) -> None:
         os.truncate(file, file.stat().st_size * (number % 4) // 4)
 
 
-def work(job: str, run: Path, log: Path, moment: int, seconds: float) -> None:
-    """Do a job; the log gets a line for every batch that is begun, and in the end how many moments there were.
+@dataclass(frozen=True)
+class End:
+    """When a process is ended; without any of these, when it has finished.
+
+    Attributes:
+        seconds: by another process, with SIGKILL, after so long.
+        moment: by itself, with SIGKILL, at so many of its `Moments`.
+        batch: by itself, with `signal`, in the midst of so many batches.
+    """
+
+    seconds: float | None = None
+    moment: int | None = None
+    batch: int | None = None
+    signal: signal.Signals = signal.SIGKILL
+
+
+def work(job: str, run: Path, log: Path, end: End, checkpoint_seconds: float) -> None:
+    """Do a job as a command would; the log gets a line for every batch, a file beside it how many moments there were.
 
     Args:
-        moment: see `Moments`.
-        seconds: between saves.
+        checkpoint_seconds: as in `Study`.
     """
+    begun = time.perf_counter()
     # Of its own, or the killed process's semaphores would be mourned on the terminal when the tests end.
     resource_tracker._resource_tracker._fd = None  # type: ignore[attr-defined]
     errors = log.with_suffix(".errors").open("a")
     os.dup2(errors.fileno(), sys.stderr.fileno())
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     torch.set_num_threads(1)
-    moments = Moments(moment)
+    moments = Moments(end.moment)
     moments.watch()
-    if job in BANKS:
-        run.mkdir(parents=True, exist_ok=True)
-        fill(run / "bank", log, BANKS[job], seconds=0.02)
-    else:
-        _log_batches(log)
-        _study_job(job, run, seconds)
-    log.with_suffix(".moments").write_text(str(moments.count))
+    with command_line():
+        if job in BANKS:
+            run.mkdir(parents=True, exist_ok=True)
+            fill(run / "bank", log, BANKS[job], seconds=0.02)
+        else:
+            log_batches(log, end)
+            _study_job(job, run, checkpoint_seconds)
+    counted = {"moments": moments.count, "seconds": time.perf_counter() - begun}
+    log.with_suffix(".json").write_text(json.dumps(counted))
 
 
-def _log_batches(log: Path) -> None:
+def log_batches(log: Path, end: End) -> None:
+    """From now on write a line for every batch that is begun, and send this process the signal in its batch."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     process = Sweep._process
+    numbers = count(1)
 
     def logged(self: Sweep[Any], state: Any, loader: Any, rows: range, objective: Any) -> None:
         with log.open("a") as stream:
             stream.write(f"{state.name} {rows.start} to {rows.stop}\n")
+        if next(numbers) == end.batch:
+            signal.raise_signal(end.signal)
         process(self, state, loader, rows, objective)
 
     Sweep._process = logged  # type: ignore[method-assign]
 
 
-def _study_job(job: str, run: Path, seconds: float) -> None:
+def _study_job(job: str, run: Path, checkpoint_seconds: float) -> None:
     wherefrom.plan.SHARD_ROWS, wherefrom.plan.SHARD_BYTES = SHARD_ROWS, 1
     wherefrom.tokens._PART_BYTES = TOKENS_PER_PART * torch.float32.itemsize
     case = mlp_case(torch.float32)
@@ -123,7 +150,7 @@ def _study_job(job: str, run: Path, seconds: float) -> None:
         case.task,
         train=case.train,
         progress=False,
-        checkpoint_seconds=seconds,
+        checkpoint_seconds=checkpoint_seconds,
         memory_budget=2**-30,  # one query is resident at a time
     )
     factors = study.fit(batch_size=TRAIN_BATCH)
@@ -153,8 +180,8 @@ JOBS: dict[str, Callable[[wf.Study[Any], list[object], Factors], object]] = {
 }
 """What is done with the factors of a study, by what it is called in a report."""
 
-QUERIES_AGAIN = {"an aggregated score": QUERIES}
-"""How many queries' gradients are in memory together and lost with the process, where it is not one."""
+QUERIES_AGAIN = {"an aggregated score": QUERIES, "a score with its layers and self-influence": QUERIES}
+"""How many batches of queries may be lost with a process, where it is not one: those of one sweep or resident block."""
 
 BANKS = {"a bank of retrainings": 1, "a bank of retrainings with two workers": 2}
 """How many processes train."""

@@ -173,7 +173,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         DamagedError: it is missing, is not JSON, or is of another format.
         StorageError: it cannot be read.
     """
-    file = within(path, _MANIFEST)
+    file = path / _MANIFEST
     manifest = read_json(file)
     _check_described(path, manifest)
     if not isinstance(manifest.get("sha256"), str):
@@ -205,7 +205,7 @@ def read_json(file: Path) -> dict[str, Any]:
         StorageError: there is no permission to read it.
     """
     try:
-        size = file.stat().st_size
+        size = _checked_file(file).stat().st_size
         if size > _JSON_BYTES:
             raise _damaged(file, f"it has {size / 2**20:,.0f} MiB, where {_JSON_BYTES / 2**20:,.0f} are the most")
         found = _parsed(file.read_bytes())
@@ -216,6 +216,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if found is None:
         raise _damaged(file, "it does not hold a JSON object")
     return found
+
+
+def _checked_file(file: Path) -> Path:
+    """A file of bytes: opening a pipe would wait for ever, and a link leads elsewhere.
+
+    Raises:
+        DamagedError: it is something else.
+    """
+    if not within(file.parent, file.name).is_file():
+        raise _damaged(file, "it is not a file" if file.exists() else "it is not there")
+    return file
 
 
 def _parsed(text: str | bytes) -> dict[str, Any] | None:
@@ -326,9 +337,9 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[st
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     """The checked content of what `_write_tensors` wrote: tensors, memory-mapped, the digest and the header."""
-    within(file.parent.parent, file.parent.name, file.name)
+    within(file.parent.parent, file.parent.name)
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(_checked_file(file), framework="pt") as opened:
             described, digest = (opened.metadata()[name] for name in (_HEADER, _DIGEST))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         header = _parsed(described)

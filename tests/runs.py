@@ -26,9 +26,14 @@ def results(run: Path) -> dict[str, Tensor]:
     }
 
 
+def begun(log: Path) -> list[str]:
+    """The batches or retrainings in the order in which they began: what each line says first."""
+    return [line.split(" | ")[0] for line in log.read_text().splitlines()] if log.exists() else []
+
+
 def lines(log: Path) -> int:
     """How many batches were begun."""
-    return len(log.read_text().splitlines()) if log.exists() else 0
+    return len(begun(log))
 
 
 def kill_and_resume(start: Start, run: Path, log: Path, kills: Sequence[int]) -> None:

@@ -142,7 +142,7 @@ def log_batches(log: Path, end: End) -> None:
 
 def _study_job(job: str, run: Path, checkpoint_seconds: float) -> None:
     wherefrom.plan.SHARD_ROWS, wherefrom.plan.SHARD_BYTES = SHARD_ROWS, 1
-    wherefrom.tokens._PART_BYTES = TOKENS_PER_PART * torch.float32.itemsize
+    wherefrom.tokens.PART_BYTES = TOKENS_PER_PART * torch.float32.itemsize
     case = mlp_case(torch.float32)
     study = wf.Study(
         run,

@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import wherefrom as wf
@@ -178,7 +178,7 @@ def _bank(run: Path) -> None:
             run / "retrainings", _losses, masks, seeds, fingerprint={"recipe": "1"}, workers=1, progress=False
         )
     # The order of rows in the table is that in which they were finished; this one is not.
-    save_file({"losses": bank.losses}, run / "losses.safetensors")
+    Artifact(run / "losses", {}).save({"losses": bank.losses})
 
 
 def _recorder(run: Path) -> None:

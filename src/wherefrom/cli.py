@@ -26,7 +26,7 @@ from wherefrom.report.evaluations import load_figures
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage, Passages
 from wherefrom.report.text import hits_table, top_tables
-from wherefrom.run_sources import SOURCES, RunSources, TextSource
+from wherefrom.run_sources import SOURCES, RunSources, TextSource, checked_run
 from wherefrom.scores import Scores, TopScores, load_scores
 from wherefrom.store import write_text
 from wherefrom.study import Study
@@ -83,7 +83,7 @@ def fit(
         overwrite: Replace factors that were made from something else.
         profile: Print where the time went.
     """
-    known = RunSources.load(run).queries if (run / SOURCES).exists() else {}
+    known = RunSources.load(run).queries if (checked_run(run) / SOURCES).exists() else {}
     text = TextSource(train, split, column, unit, length)
     sources = RunSources(model, list(layers) or None, text, empirical, seed, known)
     study, _ = sources.study(run, device, memory_budget)

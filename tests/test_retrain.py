@@ -175,13 +175,13 @@ def test_a_kill_while_the_table_is_written_loses_nothing(tmp_path: Path) -> None
     expected = fill(bank, log, 1)
     trained = len(begun(log))
 
-    bank.rename(singles / "table")  # killed between setting the old table aside and writing the new one
+    bank.rename(singles / "bank")  # killed between setting the old table aside and writing the new one
     (singles / "0-0.part").mkdir()
     singles.rename(runs)
     assert same_bits(fill(bank, log, 1), expected)
     assert leftovers(bank) == []
 
-    shutil.copytree(bank, runs / "table")  # killed before the single ones were deleted
+    shutil.copytree(bank, runs / "bank")  # killed before the single ones were deleted
     assert same_bits(fill(bank, log, 1), expected)
     assert leftovers(bank) == []
 

@@ -6,6 +6,7 @@ work is the library's; this module turns arguments into its calls, and its error
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from wherefrom.commands import command_line
 from wherefrom.errors import InputError
+from wherefrom.locks import run_lock
 from wherefrom.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
 from wherefrom.plan_command import plan
 from wherefrom.progress import show_log
@@ -28,7 +30,7 @@ from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage, P
 from wherefrom.report.text import hits_table, top_tables
 from wherefrom.run_sources import SOURCES, RunSources, TextSource, checked_run
 from wherefrom.scores import Scores, TopScores, load_scores
-from wherefrom.store import write_text
+from wherefrom.store import checked_name, within, write_text
 from wherefrom.study import Study
 from wherefrom.tokens import INDEX, TokenScores
 
@@ -83,9 +85,14 @@ def fit(
         overwrite: Replace factors that were made from something else.
         profile: Print where the time went.
     """
+<<<<<<< HEAD
     known = RunSources.load(run).queries if (checked_run(run) / SOURCES).exists() else {}
+=======
+    if (run / SOURCES).exists():
+        RunSources.load(run)  # or hours later it turns out that it cannot be read
+>>>>>>> 871b120b03b9e5db65104558a2a96d4f4861a99d
     text = TextSource(train, split, column, unit, length)
-    sources = RunSources(model, list(layers) or None, text, empirical, seed, known)
+    sources = RunSources(model, list(layers) or None, text, empirical, seed, {})
     study, _ = sources.study(run, device, memory_budget)
     study.fit(
         strategy,
@@ -198,7 +205,7 @@ def score(
     else:
         found = study.score_top(sequences, factors, top_only, **common)
         shape = f"{len(found.values):,} queries, the {found.values.shape[1]} highest and lowest each,"
-    Ranks.current().first(lambda: replace(sources, queries={**sources.queries, kept: text}).save(run))
+    Ranks.current().first(lambda: replace(sources, queries={kept: text}).save(run))
     if tokens is not None:
         of_pairs: RescoredOptions = {**common, "rescore": rescore, "name": kept}
         study.score_tokens(sequences, factors, top=tokens, **of_pairs)
@@ -252,7 +259,7 @@ def top(run: Run, *, name: str = "ekfac", k: int = 5, query: tuple[int, ...] = (
         k: Sequences for each query.
         query: Which queries; the first three by default.
     """
-    scores = load_scores(run / "scores" / name)
+    scores = load_scores(_scores_folder(run, name))
     count = len(scores.values)
     if not all(0 <= each < count for each in query):
         raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")
@@ -270,7 +277,7 @@ def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = 
         k: Sequences of each sign for each query.
         output: The page; RUN/reports/NAME.html by default.
     """
-    scores = Scores.load(run / "scores" / name)
+    scores = Scores.load(_scores_folder(run, name))
     sources = RunSources.load(run)
     queries, train, tokenizer = sources.sequences(run, name)
     tokens = _token_scores(run, name, scores)
@@ -285,13 +292,16 @@ def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = 
         k=k,
     )
     output = output or run / "reports" / f"{name}.html"
-    write_text(output, page)
+    with run_lock(run):
+        write_text(output, page)
     console.print(f"The report is {output}", soft_wrap=True)
 
 
 def main() -> None:
     """Run the command; exit statuses are those of `commands`."""
     show_log()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # texts and names that the terminal has no letters for
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries that load models and data
     with command_line():
@@ -300,6 +310,10 @@ def main() -> None:
             description="Which training examples made the model say that?",
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+
+
+def _scores_folder(run: Path, name: str) -> Path:
+    return within(run, "scores", checked_name(name))
 
 
 def _passages(run: Path, name: str, scores: Scores | TopScores) -> tuple[Passages, Passages]:

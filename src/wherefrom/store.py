@@ -2,12 +2,15 @@
 
 A finished artifact is a directory with `tensors.safetensors` and `manifest.json`; it appears under its name by one
 rename, so presence means completion. The partial sums of a sweep are one safetensors file whose header says where
-the sweep stood. This module knows names, bytes and fingerprints; it does not know what the tensors mean.
+the sweep stood. A digest of tensors and header tells what has changed since it was written, by accident: whoever can
+write the directory can also write a digest that fits. This module knows names, bytes and fingerprints; it does not know
+what the tensors mean.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -15,7 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,16 +28,39 @@ from torch import Tensor
 from wherefrom.errors import DamagedError, InputError, MismatchError, StorageError
 from wherefrom.fingerprint import Fingerprint, differences, tensors_digest
 
-FORMAT = 1
+FORMAT = 2
+_HEADER, _DIGEST = "wherefrom", "sha256"  # metadata of a safetensors file
 _TENSORS, _MANIFEST = "tensors.safetensors", "manifest.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# More than any of our JSON files has; what is longer is not read into memory.
+_JSON_BYTES = 2**24
 
 
 def checked_name(name: str) -> str:
-    """A name that is one plain path component."""
+    """A name that is one plain path component.
+
+    Raises:
+        InputError: it is not.
+    """
     if not _NAME.fullmatch(name):
-        raise InputError(f"name={name!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit.")
+        raise InputError(
+            f"name={name!r}: expected at most 100 letters, digits, '.', '_' and '-', starting with a letter or digit."
+        )
     return name
+
+
+def within(root: Path, *names: str) -> Path:
+    """A place inside a run directory, which itself may be a link to another disk.
+
+    Raises:
+        DamagedError: something on the way there is a link: what is written or deleted would lie elsewhere.
+    """
+    path = root
+    for name in names:
+        path = path / name
+        if path.is_symlink():
+            raise _damaged(path, "it is a symbolic link, and leads out of the run directory")
+    return path
 
 
 @dataclass(frozen=True)
@@ -56,12 +82,12 @@ class Artifact:
             StorageError: the directory cannot be written or the disk is full; nothing is left behind.
         """
         part = self.path.with_name(self.path.name + ".part")
-        with _storing(part, tensors):
+        with storing(part, tensors):
             remove(part)
             part.mkdir(parents=True)
-            digest = _write_tensors(part / _TENSORS, tensors, {})
-            manifest = {"format": FORMAT, "fingerprint": dict(self.fingerprint), "sha256": digest}
-            write_text(part / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            description = _description(self.path, self.fingerprint)
+            digest = _write_tensors(part / _TENSORS, tensors, description)
+            write_text(part / _MANIFEST, json.dumps({**description, "sha256": digest}, indent=1) + "\n")
             remove(self.path)
             part.rename(self.path)
             _flush(self.path.parent)
@@ -77,8 +103,8 @@ class Artifact:
 
     def mapped(self) -> dict[str, Tensor]:
         """As `load`, with tensors that stay on disk and are read, memory-mapped, where they are touched."""
-        tensors, header = _read_tensors(self.path / _TENSORS)
-        if header["sha256"] != read_manifest(self.path)["sha256"]:
+        tensors, digest, _ = _read_tensors(self.path / _TENSORS)
+        if digest != read_manifest(self.path)["sha256"]:
             raise _damaged(self.path / _TENSORS, "it belongs to another manifest")
         return tensors
 
@@ -90,7 +116,7 @@ class Artifact:
         """
         if overwrite:
             remove(self.path)
-        if not self.path.exists():
+        if not within(self.path.parent, self.path.name).exists():
             return False
         check_same(self.path, read_manifest(self.path)["fingerprint"], self.fingerprint)
         return True
@@ -106,13 +132,11 @@ class Partial:
     def save(self, sums: Mapping[str, Tensor], position: int, batch_size: int) -> None:
         """Replace the stored sums by `sums`, which cover the examples before `position`."""
         part = self.path.with_name(self.path.name + ".part")
-        header = {
-            "position": position,
-            "batch_size": batch_size,
-            "fingerprint": dict(self.fingerprint),
-        }
-        with _storing(part, sums):
+        description = _description(self.path, self.fingerprint)
+        header = {**description, "position": position, "batch_size": batch_size}
+        with storing(part, sums):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            remove(part)
             _write_tensors(part, sums, header)
             part.replace(self.path)
 
@@ -123,15 +147,19 @@ class Partial:
             MismatchError: the stored sums belong to something else.
             DamagedError: the file cannot be read or does not fit `sums`.
         """
-        if not self.path.exists():
+        if not within(self.path.parent, self.path.name).exists():
             return None
-        tensors, header = _read_tensors(self.path)
+        tensors, _, header = _read_tensors(self.path)
+        _check_described(self.path, header)
+        position, batch_size = header.get("position"), header.get("batch_size")
+        if not isinstance(position, int) or not isinstance(batch_size, int) or min(position, batch_size - 1) < 0:
+            raise _damaged(self.path, f"it stands at example {position!r} with batches of {batch_size!r}")
         check_same(self.path, header["fingerprint"], self.fingerprint)
-        if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in sums.items()}:
+        if _layout(tensors) != _layout(sums):
             raise _damaged(self.path, "it does not hold the expected tensors")
         for name, tensor in tensors.items():
             sums[name].copy_(tensor)
-        return header["position"], header["batch_size"]
+        return position, batch_size
 
     def discard(self) -> None:
         """Forget the stored sums."""
@@ -143,21 +171,78 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: it is missing, is not JSON, or is of another format.
+        StorageError: it cannot be read.
     """
     file = path / _MANIFEST
+    manifest = read_json(file)
+    _check_described(path, manifest)
+    if not isinstance(manifest.get("sha256"), str):
+        raise _damaged(file, "it has no digest")
+    return manifest
+
+
+def _description(path: Path, fingerprint: Fingerprint) -> dict[str, object]:
+    """What is written beside tensors: they must not be taken for others of the same shapes."""
+    return {"format": FORMAT, "name": path.name, "fingerprint": dict(fingerprint)}
+
+
+def _check_described(path: Path, entries: Mapping[str, Any]) -> None:
+    """Check what a manifest or header says of its own place and version."""
+    if entries.get("format") != FORMAT:
+        raise _damaged(path, f"its format is {entries.get('format')!r}, and this version reads format {FORMAT}")
+    if entries.get("name") != path.name:
+        raise _damaged(path, f"it was written as {entries.get('name')!r}. Give it that name again")
+    fingerprint = entries.get("fingerprint")
+    if not isinstance(fingerprint, dict) or not all(isinstance(each, str) for each in fingerprint.values()):
+        raise _damaged(path, "it does not say what it was made from")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file that somebody else may have written.
+
+    Raises:
+        DamagedError: it is missing, too large, or anything but a JSON object.
+        StorageError: there is no permission to read it.
+    """
     try:
-        manifest = json.loads(file.read_text())
-        if manifest["format"] != FORMAT:
-            raise _damaged(file, f"format {manifest['format']} instead of {FORMAT}, from another version")
-        if not isinstance(manifest["fingerprint"], dict) or not isinstance(manifest["sha256"], str):
-            raise _damaged(file, "it does not have the expected entries")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(file, f"it is not a readable manifest ({type(error).__name__})") from error
-    return cast(dict[str, Any], manifest)
+        size = _checked_file(file).stat().st_size
+        if size > _JSON_BYTES:
+            raise _damaged(file, f"it has {size / 2**20:,.0f} MiB, where {_JSON_BYTES / 2**20:,.0f} are the most")
+        found = _parsed(file.read_bytes())
+    except PermissionError as error:
+        raise _unreadable(file, error) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(file, f"it is not readable JSON ({type(error).__name__})") from error
+    if found is None:
+        raise _damaged(file, "it does not hold a JSON object")
+    return found
+
+
+def _checked_file(file: Path) -> Path:
+    """A file of bytes: opening a pipe would wait for ever, and a link leads elsewhere.
+
+    Raises:
+        DamagedError: it is something else.
+    """
+    if not within(file.parent, file.name).is_file():
+        raise _damaged(file, "it is not a file" if file.exists() else "it is not there")
+    return file
+
+
+def _parsed(text: str | bytes) -> dict[str, Any] | None:
+    """A JSON object; None where the text holds another value."""
+    found = json.loads(text)
+    return found if isinstance(found, dict) else None
+
+
+def _unreadable(file: Path, error: OSError) -> StorageError:
+    return StorageError(f"Cannot read {file}: {error.strerror}. Check its permissions; it was left as it is.")
 
 
 def scratch_matrix(file: Path, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """A new matrix that lies in a file, so that it takes no memory of its own.
+
+    The file has no name, and goes with the matrix, however the process ends.
 
     Raises:
         StorageError: there is not enough space for it.
@@ -167,17 +252,17 @@ def scratch_matrix(file: Path, rows: int, columns: int, dtype: torch.dtype) -> T
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         remove(file)
-        with file.open("wb") as stream:
+        with file.open("xb") as stream:
             # Writing into a mapped file that the disk has no room for would kill the process.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(stream.fileno(), 0, size)
-    except OSError as error:
+        matrix = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(rows, columns)
         remove(file)
-        raise StorageError(
-            f"Cannot make {file} ({size / 2**20:,.1f} MiB): {error.strerror}. Free some space or choose another run "
-            "directory; what is finished is safe."
-        ) from error
-    return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(rows, columns)
+    except OSError as error:
+        with contextlib.suppress(StorageError):
+            remove(file)
+        raise _cannot_write(file, size, str(error.strerror)) from error
+    return matrix
 
 
 def write_text(file: Path, text: str) -> None:
@@ -194,7 +279,8 @@ def write_bytes(file: Path, content: bytes) -> None:
     part = file.with_name(file.name + ".part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
+        remove(part)
+        with part.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -202,7 +288,7 @@ def write_bytes(file: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise StorageError(f"Cannot write {file}: {error.strerror}. Check free space and permissions.") from error
+        raise _cannot_write(file, len(content), str(error.strerror)) from error
 
 
 def check_same(path: Path, stored: Fingerprint, current: Fingerprint) -> None:
@@ -220,47 +306,72 @@ def check_same(path: Path, stored: Fingerprint, current: Fingerprint) -> None:
 
 
 @contextlib.contextmanager
-def _storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Check the space, and turn a failed write into an error that leaves no temporary file."""
+def storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Check the space, and turn a failed write into an error that leaves no temporary file.
+
+    Args:
+        part: what is written before it gets its name, which is the same without the ending.
+
+    Raises:
+        StorageError: says how much was needed, and how much is free.
+    """
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    existing = next(parent for parent in part.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise StorageError(
-            f"Not enough space for {part.with_suffix('')}: {needed / 2**20:,.1f} MiB needed, "
-            f"{free / 2**20:,.1f} MiB free. Free some space or choose another run directory; what is finished is safe."
-        )
+    if needed > _free_space(part):
+        raise _cannot_write(part.with_suffix(""), needed, "not enough space")
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
+    except (OSError, SafetensorError, StorageError) as error:  # the last from a manifest
+        with contextlib.suppress(StorageError):
             remove(part)
-        raise StorageError(
-            f"Cannot write {part.with_suffix('')} ({needed / 2**20:,.1f} MiB): {error}. "
-            "Check free space and permissions; what is finished is safe."
-        ) from error
+        raise _cannot_write(part.with_suffix(""), needed, str(error)) from error
+
+
+def _cannot_write(file: Path, needed: int, reason: str) -> StorageError:
+    return StorageError(
+        f"Cannot write {file} ({needed / 2**20:,.2f} MiB needed, {_free_space(file) / 2**20:,.2f} MiB free): {reason}. "
+        "Free some space, check quota and permissions, or choose another run directory; what is finished is safe."
+    )
+
+
+def _free_space(file: Path) -> int:
+    """Bytes that can be written where a file is to lie; its directory need not be there yet."""
+    return shutil.disk_usage(next(parent for parent in file.absolute().parents if parent.exists())).free
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> str:
-    """Write and flush a safetensors file; its header holds `header` and the digest, which is returned."""
+    """Write and flush a safetensors file whose metadata hold `header`, and the digest of it all, which is returned."""
     host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    digest = tensors_digest(host)
-    save_file(host, file, metadata={"wherefrom": json.dumps({**header, "sha256": digest})})
+    described = json.dumps(header, sort_keys=True)
+    digest = _digest(host, described)
+    save_file(host, file, metadata={_HEADER: described, _DIGEST: digest})
     _flush(file)
     return digest
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The checked content of a safetensors file, memory-mapped, and what `_write_tensors` put into its header."""
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """The checked content of what `_write_tensors` wrote: tensors, memory-mapped, the digest and the header."""
+    within(file.parent.parent, file.parent.name)
     try:
+        _checked_file(file).open("rb").close()  # safe_open says "not found" where a permission is missing
         with safe_open(file, framework="pt") as opened:
-            header = json.loads(opened.metadata()["wherefrom"])
+            described, digest = (opened.metadata()[name] for name in (_HEADER, _DIGEST))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(file, f"it is not a readable safetensors file ({error})") from error
-    if tensors_digest(tensors) != header.get("sha256"):
+        header = _parsed(described)
+    except PermissionError as error:
+        raise _unreadable(file, error) from error
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(file, f"it is not a safetensors file of this version ({error})") from error
+    if header is None or _digest(tensors, described) != digest:
         raise _damaged(file, "its content has changed since it was written")
-    return tensors, header
+    return tensors, digest, header
+
+
+def _digest(tensors: Mapping[str, Tensor], described: str) -> str:
+    return hashlib.sha256(f"{tensors_digest(tensors)} {described}".encode()).hexdigest()
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _damaged(file: Path, reason: str) -> DamagedError:
@@ -270,11 +381,20 @@ def _damaged(file: Path, reason: str) -> DamagedError:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a directory, if it is there; a link is deleted, never followed."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Delete a file or a directory, if it is there; a link is deleted, never followed.
+
+    Raises:
+        StorageError: it cannot be deleted.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot delete {path}: {error.strerror}. Check permissions, or choose another run directory."
+        ) from error
 
 
 def _flush(path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Generic
+from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +27,11 @@ from wherefrom.fingerprint import (
     names_summary,
 )
 from wherefrom.fitting import Fitting
-from wherefrom.influence import SELF_INFLUENCE
+from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
 from wherefrom.layers import coverage, select_layers
-from wherefrom.memory import checked_batch_size
+from wherefrom.layouts import Layout, check_layout
+from wherefrom.locks import run_lock
+from wherefrom.memory import checked_batch_size, within_memory
 from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups, of_values
 from wherefrom.plan import Plan
 from wherefrom.precision import HalfPrecision
@@ -37,13 +41,30 @@ from wherefrom.rescoring import rescore
 from wherefrom.scores import Scores, TopScores
 from wherefrom.scoring import Scoring, make_plan
 from wherefrom.stages import BlockStages, Stages
-from wherefrom.store import Partial, checked_name, read_manifest, write_text
+from wherefrom.store import Partial, checked_name, read_manifest, within, write_text
 from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task
 from wherefrom.token_scoring import TokenScoring
 from wherefrom.tokens import INDEX, TokenParts, TokenScores, extreme_pairs
 
 logger = logging.getLogger("wherefrom")
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _alone(
+    method: Callable[Concatenate[Study[Batch], Parameters], Result],
+) -> Callable[Concatenate[Study[Batch], Parameters], Result]:
+    """A method that runs `Study.alone`, and says in our words that memory has run out."""
+    advice = "Track fewer layers, give a smaller batch size or a query_rank, or use a device with more memory."
+
+    @wraps(method)
+    def locked(study: Study[Batch], /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        with study.alone(), within_memory(f"{method.__name__} does", study._sweep.device, advice):
+            return method(study, *arguments, **options)
+
+    return locked
 
 
 class Study(Generic[Batch]):
@@ -103,7 +124,20 @@ class Study(Generic[Batch]):
         if self._sweep.ranks.writes:
             logger.info(f"{coverage(model, layers)}.")
         self.profile = self._sweep.profile
+        self._lock = run_lock(self.path)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs out of the run directory; they wait. What the methods below do, for several calls together.
+
+        Raises:
+            StorageError: the directory cannot be written.
+        """
+        with ExitStack() as stack:
+            self._sweep.ranks.first(lambda: stack.enter_context(self._lock))
+            yield
+
+    @_alone
     def fit(
         self,
         strategy: str = "ekfac",
@@ -133,7 +167,7 @@ class Study(Generic[Batch]):
         checked_strategy(strategy)
         sweep = self._precise_sweep(half_precision)
         usual = ("empirical" if empirical else "sampled") + ("-half" if half_precision else "")
-        folder = self.path / "factors" / checked_name(name or usual)
+        folder = within(self.path, "factors", checked_name(name or usual))
         fingerprint = self._fingerprint()
         fingerprint["targets"] = "dataset" if empirical else f"sampled, seed {seed}"
         fingerprint["precision"] = str(sweep.precision)
@@ -159,6 +193,7 @@ class Study(Generic[Batch]):
         sweep = self._precise_sweep(chosen.half_precision)
         return make_plan(sweep, checked_strategy(strategy), queries, self.train, chosen, loaded=False)
 
+    @_alone
     def score(self, queries: Dataset[object], factors: Factors, **options: Unpack[PairwiseOptions]) -> Scores:
         """Score every (query, training example) pair, or load the scores when they are there.
 
@@ -179,6 +214,7 @@ class Study(Generic[Batch]):
         fingerprint = self._score_fingerprint(queries, factors, chosen)
         return self._keep_scores(scoring, chosen.result_name(factors), fingerprint)
 
+    @_alone
     def score_top(
         self, queries: Dataset[object], factors: Factors, k: int = 100, **options: Unpack[ScoreOptions]
     ) -> TopScores:
@@ -197,8 +233,11 @@ class Study(Generic[Batch]):
         scoring = self._scoring(queries, factors, chosen)
         name, fingerprint = chosen.result_name(factors), self._score_fingerprint(queries, factors, chosen)
         self._keep(scoring, name, fingerprint, lambda blocks: scoring.highest(BlockStages(blocks, len(self.train)), k))
-        return TopScores.load(self.path / "scores" / name)
+        found = TopScores.load(self.path / "scores" / name)
+        check_layout(self.path / "scores" / name, {"values": found.values}, {"values": (None, (len(queries), "kept"))})
+        return found
 
+    @_alone
     def self_influence(
         self,
         factors: Factors,
@@ -229,10 +268,14 @@ class Study(Generic[Batch]):
         )
         scoring = self._scoring(self.train, factors, options)
         fingerprint = self._score_fingerprint(None, factors, options)
-        stages = Stages(self.path / "self_influence", fingerprint, self.profile, overwrite)
+        stages = Stages(within(self.path, "self_influence"), fingerprint, self.profile, overwrite)
         kept = stages.keep(options.result_name(factors), scoring.train_self_influence)
-        return kept.load()[SELF_INFLUENCE]
+        found = kept.load()
+        layout: Layout = {SELF_INFLUENCE: (None, (len(self.train),)), SQUARED_NORM: (None, (len(self.train),))}
+        check_layout(kept.path, found, layout)
+        return found[SELF_INFLUENCE]
 
+    @_alone
     def score_tokens(
         self,
         queries: Dataset[object],
@@ -260,13 +303,14 @@ class Study(Generic[Batch]):
         sequences = self._score_fingerprint(queries, factors, scoring.options)
         fingerprint = {**sequences, "pairs": wanted}
         base = scoring.options.result_name(factors)
-        folder = self.path / "scores" / f"{base}.{'all' if top is None else f'top{top}'}.tokens"
+        folder = within(self.path, "scores", f"{base}.{'all' if top is None else f'top{top}'}.tokens")
         stages = Stages(folder, fingerprint, self.profile)
         if chosen.overwrite:
             stages.clear()
 
         def compute(_: Partial) -> dict[str, Tensor]:
-            pairs = None
+            tokens, pairs = TokenScoring(scoring), None
+            tokens.check_disk(folder, top)
             if top is not None:
                 stored = self.path / "scores" / base
                 # Scores with more kept beside the same values are as good.
@@ -275,11 +319,12 @@ class Study(Generic[Batch]):
                 )
                 scores = Scores.load(stored) if same else self._keep_scores(scoring, base, sequences)
                 pairs = extreme_pairs(scores.values, top)
-            return TokenScoring(scoring).all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
+            return tokens.all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
 
         stages.keep(INDEX, compute)
         return TokenScores.load(folder)
 
+    @_alone
     def report(
         self,
         scores: Scores,
@@ -349,7 +394,14 @@ class Study(Generic[Batch]):
             return found
 
         self._keep(scoring, name, fingerprint, compute)
-        return Scores.load(self.path / "scores" / name)
+        folder = self.path / "scores" / name
+        scores = Scores.load(folder)
+        shape = (
+            1 if options.aggregate_queries else len(scoring.queries),
+            1 if options.aggregate_train else len(self.train),
+        )
+        check_layout(folder, {"values": scores.values}, {"values": (None, shape)})
+        return scores
 
     def _keep(
         self,
@@ -363,8 +415,8 @@ class Study(Generic[Batch]):
         Args:
             compute: makes their tensors, and may keep blocks in the stages that it is given.
         """
-        folder = self.path / "scores"
-        blocks = Stages(folder / f"{name}.blocks", fingerprint, self.profile)
+        folder = within(self.path, "scores")
+        blocks = Stages(within(folder, f"{name}.blocks"), fingerprint, self.profile)
         if scoring.options.overwrite:
             blocks.clear()
         stages = Stages(folder, fingerprint, self.profile, scoring.options.overwrite)

@@ -34,7 +34,9 @@ def measure(folder: Path, count: int, number: int) -> list[Outcome]:
     """Run `count` studies, half of them of text, drawn from the seed `number`."""
     return [
         _outcome("studies of text with a wrong example", text_cases(), folder, count // 2, number),
-        _outcome("studies with a task, model or dataset that misbehaves", own_cases(), folder, count - count // 2, number),
+        _outcome(
+            "studies with a task, model or dataset that misbehaves", own_cases(), folder, count - count // 2, number
+        ),
     ]
 
 
@@ -169,7 +171,9 @@ def text_cases(draw: st.DrawFn) -> Case:
         if how == "drop":
             row.pop(column, None)
         elif how in ("cut", "repeat") and isinstance(row.get(column), list):
-            row[column] = row[column][: draw(st.integers(0, 3))] if how == "cut" else row[column] * draw(st.integers(2, 9))
+            row[column] = (
+                row[column][: draw(st.integers(0, 3))] if how == "cut" else row[column] * draw(st.integers(2, 9))
+            )
         else:
             row[column] = draw(values)
         faults.append(f"{column} of example {position} of {len(rows)}: {row.get(column, 'dropped')!r}")

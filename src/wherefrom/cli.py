@@ -85,12 +85,8 @@ def fit(
         overwrite: Replace factors that were made from something else.
         profile: Print where the time went.
     """
-<<<<<<< HEAD
-    known = RunSources.load(run).queries if (checked_run(run) / SOURCES).exists() else {}
-=======
-    if (run / SOURCES).exists():
+    if (checked_run(run) / SOURCES).exists():
         RunSources.load(run)  # or hours later it turns out that it cannot be read
->>>>>>> 871b120b03b9e5db65104558a2a96d4f4861a99d
     text = TextSource(train, split, column, unit, length)
     sources = RunSources(model, list(layers) or None, text, empirical, seed, {})
     study, _ = sources.study(run, device, memory_budget)

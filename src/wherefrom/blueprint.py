@@ -45,6 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+_MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -120,6 +122,9 @@ def model_without_weights(name: str, dtype: torch.dtype) -> Any:
             f"model={name!r}: expected one of {', '.join(PRESETS)}, a model directory, or the path of a config.json "
             "(a hub model's is enough; its weights are not needed)."
         )
+    layers = getattr(config, "num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 0 < layers <= _MOST_LAYERS:  # each is built, even if only on paper
+        raise InputError(f"model={name!r}: its configuration has {layers} layers; expected 1 to {_MOST_LAYERS}.")
     try:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -25,12 +25,12 @@ from wherefrom.plan_command import plan
 from wherefrom.progress import show_log
 from wherefrom.ranks import Ranks
 from wherefrom.report.evaluations import load_figures
-from wherefrom.report.html import render_report
+from wherefrom.report.html import render_report, write_page
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage, Passages
 from wherefrom.report.text import hits_table, top_tables
 from wherefrom.run_sources import SOURCES, RunSources, TextSource, checked_run
 from wherefrom.scores import Scores, TopScores, load_scores
-from wherefrom.store import checked_name, within, write_text
+from wherefrom.store import checked_name, within
 from wherefrom.study import Study
 from wherefrom.tokens import INDEX, TokenScores
 
@@ -289,7 +289,7 @@ def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = 
     )
     output = output or run / "reports" / f"{name}.html"
     with run_lock(run):
-        write_text(output, page)
+        write_page(output, page)
     console.print(f"The report is {output}", soft_wrap=True)
 
 

@@ -97,6 +97,8 @@ class Shelf:
 
     def run(self, arguments: list[str], files: Mapping[str, bytes]) -> int:
         """The exit status of a command line that ended as it should."""
+        # A command that goes wrong must not be able to write outside of the shelf.
+        assert not [each for each in arguments if each.startswith("/") or "../../.." in each]
         shutil.rmtree(self.case, ignore_errors=True)
         shutil.copytree(self.finished, self.case)
         for name, content in files.items():
@@ -277,27 +279,30 @@ AMOUNTS = (
     st.sampled_from(["0", "1", "0.5", "-1", "1e-300", "1e-8", "1e300", "1e999", "nan", "inf", "-inf", "-0.0"]) | COUNTS
 )
 NAMES = st.sampled_from(
-    ["ekfac", "ekfac-top2", "ekfac.top1.tokens", "new", "a.part", "a.blocks", "..", "../x", "/x", "a/b", "", " ", "-",
+    ["ekfac", "ekfac-top2", "ekfac.top1.tokens", "new", "a.part", "a.blocks", "..", "../x", "a/b", "", " ", "-",
      "a" * 300, "é", "a\nb", "[red]", "\udcff", "a\0b", "x.partial.safetensors", "CON", ".hidden"]
 )  # fmt: skip
-WEIRD = st.text(max_size=12) | st.sampled_from(["\udce9", "[/red]", "\x1b[2J", "%s{}", "-", "--", "\n"])
+WEIRD = st.text(st.characters(exclude_characters="/~"), max_size=12) | st.sampled_from(
+    ["\udce9", "[red]", "\x1b[2J", "%s{}", "-", "--", "\n"]
+)
 TEXT_FILES = st.sampled_from(
     ["../texts/" + name for name in BAD_TEXTS]
     + ["../texts/saved", "../texts/good.parquet", "../texts/lists.parquet", "../texts", "../texts/none.txt",
-       "drawn.jsonl", "drawn.csv", "drawn.txt", "run", "run/sources.json", "", ".", "/", "/dev/null", "~", "a\0b.txt", "\udce9.txt",
+       "drawn.jsonl", "drawn.csv", "drawn.txt", "run", "run/sources.json", "", ".", "a\0b.txt", "\udce9.txt",
        "no such name!", "x" * 300 + ".txt", "../texts/good.txt/x", "http://localhost/x.jsonl", "a/b/c/d", "..", "*"]
 )  # fmt: skip
 MODELS = st.sampled_from(
     ["../" + name for name in
      ["narrow", "spoilt", "config", "listed", "unknown", "weights", "cut", "tokens", "words", "other", "negative",
       "bert", "texts", "texts/good.txt", "none"]]
-    + ["", ".", "/", "/dev/null", "a\0b", "\udce9", "x" * 300, "a/b/c", "a b", "..", "~nobody"]
+    + ["", ".", "a\0b", "\udce9", "x" * 300, "a/b/c", "a b", "..", "~nobody"]
 )  # fmt: skip
 GOOD_TEXTS = st.sampled_from(["../texts/good.txt", "../texts/good.jsonl"])
 RUNS = st.sampled_from(
-    ["new", "run/", "./run", "run/factors", "run/sources.json", "", ".", "..", "../..", "/proc/none", "/dev/null",
+    ["new", "run/", "./run", "run/factors", "run/sources.json", "", ".", "..", "../..", "../texts/good.txt/x",
      "a/b/c", "é", "\udcff", "a\nb", "a\0b", "x" * 300, "[red]", "~nobody/x", " "]
 )  # fmt: skip
+PAGES = RUNS | RUNS.map(lambda run: run + ".html")
 DEVICES = st.sampled_from(
     ["auto", "cpu", "cpu:7", "cuda", "cuda:99", "meta", "mps", "xla", "hpu", "", "cpu:-1", "\udcff"]
 )
@@ -339,7 +344,7 @@ OPTIONS: dict[str, tuple[dict[str, SearchStrategy[str]], dict[str, SearchStrateg
         {"--strategy": CHOICES, "--damping": AMOUNTS, "--batch-size": COUNTS, "--k": COUNTS, **COMMON},
     ),
     "top": ({}, {"--name": NAMES, "--k": COUNTS, "--query": COUNTS}),
-    "report": ({}, {"--name": NAMES, "--k": COUNTS, "--output": RUNS}),
+    "report": ({}, {"--name": NAMES, "--k": COUNTS, "--output": PAGES}),
     "plan": (
         {"--model": st.just("../model"), "--train": st.just("100"), "--queries": st.just("10"),
          "--flops": st.just("100"), "--device-memory": st.just("40"), "--length": st.just("16")},
@@ -348,7 +353,7 @@ OPTIONS: dict[str, tuple[dict[str, SearchStrategy[str]], dict[str, SearchStrateg
             "--strategy": CHOICES, "--layers": LAYERS, "--fit-train": COUNTS, "--half-precision": FLAG,
             "--query-rank": COUNTS, "--shard-model": FLAG, "--offload-factors": FLAG, "--top": COUNTS,
             "--batch-size": COUNTS, "--efficiency": AMOUNTS, "--eigen-flops": AMOUNTS, "--bandwidth": AMOUNTS,
-            "--host-bandwidth": AMOUNTS, "--host-memory": AMOUNTS, "--page": RUNS, "--train": COUNTS,
+            "--host-bandwidth": AMOUNTS, "--host-memory": AMOUNTS, "--page": PAGES, "--train": COUNTS,
             "--queries": COUNTS,
         },
     ),

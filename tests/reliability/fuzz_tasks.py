@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,7 @@ COLLATES: dict[str, Callable[..., Any]] = {
     "an empty dict": lambda examples: {},
     "a string": lambda examples: "batch",
     "one example": lambda examples: examples[0],
-    "the examples": lambda examples: list(examples),
+    "the examples": list,
     "fewer rows": lambda examples: tuple(torch.stack(side)[:-1] for side in zip(*examples, strict=True)),
     "more rows": lambda examples: tuple(torch.stack(side * 2) for side in zip(*examples, strict=True)),
     "three sides": lambda examples: (*(torch.stack(side) for side in zip(*examples, strict=True)), None),
@@ -260,7 +260,6 @@ MASKS: dict[str, Callable[..., Any]] = {
     "flat": lambda batch: torch.ones(len(batch[0]), dtype=torch.bool),
     "for more rows": lambda batch: torch.ones(len(batch[0]) + 1, 1, dtype=torch.bool),
     "too long": lambda batch: torch.tensor([[True, False, True]] * len(batch[0])),
-    "all false": lambda batch: torch.zeros(len(batch[0]), 1, dtype=torch.bool),
     "empty": lambda batch: torch.ones(len(batch[0]), 0, dtype=torch.bool),
     "on another device": lambda batch: torch.ones(len(batch[0]), 1, dtype=torch.bool, device="meta"),
     "raises": _raise,
@@ -357,7 +356,7 @@ MODELS: dict[str, Callable[[nn.Module], Any]] = {
     "partly on another device": lambda model: _partly(model, lambda each: each.first.to("meta")),
     "in half": lambda model: model.half(),
     "in float32": lambda model: model.float(),
-    "in DataParallel": lambda model: nn.DataParallel(model),
+    "in DataParallel": nn.DataParallel,
     "compiled": lambda model: torch.compile(model, backend="eager"),
     "quantised": lambda model: torch.ao.quantization.quantize_dynamic(model.float(), {nn.Linear}),
     "without weights": lambda model: nn.Flatten(),

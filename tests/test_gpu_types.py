@@ -13,8 +13,6 @@ from wherefrom.curvature import (
     CovarianceCollector,
     EigenvalueCollector,
     Preconditioner,
-    add_columns,
-    upper_product,
 )
 from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import TrackedLayer, select_layers

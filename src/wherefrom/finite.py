@@ -64,6 +64,10 @@ class Search:
 
     def __init__(self, sweep: str, layers: Collection[str], sums: Mapping[str, Tensor]) -> None:
         self._sweep, self._layers, self._sums = sweep, layers, sums
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a batch again, of which there may have been too much for the memory."""
         self._activations: list[tuple[str, Tensor]] = []
         self._gradients: list[tuple[str, Tensor]] = []
         self._overflow: str | None = None

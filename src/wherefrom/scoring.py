@@ -186,13 +186,15 @@ class Scoring(Generic[Batch]):
         errors = resident.relative_errors()
         return collector.sums if errors is None else {**collector.sums, "query_errors": errors}
 
-    def _self_influence(self, examples: Dataset[object]) -> SelfInfluenceCollector:
-        sweep = self.sweep
-        return SelfInfluenceCollector(sweep.layers, self.preconditioner, len(examples), sweep.dtype, sweep.device)
+    def _self_influence(self, examples: Dataset[object], training: bool = True) -> SelfInfluenceCollector:
+        sweep, count = self.sweep, len(examples)
+        return SelfInfluenceCollector(
+            sweep.layers, self.preconditioner, count, sweep.dtype, sweep.device, training=training
+        )
 
     def _query_self_influence(self) -> Tensor:
         """A sweep over queries for their scores with themselves."""
-        collector, size = self._self_influence(self.queries), self.options.query_batch_size
+        collector, size = self._self_influence(self.queries, training=False), self.options.query_batch_size
         objective = _measurement(self.sweep.task)
         self.sweep.run("query self-influence", self.queries, collector, objective, batch_size=size)
         return collector.sums[SELF_INFLUENCE]

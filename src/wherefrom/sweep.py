@@ -321,6 +321,8 @@ class _State:
         for total in self.collector.sums.values():
             total.zero_()
         self.losses.clear()
+        if self.search is not None:
+            self.search.forget()
         stored = self.partial.load(self.collector.sums) if self.partial else None
         self.position, size = stored or (self.share.start, None)
         return size

@@ -16,7 +16,6 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -362,7 +361,8 @@ class Factors:
             sides = self.bases[name].spectra if name in self.bases else ()
             check_eigenvalues(name, values, sides, product)
             filters[name] = damped_inverse(values, damping, sides)
-        return Preconditioner(self.bases, filters)
+        flat = frozenset(name for name, each in filters.items() if not bool(each.any()))
+        return Preconditioner(self.bases, filters, flat)
 
 
 @dataclass(frozen=True)
@@ -371,15 +371,12 @@ class Preconditioner:
 
     Attributes:
         filters: f(Lambda) [out, in] of every layer; a layer without one is left as it is.
+        flat: layers without curvature in any direction, whose filter is 0.
     """
 
     bases: Mapping[str, Basis]
     filters: Mapping[str, Tensor]
-
-    @cached_property
-    def flat(self) -> frozenset[str]:
-        """The layers without curvature in any direction."""
-        return frozenset(name for name, each in self.filters.items() if not bool(each.any()))
+    flat: frozenset[str] = frozenset()
 
     def check_gradients(self, layer: str, captured: Captured) -> None:
         """Refuse training gradients of a layer without curvature, whose part of a score has no value.

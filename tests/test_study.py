@@ -209,7 +209,9 @@ def test_a_matrix_without_room_on_the_disk_is_refused_before_it_is_written(tmp_p
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
     try:
-        with pytest.raises(StorageError, match="Cannot make .*0.4 MiB.*File too large.*what is finished is safe"):
+        with pytest.raises(
+            StorageError, match="Cannot write .*0.38 MiB needed.*File too large.*what is finished is safe"
+        ):
             scratch_matrix(tmp_path / "values", 100, 1000, torch.float32)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -229,7 +231,7 @@ def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: py
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("wherefrom.store.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(StorageError, match="Not enough space .* MiB needed, 0.0 MiB free"):
+    with pytest.raises(StorageError, match="Not enough space .* MiB needed, 0.00 MiB free"):
         study.fit("diagonal")
 
 

@@ -52,7 +52,7 @@ def test_tokens_sum_to_the_sequence_scores(
     factors = study.fit(strategy)
     scores = study.score(case.queries, factors).values
     tokens = study.score_tokens(case.queries, factors, top=top, name="one")
-    monkeypatch.setattr("wherefrom.tokens._PART_BYTES", 7 * 8 * int(tokens.lengths.max()))
+    monkeypatch.setattr("wherefrom.tokens.PART_BYTES", 7 * 8 * int(tokens.lengths.max()))
     small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-9)
     parts = small.score_tokens(case.queries, factors, top=top, name="many", train_batch_size=3)
     assert len(parts.shards) > len(tokens.shards) == 1

@@ -8,7 +8,6 @@ about.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from wherefrom.fingerprint import Dataset, Fingerprint
 from wherefrom.options import RescoredOptions, checked_result_name
 from wherefrom.scores import Scores
 from wherefrom.stages import Stages
-from wherefrom.store import Partial, checked_name, remove, scratch_matrix
+from wherefrom.store import Partial, checked_name, read_json, remove, scratch_matrix, within
 from wherefrom.study import Study
 from wherefrom.task import Batch
 from wherefrom.text import require
@@ -85,22 +84,22 @@ def score_checkpoints(
     precision = options.get("half_precision", False)
     overwrite = options.get("overwrite", False)
     parts: dict[str, Scores] = {}
-    with _restored(study._sweep.model) as model:
+    with study.alone(), _restored(study._sweep.model) as model:
         for checkpoint, path in paths.items():
             load_weights(model, path)
             there = copy.copy(study)  # the same model, task and options, another run directory
-            there.path = study.path / "checkpoints" / checkpoint
+            there.path = within(study.path, "checkpoints", checkpoint)
             factors = there.fit(strategy, empirical=empirical, seed=seed, half_precision=precision, overwrite=overwrite)
             parts[checkpoint] = there.score(queries, factors, **options)
-    stages = Stages(study.path / "scores", _fingerprint(parts, weights), study.profile, overwrite)
-    file = stages.folder / f"{name}.blocks" / "values"
+        stages = Stages(within(study.path, "scores"), _fingerprint(parts, weights), study.profile, overwrite)
+        file = within(stages.folder, f"{name}.blocks", "values")
 
-    def compute(_: Partial) -> dict[str, Tensor]:
-        values = [part.values for part in parts.values()]
-        return {"values": _weighted_sum(values, weights, file)} if stages.ranks.writes else {}
+        def compute(_: Partial) -> dict[str, Tensor]:
+            values = [part.values for part in parts.values()]
+            return {"values": _weighted_sum(values, weights, file)} if stages.ranks.writes else {}
 
-    stages.keep(name, compute)
-    stages.ranks.first(lambda: remove(file.parent))
+        stages.keep(name, compute)
+        stages.ranks.first(lambda: remove(file.parent))
     return Scores.load(stages.folder / name)
 
 
@@ -173,11 +172,11 @@ def _restored(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{index} is not a readable index of weights ({type(error).__name__}).") from error
-    return {name: tensor for shard in names for name, tensor in _read_weights(index.parent / shard).items()}
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
+        raise DamagedError(f"{index} is not an index of weights: it has no weight_map of parameters to files.")
+    shards = sorted({checked_name(shard) for shard in table.values()})
+    return {name: tensor for shard in shards for name, tensor in _read_weights(index.parent / shard).items()}
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:

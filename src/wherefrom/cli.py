@@ -18,6 +18,7 @@ from rich.console import Console
 
 from wherefrom.commands import command_line
 from wherefrom.errors import InputError
+from wherefrom.locks import run_lock
 from wherefrom.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
 from wherefrom.plan_command import plan
 from wherefrom.progress import show_log
@@ -28,7 +29,7 @@ from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage, P
 from wherefrom.report.text import hits_table, top_tables
 from wherefrom.run_sources import SOURCES, RunSources, TextSource
 from wherefrom.scores import Scores, TopScores, load_scores
-from wherefrom.store import write_text
+from wherefrom.store import checked_name, within, write_text
 from wherefrom.study import Study
 from wherefrom.tokens import INDEX, TokenScores
 
@@ -83,9 +84,10 @@ def fit(
         overwrite: Replace factors that were made from something else.
         profile: Print where the time went.
     """
-    known = RunSources.load(run).queries if (run / SOURCES).exists() else {}
+    if (run / SOURCES).exists():
+        RunSources.load(run)  # or hours later it turns out that it cannot be read
     text = TextSource(train, split, column, unit, length)
-    sources = RunSources(model, list(layers) or None, text, empirical, seed, known)
+    sources = RunSources(model, list(layers) or None, text, empirical, seed, {})
     study, _ = sources.study(run, device, memory_budget)
     study.fit(
         strategy,
@@ -198,7 +200,7 @@ def score(
     else:
         found = study.score_top(sequences, factors, top_only, **common)
         shape = f"{len(found.values):,} queries, the {found.values.shape[1]} highest and lowest each,"
-    Ranks.current().first(lambda: replace(sources, queries={**sources.queries, kept: text}).save(run))
+    Ranks.current().first(lambda: replace(sources, queries={kept: text}).save(run))
     if tokens is not None:
         of_pairs: RescoredOptions = {**common, "rescore": rescore, "name": kept}
         study.score_tokens(sequences, factors, top=tokens, **of_pairs)
@@ -252,7 +254,7 @@ def top(run: Run, *, name: str = "ekfac", k: int = 5, query: tuple[int, ...] = (
         k: Sequences for each query.
         query: Which queries; the first three by default.
     """
-    scores = load_scores(run / "scores" / name)
+    scores = load_scores(_scores_folder(run, name))
     count = len(scores.values)
     if not all(0 <= each < count for each in query):
         raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")
@@ -270,7 +272,7 @@ def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = 
         k: Sequences of each sign for each query.
         output: The page; RUN/reports/NAME.html by default.
     """
-    scores = Scores.load(run / "scores" / name)
+    scores = Scores.load(_scores_folder(run, name))
     sources = RunSources.load(run)
     queries, train, tokenizer = sources.sequences(run, name)
     tokens = _token_scores(run, name, scores)
@@ -285,7 +287,8 @@ def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = 
         k=k,
     )
     output = output or run / "reports" / f"{name}.html"
-    write_text(output, page)
+    with run_lock(run):
+        write_text(output, page)
     console.print(f"The report is {output}", soft_wrap=True)
 
 
@@ -300,6 +303,10 @@ def main() -> None:
             description="Which training examples made the model say that?",
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+
+
+def _scores_folder(run: Path, name: str) -> Path:
+    return within(run, "scores", checked_name(name))
 
 
 def _passages(run: Path, name: str, scores: Scores | TopScores) -> tuple[Passages, Passages]:

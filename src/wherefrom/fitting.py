@@ -21,7 +21,9 @@ from wherefrom.curvature import (
     bases_to_tensors,
     diagonalize,
 )
+from wherefrom.disk import check_space, fit_steps, used_bytes
 from wherefrom.fingerprint import Dataset
+from wherefrom.layouts import Layout, check_layout
 from wherefrom.sampling import Sampler
 from wherefrom.stages import Stages
 from wherefrom.store import Partial
@@ -47,6 +49,7 @@ class Fitting(Generic[Batch]):
 
     def factors(self, strategy: str) -> Factors:
         """Those of a strategy; what strategies have in common is computed once."""
+        self.sweep.ranks.first(lambda: self._check_disk(strategy))
         needed = STRATEGIES[strategy]
         if needed.basis and self.stages.overwrite:
             self.stages.forget("eigenvalues")  # they belong to the basis that is being replaced
@@ -57,6 +60,18 @@ class Fitting(Generic[Batch]):
         elif needed.eigenvalues == "product":
             eigenvalues = {layer: each.eigenvalues() for layer, each in bases.items()}
         return Factors(strategy, self.stages.fingerprint, bases, eigenvalues)
+
+    def _check_disk(self, strategy: str) -> None:
+        """Refuse to begin what there is too little room for; what is there already needs none."""
+        sweep, stages = self.sweep, self.stages
+        steps = fit_steps(sweep.layers, STRATEGIES[strategy], sweep.dtype, sweep.ranks.count)
+        there = set() if stages.overwrite else {name for name in steps if (stages.folder / name).exists()}
+        if "eigenbasis" in there:
+            there.add("covariance")  # which is needed for nothing else
+        missing = {name: step for name, step in steps.items() if name not in there}
+        if missing:
+            begun = [path for name in missing for path in (stages.folder / name, *stages.folder.glob(f"{name}.part*"))]
+            check_space(stages.folder, list(missing.values()), used_bytes(begun))
 
     def _bases(self) -> dict[str, Basis]:
         sweep = self.sweep
@@ -71,7 +86,19 @@ class Fitting(Generic[Batch]):
             with sweep.profile.action("eigendecomposition"):
                 return self._diagonalized(means)
 
-        return bases_from_tensors(self.stages.load("eigenbasis", basis, sweep.factors_device))
+        found = self.stages.load("eigenbasis", basis, sweep.factors_device)
+        check_layout(self.stages.folder / "eigenbasis", found, self._basis_layout())
+        return bases_from_tensors(found)
+
+    def _basis_layout(self) -> Layout:
+        layout: dict[str, tuple[None, tuple[int, ...]]] = {}
+        for name, layer in self.sweep.layers.items():
+            sides = zip(("gradient", "activation"), layer.shape, layer.diagonal_sides, strict=True)
+            for side, size, diagonal in sides:
+                layout[f"{name}.{side}_eigenvalues"] = (None, (size,))
+                if not diagonal:
+                    layout[f"{name}.{side}s"] = (None, (size, size))
+        return layout
 
     def _diagonalized(self, covariances: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every layer's basis; on several processes each finds a part of them, of neighbours that may be equal."""
@@ -90,7 +117,12 @@ class Fitting(Generic[Batch]):
             self._run("eigenvalues", collector, sums)
             return collector.means()
 
-        return self.stages.load("eigenvalues" if bases else "diagonal", mean_squares, sweep.factors_device)
+        stage = "eigenvalues" if bases else "diagonal"
+        found = self.stages.load(stage, mean_squares, sweep.factors_device)
+        check_layout(
+            self.stages.folder / stage, found, {name: (None, layer.shape) for name, layer in sweep.layers.items()}
+        )
+        return found
 
     def _run(self, name: str, collector: CovarianceCollector | EigenvalueCollector, sums: Partial) -> None:
         self.sweep.run(name, self.train, collector, self._loss, batch_size=self.batch_size, partial=sums)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psutil
@@ -20,8 +21,10 @@ _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
 FREE_SHARE, _BATCH_SHARE = 0.8, 0.3
 
 
-# What PyTorch, CUDA's pinned memory, cuBLAS and cuSOLVER say in plain RuntimeErrors.
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+# What PyTorch, CUDA's pinned memory, cuBLAS, cuSOLVER and the system (for a mapping) say in plain RuntimeErrors.
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "Cannot allocate memory",
+)  # fmt: skip
 
 
 def free_memory(device: torch.device) -> int:
@@ -39,11 +42,38 @@ def usable_memory(device: torch.device, budget: int | None) -> int:
     return int(FREE_SHARE * free) if budget is None else min(budget, free)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that an allocation failed; on the CPU PyTorch raises a plain RuntimeError for it."""
-    if isinstance(error, torch.OutOfMemoryError):
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an error says that an allocation failed.
+
+    Python and numpy raise MemoryError for it, PyTorch on the CPU a plain RuntimeError.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def within_memory(what: str, device: torch.device, advice: str) -> Iterator[None]:
+    """Say in our words, with the numbers, that an allocation has failed.
+
+    Args:
+        what: that does not fit, as the beginning of a sentence, such as "Gradients of 8 queries do".
+
+    Raises:
+        MemoryLimitError: it did.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryLimitError(f"{what} not fit into memory ({shortage(error, device)}). {advice}") from error
+
+
+def shortage(error: RuntimeError | MemoryError, device: torch.device) -> str:
+    """What is free on a device, and what the allocator says that was asked for."""
+    reason = str(error).partition("\n")[0] or "the size is not known"
+    return f"{free_memory(device) / 2**30:.2f} GiB free on {device}; {reason}"
 
 
 @dataclass(frozen=True)
@@ -80,16 +110,21 @@ class Footprint:
         return max(1, min(examples, affordable, filling))
 
 
-def halved(batch_size: int, smallest: int, sweep: str, device: torch.device) -> int:
+def halved(tried: Sequence[int], smallest: int, sweep: str, reason: str, device: torch.device) -> int:
     """The next batch size to try after running out of memory.
+
+    Args:
+        tried: those that did not fit, the last one last.
+        reason: the `shortage`.
 
     Raises:
         MemoryLimitError: the smallest did not fit.
     """
+    batch_size = tried[-1]
     if batch_size <= smallest:
         examples = "a single example does" if batch_size == 1 else f"a batch of {batch_size} examples does"
         raise MemoryLimitError(
-            f"{sweep}: {examples} not fit into memory ({free_memory(device) / 2**30:.2f} GiB free on {device}). "
+            f"{sweep}: {examples} not fit into memory ({reason}; batches of {', '.join(map(str, tried))} were tried). "
             "Shorten the sequences, track fewer layers, or use a device with more memory."
         )
     if device.type == "cuda":

@@ -14,13 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from wherefrom.errors import DamagedError, InputError, StorageError
-from wherefrom.store import write_text
+from wherefrom.errors import DamagedError, InputError
+from wherefrom.store import checked_name, read_json, storing, write_text
 
 logger = logging.getLogger("wherefrom")
 
@@ -150,20 +149,26 @@ def read_recording(folder: str | Path) -> list[RecordedCheckpoint]:
         )
     entries = [entry for entry in _read(folder) if (folder / entry["name"]).is_dir()]
     steps = [0, *(entry["step"] for entry in entries)]
-    return [
-        RecordedCheckpoint(
-            path=folder / entry["name"],
-            step=entry["step"],
-            epoch=entry["epoch"],
-            steps=after - before,
-            optimizer=entry["optimizer"],
-            groups=tuple(
-                ParameterGroup(**{**group, "betas": group["betas"] and tuple(group["betas"])})
-                for group in entry["groups"]
-            ),
-        )
-        for entry, (before, after) in zip(entries, pairwise(steps), strict=True)
-    ]
+    try:
+        return [
+            _checkpoint(folder, entry, after - before)
+            for entry, (before, after) in zip(entries, pairwise(steps), strict=True)
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{folder / RECORDING} lacks what a recording has ({error}). Delete it.") from error
+
+
+def _checkpoint(folder: Path, entry: Mapping[str, Any], steps: int) -> RecordedCheckpoint:
+    return RecordedCheckpoint(
+        path=folder / entry["name"],
+        step=entry["step"],
+        epoch=float(entry["epoch"]),
+        steps=steps,
+        optimizer=str(entry["optimizer"]),
+        groups=tuple(
+            ParameterGroup(**{**group, "betas": group["betas"] and tuple(group["betas"])}) for group in entry["groups"]
+        ),
+    )
 
 
 def _folder(args: TrainingArguments) -> Path:
@@ -172,18 +177,22 @@ def _folder(args: TrainingArguments) -> Path:
 
 def _read(folder: Path) -> list[dict[str, Any]]:
     file = folder / RECORDING
-    try:
-        content = json.loads(file.read_text())
-        if content["format"] != _FORMAT:
-            raise DamagedError(
-                f"{file} has the format {content['format']}, expected {_FORMAT}: it is another version's."
-            )
-        return sorted(content["checkpoints"], key=lambda entry: int(entry["step"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    content = read_json(file)
+    if content.get("format") != _FORMAT:
         raise DamagedError(
-            f"{file} is not a readable recording ({type(error).__name__}). Delete it; checkpoints can still be given "
-            "by their paths and weights."
+            f"{file} has the format {content.get('format')!r}, expected {_FORMAT}: it is another version's. Delete it; "
+            "checkpoints can still be given by their paths and weights."
+        )
+    try:
+        entries = sorted(content["checkpoints"], key=lambda entry: int(entry["step"]))
+        for entry in entries:
+            checked_name(entry["name"])  # a name, so that it leads nowhere else
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(
+            f"{file} is not a readable recording ({error}). Delete it; checkpoints can still be given by their paths "
+            "and weights."
         ) from error
+    return entries
 
 
 def _write(folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -231,10 +240,6 @@ def second_moments(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tens
 def _save_moments(file: Path, moments: dict[str, Tensor]) -> None:
     """Write under a temporary name, then rename."""
     part = file.with_name(file.name + ".part")
-    try:
+    with storing(part, moments):
         save_file(moments, part)
         part.replace(file)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        size = sum(each.nbytes for each in moments.values()) / 2**20
-        raise StorageError(f"Cannot write {file} ({size:,.1f} MiB): {error}. Free some space.") from error

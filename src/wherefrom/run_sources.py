@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from wherefrom.errors import InputError
+from wherefrom.errors import DamagedError, InputError
 from wherefrom.language import CausalLM
+from wherefrom.locks import run_lock
 from wherefrom.ranks import join_ranks
-from wherefrom.store import write_text
+from wherefrom.store import read_json, write_text
 from wherefrom.study import Study
 from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, read_texts
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SOURCES = "sources.json"
+_FORMAT = 1
+_AGAIN = "Delete it and run `wherefrom fit` again; it finds the factors that are there."
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,32 @@ class RunSources:
 
     @classmethod
     def load(cls, run: Path) -> RunSources:
-        """Read what `fit` wrote."""
+        """Read what `fit` wrote.
+
+        Raises:
+            InputError: there is nothing.
+            DamagedError: it cannot be read.
+        """
         file = run / SOURCES
         if not file.exists():
             raise InputError(f"{run} is not a run directory: it has no {SOURCES}. Start with: wherefrom fit {run} ...")
+        found = read_json(file)
+        if found.pop("format", None) != _FORMAT:
+            raise DamagedError(
+                f"{file} is another version's. Delete it and run `wherefrom fit` again, which then finds its factors."
+            )
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
             queries = {name: TextSource(**each) for name, each in found.pop("queries").items()}
             return cls(train=TextSource(**found.pop("train")), queries=queries, **found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file} cannot be read ({error}). Run `wherefrom fit` again to write it.") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{file} cannot be read ({error}). {_AGAIN}") from error
 
     def save(self, run: Path) -> None:
-        """Write the file."""
-        write_text(run / SOURCES, json.dumps(asdict(self), indent=1) + "\n")
+        """Write the file; queries that other commands have noted are kept."""
+        with run_lock(run):
+            known = RunSources.load(run).queries if (run / SOURCES).exists() else {}
+            content = {"format": _FORMAT, **asdict(replace(self, queries={**known, **self.queries}))}
+            write_text(run / SOURCES, json.dumps(content, indent=1) + "\n")
 
     def study(
         self, run: Path, device: str, memory_budget: float | None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 from wherefrom.curvature import Preconditioner, Strategy
+from wherefrom.disk import Blocks, Step, check_space, used_bytes
 from wherefrom.errors import MemoryLimitError
 from wherefrom.fingerprint import Dataset
 from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
 from wherefrom.loading import Rows
-from wherefrom.memory import out_of_memory
+from wherefrom.memory import within_memory
 from wherefrom.options import Options
 from wherefrom.plan import Job, Plan, Wanted, plan_scores
 from wherefrom.ranks import Ranks
@@ -112,6 +114,8 @@ class Scoring(Generic[Batch]):
             stages: keeps blocks.
             folder: where matrices lie while they are put together.
         """
+        vectors, options = 3 * self.options.self_influence, self.options
+        self.check_disk(folder, self._blocks().matrix_step(self.ranks.count, vectors, options.rescore))
         whole = _Assembled(folder, len(self.queries), len(self.train), self.ranks.writes)
 
         def work(rows: range) -> None:
@@ -134,6 +138,7 @@ class Scoring(Generic[Batch]):
 
     def highest(self, stages: BlockStages, k: int) -> dict[str, Tensor]:
         """The tensors of `TopScores`: each block is reduced to its extremes before it is kept."""
+        self.check_disk(stages.stages.folder, self._blocks().top_step(self.ranks.count, k))
         kept: list[dict[str, Tensor]] = []
 
         def reduced(bank: Callable[[], GradientBank], rows: range, columns: range, sums: Partial) -> dict[str, Tensor]:
@@ -156,6 +161,7 @@ class Scoring(Generic[Batch]):
         """The tensors of `Scores` with one row for all queries, one column for all training examples, or both."""
         kept: list[dict[str, Tensor]] = []
         everything = range(len(self.train))
+        self.check_disk(stages.stages.folder, self._blocks().summed_step(self.ranks.count))
 
         def work(rows: range) -> None:
             bank = cache(partial(self.bank, rows))
@@ -206,6 +212,22 @@ class Scoring(Generic[Batch]):
         self.sweep.run("self-influence", self.train, collector, objective, batch_size=size, partial=sums)
         return collector.sums
 
+    def check_disk(self, folder: Path, step: Step) -> None:
+        """Refuse to begin what there is too little room for, in a folder that holds nothing but what is begun of it."""
+        self.ranks.first(lambda: check_space(folder, [step], used_bytes([folder])))
+
+    def _blocks(self) -> Blocks:
+        """How scores are cut, for what they take on the disk."""
+        options, block = self.options, self.plan.block
+        queries, train = len(self.queries), len(self.train)
+        if options.aggregate_queries:
+            queries = block = 1
+        shard = train if options.aggregate_queries else len(self.shards(range(block), train)[0])
+        if options.aggregate_train:
+            train = shard = 1
+        matrices = 1 + len(set(self.groups.values()))
+        return Blocks(queries, train, self.sweep.dtype.itemsize, block, shard, matrices, options.query_rank is not None)
+
     def shards(self, rows: range, train: int) -> list[range]:
         """The planned parts of a training set; a batch for every process at least."""
         matrices = 1 + len(set(self.groups.values()))
@@ -228,7 +250,8 @@ class Scoring(Generic[Batch]):
     def _fits(self, work: Callable[[range], None], rows: range) -> bool:
         """Work on some queries; False when their gradients leave too little memory for the rest."""
         try:
-            work(rows)
+            with self._within_memory(len(rows)):
+                work(rows)
         except MemoryLimitError as error:
             # Of processes that share a model's weights, the others may be in the middle of a pass.
             if len(rows) == 1 or self.sweep.lockstep:
@@ -237,17 +260,15 @@ class Scoring(Generic[Batch]):
             return False
         return True
 
+    def _within_memory(self, queries: int) -> AbstractContextManager[None]:
+        """Turn a failed allocation into the error of our own that means fewer resident queries."""
+        advice = "Give a query_rank, track fewer layers, or use a device with more memory."
+        return within_memory(f"Gradients of {queries} queries, and what is made of them, do", self.sweep.device, advice)
+
     def bank(self, rows: range) -> GradientBank:
         """The preconditioned gradients of some queries: a sweep over them."""
-        with self.ranks.agreeing():
-            try:
-                bank = GradientBank(self.sweep.layers, self.preconditioner, len(rows), self.plan.form)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                raise MemoryLimitError(
-                    f"Gradients of {len(rows)} queries do not fit into memory. Give a query_rank, or fewer layers."
-                ) from error
+        with self.ranks.agreeing(), self._within_memory(len(rows)):
+            bank = GradientBank(self.sweep.layers, self.preconditioner, len(rows), self.plan.form)
         batch, smallest = self._batch(self.plan.query_batch, len(rows))
         queries = Rows(self.queries, rows)
         self.sweep.run(

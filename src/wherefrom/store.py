@@ -82,7 +82,7 @@ class Artifact:
             StorageError: the directory cannot be written or the disk is full; nothing is left behind.
         """
         part = self.path.with_name(self.path.name + ".part")
-        with _storing(part, tensors):
+        with storing(part, tensors):
             remove(part)
             part.mkdir(parents=True)
             description = _description(self.path, self.fingerprint)
@@ -134,7 +134,7 @@ class Partial:
         part = self.path.with_name(self.path.name + ".part")
         description = _description(self.path, self.fingerprint)
         header = {**description, "position": position, "batch_size": batch_size}
-        with _storing(part, sums):
+        with storing(part, sums):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             remove(part)
             _write_tensors(part, sums, header)
@@ -173,7 +173,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         DamagedError: it is missing, is not JSON, or is of another format.
         StorageError: it cannot be read.
     """
-    file = within(path, _MANIFEST)
+    file = path / _MANIFEST
     manifest = read_json(file)
     _check_described(path, manifest)
     if not isinstance(manifest.get("sha256"), str):
@@ -205,7 +205,7 @@ def read_json(file: Path) -> dict[str, Any]:
         StorageError: there is no permission to read it.
     """
     try:
-        size = file.stat().st_size
+        size = _checked_file(file).stat().st_size
         if size > _JSON_BYTES:
             raise _damaged(file, f"it has {size / 2**20:,.0f} MiB, where {_JSON_BYTES / 2**20:,.0f} are the most")
         found = _parsed(file.read_bytes())
@@ -216,6 +216,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if found is None:
         raise _damaged(file, "it does not hold a JSON object")
     return found
+
+
+def _checked_file(file: Path) -> Path:
+    """A file of bytes: opening a pipe would wait for ever, and a link leads elsewhere.
+
+    Raises:
+        DamagedError: it is something else.
+    """
+    if not within(file.parent, file.name).is_file():
+        raise _damaged(file, "it is not a file" if file.exists() else "it is not there")
+    return file
 
 
 def _parsed(text: str | bytes) -> dict[str, Any] | None:
@@ -231,6 +242,8 @@ def _unreadable(file: Path, error: OSError) -> StorageError:
 def scratch_matrix(file: Path, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """A new matrix that lies in a file, so that it takes no memory of its own.
 
+    The file has no name, and goes with the matrix, however the process ends.
+
     Raises:
         StorageError: there is not enough space for it.
     """
@@ -243,13 +256,13 @@ def scratch_matrix(file: Path, rows: int, columns: int, dtype: torch.dtype) -> T
             # Writing into a mapped file that the disk has no room for would kill the process.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(stream.fileno(), 0, size)
-    except OSError as error:
+        matrix = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(rows, columns)
         remove(file)
-        raise StorageError(
-            f"Cannot make {file} ({size / 2**20:,.1f} MiB): {error.strerror}. Free some space or choose another run "
-            "directory; what is finished is safe."
-        ) from error
-    return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(rows, columns)
+    except OSError as error:
+        with contextlib.suppress(StorageError):
+            remove(file)
+        raise _cannot_write(file, size, str(error.strerror)) from error
+    return matrix
 
 
 def write_text(file: Path, text: str) -> None:
@@ -275,7 +288,7 @@ def write_bytes(file: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise StorageError(f"Cannot write {file}: {error.strerror}. Check free space and permissions.") from error
+        raise _cannot_write(file, len(content), str(error.strerror)) from error
 
 
 def check_same(path: Path, stored: Fingerprint, current: Fingerprint) -> None:
@@ -293,25 +306,36 @@ def check_same(path: Path, stored: Fingerprint, current: Fingerprint) -> None:
 
 
 @contextlib.contextmanager
-def _storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Check the space, and turn a failed write into an error that leaves no temporary file."""
+def storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Check the space, and turn a failed write into an error that leaves no temporary file.
+
+    Args:
+        part: what is written before it gets its name, which is the same without the ending.
+
+    Raises:
+        StorageError: says how much was needed, and how much is free.
+    """
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    existing = next(parent for parent in part.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise StorageError(
-            f"Not enough space for {part.with_suffix('')}: {needed / 2**20:,.1f} MiB needed, "
-            f"{free / 2**20:,.1f} MiB free. Free some space or choose another run directory; what is finished is safe."
-        )
+    if needed > _free_space(part):
+        raise _cannot_write(part.with_suffix(""), needed, "not enough space")
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
+    except (OSError, SafetensorError, StorageError) as error:  # the last from a manifest
+        with contextlib.suppress(StorageError):
             remove(part)
-        raise StorageError(
-            f"Cannot write {part.with_suffix('')} ({needed / 2**20:,.1f} MiB): {error}. "
-            "Check free space and permissions; what is finished is safe."
-        ) from error
+        raise _cannot_write(part.with_suffix(""), needed, str(error)) from error
+
+
+def _cannot_write(file: Path, needed: int, reason: str) -> StorageError:
+    return StorageError(
+        f"Cannot write {file} ({needed / 2**20:,.2f} MiB needed, {_free_space(file) / 2**20:,.2f} MiB free): {reason}. "
+        "Free some space, check quota and permissions, or choose another run directory; what is finished is safe."
+    )
+
+
+def _free_space(file: Path) -> int:
+    """Bytes that can be written where a file is to lie; its directory need not be there yet."""
+    return shutil.disk_usage(next(parent for parent in file.absolute().parents if parent.exists())).free
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> str:
@@ -326,8 +350,9 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[st
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     """The checked content of what `_write_tensors` wrote: tensors, memory-mapped, the digest and the header."""
-    within(file.parent.parent, file.parent.name, file.name)
+    within(file.parent.parent, file.parent.name)
     try:
+        _checked_file(file).open("rb").close()  # safe_open says "not found" where a permission is missing
         with safe_open(file, framework="pt") as opened:
             described, digest = (opened.metadata()[name] for name in (_HEADER, _DIGEST))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -356,11 +381,20 @@ def _damaged(file: Path, reason: str) -> DamagedError:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a directory, if it is there; a link is deleted, never followed."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Delete a file or a directory, if it is there; a link is deleted, never followed.
+
+    Raises:
+        StorageError: it cannot be deleted.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot delete {path}: {error.strerror}. Check permissions, or choose another run directory."
+        ) from error
 
 
 def _flush(path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -27,10 +27,11 @@ from wherefrom.fingerprint import (
     names_summary,
 )
 from wherefrom.fitting import Fitting
-from wherefrom.influence import SELF_INFLUENCE
+from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
 from wherefrom.layers import coverage, select_layers
-from wherefrom.locks import DirectoryLock
-from wherefrom.memory import checked_batch_size
+from wherefrom.layouts import Layout, check_layout
+from wherefrom.locks import run_lock
+from wherefrom.memory import checked_batch_size, within_memory
 from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups, of_values
 from wherefrom.plan import Plan
 from wherefrom.precision import HalfPrecision
@@ -55,13 +56,12 @@ Result = TypeVar("Result")
 def _alone(
     method: Callable[Concatenate[Study[Batch], Parameters], Result],
 ) -> Callable[Concatenate[Study[Batch], Parameters], Result]:
-    """Let no other run into the directory meanwhile; of one run's processes, the first sees to it."""
+    """A method that runs `Study.alone`, and says in our words that memory has run out."""
+    advice = "Track fewer layers, give a smaller batch size or a query_rank, or use a device with more memory."
 
     @wraps(method)
     def locked(study: Study[Batch], /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-        ranks = study._sweep.ranks
-        with ExitStack() as stack:
-            ranks.first(lambda: stack.enter_context(study._lock))
+        with study.alone(), within_memory(f"{method.__name__} does", study._sweep.device, advice):
             return method(study, *arguments, **options)
 
     return locked
@@ -124,7 +124,18 @@ class Study(Generic[Batch]):
         if self._sweep.ranks.writes:
             logger.info(f"{coverage(model, layers)}.")
         self.profile = self._sweep.profile
-        self._lock = DirectoryLock(self.path / ".lock")
+        self._lock = run_lock(self.path)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs out of the run directory; they wait. What the methods below do, for several calls together.
+
+        Raises:
+            StorageError: the directory cannot be written.
+        """
+        with ExitStack() as stack:
+            self._sweep.ranks.first(lambda: stack.enter_context(self._lock))
+            yield
 
     @_alone
     def fit(
@@ -222,7 +233,9 @@ class Study(Generic[Batch]):
         scoring = self._scoring(queries, factors, chosen)
         name, fingerprint = chosen.result_name(factors), self._score_fingerprint(queries, factors, chosen)
         self._keep(scoring, name, fingerprint, lambda blocks: scoring.highest(BlockStages(blocks, len(self.train)), k))
-        return TopScores.load(self.path / "scores" / name)
+        found = TopScores.load(self.path / "scores" / name)
+        check_layout(self.path / "scores" / name, {"values": found.values}, {"values": (None, (len(queries), "kept"))})
+        return found
 
     @_alone
     def self_influence(
@@ -257,7 +270,10 @@ class Study(Generic[Batch]):
         fingerprint = self._score_fingerprint(None, factors, options)
         stages = Stages(within(self.path, "self_influence"), fingerprint, self.profile, overwrite)
         kept = stages.keep(options.result_name(factors), scoring.train_self_influence)
-        return kept.load()[SELF_INFLUENCE]
+        found = kept.load()
+        layout: Layout = {SELF_INFLUENCE: (None, (len(self.train),)), SQUARED_NORM: (None, (len(self.train),))}
+        check_layout(kept.path, found, layout)
+        return found[SELF_INFLUENCE]
 
     @_alone
     def score_tokens(
@@ -293,7 +309,8 @@ class Study(Generic[Batch]):
             stages.clear()
 
         def compute(_: Partial) -> dict[str, Tensor]:
-            pairs = None
+            tokens, pairs = TokenScoring(scoring), None
+            tokens.check_disk(folder, top)
             if top is not None:
                 stored = self.path / "scores" / base
                 # Scores with more kept beside the same values are as good.
@@ -302,7 +319,7 @@ class Study(Generic[Batch]):
                 )
                 scores = Scores.load(stored) if same else self._keep_scores(scoring, base, sequences)
                 pairs = extreme_pairs(scores.values, top)
-            return TokenScoring(scoring).all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
+            return tokens.all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
 
         stages.keep(INDEX, compute)
         return TokenScores.load(folder)
@@ -377,7 +394,14 @@ class Study(Generic[Batch]):
             return found
 
         self._keep(scoring, name, fingerprint, compute)
-        return Scores.load(self.path / "scores" / name)
+        folder = self.path / "scores" / name
+        scores = Scores.load(folder)
+        shape = (
+            1 if options.aggregate_queries else len(scoring.queries),
+            1 if options.aggregate_train else len(self.train),
+        )
+        check_layout(folder, {"values": scores.values}, {"values": (None, shape)})
+        return scores
 
     def _keep(
         self,

@@ -26,7 +26,7 @@ from wherefrom.fingerprint import Dataset
 from wherefrom.finite import NotFiniteError, Search, check_sums, named_examples
 from wherefrom.layers import TrackedLayer
 from wherefrom.loading import Loader, positions
-from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, usable_memory
+from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, shortage, usable_memory
 from wherefrom.placement import execution_device
 from wherefrom.precision import Precision
 from wherefrom.profile import Profile
@@ -198,7 +198,7 @@ class Sweep(Generic[Batch]):
                     self._checkpoint(state, size, held)
                 else:
                     state.collector.release()
-                    size = halved(size, smallest_batch, state.name, self.device)
+                    size = halved(state.tried, smallest_batch, state.name, state.shortage, self.device)
                     state.restore()
                 show(state.position - state.share.start)
         for _ in range(idle):
@@ -244,9 +244,11 @@ class Sweep(Generic[Batch]):
         """Process one batch; False when there was not enough memory for it."""
         try:
             self._process(state, loader, rows, objective)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            state.tried.append(len(rows))
+            state.shortage = shortage(error, self.device)
             if self.lockstep:
                 raise MemoryLimitError(
                     f"{state.name}: a batch of {len(rows)} examples does not fit into memory, and processes that share "
@@ -302,6 +304,7 @@ class _State:
         positions: where each example stands in the dataset that the user knows.
         position: the first that is not done.
         search: looks for what is not finite, when something is not.
+        tried: sizes of batches that did not fit into memory; shortage: what was said of the last.
     """
 
     name: str
@@ -315,6 +318,8 @@ class _State:
     tokens: int = 0
     losses: list[tuple[range, Tensor]] = field(default_factory=list)
     search: Search | None = None
+    tried: list[int] = field(default_factory=list)
+    shortage: str = ""
 
     def restore(self) -> int | None:
         """Go back to the sums on disk, or to zero; the batch size that they were made with, if any."""

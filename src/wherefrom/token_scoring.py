@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
+from pathlib import Path
 from typing import Generic
 
 import torch
 from torch import Tensor
 
 from wherefrom.capture import Captured
+from wherefrom.disk import token_step
 from wherefrom.gradients import GradientBank
 from wherefrom.loading import Rows
 from wherefrom.scoring import Scoring, training_loss
 from wherefrom.store import Partial
 from wherefrom.task import Batch, Task
-from wherefrom.tokens import TokenCollector, TokenParts, token_parts
+from wherefrom.tokens import PART_BYTES, TokenCollector, TokenParts, token_parts
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,7 @@ class TokenScoring(Generic[Batch]):
             `pairs` [pairs, 2] in the order of the parts, `shards` (how many pairs each part has), `lengths` (tokens of
             each training example).
         """
-        lengths = torch.tensor(self._train_lengths())
-        longest = int(lengths.max())
+        lengths, longest = self.lengths, int(self.lengths.max())
         kept: list[Tensor] = []
 
         def work(rows: range) -> None:
@@ -57,6 +58,25 @@ class TokenScoring(Generic[Batch]):
         self.scoring.ranks.first(lambda: parts.remove_others(kept))
         sizes = torch.tensor([len(pairs) for pairs in kept])
         return {"pairs": torch.cat(kept), "shards": sizes, "lengths": lengths}
+
+    def check_disk(self, folder: Path, top: int | None) -> None:
+        """Refuse to begin what there is too little room for.
+
+        Args:
+            folder: holds nothing but what is begun of these token scores.
+            top: how many of each query's highest and lowest scores are wanted; None is all.
+        """
+        scoring, train, longest = self.scoring, len(self.scoring.train), int(self.lengths.max())
+        each = train if top is None else min(2 * top, train)
+        queries, block = len(scoring.queries), scoring.plan.block
+        pairs = [each * min(block, queries - start) for start in range(0, queries, block)]
+        itemsize, ranks = scoring.sweep.dtype.itemsize, scoring.ranks.count
+        scoring.check_disk(folder, token_step(pairs, longest, itemsize, PART_BYTES, train, ranks))
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """How many tokens each training example has, int64 [train]."""
+        return torch.tensor(self._train_lengths())
 
     def _per_token(
         self, bank: Callable[[], GradientBank], first: int, pairs: Tensor, lengths: Tensor, sums: Partial

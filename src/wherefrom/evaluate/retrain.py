@@ -25,6 +25,7 @@ from wherefrom.errors import InputError, LossError, TrainingError
 from wherefrom.evaluate.bank import Bank, Row, retraining_key
 from wherefrom.evaluate.pool import JobError, default_workers, run_jobs
 from wherefrom.fingerprint import Fingerprint
+from wherefrom.locks import DirectoryLock
 from wherefrom.progress import progress_bar
 
 logger = logging.getLogger("wherefrom")
@@ -192,13 +193,15 @@ def retrain_pairs(
     asked: dict[str, tuple[int, int]] = {}
     for key, pair in zip(keys, pairs, strict=True):
         asked.setdefault(key, pair)
-    bank = Bank(Path(path), fingerprint, masks.shape[1], overwrite)
-    missing = [key for key in asked if key not in bank.rows]
-    if missing:
-        bank.check_machine()
-        groups = _groups(missing, asked, masks.sum(1).tolist(), together)
-        _Work(bank, masks, asked, groups).run(train, workers, progress)
-    bank.merge()
+    path = Path(path)
+    with DirectoryLock(path.with_name(f".{path.name}.lock")):
+        bank = Bank(path, fingerprint, masks.shape[1], overwrite)
+        missing = [key for key in asked if key not in bank.rows]
+        if missing:
+            bank.check_machine()
+            groups = _groups(missing, asked, masks.sum(1).tolist(), together)
+            _Work(bank, masks, asked, groups).run(train, workers, progress)
+        bank.merge()
     rows = [bank.rows[key] for key in keys]
     return torch.stack([row.losses for row in rows]), torch.tensor([row.seconds for row in rows], dtype=torch.float64)
 

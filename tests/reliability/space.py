@@ -1,0 +1,328 @@
+"""A disk that fills up, a quota, directories that become read-only: at a random moment of a run, which then ends.
+
+Each run happens on a small file system in memory, in a process with mounts of its own. The moment is one of those at
+which Python opens, renames, deletes or makes a file of the run. Then the run must end with a StorageError that says
+what was needed and what was free, leave nothing half-written, and end with the undisturbed run's bits when it is
+started again with the disk in order.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import wherefrom as wf
+from tests.models import mlp_case
+from tests.reliability.outcomes import Outcome
+from wherefrom.errors import StorageError
+from wherefrom.evaluate.retrain import Retraining, half_subsets, retrain
+from wherefrom.store import Artifact, read_manifest
+
+_ROOT = Path(__file__).parents[2]
+_DISK_MIB = 16
+_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
+# What a failed write may not leave behind: our temporary names, and those of safetensors.
+_TEMPORARY = re.compile(r"\.part$|^\.tmp")
+_MESSAGE = re.compile(r"[\d,.]+ MiB needed, [\d,.]+ MiB free|Cannot delete .* Check permissions")
+
+
+def measure(folder: Path, count: int, seed: int) -> list[Outcome]:
+    """Put `count` faults of each kind into runs: a full disk, a quota, directories that become read-only.
+
+    Without the right to mount, only quotas are tried.
+
+    Raises:
+        AssertionError: a run did not end as it should; the message has its seed and case.
+    """
+    kinds = list(_KINDS) if can_mount() else ["quota"]
+    return [_in_process(folder / kind.replace(" ", "-"), kind, count, seed) for kind in kinds]
+
+
+@functools.cache
+def can_mount() -> bool:
+    """Whether this process may mount file systems where no other process sees them."""
+    tried = "mount -t tmpfs -o size=1m tmpfs /mnt"
+    return (
+        None not in (shutil.which("unshare"), shutil.which("setpriv"))
+        and subprocess.run([*_UNSHARED, *_PLAIN, "sh", "-c", tried], capture_output=True, check=False).returncode == 0
+    )
+
+
+_UNSHARED = ("unshare", "--map-root-user", "--mount")
+# Permissions of files bind this root user.
+_PLAIN = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+
+
+def _in_process(folder: Path, kind: str, count: int, seed: int) -> Outcome:
+    """A process for all faults of one kind: a signal that kills it must not kill the tests."""
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "tests.reliability.space", str(folder), kind, str(count), str(seed)]
+    if can_mount():
+        command = [*_UNSHARED, *_PLAIN, *command]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{kind}, seed {seed}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return Outcome(**json.loads(done.stdout.splitlines()[-1]))
+
+
+# What follows runs in the processes.
+
+
+@dataclass
+class Disk:
+    """The file system of a run, or a plain folder where none can be mounted."""
+
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return self.folder / "run"
+
+    def protect(self, mode: int) -> None:
+        """Permissions of all directories."""
+        for folder, _, _ in os.walk(self.folder):
+            Path(folder).chmod(mode)
+
+    def used(self) -> int:
+        """Bytes."""
+        state = os.statvfs(self.folder)
+        return (state.f_blocks - state.f_bfree) * state.f_frsize
+
+    def fill(self, left: int) -> None:
+        """Leave so many bytes free."""
+        taken = shutil.disk_usage(self.folder).free - left
+        if taken > 0:
+            with (self.folder / "filler").open("wb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, taken)
+
+    def restore(self) -> None:
+        """Everything as it was before the fault."""
+        self.protect(0o755)
+        (self.folder / "filler").unlink(missing_ok=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+class Moments:
+    """Counts what Python does to files of a folder, and acts at one of these moments."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = str(folder)
+        self._act: Callable[[int], object] | None = None
+        self.count = 0
+        sys.addaudithook(self._see)
+
+    def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self._act is None or event not in _EVENTS or not str(arguments[0]).startswith(self._folder):
+            return
+        act, self._act = self._act, None  # what it does to files does not count
+        self.count += 1
+        act(self.count)
+        self._act = act
+
+    @contextmanager
+    def watched(self, act: Callable[[int], object]) -> Iterator[None]:
+        """Call `act` with the number of each moment."""
+        self.count, self._act = 0, act
+        try:
+            yield
+        finally:
+            self._act = None
+
+
+def _study(run: Path) -> None:
+    """Everything that a study keeps, sums after every batch."""
+    case = mlp_case(torch.float32)
+    study = wf.Study(run, case.model, case.task, train=case.train, checkpoint_seconds=0, progress=False)
+    factors = study.fit("ekfac", batch_size=5)
+    common: dict[str, Any] = {"train_batch_size": 5, "query_batch_size": 3}
+    scores = study.score(case.queries, factors, per_layer=True, self_influence=True, **common)
+    study.score(case.queries, factors, query_rank=1, rescore=2, **common)
+    study.score(case.queries, factors, aggregate_queries="sum", **common)
+    study.score_top(case.queries, factors, 3, **common)
+    study.score_tokens(case.queries, factors, top=2, name=f"{scores.strategy}-rank1", query_rank=1, rescore=2, **common)
+    study.score_tokens(case.queries, factors, **common)
+    study.self_influence(factors, batch_size=5)
+    study.report(scores, case.queries)
+
+
+def _losses(retrainings: Sequence[Retraining]) -> Tensor:
+    """Stands for training: a number of the subset and the seed."""
+    return torch.stack([torch.tensor(each.kept[-3:]).double() * (each.seed + 1) for each in retrainings])
+
+
+def _bank(run: Path) -> None:
+    """A bank of retrainings, and then a larger one."""
+    masks = half_subsets(12, 3, seed=0)
+    for seeds in (range(1), range(2)):
+        bank = retrain(
+            run / "retrainings", _losses, masks, seeds, fingerprint={"recipe": "1"}, workers=1, progress=False
+        )
+    # The order of rows in the table is that in which they were finished; this one is not.
+    save_file({"losses": bank.losses}, run / "losses.safetensors")
+
+
+def _recorder(run: Path) -> None:
+    """What a Trainer would call, at two checkpoints."""
+    from wherefrom.recording import TrainingRecorder, read_recording  # slow to import
+
+    torch.manual_seed(0)
+    model, recorder = nn.Linear(40, 30), TrainingRecorder()
+    optimizer = torch.optim.Adam(model.parameters())
+    arguments: Any = SimpleNamespace(output_dir=str(run))
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=0, epoch=0.0)
+    control: Any = None
+    recorder.on_train_begin(arguments, state, control)
+    for step in (1, 2):
+        model(torch.ones(40)).sum().backward()
+        optimizer.step()
+        state.global_step, state.epoch = step, float(step)
+        os.makedirs(run / f"checkpoint-{step}", exist_ok=True)  # noqa: PTH103
+        recorder.on_optimizer_step(arguments, state, control, optimizer=optimizer)
+        recorder.on_save(arguments, state, control, model=model, optimizer=optimizer)
+    assert [each.step for each in read_recording(run)] == [1, 2]
+
+
+_FLOWS: dict[str, Callable[[Path], None]] = {"study": _study, "bank": _bank, "recorder": _recorder}
+
+
+def tensors(run: Path) -> dict[str, Tensor]:
+    """Every stored tensor that a repeated run must repeat; copies, since files that are mapped hold the disk."""
+    return {
+        f"{file.relative_to(run)}/{name}": tensor.clone()
+        for file in run.rglob("*.safetensors")
+        if ".partial" not in file.name and "retrainings" not in file.parts
+        for name, tensor in load_file(file).items()
+    }
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(each, other[name]) for name, each in one.items())
+
+
+@dataclass
+class Harness:
+    """Runs with faults on one disk."""
+
+    disk: Disk
+    kind: str
+    random: random.Random
+    moments: Moments
+    expected: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    refused: int = 0
+
+    def undisturbed(self) -> None:
+        """What every flow leaves, and how many moments it has."""
+        for name, flow in _FLOWS.items():
+            with self.moments.watched(lambda number: None):
+                flow(self.disk.run)
+            self.expected[name], self.counts[name] = tensors(self.disk.run), self.moments.count
+            shutil.rmtree(self.disk.run)
+
+    def attempt(self, name: str) -> None:
+        """One run with a fault, and the same again without."""
+        moment = self.random.randint(1, self.counts[name])
+        left = self.random.choice([0, self.random.randrange(2**12), self.random.randrange(2**16)])
+
+        def act(number: int) -> None:
+            if number == moment:
+                _KINDS[self.kind](self.disk, left)
+
+        try:
+            with self.moments.watched(act):
+                _FLOWS[name](self.disk.run)
+        except StorageError as error:
+            self.refused += 1
+            assert _MESSAGE.search(str(error)), f"no sizes in: {error}"
+        finally:
+            leftover = [] if self.kind == "read-only" else _leftover(self.disk.run)
+            self.disk.restore()
+        assert not leftover, f"left behind: {leftover}"
+        self._check_finished(name)
+        _FLOWS[name](self.disk.run)
+        assert same(tensors(self.disk.run), self.expected[name]), "other results after the fault"
+        leftover = [*_leftover(self.disk.run), *self.disk.run.rglob("*.blocks"), *self.disk.run.rglob("*.partial*")]
+        assert not leftover, f"left behind at the end: {leftover}"
+        shutil.rmtree(self.disk.run)
+
+    def _check_finished(self, name: str) -> None:
+        """What has its name is whole, and what it should be."""
+        for manifest in (file for file in self.disk.run.rglob("manifest.json") if file.parent.suffix != ".part"):
+            artifact = Artifact(manifest.parent, read_manifest(manifest.parent)["fingerprint"])
+            place = manifest.parent.relative_to(self.disk.run)
+            for tensor, value in artifact.load().items():
+                expected = self.expected[name].get(f"{place}/tensors.safetensors/{tensor}")
+                assert expected is None or torch.equal(value, expected), f"wrong result: {place}"
+
+
+def _leftover(run: Path) -> list[Path]:
+    return [path for path in run.rglob("*") if _TEMPORARY.search(path.name)]
+
+
+def _quota(disk: Disk, left: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (left, resource.RLIM_INFINITY))
+
+
+# What a fault does, given the bytes that it leaves.
+_KINDS: dict[str, Callable[[Disk, int], object]] = {
+    "full disk": Disk.fill,
+    "quota": _quota,
+    "read-only": lambda disk, left: disk.protect(0o555),
+}
+
+
+def main(folder: str, kind: str, count: str, seed: str) -> None:
+    """All faults of one kind; the last line of the output is the outcome."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    logging.getLogger("wherefrom").setLevel(logging.ERROR)
+    disk = Disk(Path(folder))
+    if can_mount():
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK_MIB}m", "tmpfs", folder], check=True)
+    harness = Harness(disk, kind, random.Random(seed), Moments(disk.run))
+    harness.undisturbed()
+    for case in range(int(count)):
+        name = harness.random.choices(list(_FLOWS), weights=[3, 1, 1])[0]
+        try:
+            harness.attempt(name)
+        except Exception:
+            print(f"{kind}, seed {seed}, case {case}, {name}:\n{traceback.format_exc()}")
+            sys.exit(1)
+    print(json.dumps(asdict(_outcome(kind, int(count), harness.refused))))
+
+
+def _outcome(kind: str, count: int, refused: int) -> Outcome:
+    what = {
+        "full disk": "a disk that fills up at a random moment of a fit, score, bank of retrainings or recording",
+        "quota": "a limit on the size of files that comes at such a moment",
+        "read-only": "directories that become read-only at such a moment",
+    }
+    result = (
+        f"{refused} ended with a StorageError that says what was needed and free, {count - refused} had room enough; "
+        "nothing was half-written, and the same call then ended with the undisturbed run's bits"
+    )
+    return Outcome(what[kind], count, result)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, cast
 
 import torch
@@ -16,6 +17,25 @@ from wherefrom.capture import Padding
 from wherefrom.errors import InputError, WherefromError
 from wherefrom.fingerprint import Dataset
 from wherefrom.task import Batch, Task
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some examples of a dataset, in a given order."""
+
+    dataset: Dataset[object]
+    positions: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, row: int, /) -> object:
+        return self.dataset[self.positions[row]]
+
+
+def positions(dataset: Dataset[object]) -> Sequence[int]:
+    """Where each example stands in the dataset that a user knows."""
+    return dataset.positions if isinstance(dataset, Rows) else range(len(dataset))
 
 
 class Loaded(NamedTuple, Generic[Batch]):

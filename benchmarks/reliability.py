@@ -20,7 +20,7 @@ from workload import RESULTS, ROOT, provenance, save_results
 
 sys.path.insert(0, str(ROOT))
 
-from tests.reliability import files, fuzz_command, fuzz_files, fuzz_tasks, kills, memory, space, stops
+from tests.reliability import files, inputs, kills, memory, space, stops
 from tests.reliability.outcomes import Outcome
 
 DOCUMENT = ROOT / "docs" / "reliability.md"
@@ -79,16 +79,13 @@ PARTS = {
         "Memory",
         "Operations that raise what PyTorch raises when a device has no memory left, once or for everything above a size.",
     ),
-    "commands": Part(
-        fuzz_command.measure,
-        6000,
-        "Command lines",
-        "Arguments and files drawn from valid and from nasty ones, for every subcommand, with hypothesis.",
+    "inputs": Part(
+        inputs.measure,
+        10_000,
+        "Command lines, texts, tasks and bytes",
+        "Drawn with hypothesis: arguments and files for every subcommand, valid and nasty; studies whose task, model or data "
+        "misbehave; and the bytes of every kind of metadata, mutated.",
     ),
-    "tasks": Part(
-        fuzz_tasks.measure, 2000, "Tasks, models and datasets", "Studies whose parts misbehave, with hypothesis."
-    ),
-    "bytes": Part(fuzz_files.measure, 2000, "Bytes of metadata", "Manifests, headers and lists, mutated."),
 }
 
 

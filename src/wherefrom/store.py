@@ -111,14 +111,13 @@ class Artifact:
             raise _damaged(self.path / _TENSORS, "it belongs to another manifest")
         return tensors
 
-    def available(self, overwrite: bool = False) -> bool:
+    def available(self) -> bool:
         """Whether a result with this fingerprint is there to be loaded.
 
         Raises:
-            MismatchError: a result made from something else has this name, and `overwrite` is false.
+            MismatchError: a result made from something else has this name.
+            DamagedError: what has this name is no result.
         """
-        if overwrite:
-            remove(self.path)
         if not within(self.path.parent, self.path.name).exists():
             return False
         check_same(self.path, read_manifest(self.path)["fingerprint"], self.fingerprint)
@@ -158,10 +157,6 @@ class Partial:
         for name, tensor in tensors.items():
             sums[name].copy_(tensor)
         return position, batch_size
-
-    def discard(self) -> None:
-        """Forget the stored sums."""
-        self.path.unlink(missing_ok=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -409,9 +404,13 @@ def remove(path: Path) -> None:
     Raises:
         StorageError: it cannot be deleted.
     """
+    aside = path.with_name(f"{path.name}.removed.part")
     try:
+        if aside.exists():  # left by a kill
+            shutil.rmtree(aside)
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            path.rename(aside)  # or a kill would leave half of a result under its name
+            shutil.rmtree(aside)
         else:
             path.unlink(missing_ok=True)
     except OSError as error:

@@ -159,7 +159,8 @@ class Study(Generic[Batch]):
             seed: of the drawn targets.
             name: of the factors in the run directory; "sampled" or "empirical" by default, with "-half" in half
                 precision. Strategies share what they have in common under one name.
-            overwrite: replace what has this name, instead of refusing when it was made from something else.
+            overwrite: replace what has this name, instead of refusing when it was made from something else. Where it is
+                interrupted, the call without it goes on.
 
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
@@ -171,9 +172,9 @@ class Study(Generic[Batch]):
         fingerprint = self._fingerprint()
         fingerprint["targets"] = "dataset" if empirical else f"sampled, seed {seed}"
         fingerprint["precision"] = str(sweep.precision)
-        stages = Stages(folder, fingerprint, self.profile, overwrite)
+        stages = Stages(folder, fingerprint, self.profile)
         size = checked_batch_size(batch_size)
-        return Fitting(sweep, self.train, stages, None if empirical else seed, size).factors(strategy)
+        return Fitting(sweep, self.train, stages, None if empirical else seed, size, overwrite).factors(strategy)
 
     def plan(self, queries: Dataset[object], strategy: str = "ekfac", **options: Unpack[ScoreOptions]) -> Plan:
         """What `score` would do with these arguments, and what that and the fit would cost, without doing it.
@@ -268,7 +269,9 @@ class Study(Generic[Batch]):
         )
         scoring = self._scoring(self.train, factors, options)
         fingerprint = self._score_fingerprint(None, factors, options)
-        stages = Stages(within(self.path, "self_influence"), fingerprint, self.profile, overwrite)
+        stages = Stages(within(self.path, "self_influence"), fingerprint, self.profile)
+        if overwrite:
+            stages.forget(options.result_name(factors))
         kept = stages.keep(options.result_name(factors), scoring.train_self_influence)
         found = kept.load()
         layout: Layout = {SELF_INFLUENCE: (None, (len(self.train),)), SQUARED_NORM: (None, (len(self.train),))}
@@ -417,9 +420,10 @@ class Study(Generic[Batch]):
         """
         folder = within(self.path, "scores")
         blocks = Stages(within(folder, f"{name}.blocks"), fingerprint, self.profile)
+        stages = Stages(folder, fingerprint, self.profile)
         if scoring.options.overwrite:
             blocks.clear()
-        stages = Stages(folder, fingerprint, self.profile, scoring.options.overwrite)
+            stages.forget(name)
         stages.keep(name, lambda _: compute(blocks))
         blocks.clear()
 

@@ -163,7 +163,11 @@ def load_scores(folder: str | Path) -> Scores | TopScores:
 
 def _stored(folder: Path) -> tuple[dict[str, Tensor], Fingerprint]:
     """The memory-mapped tensors of a finished result, and what it was computed from."""
-    if not folder.exists():
+    try:
+        there = folder.exists()
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"{folder}: cannot be looked at ({error.strerror}). Check the name.") from error
+    if not there:
         found = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
         raise InputError(f"{folder}: no scores there; found {', '.join(found) or 'none'}. Compute them first.")
     fingerprint = read_manifest(folder)["fingerprint"]

@@ -46,7 +46,7 @@ class Scarce(TorchDispatchMode):
     """
 
     def __init__(self, once: int | None = None, above: float = float("inf")) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._once, self._above = once, above
         self.count = self.failed = self.largest = 0
 

@@ -21,6 +21,7 @@ from wherefrom.curvature import (
     bases_to_tensors,
     diagonalize,
 )
+from wherefrom.damping import check_covariances, check_mean_squares
 from wherefrom.disk import check_space, fit_steps, used_bytes
 from wherefrom.fingerprint import Dataset
 from wherefrom.layouts import Layout, check_layout
@@ -83,7 +84,9 @@ class Fitting(Generic[Batch]):
         def covariance(sums: Partial) -> dict[str, Tensor]:
             collector = CovarianceCollector(sweep.layers, sweep.dtype, sweep.factors_device)
             self._run("covariance", collector, sums)
-            return collector.means()
+            means = collector.means()
+            check_covariances(means)
+            return means
 
         def basis(_: Partial) -> dict[str, Tensor]:
             means = self.stages.load("covariance", covariance, sweep.factors_device)
@@ -119,7 +122,9 @@ class Fitting(Generic[Batch]):
         def mean_squares(sums: Partial) -> dict[str, Tensor]:
             collector = EigenvalueCollector(sweep.layers, bases, len(self.train), sweep.dtype, sweep.factors_device)
             self._run("eigenvalues", collector, sums)
-            return collector.means()
+            means = collector.means()
+            check_mean_squares(means)
+            return means
 
         stage = "eigenvalues" if bases else "diagonal"
         found = self.stages.load(stage, mean_squares, sweep.factors_device)

@@ -8,7 +8,8 @@ Each peer has an environment of its own, set up from the repository's root. berg
 and bitsandbytes, of which it needs none here; `--no-deps` keeps them and their CUDA packages away.
 
     python3 -m venv .venv-dattri
-    export PIP_CONSTRAINT=constraints.txt
+    sed '/--hash=/d; s/ *[\\]$//' requirements/lock.txt > .venv-dattri/constraints.txt
+    export PIP_CONSTRAINT=.venv-dattri/constraints.txt
     .venv-dattri/bin/pip install torch==2.13.0
     .venv-dattri/bin/pip install dattri-llm==0.1.0 transformers accelerate numpy tyro safetensors
 

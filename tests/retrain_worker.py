@@ -78,11 +78,25 @@ def processes(log: Path) -> set[int]:
     return {int(line.split(" | ")[2]) for line in log.read_text().splitlines()}
 
 
-def fill(path: Path, log: Path, workers: int, seconds: float = 0.0, hold: int = 0, meet: int = 1) -> Retrainings:
+def fill(
+    path: Path,
+    log: Path,
+    workers: int,
+    seconds: float = 0.0,
+    hold: int = 0,
+    meet: int = 1,
+    overwrite: bool = False,
+) -> Retrainings:
     """The bank that every run of this module makes."""
     masks = half_subsets(EXAMPLES, SUBSETS)
     return retrain(
-        path, MeanModel(log, seconds, hold, meet=meet), masks, SEEDS, fingerprint=FINGERPRINT, workers=workers
+        path,
+        MeanModel(log, seconds, hold, meet=meet),
+        masks,
+        SEEDS,
+        fingerprint=FINGERPRINT,
+        workers=workers,
+        overwrite=overwrite,
     )
 
 

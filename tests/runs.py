@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -24,9 +26,14 @@ def results(run: Path) -> dict[str, Tensor]:
     }
 
 
+def begun(log: Path) -> list[str]:
+    """The batches or retrainings in the order in which they began: what each line says first."""
+    return [line.split(" | ")[0] for line in log.read_text().splitlines()] if log.exists() else []
+
+
 def lines(log: Path) -> int:
     """How many batches were begun."""
-    return len(log.read_text().splitlines()) if log.exists() else 0
+    return len(begun(log))
 
 
 def kill_and_resume(start: Start, run: Path, log: Path, kills: Sequence[int]) -> None:
@@ -38,3 +45,16 @@ def kill_and_resume(start: Start, run: Path, log: Path, kills: Sequence[int]) ->
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert start(run, log).wait() == 0
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As a user to whom permissions apply: for root they mean nothing."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)  # nobody
+    try:
+        yield
+    finally:
+        os.seteuid(0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from wherefrom.language import CausalLM
 from wherefrom.layers import TrackedLayer, select_layers
 from wherefrom.memory import Footprint
 from wherefrom.sweep import Sweep
-from wherefrom.text import require
+from wherefrom.text import local_path, require
 
 # The shapes in the models' published configurations, by the names that transformers has for them.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -45,6 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
+
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -107,21 +108,29 @@ def measure(
 
 def model_without_weights(name: str, dtype: torch.dtype) -> Any:
     """A causal language model on the "meta" device, from a preset, a directory or a `config.json`."""
-    transformers, path = require("transformers"), Path(name).expanduser()
+    transformers, path = require("transformers"), local_path(name)
     if name in PRESETS:
         config = transformers.AutoConfig.for_model(**PRESETS[name])
     elif path.name == "config.json" or (path / "config.json").is_file():
         try:
             config = transformers.AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise InputError(f"model={name!r}: {str(error).strip().partition(chr(10))[0]}") from error
+        except Exception as error:  # whatever transformers makes of a file that is not its own
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(f"model={name!r}: cannot be read as a model's configuration ({reason}).") from error
     else:
         raise InputError(
             f"model={name!r}: expected one of {', '.join(PRESETS)}, a model directory, or the path of a config.json "
             "(a hub model's is enough; its weights are not needed)."
         )
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    layers = getattr(config, "num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 0 < layers <= _MOST_LAYERS:  # each is built, even if only on paper
+        raise InputError(f"model={name!r}: its configuration has {layers} layers; expected 1 to {_MOST_LAYERS}.")
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # another kind of model, or sizes that do not belong together
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"model={name!r}: no causal language model can be built of it ({reason}).") from error
 
 
 def _gathered(model: nn.Module) -> int:

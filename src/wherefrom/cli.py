@@ -6,6 +6,7 @@ work is the library's; this module turns arguments into its calls, and its error
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from dataclasses import replace
@@ -24,12 +25,12 @@ from wherefrom.plan_command import plan
 from wherefrom.progress import show_log
 from wherefrom.ranks import Ranks
 from wherefrom.report.evaluations import load_figures
-from wherefrom.report.html import render_report
+from wherefrom.report.html import render_report, write_page
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage, Passages
 from wherefrom.report.text import hits_table, top_tables
-from wherefrom.run_sources import SOURCES, RunSources, TextSource
+from wherefrom.run_sources import SOURCES, RunSources, TextSource, checked_run
 from wherefrom.scores import Scores, TopScores, load_scores
-from wherefrom.store import checked_name, within, write_text
+from wherefrom.store import checked_name, within
 from wherefrom.study import Study
 from wherefrom.tokens import INDEX, TokenScores
 
@@ -84,7 +85,7 @@ def fit(
         overwrite: Replace factors that were made from something else.
         profile: Print where the time went.
     """
-    if (run / SOURCES).exists():
+    if (checked_run(run) / SOURCES).exists():
         RunSources.load(run)  # or hours later it turns out that it cannot be read
     text = TextSource(train, split, column, unit, length)
     sources = RunSources(model, list(layers) or None, text, empirical, seed, {})
@@ -288,13 +289,15 @@ def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = 
     )
     output = output or run / "reports" / f"{name}.html"
     with run_lock(run):
-        write_text(output, page)
+        write_page(output, page)
     console.print(f"The report is {output}", soft_wrap=True)
 
 
 def main() -> None:
     """Run the command; exit statuses are those of `commands`."""
     show_log()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # texts and names that the terminal has no letters for
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries that load models and data
     with command_line():

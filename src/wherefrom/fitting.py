@@ -23,6 +23,7 @@ from wherefrom.curvature import (
 )
 from wherefrom.disk import check_space, fit_steps, used_bytes
 from wherefrom.fingerprint import Dataset
+from wherefrom.layouts import Layout, check_layout
 from wherefrom.sampling import Sampler
 from wherefrom.stages import Stages
 from wherefrom.store import Partial
@@ -85,7 +86,19 @@ class Fitting(Generic[Batch]):
             with sweep.profile.action("eigendecomposition"):
                 return self._diagonalized(means)
 
-        return bases_from_tensors(self.stages.load("eigenbasis", basis, sweep.factors_device))
+        found = self.stages.load("eigenbasis", basis, sweep.factors_device)
+        check_layout(self.stages.folder / "eigenbasis", found, self._basis_layout())
+        return bases_from_tensors(found)
+
+    def _basis_layout(self) -> Layout:
+        layout: dict[str, tuple[None, tuple[int, ...]]] = {}
+        for name, layer in self.sweep.layers.items():
+            sides = zip(("gradient", "activation"), layer.shape, layer.diagonal_sides, strict=True)
+            for side, size, diagonal in sides:
+                layout[f"{name}.{side}_eigenvalues"] = (None, (size,))
+                if not diagonal:
+                    layout[f"{name}.{side}s"] = (None, (size, size))
+        return layout
 
     def _diagonalized(self, covariances: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every layer's basis; on several processes each finds a part of them, of neighbours that may be equal."""
@@ -104,7 +117,12 @@ class Fitting(Generic[Batch]):
             self._run("eigenvalues", collector, sums)
             return collector.means()
 
-        return self.stages.load("eigenvalues" if bases else "diagonal", mean_squares, sweep.factors_device)
+        stage = "eigenvalues" if bases else "diagonal"
+        found = self.stages.load(stage, mean_squares, sweep.factors_device)
+        check_layout(
+            self.stages.folder / stage, found, {name: (None, layer.shape) for name, layer in sweep.layers.items()}
+        )
+        return found
 
     def _run(self, name: str, collector: CovarianceCollector | EigenvalueCollector, sums: Partial) -> None:
         self.sweep.run(name, self.train, collector, self._loss, batch_size=self.batch_size, partial=sums)

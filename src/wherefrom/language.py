@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wherefrom.columns import check_highest, check_length, check_tokens, number, vector
 from wherefrom.errors import InputError
 from wherefrom.losses import IGNORED, summed_cross_entropy
 from wherefrom.precision import widened
@@ -55,6 +56,9 @@ class LanguageTask(Task[TokenBatch]):
     padding: ClassVar[Mapping[str, int]] = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
     """The columns that a batch may have, and what each is padded with."""
 
+    labels_each_token: ClassVar[bool] = True
+    """Whether `labels` has one number for each of `input_ids`."""
+
     def __init__(self, layers: Sequence[str] | None = None, measure: Measure = "loss") -> None:
         super().__init__(layers)
         if measure not in ("loss", "margin"):
@@ -65,8 +69,24 @@ class LanguageTask(Task[TokenBatch]):
         """Logits [..., classes] of every prediction, and their labels [...], -100 where nothing is counted."""
         raise NotImplementedError(f"{type(self).__name__} must define predictions(model, batch).")
 
-    def train_loss(self, model: nn.Module, batch: TokenBatch, sampler: Sampler | None = None) -> Tensor:
+    def _checked_predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """`predictions`, of what the model can take."""
+        # Elsewhere than on the CPU, looking at the numbers would hold up every batch.
+        on_cpu = batch["input_ids"].device.type == "cpu"
+        if on_cpu:
+            check_tokens(model, batch)
         logits, labels = self.predictions(model, batch)
+        if on_cpu:
+            check_highest("labels", labels, logits.shape[-1], "classes")
+        return logits, labels
+
+    def train_loss(self, model: nn.Module, batch: TokenBatch, sampler: Sampler | None = None) -> Tensor:
+        """The cross-entropy, summed over counted labels.
+
+        Raises:
+            InputError: the model has not these tokens, positions or classes.
+        """
+        logits, labels = self._checked_predictions(model, batch)
         if sampler is not None:
             counted = labels != IGNORED
             labels = torch.where(counted, sampler.categorical(logits.detach(), counted), labels)
@@ -76,7 +96,7 @@ class LanguageTask(Task[TokenBatch]):
         """What `measure` says, summed over the batch: a scalar; lower is more of it."""
         if self.measure == "loss":
             return self.train_loss(model, batch)
-        return -_summed_log_odds(*self.predictions(model, batch))
+        return -_summed_log_odds(*self._checked_predictions(model, batch))
 
     def mask(self, batch: TokenBatch) -> Tensor | None:
         mask = batch.get("attention_mask")
@@ -109,14 +129,29 @@ class LanguageTask(Task[TokenBatch]):
         return batch
 
     def row(self, example: object) -> TokenBatch:
-        """One example's columns as int64 vectors; the attention mask is filled in where it is missing."""
-        if not isinstance(example, Mapping) or "input_ids" not in example:
-            found = sorted(example) if isinstance(example, Mapping) else type(example).__name__
+        """One example's columns as int64 vectors; the attention mask is filled in where it is missing.
+
+        Raises:
+            InputError: a column is missing, holds something else than whole numbers, or has another length.
+        """
+        if not isinstance(example, Mapping) or example.get("input_ids") is None:
+            found = sorted(map(str, example)) if isinstance(example, Mapping) else type(example).__name__
             raise InputError(
                 f"{type(self).__name__} needs examples that are dicts with 'input_ids'; found {found}. "
                 "Tokenise the dataset first, or write a Task with its own collate."
             )
-        row = {name: _vector(example[name]) for name in self.padding if example.get(name) is not None}
+        row = {name: vector(name, example[name]) for name in self.padding if example.get(name) is not None}
+        tokens = len(row["input_ids"])
+        if not tokens:
+            raise InputError("'input_ids' is empty: expected at least one token. Leave the example out.")
+        if bool((row["input_ids"] < 0).any()):
+            raise InputError(
+                f"'input_ids' holds {int(row['input_ids'].min())}, which is no token. Mark padding with an "
+                "attention_mask of 0, and what is not counted with labels of -100."
+            )
+        for name, values in row.items():
+            if name != "labels" or self.labels_each_token:
+                check_length(name, values, tokens)
         row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
         return row
 
@@ -166,9 +201,11 @@ class CausalLM(LanguageTask):
         labels = _labels(row)
         for name in _COUNTING:
             if example.get(name) is not None:
-                labels = labels.masked_fill(_vector(example[name]) == 0, IGNORED)
+                counted = vector(name, example[name])
+                check_length(name, counted, len(labels))
+                labels = labels.masked_fill(counted == 0, IGNORED)
         if example.get("prompt_length") is not None:
-            prompt = (row["attention_mask"].cumsum(0) - 1) < int(example["prompt_length"])
+            prompt = (row["attention_mask"].cumsum(0) - 1) < number("prompt_length", example["prompt_length"])
             labels = labels.masked_fill(prompt, IGNORED)
         return {**row, "labels": labels}
 
@@ -204,6 +241,8 @@ class Seq2Seq(LanguageTask):
     layers for them.
     """
 
+    labels_each_token: ClassVar[bool] = False
+
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         logits: Tensor = model(**batch, use_cache=False).logits
         return logits, batch["labels"]
@@ -224,6 +263,8 @@ class Seq2Seq(LanguageTask):
     def row(self, example: object) -> TokenBatch:
         row = super().row(example)
         self._need_labels(row, "the tokens that the decoder is to write")
+        if not len(row["labels"]):
+            raise InputError("'labels' is empty: expected at least one token for the decoder. Leave the example out.")
         return row
 
 
@@ -265,12 +306,8 @@ def _class_of(example: object) -> int:
     assert isinstance(example, Mapping)
     for name in ("labels", "label"):
         if example.get(name) is not None:
-            return int(example[name])
+            return number(name, example[name])
     raise InputError(f"SequenceClassification needs examples with an integer 'labels'; found {sorted(example)}.")
-
-
-def _vector(values: object) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.int64)
 
 
 def _without(batch: TokenBatch, name: str) -> TokenBatch:

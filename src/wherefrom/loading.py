@@ -5,17 +5,37 @@ This module knows datasets and tasks; it does not know what is done with a batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from wherefrom.capture import Padding
-from wherefrom.errors import InputError
+from wherefrom.errors import InputError, WherefromError
 from wherefrom.fingerprint import Dataset
 from wherefrom.task import Batch, Task
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some examples of a dataset, in a given order."""
+
+    dataset: Dataset[object]
+    positions: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, row: int, /) -> object:
+        return self.dataset[self.positions[row]]
+
+
+def positions(dataset: Dataset[object]) -> Sequence[int]:
+    """Where each example stands in the dataset that a user knows."""
+    return dataset.positions if isinstance(dataset, Rows) else range(len(dataset))
 
 
 class Loaded(NamedTuple, Generic[Batch]):
@@ -76,20 +96,90 @@ class Loader(Generic[Batch]):
 
     def _prepare(self, rows: range) -> Loaded[Batch]:
         """Collate on the host; what counts tokens is done here, so that nobody waits for the device to tell."""
-        batch = self._task.collate([self._dataset[row] for row in rows])
-        masks = self._task.masks(batch)
+        batch, masks = collated(self._task, self._dataset, rows)
         if all(bool(mask.all()) for mask in masks):
             masks = ()
-        if len({mask.shape[1] for mask in masks}) < len(masks):
-            raise InputError(
-                f"{type(self._task).__name__}.masks returned masks of {[mask.shape[1] for mask in masks]} tokens, by "
-                "which layers cannot be told apart. Pad one of the sequences by one token more."
-            )
         padding = tuple(Padding(self._pinned(mask.unsqueeze(-1)), int(mask.sum())) for mask in masks)
         return Loaded(cast(Batch, mapped(batch, self._pinned)), padding)
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def collated(task: Task[Batch], dataset: Dataset[object], rows: Sequence[int]) -> tuple[Batch, Sequence[Tensor]]:
+    """A batch of some examples on the host, and the masks of its tokens.
+
+    Errors of the dataset's and the task's own code are raised as they are, with a note (from Python 3.11 on) of the
+    example; our own say it in their message.
+
+    Raises:
+        InputError: an example does not suit the task, or the task's masks are none.
+    """
+    examples = [_example(dataset, row) for row in rows]
+    try:
+        return _batch(task, examples)
+    except Exception as error:
+        where, cause = f"examples {rows[0]} to {rows[-1]}", error
+        for row, example in zip(rows, examples, strict=True):
+            alone = _failure(task, example)
+            if alone is not None:
+                where, cause = f"example {row}", alone
+                break
+        if isinstance(cause, WherefromError):
+            raise InputError(f"{where.capitalize()} of the dataset: {cause}") from cause
+        _note(cause, f"wherefrom was collating {where} of a dataset of {len(dataset)} with {type(task).__name__}.")
+        raise cause from None
+
+
+def _example(dataset: Dataset[object], row: int) -> object:
+    try:
+        return dataset[row]
+    except Exception as error:
+        _note(error, f"wherefrom was reading example {row} of a {type(dataset).__name__} of length {len(dataset)}.")
+        raise
+
+
+def _batch(task: Task[Batch], examples: Sequence[object]) -> tuple[Batch, Sequence[Tensor]]:
+    batch = task.collate(examples)
+    masks = task.masks(batch)
+    _check_masks(task, masks, len(examples))
+    return batch, masks
+
+
+def _failure(task: Task[Batch], example: object) -> Exception | None:
+    """Why no batch can be made of one example; None when it can."""
+    try:
+        _batch(task, [example])
+    except Exception as error:  # whatever a user's code raises
+        return error
+    return None
+
+
+def _check_masks(task: Task[Batch], masks: object, examples: int) -> None:
+    """Refuse masks that would count wrong tokens."""
+    name = type(task).__name__
+    if not isinstance(masks, list | tuple):
+        raise InputError(f"{name}.masks returned {type(masks).__name__}: expected a list or tuple of masks, or ().")
+    for mask in masks:
+        found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2 or len(mask) != examples:
+            raise InputError(
+                f"{name}.mask returned {found} for {examples} example(s): expected a boolean tensor [batch, tokens], "
+                "true where a token is real (call .bool() on a mask of 0 and 1), or None when all are."
+            )
+        if mask.is_meta:
+            raise InputError(f"{name}.mask returned a tensor on the meta device, which has no values.")
+    if len({mask.shape[1] for mask in masks}) < len(masks) and not all(bool(mask.all()) for mask in masks):
+        raise InputError(
+            f"{name}.masks returned masks of {[mask.shape[1] for mask in masks]} tokens, by which layers cannot be "
+            "told apart. Pad one of the sequences by one token more."
+        )
+
+
+def _note(error: BaseException, text: str) -> None:
+    """Add a line to what Python prints of an error; before Python 3.11 there is no place for it."""
+    if hasattr(error, "add_note"):
+        error.add_note(text)
 
 
 def mapped(batch: object, function: Callable[[Tensor], Tensor]) -> object:
@@ -99,5 +189,7 @@ def mapped(batch: object, function: Callable[[Tensor], Tensor]) -> object:
     if isinstance(batch, Mapping):
         return {name: mapped(value, function) for name, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)([mapped(value, function) for value in batch])
+        values = [mapped(value, function) for value in batch]
+        make = getattr(type(batch), "_make", type(batch))  # of named tuples
+        return make(values)
     return batch

@@ -48,7 +48,7 @@ class DirectoryLock:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
         except OSError as error:
-            if os.access(self._file.parent, os.W_OK):
+            if os.access(self._file.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
                 raise StorageError(f"Cannot lock {self._file.parent}: {error.strerror}.") from error
             self._needless += 1
         else:

@@ -18,8 +18,8 @@ from wherefrom.blueprint import Blueprint, measure
 from wherefrom.calculator import MEASURED_EFFICIENCY, Estimate, Hardware, Request
 from wherefrom.memory import free_memory
 from wherefrom.plan import matmul_speed
+from wherefrom.report.html import write_page
 from wherefrom.report.scale import scale_page, scale_text
-from wherefrom.store import write_text
 
 
 @dataclass(frozen=True)
@@ -130,5 +130,5 @@ def plan(arguments: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
     console = Console()
     console.print(scale_text(estimate, alternatives))
     if arguments.page is not None:
-        write_text(arguments.page, scale_page(estimate, alternatives))
+        write_page(arguments.page, scale_page(estimate, alternatives))
         console.print(f"The page is {arguments.page}", soft_wrap=True)

@@ -20,7 +20,7 @@ from wherefrom.locks import run_lock
 from wherefrom.ranks import join_ranks
 from wherefrom.store import read_json, write_text
 from wherefrom.study import Study
-from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, read_texts
+from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, local_path, read_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,10 +67,10 @@ class RunSources:
             InputError: there is nothing.
             DamagedError: it cannot be read.
         """
-        file = run / SOURCES
+        file = checked_run(run) / SOURCES
         if not file.exists():
             raise InputError(f"{run} is not a run directory: it has no {SOURCES}. Start with: wherefrom fit {run} ...")
-        found = read_json(file)
+        found = read_json(file, _AGAIN)
         if found.pop("format", None) != _FORMAT:
             raise DamagedError(
                 f"{file} is another version's. Delete it and run `wherefrom fit` again, which then finds its factors."
@@ -109,12 +109,35 @@ class RunSources:
         return queries, train, tokenizer
 
 
+def checked_run(run: Path) -> Path:
+    """A run directory, which may not be there yet.
+
+    Raises:
+        InputError: nothing, or something else than a directory, can be there.
+    """
+    try:
+        str(run).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{str(run)!r} is not a name in UTF-8, which reports have to print; choose another."
+        ) from error
+    if local_path(str(run)).exists() and not run.is_dir():
+        raise InputError(f"{run} is not a directory: expected a run directory, or the name of a new one.")
+    return run
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return join_ranks()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"device={name!r} under torchrun, where each process takes its own: leave it out.")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={name!r} is not available here ({str(error).splitlines()[0]}).") from error
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"device={name!r} is not available here ({reason}). Give 'cpu' or 'cuda'.") from error
+    if device.type == "meta":
+        raise InputError(
+            "device='meta' holds no numbers. Give 'cpu' or 'cuda', or ask `wherefrom plan` what it would cost."
+        )
+    return device

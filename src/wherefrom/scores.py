@@ -14,6 +14,7 @@ from wherefrom.capture import Captured
 from wherefrom.errors import InputError
 from wherefrom.fingerprint import Fingerprint
 from wherefrom.gradients import GradientBank
+from wherefrom.layouts import Layout, check_layout
 from wherefrom.store import Artifact, read_manifest
 from wherefrom.sweep import Collector
 
@@ -21,6 +22,21 @@ Normalization = Literal["cosine", "relatif", "theta-relatif"]
 
 # Before the name of a layer or group, in what is stored; its number follows, since safetensors sorts by name.
 _LAYER = "layer:"
+
+_SCORES: Layout = {"values": (None, ("query", "train"))}
+_BESIDE_SCORES: Layout = {
+    "query_errors": (None, ("query",)),
+    "changes": (None, ("query", "rescored")),
+    "self_influence": (None, ("train",)),
+    "query_self_influence": (None, ("query",)),
+    "preconditioned_norms": (None, ("train",)),
+}
+_EXTREMES: Layout = {
+    "values": (None, ("query", "k")),
+    "train": (torch.int64, ("query", "k")),
+    "lowest_values": (None, ("query", "k")),
+    "lowest_train": (torch.int64, ("query", "k")),
+}
 
 
 class Hit(NamedTuple):
@@ -77,6 +93,8 @@ class Scores:
         if "lowest_train" in tensors:
             raise InputError(f"{folder} holds only the highest and lowest scores: read them with TopScores.load.")
         stored = sorted(name for name in tensors if name.startswith(_LAYER))
+        parts: Layout = dict.fromkeys(stored, _SCORES["values"])
+        check_layout(Path(folder), tensors, _SCORES, {**_BESIDE_SCORES, **parts})
         layers = {name.split(":", 2)[2]: tensors.pop(name) for name in stored}
         return cls(fingerprint=fingerprint, layers=layers, **tensors)
 
@@ -145,7 +163,11 @@ def load_scores(folder: str | Path) -> Scores | TopScores:
 
 def _stored(folder: Path) -> tuple[dict[str, Tensor], Fingerprint]:
     """The memory-mapped tensors of a finished result, and what it was computed from."""
-    if not folder.exists():
+    try:
+        there = folder.exists()
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"{folder}: cannot be looked at ({error.strerror}). Check the name.") from error
+    if not there:
         found = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
         raise InputError(f"{folder}: no scores there; found {', '.join(found) or 'none'}. Compute them first.")
     fingerprint = read_manifest(folder)["fingerprint"]
@@ -183,6 +205,7 @@ class TopScores:
         tensors, fingerprint = _stored(Path(folder))
         if "lowest_train" not in tensors:
             raise InputError(f"{folder} holds the scores of all pairs: read them with Scores.load.")
+        check_layout(Path(folder), tensors, _EXTREMES, {"query_errors": _BESIDE_SCORES["query_errors"]})
         return cls(fingerprint=fingerprint, **tensors)
 
     @property

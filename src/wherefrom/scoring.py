@@ -7,7 +7,7 @@ optimistic; it does not know where results are kept or what they are reused for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -23,6 +23,7 @@ from wherefrom.errors import MemoryLimitError
 from wherefrom.fingerprint import Dataset
 from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
+from wherefrom.loading import Rows
 from wherefrom.memory import within_memory
 from wherefrom.options import Options
 from wherefrom.plan import Job, Plan, Wanted, plan_scores
@@ -191,13 +192,15 @@ class Scoring(Generic[Batch]):
         errors = resident.relative_errors()
         return collector.sums if errors is None else {**collector.sums, "query_errors": errors}
 
-    def _self_influence(self, examples: Dataset[object]) -> SelfInfluenceCollector:
-        sweep = self.sweep
-        return SelfInfluenceCollector(sweep.layers, self.preconditioner, len(examples), sweep.dtype, sweep.device)
+    def _self_influence(self, examples: Dataset[object], training: bool = True) -> SelfInfluenceCollector:
+        sweep, count = self.sweep, len(examples)
+        return SelfInfluenceCollector(
+            sweep.layers, self.preconditioner, count, sweep.dtype, sweep.device, training=training
+        )
 
     def _query_self_influence(self) -> Tensor:
         """A sweep over queries for their scores with themselves."""
-        collector, size = self._self_influence(self.queries), self.options.query_batch_size
+        collector, size = self._self_influence(self.queries, training=False), self.options.query_batch_size
         objective = _measurement(self.sweep.task)
         self.sweep.run("query self-influence", self.queries, collector, objective, batch_size=size)
         return collector.sums[SELF_INFLUENCE]
@@ -331,17 +334,3 @@ def training_loss(task: Task[Batch]) -> Objective[Batch]:
 
 def _measurement(task: Task[Batch]) -> Objective[Batch]:
     return lambda model, batch, rows: task.measurement(model, batch)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some examples of a dataset, in a given order."""
-
-    dataset: Dataset[object]
-    positions: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, row: int, /) -> object:
-        return self.dataset[self.positions[row]]

@@ -17,6 +17,7 @@ from torch import Tensor
 from wherefrom.fingerprint import Fingerprint
 from wherefrom.profile import Profile
 from wherefrom.ranks import Ranks
+from wherefrom.stopping import held_signals
 from wherefrom.store import Artifact, Partial, remove
 
 Compute = Callable[[Partial], dict[str, Tensor]]
@@ -46,9 +47,12 @@ class Stages:
         if self.overwrite:
             sums.discard()
         if not self.ranks.first(lambda: artifact.available(self.overwrite)):
-            tensors = compute(sums)
-            with self.profile.action(f"save {name}"):
-                self.ranks.first(lambda: artifact.save(tensors))
+            # What a finished sweep has summed up is nowhere but in memory until this has saved it.
+            with held_signals() as held:
+                tensors = compute(sums)
+                with self.profile.action(f"save {name}"):
+                    self.ranks.first(lambda: artifact.save(tensors))
+                held.deliver()
         self.ranks.first(lambda: self._discard_sums(name))
         return artifact
 

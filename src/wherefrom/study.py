@@ -27,8 +27,9 @@ from wherefrom.fingerprint import (
     names_summary,
 )
 from wherefrom.fitting import Fitting
-from wherefrom.influence import SELF_INFLUENCE
+from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
 from wherefrom.layers import coverage, select_layers
+from wherefrom.layouts import Layout, check_layout
 from wherefrom.locks import run_lock
 from wherefrom.memory import checked_batch_size, within_memory
 from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups, of_values
@@ -232,7 +233,9 @@ class Study(Generic[Batch]):
         scoring = self._scoring(queries, factors, chosen)
         name, fingerprint = chosen.result_name(factors), self._score_fingerprint(queries, factors, chosen)
         self._keep(scoring, name, fingerprint, lambda blocks: scoring.highest(BlockStages(blocks, len(self.train)), k))
-        return TopScores.load(self.path / "scores" / name)
+        found = TopScores.load(self.path / "scores" / name)
+        check_layout(self.path / "scores" / name, {"values": found.values}, {"values": (None, (len(queries), "kept"))})
+        return found
 
     @_alone
     def self_influence(
@@ -267,7 +270,10 @@ class Study(Generic[Batch]):
         fingerprint = self._score_fingerprint(None, factors, options)
         stages = Stages(within(self.path, "self_influence"), fingerprint, self.profile, overwrite)
         kept = stages.keep(options.result_name(factors), scoring.train_self_influence)
-        return kept.load()[SELF_INFLUENCE]
+        found = kept.load()
+        layout: Layout = {SELF_INFLUENCE: (None, (len(self.train),)), SQUARED_NORM: (None, (len(self.train),))}
+        check_layout(kept.path, found, layout)
+        return found[SELF_INFLUENCE]
 
     @_alone
     def score_tokens(
@@ -388,7 +394,14 @@ class Study(Generic[Batch]):
             return found
 
         self._keep(scoring, name, fingerprint, compute)
-        return Scores.load(self.path / "scores" / name)
+        folder = self.path / "scores" / name
+        scores = Scores.load(folder)
+        shape = (
+            1 if options.aggregate_queries else len(scoring.queries),
+            1 if options.aggregate_train else len(self.train),
+        )
+        check_layout(folder, {"values": scores.values}, {"values": (None, shape)})
+        return scores
 
     def _keep(
         self,

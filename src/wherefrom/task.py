@@ -6,14 +6,19 @@ curvature or scores. A task of your own is a subclass of `Task` with a `train_lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
 from wherefrom.errors import InputError
+from wherefrom.fingerprint import tensors_digest
+from wherefrom.losses import IGNORED
 from wherefrom.precision import widened
 from wherefrom.sampling import Sampler
 
@@ -68,8 +73,19 @@ class Task(Generic[Batch]):
         return None
 
     def collate(self, examples: Sequence[object]) -> Batch:
-        """Make a batch out of examples; PyTorch's default collation unless a task pads."""
-        batch: Batch = default_collate(list(examples))
+        """Make a batch out of examples; PyTorch's default collation unless a task pads.
+
+        Raises:
+            InputError: the examples cannot be stacked.
+        """
+        try:
+            batch: Batch = default_collate(list(examples))
+        except (TypeError, RuntimeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{type(self).__name__}: examples cannot be put together ({type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]}). Give all of them tensors or numbers of the same names and "
+                "shapes, or write a Task whose collate pads them."
+            ) from error
         return batch
 
     def settings(self) -> dict[str, str]:
@@ -77,16 +93,53 @@ class Task(Generic[Batch]):
 
         `measure` is what only queries depend on: factors and self-influence serve every value of it.
         """
-        public = {name: repr(value) for name, value in vars(self).items() if not name.startswith("_")}
+        public = {name: _described(name, value) for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
 
 
+def _described(name: str, value: object) -> str:
+    """An attribute of a task as a text that is the same in every process, and of no other value.
+
+    Raises:
+        InputError: Python prints it with an address.
+    """
+    if isinstance(value, np.ndarray):
+        value = torch.as_tensor(value)
+    if isinstance(value, Tensor):  # which Python prints rounded, and without its middle
+        return f"Tensor {tensors_digest({name: value})}"
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = [_described(name, each) for each in value]
+        return f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, set | frozenset) else parts)})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_described(name, each)}' for key, each in value.items())}}}"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    found = repr(value)
+    if re.search(r" at 0x[0-9a-fA-F]+", found):
+        raise InputError(
+            f"The task's attribute {name!r} is {found[:80]}, which has another address in every process, so that "
+            "results would never be found again. Give its class a __repr__ that says what it holds, or call it "
+            f"{'_' + name!r} if results do not depend on it."
+        )
+    return found
+
+
 class Classification(Task[Sequence[Tensor]]):
-    """Classification of batches `(inputs, labels)` by cross-entropy; the model returns logits [batch, classes]."""
+    """Classification of batches `(inputs, labels)` by cross-entropy; the model returns logits [batch, classes].
+
+    Labels are class numbers [batch], or probabilities of classes [batch, classes].
+    """
 
     def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
-        inputs, labels = batch
-        logits = widened(model(inputs))
+        """The cross-entropy, summed over the batch.
+
+        Raises:
+            InputError: the batch is not a pair, or its labels are not of the model's classes.
+        """
+        inputs, labels = _pair(self, batch)
+        logits = _output(self, model(inputs))
+        if labels.shape != logits.shape:
+            labels = _classes(labels, logits)
         if sampler is not None:
             labels = sampler.categorical(logits.detach())
         return functional.cross_entropy(logits, labels, reduction="sum")
@@ -97,8 +150,13 @@ class Regression(Task[Sequence[Tensor]]):
     distribution of unit variance; the model returns predictions of the targets' shape [batch, ...]."""
 
     def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
-        inputs, targets = batch
-        predictions = widened(model(inputs))
+        """Half the squared error, summed over the batch.
+
+        Raises:
+            InputError: the batch is not a pair, or its targets have another shape than the model's output.
+        """
+        inputs, targets = _pair(self, batch)
+        predictions = _output(self, model(inputs))
         if predictions.shape != targets.shape:
             raise InputError(
                 f"Regression: the model's output has shape {list(predictions.shape)} and the targets "
@@ -107,3 +165,45 @@ class Regression(Task[Sequence[Tensor]]):
         if sampler is not None:
             targets = sampler.normal(predictions.detach())
         return 0.5 * (predictions - targets).square().sum()
+
+
+def _pair(task: Task[Sequence[Tensor]], batch: object) -> tuple[Tensor, Tensor]:
+    """The two sides of a batch."""
+    if isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    found = [type(each).__name__ for each in batch] if isinstance(batch, list | tuple) else type(batch).__name__
+    raise InputError(
+        f"{type(task).__name__} needs examples that are pairs of an input and a tensor or number; a batch of these is "
+        f"{found}. Write a Task with a train_loss of its own for others."
+    )
+
+
+def _output(task: Task[Sequence[Tensor]], output: object) -> Tensor:
+    """What a model returned, as a float tensor."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return widened(output)
+    found = output.dtype if isinstance(output, Tensor) else type(output).__name__
+    raise InputError(
+        f"{type(task).__name__}: the model returned {found}: expected a tensor of real numbers. Write a Task whose "
+        "train_loss takes the tensor out of it."
+    )
+
+
+def _classes(labels: Tensor, logits: Tensor) -> Tensor:
+    """Class numbers [batch] for logits [batch, classes], in the type that cross-entropy wants."""
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise InputError(
+            f"Classification: the model's output has shape {list(logits.shape)} and the labels {list(labels.shape)}: "
+            "expected [batch, classes], and [batch] or [batch, classes]. Write a Task whose train_loss reshapes them."
+        )
+    if labels.is_floating_point() or labels.is_complex():
+        raise InputError(f"Classification: the labels are {labels.dtype}: expected whole numbers. Call .long().")
+    # Elsewhere than on the CPU, looking at the numbers would hold up every batch.
+    if labels.device.type == "cpu":
+        wrong = labels[((labels < 0) | (labels >= logits.shape[1])) & (labels != IGNORED)]
+        if len(wrong):
+            raise InputError(
+                f"Classification: a label is {int(wrong[0])}, and the model has the classes 0 to "
+                f"{logits.shape[1] - 1}. Look whether the labels are those that it was trained with."
+            )
+    return labels.long()

@@ -50,7 +50,7 @@ def read_texts(source: str, *, split: str = "train", column: str | None = None) 
 
 def read_rows(source: str, split: str = "train") -> Dataset:
     """Read a file, a saved dataset or a dataset on the Hugging Face hub, as `read_texts` does, with all its columns."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         return _saved_dataset(path, split)
     if path.suffix == ".txt" and path.is_file():
@@ -77,7 +77,8 @@ def as_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_l
         position in `texts`).
     """
     _check_length("max_length", max_length)
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
+    limit = min(max_length, 2**31)  # what tokenizers can count to
+    encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"] if texts else []
     kept = [index for index, ids in enumerate(encoded) if len(ids) >= 2 and texts[index].strip()]
     if not kept:
         raise InputError(f"texts: none of the {len(texts)} has two tokens or more; check the source and the column.")
@@ -144,6 +145,25 @@ def load_model(name: str, auto_class: str = "AutoModelForCausalLM") -> PreTraine
     return model
 
 
+def local_path(name: str) -> Path:
+    """A name as a path, whether there is something or not.
+
+    Raises:
+        InputError: no file can have this name, or may not be looked at.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a zero byte, in an unknown user's home
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise InputError(
+            f"{name[:80]!r} is no usable path ({reason}); expected the name of a file or directory."
+        ) from error
+    return path
+
+
 def require(module: str, extra: str = "text") -> Any:
     """Import a library of one of our extras."""
     try:
@@ -172,20 +192,38 @@ def _file_dataset(path: Path) -> Dataset:
         raise InputError(f"{path}: cannot read {path.suffix or 'this'} files; expected one of {', '.join(FILES)}.")
     if not path.stat().st_size:
         raise InputError(f"{path}: the file is empty; expected {builder} rows with a column of text.")
+    if builder == "json":
+        _refuse_null_rows(path)
     datasets = require("datasets")
     try:
         return datasets.load_dataset(builder, data_files=str(path), split="train")
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+    except Exception as error:  # whatever datasets, pandas and pyarrow make of files that are not theirs
         cause = error.__cause__ or error
-        raise InputError(f"{path}: cannot be read as {builder} ({_first_line(cause)}).") from error
+        raise InputError(
+            f"{path}: cannot be read as {builder} ({_first_line(cause)}). Expected rows of the same columns, in UTF-8."
+        ) from error
+
+
+def _refuse_null_rows(path: Path) -> None:
+    """Refuse null in the place of a row, which pyarrow ends the process on (apache/arrow, issue 47409)."""
+    with path.open("rb") as stream:
+        if stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one array, which is read in another way
+            return
+        for number, line in enumerate(stream, 1):
+            if line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"null"):
+                raise InputError(
+                    f"{path}: line {number} is null; expected an object with a column of text. Delete the line."
+                )
 
 
 def _saved_dataset(path: Path, split: str) -> Dataset:
     datasets = require("datasets")
     try:
         saved = datasets.load_from_disk(str(path))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: not a dataset written by save_to_disk; expected one, or a file's name.") from error
+    except Exception as error:  # whatever datasets and pyarrow make of files that are not theirs
+        raise InputError(
+            f"{path}: not a dataset written by save_to_disk ({_first_line(error)}); expected one, or a file's name."
+        ) from error
     if not isinstance(saved, Mapping):
         return saved
     if split not in saved:
@@ -224,7 +262,12 @@ def _texts_of(dataset: Dataset, source: str, column: str | None) -> list[str]:
         raise InputError(
             f"{source}: {wanted}; columns of strings: {strings}, all columns: {dataset.column_names}. Pass column=NAME."
         )
-    texts = [text or "" for text in dataset[column]]
+    try:
+        texts = [text or "" for text in dataset[column]]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source}: column {column!r} is not UTF-8 text ({error}); convert the file to UTF-8."
+        ) from error
     if not any(texts):
         raise InputError(f"{source}: column {column!r} holds no text in {len(texts)} rows.")
     return texts
@@ -260,7 +303,7 @@ def _check_length(argument: str, length: int) -> None:
 
 
 def _pretrained(auto_class: str, name: str, **options: Any) -> Any:
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         return _pretrained_directory(auto_class, path, **options)
     if not _is_hub_name(name) or name.count("/") > 1:
@@ -281,8 +324,11 @@ def _pretrained_directory(auto_class: str, path: Path, **options: Any) -> Any:
         raise InputError(f"{path}: holds no config.json; expected a model directory written by save_pretrained.")
     try:
         return getattr(require("transformers"), auto_class).from_pretrained(str(path), **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a complete model directory ({_first_line(error)}).") from error
+    except Exception as error:  # whatever transformers, tokenizers and safetensors make of files that are not theirs
+        raise InputError(
+            f"{path}: not a complete model directory ({type(error).__name__}: {_first_line(error)}). Save the model "
+            "and its tokenizer there again, with save_pretrained."
+        ) from error
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from torch import Tensor
 from wherefrom.capture import Captured
 from wherefrom.disk import token_step
 from wherefrom.gradients import GradientBank
-from wherefrom.scoring import Rows, Scoring, training_loss
+from wherefrom.loading import Rows
+from wherefrom.scoring import Scoring, training_loss
 from wherefrom.store import Partial
 from wherefrom.task import Batch, Task
 from wherefrom.tokens import PART_BYTES, TokenCollector, TokenParts, token_parts

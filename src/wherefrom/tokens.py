@@ -19,6 +19,7 @@ from wherefrom.capture import Captured
 from wherefrom.errors import InputError, LayerError
 from wherefrom.fingerprint import Fingerprint, differences, tensors_digest
 from wherefrom.gradients import GradientBank
+from wherefrom.layouts import Layout, check_layout
 from wherefrom.options import of_values
 from wherefrom.profile import Profile
 from wherefrom.stages import Compute, Stages
@@ -26,7 +27,11 @@ from wherefrom.store import Artifact, check_same, read_manifest, remove
 from wherefrom.sweep import Collector
 
 INDEX = "index"
-
+_INDEX: Layout = {
+    "pairs": (torch.int64, ("pair", 2)),
+    "lengths": (torch.int64, ("train",)),
+    "shards": (torch.int64, ("shard",)),
+}
 
 # How large a file of token scores may be: what a sweep over it holds in memory.
 PART_BYTES = 2**28
@@ -152,6 +157,7 @@ class TokenScores:
             raise InputError(f"{folder}: no token scores there. Compute them first, with Study.score_tokens.")
         fingerprint = read_manifest(folder / INDEX)["fingerprint"]
         index = Artifact(folder / INDEX, fingerprint).load()
+        check_layout(folder / INDEX, index, _INDEX)
         return cls(folder, index["pairs"], index["lengths"], index["shards"].tolist(), fingerprint)
 
     def differences(self, scores: Fingerprint) -> list[str]:
@@ -212,7 +218,9 @@ class TokenScores:
             pairs = self._pairs(number)
             artifact = Artifact(self.folder / part_name(pairs), part_fingerprint(self.fingerprint, pairs))
             check_same(artifact.path, read_manifest(artifact.path)["fingerprint"], artifact.fingerprint)
-            self._opened[number] = artifact.mapped()["values"]
+            tensors = artifact.mapped()
+            check_layout(artifact.path, tensors, {"values": (None, (len(pairs), "token"))})
+            self._opened[number] = tensors["values"]
         return self._opened[number]
 
     def _pairs(self, number: int) -> Tensor:

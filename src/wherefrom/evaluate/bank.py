@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 
 from wherefrom.fingerprint import LIBRARY, Fingerprint
+from wherefrom.layouts import Layout, check_layout
 from wherefrom.store import Artifact, check_same, read_manifest, remove
 
 # The entries that a bank adds to the caller's fingerprint.
 _MACHINE, _EXAMPLES = "trained with", "training examples"
+_LAYOUT: Layout = {
+    "masks": (torch.bool, ("row", "train")),
+    "seeds": (torch.int64, ("row",)),
+    "losses": (torch.float64, ("row", "query")),
+    "seconds": (torch.float64, ("row",)),
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,9 @@ class Bank:
     def _read(self, folder: Path) -> Artifact:
         artifact = Artifact(folder, read_manifest(folder)["fingerprint"])
         check_same(folder, {**artifact.fingerprint, _MACHINE: self._fingerprint[_MACHINE]}, self._fingerprint)
-        for row in _from_tensors(artifact.load()):
+        tensors = artifact.load()
+        check_layout(folder, tensors, _LAYOUT)
+        for row in _from_tensors(tensors):
             self.rows[retraining_key(row.mask, row.seed)] = row
         return artifact
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from wherefrom.errors import DamagedError
 from wherefrom.report.passages import Figure
-from wherefrom.store import checked_name, write_bytes, write_text
+from wherefrom.store import checked_name, read_json, within, write_bytes, write_text
 
 _FOLDER = "evaluation"
+_ADVICE = "Run the evaluation again, or delete its plot and its numbers."
 
 
 def save_evaluation(run: str | Path, name: str, figure: Figure, results: Mapping[str, object]) -> Path:
@@ -44,10 +45,10 @@ def load_figures(run: str | Path) -> list[Figure]:
 
 def _figure(file: Path) -> Figure:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return Figure(str(found["title"]), str(found["caption"]), file.with_suffix(".png").read_bytes())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = read_json(file, _ADVICE)
+        plot = within(file.parent, f"{file.stem}.png")
+        return Figure(str(found["title"]), str(found["caption"]), plot.read_bytes())
+    except (OSError, KeyError) as error:
         raise DamagedError(
-            f"{file} and its plot cannot be read ({type(error).__name__}: {error}). Run the evaluation again, or "
-            "delete both files."
+            f"{file} and its plot cannot be read ({type(error).__name__}: {error}). {_ADVICE}"
         ) from error

@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -26,6 +27,7 @@ from torch import Tensor
 from wherefrom.errors import InputError
 from wherefrom.report.passages import Figure, Passage, Passages, TokenContributions
 from wherefrom.report.shading import Shares, encode_lengths, encode_shares, visible_pieces
+from wherefrom.store import write_text
 
 EXCERPT_LENGTH = 160
 HISTOGRAM_BINS = 144
@@ -96,6 +98,18 @@ class QueryView:
     positive: Sequence[HitView]
     negative: Sequence[HitView]
     histogram: Histogram | None
+
+
+def write_page(file: Path, page: str) -> None:
+    """Write a page; nothing that is no page, such as a device or a run's own files, is ever replaced by one.
+
+    Raises:
+        InputError: the file's name does not end in .html.
+        StorageError: it cannot be written.
+    """
+    if file.suffix.lower() not in (".html", ".htm") or "\0" in str(file):
+        raise InputError(f"The page was to be {str(file)!r}: expected a file whose name ends in .html.")
+    write_text(file, page)
 
 
 def render_report(

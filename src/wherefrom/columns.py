@@ -1,0 +1,102 @@
+"""Columns of tokenised examples: whole numbers, one for each token, that a model has vectors for.
+
+A GPU ends a process on a token beyond its embedding, and a CPU says "index out of range": so the numbers are looked at
+before. This module knows columns and Hugging Face models' sizes; it knows nothing of tasks or sweeps.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from wherefrom.errors import InputError
+from wherefrom.losses import IGNORED
+
+
+def vector(name: str, values: object) -> Tensor:
+    """A column of one example, int64 [tokens]."""
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{name!r} is not a row of whole numbers ({str(error).partition(chr(10))[0]}). Tokenise the dataset first."
+        ) from error
+    exact = not (found.is_floating_point() or found.is_complex()) or not found.numel()  # an empty list is of floats
+    if found.dim() != 1 or not exact or found.is_meta:
+        kind = "on the meta device, without values," if found.is_meta else f"{found.dtype} {list(found.shape)}"
+        raise InputError(f"{name!r} is {kind}: expected whole numbers of one sequence, [tokens].")
+    return found.to(torch.int64)
+
+
+def number(name: str, value: object) -> int:
+    """A column of one example that is one whole number."""
+    if isinstance(value, str) or not hasattr(value, "__index__"):
+        raise InputError(f"{name!r} is {value!r}: expected a whole number.")
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{name!r} is {value!r}: expected a whole number.") from error
+
+
+def check_length(name: str, values: Tensor, tokens: int) -> None:
+    """Refuse a column that has not one number for each token.
+
+    Raises:
+        InputError: names the column and both lengths.
+    """
+    if len(values) != tokens:
+        raise InputError(
+            f"{name!r} has {len(values)} numbers and 'input_ids' {tokens} tokens: expected one for each. Cut both "
+            "in the same way."
+        )
+
+
+def check_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Refuse tokens and positions that a Hugging Face model has no vectors for, of a batch on the host.
+
+    Raises:
+        InputError: names the highest token, or the longest sequence, and what the model has.
+    """
+    find = getattr(model, "get_input_embeddings", None)
+    embedding = find() if callable(find) else None
+    known = getattr(embedding, "num_embeddings", None)
+    ids = batch["input_ids"]
+    if isinstance(known, int) and bool((ids >= known).any()):
+        raise InputError(
+            f"'input_ids' holds token {int(ids.max())}, and the model has tokens 0 to {known - 1}. Tokenise the "
+            "examples with the tokenizer that the model was trained with."
+        )
+    longest = _positions(model)
+    if longest is not None and ids.shape[1] > longest:
+        raise InputError(
+            f"a sequence has {ids.shape[1]} tokens, and the model positions for {longest}. Cut the examples as they "
+            "were cut for training."
+        )
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many positions a model has vectors for; None where it has none of its own, as with rotary positions."""
+    found = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.endswith(("wpe", "position_embeddings", "embed_positions"))
+    ]
+    stated = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min([*found, *([stated] if isinstance(stated, int) else [])]) if found else None
+
+
+def check_highest(name: str, values: Tensor, known: int, what: str) -> None:
+    """Refuse numbers that are neither below `known` nor ignored, of a tensor on the host.
+
+    Raises:
+        InputError: names the first.
+    """
+    wrong = values[((values < 0) | (values >= known)) & (values != IGNORED)]
+    if len(wrong):
+        raise InputError(
+            f"{name!r} holds {int(wrong[0])}, and the model has {what} 0 to {known - 1}, and {IGNORED} for what is not "
+            "counted."
+        )

@@ -1,0 +1,98 @@
+"""Two processes on one run directory: one waits, and no result is made of both."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import wherefrom as wf
+from tests.models import mlp_case
+from tests.runs import lines, results, unprivileged
+from wherefrom.errors import StorageError
+from wherefrom.locks import run_lock
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(module: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", f"tests.{module}", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(log: Path, count: int) -> None:
+    while lines(log) < count:
+        time.sleep(0.01)
+
+
+def test_the_second_process_waits_and_says_for_whom(tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    first = start("lock_worker", run, log, 600)
+    wait_for(log, 1)
+    others = [start("lock_worker", run, log, 0.1) for _ in range(2)]
+    told = [read_until(other, "Waiting for its end.") for other in others]
+    assert all(f"is in use by process {first.pid} on " in message for message in told)
+    assert lines(log) == 1
+    first.kill()
+    messages = " ".join(read_until(other, None) for other in others)
+    assert f"was in use by process {first.pid} on" in messages
+    assert messages.count("ended without finishing") == 1  # the other finds a lock that was given up
+    words = [line.split() for line in log.read_text().splitlines()][1:]
+    assert [word for word, _ in words] == ["begin", "end"] * 2
+    assert all(begin[1] == end[1] for begin, end in zip(words[::2], words[1::2], strict=True))
+    assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+def read_until(process: subprocess.Popen[str], words: str | None) -> str:
+    """What a process says up to these words, or to its end, on one line."""
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += " ".join(line.split()) + " "
+        if words is not None and words in said:
+            return said
+    assert words is None, said
+    assert process.wait() == 0, said
+    return said
+
+
+def test_two_fits_at_once_are_one_fit_and_one_reuse(tmp_path: Path) -> None:
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert start("resume_worker", alone, tmp_path / "alone.log").wait() == 0
+    pair = [start("resume_worker", both, tmp_path / f"{number}.log") for number in range(2)]
+    assert [process.wait() for process in pair] == [0, 0]
+    expected, found = results(alone), results(both)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    # Each batch was done by one of them; only planning, two examples, may be done by both.
+    done = [lines(tmp_path / f"{number}.log") for number in range(2)]
+    assert sum(done) <= lines(tmp_path / "alone.log") + 2
+
+
+def test_finished_results_are_read_where_nothing_can_be_written() -> None:
+    case = mlp_case()
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        Path(folder).chmod(0o755)
+        run = Path(folder) / "run"
+        study = wf.Study(run, case.model, case.task, train=case.train)
+        expected = study.score(case.queries, study.fit("ekfac"))
+        for path in (run / ".lock", run):
+            path.chmod(0o555)
+        with unprivileged():
+            again = wf.Study(run, case.model, case.task, train=case.train)
+            found = again.score(case.queries, again.fit("ekfac"))
+            assert torch.equal(found.values, expected.values)
+            with pytest.raises(StorageError, match="Cannot write .*Permission denied"):
+                again.fit("diagonal")
+        run.chmod(0o755)
+
+
+def test_a_lock_that_is_a_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(StorageError, match="Cannot lock"), run_lock(tmp_path):
+        pass

@@ -14,7 +14,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="c
 
 
 def test_memory_that_runs_out_costs_no_result(tmp_path: Path) -> None:
-    outcomes = memory.measure(tmp_path, 8, seed=0)
+    outcomes = memory.measure(tmp_path, 4, seed=0)
     assert all(not each.result.startswith("0 ended") for each in outcomes)
 
 

@@ -60,7 +60,9 @@ def _stopped(ended: Ended, end: End, code: int) -> bool:
     assert code in (0, 128 + end.signal), f"{ended.case}: {ended.said}"
     assert "Traceback" not in ended.said, f"{ended.case}: {ended.said}"
     if code:
-        assert "The same command (without --overwrite) goes on from what is saved." in ended.said, f"{ended.case}: {ended.said}"
+        assert "The same command (without --overwrite) goes on from what is saved." in ended.said, (
+            f"{ended.case}: {ended.said}"
+        )
     return code != 0
 
 

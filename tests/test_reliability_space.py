@@ -12,7 +12,7 @@ from tests.reliability import space
 
 
 def test_a_disk_that_fails_at_any_moment_costs_nothing(tmp_path: Path) -> None:
-    outcomes = space.measure(tmp_path, 6, seed=0)
+    outcomes = space.measure(tmp_path, 4, seed=0)
     assert all(not each.result.startswith("0 ended") for each in outcomes)
 
 

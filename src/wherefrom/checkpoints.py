@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from wherefrom.errors import DamagedError, InputError
+from wherefrom.files import checked_name, read_json, remove, scratch_matrix, within
 from wherefrom.fingerprint import Dataset, Fingerprint
 from wherefrom.options import RescoredOptions, checked_result_name
 from wherefrom.scores import Scores
 from wherefrom.stages import Stages
-from wherefrom.store import Partial, checked_name, read_json, remove, scratch_matrix, within
+from wherefrom.store import Partial
 from wherefrom.study import Study
 from wherefrom.task import Batch
 from wherefrom.text import require
@@ -91,7 +92,9 @@ def score_checkpoints(
             there.path = within(study.path, "checkpoints", checkpoint)
             factors = there.fit(strategy, empirical=empirical, seed=seed, half_precision=precision, overwrite=overwrite)
             parts[checkpoint] = there.score(queries, factors, **options)
-        stages = Stages(within(study.path, "scores"), _fingerprint(parts, weights), study.profile, overwrite)
+        stages = Stages(within(study.path, "scores"), _fingerprint(parts, weights), study.profile)
+        if overwrite:
+            stages.forget(name)
         file = within(stages.folder, f"{name}.blocks", "values")
 
         def compute(_: Partial) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ Martens & Grosse 2015 (K-FAC), George et al. 2018 (EK-FAC), Grosse et al. 2023 (
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from wherefrom.capture import Captured
-from wherefrom.damping import Side, check_eigenvalues, check_range, damped_inverse
+from wherefrom.damping import Side, check_eigenvalues, damped_inverse
 from wherefrom.eigenvectors import eigenvectors, finite_sum
 from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.fingerprint import Fingerprint, differences
@@ -32,8 +31,6 @@ from wherefrom.memory import Workspace
 from wherefrom.moments import add_columns, second_moment
 from wherefrom.precision import product, rotated
 from wherefrom.sweep import Collector
-
-logger = logging.getLogger("wherefrom")
 
 
 @dataclass(frozen=True)
@@ -193,11 +190,7 @@ class CovarianceCollector(Collector):
         return self._latest[1]
 
     def means(self) -> dict[str, Tensor]:
-        """A and S of every layer, `LAYER.activations` and `LAYER.gradients`; their diagonals where only those count.
-
-        Raises:
-            LossError: a layer's activations or gradients are too small for their squares.
-        """
+        """A and S of every layer, `LAYER.activations` and `LAYER.gradients`; their diagonals where only those count."""
         found = {}
         for name, layer in self._layers.items():
             outputs, inputs = layer.shape
@@ -205,8 +198,6 @@ class CovarianceCollector(Collector):
             for side, size in (("activations", inputs), ("gradients", outputs)):
                 total = self.sums[f"{name}.{side}"]
                 mean = total[(slice(size),) * total.dim()] / tokens
-                diagonal = mean if mean.dim() == 1 else mean.diagonal()
-                check_range(name, f"mean squared {side}", float(diagonal.max()), mean.dtype)
                 found[f"{name}.{side}"] = mean if mean.dim() == 1 else mean.triu() + mean.triu(1).T
         return found
 
@@ -289,23 +280,8 @@ class EigenvalueCollector(Collector):
         self._workspace.release()
 
     def means(self) -> dict[str, Tensor]:
-        """Lambda of every layer, a mean over examples.
-
-        Raises:
-            LossError: a layer's gradients are too small for their squares.
-        """
-        found = {name: self.sums[name][:, : layer.shape[1]] / self._examples for name, layer in self._layers.items()}
-        largest = {name: float(values.max()) for name, values in found.items()}
-        for name, value in largest.items():
-            check_range(name, "mean squared gradients", value, found[name].dtype)
-        flat = [name for name, value in largest.items() if value == 0]
-        if flat:
-            logger.warning(
-                f"{len(flat)} layer(s) have no gradient in any training example, and no part in scores: "
-                f"{', '.join(flat[:5])}. If that is not so, gradients or their squares are too small for the model's "
-                "type: load it in float64 (a float16 model in bfloat16), or scale the loss up."
-            )
-        return found
+        """Lambda of every layer, a mean over examples."""
+        return {name: self.sums[name][:, : layer.shape[1]] / self._examples for name, layer in self._layers.items()}
 
 
 @dataclass(frozen=True)

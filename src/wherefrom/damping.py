@@ -1,18 +1,21 @@
 """From eigenvalues to the filter that preconditions: damped inverses, pseudo-inverses, and what cannot be inverted.
 
-This module knows eigenvalues of one layer; it knows nothing of gradients, bases or strategies.
+This module knows eigenvalues and covariances of layers; it knows nothing of gradients, bases or strategies.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wherefrom.errors import LossError
+
+logger = logging.getLogger("wherefrom")
 
 # Grosse et al. 2023, section 3.2: the damping is this part of a layer's mean eigenvalue.
 DAMPING_SHARE = 0.1
@@ -78,10 +81,40 @@ def check_eigenvalues(layer: str, eigenvalues: Tensor, sides: Sequence[Side], pr
         largest = math.prod(reach)  # in float64, where it does not vanish
     elif largest > 0 and 0 in reach:
         largest = 0.1 * torch.finfo(eigenvalues.dtype).tiny  # of the side whose squares have vanished
-    check_range(layer, "eigenvalues", largest, eigenvalues.dtype)
+    _check_range(layer, "eigenvalues", largest, eigenvalues.dtype)
 
 
-def check_range(layer: str, what: str, largest: float, dtype: torch.dtype) -> None:
+def check_covariances(covariances: Mapping[str, Tensor]) -> None:
+    """Refuse covariances `LAYER.SIDE`, or diagonals of them, that have vanished or overflowed.
+
+    Raises:
+        LossError: names the layer and the side.
+    """
+    for name, each in covariances.items():
+        layer, _, side = name.rpartition(".")
+        diagonal = each if each.dim() == 1 else each.diagonal()
+        _check_range(layer, f"mean squared {side}", float(diagonal.max()), each.dtype)
+
+
+def check_mean_squares(eigenvalues: Mapping[str, Tensor]) -> None:
+    """Refuse mean squared gradients that have vanished or overflowed, and log the layers that have none.
+
+    Raises:
+        LossError: names the layer.
+    """
+    largest = {name: float(values.max()) for name, values in eigenvalues.items()}
+    for name, value in largest.items():
+        _check_range(name, "mean squared gradients", value, eigenvalues[name].dtype)
+    flat = [name for name, value in largest.items() if value == 0]
+    if flat:
+        logger.warning(
+            f"{len(flat)} layer(s) have no gradient in any training example, and no part in scores: "
+            f"{', '.join(flat[:5])}. If that is not so, gradients or their squares are too small for the model's "
+            "type: load it in float64 (a float16 model in bfloat16), or scale the loss up."
+        )
+
+
+def _check_range(layer: str, what: str, largest: float, dtype: torch.dtype) -> None:
     """Refuse squares whose largest a type cannot hold with all of its digits; exact 0 is a layer without gradients.
 
     Raises:

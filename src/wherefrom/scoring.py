@@ -20,6 +20,7 @@ from torch import Tensor
 from wherefrom.curvature import Preconditioner, Strategy
 from wherefrom.disk import Blocks, Step, check_space, used_bytes
 from wherefrom.errors import MemoryLimitError
+from wherefrom.files import scratch_matrix
 from wherefrom.fingerprint import Dataset
 from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
@@ -30,7 +31,7 @@ from wherefrom.plan import Job, Plan, Wanted, plan_scores
 from wherefrom.ranks import Ranks
 from wherefrom.scores import PairwiseCollector, extremes, merged_extremes
 from wherefrom.stages import BlockStages
-from wherefrom.store import Partial, scratch_matrix
+from wherefrom.store import Partial
 from wherefrom.sweep import Collector, Objective, Sweep
 from wherefrom.task import Batch, Task
 
@@ -218,15 +219,11 @@ class Scoring(Generic[Batch]):
 
     def _blocks(self) -> Blocks:
         """How scores are cut, for what they take on the disk."""
-        options, block = self.options, self.plan.block
-        queries, train = len(self.queries), len(self.train)
-        if options.aggregate_queries:
-            queries = block = 1
-        shard = train if options.aggregate_queries else len(self.shards(range(block), train)[0])
-        if options.aggregate_train:
-            train = shard = 1
         matrices = 1 + len(set(self.groups.values()))
-        return Blocks(queries, train, self.sweep.dtype.itemsize, block, shard, matrices, options.query_rank is not None)
+        blocks = self.plan.blocks(matrices)
+        if self.options.aggregate_queries:
+            blocks = replace(blocks, queries=1, block=1, shard=blocks.train)
+        return replace(blocks, train=1, shard=1) if self.options.aggregate_train else blocks
 
     def shards(self, rows: range, train: int) -> list[range]:
         """The planned parts of a training set; a batch for every process at least."""

@@ -291,7 +291,9 @@ class Sweep(Generic[Batch]):
         if stopping:
             done = f"{state.position - state.share.start:,} of {len(state.share):,} examples"
             saved = "their sums are saved" if state.partial else "this sweep, a quick one, will be repeated"
-            logger.warning(f"{state.name}: {stopping.name} after {done}; {saved}. The same call goes on from there.")
+            logger.warning(
+                f"{state.name}: {stopping.name} after {done}; {saved}. The same call, without overwrite, goes on."
+            )
             held.deliver()
 
 

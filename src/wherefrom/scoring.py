@@ -7,7 +7,7 @@ optimistic; it does not know where results are kept or what they are reused for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -23,6 +23,7 @@ from wherefrom.errors import MemoryLimitError
 from wherefrom.fingerprint import Dataset
 from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
+from wherefrom.loading import Rows
 from wherefrom.memory import within_memory
 from wherefrom.options import Options
 from wherefrom.plan import Job, Plan, Wanted, plan_scores
@@ -335,17 +336,3 @@ def training_loss(task: Task[Batch]) -> Objective[Batch]:
 
 def _measurement(task: Task[Batch]) -> Objective[Batch]:
     return lambda model, batch, rows: task.measurement(model, batch)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some examples of a dataset, in a given order."""
-
-    dataset: Dataset[object]
-    positions: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, row: int, /) -> object:
-        return self.dataset[self.positions[row]]

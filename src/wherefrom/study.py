@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from wherefrom.fingerprint import (
     LIBRARY,
     Dataset,
     Fingerprint,
+    checked_length,
     dataset_digest,
     model_digest,
     names_summary,
@@ -43,7 +43,7 @@ from wherefrom.scoring import Scoring, make_plan
 from wherefrom.stages import BlockStages, Stages
 from wherefrom.store import Partial, checked_name, read_manifest, within, write_text
 from wherefrom.sweep import Sweep
-from wherefrom.task import Batch, Task
+from wherefrom.task import Batch, Task, checked_settings
 from wherefrom.token_scoring import TokenScoring
 from wherefrom.tokens import INDEX, TokenParts, TokenScores, extreme_pairs
 
@@ -103,9 +103,10 @@ class Study(Generic[Batch]):
         compile_activations: bool = False,
         offload_factors: bool = False,
     ) -> None:
-        if len(train) == 0:
-            raise InputError("train is empty: expected at least one example. Check the path or the filter.")
-        if memory_budget is not None and not 0 < memory_budget < math.inf:
+        checked_length("train", train)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model is a {type(model).__name__}: expected a torch.nn.Module.")
+        if memory_budget is not None and not 0 < memory_budget < 2**40:
             raise InputError(f"memory_budget={memory_budget}: expected a number of GiB above 0, or None.")
         self.path = Path(path)
         self.train = train
@@ -187,8 +188,7 @@ class Study(Generic[Batch]):
         Raises:
             InputError: there are no queries, or an option is impossible.
         """
-        if len(queries) == 0:
-            raise InputError("queries is empty: expected at least one example. Check the path or the filter.")
+        checked_length("queries", queries)
         chosen = Options.of(ScoreOptions.__optional_keys__, None, **options)
         sweep = self._precise_sweep(chosen.half_precision)
         return make_plan(sweep, checked_strategy(strategy), queries, self.train, chosen, loaded=False)
@@ -424,6 +424,7 @@ class Study(Generic[Batch]):
         blocks.clear()
 
     def _scoring(self, queries: Dataset[object], factors: Factors, options: Options) -> Scoring[Batch]:
+        checked_length("queries", queries)
         sweep, strategy = self._precise_sweep(options.half_precision), checked_strategy(factors.strategy)
         groups = layer_groups(options.per_layer, list(self.layers))
         return Scoring(sweep, strategy, factors.preconditioner(options.damping), queries, self.train, options, groups)
@@ -434,7 +435,7 @@ class Study(Generic[Batch]):
         found = options.fingerprint(self._fingerprint(), factors, precision)
         if queries is None:
             return found
-        measured = self._sweep.task.settings().get("measure", "measurement")
+        measured = checked_settings(self._sweep.task).get("measure", "measurement")
         asked = {"queries": dataset_digest(queries), "measured": measured}
         self._check_alike(asked)
         return found | asked
@@ -446,7 +447,7 @@ class Study(Generic[Batch]):
 
     def _fingerprint(self) -> dict[str, str]:
         """What everything in this study depends on; taken anew each time, since weights and lists can change."""
-        task = {name: value for name, value in self._sweep.task.settings().items() if name != "measure"}
+        task = {name: value for name, value in checked_settings(self._sweep.task).items() if name != "measure"}
         with self.profile.action("fingerprint"):
             found = {
                 "library": LIBRARY,

@@ -124,7 +124,7 @@ def test_losses_that_are_none(tmp_path: Path, change: Callable[[Tensor], Any], m
     assert message in str(caught.value)
 
 
-class Own(Exception):
+class OwnError(Exception):
     pass
 
 
@@ -145,10 +145,9 @@ class Reading:
 
 def test_errors_of_a_dataset_are_passed_on(tmp_path: Path) -> None:
     case = mlp_case()
-    with pytest.raises(Own) as own:
-        scores(tmp_path, case.model, case.task, Reading(case.train, Own("a disk")), case.queries)
-    if sys.version_info >= (3, 11):
-        assert own.value.__notes__ == ["wherefrom was reading example 4 of a Reading of length 12."]
+    with pytest.raises(OwnError) as own:
+        scores(tmp_path, case.model, case.task, Reading(case.train, OwnError("a disk")), case.queries)
+    assert own.value.__notes__ == ["wherefrom was reading example 4 of a Reading of length 12."]
     with pytest.raises(
         InputError, match=r"Example 4 of the dataset, a Reading of length 12, cannot be read \(IndexError"
     ):

@@ -101,6 +101,6 @@ def check_highest(name: str, values: Tensor, known: int, what: str) -> None:
     if len(wrong):
         ignored = f", and {IGNORED} for what is not counted" if name == "labels" else ""
         raise InputError(
-            f"{name!r} holds {int(wrong[0])}, and the model has {what} 0 to {known - 1}{ignored}. Look whether the examples "
-            "are those that the model was trained with."
+            f"{name!r} holds {int(wrong[0])}, and the model has {what} 0 to {known - 1}{ignored}. Look whether the "
+            "examples are those that the model was trained with."
         )

@@ -97,7 +97,7 @@ def checked_length(name: str, dataset: Dataset[object]) -> int:
 
 
 def read_example(dataset: Dataset[object], position: int) -> object:
-    """One example; an error of the dataset's own code is raised as it is, with a note (from Python 3.11 on).
+    """One example; an error of the dataset's own code is raised as it is, with a note.
 
     Raises:
         InputError: the dataset has fewer examples than its length says, or no integer positions.
@@ -110,14 +110,10 @@ def read_example(dataset: Dataset[object], position: int) -> object:
             f"({type(error).__name__}: {error}). Expected examples at the positions 0 to {len(dataset) - 1}."
         ) from error
     except Exception as error:
-        note(error, f"wherefrom was reading example {position} of a {type(dataset).__name__} of length {len(dataset)}.")
+        error.add_note(
+            f"wherefrom was reading example {position} of a {type(dataset).__name__} of length {len(dataset)}."
+        )
         raise
-
-
-def note(error: BaseException, text: str) -> None:
-    """Add a line to what Python prints of an error; before Python 3.11 there is no place for it."""
-    if hasattr(error, "add_note"):
-        error.add_note(text)
 
 
 def names_summary(names: Sequence[str]) -> str:

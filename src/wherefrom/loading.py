@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wherefrom.capture import Padding
 from wherefrom.errors import InputError, WherefromError
-from wherefrom.fingerprint import Dataset, note, read_example
+from wherefrom.fingerprint import Dataset, read_example
 from wherefrom.task import Batch, Task
 
 
@@ -116,8 +116,8 @@ def collated(
 ) -> tuple[Batch, Sequence[Tensor]]:
     """A batch of some examples on the host, and the masks of its tokens.
 
-    Errors of the dataset's and the task's own code are raised as they are, with a note (from Python 3.11 on) of the
-    example; our own say it in their message.
+    Errors of the dataset's and the task's own code are raised as they are, with a note of the example; our
+    own say it in their message.
 
     Args:
         model: that the batch is checked for.
@@ -138,7 +138,7 @@ def collated(
                 break
         if isinstance(cause, WherefromError):
             raise InputError(f"{where.capitalize()} of the dataset: {cause}") from cause
-        note(cause, f"wherefrom was collating {where} with {type(task).__name__}.")
+        cause.add_note(f"wherefrom was collating {where} with {type(task).__name__}.")
         raise cause from None
 
 

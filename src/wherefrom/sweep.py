@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wherefrom.capture import Capture, Captured, Receiver
 from wherefrom.compiling import compiled_activations
 from wherefrom.errors import LossError, MemoryLimitError, WherefromError
-from wherefrom.fingerprint import Dataset, note
+from wherefrom.fingerprint import Dataset
 from wherefrom.layers import TrackedLayer
 from wherefrom.loading import Loader, collated
 from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, shortage, usable_memory
@@ -225,10 +225,8 @@ class Sweep(Generic[Batch]):
             return objective(self.model, batch, rows)
         except Exception as error:
             if not isinstance(error, WherefromError):
-                note(
-                    error,
-                    f"wherefrom was computing the loss of {len(rows)} example(s) with {type(self.task).__name__}.",
-                )
+                name = type(self.task).__name__
+                error.add_note(f"wherefrom was computing the loss of {len(rows)} example(s) with {name}.")
             raise
 
     def _loader(self, dataset: Dataset[object], end: int) -> Loader[Batch]:

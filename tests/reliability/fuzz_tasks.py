@@ -389,8 +389,10 @@ def own_cases(draw: st.DrawFn) -> Case:
     case = Case(base.model, wf.Classification(), train, queries, "")
     methods: dict[str, Callable[..., Any]] = {}
     faults = []
-    tables: dict[str, dict[str, Callable[..., Any]]] = {"train_loss": LOSSES, "measurement": LOSSES, "collate": COLLATES, "mask": MASKS, "settings": SETTINGS,
-              "model": MODELS, "train": DATASETS, "queries": DATASETS}  # fmt: skip
+    tables: dict[str, dict[str, Callable[..., Any]]] = {
+        "train_loss": LOSSES, "measurement": LOSSES, "collate": COLLATES, "mask": MASKS, "settings": SETTINGS,
+        "model": MODELS, "train": DATASETS, "queries": DATASETS,
+    }  # fmt: skip
     for part in draw(st.lists(st.sampled_from(sorted(tables)), min_size=1, max_size=2, unique=True)):
         how = draw(st.sampled_from(sorted(tables[part])))
         faults.append(f"{part} {how}")

@@ -13,11 +13,10 @@ from wherefrom.curvature import (
     CovarianceCollector,
     EigenvalueCollector,
     Preconditioner,
-    add_columns,
-    upper_product,
 )
 from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import TrackedLayer, select_layers
+from wherefrom.moments import add_columns, upper_product
 from wherefrom.scores import PairwiseCollector
 
 META = torch.device("meta")

@@ -125,9 +125,10 @@ def test_removal_draws_means_and_standard_deviations() -> None:
 
 
 def test_a_plot_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    figure = plots.lds_bars(report(None))
+    figure, same = plots.lds_bars(report(None)), plots.lds_bars(report(None))
     plots.save_png(figure, tmp_path / "new" / "bars.png")
-    assert (tmp_path / "new" / "bars.png").read_bytes() == plots.png(figure)
+    # matplotlib before 3.11 moves what it draws a second time a little.
+    assert (tmp_path / "new" / "bars.png").read_bytes() == plots.png(same)
     (tmp_path / "taken.png").mkdir()
     with pytest.raises(StorageError, match=r"taken\.png"):
         plots.save_png(figure, tmp_path / "taken.png")

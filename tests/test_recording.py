@@ -159,5 +159,5 @@ def test_missing_and_damaged_recordings_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no wherefrom.json"):
         read_recording(tmp_path)
     (tmp_path / RECORDING).write_text('{"format": 1, "checkpoints": [{')
-    with pytest.raises(DamagedError, match="not a readable recording"):
+    with pytest.raises(DamagedError, match="not readable JSON"):
         read_recording(tmp_path)

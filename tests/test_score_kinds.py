@@ -260,9 +260,9 @@ def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pyt
     written: list[int] = []
     original = store._write_tensors
 
-    def watched(file: Path, tensors: dict[str, Tensor], header: dict[str, object]) -> str:
+    def watched(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         written.append(max(tensor.numel() for tensor in tensors.values()))
-        return original(file, tensors, header)
+        original(file, tensors, metadata)
 
     def refused(*arguments: object) -> Tensor:
         raise AssertionError("a matrix was made")

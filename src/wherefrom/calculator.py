@@ -18,6 +18,7 @@ import torch
 
 from wherefrom.blueprint import Blueprint
 from wherefrom.curvature import checked_strategy
+from wherefrom.disk import Step
 from wherefrom.errors import InputError
 from wherefrom.memory import FREE_SHARE
 from wherefrom.plan import SHARD_BYTES, Cost, Job, Machine, Plan, Wanted, factor_bytes, plan_scores
@@ -34,8 +35,6 @@ _EIGH_COPIES = 4
 REACHABLE = 0.9
 # What is tried where an alternative needs a number.
 _FEW, _TOP = 100_000, 1000
-# The float32 score and int64 position of each of a query's highest scores.
-_TOP_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -210,17 +209,12 @@ class Estimate:
         strategy = checked_strategy(self.request.strategy)
         return factor_bytes(self.blueprint.layers, replace(strategy, basis=False), self._dtype)
 
-    def disk(self) -> dict[str, float]:
-        """Bytes in the run directory; a matrix of scores is there twice while it is put together."""
-        pairs, top = self.request.queries * self.request.train, self.request.top
-        scores = {"score matrix": 4.0 * pairs} if top is None else {"top scores": 1.0 * _TOP_BYTES * self._top_pairs()}
-        found = {
-            "covariance": 1.0 * self.basis_bytes,
-            "eigenbasis": 1.0 * self.basis_bytes,
-            "eigenvalues": self.eigenvalue_bytes * (checked_strategy(self.request.strategy).eigenvalues == "fitted"),
-            **scores,
-        }
-        return {name: size for name, size in found.items() if size}
+    @cached_property
+    def disk(self) -> dict[str, Step]:
+        """What stays in the run directory, and the most that is there while it is made."""
+        ranks, top = self.hardware.ranks, self.request.top
+        steps = self.plan.disk(ranks)
+        return steps if top is None else {**steps, "scores": self.plan.blocks().top_step(ranks, top)}
 
     def alternatives(self, measured: Mapping[bool, Blueprint]) -> dict[str, Estimate]:
         """The same run with one option more or less, and with all that save something.
@@ -367,9 +361,6 @@ class Estimate:
             shape = self.blueprint.layers[name].padded_shape
             found += sum(size**2 for size, chosen in zip(shape, back, strict=True) if not chosen)
         return found * widened_dtype(self._dtype).itemsize
-
-    def _top_pairs(self) -> int:
-        return self.request.queries * min(self.request.top or 0, self.request.train)
 
     def _reduced(self, size: float) -> float:
         """What a rank sends so that all have the sum of what each has."""

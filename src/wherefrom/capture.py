@@ -299,7 +299,7 @@ class Capture(AbstractContextManager["Capture"]):
         padding, real = self._padding(layer.name, tokens // copies, current), batch * tokens
         if padding is not None:
             mask = padding.mask.to(gradients.device).repeat(1, copies, 1)
-            real, gradients = copies * padding.tokens, gradients * mask
+            real, gradients = copies * padding.tokens, gradients.where(mask, 0)  # padding may hold NaN
             activations = activations if shared is not None else _masked(activations, mask)
         if shared is None and not layer.one_hot:
             activations = self._operand(activations)
@@ -347,7 +347,7 @@ class Capture(AbstractContextManager["Capture"]):
         activations = layer.read(call.use, call.inputs)
         padding = current.padding_of(activations.shape[1])
         if padding is not None and len(activations) == len(padding.mask):
-            activations = activations * padding.mask.to(activations.device)
+            activations = activations.where(padding.mask.to(activations.device), 0)
         activations = self._operand(activations)
         current.latest = (layer, call.use, call.inputs, activations)
         return activations
@@ -386,7 +386,7 @@ def _leaves(value: Tensor) -> list[Tensor]:
 
 def _masked(activations: Tensor, mask: Tensor) -> Tensor:
     """Vectors [batch, tokens, width] or ids [batch, tokens] without those of padding."""
-    return activations * mask if activations.dim() == 3 else activations.where(mask.squeeze(2), NO_COLUMN)
+    return activations.where(mask, 0) if activations.dim() == 3 else activations.where(mask.squeeze(2), NO_COLUMN)
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

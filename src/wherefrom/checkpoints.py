@@ -91,7 +91,9 @@ def score_checkpoints(
             there.path = within(study.path, "checkpoints", checkpoint)
             factors = there.fit(strategy, empirical=empirical, seed=seed, half_precision=precision, overwrite=overwrite)
             parts[checkpoint] = there.score(queries, factors, **options)
-        stages = Stages(within(study.path, "scores"), _fingerprint(parts, weights), study.profile, overwrite)
+        stages = Stages(within(study.path, "scores"), _fingerprint(parts, weights), study.profile)
+        if overwrite:
+            stages.forget(name)
         file = within(stages.folder, f"{name}.blocks", "values")
 
         def compute(_: Partial) -> dict[str, Tensor]:

@@ -30,10 +30,10 @@ def command_line() -> Iterator[None]:
         _say(f"[bold red]error:[/bold red] {escape(str(error))}")
         sys.exit(1)
     except KeyboardInterrupt:
-        _say("Interrupted. The same command goes on from what is saved.")
+        _say("Interrupted. The same command (without --overwrite) goes on from what is saved.")
         sys.exit(128 + signal.SIGINT)
     except _Signalled as stop:
-        _say(f"Ended by {stop.number.name}. The same command goes on from what is saved.")
+        _say(f"Ended by {stop.number.name}. The same command (without --overwrite) goes on from what is saved.")
         raise
 
 

@@ -22,16 +22,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from wherefrom.capture import Captured
+from wherefrom.damping import Side, check_eigenvalues, damped_inverse
 from wherefrom.eigenvectors import eigenvectors, finite_sum
-from wherefrom.errors import InputError, MismatchError
+from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.fingerprint import Fingerprint, differences
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Workspace
-from wherefrom.precision import product, rotated, widened_dtype
+from wherefrom.moments import add_columns, second_moment
+from wherefrom.precision import product, rotated
 from wherefrom.sweep import Collector
-
-# Grosse et al. 2023, section 3.2: the damping is this part of a layer's mean eigenvalue.
-DAMPING_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,14 @@ class Basis:
     gradients: Tensor | None
     activation_eigenvalues: Tensor
     gradient_eigenvalues: Tensor
+
+    @property
+    def spectra(self) -> tuple[Side, Side]:
+        """The eigenvalues of S and of A, as their inverses need them."""
+        return (
+            Side(self.gradient_eigenvalues, self.gradients is not None),
+            Side(self.activation_eigenvalues, self.activations is not None),
+        )
 
     def eigenvalues(self) -> Tensor:
         """Those of S and A multiplied, [out, in]: the K-FAC eigenvalues."""
@@ -193,35 +200,6 @@ class CovarianceCollector(Collector):
                 mean = total[(slice(size),) * total.dim()] / tokens
                 found[f"{name}.{side}"] = mean if mean.dim() == 1 else mean.triu() + mean.triu(1).T
         return found
-
-
-def add_columns(total: Tensor, numbers: Tensor, columns: Tensor) -> None:
-    """Add numbers [batch, ..., columns] to the columns of `total` [..., width] that they are of.
-
-    Args:
-        columns: int64 [batch, columns].
-    """
-    added = numbers.movedim(0, -2).flatten(-2).to(total.device, total.dtype)  # [..., batch * columns]
-    total.index_add_(-1, columns.flatten().to(total.device), added)
-
-
-def second_moment(vectors: Tensor, diagonal: bool) -> Tensor:
-    """The sum of v v^T over [batch, tokens, size], without its lower triangle; or its diagonal alone."""
-    rows = vectors.flatten(0, 1)
-    return rows.square().sum(0, dtype=widened_dtype(rows.dtype)) if diagonal else upper_product(rows)
-
-
-# Narrower tiles waste fewer products below the diagonal, wider ones multiply faster.
-_TILE = {"cpu": 256, "cuda": 1024}
-
-
-def upper_product(rows: Tensor) -> Tensor:
-    """rows^T rows of [n, size], with zeros below the tiles on the diagonal: little more than half of the products."""
-    size, tile = rows.shape[1], _TILE.get(rows.device.type, 1024)
-    result = rows.new_zeros(size, size, dtype=widened_dtype(rows.dtype))
-    for start in range(0, size, tile):
-        result[start : start + tile, start:] = product(rows[:, start : start + tile].T, rows[:, start:])
-    return result
 
 
 def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str], device: torch.device) -> dict[str, Basis]:
@@ -345,15 +323,22 @@ class Factors:
         """The damped inverse of the curvature.
 
         Args:
-            damping: added to every eigenvalue; None adds 0.1 x the mean eigenvalue of each layer.
+            damping: added to every eigenvalue; None adds 0.1 x the mean eigenvalue of each layer, and 0 makes it the
+                Moore-Penrose pseudo-inverse.
 
         Raises:
             InputError: damping is negative or not finite.
+            LossError: a layer's curvature is too small or too large for the numbers' type.
         """
         if damping is not None and not 0 <= damping < math.inf:
             raise InputError(f"damping={damping}: expected a number >= 0, or None for 0.1 x the mean eigenvalue.")
-        inverses = {name: _inverse(values, damping) for name, values in self.eigenvalues.items()}
-        return Preconditioner(self.bases, inverses)
+        product, filters = STRATEGIES[self.strategy].eigenvalues == "product", {}
+        for name, values in self.eigenvalues.items():
+            sides = self.bases[name].spectra if name in self.bases else ()
+            check_eigenvalues(name, values, sides, product)
+            filters[name] = damped_inverse(values, damping, sides)
+        flat = frozenset(name for name, each in filters.items() if not bool(each.any()))
+        return Preconditioner(self.bases, filters, flat)
 
 
 @dataclass(frozen=True)
@@ -362,10 +347,27 @@ class Preconditioner:
 
     Attributes:
         filters: f(Lambda) [out, in] of every layer; a layer without one is left as it is.
+        flat: layers without curvature in any direction, whose filter is 0.
     """
 
     bases: Mapping[str, Basis]
     filters: Mapping[str, Tensor]
+    flat: frozenset[str] = frozenset()
+
+    def check_gradients(self, layer: str, captured: Captured) -> None:
+        """Refuse training gradients of a layer without curvature, whose part of a score has no value.
+
+        Raises:
+            LossError: names the layer.
+        """
+        if layer not in self.flat or not bool(weight_gradients(captured).any()):
+            return
+        raise LossError(
+            f"Layer {layer!r}: its curvature is zero in all directions, and a training example has a gradient there of "
+            f"{float(captured.gradients.abs().max()):.3g}. Either squares of gradients this small vanish (scale the "
+            "loss up, or load the model in float64), or the fit's targets have no gradient: fit with empirical=True, "
+            "or give a damping above 0."
+        )
 
     def sides(self, layers: Mapping[str, TrackedLayer]) -> dict[str, Sides]:
         """What turns each layer's captured gradients, with their aligned columns, into the basis."""
@@ -383,11 +385,3 @@ class Preconditioner:
         rotated = gradients if basis is None else basis.rotate(gradients)
         filtered = rotated * self.filters[layer] if layer in self.filters else rotated
         return filtered if basis is None else basis.rotate_back(filtered)
-
-
-def _inverse(eigenvalues: Tensor, damping: float | None) -> Tensor:
-    """1 / (Lambda + damping), and 0 where that sum is 0: no training gradient has a part in such a direction."""
-    if damping is None:
-        damping = DAMPING_SHARE * float(eigenvalues.mean(dtype=torch.float64))
-    damped = eigenvalues + damping
-    return torch.where(damped > 0, damped.reciprocal(), 0.0)

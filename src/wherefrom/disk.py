@@ -143,10 +143,12 @@ class Blocks:
 
     def top_step(self, ranks: int, top: int) -> Step:
         """The highest and lowest scores: those of every block, then the result beside them."""
-        each = 2 * self.queries * (self.itemsize + torch.int64.itemsize)
-        kept = each * min(top, self.train) + _file(5)
-        blocks = each * self._across * min(top, self.shard) + 2 * self._overhead
-        return Step("top scores", kept, blocks + max(kept, _replaced(self._sums, ranks)))
+        each = 2 * (self.itemsize + torch.int64.itemsize)
+        kept = each * self.queries * min(top, self.train) + _file(5)
+        latest = each * self.block * min(top, self.shard)
+        blocks = each * self.queries * self._across * min(top, self.shard) + 2 * self._overhead
+        sweeping = max(blocks - latest + _replaced(self._sums, ranks), blocks + ranks * self._sums)
+        return Step("top scores", kept, max(sweeping, blocks + kept))
 
     def summed_step(self, ranks: int) -> Step:
         """Scores that are added up over queries, training examples or both: `queries` or `train` is then 1."""

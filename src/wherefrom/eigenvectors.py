@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.errors import LossError
+from wherefrom.memory import out_of_memory
 
 # Matrices of one size that are decomposed together, in float64.
 _EIGH_BYTES = 2**28
@@ -22,6 +23,9 @@ def eigenvectors(covariances: Mapping[str, Tensor], device: torch.device) -> dic
 
     Args:
         device: where they are found; they are kept where the covariances are.
+
+    Raises:
+        LossError: a covariance is not finite, or its eigenvectors are not found.
     """
     first: dict[tuple[int, float], str] = {}  # equal matrices have equal sums, and rarely do others
     same: dict[str, str] = {}
@@ -37,9 +41,7 @@ def eigenvectors(covariances: Mapping[str, Tensor], device: torch.device) -> dic
         count = max(1, _EIGH_BYTES // (8 * size**2))
         for start in range(0, len(names), count):
             batch = names[start : start + count]
-            found.update(
-                zip(batch, zip(*_eigh([covariances[name] for name in batch], device), strict=True), strict=True)
-            )
+            found.update(_decomposed({name: covariances[name] for name in batch}, device))
     # Copies: tensors that share memory cannot be stored side by side.
     for name, other in same.items():
         if name != other:
@@ -65,6 +67,26 @@ def finite_sum(matrix: Tensor, name: str) -> float:
 
 def _eigh_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _decomposed(matrices: Mapping[str, Tensor], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Eigenvalues and eigenvectors of matrices of one size; one by one where together they are not found."""
+    try:
+        return dict(zip(matrices, zip(*_eigh(list(matrices.values()), device), strict=True), strict=True))
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        if len(matrices) == 1:
+            name, matrix = next(iter(matrices.items()))
+            layer, _, side = name.rpartition(".")
+            raise LossError(
+                f"Layer {layer!r}: the eigenvectors of its covariance of {side} {list(matrix.shape)} were not found, "
+                f"though it is finite (its numbers reach {float(matrix.abs().max()):.3g}). Load the model in float64, "
+                "leave the layer out with `layers=[...]`, or use the strategy 'diagonal'."
+            ) from error
+    return {
+        name: pair for name, matrix in matrices.items() for name, pair in _decomposed({name: matrix}, device).items()
+    }
 
 
 def _eigh(matrices: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

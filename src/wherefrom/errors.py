@@ -18,7 +18,7 @@ class LayerError(WherefromError):
 
 
 class LossError(WherefromError):
-    """A loss or measurement is not a finite scalar that depends on the tracked layers."""
+    """A loss, an activation, a gradient or a curvature is not finite, or not what it has to be; the layer is named."""
 
 
 class MismatchError(WherefromError):

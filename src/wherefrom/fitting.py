@@ -21,6 +21,7 @@ from wherefrom.curvature import (
     bases_to_tensors,
     diagonalize,
 )
+from wherefrom.damping import check_covariances, check_mean_squares
 from wherefrom.disk import check_space, fit_steps, used_bytes
 from wherefrom.fingerprint import Dataset
 from wherefrom.layouts import Layout, check_layout
@@ -39,6 +40,7 @@ class Fitting(Generic[Batch]):
         stages: where they are kept.
         seed: of targets drawn from the model; None takes the dataset's own.
         batch_size: None finds one.
+        overwrite: begin anew, whatever is there.
     """
 
     sweep: Sweep[Batch]
@@ -46,13 +48,16 @@ class Fitting(Generic[Batch]):
     stages: Stages
     seed: int | None
     batch_size: int | None
+    overwrite: bool = False
 
     def factors(self, strategy: str) -> Factors:
         """Those of a strategy; what strategies have in common is computed once."""
         self.sweep.ranks.first(lambda: self._check_disk(strategy))
         needed = STRATEGIES[strategy]
-        if needed.basis and self.stages.overwrite:
-            self.stages.forget("eigenvalues")  # they belong to the basis that is being replaced
+        if self.overwrite:
+            # Eigenvalues, even where they are not asked for, belong to the basis that is being replaced. All of it at
+            # once, so that an interrupted fit goes on when it is called without this.
+            self.stages.forget(*(("covariance", "eigenbasis", "eigenvalues") if needed.basis else ("diagonal",)))
         bases = self._bases() if needed.basis else {}
         eigenvalues: dict[str, Tensor] = {}
         if needed.eigenvalues == "fitted":
@@ -65,7 +70,7 @@ class Fitting(Generic[Batch]):
         """Refuse to begin what there is too little room for; what is there already needs none."""
         sweep, stages = self.sweep, self.stages
         steps = fit_steps(sweep.layers, STRATEGIES[strategy], sweep.dtype, sweep.ranks.count)
-        there = set() if stages.overwrite else {name for name in steps if (stages.folder / name).exists()}
+        there = set() if self.overwrite else {name for name in steps if (stages.folder / name).exists()}
         if "eigenbasis" in there:
             there.add("covariance")  # which is needed for nothing else
         missing = {name: step for name, step in steps.items() if name not in there}
@@ -79,7 +84,9 @@ class Fitting(Generic[Batch]):
         def covariance(sums: Partial) -> dict[str, Tensor]:
             collector = CovarianceCollector(sweep.layers, sweep.dtype, sweep.factors_device)
             self._run("covariance", collector, sums)
-            return collector.means()
+            means = collector.means()
+            check_covariances(means)
+            return means
 
         def basis(_: Partial) -> dict[str, Tensor]:
             means = self.stages.load("covariance", covariance, sweep.factors_device)
@@ -115,7 +122,9 @@ class Fitting(Generic[Batch]):
         def mean_squares(sums: Partial) -> dict[str, Tensor]:
             collector = EigenvalueCollector(sweep.layers, bases, len(self.train), sweep.dtype, sweep.factors_device)
             self._run("eigenvalues", collector, sums)
-            return collector.means()
+            means = collector.means()
+            check_mean_squares(means)
+            return means
 
         stage = "eigenvalues" if bases else "diagonal"
         found = self.stages.load(stage, mean_squares, sweep.factors_device)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from wherefrom.capture import Captured
 from wherefrom.curvature import Preconditioner, Sides, weight_gradients
+from wherefrom.finite import NotFiniteError
 from wherefrom.layers import TrackedLayer
-from wherefrom.memory import Workspace
+from wherefrom.memory import Workspace, out_of_memory
 from wherefrom.precision import product, rotated, widened_dtype
 from wherefrom.sweep import Collector
 
@@ -85,6 +86,7 @@ class GradientBank(Collector):
     ) -> None:
         self._queries = queries
         self._form = form
+        self._preconditioner = preconditioner
         self._sides, self._filters = preconditioner.sides(layers), preconditioner.aligned_filters(layers)
         self._workspace, self._rebuilt = Workspace(), Workspace()
         self.sums = {}
@@ -162,7 +164,15 @@ class GradientBank(Collector):
 
     def _collect_thin(self, layer: str, gradients: Tensor, sides: Sides, rows: slice) -> None:
         """Keep the largest singular directions; two thin matrices are rotated back at little cost."""
-        left, right = _truncated(gradients, self.sums[f"{layer}.left"].shape[2])
+        try:
+            left, right = _truncated(gradients, self.sums[f"{layer}.left"].shape[2])
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise NotFiniteError(
+                f"Layer {layer!r}: a query gradient has no singular value decomposition ({error}). Leave query_rank "
+                "out, or load the model in float64."
+            ) from error
         sides = sides.on(gradients.device)
         squared = gradients.square().sum((1, 2), dtype=torch.float64)
         kept = right.square().sum((1, 2), dtype=torch.float64)  # the left matrix is orthonormal
@@ -204,7 +214,11 @@ class GradientBank(Collector):
         """Dot products of every query with each training gradient of a layer: [queries, batch].
 
         Operands are rounded to the bank's type, products are summed in float32 or wider.
+
+        Raises:
+            LossError: the layer's curvature is zero, and a training gradient is not.
         """
+        self._preconditioner.check_gradients(layer, captured)
         if layer not in self.sums and self._tokens_are_cheaper(layer, captured):
             return self._product_of_tokens(layer, captured)
         dtype = self._form.dtype
@@ -282,7 +296,12 @@ class GradientBank(Collector):
         return torch.cat(found)
 
     def in_basis(self, layer: str, captured: Captured) -> Captured:
-        """A training batch's tensors in the basis that the bank keeps a layer's gradients in, for `token_products`."""
+        """A training batch's tensors in the basis that the bank keeps a layer's gradients in, for `token_products`.
+
+        Raises:
+            LossError: the layer's curvature is zero, and a training gradient is not.
+        """
+        self._preconditioner.check_gradients(layer, captured)
         remaining = self._remaining(layer) if layer in self.sums else Sides()
         left, right = remaining.on(captured.gradients.device)
         return captured._replace(

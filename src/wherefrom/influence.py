@@ -25,6 +25,9 @@ class SelfInfluenceCollector(Collector):
 
     In the eigenbasis P is a diagonal, and a rotation changes no norm: both are sums over the rotated gradient.
 
+    Args:
+        training: whether the examples are those that the curvature is of, which has to be there where gradients are.
+
     Attributes:
         sums: `self_influence` [examples], and `squared_norm` [examples] of the preconditioned gradients.
     """
@@ -36,20 +39,23 @@ class SelfInfluenceCollector(Collector):
         examples: int,
         dtype: torch.dtype,
         device: torch.device,
+        training: bool = True,
     ) -> None:
+        self._checked = preconditioner if training else None
         self._sides, self._filters = preconditioner.sides(layers), preconditioner.aligned_filters(layers)
         self._workspace = Workspace()
         self.sums = {name: torch.zeros(examples, dtype=dtype, device=device) for name in (SELF_INFLUENCE, SQUARED_NORM)}
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+        if self._checked is not None:
+            self._checked.check_gradients(layer, captured)
         gradients = weight_gradients(captured, self._sides.get(layer), self._workspace)
-        squares = gradients.square_()
         if layer in self._filters:
-            selected = captured.selected(self._filters[layer])
-            weighted = squares * selected
-            influence, norm = weighted.sum((1, 2)), weighted.mul_(selected).sum((1, 2))
+            # Not the squares first: those of small gradients vanish, which a large filter would have brought back.
+            filtered = gradients * captured.selected(self._filters[layer])
+            influence, norm = gradients.mul_(filtered).sum((1, 2)), filtered.square_().sum((1, 2))
         else:
-            influence = norm = squares.sum((1, 2))
+            influence = norm = gradients.square_().sum((1, 2))
         self._add(SELF_INFLUENCE, influence, rows)
         self._add(SQUARED_NORM, norm, rows)
 

@@ -19,6 +19,25 @@ from wherefrom.fingerprint import Dataset, read_example
 from wherefrom.task import Batch, Task
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Some examples of a dataset, in a given order."""
+
+    dataset: Dataset[object]
+    positions: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, row: int, /) -> object:
+        return read_example(self.dataset, self.positions[row])
+
+
+def positions(dataset: Dataset[object]) -> Sequence[int]:
+    """Where each example stands in the dataset that a user knows."""
+    return dataset.positions if isinstance(dataset, Rows) else range(len(dataset))
+
+
 class Loaded(NamedTuple, Generic[Batch]):
     """A batch on the device, and which of its tokens are real; nothing when all are."""
 
@@ -97,20 +116,6 @@ class Loader(Generic[Batch]):
         return tensor.pin_memory() if self._device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Some examples of a dataset, in a given order."""
-
-    dataset: Dataset[object]
-    positions: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, row: int, /) -> object:
-        return read_example(self.dataset, self.positions[row])
-
-
 def collated(
     task: Task[Batch], dataset: Dataset[object], rows: Sequence[int], model: nn.Module | None = None
 ) -> tuple[Batch, Sequence[Tensor]]:
@@ -129,9 +134,9 @@ def collated(
     try:
         return _batch(task, examples, model)
     except Exception as error:
-        positions = [_position(dataset, row) for row in rows]
-        where, cause = f"examples {positions[0]} to {positions[-1]}", error
-        for position, example in zip(positions, examples, strict=True):
+        known = [positions(dataset)[row] for row in rows]
+        where, cause = f"examples {known[0]} to {known[-1]}", error
+        for position, example in zip(known, examples, strict=True):
             alone = _failure(task, example, model)
             if alone is not None:
                 where, cause = f"example {position}", alone
@@ -140,11 +145,6 @@ def collated(
             raise InputError(f"{where.capitalize()} of the dataset: {cause}") from cause
         cause.add_note(f"wherefrom was collating {where} with {type(task).__name__}.")
         raise cause from None
-
-
-def _position(dataset: Dataset[object], row: int) -> int:
-    """Where an example stands in the user's own dataset."""
-    return _position(dataset.dataset, dataset.positions[row]) if isinstance(dataset, Rows) else row
 
 
 def _batch(task: Task[Batch], examples: Sequence[object], model: nn.Module | None) -> tuple[Batch, Sequence[Tensor]]:

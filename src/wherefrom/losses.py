@@ -87,10 +87,12 @@ class _CrossEntropy(torch.autograd.Function):
 def _slopes(logits: Tensor, labels: Tensor, weights: Tensor) -> Iterator[Tensor]:
     """The gradient by the logits, chunk by chunk: (softmax - one-hot) times `weights` [positions], in their type."""
     size = rows_at_once(logits)
-    weights = weights.masked_fill(labels == IGNORED, 0).unsqueeze(1)
-    chosen = labels.masked_fill(labels == IGNORED, 0).unsqueeze(1)
-    for rows, weight, index in zip(logits.split(size), weights.split(size), chosen.split(size), strict=True):
-        slope = widened(rows).softmax(1) * weight
+    ignored = (labels == IGNORED).unsqueeze(1)
+    weights = weights.unsqueeze(1).masked_fill(ignored, 0)
+    chosen = labels.unsqueeze(1).masked_fill(ignored, 0)
+    parts = (each.split(size) for each in (logits, weights, chosen, ignored))
+    for rows, weight, index, left_out in zip(*parts, strict=True):
+        slope = (widened(rows).softmax(1) * weight).masked_fill_(left_out, 0)  # also where logits are NaN
         yield slope.scatter_add_(1, index, -weight).to(logits.dtype)
 
 

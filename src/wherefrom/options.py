@@ -41,7 +41,8 @@ class ScoreOptions(TypedDict, total=False):
             fit into memory; `Scores.query_errors` says what that leaves out. None keeps them whole.
         query_batch_size, train_batch_size: None finds them; results depend on them only by rounding.
         name: of the result in the run directory; by default the strategy, and what else was asked for.
-        overwrite: replace what has this name, instead of refusing when it was made from something else.
+        overwrite: replace what has this name, instead of refusing when it was made from something else. Where it is
+            interrupted, the call without it goes on.
     """
 
     damping: float | None

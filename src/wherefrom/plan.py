@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 
 from wherefrom.curvature import Strategy
+from wherefrom.disk import Blocks, Step, fit_steps, peak
 from wherefrom.gradients import PIECE_BYTES, BankForm, thin_product_flop
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Footprint, free_memory
@@ -139,6 +140,27 @@ class Plan:
         rows = max(SHARD_ROWS, least, SHARD_BYTES // (queries * widened_dtype(self.form.dtype).itemsize))
         return [range(start, min(start + rows, train)) for start in range(0, train, rows)]
 
+    def disk(self, ranks: int = 1) -> dict[str, Step]:
+        """What the fit and the scores of all pairs take on disk.
+
+        Args:
+            ranks: processes that work on it.
+        """
+        job = self.job
+        steps = fit_steps(job.layers, job.strategy, widened_dtype(self.form.dtype), ranks)
+        return {**steps, "scores": self.blocks().matrix_step(ranks)}
+
+    def blocks(self, matrices: int = 1) -> Blocks:
+        """How the scores of all pairs are cut.
+
+        Args:
+            matrices: how many of one size there are.
+        """
+        queries, train = self.job.queries, self.job.train
+        shard = len(self.shards(self.block * matrices, train)[0])
+        itemsize, errors = widened_dtype(self.form.dtype).itemsize, self.form.rank is not None
+        return Blocks(queries, train, itemsize, self.block, shard, matrices, errors)
+
     def costs(self) -> list[Cost]:
         """The stages of a fit and a score."""
         job = self.job
@@ -214,7 +236,12 @@ class Plan:
         """The estimated cost of every stage; the times are what its operations take at the speed of a large product."""
         speed = matmul_speed(self.job.device, self.form.dtype)
         table = Table("Stage", title=str(self), title_justify="left", caption_justify="left")
-        table.caption = f"Seconds: at {speed / 1e9:,.0f} GFLOP/s, what a large product reaches here; a lower bound."
+        steps = self.disk().values()
+        table.caption = (
+            f"Seconds: at {speed / 1e9:,.0f} GFLOP/s, what a large product reaches here; a lower bound. Disk: "
+            f"{sum(step.kept for step in steps) / 2**30:,.2f} GiB stay, {peak(steps) / 2**30:,.2f} GiB at the most at "
+            "once, with copies and partial sums."
+        )
         for heading in ("Passes", "GFLOP", "Peak GiB", "Seconds"):
             table.add_column(heading, justify="right")
         for cost in self.costs():

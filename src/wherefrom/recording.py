@@ -14,18 +14,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from wherefrom.errors import DamagedError, InputError
-from wherefrom.store import checked_name, read_json, storing, write_text
+from wherefrom.store import checked_name, read_json, write_tensors, write_text
 
 logger = logging.getLogger("wherefrom")
 
 RECORDING = "wherefrom.json"
 MOMENTS = "adam_second_moments.safetensors"
 _FORMAT = 1
+_ADVICE = "Delete it; checkpoints can still be given by their paths and weights."
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class TrainingRecorder(TrainerCallback):
             logger.warning(f"{folder / name} is not there, so this checkpoint is not recorded.")
             return
         if moments:
-            _save_moments(folder / name / MOMENTS, moments)
+            write_tensors(folder / name / MOMENTS, moments, {})
         entry = {
             "name": name,
             "step": state.global_step,
@@ -155,7 +155,7 @@ def read_recording(folder: str | Path) -> list[RecordedCheckpoint]:
             for entry, (before, after) in zip(entries, pairwise(steps), strict=True)
         ]
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"{folder / RECORDING} lacks what a recording has ({error}). Delete it.") from error
+        raise DamagedError(f"{folder / RECORDING} lacks what a recording has ({error}). {_ADVICE}") from error
 
 
 def _checkpoint(folder: Path, entry: Mapping[str, Any], steps: int) -> RecordedCheckpoint:
@@ -177,21 +177,15 @@ def _folder(args: TrainingArguments) -> Path:
 
 def _read(folder: Path) -> list[dict[str, Any]]:
     file = folder / RECORDING
-    content = read_json(file)
+    content = read_json(file, _ADVICE)
     if content.get("format") != _FORMAT:
-        raise DamagedError(
-            f"{file} has the format {content.get('format')!r}, expected {_FORMAT}: it is another version's. Delete it; "
-            "checkpoints can still be given by their paths and weights."
-        )
+        raise DamagedError(f"{file} has the format {content.get('format')!r}, expected {_FORMAT}. {_ADVICE}")
     try:
         entries = sorted(content["checkpoints"], key=lambda entry: int(entry["step"]))
         for entry in entries:
             checked_name(entry["name"])  # a name, so that it leads nowhere else
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(
-            f"{file} is not a readable recording ({error}). Delete it; checkpoints can still be given by their paths "
-            "and weights."
-        ) from error
+        raise DamagedError(f"{file} is not a readable recording ({error}). {_ADVICE}") from error
     return entries
 
 
@@ -235,11 +229,3 @@ def second_moments(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tens
             f"Adam's second moments of {len(lacking)} of {len(trained)} parameters are not recorded, {lacking[0]} for "
             f"one: {_unwrapped(optimizer)} has no tensor exp_avg_sq of the parameter's shape for them."
         )
-
-
-def _save_moments(file: Path, moments: dict[str, Tensor]) -> None:
-    """Write under a temporary name, then rename."""
-    part = file.with_name(file.name + ".part")
-    with storing(part, moments):
-        save_file(moments, part)
-        part.replace(file)

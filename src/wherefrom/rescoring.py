@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from wherefrom.fingerprint import tensors_digest
-from wherefrom.scoring import Rows, Scoring
+from wherefrom.loading import Rows
+from wherefrom.scoring import Scoring
 from wherefrom.stages import BlockStages
 from wherefrom.task import Batch
 

@@ -70,7 +70,7 @@ class RunSources:
         file = checked_run(run) / SOURCES
         if not file.exists():
             raise InputError(f"{run} is not a run directory: it has no {SOURCES}. Start with: wherefrom fit {run} ...")
-        found = read_json(file)
+        found = read_json(file, _AGAIN)
         if found.pop("format", None) != _FORMAT:
             raise DamagedError(
                 f"{file} is another version's. Delete it and run `wherefrom fit` again, which then finds its factors."

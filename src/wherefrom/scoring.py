@@ -192,13 +192,15 @@ class Scoring(Generic[Batch]):
         errors = resident.relative_errors()
         return collector.sums if errors is None else {**collector.sums, "query_errors": errors}
 
-    def _self_influence(self, examples: Dataset[object]) -> SelfInfluenceCollector:
-        sweep = self.sweep
-        return SelfInfluenceCollector(sweep.layers, self.preconditioner, len(examples), sweep.dtype, sweep.device)
+    def _self_influence(self, examples: Dataset[object], training: bool = True) -> SelfInfluenceCollector:
+        sweep, count = self.sweep, len(examples)
+        return SelfInfluenceCollector(
+            sweep.layers, self.preconditioner, count, sweep.dtype, sweep.device, training=training
+        )
 
     def _query_self_influence(self) -> Tensor:
         """A sweep over queries for their scores with themselves."""
-        collector, size = self._self_influence(self.queries), self.options.query_batch_size
+        collector, size = self._self_influence(self.queries, training=False), self.options.query_batch_size
         objective = _measurement(self.sweep.task)
         self.sweep.run("query self-influence", self.queries, collector, objective, batch_size=size)
         return collector.sums[SELF_INFLUENCE]
@@ -216,15 +218,11 @@ class Scoring(Generic[Batch]):
 
     def _blocks(self) -> Blocks:
         """How scores are cut, for what they take on the disk."""
-        options, block = self.options, self.plan.block
-        queries, train = len(self.queries), len(self.train)
-        if options.aggregate_queries:
-            queries = block = 1
-        shard = train if options.aggregate_queries else len(self.shards(range(block), train)[0])
-        if options.aggregate_train:
-            train = shard = 1
         matrices = 1 + len(set(self.groups.values()))
-        return Blocks(queries, train, self.sweep.dtype.itemsize, block, shard, matrices, options.query_rank is not None)
+        blocks = self.plan.blocks(matrices)
+        if self.options.aggregate_queries:
+            blocks = replace(blocks, queries=1, block=1, shard=blocks.train)
+        return replace(blocks, train=1, shard=1) if self.options.aggregate_train else blocks
 
     def shards(self, rows: range, train: int) -> list[range]:
         """The planned parts of a training set; a batch for every process at least."""

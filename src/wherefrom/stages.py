@@ -17,6 +17,7 @@ from torch import Tensor
 from wherefrom.fingerprint import Fingerprint
 from wherefrom.profile import Profile
 from wherefrom.ranks import Ranks
+from wherefrom.stopping import held_signals
 from wherefrom.store import Artifact, Partial, remove
 
 Compute = Callable[[Partial], dict[str, Tensor]]
@@ -27,28 +28,24 @@ _BLOCK = re.compile(r"(\d+)-(\d+)\.(\d+)-(\d+)")
 
 @dataclass(frozen=True)
 class Stages:
-    """Where results lie and what they depend on.
-
-    Attributes:
-        overwrite: replace what was made from something else, instead of refusing.
-    """
+    """Where results lie and what they depend on."""
 
     folder: Path
     fingerprint: Fingerprint
     profile: Profile
-    overwrite: bool = False
     ranks: Ranks = field(default_factory=Ranks.current)
 
     def keep(self, name: str, compute: Compute) -> Artifact:
         """Have `folder/name`, computed unless it is there; `compute` may keep partial sums beside it."""
         artifact = Artifact(self.folder / name, self.fingerprint)
         sums = Partial(self.folder / f"{name}.partial{self.ranks.suffix}.safetensors", self.fingerprint)
-        if self.overwrite:
-            sums.discard()
-        if not self.ranks.first(lambda: artifact.available(self.overwrite)):
-            tensors = compute(sums)
-            with self.profile.action(f"save {name}"):
-                self.ranks.first(lambda: artifact.save(tensors))
+        if not self.ranks.first(artifact.available):
+            # What a finished sweep has summed up is nowhere but in memory until this has saved it.
+            with held_signals() as held:
+                tensors = compute(sums)
+                with self.profile.action(f"save {name}"):
+                    self.ranks.first(lambda: artifact.save(tensors))
+                held.deliver()
         self.ranks.first(lambda: self._discard_sums(name))
         return artifact
 
@@ -57,9 +54,15 @@ class Stages:
         for path in self.folder.glob(f"{name}.partial*"):
             remove(path)
 
-    def forget(self, name: str) -> None:
-        """Delete one result."""
-        self.ranks.first(lambda: remove(self.folder / name))
+    def forget(self, *names: str) -> None:
+        """Delete results and what sweeps for them have summed up, whatever they were made from."""
+
+        def delete() -> None:
+            for name in names:
+                remove(self.folder / name)
+                self._discard_sums(name)
+
+        self.ranks.first(delete)
 
     def clear(self) -> None:
         """Delete everything."""

@@ -56,13 +56,26 @@ class HeldSignals:
             self.release()
 
 
+_holding: list[HeldSignals] = []
+
+
 @contextmanager
 def held_signals() -> Iterator[HeldSignals]:
-    """Hold signals back; in a thread, where Python handles none, nothing is held."""
+    """Hold signals back; in a thread, where Python handles none, nothing is held.
+
+    Inside another one it is that one, so that what is delivered leaves both.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield HeldSignals()
+        return
+    if _holding:
+        yield _holding[0]
+        return
     held = HeldSignals()
-    if threading.current_thread() is threading.main_thread():
-        held.hold()
+    held.hold()
+    _holding.append(held)
     try:
         yield held
     finally:
+        _holding.clear()
         held.release()

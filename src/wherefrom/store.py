@@ -32,6 +32,7 @@ FORMAT = 2
 _HEADER, _DIGEST = "wherefrom", "sha256"  # metadata of a safetensors file
 _TENSORS, _MANIFEST = "tensors.safetensors", "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_ADVICE = "Pass overwrite=True (--overwrite) to compute it again, or delete it."
 # More than any of our JSON files has; what is longer is not read into memory.
 _JSON_BYTES = 2**24
 
@@ -82,12 +83,14 @@ class Artifact:
             StorageError: the directory cannot be written or the disk is full; nothing is left behind.
         """
         part = self.path.with_name(self.path.name + ".part")
-        with storing(part, tensors):
+        with _storing(part, tensors):
             remove(part)
             part.mkdir(parents=True)
             description = _description(self.path, self.fingerprint)
-            digest = _write_tensors(part / _TENSORS, tensors, description)
-            write_text(part / _MANIFEST, json.dumps({**description, "sha256": digest}, indent=1) + "\n")
+            metadata = _signed(tensors, description)
+            _write_tensors(part / _TENSORS, tensors, metadata)
+            manifest = {**description, "sha256": metadata[_DIGEST]}
+            write_text(part / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
             remove(self.path)
             part.rename(self.path)
             _flush(self.path.parent)
@@ -108,14 +111,13 @@ class Artifact:
             raise _damaged(self.path / _TENSORS, "it belongs to another manifest")
         return tensors
 
-    def available(self, overwrite: bool = False) -> bool:
+    def available(self) -> bool:
         """Whether a result with this fingerprint is there to be loaded.
 
         Raises:
-            MismatchError: a result made from something else has this name, and `overwrite` is false.
+            MismatchError: a result made from something else has this name.
+            DamagedError: what has this name is no result.
         """
-        if overwrite:
-            remove(self.path)
         if not within(self.path.parent, self.path.name).exists():
             return False
         check_same(self.path, read_manifest(self.path)["fingerprint"], self.fingerprint)
@@ -131,14 +133,9 @@ class Partial:
 
     def save(self, sums: Mapping[str, Tensor], position: int, batch_size: int) -> None:
         """Replace the stored sums by `sums`, which cover the examples before `position`."""
-        part = self.path.with_name(self.path.name + ".part")
         description = _description(self.path, self.fingerprint)
         header = {**description, "position": position, "batch_size": batch_size}
-        with storing(part, sums):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            remove(part)
-            _write_tensors(part, sums, header)
-            part.replace(self.path)
+        write_tensors(self.path, sums, _signed(sums, header))
 
     def load(self, sums: Mapping[str, Tensor]) -> tuple[int, int] | None:
         """Copy the stored sums into `sums`; (position, batch size), or None when nothing is stored.
@@ -160,10 +157,6 @@ class Partial:
         for name, tensor in tensors.items():
             sums[name].copy_(tensor)
         return position, batch_size
-
-    def discard(self) -> None:
-        """Forget the stored sums."""
-        self.path.unlink(missing_ok=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -197,35 +190,40 @@ def _check_described(path: Path, entries: Mapping[str, Any]) -> None:
         raise _damaged(path, "it does not say what it was made from")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, advice: str = _ADVICE) -> dict[str, Any]:
     """A JSON object from a file that somebody else may have written.
+
+    Args:
+        advice: what to do with one that is damaged.
 
     Raises:
         DamagedError: it is missing, too large, or anything but a JSON object.
         StorageError: there is no permission to read it.
     """
     try:
-        size = _checked_file(file).stat().st_size
+        size = _checked_file(file, advice).stat().st_size
         if size > _JSON_BYTES:
-            raise _damaged(file, f"it has {size / 2**20:,.0f} MiB, where {_JSON_BYTES / 2**20:,.0f} are the most")
+            raise _damaged(
+                file, f"it has {size / 2**20:,.0f} MiB, where {_JSON_BYTES / 2**20:,.0f} are the most", advice
+            )
         found = _parsed(file.read_bytes())
     except PermissionError as error:
         raise _unreadable(file, error) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(file, f"it is not readable JSON ({type(error).__name__})") from error
+        raise _damaged(file, f"it is not readable JSON ({type(error).__name__})", advice) from error
     if found is None:
-        raise _damaged(file, "it does not hold a JSON object")
+        raise _damaged(file, "it does not hold a JSON object", advice)
     return found
 
 
-def _checked_file(file: Path) -> Path:
+def _checked_file(file: Path, advice: str = _ADVICE) -> Path:
     """A file of bytes: opening a pipe would wait for ever, and a link leads elsewhere.
 
     Raises:
         DamagedError: it is something else.
     """
     if not within(file.parent, file.name).is_file():
-        raise _damaged(file, "it is not a file" if file.exists() else "it is not there")
+        raise _damaged(file, "it is not a file" if file.exists() else "it is not there", advice)
     return file
 
 
@@ -306,7 +304,7 @@ def check_same(path: Path, stored: Fingerprint, current: Fingerprint) -> None:
 
 
 @contextlib.contextmanager
-def storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def _storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Check the space, and turn a failed write into an error that leaves no temporary file.
 
     Args:
@@ -338,18 +336,40 @@ def _free_space(file: Path) -> int:
     return shutil.disk_usage(next(parent for parent in file.absolute().parents if parent.exists())).free
 
 
-def _write_tensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> str:
-    """Write and flush a safetensors file whose metadata hold `header`, and the digest of it all, which is returned."""
-    host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    described = json.dumps(header, sort_keys=True)
-    digest = _digest(host, described)
-    save_file(host, file, metadata={_HEADER: described, _DIGEST: digest})
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file under a temporary name, flush it to disk, then rename.
+
+    Raises:
+        StorageError: it cannot be written; nothing is left behind.
+    """
+    # safetensors itself begins with a file of a random name, which a kill leaves there: in a directory to be deleted.
+    part = file.with_name(file.name + ".part")
+    with _storing(part, tensors):
+        remove(part)
+        part.mkdir(parents=True)
+        _write_tensors(part / _TENSORS, tensors, metadata)
+        (part / _TENSORS).replace(file)
+        part.rmdir()
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    save_file({name: _on_host(tensor) for name, tensor in tensors.items()}, file, dict(metadata))
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
     _flush(file)
-    return digest
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _signed(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> dict[str, str]:
+    """The metadata of a safetensors file: a header, and the digest of it and the tensors."""
+    described = json.dumps(header, sort_keys=True)
+    return {_HEADER: described, _DIGEST: _digest(tensors, described)}
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
-    """The checked content of what `_write_tensors` wrote: tensors, memory-mapped, the digest and the header."""
+    """The checked content of a file with `_signed` metadata: tensors, memory-mapped, the digest and the header."""
     within(file.parent.parent, file.parent.name)
     try:
         _checked_file(file).open("rb").close()  # safe_open says "not found" where a permission is missing
@@ -374,10 +394,8 @@ def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def _damaged(file: Path, reason: str) -> DamagedError:
-    return DamagedError(
-        f"{file} cannot be used: {reason}. Pass overwrite=True (--overwrite) to compute it again, or delete it."
-    )
+def _damaged(file: Path, reason: str, advice: str = _ADVICE) -> DamagedError:
+    return DamagedError(f"{file} cannot be used: {reason}. {advice}")
 
 
 def remove(path: Path) -> None:
@@ -386,9 +404,13 @@ def remove(path: Path) -> None:
     Raises:
         StorageError: it cannot be deleted.
     """
+    aside = path.with_name(f"{path.name}.removed.part")
     try:
+        if aside.exists():  # left by a kill
+            shutil.rmtree(aside)
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            path.rename(aside)  # or a kill would leave half of a result under its name
+            shutil.rmtree(aside)
         else:
             path.unlink(missing_ok=True)
     except OSError as error:

@@ -20,32 +20,28 @@ from wherefrom.errors import InputError, MismatchError
 from wherefrom.fingerprint import (
     LIBRARY,
     Dataset,
-    Fingerprint,
     checked_length,
     dataset_digest,
     model_digest,
     names_summary,
 )
 from wherefrom.fitting import Fitting
-from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
+from wherefrom.kept_scores import KeptScores
 from wherefrom.layers import coverage, select_layers
-from wherefrom.layouts import Layout, check_layout
 from wherefrom.locks import run_lock
 from wherefrom.memory import checked_batch_size, within_memory
-from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups, of_values
+from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups
 from wherefrom.plan import Plan
 from wherefrom.precision import HalfPrecision
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, Tokenizer
-from wherefrom.rescoring import rescore
 from wherefrom.scores import Scores, TopScores
 from wherefrom.scoring import Scoring, make_plan
-from wherefrom.stages import BlockStages, Stages
-from wherefrom.store import Partial, checked_name, read_manifest, within, write_text
+from wherefrom.stages import Stages
+from wherefrom.store import checked_name, within, write_text
 from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task, checked_settings
-from wherefrom.token_scoring import TokenScoring
-from wherefrom.tokens import INDEX, TokenParts, TokenScores, extreme_pairs
+from wherefrom.tokens import TokenScores
 
 logger = logging.getLogger("wherefrom")
 
@@ -160,7 +156,8 @@ class Study(Generic[Batch]):
             seed: of the drawn targets.
             name: of the factors in the run directory; "sampled" or "empirical" by default, with "-half" in half
                 precision. Strategies share what they have in common under one name.
-            overwrite: replace what has this name, instead of refusing when it was made from something else.
+            overwrite: replace what has this name, instead of refusing when it was made from something else. Where it is
+                interrupted, the call without it goes on.
 
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
@@ -172,9 +169,9 @@ class Study(Generic[Batch]):
         fingerprint = self._fingerprint()
         fingerprint["targets"] = "dataset" if empirical else f"sampled, seed {seed}"
         fingerprint["precision"] = str(sweep.precision)
-        stages = Stages(folder, fingerprint, self.profile, overwrite)
+        stages = Stages(folder, fingerprint, self.profile)
         size = checked_batch_size(batch_size)
-        return Fitting(sweep, self.train, stages, None if empirical else seed, size).factors(strategy)
+        return Fitting(sweep, self.train, stages, None if empirical else seed, size, overwrite).factors(strategy)
 
     def plan(self, queries: Dataset[object], strategy: str = "ekfac", **options: Unpack[ScoreOptions]) -> Plan:
         """What `score` would do with these arguments, and what that and the fit would cost, without doing it.
@@ -210,9 +207,7 @@ class Study(Generic[Batch]):
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
         chosen = Options.of(PairwiseOptions.__optional_keys__, None, **options)
-        scoring = self._scoring(queries, factors, chosen)
-        fingerprint = self._score_fingerprint(queries, factors, chosen)
-        return self._keep_scores(scoring, chosen.result_name(factors), fingerprint)
+        return self._kept(queries, factors, chosen).scores()
 
     @_alone
     def score_top(
@@ -230,12 +225,7 @@ class Study(Generic[Batch]):
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
         chosen = Options.of(ScoreOptions.__optional_keys__, k, **options)
-        scoring = self._scoring(queries, factors, chosen)
-        name, fingerprint = chosen.result_name(factors), self._score_fingerprint(queries, factors, chosen)
-        self._keep(scoring, name, fingerprint, lambda blocks: scoring.highest(BlockStages(blocks, len(self.train)), k))
-        found = TopScores.load(self.path / "scores" / name)
-        check_layout(self.path / "scores" / name, {"values": found.values}, {"values": (None, (len(queries), "kept"))})
-        return found
+        return self._kept(queries, factors, chosen).highest(k)
 
     @_alone
     def self_influence(
@@ -266,14 +256,7 @@ class Study(Generic[Batch]):
         options = Options(
             damping=damping, half_precision=half_precision, train_batch_size=batch_size, name=name, overwrite=overwrite
         )
-        scoring = self._scoring(self.train, factors, options)
-        fingerprint = self._score_fingerprint(None, factors, options)
-        stages = Stages(within(self.path, "self_influence"), fingerprint, self.profile, overwrite)
-        kept = stages.keep(options.result_name(factors), scoring.train_self_influence)
-        found = kept.load()
-        layout: Layout = {SELF_INFLUENCE: (None, (len(self.train),)), SQUARED_NORM: (None, (len(self.train),))}
-        check_layout(kept.path, found, layout)
-        return found[SELF_INFLUENCE]
+        return self._kept(None, factors, options).self_influence()
 
     @_alone
     def score_tokens(
@@ -298,31 +281,7 @@ class Study(Generic[Batch]):
         if top is not None and top < 1:
             raise InputError(f"top={top}: expected at least 1, or None for every pair.")
         chosen = Options.of(RescoredOptions.__optional_keys__, None, **options)
-        scoring = self._scoring(queries, factors, replace(chosen, overwrite=False))
-        wanted = "all pairs" if top is None else f"the {top} highest and lowest of each query"
-        sequences = self._score_fingerprint(queries, factors, scoring.options)
-        fingerprint = {**sequences, "pairs": wanted}
-        base = scoring.options.result_name(factors)
-        folder = within(self.path, "scores", f"{base}.{'all' if top is None else f'top{top}'}.tokens")
-        stages = Stages(folder, fingerprint, self.profile)
-        if chosen.overwrite:
-            stages.clear()
-
-        def compute(_: Partial) -> dict[str, Tensor]:
-            tokens, pairs = TokenScoring(scoring), None
-            tokens.check_disk(folder, top)
-            if top is not None:
-                stored = self.path / "scores" / base
-                # Scores with more kept beside the same values are as good.
-                same = scoring.ranks.first(
-                    lambda: stored.exists() and of_values(read_manifest(stored)["fingerprint"]) == sequences
-                )
-                scores = Scores.load(stored) if same else self._keep_scores(scoring, base, sequences)
-                pairs = extreme_pairs(scores.values, top)
-            return tokens.all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
-
-        stages.keep(INDEX, compute)
-        return TokenScores.load(folder)
+        return self._kept(queries, factors, replace(chosen, overwrite=False)).of_tokens(top, chosen.overwrite)
 
     @_alone
     def report(
@@ -379,55 +338,16 @@ class Study(Generic[Batch]):
         self._sweep.ranks.first(lambda: write_text(path, page))
         return path
 
-    def _keep_scores(self, scoring: Scoring[Batch], name: str, fingerprint: Fingerprint) -> Scores:
-        """Scores of all pairs, or aggregated ones, computed block by block unless they are there."""
-        options = scoring.options
-
-        def compute(blocks: Stages) -> dict[str, Tensor]:
-            stages = BlockStages(blocks, len(self.train))
-            if options.aggregate_queries or options.aggregate_train:
-                return scoring.aggregated(stages)
-            found = scoring.pairwise(stages, blocks.folder)
-            if options.rescore:
-                again = BlockStages(replace(blocks, folder=blocks.folder / "rescored"), len(self.train))
-                found["changes"] = rescore(scoring, found.get("values"), again)
-            return found
-
-        self._keep(scoring, name, fingerprint, compute)
-        folder = self.path / "scores" / name
-        scores = Scores.load(folder)
-        shape = (
-            1 if options.aggregate_queries else len(scoring.queries),
-            1 if options.aggregate_train else len(self.train),
-        )
-        check_layout(folder, {"values": scores.values}, {"values": (None, shape)})
-        return scores
-
-    def _keep(
-        self,
-        scoring: Scoring[Batch],
-        name: str,
-        fingerprint: Fingerprint,
-        compute: Callable[[Stages], dict[str, Tensor]],
-    ) -> None:
-        """Have scores in the run directory, computed unless they are there.
-
-        Args:
-            compute: makes their tensors, and may keep blocks in the stages that it is given.
-        """
-        folder = within(self.path, "scores")
-        blocks = Stages(within(folder, f"{name}.blocks"), fingerprint, self.profile)
-        if scoring.options.overwrite:
-            blocks.clear()
-        stages = Stages(folder, fingerprint, self.profile, scoring.options.overwrite)
-        stages.keep(name, lambda _: compute(blocks))
-        blocks.clear()
-
-    def _scoring(self, queries: Dataset[object], factors: Factors, options: Options) -> Scoring[Batch]:
-        checked_length("queries", queries)
+    def _kept(self, queries: Dataset[object] | None, factors: Factors, options: Options) -> KeptScores[Batch]:
+        """What is asked for, loaded or not; without queries, of the training examples with themselves."""
+        if queries is not None:
+            checked_length("queries", queries)
         sweep, strategy = self._precise_sweep(options.half_precision), checked_strategy(factors.strategy)
         groups = layer_groups(options.per_layer, list(self.layers))
-        return Scoring(sweep, strategy, factors.preconditioner(options.damping), queries, self.train, options, groups)
+        asked = self.train if queries is None else queries
+        scoring = Scoring(sweep, strategy, factors.preconditioner(options.damping), asked, self.train, options, groups)
+        fingerprint = self._score_fingerprint(queries, factors, options)
+        return KeptScores(self.path, scoring, options.result_name(factors), fingerprint, self.profile)
 
     def _score_fingerprint(self, queries: Dataset[object] | None, factors: Factors, options: Options) -> dict[str, str]:
         """What scores depend on; refuses factors of another model."""

@@ -21,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wherefrom.capture import Capture, Captured, Receiver
 from wherefrom.compiling import compiled_activations
-from wherefrom.errors import LossError, MemoryLimitError, WherefromError
+from wherefrom.errors import MemoryLimitError, WherefromError
 from wherefrom.fingerprint import Dataset
+from wherefrom.finite import NotFiniteError, Search, check_sums, named_examples
 from wherefrom.layers import TrackedLayer
-from wherefrom.loading import Loader, collated
+from wherefrom.loading import Loader, collated, positions
 from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, shortage, usable_memory
 from wherefrom.placement import execution_device
 from wherefrom.precision import Precision
@@ -142,22 +143,39 @@ class Sweep(Generic[Batch]):
             partial: where sums are kept for resuming; None for a sweep that is quick to repeat.
 
         Raises:
-            LossError: a loss is not finite; the batch is named.
+            LossError: a loss, an activation, a gradient or a sum of their products is not finite; the batch and
+                the layer are named.
             MemoryLimitError: the smallest batch does not fit.
             RankError: another process has stopped.
         """
         rows = self.ranks.share(len(dataset))
-        state = _State(name, collector, partial, rows, time.perf_counter() + self.checkpoint_seconds)
+        next_save = time.perf_counter() + self.checkpoint_seconds
+        state = _State(name, collector, partial, rows, positions(dataset), next_save)
         # Where every pass takes all processes, one that fails must end, and the others with it, rather than wait here.
         with nullcontext() if self.lockstep else self.ranks.agreeing():
             stored = state.restore()
             if batch_size is None and (stored is None or self.lockstep):
                 batch_size = self._suggested_batch_size(dataset, objective)
             # A resumed sweep keeps the size that it had, so that its sums are the same to the last bit.
-            self._pass(state, dataset, objective, stored or batch_size or 1, smallest_batch)
+            self._searched_pass(state, dataset, objective, stored or batch_size or 1, smallest_batch)
         with self.profile.action(f"{name}: sum over processes"):
             collector.align(self.ranks.most)
             self.ranks.add_up(collector.sums.values())
+        if self.ranks.count > 1:
+            check_sums(name, collector.sums)
+
+    def _searched_pass(
+        self, state: _State, dataset: Dataset[object], objective: Objective[Batch], size: int, smallest_batch: int
+    ) -> None:
+        """A pass; when something in it is not finite, once more since the last save, to say in which layer."""
+        try:
+            return self._pass(state, dataset, objective, size, smallest_batch)
+        except NotFiniteError as error:
+            found = error
+        if not self.lockstep:  # or the others would not take part
+            state.search = Search(state.name, self.layers, state.collector.sums)
+            self._pass(state, dataset, objective, state.restore() or size, smallest_batch)
+        raise found
 
     def _pass(
         self, state: _State, dataset: Dataset[object], objective: Objective[Batch], size: int, smallest_batch: int
@@ -185,7 +203,7 @@ class Sweep(Generic[Batch]):
                 show(state.position - state.share.start)
         for _ in range(idle):
             self.probe(dataset, 0, objective, lambda layer, captured: None)
-        state.check_losses()
+        state.check()
         self.profile.processed(state.name, state.examples, state.tokens, time.perf_counter() - start)
 
     def footprint(self, dataset: Dataset[object], objective: Objective[Batch]) -> Footprint:
@@ -259,7 +277,7 @@ class Sweep(Generic[Batch]):
             nonlocal tokens
             tokens = max(tokens, captured.tokens)
             with action(f"{state.name}: collect"), self.precision.paused():
-                state.collector.collect(layer, captured, slice(rows.start, rows.stop))
+                state.collect(layer, captured, rows)
 
         with (
             Capture(self.model, self.layers, receive, self.precision.operand) as capture,
@@ -273,7 +291,7 @@ class Sweep(Generic[Batch]):
         """Save partial sums when it is time to, or when a signal asks this process to stop."""
         stopping = held.received
         if state.partial is not None and (stopping or time.perf_counter() >= state.next_save):
-            state.check_losses()
+            state.check()
             start = time.perf_counter()
             with self.profile.action(f"{state.name}: save partial sums"):
                 state.partial.save(state.collector.sums, state.position, size)
@@ -283,7 +301,9 @@ class Sweep(Generic[Batch]):
         if stopping:
             done = f"{state.position - state.share.start:,} of {len(state.share):,} examples"
             saved = "their sums are saved" if state.partial else "this sweep, a quick one, will be repeated"
-            logger.warning(f"{state.name}: {stopping.name} after {done}; {saved}. The same call goes on from there.")
+            logger.warning(
+                f"{state.name}: {stopping.name} after {done}; {saved}. The same call, without overwrite, goes on."
+            )
             held.deliver()
 
 
@@ -293,7 +313,9 @@ class _State:
 
     Attributes:
         share: the dataset positions that are to be passed over here.
+        positions: where each example stands in the dataset that the user knows.
         position: the first that is not done.
+        search: looks for what is not finite, when something is not.
         tried: sizes of batches that did not fit into memory; shortage: what was said of the last.
     """
 
@@ -301,11 +323,13 @@ class _State:
     collector: Collector
     partial: Partial | None
     share: range
+    positions: Sequence[int]
     next_save: float
     position: int = 0
     examples: int = 0
     tokens: int = 0
     losses: list[tuple[range, Tensor]] = field(default_factory=list)
+    search: Search | None = None
     tried: list[int] = field(default_factory=list)
     shortage: str = ""
 
@@ -314,29 +338,44 @@ class _State:
         for total in self.collector.sums.values():
             total.zero_()
         self.losses.clear()
+        if self.search is not None:
+            self.search.forget()
         stored = self.partial.load(self.collector.sums) if self.partial else None
         self.position, size = stored or (self.share.start, None)
         return size
 
+    def collect(self, layer: str, captured: Captured, rows: range) -> None:
+        """Hand one layer's share of a batch to the collector."""
+        if self.search is None or self.search.wanted(layer, captured):
+            self.collector.collect(layer, captured, slice(rows.start, rows.stop))
+            if self.search is not None:
+                self.search.collected(layer, captured)
+
     def advance(self, rows: range, tokens: int, loss: Tensor) -> None:
         """Count a finished batch."""
+        if self.search is not None:
+            self.search.finish(self.positions[rows.start : rows.stop], loss)
         self.position = rows.stop
         self.examples += len(rows)
         self.tokens += tokens
         self.losses.append((rows, loss))
         if len(self.losses) == _LOSSES_PER_CHECK:
-            self.check_losses()
+            self._check_losses()
 
-    def check_losses(self) -> None:
-        """Raise for the first batch whose loss was not finite; called before anything is kept."""
+    def check(self) -> None:
+        """Raise NotFiniteError if a loss or a sum is not finite; called before anything is kept."""
+        self._check_losses()
+        check_sums(self.name, self.collector.sums)
+
+    def _check_losses(self) -> None:
         batches, losses = [rows for rows, _ in self.losses], [loss for _, loss in self.losses]
         self.losses.clear()
         if not losses or bool(torch.stack(losses).isfinite().all()):
             return
         rows, loss = next(pair for pair in zip(batches, losses, strict=True) if not pair[1].isfinite())
-        raise LossError(
-            f"{self.name}: the loss of examples {rows.start} to {rows.stop - 1} is {loss.item()}. Look at these "
-            "examples and at the model's output for them; nothing of this batch was kept."
+        raise NotFiniteError(
+            f"{self.name}: the loss of {named_examples(self.positions[rows.start : rows.stop])} is {loss.item()}. Look "
+            "at these examples and at the model's output for them; nothing of this batch was kept."
         )
 
 

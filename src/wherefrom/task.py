@@ -18,7 +18,6 @@ from torch.utils.data import default_collate
 
 from wherefrom.errors import InputError
 from wherefrom.fingerprint import tensors_digest
-from wherefrom.losses import IGNORED
 from wherefrom.precision import widened
 from wherefrom.sampling import Sampler
 
@@ -164,7 +163,13 @@ class Classification(Task[Sequence[Tensor]]):
             labels = _classes(labels, logits)
         if sampler is not None:
             labels = sampler.categorical(logits.detach())
-        return functional.cross_entropy(logits, labels, reduction="sum")
+        try:
+            return functional.cross_entropy(logits, labels, reduction="sum")
+        except IndexError as error:  # on a CPU; elsewhere, looking at the numbers would hold up every batch
+            raise InputError(
+                f"Classification: {error} The model has the classes 0 to {logits.shape[1] - 1}. Look whether the "
+                "labels are those that it was trained with."
+            ) from error
 
 
 class Regression(Task[Sequence[Tensor]]):
@@ -220,12 +225,4 @@ def _classes(labels: Tensor, logits: Tensor) -> Tensor:
         )
     if labels.is_floating_point() or labels.is_complex():
         raise InputError(f"Classification: the labels are {labels.dtype}: expected whole numbers. Call .long().")
-    # Elsewhere than on the CPU, looking at the numbers would hold up every batch.
-    if labels.device.type == "cpu":
-        wrong = labels[((labels < 0) | (labels >= logits.shape[1])) & (labels != IGNORED)]
-        if len(wrong):
-            raise InputError(
-                f"Classification: a label is {int(wrong[0])}, and the model has the classes 0 to "
-                f"{logits.shape[1] - 1}. Look whether the labels are those that it was trained with."
-            )
     return labels.long()

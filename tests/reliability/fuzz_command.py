@@ -148,7 +148,7 @@ def _streams() -> Iterator[object]:
     def said() -> str:
         for stream in (output, error):
             stream.flush()
-        return b"".join(stream.buffer.getvalue() for stream in (output, error)).decode()  # type: ignore[attr-defined]
+        return b"".join(stream.buffer.getvalue() for stream in (output, error)).decode()
 
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
         yield said
@@ -315,11 +315,17 @@ FLAG = st.none()
 """A flag without a value."""
 
 # What most subcommands share.
-COMMON = {"--device": DEVICES, "--memory-budget": AMOUNTS, "--overwrite": FLAG, "--half-precision": FLAG}
+COMMON: dict[str, SearchStrategy[str] | SearchStrategy[None]] = {
+    "--device": DEVICES,
+    "--memory-budget": AMOUNTS,
+    "--overwrite": FLAG,
+    "--half-precision": FLAG,
+}
 COLUMNS = {"--split": SPLITS, "--column": st.sampled_from(["text", "body", "", "\udcff"]) | WEIRD}
 
 # For each subcommand: what it needs, each with good values; and its options, with values of all kinds.
-OPTIONS: dict[str, tuple[dict[str, SearchStrategy[str]], dict[str, SearchStrategy[str] | SearchStrategy[None]]]] = {
+Values = Mapping[str, SearchStrategy[str] | SearchStrategy[None]]
+OPTIONS: dict[str, tuple[Mapping[str, SearchStrategy[str]], Values]] = {
     "fit": (
         {"--model": st.just("../model"), "--train": GOOD_TEXTS},
         {

@@ -105,7 +105,7 @@ def measure(folder: Path, count: int, number: int) -> list[Outcome]:
     ]
 
 
-ODD = [None, True, -1, 0, 1, 2**70, 1e308, float("nan"), "", "a", "../..", "/", "\0", "\ud800", [], {}, [[]],
+ODD: list[object] = [None, True, -1, 0, 1, 2**70, 1e308, float("nan"), "", "a", "../..", "/", "\0", "\ud800", [], {}, [[]],
        {"a": None}, [0, 0], "a" * 1000, ["a"] * 50]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Jobs to be killed, on a model small enough to do each in a moment; `jobs.py` starts each as a process of its own.
 
-A job is cut into blocks, shards and parts by limits that are set here: a large run has
-them because it is large. This module must not know when a job is killed, nor what is checked afterwards.
+A job is cut into blocks, shards and parts by limits that are set here: a large run has them because it is large. This
+module must not know when a job is killed, nor what is checked afterwards.
 """
 
 from __future__ import annotations
@@ -35,21 +35,35 @@ from wherefrom.sweep import Sweep
 SHARD_ROWS, TRAIN_BATCH, TOKENS_PER_PART = 4, 2, 5
 QUERIES = 3
 
+
+@dataclass(frozen=True)
+class End:
+    """When a process is ended; without any of these, when it has finished.
+
+    Attributes:
+        seconds: by another process, with SIGKILL, after so long.
+        moment: by itself, with `signal`, at so many of its `Moments`.
+        batch: by itself, with `signal`, in the midst of so many batches.
+    """
+
+    seconds: float | None = None
+    moment: int | None = None
+    batch: int | None = None
+    signal: signal.Signals = signal.SIGKILL
+
+
 _FILE_EVENTS = frozenset({"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"})
 
 
 class Moments:
-    """Counts what a process does to files, and kills it at one of these moments: before any change of a name; for each
-    file that is flushed, as it is and with only a part of its bytes there; and for tensors that safetensors has written
-    and not yet given their name.
-
-    Args:
-        last: the number of the moment to be killed at.
+    """Counts what a process does to files, and ends it at one of these moments: before any change of a name; for each
+    file that is flushed, as it is and, if it is killed, with only a part of its bytes there; and for tensors that
+    safetensors has written and not yet given their name.
     """
 
-    def __init__(self, last: int | None) -> None:
+    def __init__(self, end: End) -> None:
         self.count = 0
-        self._last = last
+        self._end = end
 
     def watch(self) -> None:
         """Count from now on; cannot be undone."""
@@ -71,9 +85,10 @@ class Moments:
 
     def _pass(self, before: Callable[[], None] = lambda: None) -> None:
         self.count += 1
-        if self.count == self._last:
-            before()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.count == self._end.moment:
+            if self._end.signal == signal.SIGKILL:
+                before()
+            os.kill(os.getpid(), self._end.signal)
 
 
 def _tear(descriptor: int, number: int) -> None:
@@ -81,22 +96,6 @@ def _tear(descriptor: int, number: int) -> None:
     file = Path(f"/proc/self/fd/{descriptor}").resolve()
     if file.is_file():
         os.truncate(file, file.stat().st_size * (number % 4) // 4)
-
-
-@dataclass(frozen=True)
-class End:
-    """When a process is ended; without any of these, when it has finished.
-
-    Attributes:
-        seconds: by another process, with SIGKILL, after so long.
-        moment: by itself, with SIGKILL, at so many of its `Moments`.
-        batch: by itself, with `signal`, in the midst of so many batches.
-    """
-
-    seconds: float | None = None
-    moment: int | None = None
-    batch: int | None = None
-    signal: signal.Signals = signal.SIGKILL
 
 
 def work(job: str, run: Path, log: Path, end: End, checkpoint_seconds: float) -> None:
@@ -111,7 +110,7 @@ def work(job: str, run: Path, log: Path, end: End, checkpoint_seconds: float) ->
     errors = log.with_suffix(".errors").open("a")
     os.dup2(errors.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)
-    moments = Moments(end.moment)
+    moments = Moments(end)
     moments.watch()
     with command_line():
         if job in BANKS:
@@ -142,7 +141,7 @@ def log_batches(log: Path, end: End) -> None:
 
 def _study_job(job: str, run: Path, checkpoint_seconds: float) -> None:
     wherefrom.plan.SHARD_ROWS, wherefrom.plan.SHARD_BYTES = SHARD_ROWS, 1
-    wherefrom.tokens._PART_BYTES = TOKENS_PER_PART * torch.float32.itemsize
+    wherefrom.tokens.PART_BYTES = TOKENS_PER_PART * torch.float32.itemsize
     case = mlp_case(torch.float32)
     study = wf.Study(
         run,

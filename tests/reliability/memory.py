@@ -6,8 +6,12 @@ nothing helps, the run must end with a MemoryLimitError that has the numbers, an
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +27,31 @@ from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.reliability.outcomes import Outcome
 from wherefrom.errors import MemoryLimitError
 
+_ROOT = Path(__file__).parents[2]
+# Threads take address space, which is what is limited.
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 _NUMBERS = re.compile(r"[\d.]+ GiB free on ")
 _ROUNDING = 1e-9
 
 
 def measure(folder: Path, count: int, seed: int) -> list[Outcome]:
-    """Let memory run out `count` times at a random operation, and `count` times above a random size.
+    """Let memory run out `count` times at a random operation, `count` times above a random size, and a quarter as often
+    on the host itself, by a limit on the process.
 
     Raises:
         AssertionError: a run did not end as it should; the message has its seed and case.
     """
     work = _Work(folder, random.Random(seed))
-    return [work.outcome("once", count), work.outcome("above", count)]
+    on_host = run_child("limited", folder / "host", max(1, count // 4), seed)
+    return [work.outcome("once", count), work.outcome("above", count), Outcome(**json.loads(on_host))]
+
+
+def run_child(*arguments: object) -> str:
+    """The last line that a process of `memory_child` prints; a process that dies fails here."""
+    command = [sys.executable, "-m", "tests.reliability.memory_child", *map(str, arguments)]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False, env=_ENVIRONMENT)
+    assert done.returncode == 0, f"{arguments}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout.splitlines()[-1]
 
 
 class Scarce(TorchDispatchMode):
@@ -46,7 +63,7 @@ class Scarce(TorchDispatchMode):
     """
 
     def __init__(self, once: int | None = None, above: float = float("inf")) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._once, self._above = once, above
         self.count = self.failed = self.largest = 0
 

@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import wherefrom as wf
@@ -64,11 +64,11 @@ def can_mount() -> bool:
     tried = "mount -t tmpfs -o size=1m tmpfs /mnt"
     return (
         None not in (shutil.which("unshare"), shutil.which("setpriv"))
-        and subprocess.run([*_UNSHARED, *_PLAIN, "sh", "-c", tried], capture_output=True, check=False).returncode == 0
+        and subprocess.run([*UNSHARED, *_PLAIN, "sh", "-c", tried], capture_output=True, check=False).returncode == 0
     )
 
 
-_UNSHARED = ("unshare", "--map-root-user", "--mount")
+UNSHARED = ("unshare", "--map-root-user", "--mount")
 # Permissions of files bind this root user.
 _PLAIN = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 
@@ -78,7 +78,7 @@ def _in_process(folder: Path, kind: str, count: int, seed: int) -> Outcome:
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "tests.reliability.space", str(folder), kind, str(count), str(seed)]
     if can_mount():
-        command = [*_UNSHARED, *_PLAIN, *command]
+        command = [*UNSHARED, *_PLAIN, *command]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{kind}, seed {seed}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return Outcome(**json.loads(done.stdout.splitlines()[-1]))
@@ -178,7 +178,7 @@ def _bank(run: Path) -> None:
             run / "retrainings", _losses, masks, seeds, fingerprint={"recipe": "1"}, workers=1, progress=False
         )
     # The order of rows in the table is that in which they were finished; this one is not.
-    save_file({"losses": bank.losses}, run / "losses.safetensors")
+    Artifact(run / "losses", {}).save({"losses": bank.losses})
 
 
 def _recorder(run: Path) -> None:

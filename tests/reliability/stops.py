@@ -21,7 +21,9 @@ _NEVER = 3600.0
 
 
 def measure(folder: Path, count: int, seed: int) -> list[Outcome]:
-    """Send jobs a signal while a batch is computed, until `count` have stopped because of it, and let each finish.
+    """Send jobs a signal until `count` have stopped because of it, and let each finish.
+
+    Half of the signals come while a batch is computed, the others at a drawn change of a file.
 
     Returns:
         One for each signal.
@@ -47,7 +49,10 @@ def measure(folder: Path, count: int, seed: int) -> list[Outcome]:
 
 
 def _drawn(draw: random.Random, undisturbed: Undisturbed) -> End:
-    return End(batch=draw.randint(1, undisturbed.begun.total()), signal=draw.choice(SIGNALS))
+    number = draw.choice(SIGNALS)
+    if draw.random() < 0.5:
+        return End(batch=draw.randint(1, undisturbed.begun.total()), signal=number)
+    return End(moment=draw.randint(1, undisturbed.moments), signal=number)
 
 
 def _stopped(ended: Ended, end: End, code: int) -> bool:
@@ -55,15 +60,17 @@ def _stopped(ended: Ended, end: End, code: int) -> bool:
     assert code in (0, 128 + end.signal), f"{ended.case}: {ended.said}"
     assert "Traceback" not in ended.said, f"{ended.case}: {ended.said}"
     if code:
-        assert "The same command goes on from what is saved." in ended.said, f"{ended.case}: {ended.said}"
+        assert "The same command (without --overwrite) goes on from what is saved." in ended.said, (
+            f"{ended.case}: {ended.said}"
+        )
     return code != 0
 
 
 def _outcome(number: signal.Signals, times: int) -> Outcome:
     return Outcome(
-        f"{number.name} in the midst of a random batch of a fit or score that saves nothing by itself",
+        f"{number.name} in a random batch, or at a random change of a file, of a fit or score that saves nothing else",
         times,
-        f"It stopped after that batch with exit status {128 + number} and a line that says how to go on. Started "
+        f"It saved what was done and ended with exit status {128 + number} and a line that says how to go on. Started "
         "again, no batch of training examples was begun twice, and the files were those of an undisturbed run, bit "
         "for bit.",
     )

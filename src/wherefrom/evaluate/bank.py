@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wherefrom.fingerprint import LIBRARY, Fingerprint
 from wherefrom.layouts import Layout, check_layout
+from wherefrom.stopping import held_signals
 from wherefrom.store import Artifact, check_same, read_manifest, remove
 
 # The entries that a bank adds to the caller's fingerprint.
@@ -94,7 +95,8 @@ class Bank:
             StorageError: it cannot be written.
         """
         key = retraining_key(row.mask, row.seed)
-        Artifact(self._runs / key, self._fingerprint).save(_to_tensors([row]))
+        with held_signals():
+            Artifact(self._runs / key, self._fingerprint).save(_to_tensors([row]))
         self.rows[key] = row
 
     def merge(self) -> None:

@@ -14,6 +14,7 @@ from wherefrom.report.passages import Figure
 from wherefrom.store import checked_name, read_json, within, write_bytes, write_text
 
 _FOLDER = "evaluation"
+_ADVICE = "Run the evaluation again, or delete its plot and its numbers."
 
 
 def save_evaluation(run: str | Path, name: str, figure: Figure, results: Mapping[str, object]) -> Path:
@@ -44,11 +45,10 @@ def load_figures(run: str | Path) -> list[Figure]:
 
 def _figure(file: Path) -> Figure:
     try:
-        found = read_json(file)
+        found = read_json(file, _ADVICE)
         plot = within(file.parent, f"{file.stem}.png")
         return Figure(str(found["title"]), str(found["caption"]), plot.read_bytes())
     except (OSError, KeyError) as error:
         raise DamagedError(
-            f"{file} and its plot cannot be read ({type(error).__name__}: {error}). Run the evaluation again, or "
-            "delete both files."
+            f"{file} and its plot cannot be read ({type(error).__name__}: {error}). {_ADVICE}"
         ) from error

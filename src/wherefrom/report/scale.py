@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wherefrom.calculator import REACHABLE, Estimate, Stage
+from wherefrom.disk import peak
 from wherefrom.memory import FREE_SHARE
 from wherefrom.report.html import package_templates, security_policy
 
@@ -124,7 +125,8 @@ def _memory(estimate: Estimate) -> Section:
 
 def _storage(estimate: Estimate) -> Section:
     rows = [["each rank's host, at the most", _gib(estimate.host_bytes)]]
-    rows += [[f"disk: {name}", _gib(size)] for name, size in estimate.disk().items()]
+    rows += [[f"disk: {step.name}", _gib(step.kept)] for step in estimate.disk.values()]
+    rows.append(["disk: at the most at once, with copies and partial sums", _gib(peak(estimate.disk.values()))])
     return Section("Host memory and disk, GiB", ("What", "GiB"), rows)
 
 
@@ -132,7 +134,7 @@ def _alternatives(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> S
     rows = [
         [
             name, "yes" if other.lacking is None else "no", _gib(other.peak.bytes), _gib(other.host_bytes),
-            f"{other.plan.sweeps:,}", duration(other.seconds), _gib(sum(other.disk().values())),
+            f"{other.plan.sweeps:,}", duration(other.seconds), _gib(peak(other.disk.values())),
         ]
         for name, other in {"as asked": estimate, **alternatives}.items()
     ]  # fmt: skip

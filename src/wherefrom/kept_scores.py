@@ -1,0 +1,127 @@
+"""Scores of a run directory: each loaded, or computed block by block and kept.
+
+This module brings scoring and stages together; it does not know what fingerprints are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Generic
+
+from torch import Tensor
+
+from wherefrom.fingerprint import Fingerprint
+from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
+from wherefrom.layouts import Layout, check_layout
+from wherefrom.options import of_values
+from wherefrom.profile import Profile
+from wherefrom.rescoring import rescore
+from wherefrom.scores import Scores, TopScores
+from wherefrom.scoring import Scoring
+from wherefrom.stages import BlockStages, Stages
+from wherefrom.store import Partial, read_manifest, within
+from wherefrom.task import Batch
+from wherefrom.token_scoring import TokenScoring
+from wherefrom.tokens import INDEX, TokenParts, TokenScores, extreme_pairs
+
+
+@dataclass(frozen=True)
+class KeptScores(Generic[Batch]):
+    """What scoring gives, in a run directory.
+
+    Attributes:
+        fingerprint: what the scores depend on.
+    """
+
+    run: Path
+    scoring: Scoring[Batch]
+    name: str
+    fingerprint: Fingerprint
+    profile: Profile
+
+    @cached_property
+    def _path(self) -> Path:
+        return within(self.run, "scores", self.name)
+
+    def scores(self) -> Scores:
+        """Those of all pairs, or aggregated ones."""
+        scoring, options = self.scoring, self.scoring.options
+        train = len(scoring.train)
+
+        def compute(blocks: Stages) -> dict[str, Tensor]:
+            stages = BlockStages(blocks, train)
+            if options.aggregate_queries or options.aggregate_train:
+                return scoring.aggregated(stages)
+            found = scoring.pairwise(stages, blocks.folder)
+            if options.rescore:
+                again = BlockStages(replace(blocks, folder=blocks.folder / "rescored"), train)
+                found["changes"] = rescore(scoring, found.get("values"), again)
+            return found
+
+        self._keep(compute)
+        scores = Scores.load(self._path)
+        shape = (1 if options.aggregate_queries else len(scoring.queries), 1 if options.aggregate_train else train)
+        check_layout(self._path, {"values": scores.values}, {"values": (None, shape)})
+        return scores
+
+    def highest(self, k: int) -> TopScores:
+        """Each query's highest and lowest."""
+        self._keep(lambda blocks: self.scoring.highest(BlockStages(blocks, len(self.scoring.train)), k))
+        found = TopScores.load(self._path)
+        shape = (len(self.scoring.queries), "kept")
+        check_layout(self._path, {"values": found.values}, {"values": (None, shape)})
+        return found
+
+    def of_tokens(self, top: int | None, overwrite: bool) -> TokenScores:
+        """Those of tokens: of each query's highest and lowest pairs, or of all for None; sequence scores are kept."""
+        folder = within(self.run, "scores", f"{self.name}.{'all' if top is None else f'top{top}'}.tokens")
+        wanted = "all pairs" if top is None else f"the {top} highest and lowest of each query"
+        fingerprint = {**self.fingerprint, "pairs": wanted}
+        stages = Stages(folder, fingerprint, self.profile)
+        if overwrite:
+            stages.clear()
+
+        def compute(_: Partial) -> dict[str, Tensor]:
+            tokens = TokenScoring(self.scoring)
+            tokens.check_disk(folder, top)
+            pairs = None if top is None else extreme_pairs(self._any_scores().values, top)
+            return tokens.all_pairs(pairs, TokenParts(folder, fingerprint, self.profile))
+
+        stages.keep(INDEX, compute)
+        return TokenScores.load(folder)
+
+    def _any_scores(self) -> Scores:
+        """Those of all pairs; what is there with more kept beside the same values is as good."""
+        path = self._path
+        there = self.scoring.ranks.first(
+            lambda: path.exists() and of_values(read_manifest(path)["fingerprint"]) == self.fingerprint
+        )
+        return Scores.load(path) if there else self.scores()
+
+    def self_influence(self) -> Tensor:
+        """Each training example's score with itself, [train]; kept in a folder of its own."""
+        stages = Stages(within(self.run, "self_influence"), self.fingerprint, self.profile)
+        if self.scoring.options.overwrite:
+            stages.forget(self.name)
+        kept = stages.keep(self.name, self.scoring.train_self_influence)
+        found, shape = kept.load(), (len(self.scoring.train),)
+        layout: Layout = {SELF_INFLUENCE: (None, shape), SQUARED_NORM: (None, shape)}
+        check_layout(kept.path, found, layout)
+        return found[SELF_INFLUENCE]
+
+    def _keep(self, compute: Callable[[Stages], dict[str, Tensor]]) -> None:
+        """Have scores in the run directory, computed unless they are there.
+
+        Args:
+            compute: makes their tensors, and may keep blocks in the stages that it is given.
+        """
+        blocks = Stages(within(self._path.parent, f"{self.name}.blocks"), self.fingerprint, self.profile)
+        stages = Stages(self._path.parent, self.fingerprint, self.profile)
+        if self.scoring.options.overwrite:
+            blocks.clear()
+            stages.forget(self.name)
+        stages.keep(self.name, lambda _: compute(blocks))
+        blocks.clear()

@@ -1,0 +1,136 @@
+"""Processes that run out of memory for real, or that measure how much they take.
+
+`python -m tests.reliability.memory_child limited FOLDER COUNT SEED` lowers the limit on its address space, so that
+allocations fail; `... peak FOLDER WHAT BUDGET` prints by how many bytes a stage has grown the process at the most.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import random
+import re
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import wherefrom as wf
+from tests.models import relative_error
+from tests.reliability.outcomes import Outcome
+from wherefrom.curvature import Factors
+from wherefrom.errors import MemoryLimitError
+
+_WIDTH, _TRAIN, _QUERIES = 300, 100, 50
+
+
+def _model(width: int, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def _rows(count: int, width: int, dtype: torch.dtype, seed: int) -> list[object]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(width, generator=generator).to(dtype), torch.randint(10, (), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def _study(folder: Path, width: int, dtype: torch.dtype, budget: float | None = None) -> wf.Study[Any]:
+    train = _rows(_TRAIN, width, dtype, 1)
+    return wf.Study(
+        folder, _model(width, dtype), wf.Classification(["*"]), train=train, memory_budget=budget, progress=False
+    )
+
+
+# Memory that runs out.
+
+
+def _all(study: wf.Study[Any], queries: list[object]) -> dict[str, Tensor]:
+    """A fit and a score in batches of everything at once."""
+    factors = study.fit("ekfac", batch_size=_TRAIN)
+    scores = study.score(queries, factors, train_batch_size=_TRAIN, query_batch_size=_QUERIES)
+    return {"values": scores.values.clone(), "self": study.self_influence(factors, batch_size=_TRAIN)}
+
+
+def limited(folder: str, count: str, seed: str) -> str:
+    """Runs with random limits; those that end have the undisturbed results, the others an error with numbers."""
+    dtype, chance = torch.float64, random.Random(seed)
+    queries = _rows(_QUERIES, _WIDTH, dtype, 2)
+    expected = _all(_study(Path(folder) / "undisturbed", _WIDTH, dtype), queries)
+    recovered = 0
+    for case in range(int(count)):
+        gc.collect()
+        room = chance.randint(1, 120) * 2**20
+        limit = _status("VmSize") + room
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        try:
+            found = _all(_study(Path(folder) / str(case), _WIDTH, dtype), queries)
+            recovered += 1
+        except MemoryLimitError as error:
+            assert re.search(r"[\d.]+ GiB free on cpu", str(error)), f"no numbers in: {error}"
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            found = _all(_study(Path(folder) / str(case), _WIDTH, dtype), queries)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        for name, each in found.items():
+            difference = relative_error(each, expected[name])
+            assert difference < 1e-9, f"seed {seed}, case {case}: {name} differs by {difference}"
+    result = (
+        f"{recovered} ended with the undisturbed results to 1e-9, with smaller batches or blocks; "
+        f"{int(count) - recovered} with a MemoryLimitError that has the numbers, after which the same call gave them"
+    )
+    outcome = Outcome("a limit on the memory of a process, below what a fit or score asks for", int(count), result)
+    return json.dumps(asdict(outcome))
+
+
+# Memory that is measured.
+
+_STAGES: dict[str, Callable[[wf.Study[Any], list[object], Factors | None], object]] = {
+    "fit": lambda study, queries, _: study.fit("ekfac"),
+    "score": lambda study, queries, factors: study.score(queries, factors or study.fit("ekfac")),
+    "thin": lambda study, queries, factors: study.score(queries, factors or study.fit("ekfac"), query_rank=8),
+    "parts": lambda study, queries, factors: study.score(
+        queries, factors or study.fit("ekfac"), per_layer=True, self_influence=True
+    ),
+    "self-influence": lambda study, queries, factors: study.self_influence(factors or study.fit("ekfac")),
+    "tokens": lambda study, queries, factors: study.score_tokens(queries, factors or study.fit("ekfac")),
+}
+
+
+def peak(folder: str, what: str, budget: str) -> str:
+    """Bytes that a stage takes at the most beyond what was there, factors for a fit included."""
+    stage, dtype = _STAGES[what], torch.float32
+    small = _study(Path(folder) / "small", 16, dtype)  # imports, and what libraries keep for themselves
+    stage(small, _rows(3, 16, dtype, 2), None)
+    study = _study(Path(folder) / "large", _WIDTH, dtype, float(budget))
+    queries = _rows(_QUERIES, _WIDTH, dtype, 2)
+    factors = None if what == "fit" else study.fit("ekfac")
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    stage(study, queries, factors)
+    return str(_status("VmHWM") - before)
+
+
+def factor_bytes() -> int:
+    """What the factors of the measured model take."""
+    sizes = [(_WIDTH, _WIDTH + 1), (_WIDTH, _WIDTH + 1), (10, _WIDTH + 1)]
+    return sum(4 * (one**2 + other**2 + one * other + one + other) for one, other in sizes)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    logging.getLogger("wherefrom").setLevel(logging.ERROR)
+    print({"limited": limited, "peak": peak}[sys.argv[1]](*sys.argv[2:]))

@@ -207,7 +207,7 @@ class Study(Generic[Batch]):
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
         chosen = Options.of(PairwiseOptions.__optional_keys__, None, **options)
-        return self._kept(queries, factors, chosen).scores()
+        return self._kept(_checked(queries), factors, chosen).scores()
 
     @_alone
     def score_top(
@@ -225,7 +225,7 @@ class Study(Generic[Batch]):
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
         chosen = Options.of(ScoreOptions.__optional_keys__, k, **options)
-        return self._kept(queries, factors, chosen).highest(k)
+        return self._kept(_checked(queries), factors, chosen).highest(k)
 
     @_alone
     def self_influence(
@@ -281,7 +281,7 @@ class Study(Generic[Batch]):
         if top is not None and top < 1:
             raise InputError(f"top={top}: expected at least 1, or None for every pair.")
         chosen = Options.of(RescoredOptions.__optional_keys__, None, **options)
-        return self._kept(queries, factors, replace(chosen, overwrite=False)).of_tokens(top, chosen.overwrite)
+        return self._kept(_checked(queries), factors, replace(chosen, overwrite=False)).of_tokens(top, chosen.overwrite)
 
     @_alone
     def report(
@@ -340,8 +340,6 @@ class Study(Generic[Batch]):
 
     def _kept(self, queries: Dataset[object] | None, factors: Factors, options: Options) -> KeptScores[Batch]:
         """What is asked for, loaded or not; without queries, of the training examples with themselves."""
-        if queries is not None:
-            checked_length("queries", queries)
         sweep, strategy = self._precise_sweep(options.half_precision), checked_strategy(factors.strategy)
         groups = layer_groups(options.per_layer, list(self.layers))
         asked = self.train if queries is None else queries
@@ -383,3 +381,9 @@ class Study(Generic[Batch]):
         """Refuse to go on with processes that differ."""
         for name, value in found.items():
             self._sweep.ranks.check_alike(name, value)
+
+
+def _checked(queries: Dataset[object]) -> Dataset[object]:
+    """Queries of which there are some: None would stand for the training examples."""
+    checked_length("queries", queries)
+    return queries

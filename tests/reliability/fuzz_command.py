@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from unittest.mock import patch
 
@@ -140,7 +140,7 @@ class Shelf:
 
 
 @contextlib.contextmanager
-def _streams() -> Iterator[object]:
+def _streams() -> Iterator[Callable[[], str]]:
     """Standard output and error as a terminal in UTF-8 has them: not every string can be written to them."""
     output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
     error = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")

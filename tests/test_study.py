@@ -251,7 +251,7 @@ def test_wrong_use_is_answered_well(tmp_path: Path) -> None:
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     with pytest.raises(InputError, match="batch size of 0"):
         study.fit("ekfac", batch_size=0)
-    with pytest.raises(InputError, match="dataset is empty"):
+    with pytest.raises(InputError, match="queries is empty"):
         study.score([], study.fit("identity"))
     with pytest.raises(InputError, match="name='../up'"):
         study.fit("ekfac", name="../up")

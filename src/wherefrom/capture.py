@@ -209,6 +209,11 @@ class Capture(AbstractContextManager["Capture"]):
                 f"The task's loss must be a scalar tensor, summed over the batch; it returned {found}. "
                 "Use reduction='sum' or call .sum()."
             )
+        if not value.is_floating_point() or value.is_meta:
+            kind = "on the meta device, without a value" if value.is_meta else f"of type {value.dtype}"
+            raise LossError(
+                f"The task's loss is {kind}: expected a real number, such as float32. Return the loss itself."
+            )
         missing = [name for name in self._layers if name not in current.calls]
         if missing and current.without_graph.issuperset(missing):
             raise LayerError(
@@ -221,7 +226,7 @@ class Capture(AbstractContextManager["Capture"]):
                 f"{len(missing)} tracked layer(s) never ran in a forward pass: {', '.join(missing[:5])}. "
                 "Leave them out with `layers=[...]`."
             )
-        if not value.requires_grad:
+        if not value.requires_grad or value.grad_fn is None:
             raise LossError(
                 "The task's loss does not depend on any tracked layer: it was detached, or computed under "
                 "torch.no_grad or inference_mode. Return the loss with its graph."

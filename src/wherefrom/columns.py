@@ -69,6 +69,9 @@ def check_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
             f"'input_ids' holds token {int(ids.max())}, and the model has tokens 0 to {known - 1}. Tokenise the "
             "examples with the tokenizer that the model was trained with."
         )
+    segments = getattr(getattr(model, "config", None), "type_vocab_size", None)
+    if isinstance(segments, int) and "token_type_ids" in batch:
+        check_highest("token_type_ids", batch["token_type_ids"], segments, "segments")
     longest = _positions(model)
     if longest is not None and ids.shape[1] > longest:
         raise InputError(
@@ -89,14 +92,15 @@ def _positions(model: nn.Module) -> int | None:
 
 
 def check_highest(name: str, values: Tensor, known: int, what: str) -> None:
-    """Refuse numbers that are neither below `known` nor ignored, of a tensor on the host.
+    """Refuse numbers that are not from 0 up to `known`, or labels that are ignored, of a tensor on the host.
 
     Raises:
         InputError: names the first.
     """
-    wrong = values[((values < 0) | (values >= known)) & (values != IGNORED)]
+    wrong = values[((values < 0) | (values >= known)) & (values != IGNORED if name == "labels" else True)]
     if len(wrong):
+        ignored = f", and {IGNORED} for what is not counted" if name == "labels" else ""
         raise InputError(
-            f"{name!r} holds {int(wrong[0])}, and the model has {what} 0 to {known - 1}, and {IGNORED} for what is not "
-            "counted."
+            f"{name!r} holds {int(wrong[0])}, and the model has {what} 0 to {known - 1}{ignored}. Look whether the "
+            "examples are those that the model was trained with."
         )

@@ -64,13 +64,56 @@ def dataset_digest(dataset: Dataset[object]) -> str:
     Raises:
         InputError: the dataset is empty or holds values that have no bytes of their own.
     """
-    if len(dataset) == 0:
-        raise InputError("The dataset is empty: expected at least one example. Check the path or the filter.")
-    digest = hashlib.sha256()
-    for position in range(len(dataset)):
-        example = dataset[position]
-        digest.update(json.dumps(example, sort_keys=True, default=_describe).encode() + b"\n")
-    return f"{len(dataset)} examples {_short(digest.hexdigest())}"
+    count, digest = checked_length("The dataset", dataset), hashlib.sha256()
+    for position in range(count):
+        example = read_example(dataset, position)
+        try:
+            text = json.dumps(example, sort_keys=True, default=_describe)
+        except (TypeError, ValueError, RecursionError, RuntimeError, InputError) as error:
+            raise InputError(
+                f"Example {position} of the dataset cannot be fingerprinted ({error}). Expected numbers, strings, "
+                "tensors, arrays or images, in lists or dicts with names for keys."
+            ) from error
+        digest.update(text.encode() + b"\n")
+    return f"{count} examples {_short(digest.hexdigest())}"
+
+
+def checked_length(name: str, dataset: Dataset[object]) -> int:
+    """How many examples a dataset has.
+
+    Raises:
+        InputError: it is empty, or no dataset.
+    """
+    try:
+        count = len(dataset)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} is a {type(dataset).__name__} whose length cannot be told ({error}). Expected anything with len "
+            "and integer positions; make a list of what can only be gone through."
+        ) from error
+    if count == 0:
+        raise InputError(f"{name} is empty: expected at least one example. Check the path or the filter.")
+    return count
+
+
+def read_example(dataset: Dataset[object], position: int) -> object:
+    """One example; an error of the dataset's own code is raised as it is, with a note.
+
+    Raises:
+        InputError: the dataset has fewer examples than its length says, or no integer positions.
+    """
+    try:
+        return dataset[position]
+    except (IndexError, KeyError, TypeError) as error:
+        raise InputError(
+            f"Example {position} of the dataset, a {type(dataset).__name__} of length {len(dataset)}, cannot be read "
+            f"({type(error).__name__}: {error}). Expected examples at the positions 0 to {len(dataset) - 1}."
+        ) from error
+    except Exception as error:
+        error.add_note(
+            f"wherefrom was reading example {position} of a {type(dataset).__name__} of length {len(dataset)}."
+        )
+        raise
 
 
 def names_summary(names: Sequence[str]) -> str:
@@ -92,6 +135,8 @@ def _describe(value: object) -> object:
     """What json cannot write: tensors, arrays and images, as their kind, shape and bytes."""
     if isinstance(value, Tensor):
         data = _bytes(value)
+    elif str(getattr(value, "dtype", "")) == "object":
+        raise InputError("it holds an array of Python objects")  # whose bytes are addresses
     elif callable(getattr(value, "tobytes", None)):
         data = value.tobytes()  # type: ignore[attr-defined]  # numpy arrays and PIL images
     elif isinstance(value, Mapping):
@@ -99,10 +144,7 @@ def _describe(value: object) -> object:
     elif isinstance(value, Sequence):
         return list(value)
     else:
-        raise InputError(
-            f"The dataset holds a {type(value).__name__}, which cannot be fingerprinted: expected numbers, "
-            "strings, tensors, arrays or images, in lists or dicts."
-        )
+        raise InputError(f"it holds a {type(value).__name__}")
     kind = f"{type(value).__name__} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}"
     return [kind, hashlib.sha256(data).hexdigest()]
 

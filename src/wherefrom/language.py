@@ -69,24 +69,24 @@ class LanguageTask(Task[TokenBatch]):
         """Logits [..., classes] of every prediction, and their labels [...], -100 where nothing is counted."""
         raise NotImplementedError(f"{type(self).__name__} must define predictions(model, batch).")
 
-    def _checked_predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """`predictions`, of what the model can take."""
-        # Elsewhere than on the CPU, looking at the numbers would hold up every batch.
-        on_cpu = batch["input_ids"].device.type == "cpu"
-        if on_cpu:
-            check_tokens(model, batch)
-        logits, labels = self.predictions(model, batch)
-        if on_cpu:
-            check_highest("labels", labels, logits.shape[-1], "classes")
-        return logits, labels
-
-    def train_loss(self, model: nn.Module, batch: TokenBatch, sampler: Sampler | None = None) -> Tensor:
-        """The cross-entropy, summed over counted labels.
+    def check(self, model: nn.Module, batch: TokenBatch) -> None:
+        """Refuse tokens, positions and labels that the model does not have.
 
         Raises:
-            InputError: the model has not these tokens, positions or classes.
+            InputError: names the first, and what there is.
         """
-        logits, labels = self._checked_predictions(model, batch)
+        check_tokens(model, batch)
+        known = self.classes(model)
+        if known is not None and "labels" in batch:
+            check_highest("labels", batch["labels"], known, "classes")
+
+    def classes(self, model: nn.Module) -> int | None:
+        """How many classes a prediction has; None where the model does not say so."""
+        known = getattr(self.head(model), "out_features", None)
+        return known if isinstance(known, int) else None
+
+    def train_loss(self, model: nn.Module, batch: TokenBatch, sampler: Sampler | None = None) -> Tensor:
+        logits, labels = self.predictions(model, batch)
         if sampler is not None:
             counted = labels != IGNORED
             labels = torch.where(counted, sampler.categorical(logits.detach(), counted), labels)
@@ -96,7 +96,7 @@ class LanguageTask(Task[TokenBatch]):
         """What `measure` says, summed over the batch: a scalar; lower is more of it."""
         if self.measure == "loss":
             return self.train_loss(model, batch)
-        return -_summed_log_odds(*self._checked_predictions(model, batch))
+        return -_summed_log_odds(*self.predictions(model, batch))
 
     def mask(self, batch: TokenBatch) -> Tensor | None:
         mask = batch.get("attention_mask")
@@ -285,6 +285,10 @@ class SequenceClassification(LanguageTask):
     def __init__(self, layers: Sequence[str] | None = None, measure: Measure = "loss", *, pad_token: int = 0) -> None:
         super().__init__(layers, measure)
         self.pad_token = pad_token
+
+    def classes(self, model: nn.Module) -> int | None:
+        known = getattr(getattr(model, "config", None), "num_labels", None)
+        return known if isinstance(known, int) else None
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         logits: Tensor = model(**_without(batch, "labels")).logits

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wherefrom.capture import Padding
 from wherefrom.errors import InputError, WherefromError
-from wherefrom.fingerprint import Dataset
+from wherefrom.fingerprint import Dataset, read_example
 from wherefrom.task import Batch, Task
 
 
@@ -30,7 +30,7 @@ class Rows:
         return len(self.positions)
 
     def __getitem__(self, row: int, /) -> object:
-        return self.dataset[self.positions[row]]
+        return read_example(self.dataset, self.positions[row])
 
 
 def positions(dataset: Dataset[object]) -> Sequence[int]:
@@ -51,6 +51,7 @@ class Loader(Generic[Batch]):
     Args:
         ahead: prepare the next batch in a thread; None does so for a GPU, whose work leaves the host idle.
         end: the position after the last example that is wanted; None is the dataset's end.
+        model: that the task checks batches for.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class Loader(Generic[Batch]):
         device: torch.device,
         ahead: bool | None = None,
         end: int | None = None,
+        model: nn.Module | None = None,
     ) -> None:
-        self._task, self._dataset, self._device = task, dataset, device
+        self._task, self._dataset, self._device, self._model = task, dataset, device, model
         self._end = len(dataset) if end is None else end
         ahead = device.type == "cuda" if ahead is None else ahead
         self._thread = ThreadPoolExecutor(1) if ahead else None
@@ -81,7 +83,7 @@ class Loader(Generic[Batch]):
         if self._thread is not None and following:
             self._coming = (following, self._thread.submit(self._prepare, following))
         # From pinned memory, the host does not wait for the copy.
-        batch = cast(Batch, mapped(prepared.batch, lambda tensor: tensor.to(self._device, non_blocking=True)))
+        batch = cast(Batch, mapped(prepared.batch, self._moved))
         padding = (Padding(each.mask.to(self._device, non_blocking=True), each.tokens) for each in prepared.padding)
         return Loaded(batch, tuple(padding))
 
@@ -96,60 +98,68 @@ class Loader(Generic[Batch]):
 
     def _prepare(self, rows: range) -> Loaded[Batch]:
         """Collate on the host; what counts tokens is done here, so that nobody waits for the device to tell."""
-        batch, masks = collated(self._task, self._dataset, rows)
+        batch, masks = collated(self._task, self._dataset, rows, self._model)
         if all(bool(mask.all()) for mask in masks):
             masks = ()
         padding = tuple(Padding(self._pinned(mask.unsqueeze(-1)), int(mask.sum())) for mask in masks)
         return Loaded(cast(Batch, mapped(batch, self._pinned)), padding)
 
+    def _moved(self, tensor: Tensor) -> Tensor:
+        if tensor.is_meta and self._device.type != "meta":
+            raise InputError(
+                f"{type(self._task).__name__}.collate returned a tensor on the meta device, which has no values, and "
+                f"the model is on {self._device}. Make batches on the CPU; they are moved to the model."
+            )
+        return tensor.to(self._device, non_blocking=True)
+
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
-def collated(task: Task[Batch], dataset: Dataset[object], rows: Sequence[int]) -> tuple[Batch, Sequence[Tensor]]:
+def collated(
+    task: Task[Batch], dataset: Dataset[object], rows: Sequence[int], model: nn.Module | None = None
+) -> tuple[Batch, Sequence[Tensor]]:
     """A batch of some examples on the host, and the masks of its tokens.
 
-    Errors of the dataset's and the task's own code are raised as they are, with a note (from Python 3.11 on) of the
-    example; our own say it in their message.
+    Errors of the dataset's and the task's own code are raised as they are, with a note of the example; our
+    own say it in their message.
+
+    Args:
+        model: that the batch is checked for.
 
     Raises:
-        InputError: an example does not suit the task, or the task's masks are none.
+        InputError: an example does not suit the task or the model, or the task's masks are none.
     """
-    examples = [_example(dataset, row) for row in rows]
+    examples = [read_example(dataset, row) for row in rows]
     try:
-        return _batch(task, examples)
+        return _batch(task, examples, model)
     except Exception as error:
-        where, cause = f"examples {rows[0]} to {rows[-1]}", error
-        for row, example in zip(rows, examples, strict=True):
-            alone = _failure(task, example)
+        known = [positions(dataset)[row] for row in rows]
+        where, cause = f"examples {known[0]} to {known[-1]}", error
+        for position, example in zip(known, examples, strict=True):
+            alone = _failure(task, example, model)
             if alone is not None:
-                where, cause = f"example {row}", alone
+                where, cause = f"example {position}", alone
                 break
         if isinstance(cause, WherefromError):
             raise InputError(f"{where.capitalize()} of the dataset: {cause}") from cause
-        _note(cause, f"wherefrom was collating {where} of a dataset of {len(dataset)} with {type(task).__name__}.")
+        cause.add_note(f"wherefrom was collating {where} with {type(task).__name__}.")
         raise cause from None
 
 
-def _example(dataset: Dataset[object], row: int) -> object:
-    try:
-        return dataset[row]
-    except Exception as error:
-        _note(error, f"wherefrom was reading example {row} of a {type(dataset).__name__} of length {len(dataset)}.")
-        raise
-
-
-def _batch(task: Task[Batch], examples: Sequence[object]) -> tuple[Batch, Sequence[Tensor]]:
+def _batch(task: Task[Batch], examples: Sequence[object], model: nn.Module | None) -> tuple[Batch, Sequence[Tensor]]:
     batch = task.collate(examples)
     masks = task.masks(batch)
     _check_masks(task, masks, len(examples))
+    if model is not None:
+        task.check(model, batch)
     return batch, masks
 
 
-def _failure(task: Task[Batch], example: object) -> Exception | None:
+def _failure(task: Task[Batch], example: object, model: nn.Module | None) -> Exception | None:
     """Why no batch can be made of one example; None when it can."""
     try:
-        _batch(task, [example])
+        _batch(task, [example], model)
     except Exception as error:  # whatever a user's code raises
         return error
     return None
@@ -174,12 +184,6 @@ def _check_masks(task: Task[Batch], masks: object, examples: int) -> None:
             f"{name}.masks returned masks of {[mask.shape[1] for mask in masks]} tokens, by which layers cannot be "
             "told apart. Pad one of the sequences by one token more."
         )
-
-
-def _note(error: BaseException, text: str) -> None:
-    """Add a line to what Python prints of an error; before Python 3.11 there is no place for it."""
-    if hasattr(error, "add_note"):
-        error.add_note(text)
 
 
 def mapped(batch: object, function: Callable[[Tensor], Tensor]) -> object:

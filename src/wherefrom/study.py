@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from wherefrom.files import checked_name, within, write_text
 from wherefrom.fingerprint import (
     LIBRARY,
     Dataset,
+    checked_length,
     dataset_digest,
     model_digest,
     names_summary,
@@ -40,7 +40,7 @@ from wherefrom.scores import Scores, TopScores
 from wherefrom.scoring import Scoring, make_plan
 from wherefrom.stages import Stages
 from wherefrom.sweep import Sweep
-from wherefrom.task import Batch, Task
+from wherefrom.task import Batch, Task, checked_settings
 from wherefrom.tokens import TokenScores
 
 logger = logging.getLogger("wherefrom")
@@ -99,9 +99,10 @@ class Study(Generic[Batch]):
         compile_activations: bool = False,
         offload_factors: bool = False,
     ) -> None:
-        if len(train) == 0:
-            raise InputError("train is empty: expected at least one example. Check the path or the filter.")
-        if memory_budget is not None and not 0 < memory_budget < math.inf:
+        checked_length("train", train)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model is a {type(model).__name__}: expected a torch.nn.Module.")
+        if memory_budget is not None and not 0 < memory_budget < 2**40:
             raise InputError(f"memory_budget={memory_budget}: expected a number of GiB above 0, or None.")
         self.path = Path(path)
         self.train = train
@@ -184,8 +185,7 @@ class Study(Generic[Batch]):
         Raises:
             InputError: there are no queries, or an option is impossible.
         """
-        if len(queries) == 0:
-            raise InputError("queries is empty: expected at least one example. Check the path or the filter.")
+        checked_length("queries", queries)
         chosen = Options.of(ScoreOptions.__optional_keys__, None, **options)
         sweep = self._precise_sweep(chosen.half_precision)
         return make_plan(sweep, checked_strategy(strategy), queries, self.train, chosen, loaded=False)
@@ -207,7 +207,7 @@ class Study(Generic[Batch]):
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
         chosen = Options.of(PairwiseOptions.__optional_keys__, None, **options)
-        return self._kept(queries, factors, chosen).scores()
+        return self._kept(_checked(queries), factors, chosen).scores()
 
     @_alone
     def score_top(
@@ -225,7 +225,7 @@ class Study(Generic[Batch]):
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
         chosen = Options.of(ScoreOptions.__optional_keys__, k, **options)
-        return self._kept(queries, factors, chosen).highest(k)
+        return self._kept(_checked(queries), factors, chosen).highest(k)
 
     @_alone
     def self_influence(
@@ -281,7 +281,7 @@ class Study(Generic[Batch]):
         if top is not None and top < 1:
             raise InputError(f"top={top}: expected at least 1, or None for every pair.")
         chosen = Options.of(RescoredOptions.__optional_keys__, None, **options)
-        return self._kept(queries, factors, replace(chosen, overwrite=False)).of_tokens(top, chosen.overwrite)
+        return self._kept(_checked(queries), factors, replace(chosen, overwrite=False)).of_tokens(top, chosen.overwrite)
 
     @_alone
     def report(
@@ -353,7 +353,7 @@ class Study(Generic[Batch]):
         found = options.fingerprint(self._fingerprint(), factors, precision)
         if queries is None:
             return found
-        measured = self._sweep.task.settings().get("measure", "measurement")
+        measured = checked_settings(self._sweep.task).get("measure", "measurement")
         asked = {"queries": dataset_digest(queries), "measured": measured}
         self._check_alike(asked)
         return found | asked
@@ -365,7 +365,7 @@ class Study(Generic[Batch]):
 
     def _fingerprint(self) -> dict[str, str]:
         """What everything in this study depends on; taken anew each time, since weights and lists can change."""
-        task = {name: value for name, value in self._sweep.task.settings().items() if name != "measure"}
+        task = {name: value for name, value in checked_settings(self._sweep.task).items() if name != "measure"}
         with self.profile.action("fingerprint"):
             found = {
                 "library": LIBRARY,
@@ -381,3 +381,9 @@ class Study(Generic[Batch]):
         """Refuse to go on with processes that differ."""
         for name, value in found.items():
             self._sweep.ranks.check_alike(name, value)
+
+
+def _checked(queries: Dataset[object]) -> Dataset[object]:
+    """Queries of which there are some: None would stand for the training examples."""
+    checked_length("queries", queries)
+    return queries

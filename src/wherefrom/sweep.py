@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wherefrom.capture import Capture, Captured, Receiver
 from wherefrom.compiling import compiled_activations
-from wherefrom.errors import MemoryLimitError
+from wherefrom.errors import MemoryLimitError, WherefromError
 from wherefrom.fingerprint import Dataset
 from wherefrom.finite import NotFiniteError, Search, check_sums, named_examples
 from wherefrom.layers import TrackedLayer
-from wherefrom.loading import Loader, positions
+from wherefrom.loading import Loader, collated, positions
 from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, shortage, usable_memory
 from wherefrom.placement import execution_device
 from wherefrom.precision import Precision
@@ -209,7 +209,7 @@ class Sweep(Generic[Batch]):
     def footprint(self, dataset: Dataset[object], objective: Objective[Batch]) -> Footprint:
         """What an example takes, measured on the longest of a few."""
         samples = range(0, len(dataset), max(1, len(dataset) // 32))
-        row = max(samples, key=lambda row: _numel(self.task.collate([dataset[row]])))
+        row = max(samples, key=lambda row: _numel(collated(self.task, dataset, [row], self.model)[0]))
         tokens: dict[str, int] = {}
         gradient_bytes = [1]
 
@@ -235,10 +235,20 @@ class Sweep(Generic[Batch]):
         with self._loader(dataset, row + 1) as loader:
             batch, padding = loader.load(range(row, row + 1))
         with Capture(self.model, self.layers, receive) as capture, self.precision.passes(self.device):
-            capture.run(lambda: objective(self.model, batch, [row]), 1, padding)
+            capture.run(lambda: self._loss(objective, batch, [row]), 1, padding)
+
+    def _loss(self, objective: Objective[Batch], batch: Batch, rows: Sequence[int]) -> Tensor:
+        """The objective; an error of the task's or model's own code is raised as it is, with a note."""
+        try:
+            return objective(self.model, batch, rows)
+        except Exception as error:
+            if not isinstance(error, WherefromError):
+                name = type(self.task).__name__
+                error.add_note(f"wherefrom was computing the loss of {len(rows)} example(s) with {name}.")
+            raise
 
     def _loader(self, dataset: Dataset[object], end: int) -> Loader[Batch]:
-        return Loader(self.task, dataset, self.device, end=end)
+        return Loader(self.task, dataset, self.device, end=end, model=self.model)
 
     def _fits(self, state: _State, loader: Loader[Batch], rows: range, objective: Objective[Batch]) -> bool:
         """Process one batch; False when there was not enough memory for it."""
@@ -274,7 +284,7 @@ class Sweep(Generic[Batch]):
             action(f"{state.name}: forward and backward"),
             self.precision.passes(self.device),
         ):
-            loss = capture.run(lambda: objective(self.model, batch, rows), len(rows), padding)
+            loss = capture.run(lambda: self._loss(objective, batch, rows), len(rows), padding)
         state.advance(rows, tokens, loss)
 
     def _checkpoint(self, state: _State, size: int, held: HeldSignals) -> None:

@@ -87,6 +87,12 @@ class Task(Generic[Batch]):
             ) from error
         return batch
 
+    def check(self, model: nn.Module, batch: Batch) -> None:
+        """Refuse a batch that the model cannot take, with an `InputError`; the batch is still on the host.
+
+        Called for every batch: what a GPU would only find out by ending the process belongs here.
+        """
+
     def settings(self) -> dict[str, str]:
         """What makes two tasks the same, for fingerprints: the class and its public attributes.
 
@@ -94,6 +100,22 @@ class Task(Generic[Batch]):
         """
         public = {name: _described(name, value) for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
+
+
+def checked_settings(task: Task[Batch]) -> dict[str, str]:
+    """The settings of a task, which fingerprints are made of.
+
+    Raises:
+        InputError: they are not texts by name, or differ from call to call.
+    """
+    found = task.settings()
+    wrong = not isinstance(found, dict) or not all(isinstance(each, str) for pair in found.items() for each in pair)
+    if wrong or task.settings() != found:
+        raise InputError(
+            f"{type(task).__name__}.settings returned {str(found)[:80]}: expected a dict of strings, the same in "
+            "every call."
+        )
+    return found
 
 
 def _described(name: str, value: object) -> str:

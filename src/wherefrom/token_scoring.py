@@ -17,7 +17,7 @@ from torch import Tensor
 from wherefrom.capture import Captured
 from wherefrom.disk import token_step
 from wherefrom.gradients import GradientBank
-from wherefrom.loading import Rows
+from wherefrom.loading import Rows, collated
 from wherefrom.scoring import Scoring, training_loss
 from wherefrom.store import Partial
 from wherefrom.task import Batch, Task
@@ -100,7 +100,7 @@ class TokenScoring(Generic[Batch]):
         task, examples = self.scoring.sweep.task, len(self.scoring.train)
         if type(task).mask is Task.mask:  # never pads: all examples are alike
             return [self._seen_tokens(0)] * examples
-        masks = (task.mask(task.collate([self.scoring.train[row]])) for row in range(examples))
+        masks = (task.mask(collated(task, self.scoring.train, [row])[0]) for row in range(examples))
         return [self._seen_tokens(row) if mask is None else mask.shape[1] for row, mask in enumerate(masks)]
 
     def _seen_tokens(self, row: int) -> int:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from unittest.mock import patch
 
@@ -140,7 +140,7 @@ class Shelf:
 
 
 @contextlib.contextmanager
-def _streams() -> Iterator[object]:
+def _streams() -> Iterator[Callable[[], str]]:
     """Standard output and error as a terminal in UTF-8 has them: not every string can be written to them."""
     output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
     error = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
@@ -148,7 +148,7 @@ def _streams() -> Iterator[object]:
     def said() -> str:
         for stream in (output, error):
             stream.flush()
-        return b"".join(stream.buffer.getvalue() for stream in (output, error)).decode()  # type: ignore[attr-defined]
+        return b"".join(stream.buffer.getvalue() for stream in (output, error)).decode()
 
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
         yield said
@@ -315,11 +315,17 @@ FLAG = st.none()
 """A flag without a value."""
 
 # What most subcommands share.
-COMMON = {"--device": DEVICES, "--memory-budget": AMOUNTS, "--overwrite": FLAG, "--half-precision": FLAG}
+COMMON: dict[str, SearchStrategy[str] | SearchStrategy[None]] = {
+    "--device": DEVICES,
+    "--memory-budget": AMOUNTS,
+    "--overwrite": FLAG,
+    "--half-precision": FLAG,
+}
 COLUMNS = {"--split": SPLITS, "--column": st.sampled_from(["text", "body", "", "\udcff"]) | WEIRD}
 
 # For each subcommand: what it needs, each with good values; and its options, with values of all kinds.
-OPTIONS: dict[str, tuple[dict[str, SearchStrategy[str]], dict[str, SearchStrategy[str] | SearchStrategy[None]]]] = {
+Values = Mapping[str, SearchStrategy[str] | SearchStrategy[None]]
+OPTIONS: dict[str, tuple[Mapping[str, SearchStrategy[str]], Values]] = {
     "fit": (
         {"--model": st.just("../model"), "--train": GOOD_TEXTS},
         {

@@ -8,20 +8,24 @@ as a program this module is an entry for atheris, which looks for bytes that rea
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from tests.reliability.outcomes import Outcome
+from wherefrom import recording, run_sources, store
 from wherefrom.blueprint import model_without_weights
 from wherefrom.errors import WherefromError
 from wherefrom.recording import RECORDING, read_recording
+from wherefrom.report import evaluations
 from wherefrom.report.evaluations import load_figures
 from wherefrom.run_sources import SOURCES, RunSources, TextSource
 from wherefrom.scores import Scores
@@ -101,8 +105,8 @@ def measure(folder: Path, count: int, number: int) -> list[Outcome]:
     ]
 
 
-ODD = [None, True, -1, 0, 1, 2**70, 1e308, float("nan"), "", "a", "../..", "/", "\0", "\ud800", [], {}, [[]],
-       {"a": None}, [0, 0], "a" * 1000, ["a"] * 50]  # fmt: skip
+ODD: list[object] = [None, True, -1, 0, 1, 2**70, 1e308, float("nan"), "", "a", "../..", "/", "\0", "\ud800", [], {},
+       [[]], {"a": None}, [0, 0], "a" * 1000, ["a"] * 50]  # fmt: skip
 
 
 def _changed(content: bytes, draw: random.Random) -> bytes:
@@ -152,16 +156,23 @@ def _replaced(value: object, draw: random.Random) -> object:
 
 
 def _fuzz() -> None:
-    import atheris  # type: ignore[import-not-found]  # not among the packages that are installed for tests
-
-    files = Files(Path(sys.argv.pop(1)))
+    atheris = import_module("atheris")  # not among the packages that are installed for tests
+    folder = Path(sys.argv.pop(1))
+    files = Files(folder / "files")
+    (folder / "corpus").mkdir(exist_ok=True)
+    for number, content in enumerate(files.good):
+        (folder / "corpus" / f"good{number}").write_bytes(bytes([number]) + content)
+    for module in (store, recording, run_sources, evaluations, json.decoder):
+        for each in vars(module).values():
+            for function in [each, *(vars(each).values() if inspect.isclass(each) else ())]:
+                if inspect.isfunction(function) and function.__module__ == module.__name__:
+                    atheris.instrument_func(function)
 
     def one(content: bytes) -> None:
         if content:
             files.check(content[0] % len(files.readers), content[1:])
 
-    atheris.instrument_all()
-    atheris.Setup(sys.argv, one)
+    atheris.Setup([*sys.argv, str(folder / "corpus")], one)
     atheris.Fuzz()
 
 

@@ -209,10 +209,10 @@ class Capture(AbstractContextManager["Capture"]):
                 f"The task's loss must be a scalar tensor, summed over the batch; it returned {found}. "
                 "Use reduction='sum' or call .sum()."
             )
-        if not value.is_floating_point() or value.is_meta:
-            kind = "on the meta device, without a value" if value.is_meta else f"of type {value.dtype}"
+        if not value.is_floating_point():
             raise LossError(
-                f"The task's loss is {kind}: expected a real number, such as float32. Return the loss itself."
+                f"The task's loss is of type {value.dtype}: expected a real number, such as float32. Return the loss "
+                "itself."
             )
         missing = [name for name in self._layers if name not in current.calls]
         if missing and current.without_graph.issuperset(missing):

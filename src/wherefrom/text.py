@@ -329,8 +329,8 @@ def _pretrained_directory(auto_class: str, path: Path, **options: Any) -> Any:
     except Exception as error:  # whatever transformers, tokenizers and safetensors make of files that are not theirs
         if "custom code" in str(error):
             raise InputError(
-                f"{path} brings Python code of its own, which is not run (trust_remote_code). If you trust it, load the "
-                "model yourself and give it to wherefrom.Study."
+                f"{path} brings Python code of its own, which is not run (trust_remote_code). If you trust it, load "
+                "the model yourself and give it to wherefrom.Study."
             ) from error
         raise InputError(
             f"{path}: not a complete model directory ({type(error).__name__}: {_first_line(error)}). Save the model "

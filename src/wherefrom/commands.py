@@ -21,9 +21,9 @@ from wherefrom.errors import WherefromError
 @contextmanager
 def command_line() -> Iterator[None]:
     """Run the work of a command; it leaves with the exit statuses of this module."""
-    signal.signal(signal.SIGTERM, _leave)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-        signal.signal(signal.SIGHUP, _leave)
+    numbers = [signal.SIGTERM, signal.SIGHUP]
+    # What is ignored stays so, as under nohup.
+    before = {each: signal.signal(each, _leave) for each in numbers if signal.getsignal(each) != signal.SIG_IGN}
     try:
         yield
     except WherefromError as error:
@@ -35,6 +35,9 @@ def command_line() -> Iterator[None]:
     except _Signalled as stop:
         _say(f"Ended by {stop.number.name}. The same command (without --overwrite) goes on from what is saved.")
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Signalled(SystemExit):

@@ -24,8 +24,8 @@ from wherefrom.errors import DamagedError, InputError, StorageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ADVICE = "Pass overwrite=True (--overwrite) to compute it again, or delete it."
-# More than any of our JSON files has; what is longer is not read into memory.
-_JSON_BYTES = 2**24
+# More than any of our manifests, lists and plots has; what is longer is not read into memory.
+_MOST_BYTES = 2**24
 
 
 def checked_name(name: str) -> str:
@@ -66,19 +66,33 @@ def read_json(file: Path, advice: str = _ADVICE) -> dict[str, Any]:
         StorageError: there is no permission to read it.
     """
     try:
-        size = checked_file(file, advice).stat().st_size
-        if size > _JSON_BYTES:
-            raise damaged(
-                file, f"it has {size / 2**20:,.0f} MiB, where {_JSON_BYTES / 2**20:,.0f} are the most", advice
-            )
-        found = parsed_object(file.read_bytes())
-    except PermissionError as error:
-        raise unreadable(file, error) from error
-    except (OSError, ValueError, RecursionError) as error:
+        found = parsed_object(read_bytes(file, advice))
+    except (ValueError, RecursionError) as error:
         raise damaged(file, f"it is not readable JSON ({type(error).__name__})", advice) from error
     if found is None:
         raise damaged(file, "it does not hold a JSON object", advice)
     return found
+
+
+def read_bytes(file: Path, advice: str = _ADVICE) -> bytes:
+    """The content of one of our small files.
+
+    Args:
+        advice: what to do with one that is damaged.
+
+    Raises:
+        DamagedError: it is missing, no file, or too large to be one of ours.
+        StorageError: there is no permission to read it.
+    """
+    try:
+        size = checked_file(file, advice).stat().st_size
+        if size > _MOST_BYTES:
+            raise damaged(file, f"it has {size:,} bytes, where {_MOST_BYTES:,} are the most", advice)
+        return file.read_bytes()
+    except PermissionError as error:
+        raise unreadable(file, error) from error
+    except OSError as error:
+        raise damaged(file, f"it is not readable ({error.strerror})", advice) from error
 
 
 def checked_file(file: Path, advice: str = _ADVICE) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wherefrom.errors import DamagedError
-from wherefrom.files import checked_name, read_json, within, write_bytes, write_text
+from wherefrom.files import checked_name, read_bytes, read_json, write_bytes, write_text
 from wherefrom.report.passages import Figure
 
 _FOLDER = "evaluation"
@@ -44,11 +44,8 @@ def load_figures(run: str | Path) -> list[Figure]:
 
 
 def _figure(file: Path) -> Figure:
+    found, plot = read_json(file, _ADVICE), read_bytes(file.with_suffix(".png"), _ADVICE)
     try:
-        found = read_json(file, _ADVICE)
-        plot = within(file.parent, f"{file.stem}.png")
-        return Figure(str(found["title"]), str(found["caption"]), plot.read_bytes())
-    except (OSError, KeyError) as error:
-        raise DamagedError(
-            f"{file} and its plot cannot be read ({type(error).__name__}: {error}). {_ADVICE}"
-        ) from error
+        return Figure(str(found["title"]), str(found["caption"]), plot)
+    except KeyError as error:
+        raise DamagedError(f"{file} cannot be used: it has no {error}. {_ADVICE}") from error

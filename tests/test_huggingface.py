@@ -253,7 +253,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="architecture is GPT2ForTokenClassification"):
         wf.study_from_pretrained(bare, TEXTS)
     (bare / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="not a readable adapter configuration"):
+    with pytest.raises(InputError, match="does not name the model that the adapter belongs to"):
         wf.study_from_pretrained(bare, TEXTS)
 
 

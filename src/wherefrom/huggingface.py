@@ -7,7 +7,6 @@ and chooses the task that its architecture was trained for.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from wherefrom.errors import InputError
+from wherefrom.files import read_json
 from wherefrom.fingerprint import Dataset
 from wherefrom.language import CausalLM, MaskedLM, Seq2Seq, SequenceClassification, TokenBatch
 from wherefrom.preparation import Preparation, Rows, Target
@@ -169,10 +169,7 @@ def _adapted_model(folder: Path) -> str | None:
     file = folder / _ADAPTER
     if not file.is_file():
         return None
-    try:
-        base = json.loads(file.read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: not a readable adapter configuration ({type(error).__name__}).") from error
+    base = read_json(file, "Save the adapter again.").get("base_model_name_or_path")
     if not base:
         raise InputError(f"{file}: does not name the model that the adapter belongs to (base_model_name_or_path).")
     return str(base)

@@ -150,7 +150,7 @@ def test_blocks_that_were_rescored_for_other_low_rank_scores_are_not_taken_up(tm
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit("ekfac")
     exact = study.score(case.queries, factors).values
-    scoring = study._scoring(case.queries, factors, Options(query_rank=1, rescore=1))
+    scoring = study._kept(case.queries, factors, Options(query_rank=1, rescore=1)).scoring
     stages = BlockStages(Stages(tmp_path / "blocks", {}, study.profile), len(case.train))
     for best in (3, 5):
         low = torch.zeros_like(exact)

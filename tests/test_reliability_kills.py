@@ -43,7 +43,10 @@ def test_a_command_that_is_asked_to_stop_says_how_to_go_on(folder: Path) -> None
         stopped = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
         assert stopped.returncode == status, stopped.stderr
         assert "Traceback" not in stopped.stderr
-        assert stopped.stderr.splitlines()[-1] == f"{word}. The same command (without --overwrite) goes on from what is saved."
+        assert (
+            stopped.stderr.splitlines()[-1]
+            == f"{word}. The same command (without --overwrite) goes on from what is saved."
+        )
         assert f"{name} after 4 of 5 examples; their sums are saved" in " ".join(stopped.stderr.split())
     covariance = [f"covariance {rows}" for rows in ("0 to 2", "2 to 4", "4 to 5")]
     assert begun(log) == [*covariance, "eigenvalues 0 to 2", "eigenvalues 2 to 4"]

@@ -15,10 +15,10 @@ import torch
 from markupsafe import Markup
 
 from wherefrom.errors import InputError, StorageError
+from wherefrom.files import write_text
 from wherefrom.report.html import MINUS, render_report
 from wherefrom.report.passages import Figure, Passage
 from wherefrom.report.shading import encode_lengths, encode_numbers, encode_shares, visible_pieces
-from wherefrom.store import write_text
 
 HOSTILE = [
     "<script>document.documentElement.dataset.broken = 1</script>",
@@ -344,7 +344,7 @@ def test_a_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.M
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wherefrom.store.os.fsync", full)
+    monkeypatch.setattr("wherefrom.files.os.fsync", full)
     with pytest.raises(StorageError, match=r"page\.html.*No space left"):
         write(path)
     assert path.read_bytes() == before

@@ -249,7 +249,7 @@ def test_top_scores_are_merged_shard_by_shard(tmp_path: Path, monkeypatch: pytes
 
 def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file that is ever written holds fewer numbers than the matrix would; they are looked at as they appear."""
-    from wherefrom import store
+    from wherefrom import files
 
     case = mlp_case()
     case.train = case.train * 8  # 96
@@ -258,7 +258,7 @@ def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pyt
     study = study_of(tmp_path, case, checkpoint_seconds=0)
     factors = study.fit("identity")
     written: list[int] = []
-    original = store._write_tensors
+    original = files.save_tensors
 
     def watched(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         written.append(max(tensor.numel() for tensor in tensors.values()))
@@ -267,7 +267,8 @@ def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pyt
     def refused(*arguments: object) -> Tensor:
         raise AssertionError("a matrix was made")
 
-    monkeypatch.setattr(store, "_write_tensors", watched)
+    for module in ("files", "store"):
+        monkeypatch.setattr(f"wherefrom.{module}.save_tensors", watched)
     monkeypatch.setattr("wherefrom.scoring.scratch_matrix", refused)
     study.score_top(case.queries, factors, k=3, train_batch_size=4)
     assert len(written) > 8

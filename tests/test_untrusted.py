@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import pickle
 import shutil
@@ -17,8 +18,9 @@ import torch
 import wherefrom as wf
 from tests.models import gpt2, mlp_case, token_rows
 from wherefrom.checkpoints import score_checkpoints
-from wherefrom.errors import WherefromError
+from wherefrom.errors import InputError, WherefromError
 from wherefrom.evaluate.lds import GroundTruth
+from wherefrom.text import load_model, load_tokenizer
 
 SOURCE = Path(wf.__file__).parent
 
@@ -85,6 +87,20 @@ def test_a_malicious_model_is_refused_by_the_command(tmp_path: Path) -> None:
     assert found.returncode == 1
     assert "Traceback" not in found.stderr
     assert not executed.exists()
+
+
+def test_a_model_that_brings_its_own_code_is_refused(tmp_path: Path) -> None:
+    model, executed = tmp_path / "model", tmp_path / "executed"
+    gpt2(torch.float32).save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    own = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.T", None]}
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": own}))
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T", "auto_map": own}))
+    (model / "code.py").write_text(f"import os\nos.mkdir({str(executed)!r})\n")
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(InputError, match="trust_remote_code"):
+            load(str(model))
+        assert not executed.exists()
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt"])

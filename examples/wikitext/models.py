@@ -31,7 +31,7 @@ from transformers import (
 
 from wherefrom.errors import InputError
 from wherefrom.evaluate.retrain import current_device
-from wherefrom.store import write_text
+from wherefrom.files import write_text
 from wherefrom.text import as_blocks, load_model, load_tokenizer
 
 ModelName = Literal["small", "gpt2", "smollm2"]

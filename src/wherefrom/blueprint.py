@@ -113,7 +113,7 @@ def model_without_weights(name: str, dtype: torch.dtype) -> Any:
         config = transformers.AutoConfig.for_model(**PRESETS[name])
     elif path.name == "config.json" or (path / "config.json").is_file():
         try:
-            config = transformers.AutoConfig.from_pretrained(path)
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # whatever transformers makes of a file that is not its own
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"model={name!r}: cannot be read as a model's configuration ({reason}).") from error

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from wherefrom.errors import DamagedError, InputError
+from wherefrom.files import checked_name, read_json, remove, scratch_matrix, within
 from wherefrom.fingerprint import Dataset, Fingerprint
 from wherefrom.options import RescoredOptions, checked_result_name
 from wherefrom.scores import Scores
 from wherefrom.stages import Stages
-from wherefrom.store import Partial, checked_name, read_json, remove, scratch_matrix, within
+from wherefrom.store import Partial
 from wherefrom.study import Study
 from wherefrom.task import Batch
 from wherefrom.text import require

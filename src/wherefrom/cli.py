@@ -19,6 +19,7 @@ from rich.console import Console
 
 from wherefrom.commands import command_line
 from wherefrom.errors import InputError
+from wherefrom.files import checked_name, within
 from wherefrom.locks import run_lock
 from wherefrom.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
 from wherefrom.plan_command import plan
@@ -30,7 +31,6 @@ from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage, P
 from wherefrom.report.text import hits_table, top_tables
 from wherefrom.run_sources import SOURCES, RunSources, TextSource, checked_run
 from wherefrom.scores import Scores, TopScores, load_scores
-from wherefrom.store import checked_name, within
 from wherefrom.study import Study
 from wherefrom.tokens import INDEX, TokenScores
 

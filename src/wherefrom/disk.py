@@ -7,7 +7,6 @@ writes nothing, and does not know how anything is computed.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from wherefrom.curvature import Strategy
 from wherefrom.errors import StorageError
+from wherefrom.files import free_space
 from wherefrom.layers import TrackedLayer
 
 # The header of a file and the manifest beside it, and for each tensor its entry in the header; measured, rounded up.
@@ -192,12 +192,6 @@ def check_space(folder: Path, steps: Sequence[Step], existing: int = 0) -> None:
             f"free ({sum(step.kept for step in steps) / 2**20:,.2f} MiB stay, the rest is for copies on the way). "
             "Free some space or choose another run directory; nothing was begun, and what is finished is safe."
         )
-
-
-def free_space(folder: Path) -> int:
-    """Bytes that can still be written into a folder, which need not be there yet."""
-    existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-    return shutil.disk_usage(existing).free
 
 
 def used_bytes(paths: Iterable[Path]) -> int:

@@ -13,6 +13,7 @@ from typing import Generic
 
 from torch import Tensor
 
+from wherefrom.files import within
 from wherefrom.fingerprint import Fingerprint
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
 from wherefrom.layouts import Layout, check_layout
@@ -22,7 +23,7 @@ from wherefrom.rescoring import rescore
 from wherefrom.scores import Scores, TopScores
 from wherefrom.scoring import Scoring
 from wherefrom.stages import BlockStages, Stages
-from wherefrom.store import Partial, read_manifest, within
+from wherefrom.store import Partial, read_manifest
 from wherefrom.task import Batch
 from wherefrom.token_scoring import TokenScoring
 from wherefrom.tokens import INDEX, TokenParts, TokenScores, extreme_pairs

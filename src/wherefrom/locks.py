@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from wherefrom.errors import DamagedError, StorageError
-from wherefrom.store import read_json, write_text
+from wherefrom.files import read_json, write_text
 
 logger = logging.getLogger("wherefrom")
 

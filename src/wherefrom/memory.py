@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from wherefrom.containers import memory_left
 from wherefrom.errors import InputError, MemoryLimitError
 
 # Enough tokens a batch to fill the matrix units; more only costs memory.
@@ -28,12 +29,12 @@ _OUT_OF_MEMORY = (
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device, PyTorch's own cache included."""
+    """Bytes that can still be allocated on a device, PyTorch's cache included; on the host, within its container."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + cached
-    return int(psutil.virtual_memory().available)
+    return int(min(psutil.virtual_memory().available, memory_left()))
 
 
 def usable_memory(device: torch.device, budget: int | None) -> int:

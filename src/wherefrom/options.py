@@ -16,9 +16,9 @@ from typing_extensions import Unpack
 
 from wherefrom.curvature import Factors
 from wherefrom.errors import InputError
+from wherefrom.files import checked_name
 from wherefrom.fingerprint import Fingerprint
 from wherefrom.memory import checked_batch_size
-from wherefrom.store import checked_name
 
 Aggregation = Literal["sum", "mean"]
 LayerGroups = Mapping[str, Sequence[str]]

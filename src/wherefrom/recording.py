@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from wherefrom.errors import DamagedError, InputError
-from wherefrom.store import checked_name, read_json, write_tensors, write_text
+from wherefrom.files import checked_name, read_json, write_tensors, write_text
 
 logger = logging.getLogger("wherefrom")
 

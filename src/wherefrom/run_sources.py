@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from wherefrom.errors import DamagedError, InputError
+from wherefrom.files import read_json, write_text
 from wherefrom.language import CausalLM
 from wherefrom.locks import run_lock
 from wherefrom.ranks import join_ranks
-from wherefrom.store import read_json, write_text
 from wherefrom.study import Study
 from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, local_path, read_texts
 

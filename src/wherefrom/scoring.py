@@ -20,6 +20,7 @@ from torch import Tensor
 from wherefrom.curvature import Preconditioner, Strategy
 from wherefrom.disk import Blocks, Step, check_space, used_bytes
 from wherefrom.errors import MemoryLimitError
+from wherefrom.files import scratch_matrix
 from wherefrom.fingerprint import Dataset
 from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
@@ -30,7 +31,7 @@ from wherefrom.plan import Job, Plan, Wanted, plan_scores
 from wherefrom.ranks import Ranks
 from wherefrom.scores import PairwiseCollector, extremes, merged_extremes
 from wherefrom.stages import BlockStages
-from wherefrom.store import Partial, scratch_matrix
+from wherefrom.store import Partial
 from wherefrom.sweep import Collector, Objective, Sweep
 from wherefrom.task import Batch, Task
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wherefrom.files import remove
 from wherefrom.fingerprint import Fingerprint
 from wherefrom.profile import Profile
 from wherefrom.ranks import Ranks
 from wherefrom.stopping import held_signals
-from wherefrom.store import Artifact, Partial, remove
+from wherefrom.store import Artifact, Partial
 
 Compute = Callable[[Partial], dict[str, Tensor]]
 """Computes what is kept; the argument may hold sums of an interrupted sweep."""

@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 
 from wherefrom.curvature import Factors, checked_strategy
 from wherefrom.errors import InputError, MismatchError
+from wherefrom.files import checked_name, within, write_text
 from wherefrom.fingerprint import (
     LIBRARY,
     Dataset,
@@ -38,7 +39,6 @@ from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, To
 from wherefrom.scores import Scores, TopScores
 from wherefrom.scoring import Scoring, make_plan
 from wherefrom.stages import Stages
-from wherefrom.store import checked_name, within, write_text
 from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task, checked_settings
 from wherefrom.tokens import TokenScores

@@ -303,6 +303,8 @@ def _check_length(argument: str, length: int) -> None:
 
 
 def _pretrained(auto_class: str, name: str, **options: Any) -> Any:
+    # Not left to its default, with which transformers asks on the terminal.
+    options = {"trust_remote_code": False, **options}
     path = local_path(name)
     if path.is_dir():
         return _pretrained_directory(auto_class, path, **options)
@@ -325,6 +327,11 @@ def _pretrained_directory(auto_class: str, path: Path, **options: Any) -> Any:
     try:
         return getattr(require("transformers"), auto_class).from_pretrained(str(path), **options)
     except Exception as error:  # whatever transformers, tokenizers and safetensors make of files that are not theirs
+        if "custom code" in str(error):
+            raise InputError(
+                f"{path} brings Python code of its own, which is not run (trust_remote_code). If you trust it, load "
+                "the model yourself and give it to wherefrom.Study."
+            ) from error
         raise InputError(
             f"{path}: not a complete model directory ({type(error).__name__}: {_first_line(error)}). Save the model "
             "and its tokenizer there again, with save_pretrained."

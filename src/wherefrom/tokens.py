@@ -17,13 +17,14 @@ from torch import Tensor
 
 from wherefrom.capture import Captured
 from wherefrom.errors import InputError, LayerError
+from wherefrom.files import remove
 from wherefrom.fingerprint import Fingerprint, differences, tensors_digest
 from wherefrom.gradients import GradientBank
 from wherefrom.layouts import Layout, check_layout
 from wherefrom.options import of_values
 from wherefrom.profile import Profile
 from wherefrom.stages import Compute, Stages
-from wherefrom.store import Artifact, check_same, read_manifest, remove
+from wherefrom.store import Artifact, check_same, read_manifest
 from wherefrom.sweep import Collector
 
 INDEX = "index"

@@ -26,10 +26,11 @@ from tests.reliability.outcomes import Outcome
 from tests.retrain_worker import fill
 from tests.runs import unprivileged
 from wherefrom.errors import WherefromError
+from wherefrom.files import remove
 from wherefrom.options import ScoreOptions
 from wherefrom.report.evaluations import load_figures, save_evaluation
 from wherefrom.report.passages import Figure
-from wherefrom.store import Artifact, remove
+from wherefrom.store import Artifact
 
 Results = dict[str, Tensor]
 

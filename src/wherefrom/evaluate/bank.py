@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wherefrom.files import remove
 from wherefrom.fingerprint import LIBRARY, Fingerprint
 from wherefrom.layouts import Layout, check_layout
 from wherefrom.stopping import held_signals
-from wherefrom.store import Artifact, check_same, read_manifest, remove
+from wherefrom.store import Artifact, check_same, read_manifest
 
 # The entries that a bank adds to the caller's fingerprint.
 _MACHINE, _EXAMPLES = "trained with", "training examples"

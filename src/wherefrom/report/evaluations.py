@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wherefrom.errors import DamagedError
+from wherefrom.files import checked_name, read_json, within, write_bytes, write_text
 from wherefrom.report.passages import Figure
-from wherefrom.store import checked_name, read_json, within, write_bytes, write_text
 
 _FOLDER = "evaluation"
 _ADVICE = "Run the evaluation again, or delete its plot and its numbers."

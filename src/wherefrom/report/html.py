@@ -25,9 +25,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from wherefrom.errors import InputError
+from wherefrom.files import write_text
 from wherefrom.report.passages import Figure, Passage, Passages, TokenContributions
 from wherefrom.report.shading import Shares, encode_lengths, encode_shares, visible_pieces
-from wherefrom.store import write_text
 
 EXCERPT_LENGTH = 160
 HISTOGRAM_BINS = 144

@@ -21,7 +21,7 @@ from torch import Tensor
 from wherefrom.errors import InputError
 from wherefrom.evaluate.lds import LdsReport
 from wherefrom.evaluate.precision import Agreement, compare_scores
-from wherefrom.store import write_bytes
+from wherefrom.files import write_bytes
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart, without its yellow (too pale on white).
 # A method that has a place here looks the same in every plot; others take what is left, in the order given.

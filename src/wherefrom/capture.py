@@ -209,10 +209,12 @@ class Capture(AbstractContextManager["Capture"]):
                 f"The task's loss must be a scalar tensor, summed over the batch; it returned {found}. "
                 "Use reduction='sum' or call .sum()."
             )
-        if not value.is_floating_point():
+        # A model without weights is run on that device to see what it would take.
+        lost = value.is_meta and not any(call.inputs.is_meta for calls in current.calls.values() for call in calls)
+        if not value.is_floating_point() or lost:
+            kind = "on the meta device, without a value" if lost else f"of type {value.dtype}"
             raise LossError(
-                f"The task's loss is of type {value.dtype}: expected a real number, such as float32. Return the loss "
-                "itself."
+                f"The task's loss is {kind}: expected a real number, such as float32. Return the loss itself."
             )
         missing = [name for name in self._layers if name not in current.calls]
         if missing and current.without_graph.issuperset(missing):

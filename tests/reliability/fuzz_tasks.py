@@ -25,6 +25,7 @@ from tests.models import Mlp, gpt2, mlp_case, relative_error, token_rows
 from tests.reliability.outcomes import Outcome
 from tests.test_language import bert, classified_rows, masked_rows, pair_rows, t5
 from wherefrom.errors import WherefromError
+from wherefrom.loading import mapped
 
 
 class OwnError(Exception):
@@ -112,6 +113,7 @@ class Case:
     def _expected(self, layers: Sequence[str]) -> Tensor:
         """Products of gradients, one example at a time, with dropout off."""
         model = copy.deepcopy(self.model).eval()
+        dtype = next(model.parameters()).dtype
         weights = [each for name in layers for each in model.get_submodule(name).parameters(recurse=False)]
         for each in weights:
             each.requires_grad_(True)
@@ -119,7 +121,9 @@ class Case:
         def gradients(dataset: Any, loss: Callable[..., Tensor]) -> Tensor:
             rows = []
             for position in range(len(dataset)):
-                value = loss(model, self.task.collate([dataset[position]]))
+                batch = self.task.collate([dataset[position]])
+                # Where examples are of several types, a batch of them takes the widest.
+                value = loss(model, mapped(batch, lambda each: each.to(dtype) if each.is_floating_point() else each))
                 found = torch.autograd.grad(value, weights, allow_unused=True)
                 parts = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
                 rows.append(torch.cat([part.flatten() for part in parts]))

@@ -322,7 +322,7 @@ def _places(run: Path, fault: Fault) -> list[Path]:
         return sorted(file.parent for file in run.rglob("manifest.json"))
     files = [path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "log", "..lock")]
     files = [path for path in files if not path.name.endswith(".lock")]
-    suffixes = {".json", ".safetensors", ".png"}
+    suffixes = {".json", ".safetensors"} if fault is neighbour else {".json", ".safetensors", ".png"}
     if fault in (json_bomb, header_bomb):
         suffixes = {".json"} if fault is json_bomb else {".safetensors"}
     if fault is another_version:

@@ -46,11 +46,16 @@ def within(root: Path, *names: str) -> Path:
 
     Raises:
         DamagedError: something on the way there is a link: what is written or deleted would lie elsewhere.
+        StorageError: the system cannot look there.
     """
     path = root
     for name in names:
         path = path / name
-        if path.is_symlink():
+        try:
+            link = path.is_symlink()
+        except OSError as error:
+            raise StorageError(f"Cannot use {path}: {error.strerror}. Choose another run directory.") from error
+        if link:
             raise damaged(path, "it is a symbolic link, and leads out of the run directory")
     return path
 
@@ -252,6 +257,20 @@ def remove(path: Path) -> None:
     except OSError as error:
         raise StorageError(
             f"Cannot delete {path}: {error.strerror}. Check permissions, or choose another run directory."
+        ) from error
+
+
+def move(path: Path, target: Path) -> None:
+    """Give a file or directory another place.
+
+    Raises:
+        StorageError: it cannot be moved.
+    """
+    try:
+        path.rename(target)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot move {path} to {target}: {error.strerror}. Check permissions, or choose another run directory."
         ) from error
 
 

@@ -43,7 +43,7 @@ _DISK_MIB = 16
 _EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
 # What a failed write may not leave behind: our temporary names, and those of safetensors.
 _TEMPORARY = re.compile(r"\.part$|^\.tmp")
-_MESSAGE = re.compile(r"[\d,.]+ MiB needed, [\d,.]+ MiB free|Cannot delete .* Check permissions")
+_MESSAGE = re.compile(r"[\d,.]+ MiB needed, [\d,.]+ MiB free|Cannot (delete|move) .* Check permissions")
 
 
 def measure(folder: Path, count: int, seed: int) -> list[Outcome]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wherefrom.files import remove
+from wherefrom.files import move, remove
 from wherefrom.fingerprint import LIBRARY, Fingerprint
 from wherefrom.layouts import Layout, check_layout
 from wherefrom.stopping import held_signals
@@ -106,7 +106,7 @@ class Bank:
             return
         if self._path.exists():
             # Saving deletes what it replaces a moment before the new table is there.
-            self._path.rename(self._runs / self._path.name)
+            move(self._path, self._runs / self._path.name)
         fingerprint = self._stored[0].fingerprint if self._stored else self._fingerprint
         Artifact(self._path, fingerprint).save(_to_tensors(list(self.rows.values())))
         self._remove_runs()
@@ -123,7 +123,7 @@ class Bank:
     def _remove_runs(self) -> None:
         """Delete the single retrainings, under another name: half of them left over would look damaged."""
         if self._runs.exists():
-            self._runs.rename(self._removed)
+            move(self._runs, self._removed)
             remove(self._removed)
 
 

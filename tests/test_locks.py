@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from tests.models import mlp_case
 from tests.runs import lines, results, unprivileged
 from wherefrom.errors import StorageError
 from wherefrom.locks import run_lock
+from wherefrom.stopping import held_signals
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,3 +99,31 @@ def test_a_lock_that_is_a_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
     with pytest.raises(StorageError, match="Cannot lock"), run_lock(tmp_path):
         pass
+
+
+def test_a_lock_may_be_entered_again_by_another_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with run_lock(tmp_path / "run"), run_lock(Path("run")):
+        assert (tmp_path / "run" / ".lock.json").exists()
+    assert not (tmp_path / "run" / ".lock.json").exists()
+
+
+@pytest.mark.parametrize("since", ["1" + 400 * "0", "[]", "1e999"])
+def test_a_forged_record_of_the_owner_keeps_nobody_out(tmp_path: Path, since: str) -> None:
+    (tmp_path / ".lock.json").write_text(f'{{"process": 1, "host": "other", "since": {since}}}')
+    with run_lock(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_forked_process_ends_at_the_first_signal() -> None:
+    with held_signals():
+        ready, started = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(started, b".")  # Python forgets signals that come before it has forked
+            time.sleep(30)
+            os._exit(0)
+        os.read(ready, 1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM

@@ -252,7 +252,7 @@ def remove(path: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             path.rename(aside)  # or a kill would leave half of a result under its name
             shutil.rmtree(aside)
-        else:
+        elif path.exists() or path.is_symlink():  # a read-only file system refuses to delete even what is not there
             path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(

@@ -26,7 +26,8 @@ _REMINDER = 600.0
 
 
 class DirectoryLock:
-    """Use it as a context around whatever looks for results and adds to them; it may be entered again inside.
+    """Use it as a context around whatever looks for results and adds to them; it may be entered again inside, also by
+    another object for the same file.
 
     Another process waits, and its log says for whom. A directory that cannot be written needs no lock: results can
     only be read there.
@@ -40,7 +41,7 @@ class DirectoryLock:
 
     def __init__(self, file: Path) -> None:
         self._file, self._record = file, file.with_name(f"{file.name}.json")
-        self._lock = FileLock(file)
+        self._lock = FileLock(file.absolute(), is_singleton=True)
         self._needless = 0
 
     def __enter__(self) -> None:
@@ -53,7 +54,11 @@ class DirectoryLock:
             self._needless += 1
         else:
             if self._lock.lock_counter == 1:
-                self._sign()
+                try:
+                    self._sign()
+                except BaseException:  # such as Ctrl-C, after which this process may live on
+                    self._lock.release()
+                    raise
 
     def __exit__(self, *exception: object) -> None:
         if self._needless:
@@ -90,7 +95,7 @@ class DirectoryLock:
             record = read_json(self._record)
             minutes = (time.time() - record["since"]) / 60
             return f"process {record['process']} on {record['host']}, for {minutes:,.0f} min"
-        except (DamagedError, KeyError, TypeError):
+        except (DamagedError, StorageError, KeyError, TypeError, OverflowError):
             return "a process that has not said its name"
 
 

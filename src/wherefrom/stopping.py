@@ -5,6 +5,7 @@ This module knows signals and their handlers; it does not know what is done or s
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ class HeldSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, _Handler] = {}
+        self._process = os.getpid()
 
     def hold(self) -> None:
         """From now on note signals, except those that are ignored; a second one is not held back."""
@@ -50,9 +52,9 @@ class HeldSignals:
             signal.raise_signal(received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number)
-        else:
+        again = self.received is not None
+        self.received = self.received or signal.Signals(number)
+        if again or os.getpid() != self._process:  # forked, as by a user's dataset: there is nothing to be saved there
             self.release()
 
 

@@ -1,4 +1,4 @@
-"""A fit and a score as a process of its own, slow enough to be killed: `python -m tests.resume_worker RUN LOG`."""
+"""A fit and a score as a process of its own, slow enough to meet another: `python -m tests.resume_worker RUN LOG`."""
 
 from __future__ import annotations
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
-from tests.runs import kill_and_resume, lines, results
 from tests.test_layers import CASES as LAYER_CASES
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.scores import extremes
@@ -276,44 +273,6 @@ def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in (tmp_path / "scores").iterdir()] == ["identity-top3"]
     with safe_open(tmp_path / "scores" / "identity-top3" / "tensors.safetensors", "pt") as file:
         assert {tuple(file.get_tensor(name).shape) for name in file.keys()} == {(len(case.queries), 3)}  # noqa: SIM118
-
-
-WORKER = """
-import sys, time
-from pathlib import Path
-import torch
-import wherefrom.plan
-from tests.models import mlp_case
-from tests.resume_worker import Slow
-import wherefrom as wf
-wherefrom.plan.SHARD_ROWS, wherefrom.plan.SHARD_BYTES = 4, 1
-case, task = mlp_case(torch.float32), Slow()
-task._log = Path(sys.argv[2])
-study = wf.Study(sys.argv[1], case.model, task, train=case.train, checkpoint_seconds=0)
-factors = study.fit("identity")
-study.score_top(case.queries, factors, k=3, train_batch_size=2, query_batch_size=5)
-study.score(
-    case.queries, factors, per_layer=True, self_influence=True, train_batch_size=2, query_batch_size=5, name="all"
-)
-study.self_influence(factors, batch_size=2)
-"""
-
-
-def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
-    def start(run: Path, log: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", WORKER, str(run), str(log)]
-        return subprocess.Popen(command, cwd=Path(__file__).parents[1])
-
-    assert start(tmp_path / "whole", tmp_path / "whole.log").wait() == 0
-    expected, batches = results(tmp_path / "whole"), lines(tmp_path / "whole.log")
-    run, log = tmp_path / "run", tmp_path / "log"
-    kills = (5, 14)
-    kill_and_resume(start, run, log, kills)
-    found = results(run)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert lines(log) <= batches + 5 * len(kills)
-    assert not [path.name for path in run.rglob("*") if ".part" in path.name or ".blocks" in path.name]
 
 
 # All kinds of layers.

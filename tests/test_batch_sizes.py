@@ -1,48 +1,13 @@
-"""Runs killed with SIGKILL continue where they were and end with the same bits."""
+"""Sweeps that run out of memory, and the batch sizes that they begin with; `reliability.kills` has those killed."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
 from tests.models import mlp_case
-from tests.runs import kill_and_resume, lines, results
 from wherefrom.sweep import Sweep
-
-# Sweeps of the worker: covariance 6 batches, eigenvalues 6, queries 1, pairwise 6; two examples are measured to plan.
-BATCHES = 21
-
-
-def start(run: Path, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.resume_worker", str(run), str(log)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[1])
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert start(folder / "run", folder / "log").wait() == 0
-    assert lines(folder / "log") == BATCHES
-    return results(folder / "run")
-
-
-@pytest.mark.parametrize("kills", [(1, 8, 15), (3, 6, 12), (7, 13, 18), (9, 14, 16)])
-def test_killed_runs_end_with_the_same_bits(
-    tmp_path: Path, undisturbed: dict[str, Tensor], kills: tuple[int, ...]
-) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
-    kill_and_resume(start, run, log, kills)
-    found = results(run)
-    assert found.keys() == undisturbed.keys()
-    assert all((found[name] == tensor).all() for name, tensor in undisturbed.items())  # bit for bit
-    # A kill costs the batch it falls into, the one whose sums were being saved, the resident gradients and the plan.
-    assert lines(log) <= BATCHES + 5 * len(kills)
-    left = [path.name for path in run.rglob("*") if ".part" in path.name]
-    assert not left
 
 
 def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(

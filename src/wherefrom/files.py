@@ -26,6 +26,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ADVICE = "Pass overwrite=True (--overwrite) to compute it again, or delete it."
 # More than any of our manifests, lists and plots has; what is longer is not read into memory.
 _MOST_BYTES = 2**24
+# What safetensors needs to write a file, with some to spare.
+_SAVING_BYTES = 2**22
 
 
 def checked_name(name: str) -> str:
@@ -225,6 +227,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write and flush a safetensors file under its name, in a directory that is deleted as a whole after a kill."""
+    bytearray(_SAVING_BYTES)  # where this raises MemoryError, safetensors would end the process
     save_file({name: _on_host(tensor) for name, tensor in tensors.items()}, file, dict(metadata))
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
     flush(file)

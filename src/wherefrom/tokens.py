@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.capture import Captured
-from wherefrom.errors import InputError, LayerError
+from wherefrom.errors import DamagedError, InputError, LayerError
 from wherefrom.files import remove
 from wherefrom.fingerprint import Fingerprint, differences, tensors_digest
 from wherefrom.gradients import GradientBank
@@ -159,6 +159,12 @@ class TokenScores:
         fingerprint = read_manifest(folder / INDEX)["fingerprint"]
         index = Artifact(folder / INDEX, fingerprint).load()
         check_layout(folder / INDEX, index, _INDEX)
+        pairs, shards, train = index["pairs"], index["shards"], len(index["lengths"])
+        if int(shards.sum()) != len(pairs) or bool((pairs < 0).any()) or bool((pairs[:, 1] >= train).any()):
+            raise DamagedError(
+                f"{folder / INDEX} cannot be used: its pairs are not those of its files. Delete {folder}, and compute "
+                "it again."
+            )
         return cls(folder, index["pairs"], index["lengths"], index["shards"].tolist(), fingerprint)
 
     def differences(self, scores: Fingerprint) -> list[str]:

@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 
 from wherefrom.errors import InputError
 from wherefrom.fingerprint import tensors_digest
+from wherefrom.memory import out_of_memory
 from wherefrom.precision import widened
 from wherefrom.sampling import Sampler
 
@@ -80,6 +81,8 @@ class Task(Generic[Batch]):
         try:
             batch: Batch = default_collate(list(examples))
         except (TypeError, RuntimeError, KeyError, AttributeError) as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise  # a smaller batch may fit
             raise InputError(
                 f"{type(self).__name__}: examples cannot be put together ({type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]}). Give all of them tensors or numbers of the same names and "

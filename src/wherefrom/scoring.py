@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -184,11 +184,12 @@ class Scoring(Generic[Batch]):
         """A sweep over some training examples against resident queries."""
         sweep, resident = self.sweep, bank()
         summed = self.options.aggregate_train is not None
-        collector: Collector = PairwiseCollector(
-            resident, len(train), sweep.dtype, sweep.device, self.groups, summed=summed
-        )
-        if self.options.self_influence and not rows.start:  # once is enough
-            collector = Together(collector, self._self_influence(train))
+        with self.ranks.agreeing(), self._within_memory(len(rows)):
+            collector: Collector = PairwiseCollector(
+                resident, len(train), sweep.dtype, sweep.device, self.groups, summed=summed
+            )
+            if self.options.self_influence and not rows.start:  # once is enough
+                collector = Together(collector, self._self_influence(train))
         self.sweep_train("pairwise scores", train, collector, len(resident), sums)
         errors = resident.relative_errors()
         return collector.sums if errors is None else {**collector.sums, "query_errors": errors}
@@ -246,8 +247,11 @@ class Scoring(Generic[Batch]):
 
     def _fits(self, work: Callable[[range], None], rows: range) -> bool:
         """Work on some queries; False when their gradients leave too little memory for the rest."""
+        # Of several processes, one by itself must not go on with fewer while the others are further: there, only what
+        # they have agreed on is a MemoryLimitError.
+        alone = self.ranks.count == 1
         try:
-            with self._within_memory(len(rows)):
+            with self._within_memory(len(rows)) if alone else nullcontext():
                 work(rows)
         except MemoryLimitError as error:
             # Of processes that share a model's weights, the others may be in the middle of a pass.

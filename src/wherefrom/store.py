@@ -69,6 +69,7 @@ class Artifact:
             save_tensors(part / _TENSORS, tensors, metadata)
             manifest = {**description, "sha256": metadata[_DIGEST]}
             write_text(part / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            flush(part)
             remove(self.path)
             part.rename(self.path)
             flush(self.path.parent)

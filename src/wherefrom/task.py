@@ -82,7 +82,7 @@ class Task(Generic[Batch]):
             batch: Batch = default_collate(list(examples))
         except (TypeError, RuntimeError, KeyError, AttributeError) as error:
             if isinstance(error, RuntimeError) and out_of_memory(error):
-                raise
+                raise  # a smaller batch may fit
             raise InputError(
                 f"{type(self).__name__}: examples cannot be put together ({type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]}). Give all of them tensors or numbers of the same names and "

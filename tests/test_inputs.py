@@ -216,8 +216,18 @@ def test_settings_are_the_same_in_every_process() -> None:
         assert Weighted(one).settings() != Weighted(other).settings()
         assert Weighted(one).settings() == Weighted(copy.deepcopy(one)).settings()
     assert "0x" not in str(Weighted(nn.functional.relu).settings())
-    with pytest.raises(InputError, match="attribute 'weights' is .* another address in every process"):
+    with pytest.raises(InputError, match="attribute 'weights' is .* nothing tells it from another"):
         Weighted(object()).settings()
+    with pytest.raises(InputError, match="nothing tells it from another"):
+        Weighted(lambda loss: loss).settings()
+    torch.manual_seed(0)
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    for layer, unlike, alike in (
+        (first, second, copy.deepcopy(first)),
+        (first.forward, second.forward, copy.deepcopy(first).forward),
+    ):
+        assert Weighted(layer).settings() != Weighted(unlike).settings()
+        assert Weighted(layer).settings() == Weighted(alike).settings()
 
 
 def test_labels_of_bytes_and_probabilities_are_labels_and_wrong_classes_are_refused() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 
 from wherefrom.errors import InputError
-from wherefrom.fingerprint import tensors_digest
+from wherefrom.fingerprint import model_digest, tensors_digest
 from wherefrom.memory import out_of_memory
 from wherefrom.precision import widened
 from wherefrom.sampling import Sampler
@@ -136,14 +137,20 @@ def _described(name: str, value: object) -> str:
         return f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, set | frozenset) else parts)})"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key!r}: {_described(name, each)}' for key, each in value.items())}}}"
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    found = repr(value)
+    if isinstance(value, nn.Module):
+        return f"{type(value).__qualname__} {model_digest(value)}"
+    found, known_as = repr(value), getattr(value, "__qualname__", "")
+    # Of functions, only those of a module are known by their names.
+    if callable(value) and re.fullmatch(r"[\w.]+", known_as):
+        owner = getattr(value, "__self__", None)
+        if isinstance(owner, ModuleType | type | None):
+            return f"{value.__module__}.{known_as}"
+        return f"{known_as} of {_described(name, owner)}"
     if re.search(r" at 0x[0-9a-fA-F]+", found):
         raise InputError(
-            f"The task's attribute {name!r} is {found[:80]}, which has another address in every process, so that "
-            "results would never be found again. Give its class a __repr__ that says what it holds, or call it "
-            f"{'_' + name!r} if results do not depend on it."
+            f"The task's attribute {name!r} is {found[:80]}, and nothing tells it from another: results could be taken "
+            "for those of another task, or not be found again. Use a function of a module, give its class a __repr__ "
+            f"that says what it holds, or call it {'_' + name!r} if results do not depend on it."
         )
     return found
 

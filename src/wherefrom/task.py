@@ -139,13 +139,10 @@ def _described(name: str, value: object) -> str:
         return f"{{{', '.join(f'{key!r}: {_described(name, each)}' for key, each in value.items())}}}"
     if isinstance(value, nn.Module):
         return f"{type(value).__qualname__} {model_digest(value)}"
-    found, known_as = repr(value), getattr(value, "__qualname__", "")
-    # Of functions, only those of a module are known by their names.
-    if callable(value) and re.fullmatch(r"[\w.]+", known_as):
-        owner = getattr(value, "__self__", None)
-        if isinstance(owner, ModuleType | type | None):
-            return f"{value.__module__}.{known_as}"
-        return f"{known_as} of {_described(name, owner)}"
+    function = _described_function(name, value)
+    if function is not None:
+        return function
+    found = repr(value)
     if re.search(r" at 0x[0-9a-fA-F]+", found):
         raise InputError(
             f"The task's attribute {name!r} is {found[:80]}, and nothing tells it from another: results could be taken "
@@ -153,6 +150,16 @@ def _described(name: str, value: object) -> str:
             f"that says what it holds, or call it {'_' + name!r} if results do not depend on it."
         )
     return found
+
+
+def _described_function(name: str, value: object) -> str | None:
+    """A function or class of a module by its name, a method with its object; None for anything else."""
+    known_as, owner = getattr(value, "__qualname__", ""), getattr(value, "__self__", None)
+    if not callable(value) or not re.fullmatch(r"[\w.]+", known_as):
+        return None
+    if isinstance(owner, ModuleType | type | None):
+        return f"{value.__module__}.{known_as}"
+    return f"{known_as} of {_described(name, owner)}"
 
 
 class Classification(Task[Sequence[Tensor]]):

@@ -203,9 +203,9 @@ class ReplayableTraining(Generic[Batch]):
         error = float((found - expected).norm() / expected.norm().clamp(min=torch.finfo(found.dtype).tiny))
         if not error < _TOLERANCE:
             raise InputError(
-                f"{type(self.task).__name__}.train_loss cannot be weighted by example: on the first batch, the gradient "
-                f"of weighted examples differs by {error:.1e} of its norm from that of one at a time. Give a loss that "
-                "is a sum over examples, and of the outputs of `model(...)` alone; divide by a `count` instead."
+                f"{type(self.task).__name__}.train_loss cannot be weighted by example: the gradient of the first batch, "
+                f"weighted, differs by {error:.1e} of its norm from that of one example at a time. Give a loss that is "
+                "a sum over examples, and of the outputs of `model(...)` alone; divide by a `count` instead."
             )
 
 

@@ -277,16 +277,18 @@ def test_nothing_else_is_changed(tmp_path: Path) -> None:
 
 
 def smoothness(activation: nn.Module, rate: float) -> float:
+    """Over three directions, the mean."""
     case = mlp_case()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), activation, nn.Linear(16, 3)).double()
     recipe = replace(RECIPE, learning_rates=[rate] * 40, weight_decay=0.0)
-    return wf.metasmoothness(training_of(replace(case, model=model), recipe))
+    training = training_of(replace(case, model=model), recipe)
+    return sum(wf.metasmoothness(training, seed=seed) for seed in range(3)) / 3
 
 
 def test_a_smooth_training_is_told_from_one_that_is_not() -> None:
     assert smoothness(nn.Tanh(), 0.01) > 0.95
-    assert smoothness(nn.ReLU(), 3.0) < 0.5
+    assert smoothness(nn.ReLU(), 1.0) < 0.5
 
 
 def test_a_training_that_does_not_move_is_smooth() -> None:
@@ -348,6 +350,8 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="train is empty"):
         training_of(replace(case, train=[]))
     training = training_of(case)
+    with pytest.raises(InputError, match="step=0"):
+        wf.metasmoothness(training, step=0)
     with pytest.raises(InputError, match="queries is empty"):
         wf.magic_scores(tmp_path, training, [])
     for options in ({"branching": 1}, {"queries_at_once": 0}, {"name": "../elsewhere"}):

@@ -104,8 +104,13 @@ def metasmoothness(training: ReplayableTraining[Batch], step: float = 0.01, seed
     Args:
         step: how far apart the weights are.
         seed: of the direction, standard normal in each training example.
+
+    Raises:
+        InputError: `step` is not above 0.
     """
-    direction = torch.randn(len(training.train), generator=torch.Generator().manual_seed(seed))
+    if not step > 0:
+        raise InputError(f"step={step}: expected a change of weights above 0, such as 0.01.")
+    direction = torch.randn(len(training.train), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     first, second, third = (training.parameters(1 + number * step * direction) for number in range(3))
     movement = (third - first).abs()
     if not bool(movement.any()):

@@ -140,7 +140,7 @@ class ReplayableTraining(Generic[Batch]):
         for query, measured in enumerate(self._measured(parameters, queries)):
             if not bool(measured.isfinite()):
                 raise LossError(
-                    f"The measurement of query {query} after the training is {float(measured)}. Look whether the "
+                    f"The measurement of query {query} after the training is {float(measured.detach())}. Look whether the "
                     "training diverges; smaller learning rates, or clipping with max_norm, keep it from that."
                 )
             found.append(torch.autograd.grad(measured, parameters)[0])
@@ -203,9 +203,9 @@ class ReplayableTraining(Generic[Batch]):
         error = float((found - expected).norm() / expected.norm().clamp(min=torch.finfo(found.dtype).tiny))
         if not error < _TOLERANCE:
             raise InputError(
-                f"{type(self.task).__name__}.train_loss cannot be weighted by example: the gradient of the first batch, "
-                f"weighted, differs by {error:.1e} of its norm from that of one example at a time. Give a loss that is "
-                "a sum over examples, and of the outputs of `model(...)` alone; divide by a `count` instead."
+                f"{type(self.task).__name__}.train_loss cannot be weighted by example: the gradient of the first "
+                f"batch, weighted, differs by {error:.1e} of its norm from that of one example at a time. Give a loss "
+                "that is a sum over examples, and of the outputs of `model(...)` alone; divide by a `count` instead."
             )
 
 

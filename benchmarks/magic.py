@@ -8,11 +8,11 @@ User CPU seconds of one thread, the numbers of queries in turn, medians. Written
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import tyro
+from torch import Tensor
 from workload import Stage, Stopwatch, Workload, medians, save_results
 
 import wherefrom as wf
@@ -23,6 +23,7 @@ class Arguments:
     """A small GPT-2, trained and walked back."""
 
     queries: tuple[int, ...] = (1, 4, 16, 64)
+    """The first is 1, which the others are compared with."""
     layers: int = 2
     width: int = 64
     vocabulary: int = 512
@@ -33,60 +34,45 @@ class Arguments:
     repeats: int = 5
 
 
-def measured(
-    arguments: Arguments, training: wf.ReplayableTraining[dict[str, torch.Tensor]]
-) -> Iterator[dict[str, Stage]]:
-    """Each repeat's stages: the training alone, and the scores of each number of queries."""
-    workload = workload_of(arguments)
-    for _ in range(arguments.repeats):
-        watch = Stopwatch()
-        with watch.stage("training"):
-            training.parameters()
-        for count in arguments.queries:
-            queries = workload.sequences(count, seed=2)
-            with tempfile.TemporaryDirectory() as folder, watch.stage(f"{count} queries"):
-                wf.magic_scores(folder, training, queries)
-        yield watch.stages
-
-
-def workload_of(arguments: Arguments) -> Workload:
-    return Workload(
-        layers=arguments.layers, width=arguments.width, heads=2, vocabulary=arguments.vocabulary,
-        tokens=arguments.tokens,
-    )  # fmt: skip
-
-
 def main(arguments: Arguments) -> None:
     """Measure, print and keep."""
     torch.set_num_threads(1)
-    workload = workload_of(arguments)
+    workload = Workload(
+        layers=arguments.layers, width=arguments.width, heads=2, vocabulary=arguments.vocabulary,
+        tokens=arguments.tokens,
+    )  # fmt: skip
     steps = arguments.epochs * -(-arguments.train // arguments.batch_size)
     recipe = wf.TrainingRecipe(arguments.batch_size, [1e-3] * steps, weight_decay=0.01, epsilon=1e-6)
     train = workload.sequences(arguments.train, seed=1)
     training = wf.ReplayableTraining(workload.model(), wf.CausalLM(), train, recipe)
     training.parameters()  # the first time, kernels are chosen and memory is asked for
-    stages = medians(list(measured(arguments, training)))
+    stages = medians([measured(training, workload, arguments.queries) for _ in range(arguments.repeats)])
     plain = stages["training"].user_seconds
-    alone = stages[f"{arguments.queries[0]} queries"].user_seconds / arguments.queries[0]
+    alone = stages["1"].user_seconds
     rows = []
-    print(
-        "| queries | CPU seconds | in trainings | seconds a query | of one alone |\n| ---: | ---: | ---: | ---: | ---: |"
-    )
+    print("| queries | CPU seconds | in trainings | seconds a query | of one alone |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
     for count in arguments.queries:
-        seconds = stages[f"{count} queries"].user_seconds
-        each = seconds / count
-        rows.append(
-            {"queries": count, "user_seconds": seconds, "trainings": seconds / plain, "of_one_alone": each / alone}
-        )
-        print(f"| {count} | {seconds:.2f} | {seconds / plain:.1f} | {each:.3f} | {each / alone:.2f} |")
-    save_results(
-        "magic",
-        {
-            "workload": {**vars(arguments), "steps": steps, "parameters": training.start().shape[1]},
-            "training_user_seconds": plain,
-            "rows": rows,
-        },
-    )
+        total = stages[str(count)].user_seconds
+        each = total / count
+        rows.append({"queries": count, "user_seconds": total, "trainings": total / plain, "of_one_alone": each / alone})
+        print(f"| {count} | {total:.2f} | {total / plain:.1f} | {each:.3f} | {each / alone:.2f} |")
+    described = {**asdict(arguments), "steps": steps, "parameters": training.start().shape[1]}
+    save_results("magic", {"workload": described, "training_user_seconds": plain, "rows": rows})
+
+
+def measured(
+    training: wf.ReplayableTraining[dict[str, Tensor]], workload: Workload, counts: tuple[int, ...]
+) -> dict[str, Stage]:
+    """The stages of one repeat: the training alone, and the scores of each number of queries."""
+    watch = Stopwatch()
+    with watch.stage("training"):
+        training.parameters()
+    for count in counts:
+        queries = workload.sequences(count, seed=2)
+        with tempfile.TemporaryDirectory() as folder, watch.stage(str(count)):
+            wf.magic_scores(folder, training, queries)
+    return watch.stages
 
 
 if __name__ == "__main__":

@@ -140,8 +140,8 @@ class ReplayableTraining(Generic[Batch]):
         for query, measured in enumerate(self._measured(parameters, queries)):
             if not bool(measured.isfinite()):
                 raise LossError(
-                    f"The measurement of query {query} after the training is {float(measured.detach())}. Look whether the "
-                    "training diverges; smaller learning rates, or clipping with max_norm, keep it from that."
+                    f"The measurement of query {query} after the training is {float(measured.detach())}. Look whether "
+                    "the training diverges; smaller learning rates, or clipping with max_norm, keep it from that."
                 )
             found.append(torch.autograd.grad(measured, parameters)[0])
         return torch.stack(found)

@@ -239,7 +239,7 @@ def test_a_killed_walk_goes_on_where_it_has_saved(tmp_path: Path, monkeypatch: p
     pulled: list[int] = []
     pull_back = wf.ReplayableTraining.pull_back
 
-    def stopping(training: Training, state: Tensor, step: int, *more: Any) -> tuple[Tensor, Tensor]:
+    def stopping(training: Training, state: Tensor, step: int, *more: Any) -> Tensor:
         pulled.append(step)
         if pulled == [8, 7, 6, 5]:
             raise KeyboardInterrupt
@@ -337,15 +337,12 @@ def test_models_that_cannot_be_replayed_are_refused() -> None:
 
 
 def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
-    for wrong in (
-        {"batch_size": 0},
-        {"learning_rates": []},
-        {"epsilon": 0.0},
-        {"betas": (0.9, 1.0)},
-        {"max_norm": 0.0},
-    ):
-        with pytest.raises(InputError, match=next(iter(wrong))):
-            replace(RECIPE, **wrong)
+    impossible: dict[str, Any] = {
+        "batch_size": 0, "learning_rates": [], "epsilon": 0.0, "betas": (0.9, 1.0), "max_norm": 0.0,
+    }  # fmt: skip
+    for name, value in impossible.items():
+        with pytest.raises(InputError, match=name):
+            replace(RECIPE, **{name: value})
     case = mlp_case()
     with pytest.raises(InputError, match="train is empty"):
         training_of(replace(case, train=[]))
@@ -354,9 +351,10 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
         wf.metasmoothness(training, step=0)
     with pytest.raises(InputError, match="queries is empty"):
         wf.magic_scores(tmp_path, training, [])
-    for options in ({"branching": 1}, {"queries_at_once": 0}, {"name": "../elsewhere"}):
-        with pytest.raises(InputError, match=next(iter(options))):
-            wf.magic_scores(tmp_path, training, case.queries, **options)  # type: ignore[arg-type]
+    impossible = {"branching": 1, "queries_at_once": 0, "name": "../elsewhere"}
+    for name, value in impossible.items():
+        with pytest.raises(InputError, match=name):
+            wf.magic_scores(tmp_path, training, case.queries, **{name: value})
 
 
 def test_a_training_that_diverges_is_named(tmp_path: Path) -> None:

@@ -158,9 +158,7 @@ class _Walk(Generic[Batch]):
         steps, next_save = len(self.training.batches), time.monotonic() + self.checkpoint_seconds
         with progress_bar("replay", steps, self.progress) as show, held_signals() as held:
             for step, state in replay.backwards():
-                sums["cotangents"], by_weight = self.training.pull_back(
-                    state, step, sums["cotangents"], self.queries_at_once
-                )
+                by_weight = self.training.pull_back(state, step, sums["cotangents"], self.queries_at_once)
                 sums["values"][:, self.training.batches[step].to(by_weight.device)] -= by_weight
                 show(steps - step)
                 if step and (held.received or time.monotonic() >= next_save):

@@ -90,29 +90,29 @@ class ReplayableTraining(Generic[Batch]):
         with torch.no_grad():
             return self.recipe.update(state, gradient, step)
 
-    def pull_back(
-        self, state: Tensor, step: int, cotangents: Tensor, at_once: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Derivatives by what comes out of a step -> derivatives by what goes into it, at weights of 1.
+    def pull_back(self, state: Tensor, step: int, cotangents: Tensor, at_once: int | None = None) -> Tensor:
+        """Take the derivatives of some numbers back through a step, at weights of 1.
 
         Args:
             state: the one before the step, [3, parameters].
-            cotangents: derivatives of some numbers by the state after it, [numbers, 3, parameters].
+            cotangents: the numbers' derivatives by the state after it, [numbers, 3, parameters]; replaced, in place, by
+                those by the state before it.
             at_once: how many numbers are taken through the step together; None is all.
 
         Returns:
-            The derivatives by the state before it, [numbers, 3, parameters], and by the weights of the step's examples,
-            [numbers, batch].
+            The derivatives by the weights of the step's examples, [numbers, batch].
         """
         state = state.detach().requires_grad_()
-        weights = torch.ones(len(self.batches[step])).to(state.detach()).requires_grad_()
+        weights = state.new_ones(len(self.batches[step])).requires_grad_()
         after = self.recipe.update(state, self._gradient(state[0], step, weights, twice=True), step)
-        parts = [
-            torch.autograd.grad(after, (state, weights), part, retain_graph=True, is_grads_batched=True)
-            for part in cotangents.split(at_once or len(cotangents))
-        ]
-        by_state, by_weight = (torch.cat(each) for each in zip(*parts, strict=True))
-        return by_state, by_weight
+        by_weights = []
+        for part in cotangents.split(at_once or len(cotangents)):
+            by_state, by_weight = torch.autograd.grad(
+                after, (state, weights), part, retain_graph=True, is_grads_batched=True
+            )
+            part.copy_(by_state)
+            by_weights.append(by_weight)
+        return torch.cat(by_weights)
 
     def parameters(self, weights: Tensor | None = None) -> Tensor:
         """Train to the end: the parameters, [parameters].

@@ -27,8 +27,8 @@ class Arguments:
     layers: int = 2
     width: int = 64
     vocabulary: int = 512
-    tokens: int = 64
-    train: int = 64
+    tokens: int = 32
+    train: int = 32
     batch_size: int = 8
     epochs: int = 4
     repeats: int = 5

@@ -17,13 +17,14 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from wherefrom.errors import InputError
+from wherefrom.errors import InputError, RankError
 from wherefrom.files import checked_name, within
 from wherefrom.fingerprint import LIBRARY, Dataset, dataset_digest, model_digest
 from wherefrom.locks import run_lock
 from wherefrom.memory import within_memory
 from wherefrom.profile import Profile
 from wherefrom.progress import progress_bar
+from wherefrom.ranks import Ranks
 from wherefrom.scores import Scores
 from wherefrom.stages import Stages
 from wherefrom.stopping import held_signals
@@ -73,6 +74,7 @@ def magic_scores(
     Raises:
         InputError: there are no queries, or an option is impossible.
         LossError: the training diverged.
+        RankError: there are several processes.
         MemoryLimitError: the derivatives of all queries do not fit: [queries, 3, parameters], and a step's own.
         WherefromError: see `wherefrom.errors`; what was finished before stays valid.
     """
@@ -80,6 +82,11 @@ def magic_scores(
         raise InputError("queries is empty: expected at least one example. Check the path or the filter.")
     if queries_at_once is not None and queries_at_once < 1:
         raise InputError(f"queries_at_once={queries_at_once}: expected at least 1, or None.")
+    if Ranks.current().count > 1:
+        raise RankError(
+            f"magic_scores in {Ranks.current().count} processes: expected one, since a training is one chain of steps. "
+            "Start it without torchrun."
+        )
     checked_name(name)
     folder = within(Path(path), "scores")
     walk = _Walk(training, queries, branching, queries_at_once, checkpoint_seconds, progress)

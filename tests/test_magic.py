@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import wherefrom as wf
 from tests.models import Case, gpt2, mlp_case, relative_error, token_rows
-from wherefrom.errors import InputError, LossError, MismatchError
+from wherefrom.errors import InputError, LossError, MismatchError, RankError
 from wherefrom.losses import IGNORED
+from wherefrom.ranks import Ranks
 from wherefrom.unrolled.replay import KeptStates, Replay
 
 Training = wf.ReplayableTraining[Any]
@@ -355,6 +356,14 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
     for name, value in impossible.items():
         with pytest.raises(InputError, match=name):
             wf.magic_scores(tmp_path, training, case.queries, **{name: value})
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = mlp_case()
+    training = training_of(case)
+    monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 2))
+    with pytest.raises(RankError, match="2 processes"):
+        wf.magic_scores(tmp_path, training, case.queries)
 
 
 def test_a_training_that_diverges_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ from wherefrom.scores import Hit, Scores, TopScores
 from wherefrom.study import Study
 from wherefrom.task import Classification, Regression, Task
 from wherefrom.tokens import TokenScores
+from wherefrom.unrolled.magic import magic_scores, metasmoothness
+from wherefrom.unrolled.recipe import TrainingRecipe
+from wherefrom.unrolled.training import ReplayableTraining
 
 if TYPE_CHECKING:
     from wherefrom.huggingface import PretrainedStudy, study_from_pretrained
@@ -29,6 +32,7 @@ __all__ = [
     "PretrainedStudy",
     "RecordedCheckpoint",
     "Regression",
+    "ReplayableTraining",
     "Sampler",
     "Scores",
     "Seq2Seq",
@@ -37,10 +41,13 @@ __all__ = [
     "Task",
     "TokenScores",
     "TopScores",
+    "TrainingRecipe",
     "TrainingRecorder",
     "WherefromError",
     "__version__",
     "join_ranks",
+    "magic_scores",
+    "metasmoothness",
     "read_recording",
     "score_checkpoints",
     "study_from_pretrained",

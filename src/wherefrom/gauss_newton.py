@@ -1,11 +1,11 @@
 """Products with the Gauss-Newton matrix of a model's training loss, over the weights of tracked layers.
 
 H = mean over examples of J^T (d^2 loss / d z^2) J (Schraudolph 2002; Martens 2020, section 8), where z is all that the
-model returns, J the derivative of z by the weights, and the loss a function of z. For cross-entropy and half the squared
-error it is the Fisher information, whose sampled estimate the factors' eigenvalues are. For many vectors at once: J v in
-forward mode, where they share the pass itself; the loss's curvature by differentiating its gradient, which for
-cross-entropy is p * (u - p.u); and J^T in one batched backward pass. What a task masks has no part in the loss, so it has
-none here. This module knows models, tasks and layers; it does not know what is solved with the products.
+model returns, J the derivative of z by the weights, and the loss a function of z. For cross-entropy and half the
+squared error it is the Fisher information, which the factors' eigenvalues are sampled from. Of many vectors at once:
+J v in forward mode, where they share the pass itself; the loss's curvature by differentiating its gradient, which for
+cross-entropy is p * (u - p.u); and J^T in one batched backward pass. What a task does not count has no part in the
+loss, so it has none here. This module knows models, tasks and layers; it does not know what products are for.
 """
 
 from __future__ import annotations
@@ -165,8 +165,7 @@ def batch_product(loss: Callable[[], Tensor], model: nn.Module, space: WeightSpa
     weights = {name: parameter.detach() for name, parameter in space.parameters.items()}
     tangents = space.to_parameters(vectors)
     moved = [each for call in calls for each in _pushed(model, call, weights, tangents)]
-    # Of what the loss does not look at there is no slope.
-    seen = [place for place, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
+    seen = [(slope, u) for slope, u in zip(slopes, moved, strict=True) if slope is not None and slope.requires_grad]
     if not seen:
         raise LossError(
             "The task's loss has no curvature in what the model returns, so there is no Gauss-Newton matrix. Let "
@@ -174,9 +173,9 @@ def batch_product(loss: Callable[[], Tensor], model: nn.Module, space: WeightSpa
             "model has computed itself."
         )
     curved = torch.autograd.grad(
-        [slopes[place] for place in seen],
+        [slope for slope, _ in seen],
         leaves,
-        [moved[place] for place in seen],
+        [u for _, u in seen],
         is_grads_batched=True,
         allow_unused=True,
     )
@@ -310,7 +309,8 @@ class DampedGaussNewton(Generic[Batch]):
         """
         examples = Rows(self._train, range(self.examples) if chosen is None else chosen)
         with self._sweep.profile.action(_NAME):
-            total = self._sum(examples, vectors)
+            with self._sweep.ranks.agreeing():
+                total = self._sum(examples, vectors)
             self._sweep.ranks.add_up([total])
         return total.div_(len(examples)).addcmul_(vectors, self._added)
 
@@ -318,14 +318,17 @@ class DampedGaussNewton(Generic[Batch]):
         """This process's part of the sum over examples of H v."""
         sweep, total = self._sweep, torch.zeros_like(vectors)
         share, together = sweep.ranks.share(len(examples)), self._pairs
-        with _following(sweep.model, self.space), held_signals() as held:
-            with Loader(sweep.task, examples, sweep.device, end=share.stop) as loader:
-                for some, sums in zip(vectors.split(together), total.split(together), strict=True):
-                    size = max(1, together // len(some))
-                    for start in range(share.start, share.stop, size):
-                        self._add(loader, range(start, min(start + size, share.stop)), some, sums)
-                        if held.received:
-                            held.deliver()
+        with (
+            _following(sweep.model, self.space),
+            held_signals() as held,
+            Loader(sweep.task, examples, sweep.device, end=share.stop) as loader,
+        ):
+            for some, sums in zip(vectors.split(together), total.split(together), strict=True):
+                size = max(1, together // len(some))
+                for start in range(share.start, share.stop, size):
+                    self._add(loader, range(start, min(start + size, share.stop)), some, sums)
+                    if held.received:
+                        held.deliver()
         return total
 
     def _add(self, loader: Loader[Batch], rows: range, vectors: Tensor, total: Tensor) -> None:

@@ -175,8 +175,8 @@ class Options:
         for name in ("half_precision", "query_rank", "self_influence"):
             if getattr(self, name):
                 raise InputError(
-                    f"{name}={getattr(self, name)!r} with a solver, which gives whole solutions in the model's own type, "
-                    f"of queries alone. Leave one of them out."
+                    f"{name}={getattr(self, name)!r} with a solver, whose solutions are whole, in the model's type, "
+                    "and of queries alone. Leave one of them out."
                 )
         if self.damping == 0:
             raise InputError("damping=0 with a solver: curvature alone has no inverse. Give a number above 0, or None.")

@@ -28,7 +28,7 @@ class System(Protocol):
         """How many examples H is a mean over."""
 
     def product(self, vectors: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
-        """(H + D) v for each row of [queries, weights]; with H over some of the examples alone, where they are given."""
+        """(H + D) v for each row of [queries, weights], where H is of some examples alone if they are given."""
 
     def precondition(self, vectors: Tensor) -> Tensor:
         """What the filter makes of each row of [queries, weights]."""
@@ -206,9 +206,10 @@ def _relative(vectors: Tensor, norms: Tensor) -> Tensor:
 def _checked(residuals: Tensor, solver: str) -> Tensor:
     """Refuse residuals that have grown beyond all bounds."""
     if not bool((residuals < 1e6).all()):
+        largest = float(residuals.nan_to_num(torch.inf).max())
         raise LossError(
-            f"{solver}: the iterations diverge: the residual is {float(residuals.nan_to_num(torch.inf).max()):.3g} times "
-            "the query gradient. Give more damping or, for Astra, a smaller learning_rate or a larger batch_size."
+            f"{solver}: the iterations diverge: a residual is {largest:.3g} times its query gradient. Give more "
+            "damping or, for Astra, a smaller learning_rate or a larger batch_size."
         )
     return residuals
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import wherefrom as wf
+from tests import solver_worker
 from tests.models import Case, gpt2, mlp_case, relative_error, token_rows
 from tests.reference import BruteForce
 from wherefrom import gauss_newton
@@ -19,6 +24,7 @@ from wherefrom.errors import InputError, LayerError, LossError, MismatchError
 from wherefrom.gauss_newton import DampedGaussNewton
 from wherefrom.options import ScoreOptions
 from wherefrom.sampling import Sampler
+from wherefrom.scores import Scores
 from wherefrom.solvers import Solver
 from wherefrom.task import Batch, Task
 
@@ -308,6 +314,23 @@ def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
     assert torch.equal(found["one"], found["same"]) and torch.equal(found["all"], found["whole"])
     assert relative_error(found["other"], found["one"]) > 1e-3
     assert relative_error(found["one"], found["all"]) > 1e-3
+
+
+def test_processes_share_the_products(tmp_path: Path) -> None:
+    solver_worker.scores(tmp_path / "alone")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.solver_worker", str(tmp_path / "two")]
+    processes = [
+        subprocess.Popen(command, cwd=Path(__file__).parents[1], env={**shared, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    for name in solver_worker.SOLVERS:
+        alone, together = (Scores.load(tmp_path / run / "scores" / f"ekfac-{name}").values for run in ("alone", "two"))
+        assert relative_error(together, alone) < 1e-9
 
 
 def test_scores_are_kept_under_the_solvers_name_and_reused(tmp_path: Path) -> None:

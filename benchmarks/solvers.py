@@ -1,4 +1,4 @@
-"""What Gauss-Newton products cost for many queries at once, and how fast solvers come to the scores of a converged solve.
+"""What Gauss-Newton products cost for many queries at once, and how fast solvers come to a converged solve.
 
     make demo && python benchmarks/solvers.py --checkpoint_dir runs/demo/checkpoints
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import resource
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -67,7 +67,7 @@ def product_costs(arguments: Arguments) -> list[dict[str, float]]:
     batch = sweep.task.collate(train)
 
     def plain_pass() -> None:
-        sweep.task.train_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        sweep.task.train_loss(model, batch).backward()
 
     floor = user_seconds(plain_pass, arguments.repeats)
     for count in arguments.vectors:
@@ -80,7 +80,7 @@ def product_costs(arguments: Arguments) -> list[dict[str, float]]:
     return rows
 
 
-def gradients(sweep: Sweep[dict[str, Tensor]], system: DampedGaussNewton[dict[str, Tensor]], data: list[object],
+def gradients(sweep: Sweep[dict[str, Tensor]], system: DampedGaussNewton[dict[str, Tensor]], data: Sequence[object],
               objective: Objective[dict[str, Tensor]]) -> Tensor:  # fmt: skip
     """[examples, weights]."""
     bank = GradientBank(sweep.layers, Preconditioner({}, {}), len(data), BankForm(sweep.dtype, sweep.device))

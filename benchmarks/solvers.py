@@ -39,10 +39,10 @@ class Arguments:
     work: Workload = field(default_factory=lambda: Workload(layers=2, width=128, vocabulary=1024, tokens=64, train=16))
     repeats: int = 3
     vectors: tuple[int, ...] = (1, 8, 64)
-    examples: int = 16
+    examples: int = 8
     queries: int = 4
-    tokens: int = 64
-    reference: int = 250
+    tokens: int = 32
+    reference: int = 150
     """Iterations of the converged solve."""
 
 

@@ -1,49 +1,44 @@
 """What Gauss-Newton products cost for many queries at once, and how fast solvers come to a converged solve.
 
-    make demo && python benchmarks/solvers.py --checkpoint_dir runs/demo/checkpoints
+    python benchmarks/solvers.py
 
-Products: a GPT-2 with random weights, user CPU time, medians. Solvers: the example's trained GPT-2, on the first
-tokens of a few of its training sequences, so that a converged solve is at hand. Written to `results/solvers.json`.
+Products: a GPT-2 with random weights, user CPU time, medians. Solvers: a classifier of scikit-learn's digits, small
+enough for a converged solve, trained on many and on few of them. Written to `results/solvers.json`.
 """
 
 from __future__ import annotations
 
 import resource
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
 import tyro
-from torch import Tensor
-from workload import ROOT, Workload, save_results
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional
+from workload import Workload, save_results
 
 import wherefrom as wf
 from wherefrom.curvature import Preconditioner
+from wherefrom.evaluate.precision import compare_scores
 from wherefrom.gauss_newton import DampedGaussNewton
-from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.solvers import Solver
-from wherefrom.sweep import Objective, Sweep
-
-sys.path.append(str(ROOT / "examples" / "wikitext"))
 
 
 @dataclass
 class Arguments:
     """Products and solvers."""
 
-    checkpoint_dir: Path = ROOT / "runs" / "demo" / "checkpoints"
     work: Workload = field(default_factory=lambda: Workload(layers=2, width=128, vocabulary=1024, tokens=64, train=16))
     repeats: int = 3
     vectors: tuple[int, ...] = (1, 8, 64)
-    examples: int = 8
-    queries: int = 4
-    tokens: int = 32
-    reference: int = 150
-    """Iterations of the converged solve."""
+    examples: tuple[int, ...] = (1500, 100)
+    queries: int = 32
+    width: int = 32
+    steps: int = 300
 
 
 def user_seconds(action: Callable[[], object], repeats: int) -> float:
@@ -80,68 +75,61 @@ def product_costs(arguments: Arguments) -> list[dict[str, float]]:
     return rows
 
 
-def gradients(sweep: Sweep[dict[str, Tensor]], system: DampedGaussNewton[dict[str, Tensor]], data: Sequence[object],
-              objective: Objective[dict[str, Tensor]]) -> Tensor:  # fmt: skip
-    """[examples, weights]."""
-    bank = GradientBank(sweep.layers, Preconditioner({}, {}), len(data), BankForm(sweep.dtype, sweep.device))
-    sweep.run("gradients", data, bank, objective, batch_size=8)
-    return system.space.join(bank.sums)
+Digits = Sequence[tuple[Tensor, Tensor]]
 
 
-def convergence(arguments: Arguments) -> list[dict[str, object]]:
-    """How far solvers' scores are from those of a converged solve, and their residuals."""
-    from models import load_example  # noqa: PLC0415  (from the example's folder)
+def digits(count: int, arguments: Arguments) -> tuple[nn.Module, Digits, Digits]:
+    """A trained classifier, what it was trained on, and queries."""
+    images, labels = (torch.as_tensor(each) for each in load_digits(return_X_y=True))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order].float() / 16, labels[order]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, arguments.width), nn.Tanh(), nn.Linear(arguments.width, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+    for _ in range(arguments.steps):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images[:count]), labels[:count]).backward()
+        optimizer.step()
+    train = list(zip(images[:count], labels[:count], strict=True))
+    return model, train, list(zip(images[-arguments.queries :], labels[-arguments.queries :], strict=True))
 
-    model, _, train_set, query_set = load_example(arguments.checkpoint_dir)
-    train, queries = (
-        [{"input_ids": rows[place]["input_ids"][: arguments.tokens]} for place in range(count)]
-        for rows, count in ((train_set, arguments.examples), (query_set, arguments.queries))
-    )
+
+def convergence(count: int, arguments: Arguments) -> list[dict[str, object]]:
+    """How far the scores of solvers are from those of a converged solve, after how many iterations."""
+    model, train, queries = digits(count, arguments)
+    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
-        study = wf.Study(folder, model, wf.CausalLM(), train=train)
-        filtered = study.fit("ekfac").preconditioner()
-    plain = Preconditioner({}, {}, damping=filtered.damping)
-    systems = {
-        name: DampedGaussNewton(study._sweep, each, train, None, pairs=64)
-        for name, each in (("ekfac", filtered), ("identity", plain))
-    }
-    task, system = study._sweep.task, systems["ekfac"]
-    asked = gradients(study._sweep, system, queries, lambda model, batch, rows: task.measurement(model, batch))
-    given = gradients(study._sweep, system, train, lambda model, batch, rows: task.train_loss(model, batch))
-    solved = wf.ConjugateGradients(arguments.reference, 1e-6).solve(system, asked)
-    print("reference", len(solved.residuals) - 1, solved.residuals[-1])
-    expected = solved.vectors @ given.T
+        study = wf.Study(folder, model.double(), wf.Classification(), train=[(x.double(), y) for x, y in train])
+        asked = [(x.double(), y) for x, y in queries]
+        factors = {name: study.fit(name) for name in ("ekfac", "identity")}
+        damping = 0.1 * float(torch.cat([each.flatten() for each in factors["ekfac"].eigenvalues.values()]).mean())
 
-    def row(name: str, vectors: Tensor, residual: float | None) -> dict[str, object]:
-        scores = vectors @ given.T
-        found = {
-            "solver": name,
-            "score_error": float(((scores - expected).norm(dim=1) / expected.norm(dim=1)).median()),
-            "correlation": float(torch.stack([torch.corrcoef(torch.stack(pair))[0, 1]
-                                              for pair in zip(scores, expected, strict=True)]).median()),
-            "residual": residual,
-        }  # fmt: skip
-        print(found, flush=True)
-        return found
+        def scores(strategy: str, solver: Solver | None) -> Tensor:
+            return study.score(asked, factors[strategy], solver=solver, damping=damping, overwrite=True).values
 
-    def residual(vectors: Tensor) -> float:
-        return float(((asked - system.product(vectors)).norm(dim=1) / asked.norm(dim=1)).median())
-
-    first = system.precondition(asked)
-    rows = [row("ekfac", first, residual(first))]
-    runs: list[tuple[str, str, Solver]] = [
-        *(("cg", name, wf.ConjugateGradients(count, 0)) for name in systems for count in (1, 5, 20, 60)),
-        *(("astra", "ekfac", replace(wf.Astra(batch_size=4), iterations=count)) for count in (30, 100, 300)),
-    ]
-    for label, name, solver in runs:
-        vectors = solver.solve(systems[name], asked).vectors
-        rows.append({"iterations": vars(solver)["iterations"], **row(f"{name}+{label}", vectors, residual(vectors))})
-    return [{"reference_residual": float(solved.residuals[-1].median())}, *rows]
+        expected = scores("ekfac", wf.ConjugateGradients(3000, 1e-9))
+        runs: list[tuple[str, Solver | None, int]] = [
+            ("ekfac", None, 0),
+            *((name, wf.ConjugateGradients(each, 0), each) for name in factors for each in (1, 5, 20, 80)),
+            *(("ekfac", wf.Astra(each), each) for each in (100, 300)),
+            *(("ekfac", wf.Astra(each, batch_size=128), each) for each in (100, 300)),
+        ]
+        for strategy, solver, iterations in runs:
+            found = scores(strategy, solver)
+            error = ((found - expected).norm(dim=1) / expected.norm(dim=1)).median()
+            agreement = compare_scores(expected, found).spearman.mean.value
+            rows.append({"examples": count, "strategy": strategy, "solver": str(solver), "iterations": iterations,
+                         "score_error": float(error), "spearman": agreement, "damping": damping})  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
 
 
 def main(arguments: Arguments) -> None:
     """Measure both."""
-    measured = {"products": product_costs(arguments), "solvers": convergence(arguments)}
+    measured = {
+        "products": product_costs(arguments),
+        "solvers": [row for count in arguments.examples for row in convergence(count, arguments)],
+    }
     save_results("solvers", {"repeats": arguments.repeats, **measured})
 
 

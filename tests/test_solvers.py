@@ -1,4 +1,4 @@
-"""Gauss-Newton products against dense matrices made of Jacobians, and solvers against dense solves; all in float64."""
+"""Solvers, and the scores of what they find, against dense solves in float64."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,150 +15,14 @@ from torch import Tensor, nn
 
 import wherefrom as wf
 from tests import solver_worker
-from tests.models import Case, gpt2, mlp_case, relative_error, token_rows
+from tests.dense_gauss_newton import CASES, Logits, dense, label_rows, study_of, system_of
+from tests.models import Case, mlp_case, relative_error
 from tests.reference import BruteForce
-from wherefrom import gauss_newton
-from wherefrom.curvature import EigenvalueCollector, Factors, Preconditioner
-from wherefrom.errors import InputError, LayerError, LossError, MismatchError
-from wherefrom.gauss_newton import DampedGaussNewton
+from wherefrom.curvature import Factors
+from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.options import ScoreOptions
-from wherefrom.sampling import Sampler
 from wherefrom.scores import Scores
 from wherefrom.solvers import Solver
-from wherefrom.task import Batch, Task
-
-Logits = Callable[[nn.Module, object], Tensor]
-"""The rows [outputs, classes] that one example's loss is a function of."""
-
-
-def regression_case() -> Case:
-    case = mlp_case()
-    generator = torch.Generator().manual_seed(5)
-    examples: list[object] = [(each[0], torch.randn(3, generator=generator).double()) for each in case.train]  # type: ignore[index]
-    return Case(case.model, wf.Regression(), examples, examples[:4])
-
-
-def convolution_case() -> Case:
-    torch.manual_seed(3)
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 16, 3)
-    ).double()
-    examples: list[object] = [(torch.randn(2, 4, 4).double(), torch.randint(3, ())) for _ in range(6)]
-    return Case(model, wf.Classification(["*"]), examples[:5], examples[5:])
-
-
-def gpt2_case() -> Case:
-    """Padded batches, a prompt that is not counted, an MLP and an attention."""
-    rows = token_rows(9)
-    assert isinstance(rows[0], dict)
-    rows[0]["prompt_length"] = 1
-    return Case(gpt2(layers=1), wf.CausalLM(["transformer.h.*"]), rows[:5], rows[5:])
-
-
-def tied_case() -> Case:
-    """The embedding, which is the head too, and a normalisation."""
-    case = gpt2_case()
-    return Case(case.model, wf.CausalLM(["lm_head", "transformer.ln_f", "transformer.h.0.mlp.c_fc"]), case.train, [])
-
-
-def label_rows(model: nn.Module, example: object) -> Tensor:
-    """The output for one example of pairs, as one row."""
-    assert isinstance(example, tuple)
-    row: Tensor = model(example[0].unsqueeze(0))
-    return row
-
-
-def token_logits(model: nn.Module, example: object) -> Tensor:
-    """The logits of the positions whose next token is counted, of a sequence alone, without padding."""
-    assert isinstance(example, dict)
-    logits: Tensor = model(input_ids=torch.tensor([example["input_ids"]])).logits[0]
-    return logits[max(0, example.get("prompt_length", 0) - 1) : -1]
-
-
-CASES: dict[str, tuple[Callable[[], Case], Logits]] = {
-    "classification": (mlp_case, label_rows),
-    "regression": (regression_case, label_rows),
-    "convolution": (convolution_case, label_rows),
-    "gpt2": (gpt2_case, token_logits),
-    "tied": (tied_case, token_logits),
-}
-
-
-def study_of(case: Case, folder: Path) -> wf.Study[object]:
-    return wf.Study(folder, case.model, case.task, train=case.train)
-
-
-def dense(case: Case, study: wf.Study[object], logits: Logits) -> Tensor:
-    """The Gauss-Newton matrix [weights, weights]: J^T (d^2 loss / d z^2) J, one example and one output at a time."""
-    brute = BruteForce(case.model, case.task, list(study.layers), [], [])
-    names, weights = zip(*brute.model.named_parameters(), strict=True)
-    total = torch.zeros(())
-    for example in case.train:
-        rows = logits(brute.model.requires_grad_(), example)
-        for row in rows:
-            parts = [torch.autograd.grad(each, weights, retain_graph=True, materialize_grads=True, allow_unused=True)
-                     for each in row]  # fmt: skip
-            gradients = [dict(zip(names, part, strict=True)) for part in parts]
-            jacobian = torch.stack(
-                [torch.cat([brute._matrix(name, each).flatten() for name in brute.layers]) for each in gradients]
-            )
-            p = row.detach().softmax(0)
-            inner = torch.eye(len(row)) if isinstance(case.task, wf.Regression) else p.diag() - torch.outer(p, p)
-            total = total + jacobian.T @ inner.double() @ jacobian
-    return total / len(case.train)
-
-
-def system_of(
-    study: wf.Study[object], case: Case, damping: float = 0.1, pairs: int = 1000, factors: Factors | None = None
-) -> DampedGaussNewton[object]:
-    preconditioner = Preconditioner({}, {}) if factors is None else factors.preconditioner(damping)
-    return DampedGaussNewton(study._sweep, preconditioner, case.train, damping, pairs)
-
-
-@pytest.mark.parametrize(("make", "logits"), CASES.values(), ids=CASES)
-def test_products_equal_dense_matrices(tmp_path: Path, make: Callable[[], Case], logits: Logits) -> None:
-    case = make()
-    study = study_of(case, tmp_path)
-    before = [(each.clone(), each.requires_grad) for each in case.model.parameters()]
-    matrix = dense(case, study, logits)
-    vectors = torch.randn(5, len(matrix), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = vectors @ matrix + 0.1 * vectors
-    for pairs in (1000, 7, 2):  # all at once; a batch of one example; fewer than the vectors
-        assert relative_error(system_of(study, case, pairs=pairs).product(vectors), expected) < 1e-10
-    alone = torch.cat([system_of(study, case).product(each.unsqueeze(0)) for each in vectors])
-    assert relative_error(alone, expected) < 1e-10
-    for (value, required), now in zip(before, case.model.parameters(), strict=True):
-        assert torch.equal(value, now) and required == now.requires_grad and now.grad is None
-
-
-def test_some_examples_count_as_often_as_they_are_named(tmp_path: Path) -> None:
-    case = mlp_case()
-    study = study_of(case, tmp_path)
-    few = Case(case.model, case.task, [case.train[place] for place in (3, 1, 3)], [])
-    vectors = torch.randn(2, len(dense(few, study, label_rows)), dtype=torch.float64)
-    expected = vectors @ dense(few, study, label_rows) + 0.1 * vectors
-    assert relative_error(system_of(study, case).product(vectors, [3, 1, 3]), expected) < 1e-10
-
-
-def test_a_product_goes_on_in_halves_when_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = mlp_case()
-    system = system_of(study_of(case, tmp_path), case)
-    vectors = torch.randn(5, sum(system.space.sizes.values()), dtype=torch.float64)
-    expected = system.product(vectors)
-    whole, sizes = gauss_newton.batch_product, []
-
-    def small_device(loss: Callable[[], Tensor], *arguments: object) -> Tensor:
-        found = whole(loss, *arguments)  # type: ignore[arg-type]
-        sizes.append(len(found))
-        if len(found) > 2:
-            raise torch.OutOfMemoryError("too much")
-        return found
-
-    monkeypatch.setattr(gauss_newton, "batch_product", small_device)
-    assert relative_error(system.product(vectors), expected) < 1e-12
-    sizes.clear()
-    system.product(vectors)
-    assert max(sizes) <= 2  # what did not fit is not tried again
 
 
 def dense_scores(case: Case, study: wf.Study[object], logits: Logits, damping: Mapping[str, float]) -> Tensor:
@@ -276,26 +139,6 @@ def test_factors_save_iterations_where_directions_differ(tmp_path: Path) -> None
     assert counts["ekfac"] < 0.5 * counts["identity"]
 
 
-def test_the_matrix_is_what_sampled_eigenvalues_estimate(tmp_path: Path) -> None:
-    """Squared gradients of sampled targets, on average over many draws, are the diagonal of the matrix."""
-    case = gpt2_case()
-    study = study_of(case, tmp_path)
-    sweep = study._sweep
-    total = torch.zeros(())
-    draws = 150
-    for seed in range(draws):
-        collector = EigenvalueCollector(study.layers, {}, len(case.train), sweep.dtype, sweep.device)
-        sweep.run("draw", case.train, collector, sampled(seed), batch_size=len(case.train))
-        total = total + torch.cat([each.flatten() for each in collector.means().values()]) / draws
-    diagonal = dense(case, study, token_logits).diagonal()
-    assert abs(float(total.sum() / diagonal.sum()) - 1) < 0.05
-    assert torch.corrcoef(torch.stack([total, diagonal]))[0, 1] > 0.97
-
-
-def sampled(seed: int) -> Callable[[nn.Module, Any, Sequence[int]], Tensor]:
-    return lambda model, batch, rows: wf.CausalLM().train_loss(model, batch, Sampler(seed, rows))
-
-
 def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
@@ -385,53 +228,7 @@ def test_divergence_is_an_error_and_nothing_is_kept(tmp_path: Path) -> None:
     assert not list((tmp_path / "scores").glob("*/tensors.safetensors"))
 
 
-class OwnLoss(Task[dict[str, Tensor]]):
-    """Takes the loss that the model has computed."""
-
-    def train_loss(self, model: nn.Module, batch: dict[str, Tensor], sampler: Sampler | None = None) -> Tensor:
-        loss: Tensor = model(**batch, labels=batch["input_ids"]).loss
-        return loss
-
-
-class Penalised(wf.Classification):
-    """Adds a penalty on the weights."""
-
-    def train_loss(self, model: nn.Module, batch: object, sampler: Sampler | None = None) -> Tensor:
-        return super().train_loss(model, batch, sampler) + model.first.weight.square().sum()  # type: ignore[arg-type,operator,union-attr]
-
-
-class Inside(wf.Classification):
-    """Calls parts of the model rather than the model."""
-
-    def train_loss(self, model: nn.Module, batch: object, sampler: Sampler | None = None) -> Tensor:
-        return super().train_loss(nn.Sequential(model.first, model.plain), batch, sampler)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        (OwnLoss(["transformer.h.*"]), "no curvature in what the model returns"),
-        (Penalised(), "in another way than through what the model returns"),
-        (Inside(["first", "plain"]), "does not depend on what calling the model returns"),
-    ],
-)
-def test_losses_that_are_no_function_of_the_output_are_refused(tmp_path: Path, task: Task[Batch], message: str) -> None:
-    case = mlp_case()
-    if isinstance(task, OwnLoss):
-        case = Case(gpt2(layers=1), task, [{"input_ids": torch.tensor([1, 2, 3])}] * 2, [])
-    elif isinstance(task, Inside):
-        case.model.first = nn.Linear(4, 5).double()
-    study = wf.Study(tmp_path, case.model, task, train=case.train)
-    system = system_of(study, case)  # type: ignore[arg-type]
-    with pytest.raises(LossError, match=message):
-        system.product(torch.ones(1, sum(system.space.sizes.values()), dtype=torch.float64))
-
-
-def test_layers_and_dampings_without_a_solution_are_refused(tmp_path: Path) -> None:
-    case = gpt2_case()
-    study = wf.Study(tmp_path, case.model, wf.CausalLM(["transformer.wpe"]), train=case.train)
-    with pytest.raises(LayerError, match=r"'transformer\.wpe' is an embedding"):
-        system_of(study, case)  # type: ignore[arg-type]
+def test_factors_without_a_damping_need_a_number(tmp_path: Path) -> None:
     case = mlp_case()
     other = study_of(case, tmp_path)
     with pytest.raises(InputError, match=r"damping=None with a solver: layer 'first' would have none"):

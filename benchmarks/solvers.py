@@ -105,9 +105,12 @@ def convergence(count: int, arguments: Arguments) -> list[dict[str, object]]:
         damping = 0.1 * float(torch.cat([each.flatten() for each in factors["ekfac"].eigenvalues.values()]).mean())
 
         def scores(strategy: str, solver: Solver | None) -> Tensor:
-            return study.score(asked, factors[strategy], solver=solver, damping=damping, overwrite=True).values
+            pairs = count * len(asked)  # all in one pass
+            return study.score(
+                asked, factors[strategy], solver=solver, damping=damping, train_batch_size=pairs, overwrite=True
+            ).values
 
-        expected = scores("ekfac", wf.ConjugateGradients(3000, 1e-9))
+        expected = scores("ekfac", wf.ConjugateGradients(1500, 1e-8))
         runs: list[tuple[str, Solver | None, int]] = [
             ("ekfac", None, 0),
             *((name, wf.ConjugateGradients(each, 0), each) for name in factors for each in (1, 5, 20, 80)),
@@ -126,10 +129,8 @@ def convergence(count: int, arguments: Arguments) -> list[dict[str, object]]:
 
 def main(arguments: Arguments) -> None:
     """Measure both."""
-    measured = {
-        "products": product_costs(arguments),
-        "solvers": [row for count in arguments.examples for row in convergence(count, arguments)],
-    }
+    found = [row for count in arguments.examples for row in convergence(count, arguments)]
+    measured = {"solvers": found, "products": product_costs(arguments)}
     save_results("solvers", {"repeats": arguments.repeats, **measured})
 
 

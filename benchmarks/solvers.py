@@ -32,11 +32,11 @@ from wherefrom.solvers import Solver
 class Arguments:
     """Products and solvers."""
 
-    work: Workload = field(default_factory=lambda: Workload(layers=2, width=128, vocabulary=1024, tokens=64, train=16))
+    work: Workload = field(default_factory=lambda: Workload(layers=2, width=128, vocabulary=1024, tokens=64, train=4))
     repeats: int = 3
     vectors: tuple[int, ...] = (1, 8, 64)
-    examples: tuple[int, ...] = (1500, 100)
-    queries: int = 32
+    examples: tuple[int, ...] = (600, 60)
+    queries: int = 8
     width: int = 32
     steps: int = 300
 
@@ -110,7 +110,7 @@ def convergence(count: int, arguments: Arguments) -> list[dict[str, object]]:
                 asked, factors[strategy], solver=solver, damping=damping, train_batch_size=pairs, overwrite=True
             ).values
 
-        expected = scores("ekfac", wf.ConjugateGradients(1500, 1e-8))
+        expected = scores("ekfac", wf.ConjugateGradients(1000, 1e-7))
         runs: list[tuple[str, Solver | None, int]] = [
             ("ekfac", None, 0),
             *((name, wf.ConjugateGradients(each, 0), each) for name in factors for each in (1, 5, 20, 80)),

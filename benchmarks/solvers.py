@@ -23,6 +23,7 @@ from workload import Workload, save_results
 
 import wherefrom as wf
 from wherefrom.curvature import Preconditioner
+from wherefrom.errors import LossError
 from wherefrom.evaluate.precision import compare_scores
 from wherefrom.gauss_newton import DampedGaussNewton
 from wherefrom.solvers import Solver
@@ -114,11 +115,16 @@ def convergence(count: int, arguments: Arguments) -> list[dict[str, object]]:
         runs: list[tuple[str, Solver | None, int]] = [
             ("ekfac", None, 0),
             *((name, wf.ConjugateGradients(each, 0), each) for name in factors for each in (1, 5, 20, 80)),
-            *(("ekfac", wf.Astra(each), each) for each in (100, 300)),
-            *(("ekfac", wf.Astra(each, batch_size=128), each) for each in (100, 300)),
+            ("ekfac", wf.Astra(), 300),
+            *(("ekfac", wf.Astra(learning_rate=0.001, batch_size=each), 300) for each in (16, 128)),
         ]
         for strategy, solver, iterations in runs:
-            found = scores(strategy, solver)
+            try:
+                found = scores(strategy, solver)
+            except LossError as reason:
+                rows.append({"examples": count, "strategy": strategy, "solver": str(solver), "diverged": str(reason)})
+                print(rows[-1], flush=True)
+                continue
             error = ((found - expected).norm(dim=1) / expected.norm(dim=1)).median()
             agreement = compare_scores(expected, found).spearman.mean.value
             rows.append({"examples": count, "strategy": strategy, "solver": str(solver), "iterations": iterations,

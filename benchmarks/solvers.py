@@ -3,7 +3,7 @@
     python benchmarks/solvers.py
 
 Products: a GPT-2 with random weights, user CPU time, medians. Solvers: a classifier of scikit-learn's digits, small
-enough for a converged solve, trained on many and on few of them. Written to `results/solvers.json`.
+enough for a converged solve. Written to `results/solvers.json`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Arguments:
     work: Workload = field(default_factory=lambda: Workload(layers=2, width=128, vocabulary=1024, tokens=64, train=4))
     repeats: int = 3
     vectors: tuple[int, ...] = (1, 8, 64)
-    examples: tuple[int, ...] = (600, 60)
+    examples: int = 600
     queries: int = 8
     width: int = 32
     steps: int = 300
@@ -79,8 +79,9 @@ def product_costs(arguments: Arguments) -> list[dict[str, float]]:
 Digits = Sequence[tuple[Tensor, Tensor]]
 
 
-def digits(count: int, arguments: Arguments) -> tuple[nn.Module, Digits, Digits]:
+def digits(arguments: Arguments) -> tuple[nn.Module, Digits, Digits]:
     """A trained classifier, what it was trained on, and queries."""
+    count = arguments.examples
     images, labels = (torch.as_tensor(each) for each in load_digits(return_X_y=True))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, labels = images[order].float() / 16, labels[order]
@@ -95,9 +96,9 @@ def digits(count: int, arguments: Arguments) -> tuple[nn.Module, Digits, Digits]
     return model, train, list(zip(images[-arguments.queries :], labels[-arguments.queries :], strict=True))
 
 
-def convergence(count: int, arguments: Arguments) -> list[dict[str, object]]:
+def convergence(arguments: Arguments) -> list[dict[str, object]]:
     """How far the scores of solvers are from those of a converged solve, after how many iterations."""
-    model, train, queries = digits(count, arguments)
+    model, train, queries = digits(arguments)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         study = wf.Study(folder, model.double(), wf.Classification(), train=[(x.double(), y) for x, y in train])
@@ -106,12 +107,14 @@ def convergence(count: int, arguments: Arguments) -> list[dict[str, object]]:
         damping = 0.1 * float(torch.cat([each.flatten() for each in factors["ekfac"].eigenvalues.values()]).mean())
 
         def scores(strategy: str, solver: Solver | None) -> Tensor:
-            pairs = count * len(asked)  # all in one pass
+            pairs = len(train) * len(asked)  # all in one pass
             return study.score(
                 asked, factors[strategy], solver=solver, damping=damping, train_batch_size=pairs, overwrite=True
             ).values
 
         expected = scores("ekfac", wf.ConjugateGradients(1000, 1e-7))
+        again = scores("identity", wf.ConjugateGradients(1000, 1e-7))  # the same, if both have converged
+        rows.append({"reference_difference": float((again - expected).norm() / expected.norm()), "damping": damping})
         runs: list[tuple[str, Solver | None, int]] = [
             ("ekfac", None, 0),
             *((name, wf.ConjugateGradients(each, 0), each) for name in factors for each in (1, 5, 20, 80)),
@@ -122,21 +125,20 @@ def convergence(count: int, arguments: Arguments) -> list[dict[str, object]]:
             try:
                 found = scores(strategy, solver)
             except LossError as reason:
-                rows.append({"examples": count, "strategy": strategy, "solver": str(solver), "diverged": str(reason)})
+                rows.append({"strategy": strategy, "solver": str(solver), "diverged": str(reason)})
                 print(rows[-1], flush=True)
                 continue
             error = ((found - expected).norm(dim=1) / expected.norm(dim=1)).median()
             agreement = compare_scores(expected, found).spearman.mean.value
-            rows.append({"examples": count, "strategy": strategy, "solver": str(solver), "iterations": iterations,
-                         "score_error": float(error), "spearman": agreement, "damping": damping})  # fmt: skip
+            rows.append({"strategy": strategy, "solver": str(solver), "iterations": iterations,
+                         "score_error": float(error), "spearman": agreement})  # fmt: skip
             print(rows[-1], flush=True)
     return rows
 
 
 def main(arguments: Arguments) -> None:
     """Measure both."""
-    found = [row for count in arguments.examples for row in convergence(count, arguments)]
-    measured = {"solvers": found, "products": product_costs(arguments)}
+    measured = {"solvers": convergence(arguments), "products": product_costs(arguments)}
     save_results("solvers", {"repeats": arguments.repeats, **measured})
 
 

@@ -11,6 +11,7 @@ from wherefrom.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, Sequenc
 from wherefrom.ranks import join_ranks
 from wherefrom.sampling import Sampler
 from wherefrom.scores import Hit, Scores, TopScores
+from wherefrom.solvers import Astra, ConjugateGradients
 from wherefrom.study import Study
 from wherefrom.task import Classification, Regression, Task
 from wherefrom.tokens import TokenScores
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
     from wherefrom.recording import RecordedCheckpoint, TrainingRecorder, read_recording
 
 __all__ = [
+    "Astra",
     "CausalLM",
     "ChosenToken",
     "Classification",
+    "ConjugateGradients",
     "Factors",
     "Hit",
     "MaskedLM",

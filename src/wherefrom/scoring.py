@@ -22,6 +22,7 @@ from wherefrom.disk import Blocks, Step, check_space, used_bytes
 from wherefrom.errors import MemoryLimitError
 from wherefrom.files import scratch_matrix
 from wherefrom.fingerprint import Dataset
+from wherefrom.gauss_newton import DampedGaussNewton
 from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
 from wherefrom.loading import Rows
@@ -70,6 +71,8 @@ def make_plan(
     )
     if not loaded and sweep.memory_budget is None:
         job = replace(job, usable=job.usable - job.factor_bytes)
+    if options.solver is not None:
+        job = replace(job, usable=job.usable // options.solver.held)
     plan = plan_scores(job)
     # Measured speeds differ between processes, and what all of them do together must not.
     choices = sweep.ranks.first(lambda: (plan.query_batch, plan.train_batch, plan.block, plan.form))
@@ -267,15 +270,43 @@ class Scoring(Generic[Batch]):
         return within_memory(f"Gradients of {queries} queries, and what is made of them, do", self.sweep.device, advice)
 
     def bank(self, rows: range) -> GradientBank:
-        """The preconditioned gradients of some queries: a sweep over them."""
+        """The preconditioned gradients of some queries: a sweep over them, and what a solver makes of those."""
+        system = self._system()
         with self.ranks.agreeing(), self._within_memory(len(rows)):
-            bank = GradientBank(self.sweep.layers, self.preconditioner, len(rows), self.plan.form)
+            # A solver preconditions by itself.
+            preconditioner = Preconditioner({}, {}, self.preconditioner.flat) if system else self.preconditioner
+            bank = GradientBank(self.sweep.layers, preconditioner, len(rows), self.plan.form)
         batch, smallest = self._batch(self.plan.query_batch, len(rows))
         queries = Rows(self.queries, rows)
         self.sweep.run(
             "query gradients", queries, bank, _measurement(self.sweep.task), batch_size=batch, smallest_batch=smallest
         )
+        if system is not None:
+            with self._within_memory(len(rows)):
+                self._solve(system, bank)
         return bank
+
+    def _system(self) -> DampedGaussNewton[Batch] | None:
+        """What a solver solves; None without one."""
+        if self.options.solver is None:
+            return None
+        return DampedGaussNewton(
+            self.sweep, self.preconditioner, self.train, self.options.damping, self.plan.train_batch
+        )
+
+    def _solve(self, system: DampedGaussNewton[Batch], bank: GradientBank) -> None:
+        """Replace the gradients in a bank by what the solver makes of them."""
+        assert self.options.solver is not None
+        gradients = system.space.join(bank.sums).to(self.sweep.device)
+        found, residuals = self.options.solver.solve(system, gradients)
+        for name, matrices in system.space.split(found).items():
+            bank.sums[name][..., : matrices.shape[2]] = matrices
+        if self.ranks.writes:
+            last = residuals[-1]
+            logger.info(
+                f"{self.options.solver}: the last of {len(residuals)} relative residuals is {last.median():.2g} in the "
+                f"median of {len(last)} queries, {last.max():.2g} at most."
+            )
 
     def _summed_bank(self) -> GradientBank:
         """One gradient, the sum of all queries' preconditioned gradients."""

@@ -7,6 +7,7 @@ tensors by name; it does not know what a result is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -163,6 +164,8 @@ def write_bytes(file: Path, content: bytes) -> None:
     """
     part = file.with_name(file.name + ".part")
     try:
+        if file.exists() and not file.is_file():
+            raise OSError(errno.EEXIST, "it is no file but a directory or a device")
         file.parent.mkdir(parents=True, exist_ok=True)
         remove(part)
         with part.open("xb") as stream:

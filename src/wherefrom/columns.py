@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from wherefrom.errors import InputError
+from wherefrom.errors import InputError, first_line
 from wherefrom.losses import IGNORED
 
 
@@ -22,7 +22,7 @@ def vector(name: str, values: object) -> Tensor:
         found = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{name!r} is not a row of whole numbers ({str(error).partition(chr(10))[0]}). Tokenise the dataset first."
+            f"{name!r} is not a row of whole numbers ({first_line(error)}). Tokenise the dataset first."
         ) from error
     exact = not (found.is_floating_point() or found.is_complex()) or not found.numel()  # an empty list is of floats
     if found.dim() != 1 or not exact or found.is_meta:

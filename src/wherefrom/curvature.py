@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from wherefrom.capture import Captured
-from wherefrom.damping import DAMPING_SHARE, Side, check_eigenvalues, damped_inverse
+from wherefrom.damping import Side, added_damping, check_eigenvalues, damped_inverse
 from wherefrom.eigenvectors import eigenvectors, finite_sum
 from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.fingerprint import Fingerprint, differences
@@ -336,8 +336,8 @@ class Factors:
         for name, values in self.eigenvalues.items():
             sides = self.bases[name].spectra if name in self.bases else ()
             check_eigenvalues(name, values, sides, product)
-            filters[name] = damped_inverse(values, damping, sides)
-            added[name] = DAMPING_SHARE * float(values.mean(dtype=torch.float64)) if damping is None else damping
+            added[name] = added_damping(values, damping)
+            filters[name] = damped_inverse(values, added[name], sides)
         flat = frozenset(name for name, each in filters.items() if not bool(each.any()))
         return Preconditioner(self.bases, filters, flat, added)
 

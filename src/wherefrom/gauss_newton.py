@@ -95,7 +95,7 @@ class _Places(NamedTuple):
                 f"Layer {layer.name!r} is an embedding, of which solvers do not hold all columns. Leave it out with "
                 "`layers=[...]`, or score without a solver."
             )
-        main = next(use for use in layer.uses if not use.kind.one_hot)
+        main = layer.main
         weight = names.get(id(main.module.weight))
         if weight is None:
             raise LayerError(

@@ -223,16 +223,19 @@ class Scoring(Generic[Batch]):
 
     def _blocks(self) -> Blocks:
         """How scores are cut, for what they take on the disk."""
-        matrices = 1 + len(set(self.groups.values()))
-        blocks = self.plan.blocks(matrices)
+        blocks = self.plan.blocks(self._matrices)
         if self.options.aggregate_queries:
             blocks = replace(blocks, queries=1, block=1, shard=blocks.train)
         return replace(blocks, train=1, shard=1) if self.options.aggregate_train else blocks
 
+    @property
+    def _matrices(self) -> int:
+        """How many of one size a block has: the scores, and the part of each group of layers."""
+        return 1 + len(set(self.groups.values()))
+
     def shards(self, rows: range, train: int) -> list[range]:
         """The planned parts of a training set; a batch for every process at least."""
-        matrices = 1 + len(set(self.groups.values()))
-        return self.plan.shards(len(rows) * matrices, train, self.ranks.count * self.plan.train_batch)
+        return self.plan.shards(len(rows) * self._matrices, train, self.ranks.count * self.plan.train_batch)
 
     def each_block(self, work: Callable[[range], None], stages: BlockStages | None = None) -> None:
         """Work on runs of queries whose gradients are resident together: as planned, and fewer when memory runs out."""

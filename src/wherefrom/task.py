@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from wherefrom.errors import InputError
+from wherefrom.errors import InputError, first_line
 from wherefrom.fingerprint import model_digest, tensors_digest
 from wherefrom.memory import out_of_memory
 from wherefrom.precision import widened
@@ -86,7 +86,7 @@ class Task(Generic[Batch]):
                 raise  # a smaller batch may fit
             raise InputError(
                 f"{type(self).__name__}: examples cannot be put together ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]}). Give all of them tensors or numbers of the same names and "
+                f"{first_line(error)}). Give all of them tensors or numbers of the same names and "
                 "shapes, or write a Task whose collate pads them."
             ) from error
         return batch
@@ -104,6 +104,18 @@ class Task(Generic[Batch]):
         """
         public = {name: _described(name, value) for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
+
+
+class Objective(nn.Module, Generic[Batch]):
+    """A model with its task, so that a task sees the model itself while `functional_call` exchanges the weights."""
+
+    def __init__(self, model: nn.Module, task: Task[Batch]) -> None:
+        super().__init__()
+        self.model, self._task = model, task
+
+    def forward(self, batch: Batch, measured: bool) -> Tensor:
+        """The measurement of a batch, or its summed loss: a scalar."""
+        return self._task.measurement(self.model, batch) if measured else self._task.train_loss(self.model, batch)
 
 
 def checked_settings(task: Task[Batch]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wherefrom.errors import InputError, RankError
 from wherefrom.files import checked_name, within
-from wherefrom.fingerprint import LIBRARY, Dataset, dataset_digest, model_digest
+from wherefrom.fingerprint import LIBRARY, Dataset, checked_length, dataset_digest, model_digest
 from wherefrom.locks import run_lock
 from wherefrom.memory import within_memory
 from wherefrom.profile import Profile
@@ -29,7 +29,7 @@ from wherefrom.scores import Scores
 from wherefrom.stages import Stages
 from wherefrom.stopping import held_signals
 from wherefrom.store import Partial
-from wherefrom.task import Batch
+from wherefrom.task import Batch, checked_settings
 from wherefrom.unrolled.replay import KeptStates, Replay
 from wherefrom.unrolled.training import ReplayableTraining
 
@@ -78,8 +78,7 @@ def magic_scores(
         MemoryLimitError: the derivatives of all queries do not fit: [queries, 3, parameters], and a step's own.
         WherefromError: see `wherefrom.errors`; what was finished before stays valid.
     """
-    if len(queries) == 0:
-        raise InputError("queries is empty: expected at least one example. Check the path or the filter.")
+    checked_length("queries", queries)
     if queries_at_once is not None and queries_at_once < 1:
         raise InputError(f"queries_at_once={queries_at_once}: expected at least 1, or None.")
     if Ranks.current().count > 1:
@@ -178,7 +177,7 @@ class _Walk(Generic[Batch]):
 
 def _fingerprint(training: ReplayableTraining[Batch], queries: Dataset[object]) -> dict[str, str]:
     """What the scores depend on."""
-    task = training.task.settings()
+    task = checked_settings(training.task)
     count = training.count
     return {
         "library": LIBRARY,

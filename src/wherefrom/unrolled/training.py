@@ -19,10 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
+from wherefrom.capture import evaluating
 from wherefrom.errors import InputError, LossError
-from wherefrom.fingerprint import Dataset
+from wherefrom.fingerprint import Dataset, checked_length
 from wherefrom.loading import collated, mapped
-from wherefrom.task import Batch, Task
+from wherefrom.task import Batch, Objective, Task
 from wherefrom.unrolled.recipe import TrainingRecipe
 
 _TOLERANCE = 1e-3  # of the check that weights act on examples; rounding in float32 is far below
@@ -61,11 +62,10 @@ class ReplayableTraining(Generic[Batch]):
         recipe: TrainingRecipe,
         count: Callable[[Batch], Tensor] | None = None,
     ) -> None:
-        if len(train) == 0:
-            raise InputError("train is empty: expected at least one example. Check the path or the filter.")
+        examples = checked_length("train", train)
         self.model, self.task, self.train, self.recipe, self.count = copy.deepcopy(model), task, train, recipe, count
-        self.batches = recipe.batches(len(train))
-        self._objective = _Objective(self.model, task)
+        self.batches = recipe.batches(examples)
+        self._objective = _WatchedObjective(self.model, task)
         self._trained = {name: each for name, each in self._objective.named_parameters() if each.requires_grad}
         _check_model(model, list(self._trained.values()))
         self._device = next(iter(self._trained.values())).device
@@ -147,7 +147,7 @@ class ReplayableTraining(Generic[Batch]):
         return torch.stack(found)
 
     def _measured(self, parameters: Tensor, queries: Dataset[object]) -> Iterator[Tensor]:
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for query in range(len(queries)):
                 with sdpa_kernel(SDPBackend.MATH):
                     measured = self._called(parameters, self._batch(queries, [query]), measured=True)
@@ -194,7 +194,7 @@ class ReplayableTraining(Generic[Batch]):
         rows = self.batches[0].tolist()
         weights = torch.rand(len(rows), generator=torch.Generator().manual_seed(0))
         parameters = self.start()[0].requires_grad_()
-        with _evaluating(self.model), sdpa_kernel(SDPBackend.MATH):
+        with evaluating(self.model), sdpa_kernel(SDPBackend.MATH):
             found = self._weighted_gradient(parameters, self._batch(self.train, rows), weights.to(parameters), False)
             expected = torch.zeros_like(found)
             for row, weight in zip(rows, weights.tolist(), strict=True):
@@ -209,15 +209,8 @@ class ReplayableTraining(Generic[Batch]):
             )
 
 
-class _Objective(nn.Module, Generic[Batch]):
-    """A model with its task, so that a task sees the model itself while `functional_call` exchanges the weights."""
-
-    def __init__(self, model: nn.Module, task: Task[Batch]) -> None:
-        super().__init__()
-        self.model, self._task = model, task
-
-    def forward(self, batch: Batch, measured: bool) -> Tensor:
-        return self._task.measurement(self.model, batch) if measured else self._task.train_loss(self.model, batch)
+class _WatchedObjective(Objective[Batch]):
+    """An objective whose model's outputs can be looked at."""
 
     @contextmanager
     def watched(self, examples: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -240,18 +233,6 @@ class _Objective(nn.Module, Generic[Batch]):
             yield outputs
         finally:
             hook.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode, every module of which then has the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _check_model(model: nn.Module, trained: list[nn.Parameter]) -> None:

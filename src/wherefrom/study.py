@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from wherefrom.compression import Compression, IndexOptions
 from wherefrom.curvature import Factors, checked_strategy
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.files import checked_name, within, write_text
@@ -27,6 +28,7 @@ from wherefrom.fingerprint import (
     names_summary,
 )
 from wherefrom.fitting import Fitting
+from wherefrom.index import GradientIndex
 from wherefrom.kept_scores import KeptScores
 from wherefrom.layers import coverage, select_layers
 from wherefrom.locks import run_lock
@@ -282,6 +284,21 @@ class Study(Generic[Batch]):
             raise InputError(f"top={top}: expected at least 1, or None for every pair.")
         chosen = Options.of(RescoredOptions.__optional_keys__, None, **options)
         return self._kept(_checked(queries), factors, replace(chosen, overwrite=False)).of_tokens(top, chosen.overwrite)
+
+    @_alone
+    def index(self, factors: Factors, **options: Unpack[IndexOptions]) -> GradientIndex[Batch]:
+        """Keep the compressed gradient of every training example on disk, for queries later; or open what is there.
+
+        Args:
+            factors: what `fit` returned for this model.
+            options: those of `IndexOptions`.
+
+        Raises:
+            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+        """
+        chosen = Compression.of(**options)
+        sweep = self._precise_sweep(chosen.half_precision)
+        return GradientIndex.of(sweep, self.train, factors, chosen, self.path, self._fingerprint())
 
     @_alone
     def report(

@@ -1,4 +1,4 @@
-"""The command: `wherefrom fit`, `score`, `top` and `report` on a Hugging Face model and text, and those of other modules.
+"""The command: `wherefrom fit`, `score`, `top` and `report` on a Hugging Face model and text, and other modules' own.
 
 What `fit` and `score` were given is written into the run directory, so that the later commands need only the run. All
 work is the library's; this module turns arguments into its calls, and its errors into one line and an exit status.

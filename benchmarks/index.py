@@ -56,7 +56,7 @@ def recalls(study: Study, queries: Dataset[object], arguments: Arguments) -> lis
         *(("eigenvectors", 16, numbers) for numbers in TYPES if numbers != "bfloat16"),
     ]
     found: list[dict[str, object]] = []
-    tokens = sum(len(example["input_ids"]) for example in study.train)  # type: ignore[index, misc, attr-defined]
+    tokens = sum(len(example["input_ids"]) for example in study.train)  # type: ignore[misc, attr-defined]
     for directions, rank, numbers in cases:
         start = time.perf_counter()
         index = study.index(factors, directions=directions, rank=rank, numbers=numbers)
@@ -82,7 +82,8 @@ def recalls(study: Study, queries: Dataset[object], arguments: Arguments) -> lis
 
 def latencies(study: Study, arguments: Arguments, folder: Path) -> list[dict[str, object]]:
     """Seconds for the top ten of one query among rows of random numbers, by their count and type."""
-    factors, found = study.fit("ekfac"), []
+    factors = study.fit("ekfac")
+    found: list[dict[str, object]] = []
     for numbers in TYPES:
         real = study.index(factors, rank=arguments.latency_rank, numbers=numbers)
         generator = torch.Generator().manual_seed(0)

@@ -191,7 +191,7 @@ def test_an_index_answers_queries(folder: Path) -> None:
     options = ("--rank", "99", "--numbers", "float32")
     index = wherefrom(folder, "index", "indexed", *options)
     assert index.returncode == 0, index.stderr
-    assert "5 gradients, 0.02 MiB, are in indexed/index/eigenvectors-rank99-float32." in index.stdout
+    assert "5 gradients, 0.02 MiB, are in indexed/index/random-rank99-float32." in index.stdout
     query = wherefrom(folder, "query", "indexed", "--queries", "queries.jsonl", *options, "--k", "2", "--rerank", "3")
     assert query.returncode == 0, query.stderr
     assert not (folder / "indexed" / "scores").exists()

@@ -144,28 +144,29 @@ def test_what_was_made_from_something_else_is_refused(tmp_path: Path) -> None:
     case, other = gpt2_case(torch.float32), gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit("ekfac")
-    index = study.index(factors, rank=2, name="mine")
+    options: Any = {"directions": "eigenvectors", "name": "mine"}
+    index = study.index(factors, rank=2, **options)
     with pytest.raises(MismatchError, match="rank: stored 2, now 3"):
-        study.index(factors, rank=3, name="mine")
+        study.index(factors, rank=3, **options)
     with torch.no_grad():
         next(other.model.parameters()).mul_(2)
     changed = wf.Study(tmp_path, other.model, case.task, train=case.train)
     with pytest.raises(MismatchError, match="model: stored"):
-        changed.index(factors, rank=2, name="mine")
+        changed.index(factors, rank=2, **options)
     refitted = changed.fit("ekfac", name="changed")
     with pytest.raises(MismatchError, match="model: stored"):
-        changed.index(refitted, rank=2, name="mine")
+        changed.index(refitted, rank=2, **options)
     # Factors of the same kind whose eigenvectors point elsewhere, as a fit on other targets gives.
     seeded = study.fit("ekfac", seed=1, name="seed1")
     with pytest.raises(MismatchError, match="directions: stored eigenvectors"):
-        study.index(seeded, rank=2, name="mine")
-    assert study.index(seeded, rank=2, name="mine", overwrite=True).query(case.queries, k=1).train.shape == (5, 1)
+        study.index(seeded, rank=2, **options)
+    assert study.index(seeded, rank=2, **options, overwrite=True).query(case.queries, k=1).train.shape == (5, 1)
     file = next(index.path.glob("*/tensors.safetensors"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(DamagedError, match="has changed"):
-        study.index(seeded, rank=2, name="mine").query(case.queries)
+        study.index(seeded, rank=2, **options).query(case.queries)
 
 
 def test_random_directions_serve_any_factors(tmp_path: Path) -> None:
@@ -261,7 +262,7 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             study.index(factors, **options)
     with pytest.raises(InputError, match="'diagonal' factors, which have none"):
-        study.index(study.fit("diagonal"))
+        study.index(study.fit("diagonal"), directions="eigenvectors")
     assert not (tmp_path / "index").exists()
     index = study.index(factors, directions="random")
     for query, message in [

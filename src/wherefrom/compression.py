@@ -43,12 +43,12 @@ class IndexOptions(TypedDict, total=False):
     """Keyword arguments of `Study.index`.
 
     Attributes:
-        directions: "eigenvectors" keeps the leading ones of each layer's covariances, for which factors need a basis
-            (`kfac`, `ekfac`); "random" keeps random ones, for any factors.
+        directions: "random" ones, for any factors, are the default; "eigenvectors" keeps the leading ones of each
+            layer's covariances, for which factors need a basis (`kfac`, `ekfac`).
         rank: how many on either side of a layer's gradient: a layer takes rank x rank numbers, less where it is
             narrower.
-        numbers: how they are kept: "float32" (float64 for a float64 model), "bfloat16", or "int8" with a scale for
-            each layer of each example.
+        numbers: how they are kept: "int8", with a scale for each layer of each example, is the default; "bfloat16", or
+            "float32" (float64 for a float64 model).
         seed: of random directions.
         half_precision: bfloat16 products in the model's passes.
         batch_size: None finds one; results depend on it only by rounding.
@@ -92,9 +92,9 @@ class Compression:
         InputError: one of them is impossible.
     """
 
-    directions: Directions = "eigenvectors"
+    directions: Directions = "random"
     rank: int = 16
-    numbers: Numbers = "bfloat16"
+    numbers: Numbers = "int8"
     seed: int = 0
     half_precision: bool = False
     batch_size: int | None = None

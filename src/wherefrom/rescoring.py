@@ -81,14 +81,14 @@ def checked_candidates(candidates: Tensor, queries: int, train: int) -> Tensor:
     found = torch.as_tensor(candidates).cpu()
     if found.is_floating_point() or found.dim() != 2 or len(found) != queries or not found.shape[1]:
         raise InputError(
-            f"candidates: {type_name(found.dtype)} {list(found.shape)}; expected training positions of each query, whole "
+            f"candidates: {type_name(found.dtype)} {list(found.shape)}; expected training positions, whole "
             f"numbers [{queries}, candidates], such as scores.topk(100).indices."
         )
     found = found.long().sort(1).values
     if int(found.min()) < 0 or int(found.max()) >= train:
         raise InputError(
-            f"candidates: positions from {int(found.min())} to {int(found.max())}; expected 0 to {train - 1}, as many as "
-            "there are training examples."
+            f"candidates: positions from {int(found.min())} to {int(found.max())}; expected 0 to {train - 1}, "
+            "those of the training examples."
         )
     if bool((found[:, 1:] == found[:, :-1]).any()):
         raise InputError("candidates: a query has a training position twice; expected each once in a row.")

@@ -309,7 +309,7 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
     for options, message in wrong:
         with pytest.raises(InputError, match=message):
             study.index(factors, **options)
-    with pytest.raises(InputError, match="'diagonal' factors, which have none"):
+    with pytest.raises(InputError, match="of 'diagonal' factors, which have none"):
         study.index(study.fit("diagonal"), directions="eigenvectors")
     assert not (tmp_path / "index").exists()
     index = study.index(factors, directions="random")

@@ -125,18 +125,22 @@ class Compression:
         usual = f"{self.directions}-rank{self.rank}-{self.numbers}" + ("-half" if self.half_precision else "")
         return checked_name(self.name or usual)
 
-    def projections(self, layers: Mapping[str, TrackedLayer], factors: Factors) -> dict[str, Projection]:
+    def projections(self, layers: Mapping[str, TrackedLayer], factors: Factors | None) -> dict[str, Projection]:
         """Those of every layer.
+
+        Args:
+            factors: whose eigenvectors are meant; random directions need none.
 
         Raises:
             InputError: eigenvectors are wanted of factors that have none.
         """
         if self.directions == "random":
             return {name: self._random(name, layer.shape) for name, layer in layers.items()}
-        if not factors.bases:
+        if factors is None or not factors.bases:
+            given = "no" if factors is None else repr(factors.strategy)
             raise InputError(
-                f"directions='eigenvectors' with {factors.strategy!r} factors, which have none: expected 'kfac' or "
-                "'ekfac' factors, or directions='random'."
+                f"directions='eigenvectors' of {given} factors, which have none: expected those of 'kfac' or "
+                "'ekfac', or random directions."
             )
         found = {}
         for name in layers:

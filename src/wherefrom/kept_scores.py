@@ -130,15 +130,32 @@ class KeptScores(Generic[Batch]):
         return found[SELF_INFLUENCE]
 
     def _keep(self, compute: Callable[[Stages], dict[str, Tensor]]) -> None:
-        """Have scores in the run directory, computed unless they are there.
+        """As `keep_scores`."""
+        keep_scores(self.run, self.name, self.fingerprint, self.profile, self.scoring.options.overwrite, compute)
 
-        Args:
-            compute: makes their tensors, and may keep blocks in the stages that it is given.
-        """
-        blocks = Stages(within(self._path.parent, f"{self.name}.blocks"), self.fingerprint, self.profile)
-        stages = Stages(self._path.parent, self.fingerprint, self.profile)
-        if self.scoring.options.overwrite:
-            blocks.clear()
-            stages.forget(self.name)
-        stages.keep(self.name, lambda _: compute(blocks))
+
+def keep_scores(
+    run: Path,
+    name: str,
+    fingerprint: Fingerprint,
+    profile: Profile,
+    overwrite: bool,
+    compute: Callable[[Stages], dict[str, Tensor]],
+) -> Path:
+    """Have scores in a run directory, computed unless they are there.
+
+    Args:
+        compute: makes their tensors, and may keep blocks in the stages that it is given.
+
+    Returns:
+        Where they are.
+    """
+    path = within(run, "scores", name)
+    blocks = Stages(within(path.parent, f"{name}.blocks"), fingerprint, profile)
+    stages = Stages(path.parent, fingerprint, profile)
+    if overwrite:
         blocks.clear()
+        stages.forget(name)
+    stages.keep(name, lambda _: compute(blocks))
+    blocks.clear()
+    return path

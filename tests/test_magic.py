@@ -170,6 +170,15 @@ def test_the_training_is_that_of_torch() -> None:
     assert relative_error(found, torch.cat([each.flatten() for each in case.model.parameters()])) < 1e-9
 
 
+def test_trained_parameters_make_the_trained_model() -> None:
+    case = frozen_case()
+    training = training_of(case)
+    trained = training.parameters()
+    case.model.load_state_dict(training.by_name(trained), strict=False)
+    measured = [case.task.measurement(case.model, case.task.collate([each])) for each in case.queries]
+    assert torch.equal(torch.stack(measured), training.measurements(trained, case.queries))
+
+
 def test_queries_together_are_as_one_at_a_time(tmp_path: Path) -> None:
     case = gpt2_case(dropout=0.2)
     together = wf.magic_scores(tmp_path / "together", training_of(case), case.queries).values

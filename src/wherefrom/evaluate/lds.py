@@ -145,6 +145,13 @@ class LdsReport:
     train: int
     resamples: int
 
+    def difference(self, first: str, second: str) -> Estimate:
+        """The mean of the first less that of the second; `differences` has each pair in one order only."""
+        if (first, second) in self.differences:
+            return self.differences[first, second]
+        other = self.differences[second, first]
+        return Estimate(-other.value, -other.high, -other.low)
+
     def to_json(self) -> dict[str, Any]:
         """All numbers, as json writes them."""
         return {

@@ -66,7 +66,7 @@ class ReplayableTraining(Generic[Batch]):
         self.model, self.task, self.train, self.recipe, self.count = copy.deepcopy(model), task, train, recipe, count
         self.batches = recipe.batches(examples)
         self._objective = _WatchedObjective(self.model, task)
-        self._trained = {name: each for name, each in self._objective.named_parameters() if each.requires_grad}
+        self._trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
         _check_model(model, list(self._trained.values()))
         self._device = next(iter(self._trained.values())).device
         self._check_weighting()
@@ -125,6 +125,15 @@ class ReplayableTraining(Generic[Batch]):
             state = self.advance(state, step, weights)
         return state[0]
 
+    def by_name(self, vector: Tensor) -> dict[str, Tensor]:
+        """Parts of a row of the state, [parameters], in the shapes and by the names of the model's trained parameters.
+
+        `model.load_state_dict(training.by_name(training.parameters()), strict=False)` makes the trained model.
+        """
+        parts = vector.split([each.numel() for each in self._trained.values()])
+        named = zip(self._trained.items(), parts, strict=True)
+        return {name: part.view(each.shape) for (name, each), part in named}
+
     def measurements(self, parameters: Tensor, queries: Dataset[object]) -> Tensor:
         """Each query's measurement, [queries]; differentiable by the parameters, [parameters]."""
         return torch.stack(list(self._measured(parameters, queries)))
@@ -180,9 +189,7 @@ class ReplayableTraining(Generic[Batch]):
 
     def _called(self, parameters: Tensor, batch: Batch, measured: bool) -> Tensor:
         """The loss, or the measurement, of a batch for given parameters: a scalar."""
-        sizes = [each.numel() for each in self._trained.values()]
-        named = zip(self._trained.items(), parameters.split(sizes), strict=True)
-        replaced = {name: part.view(each.shape) for (name, each), part in named}
+        replaced = {f"model.{name}": part for name, part in self.by_name(parameters).items()}
         return cast(Tensor, functional_call(self._objective, replaced, (batch, measured)))
 
     def _batch(self, dataset: Dataset[object], rows: list[int]) -> Batch:

@@ -39,6 +39,8 @@ def everything(case: Case, run: Path, queries: int = QUERIES) -> wf.Study[object
     study.score_tokens(case.queries[:queries], factors, damping=1e-3, name="tokens")
     study.score(case.queries[:queries], factors, damping=1e-3, query_rank=2, rescore=3)
     study.index(factors, directions="random", rank=2, numbers="float32")
+    study.score_candidates(case.queries[:queries], factors, torch.tensor([[1, 4]] * queries))
+    wf.trak_scores(study, case.queries[:queries], rank=2)
     return study
 
 

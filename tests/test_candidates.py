@@ -45,6 +45,7 @@ def test_batches_and_blocks_of_queries_change_nothing_but_rounding(tmp_path: Pat
     one = study.score_candidates(case.queries, factors, candidates)
     options: Any = {"train_batch_size": 3, "query_batch_size": 2, "name": "other"}
     small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-4)
+    assert small.plan(case.queries, "kfac", **options).block < len(case.queries)
     other = small.score_candidates(case.queries, factors, candidates, **options)
     assert relative_error(other.values, one.values) < 1e-12
     assert torch.equal(other.train, one.train)
@@ -91,7 +92,7 @@ def test_impossible_candidates_are_refused(tmp_path: Path) -> None:
         (torch.zeros(five, 2), r"candidates: float32 \[5, 2\]"),
         (torch.arange(5), r"candidates: int64 \[5\]"),
         (torch.zeros(4, 1, dtype=torch.int64), r"candidates: int64 \[4, 1\]"),
-        (torch.zeros(five, 0, dtype=torch.int64), "expected whole numbers"),
+        (torch.zeros(five, 0, dtype=torch.int64), "expected training positions"),
         (torch.full((five, 1), len(case.train)), "positions from 12 to 12; expected 0 to 11"),
         (torch.full((five, 1), -1), "positions from -1 to -1"),
         (torch.zeros(five, 2, dtype=torch.int64), "twice"),

@@ -47,12 +47,12 @@ def test_rows_are_projected_gradients(make_case: CaseMaker, directions: str, tmp
     brute = BruteForce(case.model, case.task, list(study.layers), case.train, [])
     expected = torch.stack(
         [
-            torch.cat([(p.left.T @ example[name] @ p.right).flatten() for name, p in index.projections.items()])
+            torch.cat([(p.left.T @ example[name] @ p.right).flatten() for name, p in index.rows.projections.items()])
             for example in brute.train
         ]
     )
     assert relative_error(stored_rows(index), expected) < 1e-12
-    for projection in index.projections.values():
+    for projection in index.rows.projections.values():
         for side in projection:
             assert relative_error(side.T @ side, torch.eye(side.shape[1], dtype=torch.float64)) < 1e-12
     if directions == "eigenvectors":  # the leading ones: no direction of the same rank has more of the covariance
@@ -60,7 +60,7 @@ def test_rows_are_projected_gradients(make_case: CaseMaker, directions: str, tmp
             assert basis.activations is not None
             values = basis.activation_eigenvalues.sort(descending=True).values[:3]
             covariance = basis.activations @ basis.activation_eigenvalues.diag() @ basis.activations.T
-            right = index.projections[name].right
+            right = index.rows.projections[name].right
             assert relative_error((right.T @ covariance @ right).diagonal(), values) < 1e-9
 
 
@@ -95,8 +95,8 @@ def test_batches_and_shards_change_nothing_but_rounding(tmp_path: Path, monkeypa
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit("ekfac")
     whole = study.index(factors, rank=2, numbers="float32")
-    monkeypatch.setattr("wherefrom.index._SHARD_BYTES", 5 * whole.size * 8)
-    monkeypatch.setattr("wherefrom.index._BLOCK_BYTES", 2 * whole.size * 8)
+    monkeypatch.setattr("wherefrom.gradient_rows._SHARD_BYTES", 5 * whole.rows.size * 8)
+    monkeypatch.setattr("wherefrom.gradient_rows._BLOCK_BYTES", 2 * whole.rows.size * 8)
     parts = study.index(factors, rank=2, numbers="float32", batch_size=3, name="parts")
     assert len(shard_files(parts)) == 3
     assert relative_error(stored_rows(parts), stored_rows(whole)) < 1e-12
@@ -125,7 +125,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bits(
     case = gpt2_case(torch.float32)
     task = Interrupted(["transformer.h.*"])
     options: Any = {"rank": 3, "numbers": numbers, "batch_size": 2}
-    monkeypatch.setattr("wherefrom.index._SHARD_BYTES", 6 * 8 * 9 * 4)  # six examples of eight layers
+    monkeypatch.setattr("wherefrom.gradient_rows._SHARD_BYTES", 6 * 8 * 9 * 4)  # six examples of eight layers
     studies = [
         wf.Study(tmp_path / name, case.model, task, train=case.train, checkpoint_seconds=0) for name in ("one", "other")
     ]
@@ -309,7 +309,7 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
     for options, message in wrong:
         with pytest.raises(InputError, match=message):
             study.index(factors, **options)
-    with pytest.raises(InputError, match="'diagonal' factors, which have none"):
+    with pytest.raises(InputError, match="of 'diagonal' factors, which have none"):
         study.index(study.fit("diagonal"), directions="eigenvectors")
     assert not (tmp_path / "index").exists()
     index = study.index(factors, directions="random")

@@ -9,6 +9,7 @@ from wherefrom.errors import WherefromError
 from wherefrom.fingerprint import LIBRARY as __version__  # noqa: N811
 from wherefrom.index import GradientIndex
 from wherefrom.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
+from wherefrom.projected import logra_scores, trackstar_scores, trak_scores
 from wherefrom.ranks import join_ranks
 from wherefrom.sampling import Sampler
 from wherefrom.scores import Hit, Scores, TopScores
@@ -51,11 +52,14 @@ __all__ = [
     "WherefromError",
     "__version__",
     "join_ranks",
+    "logra_scores",
     "magic_scores",
     "metasmoothness",
     "read_recording",
     "score_checkpoints",
     "study_from_pretrained",
+    "trackstar_scores",
+    "trak_scores",
 ]
 
 # What needs transformers is imported when it is first asked for, since the engine runs on torch alone.

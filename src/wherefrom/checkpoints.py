@@ -80,12 +80,12 @@ def score_checkpoints(
         InputError: checkpoints and weights do not belong together, or a checkpoint is not of this model.
         WherefromError: as `Study.fit` and `Study.score`; what was finished before stays valid.
     """
-    paths, weights = _named_paths(checkpoints), _weights(checkpoints, weights)
+    paths, weights = named_paths(checkpoints), _weights(checkpoints, weights)
     name = checked_result_name(options.pop("name", None) or f"{strategy}-checkpoints")
     precision = options.get("half_precision", False)
     overwrite = options.get("overwrite", False)
     parts: dict[str, Scores] = {}
-    with study.alone(), _restored(study._sweep.model) as model:
+    with study.alone(), restored(study._sweep.model) as model:
         for checkpoint, path in paths.items():
             load_weights(model, path)
             there = copy.copy(study)  # the same model, task and options, another run directory
@@ -161,7 +161,7 @@ def _check_shapes(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Ten
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[nn.Module]:
+def restored(model: nn.Module) -> Iterator[nn.Module]:
     """The model, whose weights are put back in the end."""
     before = {
         name: tensor.detach().to("cpu", copy=True)
@@ -198,7 +198,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _named_paths(checkpoints: Sequence[str | Path | RecordedCheckpoint]) -> dict[str, Path]:
+def named_paths(checkpoints: Sequence[str | Path | RecordedCheckpoint]) -> dict[str, Path]:
     """Where checkpoints are, by the names of their run directories."""
     if isinstance(checkpoints, str | Path) or not checkpoints:
         raise InputError(f"checkpoints={checkpoints!r}: expected a list of at least one checkpoint.")

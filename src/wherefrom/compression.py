@@ -20,7 +20,7 @@ from torch.nn import functional
 from typing_extensions import Unpack
 
 from wherefrom.capture import Captured
-from wherefrom.curvature import Factors
+from wherefrom.curvature import Factors, weight_gradients
 from wherefrom.damping import DAMPING_SHARE
 from wherefrom.errors import InputError
 from wherefrom.files import checked_name
@@ -125,18 +125,22 @@ class Compression:
         usual = f"{self.directions}-rank{self.rank}-{self.numbers}" + ("-half" if self.half_precision else "")
         return checked_name(self.name or usual)
 
-    def projections(self, layers: Mapping[str, TrackedLayer], factors: Factors) -> dict[str, Projection]:
+    def projections(self, layers: Mapping[str, TrackedLayer], factors: Factors | None) -> dict[str, Projection]:
         """Those of every layer.
+
+        Args:
+            factors: whose eigenvectors are meant; random directions need none.
 
         Raises:
             InputError: eigenvectors are wanted of factors that have none.
         """
         if self.directions == "random":
             return {name: self._random(name, layer.shape) for name, layer in layers.items()}
-        if not factors.bases:
+        if factors is None or not factors.bases:
+            given = "no" if factors is None else repr(factors.strategy)
             raise InputError(
-                f"directions='eigenvectors' with {factors.strategy!r} factors, which have none: expected 'kfac' or "
-                "'ekfac' factors, or directions='random'."
+                f"directions='eigenvectors' of {given} factors, which have none: expected those of 'kfac' or "
+                "'ekfac', or random directions."
             )
         found = {}
         for name in layers:
@@ -202,6 +206,9 @@ def parts(projections: Mapping[str, Projection]) -> dict[str, slice]:
 class CompressedGradients(Collector):
     """The compressed gradient of every example.
 
+    Args:
+        scales: what gradients are multiplied with before, element by element, [out, in] of each layer; None is nothing.
+
     Attributes:
         sums: `rows` [examples, numbers], a layer's [rank, rank] flattened, layer after layer.
     """
@@ -213,6 +220,7 @@ class CompressedGradients(Collector):
         examples: int,
         dtype: torch.dtype,
         device: torch.device,
+        scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._parts = parts(projections)
         self._projections = {
@@ -222,24 +230,34 @@ class CompressedGradients(Collector):
             )
             for name, (left, right) in projections.items()
         }
+        self._scales = {
+            name: functional.pad(each, (0, layers[name].width - each.shape[1])).to(device, dtype)
+            for name, each in (scales or {}).items()
+        }
         size = sum(each.size for each in projections.values())
         self.sums = {ROWS: torch.zeros(examples, size, dtype=dtype, device=device)}
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        compressed = compressed_gradients(captured, self._projections[layer])
+        compressed = compressed_gradients(captured, self._projections[layer], self._scales.get(layer))
         total = self.sums[ROWS]
         total[rows, self._parts[layer]] += compressed.flatten(1).to(total.device)
 
 
-def compressed_gradients(captured: Captured, projection: Projection) -> Tensor:
-    """P_S^T G P_A of each example without its gradient G = s^T a: (s P_S)^T (a P_A), [batch, rank, rank].
+def compressed_gradients(captured: Captured, projection: Projection, scale: Tensor | None = None) -> Tensor:
+    """P_S^T G P_A of each example, [batch, rank, rank]; without its gradient G = s^T a: (s P_S)^T (a P_A).
 
     Args:
         projection: with a row for each column of activations, `TrackedLayer.width`.
+        scale: what G is multiplied with element by element, [out, width]; then G is made.
     """
     left, right = (each.to(captured.gradients.device) for each in projection)
-    if captured.columns is not None:
-        right = right[captured.columns]  # [batch, columns, rank]
+    columns = captured.columns
+    if columns is not None:
+        right = right[columns]  # [batch, columns, rank]
+    if scale is not None:
+        found = weight_gradients(captured, dtype=left.dtype)  # [batch, out, columns]
+        scale = scale.to(found.device)
+        return left.T @ (found * (scale if columns is None else scale[:, columns].transpose(0, 1))) @ right
     gradients, activations = captured.gradients.to(left.dtype) @ left, captured.activations.to(left.dtype) @ right
     return product(gradients.transpose(1, 2), activations)
 
@@ -315,15 +333,27 @@ def _dense_inverse(factors: Factors, layer: str, projection: Projection, damping
     added = DAMPING_SHARE * float(values.mean()) if damping is None else damping
     if added == 0:
         return torch.zeros_like(curvature)
+    return damped_power(f"layer {layer!r}", curvature, added, -1)
+
+
+def damped_power(name: str, curvature: Tensor, damping: float, exponent: float) -> Tensor:
+    """(C + damping)^exponent for a symmetric positive semidefinite C [numbers, numbers].
+
+    Args:
+        name: of what it is the curvature of, for the error.
+
+    Raises:
+        InputError: the damping does not make up for directions without curvature.
+    """
     eigenvalues, vectors = torch.linalg.eigh(curvature)
-    damped = eigenvalues.clamp_min(0) + added
+    damped = eigenvalues.clamp_min(0) + damping
     if float(damped[0]) <= torch.finfo(damped.dtype).eps * len(damped) * float(damped[-1]):
         raise InputError(
-            f"damping={damping}: too small to invert the curvature of layer {layer!r} along random directions, which "
-            f"has directions without any and reaches {float(damped[-1]):.3g}. Give a larger number, or None."
+            f"damping={damping:.3g}: too small to invert the projected curvature of {name}, which has directions "
+            f"without any and reaches {float(damped[-1]):.3g}. Give a larger number, or None."
         )
-    inverse: Tensor = (vectors / damped) @ vectors.T
-    return inverse
+    power: Tensor = (vectors * damped**exponent) @ vectors.T
+    return power
 
 
 def packed(rows: Tensor, numbers: Numbers, columns: Mapping[str, slice]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Generic
 from torch import Tensor
 
 from wherefrom.files import within
-from wherefrom.fingerprint import Fingerprint
+from wherefrom.fingerprint import Fingerprint, tensors_digest
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
 from wherefrom.layouts import Layout, check_layout
 from wherefrom.options import of_values
@@ -78,14 +78,18 @@ class KeptScores(Generic[Batch]):
 
     def of_candidates(self, positions: Tensor) -> TopScores:
         """Those of given training examples alone, int64 [queries, candidates], ascending; all of them are kept."""
-        train, count = len(self.scoring.train), positions.shape[1]
+        count = positions.shape[1]
+        wanted = f"{count} candidates of each query ({tensors_digest({'candidates': positions})[:24]})"
+        name = self.name if self.scoring.options.name else f"{self.name}-candidates"
+        kept = replace(self, name=name, fingerprint={**self.fingerprint, "kept": wanted})
 
         def compute(blocks: Stages) -> dict[str, Tensor]:
-            return extremes(exact_scores(self.scoring, positions, BlockStages(blocks, train)), positions, count)
+            stages = BlockStages(blocks, len(self.scoring.train))
+            return extremes(exact_scores(self.scoring, positions, stages), positions, count)
 
-        self._keep(compute)
-        found = TopScores.load(self._path)
-        check_layout(self._path, {"values": found.values}, {"values": (None, tuple(positions.shape))})
+        kept._keep(compute)
+        found = TopScores.load(kept._path)
+        check_layout(kept._path, {"values": found.values}, {"values": (None, tuple(positions.shape))})
         return found
 
     def of_tokens(self, top: int | None, overwrite: bool) -> TokenScores:
@@ -126,15 +130,32 @@ class KeptScores(Generic[Batch]):
         return found[SELF_INFLUENCE]
 
     def _keep(self, compute: Callable[[Stages], dict[str, Tensor]]) -> None:
-        """Have scores in the run directory, computed unless they are there.
+        """As `keep_scores`."""
+        keep_scores(self.run, self.name, self.fingerprint, self.profile, self.scoring.options.overwrite, compute)
 
-        Args:
-            compute: makes their tensors, and may keep blocks in the stages that it is given.
-        """
-        blocks = Stages(within(self._path.parent, f"{self.name}.blocks"), self.fingerprint, self.profile)
-        stages = Stages(self._path.parent, self.fingerprint, self.profile)
-        if self.scoring.options.overwrite:
-            blocks.clear()
-            stages.forget(self.name)
-        stages.keep(self.name, lambda _: compute(blocks))
+
+def keep_scores(
+    run: Path,
+    name: str,
+    fingerprint: Fingerprint,
+    profile: Profile,
+    overwrite: bool,
+    compute: Callable[[Stages], dict[str, Tensor]],
+) -> Path:
+    """Have scores in a run directory, computed unless they are there.
+
+    Args:
+        compute: makes their tensors, and may keep blocks in the stages that it is given.
+
+    Returns:
+        Where they are.
+    """
+    path = within(run, "scores", name)
+    blocks = Stages(within(path.parent, f"{name}.blocks"), fingerprint, profile)
+    stages = Stages(path.parent, fingerprint, profile)
+    if overwrite:
         blocks.clear()
+        stages.forget(name)
+    stages.keep(name, lambda _: compute(blocks))
+    blocks.clear()
+    return path

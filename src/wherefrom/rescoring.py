@@ -1,4 +1,4 @@
-"""Chosen scores once more, with whole query gradients: the highest of low-rank ones, or candidates of an index.
+"""Chosen scores, with whole query gradients: the highest of low-rank ones once more, or those of given candidates.
 
 This module knows how scores are computed; it does not know where they are kept.
 """
@@ -12,8 +12,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from wherefrom.errors import InputError
 from wherefrom.fingerprint import tensors_digest
 from wherefrom.loading import Rows
+from wherefrom.precision import type_name
 from wherefrom.scoring import Scoring
 from wherefrom.stages import BlockStages
 from wherefrom.task import Batch
@@ -68,6 +70,29 @@ def exact_scores(scoring: Scoring[Batch], positions: Tensor, stages: BlockStages
 
     whole.each_block(work, stages)
     return scores
+
+
+def checked_candidates(candidates: Tensor, queries: int, train: int) -> Tensor:
+    """Training positions [queries, candidates] in ascending order.
+
+    Raises:
+        InputError: they are none, or of other queries.
+    """
+    found = torch.as_tensor(candidates).cpu()
+    if found.is_floating_point() or found.dim() != 2 or len(found) != queries or not found.shape[1]:
+        raise InputError(
+            f"candidates: {type_name(found.dtype)} {list(found.shape)}; expected training positions, whole "
+            f"numbers [{queries}, candidates], such as scores.topk(100).indices."
+        )
+    found = found.long().sort(1).values
+    if int(found.min()) < 0 or int(found.max()) >= train:
+        raise InputError(
+            f"candidates: positions from {int(found.min())} to {int(found.max())}; expected 0 to {train - 1}, "
+            "those of the training examples."
+        )
+    if bool((found[:, 1:] == found[:, :-1]).any()):
+        raise InputError("candidates: a query has a training position twice; expected each once in a row.")
+    return found
 
 
 def _highest(values: Tensor | None, count: int) -> tuple[Tensor, Tensor]:

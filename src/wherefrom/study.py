@@ -26,7 +26,6 @@ from wherefrom.fingerprint import (
     dataset_digest,
     model_digest,
     names_summary,
-    tensors_digest,
 )
 from wherefrom.fitting import Fitting
 from wherefrom.index import GradientIndex
@@ -36,9 +35,10 @@ from wherefrom.locks import run_lock
 from wherefrom.memory import checked_batch_size, within_memory
 from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups
 from wherefrom.plan import Plan
-from wherefrom.precision import HalfPrecision, type_name
+from wherefrom.precision import HalfPrecision
 from wherefrom.report.html import render_report, write_page
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, Tokenizer
+from wherefrom.rescoring import checked_candidates
 from wherefrom.scores import Scores, TopScores
 from wherefrom.scoring import Scoring, make_plan
 from wherefrom.stages import Stages
@@ -251,12 +251,8 @@ class Study(Generic[Batch]):
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
         chosen = Options.of(ScoreOptions.__optional_keys__ - {"query_rank"}, None, **options)
-        positions = _checked_candidates(candidates, len(_checked(queries)), len(self.train))
-        kept = self._kept(queries, factors, chosen)
-        digest = tensors_digest({"candidates": positions})[:24]
-        fingerprint = {**kept.fingerprint, "kept": f"{positions.shape[1]} candidates of each query ({digest})"}
-        name = kept.name if chosen.name else f"{kept.name}-candidates"
-        return replace(kept, name=name, fingerprint=fingerprint).of_candidates(positions)
+        positions = checked_candidates(candidates, len(_checked(queries)), len(self.train))
+        return self._kept(queries, factors, chosen).of_candidates(positions)
 
     @_alone
     def self_influence(
@@ -433,26 +429,3 @@ def _checked(queries: Dataset[object]) -> Dataset[object]:
     """Queries of which there are some: None would stand for the training examples."""
     checked_length("queries", queries)
     return queries
-
-
-def _checked_candidates(candidates: Tensor, queries: int, train: int) -> Tensor:
-    """Training positions [queries, candidates] in ascending order.
-
-    Raises:
-        InputError: they are none, or of other queries.
-    """
-    found = torch.as_tensor(candidates).cpu()
-    if found.is_floating_point() or found.dim() != 2 or len(found) != queries or not found.shape[1]:
-        raise InputError(
-            f"candidates: {type_name(found.dtype)} {list(found.shape)}; expected whole numbers "
-            f"[{queries}, candidates], training positions for each query, such as scores.topk(100).indices."
-        )
-    found = found.long().sort(1).values
-    if int(found.min()) < 0 or int(found.max()) >= train:
-        raise InputError(
-            f"candidates: positions from {int(found.min())} to {int(found.max())}; expected 0 to {train - 1}, where "
-            "the training examples are."
-        )
-    if bool((found[:, 1:] == found[:, :-1]).any()):
-        raise InputError("candidates: a query has a training position twice; expected each once in a row.")
-    return found

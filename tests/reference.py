@@ -141,6 +141,14 @@ def _dense(strategy: str, rows: Tensor, a: Tensor, s: Tensor) -> Tensor:
         return torch.diag(rows.square().mean(0))
     if strategy == "kfac":
         return torch.kron(s, a)
+    if strategy == "shampoo":
+        matrices = rows.view(len(rows), len(s), len(a))
+        left, right = (matrices @ matrices.mT).mean(0), (matrices.mT @ matrices).mean(0)
+        # Where that of tokens is diagonal, only the diagonal counts.
+        s, a = (
+            moment.diagonal().diag() if _is_diagonal(of_tokens) else moment
+            for moment, of_tokens in ((left, s), (right, a))
+        )
     basis = torch.kron(_eigenvectors(s), _eigenvectors(a))
     eigenvalues = (rows @ basis).square().mean(0)
     return basis @ torch.diag(eigenvalues) @ basis.T
@@ -148,9 +156,12 @@ def _dense(strategy: str, rows: Tensor, a: Tensor, s: Tensor) -> Tensor:
 
 def _eigenvectors(matrix: Tensor) -> Tensor:
     """Those of a diagonal matrix are the axes, also where eigenvalues are equal."""
-    diagonal = torch.equal(matrix, matrix.diagonal().diag())
     axes = torch.eye(len(matrix), dtype=torch.float64)
-    return axes if diagonal else torch.linalg.eigh(matrix).eigenvectors.contiguous()
+    return axes if _is_diagonal(matrix) else torch.linalg.eigh(matrix).eigenvectors.contiguous()
+
+
+def _is_diagonal(matrix: Tensor) -> bool:
+    return torch.equal(matrix, matrix.diagonal().diag())
 
 
 def _users(model: nn.Module, weight: object) -> list[nn.Module]:

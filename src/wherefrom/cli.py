@@ -34,7 +34,7 @@ from wherefrom.scores import Scores, TopScores, load_scores
 from wherefrom.study import Study
 from wherefrom.tokens import INDEX, TokenScores
 
-StrategyName = Literal["identity", "diagonal", "kfac", "ekfac"]
+StrategyName = Literal["identity", "diagonal", "kfac", "ekfac", "shampoo"]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 

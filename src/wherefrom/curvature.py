@@ -7,7 +7,8 @@ covariance is diagonal, or taken to be (see `TrackedLayer.diagonal_sides`), has 
 module does not decide what is swept or where factors are stored, and does not know what scores are. Factors may be on
 another device than what is captured; what is needed is moved there.
 
-Martens & Grosse 2015 (K-FAC), George et al. 2018 (EK-FAC), Grosse et al. 2023 (both for influence functions).
+Martens & Grosse 2015 (K-FAC), George et al. 2018 (EK-FAC), Grosse et al. 2023 (both for influence functions); Gupta
+et al. 2018 (Shampoo, here with EK-FAC's eigenvalues).
 """
 
 from __future__ import annotations
@@ -38,20 +39,30 @@ class Strategy:
     """What a strategy needs.
 
     Attributes:
-        basis: whether gradients are rotated into the eigenvectors of the two covariances.
+        basis: what gradients are rotated into the eigenvectors of: the two "covariances" of tokens, A = E[a a^T] and
+            S = E[s s^T], or those of whole examples' "gradients", R = E[G^T G] and L = E[G G^T]; None leaves them.
         eigenvalues: "fitted" as mean squared (rotated) gradients, as the "product" of the covariances'
             eigenvalues, or "none", with which preconditioning does nothing.
     """
 
-    basis: bool
+    basis: Literal["covariances", "gradients"] | None
     eigenvalues: Literal["none", "product", "fitted"]
+
+    def stage(self, result: str) -> str:
+        """The name of a result of the fit, the same for strategies that have it in common.
+
+        Args:
+            result: "covariance", "eigenbasis" or "eigenvalues".
+        """
+        return {None: "diagonal", "covariances": result, "gradients": f"gradient-{result}"}[self.basis]
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "identity": Strategy(basis=False, eigenvalues="none"),
-    "diagonal": Strategy(basis=False, eigenvalues="fitted"),
-    "kfac": Strategy(basis=True, eigenvalues="product"),
-    "ekfac": Strategy(basis=True, eigenvalues="fitted"),
+    "identity": Strategy(basis=None, eigenvalues="none"),
+    "diagonal": Strategy(basis=None, eigenvalues="fitted"),
+    "kfac": Strategy(basis="covariances", eigenvalues="product"),
+    "ekfac": Strategy(basis="covariances", eigenvalues="fitted"),
+    "shampoo": Strategy(basis="gradients", eigenvalues="fitted"),
 }
 
 
@@ -67,8 +78,9 @@ class Basis:
     """The eigenvectors of a layer's two covariances, as columns, with their eigenvalues.
 
     Attributes:
-        activations: Q_A [in, in], of A = E[a a^T] over unmasked tokens; None for the axes themselves.
-        gradients: Q_S [out, out], of S = E[s s^T] over unmasked tokens; None for the axes themselves.
+        activations: Q_A [in, in], of A = E[a a^T] over unmasked tokens (`shampoo`: of R = E[G^T G] over examples);
+            None for the axes themselves.
+        gradients: Q_S [out, out], of S = E[s s^T] (`shampoo`: of L = E[G G^T]), likewise.
         activation_eigenvalues: [in], ascending; along the axes, the mean squares in their order.
         gradient_eigenvalues: [out], likewise.
     """
@@ -292,8 +304,8 @@ class Factors:
         strategy: one of `STRATEGIES`.
         fingerprint: what the factors were fitted from.
         bases: of every layer; empty for a strategy without one.
-        eigenvalues: Lambda [out, in] of every layer, a mean over examples (`diagonal`, `ekfac`) or the product of two
-            means over tokens (`kfac`); empty for `identity`.
+        eigenvalues: Lambda [out, in] of every layer, a mean over examples, or for `kfac` the product of two means over
+            tokens; empty for `identity`.
     """
 
     strategy: str

@@ -17,6 +17,7 @@ from wherefrom.curvature import (
     CovarianceCollector,
     EigenvalueCollector,
     Factors,
+    Strategy,
     bases_from_tensors,
     bases_to_tensors,
     diagonalize,
@@ -24,6 +25,7 @@ from wherefrom.curvature import (
 from wherefrom.damping import check_covariances, check_mean_squares
 from wherefrom.disk import check_space, fit_steps, used_bytes
 from wherefrom.fingerprint import Dataset
+from wherefrom.gradient_covariance import GradientCovarianceCollector
 from wherefrom.layouts import Layout, check_layout
 from wherefrom.sampling import Sampler
 from wherefrom.stages import Stages
@@ -57,11 +59,11 @@ class Fitting(Generic[Batch]):
         if self.overwrite:
             # Eigenvalues, even where they are not asked for, belong to the basis that is being replaced. All of it at
             # once, so that an interrupted fit goes on when it is called without this.
-            self.stages.forget(*(("covariance", "eigenbasis", "eigenvalues") if needed.basis else ("diagonal",)))
-        bases = self._bases() if needed.basis else {}
+            self.stages.forget(*{needed.stage(name) for name in ("covariance", "eigenbasis", "eigenvalues")})
+        bases = self._bases(needed) if needed.basis else {}
         eigenvalues: dict[str, Tensor] = {}
         if needed.eigenvalues == "fitted":
-            eigenvalues = self._mean_squares(bases)
+            eigenvalues = self._mean_squares(needed, bases)
         elif needed.eigenvalues == "product":
             eigenvalues = {layer: each.eigenvalues() for layer, each in bases.items()}
         return Factors(strategy, self.stages.fingerprint, bases, eigenvalues)
@@ -69,32 +71,34 @@ class Fitting(Generic[Batch]):
     def _check_disk(self, strategy: str) -> None:
         """Refuse to begin what there is too little room for; what is there already needs none."""
         sweep, stages = self.sweep, self.stages
-        steps = fit_steps(sweep.layers, STRATEGIES[strategy], sweep.dtype, sweep.ranks.count)
+        needed = STRATEGIES[strategy]
+        steps = fit_steps(sweep.layers, needed, sweep.dtype, sweep.ranks.count)
         there = set() if self.overwrite else {name for name in steps if (stages.folder / name).exists()}
-        if "eigenbasis" in there:
-            there.add("covariance")  # which is needed for nothing else
+        if needed.stage("eigenbasis") in there:
+            there.add(needed.stage("covariance"))  # which is needed for nothing else
         missing = {name: step for name, step in steps.items() if name not in there}
         if missing:
             begun = [path for name in missing for path in (stages.folder / name, *stages.folder.glob(f"{name}.part*"))]
             check_space(stages.folder, list(missing.values()), used_bytes(begun))
 
-    def _bases(self) -> dict[str, Basis]:
-        sweep = self.sweep
+    def _bases(self, strategy: Strategy) -> dict[str, Basis]:
+        sweep, stage = self.sweep, strategy.stage("eigenbasis")
+        collecting = GradientCovarianceCollector if strategy.basis == "gradients" else CovarianceCollector
 
         def covariance(sums: Partial) -> dict[str, Tensor]:
-            collector = CovarianceCollector(sweep.layers, sweep.dtype, sweep.factors_device)
+            collector = collecting(sweep.layers, sweep.dtype, sweep.factors_device)
             self._run("covariance", collector, sums)
             means = collector.means()
             check_covariances(means)
             return means
 
         def basis(_: Partial) -> dict[str, Tensor]:
-            means = self.stages.load("covariance", covariance, sweep.factors_device)
+            means = self.stages.load(strategy.stage("covariance"), covariance, sweep.factors_device)
             with sweep.profile.action("eigendecomposition"):
                 return self._diagonalized(means)
 
-        found = self.stages.load("eigenbasis", basis, sweep.factors_device)
-        check_layout(self.stages.folder / "eigenbasis", found, self._basis_layout())
+        found = self.stages.load(stage, basis, sweep.factors_device)
+        check_layout(self.stages.folder / stage, found, self._basis_layout())
         return bases_from_tensors(found)
 
     def _basis_layout(self) -> Layout:
@@ -116,7 +120,7 @@ class Fitting(Generic[Batch]):
             bases = bases_to_tensors(diagonalize(chosen, mine, self.sweep.device))
         return ranks.joined(bases, self.sweep.factors_device)
 
-    def _mean_squares(self, bases: dict[str, Basis]) -> dict[str, Tensor]:
+    def _mean_squares(self, strategy: Strategy, bases: dict[str, Basis]) -> dict[str, Tensor]:
         sweep = self.sweep
 
         def mean_squares(sums: Partial) -> dict[str, Tensor]:
@@ -126,7 +130,7 @@ class Fitting(Generic[Batch]):
             check_mean_squares(means)
             return means
 
-        stage = "eigenvalues" if bases else "diagonal"
+        stage = strategy.stage("eigenvalues")
         found = self.stages.load(stage, mean_squares, sweep.factors_device)
         check_layout(
             self.stages.folder / stage, found, {name: (None, layer.shape) for name, layer in sweep.layers.items()}

@@ -149,7 +149,7 @@ class Study(Generic[Batch]):
         """Fit curvature factors on the training examples, or load them when they are there.
 
         Args:
-            strategy: "identity", "diagonal", "kfac" or "ekfac".
+            strategy: "identity", "diagonal", "kfac", "ekfac" or "shampoo".
             empirical: use the dataset's targets instead of targets drawn from the model (the Fisher information).
             half_precision: bfloat16 products in the model's passes; factors stay float32.
             batch_size: None finds one; results depend on it only by rounding.

@@ -117,6 +117,9 @@ class BruteForce:
             moment if len(moment) <= self.widest else moment.diagonal().diag()
             for moment in (each.T @ each / len(each) for each in (activations, gradients))
         )
+        if strategy == "shampoo":
+            wide = len(s) > self.widest, len(a) > self.widest or isinstance(_main(self.layers[layer]), nn.Embedding)
+            s, a = _whole_moments(rows.view(len(rows), len(s), len(a)), wide)
         return _dense(strategy, rows, a, s)
 
     def scores(self, strategy: str, damping: float | None = None) -> Tensor:
@@ -141,14 +144,6 @@ def _dense(strategy: str, rows: Tensor, a: Tensor, s: Tensor) -> Tensor:
         return torch.diag(rows.square().mean(0))
     if strategy == "kfac":
         return torch.kron(s, a)
-    if strategy == "shampoo":
-        matrices = rows.view(len(rows), len(s), len(a))
-        left, right = (matrices @ matrices.mT).mean(0), (matrices.mT @ matrices).mean(0)
-        # Where that of tokens is diagonal, only the diagonal counts.
-        s, a = (
-            moment.diagonal().diag() if _is_diagonal(of_tokens) else moment
-            for moment, of_tokens in ((left, s), (right, a))
-        )
     basis = torch.kron(_eigenvectors(s), _eigenvectors(a))
     eigenvalues = (rows @ basis).square().mean(0)
     return basis @ torch.diag(eigenvalues) @ basis.T
@@ -156,12 +151,16 @@ def _dense(strategy: str, rows: Tensor, a: Tensor, s: Tensor) -> Tensor:
 
 def _eigenvectors(matrix: Tensor) -> Tensor:
     """Those of a diagonal matrix are the axes, also where eigenvalues are equal."""
+    diagonal = torch.equal(matrix, matrix.diagonal().diag())
     axes = torch.eye(len(matrix), dtype=torch.float64)
-    return axes if _is_diagonal(matrix) else torch.linalg.eigh(matrix).eigenvectors.contiguous()
+    return axes if diagonal else torch.linalg.eigh(matrix).eigenvectors.contiguous()
 
 
-def _is_diagonal(matrix: Tensor) -> bool:
-    return torch.equal(matrix, matrix.diagonal().diag())
+def _whole_moments(matrices: Tensor, diagonal: Sequence[bool]) -> list[Tensor]:
+    """E[G G^T] and E[G^T G] of gradients [examples, out, in], or their diagonals as matrices."""
+    moments = (torch.einsum("eoi,epi->op", matrices, matrices), torch.einsum("eoi,eoj->ij", matrices, matrices))
+    means = [each / len(matrices) for each in moments]
+    return [each.diagonal().diag() if alone else each for each, alone in zip(means, diagonal, strict=True)]
 
 
 def _users(model: nn.Module, weight: object) -> list[nn.Module]:

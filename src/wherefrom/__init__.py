@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from wherefrom.adam import adam_factors
 from wherefrom.checkpoints import score_checkpoints
 from wherefrom.curvature import Factors
 from wherefrom.errors import WherefromError
@@ -40,6 +41,7 @@ __all__ = [
     "TrainingRecorder",
     "WherefromError",
     "__version__",
+    "adam_factors",
     "join_ranks",
     "read_recording",
     "score_checkpoints",

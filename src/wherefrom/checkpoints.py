@@ -120,7 +120,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     file = path if path.is_file() else next((path / name for name in _FILES if (path / name).is_file()), None)
     if file is None:
         raise InputError(f"{path}: no weights there; expected a file, or a directory with one of {', '.join(_FILES)}.")
-    state = _read_shards(file) if file.name.endswith(".index.json") else _read_weights(file)
+    state = _read_shards(file) if file.name.endswith(".index.json") else read_weights(file)
     if file.name.startswith("adapter_model"):
         _load_adapter(model, state, path)
         return
@@ -179,10 +179,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
         raise DamagedError(f"{index} is not an index of weights: it has no weight_map of parameters to files.")
     shards = sorted({checked_name(shard) for shard in table.values()})
-    return {name: tensor for shard in shards for name, tensor in _read_weights(index.parent / shard).items()}
+    return {name: tensor for shard in shards for name, tensor in read_weights(index.parent / shard).items()}
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
     """One file; a torch file may hold nothing but tensors, and nothing of it is executed."""
     try:
         if file.suffix == ".safetensors":

@@ -14,7 +14,7 @@ et al. 2018 (Shampoo, here with EK-FAC's eigenvalues).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
@@ -24,7 +24,6 @@ from torch.nn import functional
 
 from wherefrom.capture import Captured
 from wherefrom.damping import Side, check_eigenvalues, damped_inverse
-from wherefrom.eigenvectors import eigenvectors, finite_sum
 from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.fingerprint import Fingerprint, differences
 from wherefrom.layers import TrackedLayer
@@ -42,11 +41,11 @@ class Strategy:
         basis: what gradients are rotated into the eigenvectors of: the two "covariances" of tokens, A = E[a a^T] and
             S = E[s s^T], or those of whole examples' "gradients", R = E[G^T G] and L = E[G G^T]; None leaves them.
         eigenvalues: "fitted" as mean squared (rotated) gradients, as the "product" of the covariances'
-            eigenvalues, or "none", with which preconditioning does nothing.
+            eigenvalues, "recorded" in training, or "none", with which preconditioning does nothing.
     """
 
     basis: Literal["covariances", "gradients"] | None
-    eigenvalues: Literal["none", "product", "fitted"]
+    eigenvalues: Literal["none", "product", "fitted", "recorded"]
 
     def stage(self, result: str) -> str:
         """The name of a result of the fit, the same for strategies that have it in common.
@@ -64,6 +63,8 @@ STRATEGIES: dict[str, Strategy] = {
     "ekfac": Strategy(basis="covariances", eigenvalues="fitted"),
     "shampoo": Strategy(basis="gradients", eigenvalues="fitted"),
 }
+ADAM = Strategy(basis=None, eigenvalues="recorded")
+"""That of factors that are not fitted; `adam.adam_factors` makes them."""
 
 
 def checked_strategy(name: str) -> Strategy:
@@ -214,32 +215,6 @@ class CovarianceCollector(Collector):
         return found
 
 
-def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str], device: torch.device) -> dict[str, Basis]:
-    """The eigenvectors of every layer's covariances, found in float64 and kept in the covariances' dtype.
-
-    Args:
-        covariances: as `CovarianceCollector.means` gives them.
-        device: where eigenvectors are found; they are kept where the covariances are.
-
-    Raises:
-        LossError: a covariance is not finite.
-    """
-    diagonals = {name: each for name, each in covariances.items() if each.dim() == 1}
-    found: dict[str, tuple[Tensor, Tensor | None]] = {
-        **eigenvectors({name: each for name, each in covariances.items() if name not in diagonals}, device)
-    }
-    for name, each in diagonals.items():
-        finite_sum(each, name)
-        found[name] = (each, None)
-    bases = {}
-    for layer in layers:
-        (activation_values, activations), (gradient_values, gradients) = (
-            found[f"{layer}.{side}"] for side in ("activations", "gradients")
-        )
-        bases[layer] = Basis(activations, gradients, activation_values, gradient_values)
-    return bases
-
-
 def bases_to_tensors(bases: Mapping[str, Basis]) -> dict[str, Tensor]:
     """Bases as the flat mapping that is stored: `LAYER.FIELD`."""
     named = {
@@ -301,17 +276,27 @@ class Factors:
     """Everything that preconditioning needs, at any damping.
 
     Attributes:
-        strategy: one of `STRATEGIES`.
+        strategy: one of `STRATEGIES`, or "adam".
         fingerprint: what the factors were fitted from.
         bases: of every layer; empty for a strategy without one.
         eigenvalues: Lambda [out, in] of every layer, a mean over examples, or for `kfac` the product of two means over
-            tokens; empty for `identity`.
+            tokens, or for `adam` the root of recorded squares; empty for `identity`.
     """
 
     strategy: str
     fingerprint: Fingerprint
     bases: Mapping[str, Basis]
     eigenvalues: Mapping[str, Tensor]
+
+    @property
+    def kind(self) -> Strategy:
+        """What the strategy needs."""
+        return ADAM if self.strategy == "adam" else STRATEGIES[self.strategy]
+
+    @property
+    def usual_damping(self) -> float | None:
+        """What a damping of None stands for: 0 where training has set its own, else None, which is a part of Lambda."""
+        return 0.0 if self.kind.eigenvalues == "recorded" else None
 
     def check_model(self, study: Fingerprint) -> None:
         """Refuse to be used on another model.
@@ -335,8 +320,8 @@ class Factors:
         """The damped inverse of the curvature.
 
         Args:
-            damping: added to every eigenvalue; None adds 0.1 x the mean eigenvalue of each layer, and 0 makes it the
-                Moore-Penrose pseudo-inverse.
+            damping: added to every eigenvalue; None adds 0.1 x the mean eigenvalue of each layer (`adam`: nothing),
+                and 0 makes it the Moore-Penrose pseudo-inverse.
 
         Raises:
             InputError: damping is negative or not finite.
@@ -344,7 +329,8 @@ class Factors:
         """
         if damping is not None and not 0 <= damping < math.inf:
             raise InputError(f"damping={damping}: expected a number >= 0, or None for 0.1 x the mean eigenvalue.")
-        product, filters = STRATEGIES[self.strategy].eigenvalues == "product", {}
+        damping = self.usual_damping if damping is None else damping
+        product, filters = self.kind.eigenvalues == "product", {}
         for name, values in self.eigenvalues.items():
             sides = self.bases[name].spectra if name in self.bases else ()
             check_eigenvalues(name, values, sides, product)

@@ -5,10 +5,11 @@ This module brings collectors, sweeps and stages together; it does not know what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
+import torch
 from torch import Tensor, nn
 
 from wherefrom.curvature import (
@@ -20,10 +21,10 @@ from wherefrom.curvature import (
     Strategy,
     bases_from_tensors,
     bases_to_tensors,
-    diagonalize,
 )
 from wherefrom.damping import check_covariances, check_mean_squares
 from wherefrom.disk import check_space, fit_steps, used_bytes
+from wherefrom.eigenvectors import eigenvectors, finite_sum
 from wherefrom.fingerprint import Dataset
 from wherefrom.gradient_covariance import GradientCovarianceCollector
 from wherefrom.layouts import Layout, check_layout
@@ -143,3 +144,29 @@ class Fitting(Generic[Batch]):
     def _loss(self, model: nn.Module, batch: Batch, rows: Sequence[int]) -> Tensor:
         sampler = None if self.seed is None else Sampler(self.seed, rows)
         return self.sweep.task.train_loss(model, batch, sampler)
+
+
+def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str], device: torch.device) -> dict[str, Basis]:
+    """The eigenvectors of every layer's covariances, found in float64 and kept in the covariances' dtype.
+
+    Args:
+        covariances: as `CovarianceCollector.means` gives them.
+        device: where eigenvectors are found; they are kept where the covariances are.
+
+    Raises:
+        LossError: a covariance is not finite.
+    """
+    diagonals = {name: each for name, each in covariances.items() if each.dim() == 1}
+    found: dict[str, tuple[Tensor, Tensor | None]] = {
+        **eigenvectors({name: each for name, each in covariances.items() if name not in diagonals}, device)
+    }
+    for name, each in diagonals.items():
+        finite_sum(each, name)
+        found[name] = (each, None)
+    bases = {}
+    for layer in layers:
+        (activation_values, activations), (gradient_values, gradients) = (
+            found[f"{layer}.{side}"] for side in ("activations", "gradients")
+        )
+        bases[layer] = Basis(activations, gradients, activation_values, gradient_values)
+    return bases

@@ -34,7 +34,7 @@ class ScoreOptions(TypedDict, total=False):
     """Keyword arguments of `Study.score`, `score_top`, `score_tokens` and `plan`.
 
     Attributes:
-        damping: added to every eigenvalue; None adds 0.1 x the mean eigenvalue of each layer.
+        damping: added to every eigenvalue; None adds 0.1 x the mean eigenvalue of each layer, or nothing to `adam`.
         half_precision: bfloat16 products in the model's passes, resident query gradients in bfloat16; what is added up
             stays float32.
         query_rank: keep each layer's preconditioned query gradient as two matrices of this rank, so that more queries

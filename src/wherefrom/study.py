@@ -340,7 +340,9 @@ class Study(Generic[Batch]):
 
     def _kept(self, queries: Dataset[object] | None, factors: Factors, options: Options) -> KeptScores[Batch]:
         """What is asked for, loaded or not; without queries, of the training examples with themselves."""
-        sweep, strategy = self._precise_sweep(options.half_precision), checked_strategy(factors.strategy)
+        sweep, strategy = self._precise_sweep(options.half_precision), factors.kind
+        if options.damping is None:
+            options = replace(options, damping=factors.usual_damping)
         groups = layer_groups(options.per_layer, list(self.layers))
         asked = self.train if queries is None else queries
         scoring = Scoring(sweep, strategy, factors.preconditioner(options.damping), asked, self.train, options, groups)

@@ -120,7 +120,7 @@ class BruteForce:
         if strategy == "shampoo":
             wide = len(s) > self.widest, len(a) > self.widest or isinstance(_main(self.layers[layer]), nn.Embedding)
             s, a = _whole_moments(rows.view(len(rows), len(s), len(a)), wide)
-        return _dense(strategy, rows, a, s)
+        return dense(strategy, rows, a, s)
 
     def scores(self, strategy: str, damping: float | None = None) -> Tensor:
         """Scores [query, train]: dense solves, layer by layer."""
@@ -138,7 +138,7 @@ class BruteForce:
         return total
 
 
-def _dense(strategy: str, rows: Tensor, a: Tensor, s: Tensor) -> Tensor:
+def dense(strategy: str, rows: Tensor, a: Tensor, s: Tensor) -> Tensor:
     """[out * in, out * in], from per-example gradients (rows) and the two covariances."""
     if strategy == "diagonal":
         return torch.diag(rows.square().mean(0))

@@ -12,6 +12,7 @@ from wherefrom.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, Sequenc
 from wherefrom.ranks import join_ranks
 from wherefrom.sampling import Sampler
 from wherefrom.scores import Hit, Scores, TopScores
+from wherefrom.source import score_source
 from wherefrom.study import Study
 from wherefrom.task import Classification, Regression, Task
 from wherefrom.tokens import TokenScores
@@ -45,6 +46,7 @@ __all__ = [
     "join_ranks",
     "read_recording",
     "score_checkpoints",
+    "score_source",
     "study_from_pretrained",
 ]
 

@@ -80,29 +80,42 @@ def score_checkpoints(
         InputError: checkpoints and weights do not belong together, or a checkpoint is not of this model.
         WherefromError: as `Study.fit` and `Study.score`; what was finished before stays valid.
     """
-    paths, weights = _named_paths(checkpoints), _weights(checkpoints, weights)
+    paths, weights = named_paths(checkpoints), _weights(checkpoints, weights)
     name = checked_result_name(options.pop("name", None) or f"{strategy}-checkpoints")
     precision = options.get("half_precision", False)
     overwrite = options.get("overwrite", False)
     parts: dict[str, Scores] = {}
-    with study.alone(), _restored(study._sweep.model) as model:
+    with study.alone(), restored(study._sweep.model) as model:
         for checkpoint, path in paths.items():
             load_weights(model, path)
-            there = copy.copy(study)  # the same model, task and options, another run directory
-            there.path = within(study.path, "checkpoints", checkpoint)
+            there = study_of(study, checkpoint)
             factors = there.fit(strategy, empirical=empirical, seed=seed, half_precision=precision, overwrite=overwrite)
             parts[checkpoint] = there.score(queries, factors, **options)
-        stages = Stages(within(study.path, "scores"), _fingerprint(parts, weights), study.profile)
-        if overwrite:
-            stages.forget(name)
-        file = within(stages.folder, f"{name}.blocks", "values")
+        return kept_sum(study, name, parts, weights, overwrite)
 
-        def compute(_: Partial) -> dict[str, Tensor]:
-            values = [part.values for part in parts.values()]
-            return {"values": _weighted_sum(values, weights, file)} if stages.ranks.writes else {}
 
-        stages.keep(name, compute)
-        stages.ranks.first(lambda: remove(file.parent))
+def study_of(study: Study[Batch], checkpoint: str) -> Study[Batch]:
+    """The same model, task and options, in the run directory of a checkpoint."""
+    there = copy.copy(study)
+    there.path = within(study.path, "checkpoints", checkpoint)
+    return there
+
+
+def kept_sum(
+    study: Study[Batch], name: str, parts: Mapping[str, Scores], weights: Sequence[float], overwrite: bool
+) -> Scores:
+    """The weighted sum of the scores of checkpoints, loaded or computed and kept."""
+    stages = Stages(within(study.path, "scores"), _fingerprint(parts, weights), study.profile)
+    if overwrite:
+        stages.forget(name)
+    file = within(stages.folder, f"{name}.blocks", "values")
+
+    def compute(_: Partial) -> dict[str, Tensor]:
+        values = [part.values for part in parts.values()]
+        return {"values": _weighted_sum(values, weights, file)} if stages.ranks.writes else {}
+
+    stages.keep(name, compute)
+    stages.ranks.first(lambda: remove(file.parent))
     return Scores.load(stages.folder / name)
 
 
@@ -161,7 +174,7 @@ def _check_shapes(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Ten
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[nn.Module]:
+def restored(model: nn.Module) -> Iterator[nn.Module]:
     """The model, whose weights are put back in the end."""
     before = {
         name: tensor.detach().to("cpu", copy=True)
@@ -202,7 +215,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _named_paths(checkpoints: Sequence[str | Path | RecordedCheckpoint]) -> dict[str, Path]:
+def named_paths(checkpoints: Sequence[str | Path | RecordedCheckpoint]) -> dict[str, Path]:
     """Where checkpoints are, by the names of their run directories."""
     if isinstance(checkpoints, str | Path) or not checkpoints:
         raise InputError(f"checkpoints={checkpoints!r}: expected a list of at least one checkpoint.")

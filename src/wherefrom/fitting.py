@@ -5,8 +5,9 @@ This module brings collectors, sweeps and stages together; it does not know what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic
 
 import torch
@@ -61,10 +62,10 @@ class Fitting(Generic[Batch]):
             # Eigenvalues, even where they are not asked for, belong to the basis that is being replaced. All of it at
             # once, so that an interrupted fit goes on when it is called without this.
             self.stages.forget(*{needed.stage(name) for name in ("covariance", "eigenbasis", "eigenvalues")})
-        bases = self._bases(needed) if needed.basis else {}
+        bases = self.bases(needed, partial(self.covariances, needed)) if needed.basis else {}
         eigenvalues: dict[str, Tensor] = {}
         if needed.eigenvalues == "fitted":
-            eigenvalues = self._mean_squares(needed, bases)
+            eigenvalues = self.mean_squares(needed, bases)
         elif needed.eigenvalues == "product":
             eigenvalues = {layer: each.eigenvalues() for layer, each in bases.items()}
         return Factors(strategy, self.stages.fingerprint, bases, eigenvalues)
@@ -82,8 +83,9 @@ class Fitting(Generic[Batch]):
             begun = [path for name in missing for path in (stages.folder / name, *stages.folder.glob(f"{name}.part*"))]
             check_space(stages.folder, list(missing.values()), used_bytes(begun))
 
-    def _bases(self, strategy: Strategy) -> dict[str, Basis]:
-        sweep, stage = self.sweep, strategy.stage("eigenbasis")
+    def covariances(self, strategy: Strategy) -> dict[str, Tensor]:
+        """Of every layer, `LAYER.activations` and `LAYER.gradients`: what the strategy's basis is made of."""
+        sweep = self.sweep
         collecting = GradientCovarianceCollector if strategy.basis == "gradients" else CovarianceCollector
 
         def covariance(sums: Partial) -> dict[str, Tensor]:
@@ -93,8 +95,14 @@ class Fitting(Generic[Batch]):
             check_covariances(means)
             return means
 
+        return self.stages.load(strategy.stage("covariance"), covariance, sweep.factors_device)
+
+    def bases(self, strategy: Strategy, covariances: Callable[[], dict[str, Tensor]]) -> dict[str, Basis]:
+        """The eigenvectors of every layer's covariances, which are asked for where the basis is not there."""
+        sweep, stage = self.sweep, strategy.stage("eigenbasis")
+
         def basis(_: Partial) -> dict[str, Tensor]:
-            means = self.stages.load(strategy.stage("covariance"), covariance, sweep.factors_device)
+            means = covariances()
             with sweep.profile.action("eigendecomposition"):
                 return self._diagonalized(means)
 
@@ -121,7 +129,8 @@ class Fitting(Generic[Batch]):
             bases = bases_to_tensors(diagonalize(chosen, mine, self.sweep.device))
         return ranks.joined(bases, self.sweep.factors_device)
 
-    def _mean_squares(self, strategy: Strategy, bases: dict[str, Basis]) -> dict[str, Tensor]:
+    def mean_squares(self, strategy: Strategy, bases: dict[str, Basis]) -> dict[str, Tensor]:
+        """Lambda of every layer: mean squared gradients in these bases, or as they are without one."""
         sweep = self.sweep
 
         def mean_squares(sums: Partial) -> dict[str, Tensor]:

@@ -71,6 +71,25 @@ def gpt2(dtype: torch.dtype = torch.float64, layers: int = 2) -> GPT2LMHeadModel
     return model
 
 
+class ManyExamples:
+    """Examples of three classes without memory of their own.
+
+    Args:
+        inputs, label: shapes of an example's two tensors.
+    """
+
+    def __init__(self, count: int, inputs: tuple[int, ...] = (4,), label: tuple[int, ...] = ()) -> None:
+        self._count, self._inputs, self._label = count, inputs, label
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= row < self._count:
+            raise IndexError(row)
+        return torch.full(self._inputs, row / self._count), torch.full(self._label, row % 3)
+
+
 def token_rows(count: int, seed: int = 3) -> list[object]:
     """Token sequences of different lengths, so that batches are padded."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,12 @@ from torch.distributed.fsdp import fully_shard
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case
+from wherefrom import scoring
 from wherefrom.errors import WherefromError
+from wherefrom.gradients import GradientBank
 from wherefrom.placement import execution_device
 from wherefrom.ranks import Ranks, join_ranks
+from wherefrom.scores import PairwiseCollector
 
 # Of 12 training examples and 5 queries, processes get unequal shares; with fewer queries, some get none.
 TRAIN, QUERIES = 11, 5
@@ -126,6 +130,23 @@ def sharded_full(run: Path) -> None:
     study.score(case.queries[:2], study.fit("identity"), train_batch_size=2)
 
 
+class FullCollector(PairwiseCollector):
+    """The last process has no room for the scores of more than two queries."""
+
+    def __init__(self, bank: GradientBank, *arguments: Any, **options: Any) -> None:
+        if len(bank) > 2 and Ranks.current().index == Ranks.current().count - 1:
+            raise torch.OutOfMemoryError("out of memory")
+        super().__init__(bank, *arguments, **options)
+
+
+def full(run: Path) -> None:
+    """A job for whose resident queries one process has too little memory."""
+    case = mlp_case()
+    vars(scoring)["PairwiseCollector"] = FullCollector
+    study = wf.Study(run, case.model, case.task, train=case.train[:TRAIN])
+    study.score(case.queries[:QUERIES], study.fit("identity"))
+
+
 def impatient(run: Path) -> None:
     """A program's own processes, which wait a second for each other, and one of which is slower."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=1))
@@ -181,7 +202,7 @@ JOBS: dict[str, Callable[[Path], None]] = {
     job.__name__: job
     for job in (
         *(mlp, gpt2, sharded, slow, poisoned, unlike),
-        *(unlike_queries, sharded_full, impatient, elsewhere, joined_later),
+        *(unlike_queries, sharded_full, full, impatient, elsewhere, joined_later),
     )
 }
 

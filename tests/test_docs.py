@@ -274,3 +274,9 @@ def test_formulas_are_drawn(pages: dict[Path, Built], site: Path) -> None:
     concepts = (site / "concepts.html").read_text(encoding="utf-8")
     assert concepts.count('<svg class="formula"') > 20
     assert all("arithmatex" not in path.read_text(encoding="utf-8") for path in pages)
+
+
+def test_the_page_of_reliability_is_that_of_the_figures() -> None:
+    import reliability
+
+    assert reliability.DOCUMENT.read_text() == reliability.page()

@@ -46,6 +46,8 @@ def scores(path: Path, model: Any, task: Any, train: Any, queries: Any, strategy
         ({"completion_mask": [1]}, "'completion_mask' has 1 numbers and 'input_ids' 4 tokens"),
         ({"assistant_masks": [1] * 5}, "'assistant_masks' has 5 numbers"),
         ({"attention_mask": [1]}, "'attention_mask' has 1 numbers"),
+        ({"attention_mask": [1, 1, 2, 1]}, "'attention_mask' holds 2"),
+        ({"attention_mask": [0, 0, 0, 0]}, "'attention_mask' is 0 everywhere"),
         ({"prompt_length": "two"}, "'prompt_length' is 'two': expected a whole number"),
         ({"prompt_length": 1.5}, "'prompt_length' is 1.5: expected a whole number"),
     ],
@@ -75,6 +77,14 @@ def test_an_example_at_fault_is_named(tmp_path: Path, change: dict[str, object],
         (t5, wf.Seq2Seq(), pair_rows, {"labels": [13]}, "'labels' holds 13"),
         (lambda: bert(True), wf.SequenceClassification(), classified_rows, {"label": 3}, "model has classes 0 to 2"),
         (lambda: bert(True), wf.SequenceClassification(), classified_rows, {"label": 0.5}, "expected a whole number"),
+        (
+            lambda: bert(True),
+            wf.SequenceClassification(),
+            classified_rows,
+            {"input_ids": [1, 2], "attention_mask": [0, 1], "token_type_ids": None},
+            "Pad on the right",
+        ),
+        (lambda: bert(True), wf.SequenceClassification(), classified_rows, {"label": 2**63}, "of at most 64 bits"),
     ],
 )
 def test_other_tasks_of_text_name_it_too(
@@ -94,6 +104,19 @@ def test_sequences_in_which_nothing_is_counted_score_zero(tmp_path: Path) -> Non
     found = scores(tmp_path, gpt2(layers=1), wf.CausalLM(), train, token_rows(2, seed=4))
     assert bool((found[:, :2] != 0).all())
     assert not bool(found[:, 2:].any())
+
+
+def test_what_is_predicted_from_padding_is_not_counted() -> None:
+    """Its gradient would be that of a token which is none, and is masked."""
+    task, tokens, mask = wf.CausalLM(), [3, 1, 4, 1, 5], [0, 0, 1, 0, 1]
+    model = gpt2(layers=1).eval()
+    _, labels = task.predictions(model, task.collate([{"input_ids": tokens, "attention_mask": mask}]))
+    assert labels.tolist() == [[-100] * 5]
+    _, labels = task.predictions(model, task.collate([{"input_ids": tokens, "attention_mask": [0, 1, 1, 1, 0]}]))
+    assert labels.tolist() == [[-100, 4, 1, -100, -100]]
+    rows = [{"input_ids": tokens, "attention_mask": mask, "labels": tokens}]
+    _, labels = wf.MaskedLM().predictions(bert().eval(), wf.MaskedLM().collate(rows))
+    assert labels.tolist() == [[-100, -100, 4, -100, 5]]
 
 
 class Losses(wf.Classification):
@@ -193,8 +216,18 @@ def test_settings_are_the_same_in_every_process() -> None:
         assert Weighted(one).settings() != Weighted(other).settings()
         assert Weighted(one).settings() == Weighted(copy.deepcopy(one)).settings()
     assert "0x" not in str(Weighted(nn.functional.relu).settings())
-    with pytest.raises(InputError, match="attribute 'weights' is .* another address in every process"):
+    with pytest.raises(InputError, match="attribute 'weights' is .* nothing tells it from another"):
         Weighted(object()).settings()
+    with pytest.raises(InputError, match="nothing tells it from another"):
+        Weighted(lambda loss: loss).settings()
+    torch.manual_seed(0)
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    for layer, unlike, alike in (
+        (first, second, copy.deepcopy(first)),
+        (first.forward, second.forward, copy.deepcopy(first).forward),
+    ):
+        assert Weighted(layer).settings() != Weighted(unlike).settings()
+        assert Weighted(layer).settings() == Weighted(alike).settings()
 
 
 def test_labels_of_bytes_and_probabilities_are_labels_and_wrong_classes_are_refused() -> None:

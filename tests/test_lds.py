@@ -149,6 +149,8 @@ def test_differences_are_paired() -> None:
     apart = report.differences["good", "noise"]
     assert apart.value == pytest.approx(mean.value - report.means["noise"].value)
     assert apart.low > 0
+    assert report.difference("good", "noise") == apart
+    assert report.difference("noise", "good") == Estimate(-apart.value, -apart.high, -apart.low)
     for name, scores in methods.items():
         assert torch.equal(report.queries[name], linear_datamodeling_scores(scores, truth))
         assert report.means[name].value == pytest.approx(report.queries[name].mean().item())

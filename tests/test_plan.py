@@ -15,11 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from workload import PeakMemory
 
 import wherefrom as wf
-from tests.models import gpt2_case, mlp_case, relative_error
+from tests.models import ManyExamples, gpt2_case, mlp_case, relative_error
 from wherefrom.capture import Captured
 from wherefrom.curvature import STRATEGIES
 from wherefrom.errors import InputError, MemoryLimitError
@@ -308,30 +308,15 @@ def test_weights_are_no_part_of_what_an_example_takes() -> None:
     assert found.flop == 2 * (1000 * 1000 + 2 * 1000 * 2)  # the first layer's inputs need no gradient
 
 
-class Constant:
-    """Many examples without memory of their own."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= row < self._count:
-            raise IndexError(row)
-        return torch.full((4,), row / self._count), torch.tensor(row % 3)
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux tells it")
 def test_memory_does_not_grow_with_the_training_set(tmp_path: Path) -> None:
     """100,000 training examples x 250 queries: a matrix of 95 MiB, of which 16 are ever in memory."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3))
-    queries = Constant(250)
+    queries = ManyExamples(250)
     peaks = []
     for train in (1_000, 100_000):
-        study = wf.Study(tmp_path / str(train), model, wf.Classification(), train=Constant(train))
+        study = wf.Study(tmp_path / str(train), model, wf.Classification(), train=ManyExamples(train))
         watch = PeakMemory()
         watch.start()
         scores = study.score(queries, study.fit("identity"), train_batch_size=2000)

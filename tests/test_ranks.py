@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import wherefrom as wf
 from tests import rank_worker
-from tests.models import relative_error
+from tests.models import mlp_case, relative_error
 from tests.runs import results
 from wherefrom.ranks import Ranks
 
@@ -122,6 +124,17 @@ def test_a_process_that_shares_weights_and_runs_out_of_memory_ends(tmp_path: Pat
     ends = finished(start("sharded_full", tmp_path, 2))
     assert [status for status, _ in ends] == [1, 1]
     assert "MemoryLimitError: pairwise scores: a batch of 2 examples does not fit" in ends[1][1]
+
+
+def test_a_process_that_runs_out_of_memory_takes_the_others_to_fewer_queries(tmp_path: Path) -> None:
+    for status, output in finished(start("full", tmp_path / "run", 2)):
+        assert status == 0, output
+        assert "resident query gradients instead of 5" in " ".join(output.split())
+    case = mlp_case()
+    study = wf.Study(tmp_path / "alone", case.model, case.task, train=case.train[: rank_worker.TRAIN])
+    expected = study.score(case.queries[: rank_worker.QUERIES], study.fit("identity"))
+    found = wf.Scores.load(tmp_path / "run" / "scores" / "identity")
+    assert torch.allclose(found.values, expected.values, rtol=1e-12)
 
 
 def test_a_slower_process_is_waited_for(tmp_path: Path) -> None:

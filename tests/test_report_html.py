@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -355,3 +356,11 @@ def test_a_path_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="Cannot write"):
         write(tmp_path / "file" / "page.html")
+
+
+def test_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(StorageError, match="no file but a directory or a device"):
+        write_text(pipe, "text")
+    assert pipe.is_fifo()

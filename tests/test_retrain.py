@@ -29,6 +29,7 @@ from tests.retrain_worker import (
     fill,
     processes,
 )
+from tests.runs import begun
 from wherefrom.errors import DamagedError, InputError, LossError, MismatchError, TrainingError
 from wherefrom.evaluate.retrain import Retraining, Retrainings, half_subsets, retrain
 from wherefrom.store import Artifact, read_manifest
@@ -39,11 +40,6 @@ MASKS = half_subsets(EXAMPLES, SUBSETS)
 
 def kept(mask: Tensor) -> tuple[int, ...]:
     return tuple(mask.nonzero().flatten().tolist())
-
-
-def begun(log: Path) -> list[str]:
-    """The retrainings in the order in which they began."""
-    return [line.split(" | ")[0] for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def leftovers(path: Path) -> list[str]:

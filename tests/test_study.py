@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -307,6 +308,20 @@ def test_a_replaced_basis_takes_its_eigenvalues_with_it(tmp_path: Path) -> None:
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     study.fit("ekfac")
     study.fit("kfac", batch_size=1, overwrite=True)
+    assert not (tmp_path / "factors" / "sampled" / "eigenvalues").exists()
+    expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit("ekfac", batch_size=1)
+    found = study.fit("ekfac", batch_size=1)
+    assert all(torch.equal(found.eigenvalues[name], each) for name, each in expected.eigenvalues.items())
+
+
+def test_a_lost_basis_takes_its_eigenvalues_with_it(tmp_path: Path) -> None:
+    """As above, where somebody has deleted what was damaged."""
+    case = mlp_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    study.fit("ekfac")
+    for name in ("covariance", "eigenbasis"):
+        shutil.rmtree(tmp_path / "factors" / "sampled" / name)
+    study.fit("kfac", batch_size=1)
     assert not (tmp_path / "factors" / "sampled" / "eigenvalues").exists()
     expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit("ekfac", batch_size=1)
     found = study.fit("ekfac", batch_size=1)

@@ -95,3 +95,9 @@ def test_settings_tell_tasks_apart() -> None:
     assert Margin(1.0).settings() != Margin(2.0).settings()
     assert Margin(1.0).settings() == Margin(1.0).settings()
     assert wf.Classification(["a"]).settings() != wf.Classification().settings()
+
+
+def test_examples_that_do_not_fit_into_memory_together_are_no_wrong_input() -> None:
+    huge = torch.zeros(1).expand(2**46)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        wf.Classification().collate([huge, huge])

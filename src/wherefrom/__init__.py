@@ -12,25 +12,32 @@ from wherefrom.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, Sequenc
 from wherefrom.ranks import join_ranks
 from wherefrom.sampling import Sampler
 from wherefrom.scores import Hit, Scores, TopScores
+from wherefrom.solvers import Astra, ConjugateGradients
 from wherefrom.source import score_source
 from wherefrom.study import Study
 from wherefrom.task import Classification, Regression, Task
 from wherefrom.tokens import TokenScores
+from wherefrom.unrolled.magic import magic_scores, metasmoothness
+from wherefrom.unrolled.recipe import TrainingRecipe
+from wherefrom.unrolled.training import ReplayableTraining
 
 if TYPE_CHECKING:
     from wherefrom.huggingface import PretrainedStudy, study_from_pretrained
     from wherefrom.recording import RecordedCheckpoint, TrainingRecorder, read_recording
 
 __all__ = [
+    "Astra",
     "CausalLM",
     "ChosenToken",
     "Classification",
+    "ConjugateGradients",
     "Factors",
     "Hit",
     "MaskedLM",
     "PretrainedStudy",
     "RecordedCheckpoint",
     "Regression",
+    "ReplayableTraining",
     "Sampler",
     "Scores",
     "Seq2Seq",
@@ -39,11 +46,14 @@ __all__ = [
     "Task",
     "TokenScores",
     "TopScores",
+    "TrainingRecipe",
     "TrainingRecorder",
     "WherefromError",
     "__version__",
     "adam_factors",
     "join_ranks",
+    "magic_scores",
+    "metasmoothness",
     "read_recording",
     "score_checkpoints",
     "score_source",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from wherefrom.errors import InputError
+from wherefrom.errors import InputError, first_line
 from wherefrom.language import CausalLM
 from wherefrom.layers import TrackedLayer, select_layers
 from wherefrom.memory import Footprint
@@ -115,8 +115,9 @@ def model_without_weights(name: str, dtype: torch.dtype) -> Any:
         try:
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # whatever transformers makes of a file that is not its own
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(f"model={name!r}: cannot be read as a model's configuration ({reason}).") from error
+            raise InputError(
+                f"model={name!r}: cannot be read as a model's configuration ({first_line(error)})."
+            ) from error
     else:
         raise InputError(
             f"model={name!r}: expected one of {', '.join(PRESETS)}, a model directory, or the path of a config.json "
@@ -129,8 +130,9 @@ def model_without_weights(name: str, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # another kind of model, or sizes that do not belong together
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"model={name!r}: no causal language model can be built of it ({reason}).") from error
+        raise InputError(
+            f"model={name!r}: no causal language model can be built of it ({first_line(error)})."
+        ) from error
 
 
 def _gathered(model: nn.Module) -> int:

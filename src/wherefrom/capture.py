@@ -120,20 +120,29 @@ class _Pass:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients; every module and parameter is put back as it was."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module is put back as it was."""
     training = [(module, module.training) for module in model.modules()]
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         model.eval()
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
         yield
     finally:
-        for name, parameter in model.named_parameters():  # by name: offloading makes new parameters in every pass
-            parameter.requires_grad_(required[name])
         for module, flag in training:
             module.training = flag
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients; every module and parameter is put back as it was."""
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with evaluating(model):
+        try:
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for name, parameter in model.named_parameters():  # by name: offloading makes new parameters in every pass
+                parameter.requires_grad_(required[name])
 
 
 class Capture(AbstractContextManager["Capture"]):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from wherefrom.errors import DamagedError, InputError
+from wherefrom.errors import DamagedError, InputError, first_line
 from wherefrom.files import checked_name, read_json, remove, scratch_matrix, within
 from wherefrom.fingerprint import Dataset, Fingerprint
 from wherefrom.options import RescoredOptions, checked_result_name
@@ -188,7 +188,7 @@ def restored(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    table = read_json(index).get("weight_map")
+    table = read_json(index, "Save the checkpoint again.").get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
         raise DamagedError(f"{index} is not an index of weights: it has no weight_map of parameters to files.")
     shards = sorted({checked_name(shard) for shard in table.values()})
@@ -202,17 +202,13 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise DamagedError(f"{file} cannot be read as weights ({_first_line(error)}).") from error
+        raise DamagedError(f"{file} cannot be read as weights ({first_line(error)}).") from error
     except Exception as error:  # torch wraps pickle's errors in types of several modules
-        raise InputError(f"{file}: not a plain state dict of tensors ({_first_line(error)}).") from error
+        raise InputError(f"{file}: not a plain state dict of tensors ({first_line(error)}).") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         found = sorted(map(str, state))[:5] if isinstance(state, dict) else type(state).__name__
         raise InputError(f"{file}: expected a state dict of tensors, found {found}. Save model.state_dict() alone.")
     return state
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def named_paths(checkpoints: Sequence[str | Path | RecordedCheckpoint]) -> dict[str, Path]:

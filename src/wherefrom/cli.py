@@ -31,6 +31,7 @@ from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage, P
 from wherefrom.report.text import hits_table, top_tables
 from wherefrom.run_sources import SOURCES, RunSources, TextSource, checked_run
 from wherefrom.scores import Scores, TopScores, load_scores
+from wherefrom.solvers import SOLVERS
 from wherefrom.study import Study
 from wherefrom.tokens import INDEX, TokenScores
 
@@ -114,6 +115,7 @@ def score(
     damping: float | None = None,
     half_precision: bool = False,
     query_rank: int | None = None,
+    solver: Literal["cg", "astra"] | None = None,
     rescore: int = 0,
     tokens: int | None = None,
     per_layer: bool = False,
@@ -142,6 +144,7 @@ def score(
         damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
         half_precision: bfloat16 products in the model's passes, query gradients in bfloat16.
         query_rank: Keep query gradients as pairs of matrices of this rank, so that more fit into memory.
+        solver: Go on from the curvature's approximation to the damped Gauss-Newton matrix itself; slow.
         rescore: With a query rank, compute this many of each query's highest scores again with whole gradients.
         tokens: Also score the tokens of this many most positive and most negative sequences of each query; the report
             shades them.
@@ -169,6 +172,7 @@ def score(
         "damping": damping,
         "half_precision": half_precision,
         "query_rank": query_rank,
+        "solver": SOLVERS[solver]() if solver else None,
         "query_batch_size": query_batch_size,
         "train_batch_size": train_batch_size,
         "name": name,

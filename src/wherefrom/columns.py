@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from wherefrom.errors import InputError
+from wherefrom.errors import InputError, first_line
 from wherefrom.losses import IGNORED
 
 
@@ -22,7 +22,7 @@ def vector(name: str, values: object) -> Tensor:
         found = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{name!r} is not a row of whole numbers ({str(error).partition(chr(10))[0]}). Tokenise the dataset first."
+            f"{name!r} is not a row of whole numbers ({first_line(error)}). Tokenise the dataset first."
         ) from error
     exact = not (found.is_floating_point() or found.is_complex()) or not found.numel()  # an empty list is of floats
     if found.dim() != 1 or not exact or found.is_meta:
@@ -32,13 +32,18 @@ def vector(name: str, values: object) -> Tensor:
 
 
 def number(name: str, value: object) -> int:
-    """A column of one example that is one whole number."""
-    if isinstance(value, str) or not hasattr(value, "__index__"):
-        raise InputError(f"{name!r} is {value!r}: expected a whole number.")
+    """A column of one example that is one whole number, of 64 bits.
+
+    Raises:
+        InputError: it is something else.
+    """
     try:
-        return operator.index(value)
-    except TypeError as error:
+        found = operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError) as error:
         raise InputError(f"{name!r} is {value!r}: expected a whole number.") from error
+    if not -(2**63) <= found < 2**63:
+        raise InputError(f"{name!r} is {found}: expected a whole number of at most 64 bits.")
+    return found
 
 
 def check_length(name: str, values: Tensor, tokens: int) -> None:
@@ -52,6 +57,19 @@ def check_length(name: str, values: Tensor, tokens: int) -> None:
             f"{name!r} has {len(values)} numbers and 'input_ids' {tokens} tokens: expected one for each. Cut both "
             "in the same way."
         )
+
+
+def check_mask(mask: Tensor) -> None:
+    """Refuse an attention mask that is not of 0 and 1, or of 0 alone.
+
+    Raises:
+        InputError: names the value.
+    """
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if len(wrong):
+        raise InputError(f"'attention_mask' holds {int(wrong[0])}: expected 1 for a real token and 0 for padding.")
+    if not bool(mask.any()):
+        raise InputError("'attention_mask' is 0 everywhere: expected at least one real token. Leave the example out.")
 
 
 def check_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from wherefrom.capture import Captured
-from wherefrom.damping import Side, check_eigenvalues, damped_inverse
+from wherefrom.damping import Side, added_damping, check_eigenvalues, damped_inverse
 from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.fingerprint import Fingerprint, differences
 from wherefrom.layers import TrackedLayer
@@ -291,7 +291,7 @@ class Factors:
     @property
     def kind(self) -> Strategy:
         """What the strategy needs."""
-        return ADAM if self.strategy == "adam" else STRATEGIES[self.strategy]
+        return ADAM if self.strategy == "adam" else checked_strategy(self.strategy)
 
     @property
     def usual_damping(self) -> float | None:
@@ -330,13 +330,14 @@ class Factors:
         if damping is not None and not 0 <= damping < math.inf:
             raise InputError(f"damping={damping}: expected a number >= 0, or None for 0.1 x the mean eigenvalue.")
         damping = self.usual_damping if damping is None else damping
-        product, filters = self.kind.eigenvalues == "product", {}
+        product, filters, added = self.kind.eigenvalues == "product", {}, {}
         for name, values in self.eigenvalues.items():
             sides = self.bases[name].spectra if name in self.bases else ()
             check_eigenvalues(name, values, sides, product)
-            filters[name] = damped_inverse(values, damping, sides)
+            added[name] = added_damping(values, damping)
+            filters[name] = damped_inverse(values, added[name], sides)
         flat = frozenset(name for name, each in filters.items() if not bool(each.any()))
-        return Preconditioner(self.bases, filters, flat)
+        return Preconditioner(self.bases, filters, flat, added)
 
 
 @dataclass(frozen=True)
@@ -346,11 +347,13 @@ class Preconditioner:
     Attributes:
         filters: f(Lambda) [out, in] of every layer; a layer without one is left as it is.
         flat: layers without curvature in any direction, whose filter is 0.
+        damping: what was added to the eigenvalues of each layer with a filter.
     """
 
     bases: Mapping[str, Basis]
     filters: Mapping[str, Tensor]
     flat: frozenset[str] = frozenset()
+    damping: Mapping[str, float] = field(default_factory=dict)
 
     def check_gradients(self, layer: str, captured: Captured) -> None:
         """Refuse training gradients of a layer without curvature, whose part of a score has no value.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.errors import LossError
+from wherefrom.precision import type_name
 
 logger = logging.getLogger("wherefrom")
 
@@ -43,10 +44,13 @@ def damped_inverse(eigenvalues: Tensor, damping: float | None, sides: Sequence[S
     """
     if damping == 0:
         return _pseudo_inverse(eigenvalues, sides)
-    if damping is None:
-        damping = DAMPING_SHARE * float(eigenvalues.mean(dtype=torch.float64))
-    damped = eigenvalues + damping
+    damped = eigenvalues + added_damping(eigenvalues, damping)
     return torch.where(damped > 0, damped.reciprocal(), 0.0)  # not above 0: the layer has no curvature at all
+
+
+def added_damping(eigenvalues: Tensor, damping: float | None) -> float:
+    """What is added to a layer's eigenvalues: the damping, or for None `DAMPING_SHARE` of their mean."""
+    return DAMPING_SHARE * float(eigenvalues.mean(dtype=torch.float64)) if damping is None else damping
 
 
 def _pseudo_inverse(eigenvalues: Tensor, sides: Sequence[Side]) -> Tensor:
@@ -126,6 +130,6 @@ def _check_range(layer: str, what: str, largest: float, dtype: torch.dtype) -> N
     small = largest < 1
     raise LossError(
         f"Layer {layer!r}: its {what} reach {largest:.3g}, which is too {'small' if small else 'large'} for "
-        f"{str(dtype).removeprefix('torch.')} to hold with all digits. Scale the loss {'up' if small else 'down'}, or "
+        f"{type_name(dtype)} to hold with all digits. Scale the loss {'up' if small else 'down'}, or "
         "load the model in float64 (model.double())."
     )

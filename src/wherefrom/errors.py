@@ -43,3 +43,8 @@ class TrainingError(WherefromError):
 
 class RankError(WherefromError):
     """Another process of a run on several has stopped, or has another model or other data."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says, without the pages that may follow."""
+    return str(error).strip().partition("\n")[0]

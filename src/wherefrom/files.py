@@ -7,6 +7,7 @@ tensors by name; it does not know what a result is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -163,6 +164,8 @@ def write_bytes(file: Path, content: bytes) -> None:
     """
     part = file.with_name(file.name + ".part")
     try:
+        if file.exists() and not file.is_file():
+            raise OSError(errno.EEXIST, "it is no file but a directory or a device")
         file.parent.mkdir(parents=True, exist_ok=True)
         remove(part)
         with part.open("xb") as stream:
@@ -228,13 +231,14 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write and flush a safetensors file under its name, in a directory that is deleted as a whole after a kill."""
     bytearray(_SAVING_BYTES)  # where this raises MemoryError, safetensors would end the process
-    save_file({name: _on_host(tensor) for name, tensor in tensors.items()}, file, dict(metadata))
+    save_file(on_host(tensors), file, dict(metadata))
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
     flush(file)
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they are stored; those that lie so already are not copied."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def damaged(file: Path, reason: str, advice: str = _ADVICE) -> DamagedError:

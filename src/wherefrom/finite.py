@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wherefrom.capture import Captured
 from wherefrom.errors import LossError
+from wherefrom.precision import type_name
 
 # How many examples a message lists.
 _LISTED = 8
@@ -38,7 +39,7 @@ def check_sums(sweep: str, sums: Mapping[str, Tensor]) -> None:
         if not is_finite(total):
             raise NotFiniteError(
                 f"{sweep}: the sums {name!r} are not finite: some activation or gradient is not, or their products "
-                f"overflow {_type(total)}. Nothing of this was kept; {_NARROW}."
+                f"overflow {type_name(total.dtype)}. Nothing of this was kept; {_NARROW}."
             )
 
 
@@ -128,7 +129,3 @@ class Search:
     def _owner(self, name: str) -> str | None:
         """The layer that a sum belongs to; None when all layers have part in it."""
         return next((each for each in (name, name.rpartition(".")[0]) if each in self._layers), None)
-
-
-def _type(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -59,9 +59,9 @@ class Fitting(Generic[Batch]):
         self.sweep.ranks.first(lambda: self._check_disk(strategy))
         needed = STRATEGIES[strategy]
         if self.overwrite:
-            # Eigenvalues, even where they are not asked for, belong to the basis that is being replaced. All of it at
-            # once, so that an interrupted fit goes on when it is called without this.
-            self.stages.forget(*{needed.stage(name) for name in ("covariance", "eigenbasis", "eigenvalues")})
+            # Eigenvalues, even where they are not asked for, belong to the basis that is being replaced, and go before
+            # it. All of it at once, so that an interrupted fit goes on when it is called without this.
+            self.stages.forget(*dict.fromkeys(map(needed.stage, ("eigenvalues", "eigenbasis", "covariance"))))
         bases = self.bases(needed, partial(self.covariances, needed)) if needed.basis else {}
         eigenvalues: dict[str, Tensor] = {}
         if needed.eigenvalues == "fitted":
@@ -76,8 +76,10 @@ class Fitting(Generic[Batch]):
         needed = STRATEGIES[strategy]
         steps = fit_steps(sweep.layers, needed, sweep.dtype, sweep.ranks.count)
         there = set() if self.overwrite else {name for name in steps if (stages.folder / name).exists()}
-        if needed.stage("eigenbasis") in there:
+        if needed.basis and needed.stage("eigenbasis") in there:
             there.add(needed.stage("covariance"))  # which is needed for nothing else
+        elif needed.basis:
+            there.discard(needed.stage("eigenvalues"))  # of another basis
         missing = {name: step for name, step in steps.items() if name not in there}
         if missing:
             begun = [path for name in missing for path in (stages.folder / name, *stages.folder.glob(f"{name}.part*"))]
@@ -102,6 +104,7 @@ class Fitting(Generic[Batch]):
         sweep, stage = self.sweep, strategy.stage("eigenbasis")
 
         def basis(_: Partial) -> dict[str, Tensor]:
+            self.stages.forget(strategy.stage("eigenvalues"))  # those that are there belong to a basis that is gone
             means = covariances()
             with sweep.profile.action("eigendecomposition"):
                 return self._diagonalized(means)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wherefrom.columns import check_highest, check_length, check_tokens, number, vector
+from wherefrom.columns import check_highest, check_length, check_mask, check_tokens, number, vector
 from wherefrom.errors import InputError
 from wherefrom.losses import IGNORED, summed_cross_entropy
 from wherefrom.precision import widened
@@ -152,7 +152,7 @@ class LanguageTask(Task[TokenBatch]):
         for name, values in row.items():
             if name != "labels" or self.labels_each_token:
                 check_length(name, values, tokens)
-        row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
+        check_mask(row.setdefault("attention_mask", torch.ones_like(row["input_ids"])))
         return row
 
     def _need_labels(self, row: TokenBatch, what: str) -> None:
@@ -181,7 +181,8 @@ class CausalLM(LanguageTask):
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         # The labels are shifted, not the logits: a slice of those would be copied, and filled up again going back.
-        return _next_token_logits(model, batch), functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED)
+        labels = functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED)
+        return _next_token_logits(model, batch), _of_real_tokens(labels, batch)
 
     def measurement(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         if not isinstance(self.measure, ChosenToken):
@@ -222,7 +223,7 @@ class MaskedLM(LanguageTask):
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         logits: Tensor = model(**_without(batch, "labels")).logits
-        return logits, batch["labels"]
+        return logits, _of_real_tokens(batch["labels"], batch)
 
     def row(self, example: object) -> TokenBatch:
         row = super().row(example)
@@ -290,6 +291,13 @@ class SequenceClassification(LanguageTask):
         known = getattr(getattr(model, "config", None), "num_labels", None)
         return known if isinstance(known, int) else None
 
+    def check(self, model: nn.Module, batch: TokenBatch) -> None:
+        super().check(model, batch)
+        mask = batch.get("attention_mask")
+        # Decoders, whose head is called so, classify by the last token, and others by the first.
+        if mask is not None and not hasattr(model, "score") and bool((mask[:, 0] == 0).any()):
+            raise InputError("the first token, which the model classifies by, is masked. Pad on the right.")
+
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         logits: Tensor = model(**_without(batch, "labels")).logits
         if logits.shape[-1] == 1:
@@ -323,6 +331,12 @@ def _next_token_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
         input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
     ).logits
     return logits
+
+
+def _of_real_tokens(labels: Tensor, batch: TokenBatch) -> Tensor:
+    """Labels [batch, tokens] without those that are predicted from padding, such as the first token's behind it."""
+    mask = batch.get("attention_mask")
+    return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
 
 
 def _labels(batch: Mapping[str, Tensor]) -> Tensor:

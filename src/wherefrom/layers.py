@@ -65,30 +65,30 @@ class TrackedLayer:
         self.uses = tuple(uses)
         self.name = uses[0].name
         # Tied to another layer, an embedding is seen as that one, transposed: its one-hot vectors are gradients.
-        self._main = next((use for use in uses if not use.kind.one_hot), uses[0])
-        self.one_hot = self._main.kind.one_hot
+        self.main = next((use for use in uses if not use.kind.one_hot), uses[0])
+        self.one_hot = self.main.kind.one_hot
         self._check_uses()
-        outputs, inputs = self._main.kind.size(self._main.module)
-        self._biased = not self._main.kind.elementwise and any(use.bias is not None for use in uses)
+        outputs, inputs = self.main.kind.size(self.main.module)
+        self._biased = not self.main.kind.elementwise and any(use.bias is not None for use in uses)
         self.shape = (outputs, inputs + int(self._biased))
         self.width = -(-self.shape[1] // _ALIGNMENT) * _ALIGNMENT if self._biased else inputs
 
     def _check_uses(self) -> None:
         """Refuse uses whose gradients are not of one matrix."""
-        outputs, inputs = self._main.kind.size(self._main.module)
+        outputs, inputs = self.main.kind.size(self.main.module)
         biased = [use for use in self.uses if use.bias is not None]
         for use in self.uses:
             flipped = self._flipped(use)
             size = use.kind.size(use.module)
             if size != ((inputs, outputs) if flipped else (outputs, inputs)):
-                raise _not_joined(self._main, use, "they see it as matrices of different shapes")
+                raise _not_joined(self.main, use, "they see it as matrices of different shapes")
             if use.bias is not None and flipped:
-                raise _not_joined(self._main, use, "one has a bias and sees the weight transposed")
+                raise _not_joined(self.main, use, "one has a bias and sees the weight transposed")
             if use.bias is not None and use.bias is not biased[0].bias:
                 raise _not_joined(biased[0], use, "they have biases of their own")
 
     def _flipped(self, use: Use) -> bool:
-        return use.kind.transposed != self._main.kind.transposed
+        return use.kind.transposed != self.main.kind.transposed
 
     @property
     def padded_shape(self) -> tuple[int, int]:
@@ -106,15 +106,15 @@ class TrackedLayer:
     @property
     def parameters(self) -> tuple[Tensor, nn.Parameter | None]:
         """The weight and the bias, in their modules' own shapes."""
-        weight = self._main.module.weight
+        weight = self.main.module.weight
         assert isinstance(weight, Tensor)
         return weight, next((use.bias for use in self.uses if use.bias is not None), None)
 
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """One number for each of a layer's `parameters`, laid out as its gradient matrix, `shape`."""
-        if self._main.kind.elementwise:
+        if self.main.kind.elementwise:
             return torch.cat([each.flatten() for each in (weight, bias) if each is not None])[None]
-        matrix = weight.T if self._main.kind.transposed else weight.flatten(1)
+        matrix = weight.T if self.main.kind.transposed else weight.flatten(1)
         return matrix if bias is None else torch.cat([matrix, bias[:, None]], 1)
 
     def columns(self, tokens: int) -> int:

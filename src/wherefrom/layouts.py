@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.errors import DamagedError
+from wherefrom.precision import type_name
 
 Layout = Mapping[str, tuple[torch.dtype | None, tuple[int | str, ...]]]
 """By name: the type, None for float32 or float64, and the shape; equal words in shapes stand for equal sizes."""
@@ -37,8 +38,8 @@ def check_layout(path: Path, tensors: Mapping[str, Tensor], required: Layout, op
         expected = [sizes.setdefault(size, found) if isinstance(size, str) else size for size, found in pairs]
         right_type = tensor.dtype in _FLOATS if dtype is None else tensor.dtype == dtype
         if not right_type or len(shape) != tensor.dim() or expected != list(tensor.shape):
-            wanted = "float" if dtype is None else str(dtype).removeprefix("torch.")
+            wanted = "float" if dtype is None else type_name(dtype)
             raise DamagedError(
-                f"{path} cannot be used: {name!r} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, "
+                f"{path} cannot be used: {name!r} is {type_name(tensor.dtype)} {list(tensor.shape)}, "
                 f"expected {wanted} [{', '.join(map(str, shape))}]. Delete it, and compute it again."
             )

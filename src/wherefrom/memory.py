@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from wherefrom.containers import memory_left
-from wherefrom.errors import InputError, MemoryLimitError
+from wherefrom.errors import InputError, MemoryLimitError, first_line
 
 # Enough tokens a batch to fill the matrix units; more only costs memory.
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
@@ -73,7 +73,7 @@ def within_memory(what: str, device: torch.device, advice: str) -> Iterator[None
 
 def shortage(error: RuntimeError | MemoryError, device: torch.device) -> str:
     """What is free on a device, and what the allocator says that was asked for."""
-    reason = str(error).partition("\n")[0] or "the size is not known"
+    reason = first_line(error) or "the size is not known"
     return f"{free_memory(device) / 2**30:.2f} GiB free on {device}; {reason}"
 
 

@@ -19,6 +19,7 @@ from wherefrom.errors import InputError
 from wherefrom.files import checked_name
 from wherefrom.fingerprint import Fingerprint
 from wherefrom.memory import checked_batch_size
+from wherefrom.solvers import Solver
 
 Aggregation = Literal["sum", "mean"]
 LayerGroups = Mapping[str, Sequence[str]]
@@ -39,6 +40,8 @@ class ScoreOptions(TypedDict, total=False):
             stays float32.
         query_rank: keep each layer's preconditioned query gradient as two matrices of this rank, so that more queries
             fit into memory; `Scores.query_errors` says what that leaves out. None keeps them whole.
+        solver: `ConjugateGradients` or `Astra`, to go on from what the factors give to the inverse of the damped
+            Gauss-Newton matrix itself. None takes what the factors give.
         query_batch_size, train_batch_size: None finds them; results depend on them only by rounding.
         name: of the result in the run directory; by default the strategy, and what else was asked for.
         overwrite: replace what has this name, instead of refusing when it was made from something else. Where it is
@@ -48,6 +51,7 @@ class ScoreOptions(TypedDict, total=False):
     damping: float | None
     half_precision: bool
     query_rank: int | None
+    solver: Solver | None
     query_batch_size: int | None
     train_batch_size: int | None
     name: str | None
@@ -95,6 +99,7 @@ class Options:
     damping: float | None = None
     half_precision: bool = False
     query_rank: int | None = None
+    solver: Solver | None = None
     rescore: int = 0
     query_batch_size: int | None = None
     train_batch_size: int | None = None
@@ -133,6 +138,7 @@ class Options:
             raise InputError(f"k={self.top}: expected at least 1.")
         self._check_together()
         self._check_top()
+        self._check_solver()
 
     def _check_together(self) -> None:
         aggregated = bool(self.aggregate_queries or self.aggregate_train)
@@ -161,12 +167,27 @@ class Options:
                 "kept alone. Leave one of them out."
             )
 
+    def _check_solver(self) -> None:
+        if self.solver is None:
+            return
+        if not isinstance(self.solver, Solver):
+            raise InputError(f"solver={self.solver!r}: expected ConjugateGradients(...), Astra(...) or None.")
+        for name in ("half_precision", "query_rank", "self_influence"):
+            if getattr(self, name):
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} with a solver, whose solutions are whole, in the model's type, "
+                    "and of queries alone. Leave one of them out."
+                )
+        if self.damping == 0:
+            raise InputError("damping=0 with a solver: curvature alone has no inverse. Give a number above 0, or None.")
+
     def result_name(self, factors: Factors) -> str:
         """The name that results are kept under."""
         return checked_result_name(self.name or factors.strategy + self._suffix())
 
     def _suffix(self) -> str:
         parts = {
+            f"-{self.solver.label if self.solver else None}": self.solver is not None,
             "-half": self.half_precision,
             f"-rank{self.query_rank}": self.query_rank is not None,
             "-layers": self.per_layer is True,
@@ -202,6 +223,8 @@ class Options:
             "damping": "0.1 x mean eigenvalue" if self.damping is None else repr(self.damping),
             "query rank": f"{rank}, the top {self.rescore} at full rank" if self.rescore else rank,
         }
+        if self.solver is not None:
+            found["solver"] = repr(self.solver)
         if self.per_layer:
             groups = "each" if self.per_layer is True else repr({k: list(v) for k, v in self.per_layer.items()})
             found[_PARTS] = groups

@@ -19,7 +19,7 @@ from wherefrom.disk import Blocks, Step, fit_steps, peak
 from wherefrom.gradients import PIECE_BYTES, BankForm, thin_product_flop
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Footprint, free_memory
-from wherefrom.precision import widened_dtype
+from wherefrom.precision import type_name, widened_dtype
 
 # How much of the score matrix is in memory at a time; more with very many queries, for shards of some batches.
 SHARD_BYTES, SHARD_ROWS = 2**24, 512
@@ -227,7 +227,7 @@ class Plan:
         )
         times = "once" if self.sweeps == 1 else f"{self.sweeps} times"
         return (
-            f"Plan: {self.block} of {job.queries} query gradients resident ({form}, {_name(self.form.dtype)}, "
+            f"Plan: {self.block} of {job.queries} query gradients resident ({form}, {type_name(self.form.dtype)}, "
             f"{self.bank_bytes / gib:.2f} GiB on {where}; {job.usable / gib:.2f} GiB usable), so {job.train} training "
             f"examples are swept {times}; batches of {self.query_batch} queries, {self.train_batch} training examples."
         )
@@ -387,7 +387,3 @@ def _best_seconds(action: Callable[[], object], device: torch.device) -> float:
         return time.perf_counter() - start
 
     return min(once() for _ in range(4))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

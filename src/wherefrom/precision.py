@@ -57,6 +57,11 @@ def widened_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """A type as messages and tables have it, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def product(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A product of matrices [n, k] x [k, m], or of batches of them, summed in float32 or wider.
 

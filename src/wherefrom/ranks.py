@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wherefrom.errors import InputError, RankError, WherefromError
+from wherefrom.errors import InputError, RankError, WherefromError, first_line
 
 Result = TypeVar("Result")
 
@@ -221,6 +221,6 @@ def _collective() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankError(
-            f"Another process of this run has stopped ({str(error).splitlines()[0]}). See its own message; then start "
+            f"Another process of this run has stopped ({first_line(error)}). See its own message; then start "
             "the run again with the same command: what is finished is kept, and saved sums are taken up."
         ) from error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from wherefrom.errors import DamagedError, InputError
+from wherefrom.errors import DamagedError, InputError, first_line
 from wherefrom.files import read_json, write_text
 from wherefrom.language import CausalLM
 from wherefrom.locks import run_lock
@@ -72,9 +72,7 @@ class RunSources:
             raise InputError(f"{run} is not a run directory: it has no {SOURCES}. Start with: wherefrom fit {run} ...")
         found = read_json(file, _AGAIN)
         if found.pop("format", None) != _FORMAT:
-            raise DamagedError(
-                f"{file} is another version's. Delete it and run `wherefrom fit` again, which then finds its factors."
-            )
+            raise DamagedError(f"{file} is another version's. {_AGAIN}")
         try:
             queries = {name: TextSource(**each) for name, each in found.pop("queries").items()}
             return cls(train=TextSource(**found.pop("train")), queries=queries, **found)
@@ -134,8 +132,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"device={name!r} is not available here ({reason}). Give 'cpu' or 'cuda'.") from error
+        raise InputError(
+            f"device={name!r} is not available here ({first_line(error)}). Give 'cpu' or 'cuda'."
+        ) from error
     if device.type == "meta":
         raise InputError(
             "device='meta' holds no numbers. Give 'cpu' or 'cuda', or ask `wherefrom plan` what it would cost."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from wherefrom.disk import Blocks, Step, check_space, used_bytes
 from wherefrom.errors import MemoryLimitError
 from wherefrom.files import scratch_matrix
 from wherefrom.fingerprint import Dataset
+from wherefrom.gauss_newton import DampedGaussNewton
 from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
 from wherefrom.loading import Rows
@@ -70,6 +71,8 @@ def make_plan(
     )
     if not loaded and sweep.memory_budget is None:
         job = replace(job, usable=job.usable - job.factor_bytes)
+    if options.solver is not None:
+        job = replace(job, usable=job.usable // options.solver.held)
     plan = plan_scores(job)
     # Measured speeds differ between processes, and what all of them do together must not.
     choices = sweep.ranks.first(lambda: (plan.query_batch, plan.train_batch, plan.block, plan.form))
@@ -184,11 +187,12 @@ class Scoring(Generic[Batch]):
         """A sweep over some training examples against resident queries."""
         sweep, resident = self.sweep, bank()
         summed = self.options.aggregate_train is not None
-        collector: Collector = PairwiseCollector(
-            resident, len(train), sweep.dtype, sweep.device, self.groups, summed=summed
-        )
-        if self.options.self_influence and not rows.start:  # once is enough
-            collector = Together(collector, self._self_influence(train))
+        with self.ranks.agreeing(), self._within_memory(len(rows)):
+            collector: Collector = PairwiseCollector(
+                resident, len(train), sweep.dtype, sweep.device, self.groups, summed=summed
+            )
+            if self.options.self_influence and not rows.start:  # once is enough
+                collector = Together(collector, self._self_influence(train))
         self.sweep_train("pairwise scores", train, collector, len(resident), sums)
         errors = resident.relative_errors()
         return collector.sums if errors is None else {**collector.sums, "query_errors": errors}
@@ -219,16 +223,19 @@ class Scoring(Generic[Batch]):
 
     def _blocks(self) -> Blocks:
         """How scores are cut, for what they take on the disk."""
-        matrices = 1 + len(set(self.groups.values()))
-        blocks = self.plan.blocks(matrices)
+        blocks = self.plan.blocks(self._matrices)
         if self.options.aggregate_queries:
             blocks = replace(blocks, queries=1, block=1, shard=blocks.train)
         return replace(blocks, train=1, shard=1) if self.options.aggregate_train else blocks
 
+    @property
+    def _matrices(self) -> int:
+        """How many of one size a block has: the scores, and the part of each group of layers."""
+        return 1 + len(set(self.groups.values()))
+
     def shards(self, rows: range, train: int) -> list[range]:
         """The planned parts of a training set; a batch for every process at least."""
-        matrices = 1 + len(set(self.groups.values()))
-        return self.plan.shards(len(rows) * matrices, train, self.ranks.count * self.plan.train_batch)
+        return self.plan.shards(len(rows) * self._matrices, train, self.ranks.count * self.plan.train_batch)
 
     def each_block(self, work: Callable[[range], None], stages: BlockStages | None = None) -> None:
         """Work on runs of queries whose gradients are resident together: as planned, and fewer when memory runs out."""
@@ -246,8 +253,11 @@ class Scoring(Generic[Batch]):
 
     def _fits(self, work: Callable[[range], None], rows: range) -> bool:
         """Work on some queries; False when their gradients leave too little memory for the rest."""
+        # Of several processes, one by itself must not go on with fewer while the others are further: there, only what
+        # they have agreed on is a MemoryLimitError.
+        alone = self.ranks.count == 1
         try:
-            with self._within_memory(len(rows)):
+            with self._within_memory(len(rows)) if alone else nullcontext():
                 work(rows)
         except MemoryLimitError as error:
             # Of processes that share a model's weights, the others may be in the middle of a pass.
@@ -263,15 +273,43 @@ class Scoring(Generic[Batch]):
         return within_memory(f"Gradients of {queries} queries, and what is made of them, do", self.sweep.device, advice)
 
     def bank(self, rows: range) -> GradientBank:
-        """The preconditioned gradients of some queries: a sweep over them."""
+        """The preconditioned gradients of some queries: a sweep over them, and what a solver makes of those."""
+        system = self._system()
         with self.ranks.agreeing(), self._within_memory(len(rows)):
-            bank = GradientBank(self.sweep.layers, self.preconditioner, len(rows), self.plan.form)
+            # A solver preconditions by itself.
+            preconditioner = Preconditioner({}, {}, self.preconditioner.flat) if system else self.preconditioner
+            bank = GradientBank(self.sweep.layers, preconditioner, len(rows), self.plan.form)
         batch, smallest = self._batch(self.plan.query_batch, len(rows))
         queries = Rows(self.queries, rows)
         self.sweep.run(
             "query gradients", queries, bank, _measurement(self.sweep.task), batch_size=batch, smallest_batch=smallest
         )
+        if system is not None:
+            with self._within_memory(len(rows)):
+                self._solve(system, bank)
         return bank
+
+    def _system(self) -> DampedGaussNewton[Batch] | None:
+        """What a solver solves; None without one."""
+        if self.options.solver is None:
+            return None
+        return DampedGaussNewton(
+            self.sweep, self.preconditioner, self.train, self.options.damping, self.plan.train_batch
+        )
+
+    def _solve(self, system: DampedGaussNewton[Batch], bank: GradientBank) -> None:
+        """Replace the gradients in a bank by what the solver makes of them."""
+        assert self.options.solver is not None
+        gradients = system.space.join(bank.sums).to(self.sweep.device)
+        found, residuals = self.options.solver.solve(system, gradients)
+        for name, matrices in system.space.split(found).items():
+            bank.sums[name][..., : matrices.shape[2]] = matrices
+        if self.ranks.writes:
+            last = residuals[-1]
+            logger.info(
+                f"{self.options.solver}: the last of {len(residuals)} relative residuals is {last.median():.2g} in the "
+                f"median of {len(last)} queries, {last.max():.2g} at most."
+            )
 
     def _summed_bank(self) -> GradientBank:
         """One gradient, the sum of all queries' preconditioned gradients."""

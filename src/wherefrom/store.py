@@ -25,6 +25,7 @@ from wherefrom.files import (
     checked_file,
     damaged,
     flush,
+    on_host,
     parsed_object,
     read_json,
     remove,
@@ -64,11 +65,12 @@ class Artifact:
         with storing(part, tensors):
             remove(part)
             part.mkdir(parents=True)
-            description = _description(self.path, self.fingerprint)
-            metadata = _signed(tensors, description)
-            save_tensors(part / _TENSORS, tensors, metadata)
+            description, host = _description(self.path, self.fingerprint), on_host(tensors)
+            metadata = _signed(host, description)
+            save_tensors(part / _TENSORS, host, metadata)
             manifest = {**description, "sha256": metadata[_DIGEST]}
             write_text(part / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            flush(part)
             remove(self.path)
             part.rename(self.path)
             flush(self.path.parent)
@@ -113,7 +115,8 @@ class Partial:
         """Replace the stored sums by `sums`, which cover the examples before `position`."""
         description = _description(self.path, self.fingerprint)
         header = {**description, "position": position, "batch_size": batch_size}
-        write_tensors(self.path, sums, _signed(sums, header))
+        host = on_host(sums)
+        write_tensors(self.path, host, _signed(host, header))
 
     def load(self, sums: Mapping[str, Tensor]) -> tuple[int, int] | None:
         """Copy the stored sums into `sums`; (position, batch size), or None when nothing is stored.

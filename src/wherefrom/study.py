@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from wherefrom.curvature import Factors, checked_strategy
 from wherefrom.errors import InputError, MismatchError
-from wherefrom.files import checked_name, within, write_text
+from wherefrom.files import checked_name, within
 from wherefrom.fingerprint import (
     LIBRARY,
     Dataset,
@@ -34,7 +34,7 @@ from wherefrom.memory import checked_batch_size, within_memory
 from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups
 from wherefrom.plan import Plan
 from wherefrom.precision import HalfPrecision
-from wherefrom.report.html import render_report
+from wherefrom.report.html import render_report, write_page
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, Tokenizer
 from wherefrom.scores import Scores, TopScores
 from wherefrom.scoring import Scoring, make_plan
@@ -335,7 +335,7 @@ class Study(Generic[Batch]):
             figures=figures,
             k=k,
         )
-        self._sweep.ranks.first(lambda: write_text(path, page))
+        self._sweep.ranks.first(lambda: write_page(path, page))
         return path
 
     def _kept(self, queries: Dataset[object] | None, factors: Factors, options: Options) -> KeptScores[Batch]:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wherefrom.capture import Capture, Captured, Receiver
 from wherefrom.compiling import compiled_activations
-from wherefrom.errors import LossError, MemoryLimitError, WherefromError
+from wherefrom.errors import MemoryLimitError, WherefromError
 from wherefrom.fingerprint import Dataset
 from wherefrom.finite import NotFiniteError, Search, check_sums, named_examples
 from wherefrom.layers import TrackedLayer
@@ -240,15 +240,12 @@ class Sweep(Generic[Batch]):
     def _loss(self, objective: Objective[Batch], batch: Batch, rows: Sequence[int]) -> Tensor:
         """The objective; an error of the task's or model's own code is raised as it is, with a note."""
         try:
-            loss = objective(self.model, batch, rows)
+            return objective(self.model, batch, rows)
         except Exception as error:
             if not isinstance(error, WherefromError):
                 name = type(self.task).__name__
                 error.add_note(f"wherefrom was computing the loss of {len(rows)} example(s) with {name}.")
             raise
-        if isinstance(loss, Tensor) and loss.is_meta and self.device.type != "meta":
-            raise LossError("The task's loss is on the meta device, without a value: return the loss itself.")
-        return loss
 
     def _loader(self, dataset: Dataset[object], end: int) -> Loader[Batch]:
         return Loader(self.task, dataset, self.device, end=end, model=self.model)

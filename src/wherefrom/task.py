@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from wherefrom.errors import InputError
-from wherefrom.fingerprint import tensors_digest
+from wherefrom.errors import InputError, first_line
+from wherefrom.fingerprint import model_digest, tensors_digest
 from wherefrom.memory import out_of_memory
 from wherefrom.precision import widened
 from wherefrom.sampling import Sampler
@@ -82,10 +83,10 @@ class Task(Generic[Batch]):
             batch: Batch = default_collate(list(examples))
         except (TypeError, RuntimeError, KeyError, AttributeError) as error:
             if isinstance(error, RuntimeError) and out_of_memory(error):
-                raise
+                raise  # a smaller batch may fit
             raise InputError(
                 f"{type(self).__name__}: examples cannot be put together ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]}). Give all of them tensors or numbers of the same names and "
+                f"{first_line(error)}). Give all of them tensors or numbers of the same names and "
                 "shapes, or write a Task whose collate pads them."
             ) from error
         return batch
@@ -103,6 +104,18 @@ class Task(Generic[Batch]):
         """
         public = {name: _described(name, value) for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
+
+
+class Objective(nn.Module, Generic[Batch]):
+    """A model with its task, so that a task sees the model itself while `functional_call` exchanges the weights."""
+
+    def __init__(self, model: nn.Module, task: Task[Batch]) -> None:
+        super().__init__()
+        self.model, self._task = model, task
+
+    def forward(self, batch: Batch, measured: bool) -> Tensor:
+        """The measurement of a batch, or its summed loss: a scalar."""
+        return self._task.measurement(self.model, batch) if measured else self._task.train_loss(self.model, batch)
 
 
 def checked_settings(task: Task[Batch]) -> dict[str, str]:
@@ -136,16 +149,29 @@ def _described(name: str, value: object) -> str:
         return f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, set | frozenset) else parts)})"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key!r}: {_described(name, each)}' for key, each in value.items())}}}"
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, nn.Module):
+        return f"{type(value).__qualname__} {model_digest(value)}"
+    function = _described_function(name, value)
+    if function is not None:
+        return function
     found = repr(value)
     if re.search(r" at 0x[0-9a-fA-F]+", found):
         raise InputError(
-            f"The task's attribute {name!r} is {found[:80]}, which has another address in every process, so that "
-            "results would never be found again. Give its class a __repr__ that says what it holds, or call it "
-            f"{'_' + name!r} if results do not depend on it."
+            f"The task's attribute {name!r} is {found[:80]}, and nothing tells it from another: results could be taken "
+            "for those of another task, or not be found again. Use a function of a module, give its class a __repr__ "
+            f"that says what it holds, or call it {'_' + name!r} if results do not depend on it."
         )
     return found
+
+
+def _described_function(name: str, value: object) -> str | None:
+    """A function or class of a module by its name, a method with its object; None for anything else."""
+    known_as, owner = getattr(value, "__qualname__", ""), getattr(value, "__self__", None)
+    if not callable(value) or not re.fullmatch(r"[\w.]+", known_as):
+        return None
+    if isinstance(owner, ModuleType | type | None):
+        return f"{value.__module__}.{known_as}"
+    return f"{known_as} of {_described(name, owner)}"
 
 
 class Classification(Task[Sequence[Tensor]]):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from wherefrom.errors import InputError
+from wherefrom.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -157,7 +157,7 @@ def local_path(name: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, RuntimeError) as error:  # too long, with a zero byte, in an unknown user's home
-        reason = getattr(error, "strerror", None) or _first_line(error)
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
             f"{name[:80]!r} is no usable path ({reason}); expected the name of a file or directory."
         ) from error
@@ -200,7 +200,7 @@ def _file_dataset(path: Path) -> Dataset:
     except Exception as error:  # whatever datasets, pandas and pyarrow make of files that are not theirs
         cause = error.__cause__ or error
         raise InputError(
-            f"{path}: cannot be read as {builder} ({_first_line(cause)}). Expected rows of the same columns, in UTF-8."
+            f"{path}: cannot be read as {builder} ({first_line(cause)}). Expected rows of the same columns, in UTF-8."
         ) from error
 
 
@@ -222,7 +222,7 @@ def _saved_dataset(path: Path, split: str) -> Dataset:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever datasets and pyarrow make of files that are not theirs
         raise InputError(
-            f"{path}: not a dataset written by save_to_disk ({_first_line(error)}); expected one, or a file's name."
+            f"{path}: not a dataset written by save_to_disk ({first_line(error)}); expected one, or a file's name."
         ) from error
     if not isinstance(saved, Mapping):
         return saved
@@ -247,7 +247,7 @@ def _hub_dataset(source: str, split: str) -> Dataset:
                 if reachable:
                     raise
             except ValueError as error:  # a wrong configuration or split; the message lists the right ones
-                raise InputError(f"source={source!r}, split={split!r}: {_first_line(error)}") from error
+                raise InputError(f"source={source!r}, split={split!r}: {first_line(error)}") from error
     if not reachable:
         raise _unreachable(f"source={source!r}")
     raise InputError(f"source={source!r}: neither a file here nor a dataset on the hub; check the name.")
@@ -316,7 +316,7 @@ def _pretrained(auto_class: str, name: str, **options: Any) -> Any:
         except (OSError, ValueError) as error:
             if not reachable:
                 raise _unreachable(repr(name)) from error
-            raise InputError(f"{name!r} cannot be loaded from the hub: {_first_line(error)}") from error
+            raise InputError(f"{name!r} cannot be loaded from the hub: {first_line(error)}") from error
 
 
 def _pretrained_directory(auto_class: str, path: Path, **options: Any) -> Any:
@@ -333,7 +333,7 @@ def _pretrained_directory(auto_class: str, path: Path, **options: Any) -> Any:
                 "the model yourself and give it to wherefrom.Study."
             ) from error
         raise InputError(
-            f"{path}: not a complete model directory ({type(error).__name__}: {_first_line(error)}). Save the model "
+            f"{path}: not a complete model directory ({type(error).__name__}: {first_line(error)}). Save the model "
             "and its tokenizer there again, with save_pretrained."
         ) from error
 
@@ -367,7 +367,3 @@ def _unreachable(what: str) -> InputError:
 
 def _is_hub_name(source: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*){0,2}", source, re.ASCII) is not None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

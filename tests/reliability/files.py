@@ -122,14 +122,17 @@ Fault = Callable[[Path, Path, random.Random], None]
 
 
 def truncated(path: Path, other: Path, draw: random.Random) -> None:
+    """Cut off at a random place."""
     os.truncate(path, draw.randrange(path.stat().st_size))
 
 
 def emptied(path: Path, other: Path, draw: random.Random) -> None:
+    """Emptied."""
     os.truncate(path, 0)
 
 
 def bits_flipped(path: Path, other: Path, draw: random.Random) -> None:
+    """One to sixteen bits flipped."""
     content = bytearray(path.read_bytes())
     for _ in range(draw.choice([1, 1, 2, 16])):
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
@@ -144,10 +147,12 @@ def end_lost(path: Path, other: Path, draw: random.Random) -> None:
 
 
 def of_another_study(path: Path, other: Path, draw: random.Random) -> None:
+    """Replaced by the same file of another study."""
     shutil.copyfile(other, path)
 
 
 def folder_of_another_study(path: Path, other: Path, draw: random.Random) -> None:
+    """A whole result replaced by the same one of another study."""
     shutil.rmtree(path)
     shutil.copytree(other, path)
 
@@ -170,6 +175,7 @@ def exchanged(path: Path, other: Path, draw: random.Random) -> None:
 
 
 def another_version(path: Path, other: Path, draw: random.Random) -> None:
+    """Said to be of another version of the format."""
     version = draw.choice([1, 3, "2", None])
     if path.suffix == ".json":
         content = json.loads(path.read_text())
@@ -184,6 +190,7 @@ def another_version(path: Path, other: Path, draw: random.Random) -> None:
 
 
 def json_bomb(path: Path, other: Path, draw: random.Random) -> None:
+    """JSON nested a hundred thousand deep, of 32 MiB, with a number of 100,000 digits, or of another kind."""
     bombs = [
         "[" * 10**6,
         '{"a":' * 10**5,
@@ -204,6 +211,7 @@ def header_bomb(path: Path, other: Path, draw: random.Random) -> None:
 
 
 def moved_behind_a_link(path: Path, other: Path, draw: random.Random) -> None:
+    """A file or directory moved elsewhere, with a symbolic link in its place."""
     runs = next(parent for parent in path.parents if parent.name == "runs")
     elsewhere = runs.with_name("elsewhere") / path.name
     elsewhere.parent.mkdir()
@@ -212,20 +220,24 @@ def moved_behind_a_link(path: Path, other: Path, draw: random.Random) -> None:
 
 
 def pipe(path: Path, other: Path, draw: random.Random) -> None:
+    """A pipe in its place."""
     path.unlink()
     os.mkfifo(path)
 
 
 def folder_instead(path: Path, other: Path, draw: random.Random) -> None:
+    """A directory in its place."""
     path.unlink()
     path.mkdir()
 
 
 def deleted(path: Path, other: Path, draw: random.Random) -> None:
+    """Deleted."""
     path.unlink()
 
 
 def unreadable(path: Path, other: Path, draw: random.Random) -> None:
+    """Without permission to be read."""
     path.chmod(0)
 
 
@@ -278,7 +290,7 @@ def measure(folder: Path, count: int, seed: int) -> list[Outcome]:
             draw = random.Random(f"{seed}/{fault.__name__}/{number}")
             kind = "complete" if fault in _IN_COMPLETE_RUNS else draw.choice(["complete", "complete", "interrupted"])
             refused += _try(folder, kind, fault, expected[kind], draw)
-        what = (fault.__doc__ or fault.__name__.replace("_", " ")).strip(".")
+        what = (fault.__doc__ or "").strip(".")
         outcomes.append(Outcome(what, count, f"{refused} refused by name, {count - refused} without effect"))
     return outcomes
 

@@ -19,12 +19,13 @@ from unittest.mock import patch
 
 import datasets
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from tests.reliability.drawing import drawn
 from tests.reliability.outcomes import Outcome
 from wherefrom.cli import main
 from wherefrom.scores import load_scores
@@ -40,14 +41,7 @@ def measure(folder: Path, count: int, number: int) -> list[Outcome]:
     shelf = Shelf(folder)
     ends: Counter[int | str] = Counter()
 
-    @seed(number)
-    @settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn(count, number)
     @given(st.data())
     def run(data: st.DataObject) -> None:
         files, arguments = data.draw(drawn_files(), "files"), data.draw(command_lines(), "arguments")

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import Mlp, gpt2, mlp_case, relative_error, token_rows
+from tests.reliability.drawing import drawn
 from tests.reliability.outcomes import Outcome
 from tests.test_language import bert, classified_rows, masked_rows, pair_rows, t5
 from wherefrom.errors import WherefromError
@@ -45,14 +46,7 @@ def measure(folder: Path, count: int, number: int) -> list[Outcome]:
 def _outcome(what: str, cases: st.SearchStrategy[Case], folder: Path, count: int, number: int) -> Outcome:
     ends: Counter[str] = Counter()
 
-    @seed(number)
-    @settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn(count, number)
     @given(cases)
     def run(case: Case) -> None:
         ends[case.end(folder / "run")] += 1

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import wherefrom as wf
+from tests.models import ManyExamples
 from tests.reliability.space import Disk, Moments
 from wherefrom.curvature import Factors
 from wherefrom.errors import StorageError
@@ -29,19 +30,9 @@ _TRAIN, _QUERIES = 2_000, 300
 _SHARE, _HEADERS, _BELOW = 1.04, 2**20, 2**16
 
 
-class _Examples:
-    """Many examples that take no memory."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= row < self._count:
-            raise IndexError(row)
-        return torch.full((3, 4), row / self._count), torch.tensor([row % 3])
+def _examples(count: int) -> ManyExamples:
+    """Many, of three tokens each."""
+    return ManyExamples(count, inputs=(3, 4), label=(1,))
 
 
 class _Task(wf.Task[Any]):
@@ -55,7 +46,7 @@ class _Task(wf.Task[Any]):
 def _study(run: Path, width: int) -> wf.Study[Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
-    return wf.Study(run, model, _Task(), train=_Examples(_TRAIN), progress=False, checkpoint_seconds=0)
+    return wf.Study(run, model, _Task(), train=_examples(_TRAIN), progress=False, checkpoint_seconds=0)
 
 
 Flow = Callable[[Path], object]
@@ -66,7 +57,7 @@ def _fit(strategy: str) -> Flow:
 
 
 def _score(**options: Any) -> Flow:
-    return lambda run: _on_factors(run, lambda study, factors: study.score(_Examples(_QUERIES), factors, **options))
+    return lambda run: _on_factors(run, lambda study, factors: study.score(_examples(_QUERIES), factors, **options))
 
 
 def _on_factors(run: Path, act: Callable[[wf.Study[Any], Factors], object]) -> object:
@@ -82,8 +73,8 @@ _FLOWS: dict[str, Flow] = {
     "parts": _score(per_layer=True, self_influence=True, **_BATCH),
     "rescored": _score(query_rank=1, rescore=40, **_BATCH),
     "summed": _score(aggregate_train="sum", **_BATCH),
-    "top": lambda run: _on_factors(run, lambda study, f: study.score_top(_Examples(_QUERIES), f, 300, **_BATCH)),
-    "tokens": lambda run: _on_factors(run, lambda study, f: study.score_tokens(_Examples(20), f, **_BATCH)),
+    "top": lambda run: _on_factors(run, lambda study, f: study.score_top(_examples(_QUERIES), f, 300, **_BATCH)),
+    "tokens": lambda run: _on_factors(run, lambda study, f: study.score_tokens(_examples(20), f, **_BATCH)),
 }
 
 

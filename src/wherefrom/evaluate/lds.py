@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wherefrom.errors import DamagedError, InputError
+from wherefrom.precision import type_name
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -143,6 +144,13 @@ class LdsReport:
     repeats: int
     train: int
     resamples: int
+
+    def difference(self, first: str, second: str) -> Estimate:
+        """The mean of the first less that of the second; `differences` has each pair in one order only."""
+        if (first, second) in self.differences:
+            return self.differences[first, second]
+        other = self.differences[second, first]
+        return Estimate(-other.value, -other.high, -other.low)
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, as json writes them."""
@@ -356,4 +364,4 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{type_name(tensor.dtype)} {list(tensor.shape)}"

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from wherefrom.errors import InputError
 from wherefrom.evaluate.retrain import Retraining, current_device
-from wherefrom.fingerprint import Dataset
-from wherefrom.task import Batch, Task
+from wherefrom.fingerprint import Dataset, checked_length
+from wherefrom.loading import mapped
+from wherefrom.task import Batch, Objective, Task
 
 Weights = dict[str, Tensor]
 Tree = TypeVar("Tree")
@@ -76,7 +77,9 @@ class StackedTraining(Generic[Batch]):
         self._check(retrainings)
         device = current_device()
         objectives = self._objectives.to(device)
-        train, queries = (_mapped(lambda values: values.to(device), each) for each in (self._train, self._queries))
+        train, queries = (
+            cast(Batch, mapped(each, lambda values: values.to(device))) for each in (self._train, self._queries)
+        )
         stacked = {
             name: weight.detach().expand(len(retrainings), *weight.shape).clone()
             for name, weight in objectives.named_parameters()
@@ -121,21 +124,16 @@ class StackedTraining(Generic[Batch]):
         return torch.cat([measure(stacked, _picked(queries, rows)) for rows in blocks], dim=1)
 
 
-class _Objectives(nn.Module, Generic[Batch]):
-    """A model with its task, so that a task sees the model itself while `functional_call` exchanges the weights."""
+class _Objectives(Objective[Batch]):
+    """What is asked of models that differ in their weights."""
 
     def __init__(self, model: nn.Module, task: Task[Batch], count: Callable[[Batch], Tensor | int]) -> None:
-        super().__init__()
-        self.model, self._task, self._count = model, task, count
-
-    def forward(self, batch: Batch, measured: bool) -> Tensor:
-        if measured:
-            return self._task.measurement(self.model, batch)
-        return self._task.train_loss(self.model, batch) / self._count(batch)
+        super().__init__(model, task)
+        self._count = count
 
     def mean_loss(self, weights: Weights, batch: Batch) -> Tensor:
         """The loss of one batch for given weights, divided by the count: a scalar."""
-        return cast(Tensor, functional_call(self, weights, (batch, False)))
+        return cast(Tensor, functional_call(self, weights, (batch, False))) / self._count(batch)
 
     def measurement(self, weights: Weights, batch: Batch) -> Tensor:
         """The measurement of one batch for given weights: a scalar."""
@@ -144,14 +142,13 @@ class _Objectives(nn.Module, Generic[Batch]):
 
 def _collated(task: Task[Batch], dataset: Dataset[object], name: str) -> Batch:
     """All examples in one batch of tensors [examples, ...]."""
-    if len(dataset) == 0:
-        raise InputError(f"{name} is empty: expected at least one example. Check the path or the filter.")
-    batch = task.collate([dataset[row] for row in range(len(dataset))])
-    wrong = [each for each in _leaves(batch) if not isinstance(each, Tensor) or each.shape[:1] != (len(dataset),)]
+    count = checked_length(name, dataset)
+    batch = task.collate([dataset[row] for row in range(count)])
+    wrong = [each for each in _leaves(batch) if not isinstance(each, Tensor) or each.shape[:1] != (count,)]
     if wrong:
         found = f"of shape {list(wrong[0].shape)}" if isinstance(wrong[0], Tensor) else f"{wrong[0]!r:.80}"
         raise InputError(
-            f"{name}: a batch of its {len(dataset)} examples holds a {type(wrong[0]).__name__} {found}; expected only "
+            f"{name}: a batch of its {count} examples holds a {type(wrong[0]).__name__} {found}; expected only "
             f"tensors with a row for each example. Leave the rest out in the task's collate."
         )
     return batch
@@ -166,21 +163,9 @@ def _leaves(batch: object) -> list[object]:
     return [batch]
 
 
-def _mapped(function: Callable[[Tensor], Tensor], batch: Tree) -> Tree:
-    """A batch with a function applied to all tensors in its dicts, lists and tuples."""
-    mapped: object
-    if isinstance(batch, Tensor):
-        mapped = function(batch)
-    elif isinstance(batch, Mapping):
-        mapped = {name: _mapped(function, value) for name, value in batch.items()}
-    else:
-        mapped = [_mapped(function, value) for value in cast(Sequence[object], batch)]
-    return cast(Tree, mapped)
-
-
 def _picked(batch: Tree, rows: Tensor) -> Tree:
     """Rows of a batch, in the shape of `rows`, an int64 tensor."""
-    return _mapped(lambda values: values[rows.to(values.device)], batch)
+    return cast(Tree, mapped(batch, lambda values: values[rows.to(values.device)]))
 
 
 def _rows(batch: object) -> int:

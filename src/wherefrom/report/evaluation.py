@@ -38,21 +38,12 @@ def lds_tables(report: LdsReport) -> RenderableType:
     )
     for place, first in enumerate(ordered):
         for second in ordered[place + 1 :]:
-            found = _difference(report, first, second)
+            found = report.difference(first, second)
             clear = found.low > 0 or found.high < 0
             differences.add_row(
                 escape(first), escape(second), *_cells(found, sign="+"), style="bold" if clear else None
             )
     return Group(methods, Text(), differences)
-
-
-def _difference(report: LdsReport, first: str, second: str) -> Estimate:
-    """The pair's difference in the order asked for; the report has each pair in one order only."""
-    found = report.differences.get((first, second))
-    if found is not None:
-        return found
-    other = report.differences[second, first]
-    return Estimate(-other.value, -other.high, -other.low)
 
 
 def _table(title: str, names: list[str], number: str, caption: str) -> Table:

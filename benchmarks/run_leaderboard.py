@@ -1,0 +1,77 @@
+"""Run every method of attribution against the same retrainings, and write `docs/leaderboard.md`.
+
+    python benchmarks/run_leaderboard.py                    # a few hours on two cores; it can be stopped and continued
+    python benchmarks/run_leaderboard.py --size.model smollm2 --size.tokens 256 ...     # larger, on a GPU
+    python benchmarks/run_leaderboard.py --only_page        # only write the page again
+
+What is finished, in `run_dir`, is not done again: retrainings, and methods (delete its folder to repeat one).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from leaderboard.measure import Cost, measured
+from leaderboard.methods import METHODS, Subject
+from leaderboard.page import write_page
+from leaderboard.ranking import ranking
+from leaderboard.retrainings import protocol_a, protocol_b, without_top
+from leaderboard.setting import Setting, Size, record
+from workload import RESULTS, ROOT, save_results
+
+
+@dataclass
+class Arguments:
+    """What is run."""
+
+    size: Size = field(default_factory=Size)
+    run_dir: Path = ROOT / "runs" / "leaderboard"
+    masks: int = 100
+    """Random subsets of each protocol."""
+    repeats: int = 3
+    """Seeds of each half in protocol A."""
+    share: float = 0.01
+    """Of the training set, left out in protocol B and by each method's own removal."""
+    removal_queries: int = 16
+    """The first queries, each without what a method puts on top of it."""
+    workers: int = 2
+    methods: tuple[str, ...] = tuple(METHODS)
+    only_page: bool = False
+
+
+def main(arguments: Arguments) -> None:
+    """Train, score, retrain, rank, write."""
+    if not arguments.only_page:
+        save_results("leaderboard", results(arguments))
+    write_page(json.loads((RESULTS / "leaderboard.json").read_text()))
+
+
+def results(arguments: Arguments) -> dict[str, object]:
+    """All figures of the page."""
+    setting, run_dir, workers = Setting(arguments.size), arguments.run_dir, arguments.workers
+    torch.set_num_threads(1)  # as in the workers, so that the trained model is theirs to the last bit
+    subject = Subject(setting, record(setting, run_dir / "training"), run_dir / "methods")
+    scores, costs = {}, dict[str, Cost]()
+    for name in arguments.methods:
+        values, costs[name] = measured(subject, name)
+        if values is not None:
+            scores[name] = values
+        print(f"{name}: {costs[name].seconds:.1f} s, {costs[name].epochs:.1f} epochs", flush=True)
+    halves = protocol_a(setting, run_dir, arguments.masks, arguments.repeats, workers)
+    removals = protocol_b(setting, run_dir, arguments.masks, arguments.share, workers)
+    rises = without_top(setting, run_dir, scores, arguments.share, arguments.removal_queries, workers)
+    return {
+        "setting": {**asdict(arguments.size), "share": arguments.share, "masks": arguments.masks,
+                    "repeats": arguments.repeats, "removal_queries": arguments.removal_queries},
+        "protocols": {"A": ranking(scores, halves), "B": ranking(scores, removals)},
+        "rises": {name: [round(each, 6) for each in found.tolist()] for name, found in rises.items()},
+        "costs": {name: asdict(cost) for name, cost in costs.items()},
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, use_underscores=True))

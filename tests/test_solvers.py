@@ -1,0 +1,235 @@
+"""Solvers, and the scores of what they find, against dense solves in float64."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wherefrom as wf
+from tests import solver_worker
+from tests.dense_gauss_newton import CASES, Logits, dense, label_rows, study_of, system_of
+from tests.models import Case, mlp_case, relative_error
+from tests.reference import BruteForce
+from wherefrom.curvature import Factors
+from wherefrom.errors import InputError, LossError, MismatchError
+from wherefrom.options import ScoreOptions
+from wherefrom.scores import Scores
+from wherefrom.solvers import Solver
+
+
+def dense_scores(case: Case, study: wf.Study[object], logits: Logits, damping: Mapping[str, float]) -> Tensor:
+    """g_q^T (H + D)^-1 g_t by a dense solve."""
+    brute = BruteForce(case.model, case.task, list(study.layers), case.train, case.queries)
+    rows = [
+        torch.stack([torch.cat([each[name].flatten() for name in brute.layers]) for each in gradients]).detach()
+        for gradients in (brute.queries, brute.train)
+    ]
+    added = torch.cat([torch.full_like(brute.train[0][name].flatten(), damping[name]) for name in brute.layers])
+    found: Tensor = rows[0] @ torch.linalg.solve(dense(case, study, logits) + added.diag(), rows[1].T)
+    return found
+
+
+def dampings(factors: Factors) -> dict[str, float]:
+    return {name: 0.1 * float(values.mean()) for name, values in factors.eigenvalues.items()}
+
+
+EXACT = wf.ConjugateGradients(iterations=500, tolerance=1e-11)
+
+
+@pytest.mark.parametrize("name", ["classification", "gpt2"])
+def test_scores_by_conjugate_gradients_equal_dense_solves(tmp_path: Path, name: str) -> None:
+    make, logits = CASES[name]
+    case = make()
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    expected = dense_scores(case, study, logits, dict.fromkeys(study.layers, 1.0))
+    found = study.score(case.queries, factors, solver=EXACT, damping=1.0)
+    assert relative_error(found.values, expected) < 1e-8
+    assert relative_error(study.score(case.queries, factors, damping=1.0).values, expected) > 0.01  # another matrix
+
+
+def test_without_a_damping_each_layer_has_that_of_its_factors(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    expected = dense_scores(case, study, label_rows, dampings(factors))
+    assert relative_error(study.score(case.queries, factors, solver=EXACT).values, expected) < 1e-8
+
+
+@pytest.mark.parametrize("strategy", ["identity", "diagonal", "kfac"])
+def test_any_preconditioner_leads_to_the_same_scores(tmp_path: Path, strategy: str) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    found = study.score(case.queries, study.fit(strategy), solver=EXACT, damping=0.3)
+    expected = dense_scores(case, study, label_rows, dict.fromkeys(study.layers, 0.3))
+    assert relative_error(found.values, expected) < 1e-8
+
+
+def test_other_kinds_of_scores_are_of_the_solutions_too(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    whole = study.score(case.queries, factors, solver=EXACT, damping=0.3, per_layer=True)
+    assert relative_error(sum(whole.layers.values(), torch.zeros(())), whole.values) < 1e-12
+    total = study.score(case.queries, factors, solver=EXACT, damping=0.3, aggregate_queries="sum")
+    assert relative_error(total.values[0], whole.values.sum(0)) < 1e-8
+    top = study.score_top(case.queries, factors, 2, solver=EXACT, damping=0.3)
+    assert relative_error(top.values.max(1).values, whole.values.max(1).values) < 1e-10
+
+
+def test_astra_without_noise_converges_and_with_noise_comes_close(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    expected = dense_scores(case, study, label_rows, dict.fromkeys(study.layers, 1.0))
+    exact = wf.Astra(iterations=150, batch_size=None, learning_rate=0.5, momentum=0.5, decay=1.0)
+    found = study.score(case.queries, factors, solver=exact, damping=1.0, name="exact")
+    assert relative_error(found.values, expected) < 1e-8
+    noisy = study.score(case.queries, factors, solver=wf.Astra(batch_size=6), damping=1.0)
+    begun = study.score(case.queries, factors, damping=1.0)  # where it starts
+    distances = [float((each.values - expected).norm() / expected.norm()) for each in (noisy, begun)]
+    assert 1e-8 < distances[0] < 0.25 * distances[1]
+
+
+def test_the_first_iteration_is_the_filters_own_answer(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    first = study.score(case.queries, factors, solver=wf.ConjugateGradients(1)).values
+    plain = study.score(case.queries, factors).values
+    assert relative_error(first / first.norm(dim=1, keepdim=True), plain / plain.norm(dim=1, keepdim=True)) < 1e-10
+
+
+def test_each_query_is_solved_as_if_it_were_alone(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    system = system_of(study, case, 0.1, factors=study.fit("ekfac"))
+    gradients = torch.randn(4, sum(system.space.sizes.values()), dtype=torch.float64)
+    gradients[1] *= 1e-6
+    gradients[2] = 0
+    solver = wf.ConjugateGradients(200, 1e-9)
+    together = solver.solve(system, gradients)
+    assert together.vectors[2].count_nonzero() == 0 and together.residuals[-1].max() <= 1e-9
+    for row in (0, 1, 3):
+        alone = solver.solve(system, gradients[row : row + 1])
+        assert relative_error(together.vectors[row], alone.vectors[0]) < 1e-7
+
+
+def test_factors_save_iterations_where_directions_differ(tmp_path: Path) -> None:
+    """Inputs of very different sizes: what a Kronecker factor can tell."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.logspace(-1, 2, 20, dtype=torch.float64)
+    inputs, targets = (torch.randn(200, size, generator=generator).double() for size in (20, 3))
+    examples: list[object] = list(zip(inputs * sizes, targets, strict=True))
+    case = Case(nn.Linear(20, 3).double(), wf.Regression(), examples, examples[:3])
+    study = study_of(case, tmp_path)
+    gradients = torch.randn(3, 63, generator=generator).double()
+    solver, counts = wf.ConjugateGradients(2000, 1e-6), {}
+    for strategy in ("ekfac", "identity"):
+        system = system_of(study, case, 1e-2, factors=study.fit(strategy))
+        counts[strategy] = len(solver.solve(system, gradients).residuals)
+    assert counts["ekfac"] < 0.5 * counts["identity"]
+
+
+def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    solvers = {
+        "one": wf.ConjugateGradients(100, 1e-10, 6, seed=0),
+        "same": wf.ConjugateGradients(100, 1e-10, 6, seed=0),
+        "other": wf.ConjugateGradients(100, 1e-10, 6, seed=1),
+        "all": wf.ConjugateGradients(100, 1e-10, 12),
+        "whole": wf.ConjugateGradients(100, 1e-10),
+    }
+    found = {
+        name: study.score(case.queries, factors, name=name, solver=solver, damping=1.0).values
+        for name, solver in solvers.items()
+    }
+    assert torch.equal(found["one"], found["same"]) and torch.equal(found["all"], found["whole"])
+    assert relative_error(found["other"], found["one"]) > 1e-3
+    assert relative_error(found["one"], found["all"]) > 1e-3
+
+
+def test_processes_share_the_products(tmp_path: Path) -> None:
+    solver_worker.scores(tmp_path / "alone")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.solver_worker", str(tmp_path / "two")]
+    processes = [
+        subprocess.Popen(command, cwd=Path(__file__).parents[1], env={**shared, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    for name in solver_worker.SOLVERS:
+        alone, together = (Scores.load(tmp_path / run / "scores" / f"ekfac-{name}").values for run in ("alone", "two"))
+        assert relative_error(together, alone) < 1e-9
+
+
+def test_scores_are_kept_under_the_solvers_name_and_reused(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    found = study.score(case.queries, factors, solver=wf.ConjugateGradients(3))
+    assert found.fingerprint["solver"].startswith("ConjugateGradients(iterations=3")
+    assert {each.name for each in (tmp_path / "scores").iterdir()} == {"ekfac-cg"}
+    assert torch.equal(study.score(case.queries, factors, solver=wf.ConjugateGradients(3)).values, found.values)
+    with pytest.raises(MismatchError, match="solver: stored .*iterations=3.* now .*iterations=4"):
+        study.score(case.queries, factors, solver=wf.ConjugateGradients(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": wf.Astra(), "half_precision": True}, "half_precision=True with a solver"),
+        ({"solver": wf.Astra(), "query_rank": 2}, "query_rank=2 with a solver"),
+        ({"solver": wf.Astra(), "damping": 0.0}, "damping=0 with a solver"),
+        ({"solver": "cg"}, r"solver='cg': expected ConjugateGradients\(...\)"),
+    ],
+)
+def test_impossible_options_are_refused(tmp_path: Path, options: ScoreOptions, message: str) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    with pytest.raises(InputError, match=message):
+        study.score(case.queries, study.fit("ekfac"), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: wf.ConjugateGradients(0), "iterations=0"),
+        (lambda: wf.ConjugateGradients(tolerance=-1), "tolerance=-1"),
+        (lambda: wf.ConjugateGradients(examples=0), "examples=0"),
+        (lambda: wf.Astra(learning_rate=0), "learning_rate=0"),
+        (lambda: wf.Astra(momentum=1), "momentum=1"),
+        (lambda: wf.Astra(decay=2), "decay=2"),
+    ],
+)
+def test_impossible_settings_are_refused(make: Callable[[], Solver], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_divergence_is_an_error_and_nothing_is_kept(tmp_path: Path) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    with pytest.raises(LossError, match=r"Astra: the iterations diverge.* smaller learning_rate"):
+        study.score(case.queries, study.fit("ekfac"), solver=wf.Astra(learning_rate=50.0))
+    assert not list((tmp_path / "scores").glob("*/tensors.safetensors"))
+
+
+def test_factors_without_a_damping_need_a_number(tmp_path: Path) -> None:
+    case = mlp_case()
+    other = study_of(case, tmp_path)
+    with pytest.raises(InputError, match=r"damping=None with a solver: layer 'first' would have none"):
+        other.score(case.queries, other.fit("identity"), solver=EXACT)

@@ -18,7 +18,8 @@ import wherefrom as wf
 from tests.models import VOCABULARY, Case, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from wherefrom.capture import Capture, Captured
-from wherefrom.curvature import STRATEGIES, weight_gradients
+from wherefrom.curvature import STRATEGIES
+from wherefrom.example_gradients import weight_gradients
 from wherefrom.layers import select_layers
 
 SEED = 5

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from wherefrom.adam import adam_factors
+from wherefrom.adam import adam_conditioning
 from wherefrom.checkpoints import score_checkpoints
 from wherefrom.curvature import Factors
 from wherefrom.errors import WherefromError
@@ -50,7 +50,7 @@ __all__ = [
     "TrainingRecorder",
     "WherefromError",
     "__version__",
-    "adam_factors",
+    "adam_conditioning",
     "join_ranks",
     "magic_scores",
     "metasmoothness",

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ from torch.nn import functional
 from wherefrom.capture import Captured
 from wherefrom.damping import Side, added_damping, check_eigenvalues, damped_inverse
 from wherefrom.errors import InputError, LossError, MismatchError
+from wherefrom.example_gradients import Sides, weight_gradients
 from wherefrom.fingerprint import Fingerprint, differences
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Workspace
 from wherefrom.moments import add_columns, second_moment
-from wherefrom.precision import product, rotated
 from wherefrom.sweep import Collector
 
 
@@ -41,11 +41,11 @@ class Strategy:
         basis: what gradients are rotated into the eigenvectors of: the two "covariances" of tokens, A = E[a a^T] and
             S = E[s s^T], or those of whole examples' "gradients", R = E[G^T G] and L = E[G G^T]; None leaves them.
         eigenvalues: "fitted" as mean squared (rotated) gradients, as the "product" of the covariances'
-            eigenvalues, "recorded" in training, or "none", with which preconditioning does nothing.
+            eigenvalues, or "none", with which preconditioning does nothing.
     """
 
     basis: Literal["covariances", "gradients"] | None
-    eigenvalues: Literal["none", "product", "fitted", "recorded"]
+    eigenvalues: Literal["none", "product", "fitted"]
 
     def stage(self, result: str) -> str:
         """The name of a result of the fit, the same for strategies that have it in common.
@@ -63,8 +63,6 @@ STRATEGIES: dict[str, Strategy] = {
     "ekfac": Strategy(basis="covariances", eigenvalues="fitted"),
     "shampoo": Strategy(basis="gradients", eigenvalues="fitted"),
 }
-ADAM = Strategy(basis=None, eigenvalues="recorded")
-"""That of factors that are not fitted; `adam.adam_factors` makes them."""
 
 
 def checked_strategy(name: str) -> Strategy:
@@ -103,13 +101,6 @@ class Basis:
         """Those of S and A multiplied, [out, in]: the K-FAC eigenvalues."""
         return torch.outer(self.gradient_eigenvalues, self.activation_eigenvalues)
 
-    def sides(self, width: int) -> Sides:
-        """What turns gradients of `width` columns (see `TrackedLayer.width`) into this basis."""
-        if self.activations is None:
-            return Sides(self.gradients)
-        missing = width - len(self.activations)
-        return Sides(self.gradients, functional.pad(self.activations, (0, missing, 0, missing)))
-
     def rotate(self, gradients: Tensor) -> Tensor:
         """Q_S^T G Q_A for [..., out, in]."""
         turned = gradients if self.gradients is None else self.gradients.T @ gradients
@@ -119,52 +110,6 @@ class Basis:
         """Q_S G Q_A^T for [..., out, in]."""
         turned = gradients if self.gradients is None else self.gradients @ gradients
         return turned if self.activations is None else turned @ self.activations.T
-
-
-class Sides(NamedTuple):
-    """What per-example gradients are multiplied with from the left (transposed) and from the right; None is nothing."""
-
-    left: Tensor | None = None
-    right: Tensor | None = None
-
-    def on(self, device: torch.device) -> Sides:
-        """Both on a device."""
-        return Sides(*(None if each is None else each.to(device, non_blocking=True) for each in self))
-
-
-def weight_gradients(
-    captured: Captured, sides: Sides | None = None, workspace: Workspace | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Each example's gradient of a layer's weight, left^T G right with G = s^T a: [batch, out, width].
-
-    The bias is a column of it, `TrackedLayer.shape[1] - 1`; columns past that are zero. Of a one-hot layer, only
-    `Captured.columns` are there.
-
-    Args:
-        sides: orthogonal matrices, for gradients in a basis; None is neither.
-        workspace: where the result is put; it is good until the next call with the same one.
-        dtype: of the result; float32 or wider by default.
-    """
-    activations, gradients = captured.activations, captured.gradients
-    left, right = (sides or Sides()).on(gradients.device)
-    tokens, width, outputs = activations.shape[1], activations.shape[2], gradients.shape[2]
-    # Each side is rotated where it has fewer rows: token by token, or in the product. Products rounded to bfloat16
-    # must not be rotated, since their rounding errors would be rotated with them.
-    half = gradients.dtype == torch.bfloat16
-    if left is not None and (half or tokens < width):
-        gradients, left = rotated(gradients, left), None
-    if right is not None and (half or tokens < outputs):
-        activations, right = rotated(activations, right), None
-    transposed = gradients.transpose(1, 2)
-    if workspace is None or half:
-        result = product(transposed, activations, dtype if half else None)
-    else:
-        result = torch.bmm(transposed, activations, out=workspace.empty((len(gradients), outputs, width), gradients))
-    if left is not None:
-        result = left.T @ result
-    if right is not None:
-        result = result @ right
-    return result if dtype is None else result.to(dtype)
 
 
 class CovarianceCollector(Collector):
@@ -215,6 +160,31 @@ class CovarianceCollector(Collector):
         return found
 
 
+def aligned(layer: TrackedLayer, matrix: Tensor) -> Tensor:
+    """Numbers [out, in] with a column for each of a captured gradient's, [out, width]; 0 past the layer's own."""
+    return functional.pad(matrix, (0, layer.width - matrix.shape[1]))
+
+
+def gradient_sides(
+    layers: Mapping[str, TrackedLayer], bases: Mapping[str, Basis], roots: Mapping[str, Tensor]
+) -> dict[str, Sides]:
+    """What turns each layer's captured gradients, with their aligned columns, into its basis, conditioned first.
+
+    Args:
+        bases: of layers that have one.
+        roots: P^(1/2) [out, in] of layers that are conditioned.
+    """
+    found = {}
+    for name, layer in layers.items():
+        basis, vectors = bases.get(name), None
+        if basis is not None and basis.activations is not None:
+            missing = layer.width - len(basis.activations)
+            vectors = functional.pad(basis.activations, (0, missing, 0, missing))
+        conditioned = aligned(layer, roots[name]) if name in roots else None
+        found[name] = Sides(None if basis is None else basis.gradients, vectors, conditioned)
+    return found
+
+
 def bases_to_tensors(bases: Mapping[str, Basis]) -> dict[str, Tensor]:
     """Bases as the flat mapping that is stored: `LAYER.FIELD`."""
     named = {
@@ -238,7 +208,11 @@ def bases_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Basis]:
 
 
 class EigenvalueCollector(Collector):
-    """Sums squared per-example gradients, rotated where there is a basis: Lambda = E[(Q_S^T G Q_A)^2]."""
+    """Sums squared per-example gradients, rotated where there is a basis: Lambda = E[(Q_S^T G Q_A)^2].
+
+    Args:
+        roots: P^(1/2) [out, in] of layers that are conditioned, of which P^(1/2) * G takes the place of G.
+    """
 
     def __init__(
         self,
@@ -247,9 +221,10 @@ class EigenvalueCollector(Collector):
         examples: int,
         dtype: torch.dtype,
         device: torch.device,
+        roots: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._layers = layers
-        self._sides = {name: bases[name].sides(layer.width) for name, layer in layers.items() if name in bases}
+        self._sides = gradient_sides(layers, bases, roots or {})
         self._examples = examples
         self._workspace = Workspace()
         self.sums = {
@@ -257,7 +232,7 @@ class EigenvalueCollector(Collector):
         }
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        squares = weight_gradients(captured, self._sides.get(layer), self._workspace).square_()
+        squares = weight_gradients(captured, self._sides[layer], self._workspace).square_()
         if captured.columns is None:
             self.sums[layer] += squares.sum(0).to(self.sums[layer].device)
         else:
@@ -276,27 +251,19 @@ class Factors:
     """Everything that preconditioning needs, at any damping.
 
     Attributes:
-        strategy: one of `STRATEGIES`, or "adam".
+        strategy: one of `STRATEGIES`.
         fingerprint: what the factors were fitted from.
         bases: of every layer; empty for a strategy without one.
         eigenvalues: Lambda [out, in] of every layer, a mean over examples, or for `kfac` the product of two means over
-            tokens, or for `adam` the root of recorded squares; empty for `identity`.
+            tokens; empty for `identity`.
+        roots: P^(1/2) [out, in] of every layer, if these are factors of gradients P^(1/2) * G; else empty.
     """
 
     strategy: str
     fingerprint: Fingerprint
     bases: Mapping[str, Basis]
     eigenvalues: Mapping[str, Tensor]
-
-    @property
-    def kind(self) -> Strategy:
-        """What the strategy needs."""
-        return ADAM if self.strategy == "adam" else checked_strategy(self.strategy)
-
-    @property
-    def usual_damping(self) -> float | None:
-        """What a damping of None stands for: 0 where training has set its own, else None, which is a part of Lambda."""
-        return 0.0 if self.kind.eigenvalues == "recorded" else None
+    roots: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check_model(self, study: Fingerprint) -> None:
         """Refuse to be used on another model.
@@ -320,8 +287,8 @@ class Factors:
         """The damped inverse of the curvature.
 
         Args:
-            damping: added to every eigenvalue; None adds 0.1 x the mean eigenvalue of each layer (`adam`: nothing),
-                and 0 makes it the Moore-Penrose pseudo-inverse.
+            damping: added to every eigenvalue; None adds 0.1 x the mean eigenvalue of each layer, and 0 makes it the
+                Moore-Penrose pseudo-inverse.
 
         Raises:
             InputError: damping is negative or not finite.
@@ -329,15 +296,14 @@ class Factors:
         """
         if damping is not None and not 0 <= damping < math.inf:
             raise InputError(f"damping={damping}: expected a number >= 0, or None for 0.1 x the mean eigenvalue.")
-        damping = self.usual_damping if damping is None else damping
-        product, filters, added = self.kind.eigenvalues == "product", {}, {}
+        product, filters, added = STRATEGIES[self.strategy].eigenvalues == "product", {}, {}
         for name, values in self.eigenvalues.items():
             sides = self.bases[name].spectra if name in self.bases else ()
             check_eigenvalues(name, values, sides, product)
             added[name] = added_damping(values, damping)
             filters[name] = damped_inverse(values, added[name], sides)
         flat = frozenset(name for name, each in filters.items() if not bool(each.any()))
-        return Preconditioner(self.bases, filters, flat, added)
+        return Preconditioner(self.bases, filters, flat, added, self.roots)
 
 
 @dataclass(frozen=True)
@@ -348,12 +314,14 @@ class Preconditioner:
         filters: f(Lambda) [out, in] of every layer; a layer without one is left as it is.
         flat: layers without curvature in any direction, whose filter is 0.
         damping: what was added to the eigenvalues of each layer with a filter.
+        roots: P^(1/2) [out, in] of layers that are conditioned: the filter stands between P^(1/2) and P^(1/2).
     """
 
     bases: Mapping[str, Basis]
     filters: Mapping[str, Tensor]
     flat: frozenset[str] = frozenset()
     damping: Mapping[str, float] = field(default_factory=dict)
+    roots: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check_gradients(self, layer: str, captured: Captured) -> None:
         """Refuse training gradients of a layer without curvature, whose part of a score has no value.
@@ -371,18 +339,18 @@ class Preconditioner:
         )
 
     def sides(self, layers: Mapping[str, TrackedLayer]) -> dict[str, Sides]:
-        """What turns each layer's captured gradients, with their aligned columns, into the basis."""
-        return {name: basis.sides(layers[name].width) for name, basis in self.bases.items()}
+        """What turns each layer's captured gradients, with their aligned columns, into where the filter is."""
+        return gradient_sides(layers, self.bases, self.roots)
 
     def aligned_filters(self, layers: Mapping[str, TrackedLayer]) -> dict[str, Tensor]:
         """The filters with a column for each of a captured gradient's, [out, width]."""
-        return {
-            name: functional.pad(each, (0, layers[name].width - each.shape[1])) for name, each in self.filters.items()
-        }
+        return {name: aligned(layers[name], each) for name, each in self.filters.items()}
 
     def apply(self, layer: str, gradients: Tensor) -> Tensor:
-        """Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T for [..., out, in]."""
-        basis = self.bases.get(layer)
-        rotated = gradients if basis is None else basis.rotate(gradients)
-        filtered = rotated * self.filters[layer] if layer in self.filters else rotated
-        return filtered if basis is None else basis.rotate_back(filtered)
+        """Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T for [..., out, in], conditioned before and after."""
+        basis, roots = self.bases.get(layer), self.roots.get(layer)
+        turned = gradients if roots is None else roots * gradients
+        turned = turned if basis is None else basis.rotate(turned)
+        turned = turned * self.filters[layer] if layer in self.filters else turned
+        turned = turned if basis is None else basis.rotate_back(turned)
+        return turned if roots is None else roots * turned

@@ -6,7 +6,7 @@ This module brings collectors, sweeps and stages together; it does not know what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic
 
@@ -26,6 +26,7 @@ from wherefrom.curvature import (
 from wherefrom.damping import check_covariances, check_mean_squares
 from wherefrom.disk import check_space, fit_steps, used_bytes
 from wherefrom.eigenvectors import eigenvectors, finite_sum
+from wherefrom.errors import InputError
 from wherefrom.fingerprint import Dataset
 from wherefrom.gradient_covariance import GradientCovarianceCollector
 from wherefrom.layouts import Layout, check_layout
@@ -45,6 +46,7 @@ class Fitting(Generic[Batch]):
         seed: of targets drawn from the model; None takes the dataset's own.
         batch_size: None finds one.
         overwrite: begin anew, whatever is there.
+        roots: P^(1/2) [out, in] of every layer, to fit factors of gradients P^(1/2) * G; empty for those as they are.
     """
 
     sweep: Sweep[Batch]
@@ -53,9 +55,20 @@ class Fitting(Generic[Batch]):
     seed: int | None
     batch_size: int | None
     overwrite: bool = False
+    roots: Mapping[str, Tensor] = field(default_factory=dict)
 
     def factors(self, strategy: str) -> Factors:
-        """Those of a strategy; what strategies have in common is computed once."""
+        """Those of a strategy; what strategies have in common is computed once.
+
+        Raises:
+            InputError: a basis of tokens' covariances is asked for of conditioned gradients.
+        """
+        if self.roots and STRATEGIES[strategy].basis == "covariances":
+            raise InputError(
+                f"strategy={strategy!r} with a conditioning: conditioned gradients are no products of activations and "
+                "output gradients, so their covariances have no basis for them. Use 'shampoo', 'diagonal' or "
+                "'identity'."
+            )
         self.sweep.ranks.first(lambda: self._check_disk(strategy))
         needed = STRATEGIES[strategy]
         if self.overwrite:
@@ -68,7 +81,7 @@ class Fitting(Generic[Batch]):
             eigenvalues = self.mean_squares(needed, bases)
         elif needed.eigenvalues == "product":
             eigenvalues = {layer: each.eigenvalues() for layer, each in bases.items()}
-        return Factors(strategy, self.stages.fingerprint, bases, eigenvalues)
+        return Factors(strategy, self.stages.fingerprint, bases, eigenvalues, self.roots)
 
     def _check_disk(self, strategy: str) -> None:
         """Refuse to begin what there is too little room for; what is there already needs none."""
@@ -88,10 +101,11 @@ class Fitting(Generic[Batch]):
     def covariances(self, strategy: Strategy) -> dict[str, Tensor]:
         """Of every layer, `LAYER.activations` and `LAYER.gradients`: what the strategy's basis is made of."""
         sweep = self.sweep
-        collecting = GradientCovarianceCollector if strategy.basis == "gradients" else CovarianceCollector
 
         def covariance(sums: Partial) -> dict[str, Tensor]:
-            collector = collecting(sweep.layers, sweep.dtype, sweep.factors_device)
+            place = sweep.layers, sweep.dtype, sweep.factors_device
+            whole = strategy.basis == "gradients"
+            collector = GradientCovarianceCollector(*place, self.roots) if whole else CovarianceCollector(*place)
             self._run("covariance", collector, sums)
             means = collector.means()
             check_covariances(means)
@@ -137,7 +151,9 @@ class Fitting(Generic[Batch]):
         sweep = self.sweep
 
         def mean_squares(sums: Partial) -> dict[str, Tensor]:
-            collector = EigenvalueCollector(sweep.layers, bases, len(self.train), sweep.dtype, sweep.factors_device)
+            collector = EigenvalueCollector(
+                sweep.layers, bases, len(self.train), sweep.dtype, sweep.factors_device, self.roots
+            )
             self._run("eigenvalues", collector, sums)
             means = collector.means()
             check_mean_squares(means)

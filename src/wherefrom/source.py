@@ -5,24 +5,32 @@ to be constant, the means over the segment's checkpoints. With the learning rate
 
     S_l = exp(-eta K H_l)    r_l = (1 - exp(-eta K H_l)) H_l^-1 g_l    score = g_query^T sum_l S_L ... S_{l+1} r_l
 
-(their equations for the Jacobian, the response and the estimator). The curvature is EK-FAC's, of averaged covariances
-and, in their eigenvectors, averaged eigenvalues; so S and r are filters. This module is above `checkpoints`; it knows
-nothing of how checkpoints came about but learning rates and steps.
+(their equations for the Jacobian, the response and the estimator). The curvature is that of averaged covariances and, in
+their eigenvectors, averaged eigenvalues; so S and r are filters. Steps -eta P g of Adam, with P the mean of a segment's
+checkpoints, are these in coordinates P^(-1/2) theta (see `conditioning`): with H'_l = P^(1/2) H_l P^(1/2),
+
+    S_l = P^(1/2) exp(-eta K H'_l) P^(-1/2)    r_l = P^(1/2) (1 - exp(-eta K H'_l)) H'_l^-1 P^(1/2) g_l
+
+Decoupled weight decay multiplies weights by 1 - eta omega in each step, in any coordinates, so it is omega added to the
+curvature in both exponentials and in the inverse: a damping. This module is above `checkpoints` and `adam`; it knows
+nothing of how checkpoints came about but learning rates, steps, weight decay and second moments.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
 import torch
 from torch import Tensor
 
+from wherefrom.adam import adam_conditioning
 from wherefrom.checkpoints import kept_sum, load_weights, named_paths, restored, study_of
-from wherefrom.curvature import STRATEGIES, Basis, Preconditioner
+from wherefrom.conditioning import conditioning_digest, conditioning_roots
+from wherefrom.curvature import STRATEGIES, Basis, Preconditioner, aligned, checked_strategy
 from wherefrom.errors import InputError
 from wherefrom.files import within
 from wherefrom.fingerprint import Dataset, checked_length, dataset_digest, model_digest
@@ -39,7 +47,6 @@ from wherefrom.task import Batch, checked_settings
 if TYPE_CHECKING:
     from wherefrom.recording import RecordedCheckpoint
 
-_EKFAC = STRATEGIES["ekfac"]
 # Query gradients that are filtered at a time.
 _QUERIES = 16
 
@@ -52,14 +59,17 @@ class _Segment:
         paths: where they are, by name.
         time: the sum over its steps of learning rate x loss scale: eta K.
         models: what tells their weights apart.
+        roots: P^(1/2) [out, in] of every layer, of the mean P; empty without one.
     """
 
     paths: Mapping[str, Path]
     time: float
     models: Sequence[str]
+    roots: Mapping[str, Tensor]
 
     def __str__(self) -> str:
-        return f"{' + '.join(self.paths)} ({', '.join(self.models)}) for {self.time!r}"
+        conditioned = "".join(f", conditioned by {digest}" for digest in conditioning_digest(self.roots).values())
+        return f"{' + '.join(self.paths)} ({', '.join(self.models)}) for {self.time!r}{conditioned}"
 
 
 def score_source(
@@ -68,7 +78,10 @@ def score_source(
     queries: Dataset[object],
     segments: int = 3,
     *,
+    adam: bool = False,
+    strategy: str | None = None,
     times: Sequence[float] | None = None,
+    weight_decay: float | None = None,
     loss_scale: float = 1.0,
     empirical: bool = False,
     seed: int = 0,
@@ -81,18 +94,26 @@ def score_source(
 
     Removing training example t of N from all of training raises the query's loss by about `values[q, t] / N`: values
     are N times the paper's, with its sign. The query's gradient is that at the last checkpoint; training gradients are
-    those at every checkpoint, averaged in each segment. There is no damping: where an eigenvalue is small against
-    1 / (eta K), training has not used it.
+    those at every checkpoint, averaged in each segment. There is no damping but weight decay's: where an eigenvalue is
+    small against 1 / (eta K), training has not used it.
 
-    Steps are taken to be those of gradient descent. With momentum, give `times` divided by 1 - momentum. The paper's
-    variant for Adam, with its diagonal preconditioner in both filters, is not in here: a diagonal has no eigenvectors
-    in common with a Kronecker product.
+    Steps are taken to be those of gradient descent, or with `adam` of AdamW. SGD's momentum makes steps larger: give
+    `times` divided by 1 - momentum. Adam's does not, since it is a running mean.
 
     Args:
         study, queries: as in `score_checkpoints`.
         checkpoints: as in `score_checkpoints`, in the order of training; the last is the trained model.
         segments: into how many runs of checkpoints training is cut, of equal length or one longer.
-        times: for each checkpoint, learning rate x optimizer steps since the one before; by default as recorded.
+        adam: steps are -eta P g with Adam's P (`adam_conditioning`), averaged over a segment's checkpoints, which have
+            to be recorded ones. P is that of the checkpoints: what an example has done to second moments is left out.
+        strategy: whose curvature: "shampoo", "diagonal" or, without `adam`, "ekfac"; by default "shampoo" with `adam`,
+            "ekfac" without.
+        times: for each checkpoint, learning rate x optimizer steps since the one before; by default as recorded, with
+            the checkpoint's learning rate for all steps since the one before.
+        weight_decay: omega. A step multiplies weights by 1 - eta omega, as AdamW's does; for gradient descent, omega
+            may as well stand in the loss, as SGD has it. By default as recorded, the largest of the groups'
+            (a Trainer leaves out biases and normalisations; what is left out counts as the rest); 0 for paths. Adam's
+            own, which P divides, is not in here: give 0.
         loss_scale: what training minimised, in units of the mean over examples of the task's loss, which is a sum over
             tokens: 1 / tokens of a sequence for a Trainer that averages over tokens.
         empirical, seed: as in `Study.fit`.
@@ -104,7 +125,8 @@ def score_source(
         The sum, stored as any scores; each part is in `RUN/checkpoints/NAME/scores`.
 
     Raises:
-        InputError: checkpoints, segments and times do not belong together, or a checkpoint is not of this model.
+        InputError: checkpoints, segments and times do not belong together, a checkpoint is not of this model, or lacks
+            the second moments that `adam` needs.
         WherefromError: as `Study.fit` and `Study.score`; what was finished before stays valid.
     """
     checked_length("queries", queries)
@@ -114,11 +136,18 @@ def score_source(
     if not 0 < loss_scale < math.inf:
         raise InputError(f"loss_scale={loss_scale}: expected a number above 0.")
     scaled = [time * loss_scale for time in _times(checkpoints, times)]
+    decay = _weight_decay(checkpoints, weight_decay)
     if not 1 <= segments <= len(paths):
         raise InputError(f"segments={segments}: expected 1 to {len(paths)}, as many as there are checkpoints.")
+    settings = _Settings(
+        strategy=_checked(strategy or ("shampoo" if adam else "ekfac"), adam),
+        seed=None if empirical else seed,
+        damping=decay / loss_scale,
+        last=list(paths.values())[-1],
+    )
     with study.alone(), restored(study._sweep.model):
-        source = _Source(study, queries, None if empirical else seed, name, options, list(paths.values())[-1])
-        cut = source.segments(paths, scaled, segments)
+        source = _Source(study, queries, settings, name, options)
+        cut = source.segments(paths, scaled, segments, _adam_checkpoints(checkpoints) if adam else None)
         parts: dict[str, Scores] = {}
         if overwrite:
             source.forget(cut)
@@ -126,12 +155,44 @@ def score_source(
         for number, segment in reversed(list(enumerate(cut))):
             bases, eigenvalues = source.curvature(segment, number + 1)
             response = {layer: response_filter(each, segment.time) for layer, each in eigenvalues.items()}
-            chain = [*later, Preconditioner(bases, response)]
-            parts |= source.scores(segment, chain, " | ".join(map(str, cut[number:])))
-            decay = {layer: (-segment.time * each).exp() for layer, each in eigenvalues.items()}
-            later.append(Preconditioner(bases, decay))
+            decays = {layer: (-segment.time * each).exp() for layer, each in eigenvalues.items()}
+            here = Preconditioner(bases, response, roots=segment.roots)
+            parts |= source.scores(segment, list(later), here, " | ".join(map(str, cut[number:])))
+            later.append(replace(here, filters=decays))
         weights = [1 / len(segment.paths) for segment in cut for _ in segment.paths]
         return kept_sum(study, name, {each: parts[each] for each in paths}, weights, overwrite)
+
+
+def _checked(name: str, adam: bool) -> str:
+    strategy = checked_strategy(name)
+    if strategy.eigenvalues != "fitted" or (adam and strategy.basis == "covariances"):
+        expected = "'shampoo' or 'diagonal'" if adam else "'ekfac', 'shampoo' or 'diagonal'"
+        raise InputError(f"strategy={name!r} with adam={adam}: expected {expected}.")
+    return name
+
+
+def _adam_checkpoints(checkpoints: Sequence[str | Path | RecordedCheckpoint]) -> list[RecordedCheckpoint]:
+    plain = [each for each in checkpoints if isinstance(each, str | Path)]
+    if plain:
+        raise InputError(
+            f"adam=True with the checkpoint {str(plain[0])!r}: a path says nothing of Adam's second moments. Give what "
+            "read_recording returns, or a RecordedCheckpoint."
+        )
+    return [each for each in checkpoints if not isinstance(each, str | Path)]
+
+
+def _weight_decay(checkpoints: Sequence[str | Path | RecordedCheckpoint], given: float | None) -> float:
+    if given is not None:
+        if not 0 <= given < math.inf:
+            raise InputError(f"weight_decay={given}: expected a number >= 0, or None for what was recorded.")
+        return given
+    recorded = [each for each in checkpoints if not isinstance(each, str | Path)]
+    found = {max(group.weight_decay or 0.0 for group in each.groups) for each in recorded}
+    if len(found) > 1:
+        raise InputError(
+            f"weight_decay=None, and checkpoints have {sorted(found)}. Give one number for all of training."
+        )
+    return found.pop() if found else 0.0
 
 
 def _times(checkpoints: Sequence[str | Path | RecordedCheckpoint], times: Sequence[float] | None) -> list[float]:
@@ -155,23 +216,44 @@ def response_filter(eigenvalues: Tensor, time: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Source(Generic[Batch]):
-    """What all segments have in common.
+class _Settings:
+    """What scores depend on, beside checkpoints and queries.
 
     Attributes:
+        strategy: whose curvature.
         seed: of targets drawn from the model; None takes the dataset's own.
+        damping: weight decay in the unit of the curvature, whose loss is `loss_scale` times too large.
         last: the checkpoint of which query gradients are.
     """
 
-    study: Study[Batch]
-    queries: Dataset[object]
+    strategy: str
     seed: int | None
-    name: str
-    options: Options
+    damping: float
     last: Path
 
-    def segments(self, paths: Mapping[str, Path], times: Sequence[float], count: int) -> list[_Segment]:
-        """Runs of checkpoints, the first ones longer where they cannot be equal."""
+
+@dataclass(frozen=True)
+class _Source(Generic[Batch]):
+    """What all segments have in common."""
+
+    study: Study[Batch]
+    queries: Dataset[object]
+    settings: _Settings
+    name: str
+    options: Options
+
+    def segments(
+        self,
+        paths: Mapping[str, Path],
+        times: Sequence[float],
+        count: int,
+        recorded: Sequence[RecordedCheckpoint] | None,
+    ) -> list[_Segment]:
+        """Runs of checkpoints, the first ones longer where they cannot be equal.
+
+        Args:
+            recorded: the same checkpoints, where Adam's steps are taken.
+        """
         models = {}
         for name, path in paths.items():
             load_weights(self.study._sweep.model, path)
@@ -180,9 +262,17 @@ class _Source(Generic[Batch]):
         for number in range(count):
             stop = start + len(names) // count + (number < len(names) % count)
             chosen = {name: paths[name] for name in names[start:stop]}
-            found.append(_Segment(chosen, sum(times[start:stop]), [models[name] for name in chosen]))
+            roots = {} if recorded is None else self._roots(recorded[start:stop])
+            found.append(_Segment(chosen, sum(times[start:stop]), [models[name] for name in chosen], roots))
             start = stop
         return found
+
+    def _roots(self, checkpoints: Sequence[RecordedCheckpoint]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for checkpoint in checkpoints:
+            for name, each in adam_conditioning(checkpoint).items():
+                total[name] = each / len(checkpoints) + total.get(name, 0.0)
+        return conditioning_roots(self.study._sweep, total)
 
     def forget(self, segments: Sequence[_Segment]) -> None:
         """Delete the factors of all segments, whatever they were made from."""
@@ -191,11 +281,12 @@ class _Source(Generic[Batch]):
                 self._fitting(study, segment, number).stages.clear()
 
     def curvature(self, segment: _Segment, number: int) -> tuple[dict[str, Basis], dict[str, Tensor]]:
-        """EK-FAC of a segment: bases of averaged covariances, and eigenvalues there, averaged.
+        """Of a segment: bases of averaged covariances, and eigenvalues there, averaged, with weight decay's part.
 
         Args:
             number: of the segment; parts are kept in `factors/NAME-NUMBER` of the run and of each checkpoint's.
         """
+        strategy = STRATEGIES[self.settings.strategy]
 
         def mean(part: Callable[[Fitting[Batch]], dict[str, Tensor]]) -> dict[str, Tensor]:
             total: dict[str, Tensor] = {}
@@ -206,27 +297,38 @@ class _Source(Generic[Batch]):
                     total[key] = each / len(segment.paths) + total.get(key, 0.0)
             return total
 
+        def covariances(fitting: Fitting[Batch]) -> dict[str, Tensor]:
+            fitting.stages.forget(strategy.stage("eigenvalues"))  # of a basis that is gone
+            return fitting.covariances(strategy)
+
         whole = self._fitting(self.study, segment, number, model=" + ".join(segment.models))
-        bases = whole.bases(_EKFAC, lambda: mean(lambda fitting: fitting.covariances(_EKFAC)))
-        return bases, mean(lambda fitting: fitting.mean_squares(_EKFAC, bases))
+        bases = whole.bases(strategy, lambda: mean(covariances)) if strategy.basis else {}
+        eigenvalues = mean(lambda fitting: fitting.mean_squares(strategy, bases))
+        return bases, {layer: each + self.settings.damping for layer, each in eigenvalues.items()}
 
     def _fitting(self, study: Study[Batch], segment: _Segment, number: int, model: str | None = None) -> Fitting[Batch]:
         fingerprint = self._fingerprint(study) | {"segment": " + ".join(segment.models)}
+        fingerprint |= conditioning_digest(segment.roots)
         if model is not None:
             fingerprint["model"] = model
         stages = Stages(within(study.path, "factors", f"{self.name}-{number}"), fingerprint, study.profile)
-        return Fitting(study._sweep, study.train, stages, self.seed, self.options.train_batch_size)
+        batch_size = self.options.train_batch_size
+        return Fitting(study._sweep, study.train, stages, self.settings.seed, batch_size, roots=segment.roots)
 
     def _fingerprint(self, study: Study[Batch]) -> dict[str, str]:
-        targets = "dataset" if self.seed is None else f"sampled, seed {self.seed}"
+        seed = self.settings.seed
+        targets = "dataset" if seed is None else f"sampled, seed {seed}"
         return study._fingerprint() | {"targets": targets, "precision": str(study._sweep.precision)}
 
-    def scores(self, segment: _Segment, chain: Sequence[Preconditioner], described: str) -> dict[str, Scores]:
+    def scores(
+        self, segment: _Segment, later: Sequence[Preconditioner], response: Preconditioner, described: str
+    ) -> dict[str, Scores]:
         """What each checkpoint of a segment adds, before averaging.
 
         Args:
-            chain: what query gradients are multiplied with, one after another.
-            described: this segment and the later ones, on which the chain depends.
+            later: S of later segments, the last one first.
+            response: what makes r of gradients.
+            described: this segment and the later ones, on which both depend.
         """
         found = {}
         measured = checked_settings(self.study._sweep.task).get("measure", "measurement")
@@ -234,6 +336,7 @@ class _Source(Generic[Batch]):
             load_weights(self.study._sweep.model, path)
             there = study_of(self.study, name)
             fingerprint = self._fingerprint(there) | {"strategy": "source", "segments": described}
+            fingerprint |= {"curvature": self.settings.strategy, "damping": repr(self.settings.damping)}
             fingerprint |= {"queries": dataset_digest(self.queries), "measured": measured}
             scoring = _SegmentScoring(
                 there._sweep,
@@ -242,8 +345,9 @@ class _Source(Generic[Batch]):
                 self.queries,
                 there.train,
                 self.options,
-                chain=chain,
-                last=self.last,
+                later=later,
+                response=response,
+                last=self.settings.last,
                 here=path,
             )
             found[name] = KeptScores(there.path, scoring, self.name, fingerprint, there.profile).scores()
@@ -255,37 +359,54 @@ class _SegmentScoring(Scoring[Batch]):
     """Scores of query gradients at one checkpoint with training gradients at another.
 
     Attributes:
-        chain: what query gradients are multiplied with, one after another.
+        later: S of later segments, which query gradients are multiplied with from the left, the last one first.
+        response: what they are multiplied with then.
         last: the checkpoint of which query gradients are.
         here: that of training gradients, whose weights the model has but for those.
     """
 
-    chain: Sequence[Preconditioner]
+    later: Sequence[Preconditioner]
+    response: Preconditioner
     last: Path
     here: Path
 
     def bank(self, rows: range) -> GradientBank:
         load_weights(self.sweep.model, self.last)
         bank = super().bank(rows)
-        for each in self.chain:
-            self._multiply(bank, each)
+        for each in self.later:
+            # From the left, S is its transpose: P^(-1/2) exp(-eta K H') P^(1/2).
+            self._multiply(bank, each, {name: roots.reciprocal() for name, roots in each.roots.items()})
+        self._multiply(bank, self.response, self.response.roots)
         load_weights(self.sweep.model, self.here)
         return bank
 
-    def _multiply(self, bank: GradientBank, preconditioner: Preconditioner) -> None:
-        """Multiply gradients [queries, out, width] with Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T where they lie."""
+    def _multiply(self, bank: GradientBank, preconditioner: Preconditioner, outside: Mapping[str, Tensor]) -> None:
+        """Multiply gradients [queries, out, width] with a filter between P^(1/2) and what is outside, where they lie.
+
+        Args:
+            outside: [out, in] of conditioned layers.
+        """
         layers, device = self.sweep.layers, self.sweep.device
         sides, filters = preconditioner.sides(layers), preconditioner.aligned_filters(layers)
-        for name in layers:
+        for name, layer in layers.items():
             kept, columns = bank.sums[name], bank.sums.get(f"{name}.columns")
-            left, right = sides[name].on(device)
+            left, right, roots = sides[name].on(device)
+            scale = aligned(layer, outside[name]).to(device) if name in outside else None
             chosen = filters[name].to(device)  # [out, width]
             for start in range(0, len(kept), _QUERIES):
                 rows = slice(start, start + _QUERIES)
+                places = None if columns is None else columns[rows].to(device)
                 gradients = kept[rows].to(device)
+                gradients = gradients if roots is None else gradients * _held(roots, places)
                 gradients = gradients if left is None else left.T @ gradients
                 gradients = gradients if right is None else gradients @ right
-                own = chosen if columns is None else chosen[:, columns[rows].to(device)].transpose(0, 1)
-                gradients = gradients * own
+                gradients = gradients * _held(chosen, places)
                 gradients = gradients if left is None else left @ gradients
-                kept[rows] = (gradients if right is None else gradients @ right.T).to(kept.device)
+                gradients = gradients if right is None else gradients @ right.T
+                gradients = gradients if scale is None else gradients * _held(scale, places)
+                kept[rows] = gradients.to(kept.device)
+
+
+def _held(matrix: Tensor, columns: Tensor | None) -> Tensor:
+    """A matrix [out, width], or its columns [queries, columns] for each query: [queries, out, columns]."""
+    return matrix if columns is None else matrix[:, columns].transpose(0, 1)

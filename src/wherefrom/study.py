@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from wherefrom.conditioning import Conditioning, conditioning_digest, conditioning_roots
 from wherefrom.curvature import Factors, checked_strategy
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.files import checked_name, within
@@ -143,6 +144,7 @@ class Study(Generic[Batch]):
         half_precision: bool = False,
         batch_size: int | None = None,
         seed: int = 0,
+        conditioning: Conditioning | None = None,
         name: str | None = None,
         overwrite: bool = False,
     ) -> Factors:
@@ -154,8 +156,11 @@ class Study(Generic[Batch]):
             half_precision: bfloat16 products in the model's passes; factors stay float32.
             batch_size: None finds one; results depend on it only by rounding.
             seed: of the drawn targets.
+            conditioning: what the optimizer has multiplied each weight's gradient with, by parameter name
+                (`adam_conditioning` for Adam's), so that curvature, its damping and scores are those of the coordinates
+                that it descended in. For "shampoo", "diagonal" and "identity".
             name: of the factors in the run directory; "sampled" or "empirical" by default, with "-half" in half
-                precision. Strategies share what they have in common under one name.
+                precision and "-conditioned". Strategies share what they have in common under one name.
             overwrite: replace what has this name, instead of refusing when it was made from something else. Where it is
                 interrupted, the call without it goes on.
 
@@ -164,14 +169,16 @@ class Study(Generic[Batch]):
         """
         checked_strategy(strategy)
         sweep = self._precise_sweep(half_precision)
-        usual = ("empirical" if empirical else "sampled") + ("-half" if half_precision else "")
+        usual = ("empirical" if empirical else "sampled") + "-half" * half_precision
+        usual += "-conditioned" * (conditioning is not None)
         folder = within(self.path, "factors", checked_name(name or usual))
         fingerprint = self._fingerprint()
         fingerprint["targets"] = "dataset" if empirical else f"sampled, seed {seed}"
         fingerprint["precision"] = str(sweep.precision)
-        stages = Stages(folder, fingerprint, self.profile)
+        roots = {} if conditioning is None else conditioning_roots(sweep, conditioning)
+        stages = Stages(folder, fingerprint | conditioning_digest(roots), self.profile)
         size = checked_batch_size(batch_size)
-        return Fitting(sweep, self.train, stages, None if empirical else seed, size, overwrite).factors(strategy)
+        return Fitting(sweep, self.train, stages, None if empirical else seed, size, overwrite, roots).factors(strategy)
 
     def plan(self, queries: Dataset[object], strategy: str = "ekfac", **options: Unpack[ScoreOptions]) -> Plan:
         """What `score` would do with these arguments, and what that and the fit would cost, without doing it.
@@ -340,9 +347,7 @@ class Study(Generic[Batch]):
 
     def _kept(self, queries: Dataset[object] | None, factors: Factors, options: Options) -> KeptScores[Batch]:
         """What is asked for, loaded or not; without queries, of the training examples with themselves."""
-        sweep, strategy = self._precise_sweep(options.half_precision), factors.kind
-        if options.damping is None:
-            options = replace(options, damping=factors.usual_damping)
+        sweep, strategy = self._precise_sweep(options.half_precision), checked_strategy(factors.strategy)
         groups = layer_groups(options.per_layer, list(self.layers))
         asked = self.train if queries is None else queries
         scoring = Scoring(sweep, strategy, factors.preconditioner(options.damping), asked, self.train, options, groups)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -60,7 +59,7 @@ def test_scores_are_products_of_gradients_over_adam_s_roots(tmp_path: Path, name
     case = makers[name]()
     checkpoint, optimizer = trained(case, tmp_path / "checkpoint-3")
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    scores = study.score(case.queries, wf.adam_factors(study, checkpoint))
+    scores = study.score(case.queries, study.fit("identity", conditioning=wf.adam_conditioning(checkpoint)))
     tracked = {
         id(each) for layer in study.layers.values() for use in layer.uses for each in use.module.parameters(False)
     }
@@ -71,7 +70,6 @@ def test_scores_are_products_of_gradients_over_adam_s_roots(tmp_path: Path, name
         for column, example in enumerate(case.train):
             own = gradients(case, example, measured=False)
             expected[row, column] = sum((divided[name] * own[name]).sum() for name in chosen)
-    assert scores.strategy == "adam"
     assert relative_error(scores.values, expected) < 1e-9
 
 
@@ -89,44 +87,21 @@ def test_the_preconditioner_is_that_of_a_real_step(tmp_path: Path) -> None:
     gradient = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
     given = torch.cat([gradient["first.weight"], gradient["first.bias"][:, None]], 1)
     study = wf.Study(tmp_path / "run", model, case.task, train=case.train)
-    factors = wf.adam_factors(study, replace(checkpoint, step=1, groups=(group,)))
+    conditioning = wf.adam_conditioning(replace(checkpoint, step=1, groups=(group,)))
+    factors = study.fit("identity", conditioning=conditioning)
     moved = {name: before[name] - each for name, each in model.named_parameters()}
     expected = torch.cat([moved["first.weight"], moved["first.bias"][:, None]], 1) / 0.01
     assert relative_error(factors.preconditioner().apply("first", given), expected) < 1e-9
 
 
-def test_a_damping_is_added_when_it_is_given(tmp_path: Path) -> None:
-    case = mlp_case()
-    checkpoint, _ = trained(case, tmp_path / "checkpoint-3")
-    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    factors = wf.adam_factors(study, checkpoint)
-    more = wf.adam_factors(study, replace(checkpoint, groups=(replace(GROUP, eps=EPS + 0.25),)))
-    damped = study.score(case.queries, factors, damping=0.25, name="damped").values
-    assert relative_error(damped, study.score(case.queries, more, name="more").values) < 1e-12
-    plain = study.score(case.queries, factors).values
-    assert torch.equal(study.self_influence(factors), study.self_influence(factors, damping=0.0, name="zero"))
-    assert relative_error(damped, plain) > 1e-2
-
-
 def test_what_a_recording_lacks_is_named(tmp_path: Path) -> None:
     case = mlp_case()
     checkpoint, _ = trained(case, tmp_path / "checkpoint-3")
-    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
     for groups in ((GROUP, replace(GROUP, eps=1e-8)), (ParameterGroup(0.1),)):
         with pytest.raises(InputError, match=r"\(beta2, eps\)"):
-            wf.adam_factors(study, replace(checkpoint, groups=groups))
+            wf.adam_conditioning(replace(checkpoint, groups=groups))
     with pytest.raises(InputError, match="no second moments were recorded"):
-        wf.adam_factors(study, replace(checkpoint, path=tmp_path))
-    save_file({"first.weight": torch.ones(5, 4)}, tmp_path / "checkpoint-3" / MOMENTS)
-    with pytest.raises(InputError, match=r"has no moments of first.bias \[5\], which layer 'first' uses"):
-        wf.adam_factors(study, checkpoint)
+        wf.adam_conditioning(replace(checkpoint, path=tmp_path))
     (tmp_path / "checkpoint-3" / MOMENTS).write_bytes(b"12")
     with pytest.raises(DamagedError, match="cannot be read as weights"):
-        wf.adam_factors(study, checkpoint)
-
-
-def test_it_cannot_be_fitted(tmp_path: Path) -> None:
-    case: Any = mlp_case()
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    with pytest.raises(InputError, match="strategy='adam': expected one of identity"):
-        study.fit("adam")
+        wf.adam_conditioning(checkpoint)

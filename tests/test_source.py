@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import wherefrom as wf
@@ -19,9 +20,10 @@ from tests.test_checkpoints import moved
 from tests.test_layers import CASES
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.layers import select_layers
-from wherefrom.recording import ParameterGroup, RecordedCheckpoint
+from wherefrom.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
 
 SEED = 3
+BETA, EPS = 0.99, 1e-3
 TIMES = [0.3, 0.05, 0.2, 0.1]
 
 
@@ -35,18 +37,37 @@ def saved(model: nn.Module, folder: Path, count: int = 4) -> tuple[list[Path], l
     return paths, models
 
 
-def by_matrix_exponentials(cuts: Sequence[Sequence[BruteForce]], times: Sequence[float]) -> Tensor:
-    """Scores [query, train] of segments of checkpoints, with dense curvature and no eigenvalue of it."""
+Steps = Mapping[str, Tensor]
+"""What a step multiplies gradients with, by parameter names."""
+
+
+def by_matrix_exponentials(
+    cuts: Sequence[Sequence[BruteForce]],
+    times: Sequence[float],
+    strategy: str = "ekfac",
+    steps: Sequence[Steps] | None = None,
+    weight_decay: float = 0.0,
+) -> Tensor:
+    """Scores [query, train] of segments of checkpoints, with dense curvature and no eigenvalue of it.
+
+    Args:
+        steps: P of each segment, whose dynamics stay in the weights' own coordinates here: d theta = -P H theta dt.
+        weight_decay: in units of times.
+    """
     last = cuts[-1][-1]
     total = torch.zeros(len(last.queries), len(last.train), dtype=torch.float64)
     for layer in last.layers:
         queries = torch.stack([each[layer].flatten() for each in last.queries])
-        for segment, time in reversed(list(zip(cuts, times, strict=True))):
-            curvature = averaged(segment, layer)
+        for number, (segment, time) in reversed(list(enumerate(zip(cuts, times, strict=True)))):
+            given = {} if steps is None else steps[number]
+            step = last.matrix(layer, given).flatten() if given else torch.ones(queries.shape[1], dtype=torch.float64)
+            roots, conditioned = step.sqrt(), [brute.conditioned(given) if given else brute for brute in segment]
+            curvature = averaged(conditioned, layer, strategy) / torch.outer(roots, roots)
             size = len(curvature)
-            # exp([[-tH, tI], [0, 0]]) holds exp(-tH), and beside it the integral of exp(-sH) from 0 to t.
+            # exp([[-tM, tP], [0, 0]]) holds exp(-tM), and beside it the integral of exp(-sM) P from 0 to t.
+            generator = step[:, None] * curvature + weight_decay * torch.eye(size, dtype=torch.float64)
             block = torch.zeros(2 * size, 2 * size, dtype=torch.float64)
-            block[:size, :size], block[:size, size:] = -time * curvature, time * torch.eye(size).double()
+            block[:size, :size], block[:size, size:] = -time * generator, time * step.diag()
             decay, response = torch.linalg.matrix_exp(block)[:size].split(size, dim=1)
             trained = torch.stack([torch.stack([each[layer].flatten() for each in brute.train]) for brute in segment])
             total += queries @ response @ trained.mean(0).T
@@ -54,9 +75,13 @@ def by_matrix_exponentials(cuts: Sequence[Sequence[BruteForce]], times: Sequence
     return total
 
 
-def averaged(segment: Sequence[BruteForce], layer: str) -> Tensor:
-    """EK-FAC of several checkpoints: eigenvectors of the mean covariances, mean squares of gradients there."""
-    rows = torch.cat([torch.stack([each[layer].flatten() for each in brute.fisher]) for brute in segment])
+def averaged(segment: Sequence[BruteForce], layer: str, strategy: str) -> Tensor:
+    """Of several checkpoints: eigenvectors of the mean covariances, mean squares of gradients there."""
+    matrices = torch.cat([torch.stack([each[layer] for each in brute.fisher]) for brute in segment])
+    rows = matrices.flatten(1)
+    if strategy != "ekfac":
+        s, a = segment[0].whole_moments(layer, matrices)
+        return dense(strategy, rows, a, s)
     activations, gradients = (
         torch.cat([each[layer][side] for brute in segment for each in brute.tokens]) for side in (0, 1)
     )
@@ -85,6 +110,65 @@ def test_scores_equal_dense_matrix_exponentials(tmp_path: Path, name: str, segme
     small = wf.Study(tmp_path / "small", case.model, case.task, train=case.train, memory_budget=1e-9)
     again = wf.score_source(small, paths, case.queries, segments, times=TIMES, seed=SEED)
     assert relative_error(again.values, scores.values) < 1e-9
+
+
+def recorded(paths: Sequence[Path], models: Sequence[nn.Module], rates: Sequence[float]) -> list[RecordedCheckpoint]:
+    """The same checkpoints as directories, as an AdamW run records them, with second moments of their own."""
+    group = ParameterGroup(0.0, (0.9, BETA), EPS, 0.3)
+    found = []
+    for number, (path, model, rate) in enumerate(zip(paths, models, rates, strict=True), start=1):
+        generator = torch.Generator().manual_seed(number)
+        folder = path.parent / f"checkpoint-{number}"
+        folder.mkdir()
+        path.rename(folder / "model.safetensors")
+        squares = {
+            name: torch.rand(each.shape, dtype=torch.float64, generator=generator)
+            for name, each in model.named_parameters()
+        }
+        save_file(squares, folder / MOMENTS)
+        found.append(RecordedCheckpoint(folder, number, 1.0, 1, "AdamW", (replace(group, learning_rate=rate),)))
+    return found
+
+
+def adam_steps(checkpoints: Sequence[RecordedCheckpoint]) -> dict[str, Tensor]:
+    """The mean over checkpoints of 1 / (sqrt(v / (1 - beta2^step)) + eps)."""
+    moments = [load_file(each.path / MOMENTS) for each in checkpoints]
+    return {
+        name: torch.stack(
+            [
+                1 / ((each[name] / (1 - BETA**checkpoint.step)).sqrt() + EPS)
+                for each, checkpoint in zip(moments, checkpoints, strict=True)
+            ]
+        ).mean(0)
+        for name in moments[0]
+    }
+
+
+@pytest.mark.parametrize("name", ["mlp", "embedding", "conv2d"])
+@pytest.mark.parametrize("strategy", ["shampoo", "diagonal"])
+def test_adams_steps_equal_dense_matrix_exponentials(tmp_path: Path, name: str, strategy: str) -> None:
+    makers: dict[str, Callable[[], Case]] = {**CASES, "mlp": mlp_case}
+    case = makers[name]()
+    paths, models = saved(case.model, tmp_path / "checkpoints")
+    checkpoints = recorded(paths, models, TIMES)
+    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
+    scores = wf.score_source(
+        study, checkpoints, case.queries, 3, adam=True, strategy=strategy, loss_scale=0.5, seed=SEED
+    )
+    layers = list(select_layers(case.model, case.task.layers))
+    brutes = [BruteForce(model, case.task, layers, case.train, case.queries, SEED) for model in models]
+    cuts = [brutes[:2], brutes[2:3], brutes[3:]]
+    steps = [adam_steps(checkpoints[:2]), adam_steps(checkpoints[2:3]), adam_steps(checkpoints[3:])]
+    times = [0.5 * each for each in (sum(TIMES[:2]), *TIMES[2:])]
+    expected = by_matrix_exponentials(cuts, times, strategy, steps, weight_decay=0.3 / 0.5)
+    assert relative_error(scores.values, expected) < 1e-8
+    # Each of the three has its part in it.
+    for other in (
+        by_matrix_exponentials(cuts, times, strategy, weight_decay=0.6),
+        by_matrix_exponentials(cuts, times, strategy, steps),
+        by_matrix_exponentials(cuts, times, strategy, [steps[0]] * 3, weight_decay=0.6),
+    ):
+        assert relative_error(scores.values, other) > 1e-3
 
 
 class UnitFisher(wf.Regression):

@@ -20,7 +20,7 @@ from wherefrom.sweep import Sweep
 from wherefrom.task import Batch
 
 Conditioning = Mapping[str, Tensor]
-"""P by the names of a model's parameters, in their shapes; above 0. A tied parameter is there under any of its names."""
+"""P by the names of a model's parameters, in their shapes; above 0. A tied one is there under any of its names."""
 
 
 def conditioning_roots(sweep: Sweep[Batch], conditioning: Conditioning) -> dict[str, Tensor]:

@@ -5,9 +5,9 @@ to be constant, the means over the segment's checkpoints. With the learning rate
 
     S_l = exp(-eta K H_l)    r_l = (1 - exp(-eta K H_l)) H_l^-1 g_l    score = g_query^T sum_l S_L ... S_{l+1} r_l
 
-(their equations for the Jacobian, the response and the estimator). The curvature is that of averaged covariances and, in
-their eigenvectors, averaged eigenvalues; so S and r are filters. Steps -eta P g of Adam, with P the mean of a segment's
-checkpoints, are these in coordinates P^(-1/2) theta (see `conditioning`): with H'_l = P^(1/2) H_l P^(1/2),
+(their equations for the Jacobian, the response and the estimator). The curvature is that of averaged covariances and,
+in their eigenvectors, averaged eigenvalues; so S and r are filters. Steps -eta P g of Adam, with P the mean of a
+segment's checkpoints, are these in coordinates P^(-1/2) theta (see `conditioning`): with H'_l = P^(1/2) H_l P^(1/2),
 
     S_l = P^(1/2) exp(-eta K H'_l) P^(-1/2)    r_l = P^(1/2) (1 - exp(-eta K H'_l)) H'_l^-1 P^(1/2) g_l
 
@@ -30,25 +30,21 @@ from torch import Tensor
 from wherefrom.adam import adam_conditioning
 from wherefrom.checkpoints import kept_sum, load_weights, named_paths, restored, study_of
 from wherefrom.conditioning import conditioning_digest, conditioning_roots
-from wherefrom.curvature import STRATEGIES, Basis, Preconditioner, aligned, checked_strategy
+from wherefrom.curvature import STRATEGIES, Basis, Preconditioner, checked_strategy
 from wherefrom.errors import InputError
 from wherefrom.files import within
 from wherefrom.fingerprint import Dataset, checked_length, dataset_digest, model_digest
 from wherefrom.fitting import Fitting
-from wherefrom.gradients import GradientBank
 from wherefrom.kept_scores import KeptScores
 from wherefrom.options import Options, checked_result_name
 from wherefrom.scores import Scores
-from wherefrom.scoring import Scoring
+from wherefrom.segment_scoring import SegmentScoring
 from wherefrom.stages import Stages
 from wherefrom.study import Study
 from wherefrom.task import Batch, checked_settings
 
 if TYPE_CHECKING:
     from wherefrom.recording import RecordedCheckpoint
-
-# Query gradients that are filtered at a time.
-_QUERIES = 16
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,7 @@ def score_source(
     if not 1 <= segments <= len(paths):
         raise InputError(f"segments={segments}: expected 1 to {len(paths)}, as many as there are checkpoints.")
     settings = _Settings(
-        strategy=_checked(strategy or ("shampoo" if adam else "ekfac"), adam),
+        strategy=_checked_strategy(strategy or ("shampoo" if adam else "ekfac"), adam),
         seed=None if empirical else seed,
         damping=decay / loss_scale,
         last=list(paths.values())[-1],
@@ -163,7 +159,7 @@ def score_source(
         return kept_sum(study, name, {each: parts[each] for each in paths}, weights, overwrite)
 
 
-def _checked(name: str, adam: bool) -> str:
+def _checked_strategy(name: str, adam: bool) -> str:
     strategy = checked_strategy(name)
     if strategy.eigenvalues != "fitted" or (adam and strategy.basis == "covariances"):
         expected = "'shampoo' or 'diagonal'" if adam else "'ekfac', 'shampoo' or 'diagonal'"
@@ -189,9 +185,7 @@ def _weight_decay(checkpoints: Sequence[str | Path | RecordedCheckpoint], given:
     recorded = [each for each in checkpoints if not isinstance(each, str | Path)]
     found = {max(group.weight_decay or 0.0 for group in each.groups) for each in recorded}
     if len(found) > 1:
-        raise InputError(
-            f"weight_decay=None, and checkpoints have {sorted(found)}. Give one number for all of training."
-        )
+        raise InputError(f"weight_decay=None, and {sorted(found)} were recorded. Give one number for all of training.")
     return found.pop() if found else 0.0
 
 
@@ -338,7 +332,7 @@ class _Source(Generic[Batch]):
             fingerprint = self._fingerprint(there) | {"strategy": "source", "segments": described}
             fingerprint |= {"curvature": self.settings.strategy, "damping": repr(self.settings.damping)}
             fingerprint |= {"queries": dataset_digest(self.queries), "measured": measured}
-            scoring = _SegmentScoring(
+            scoring = SegmentScoring(
                 there._sweep,
                 STRATEGIES["identity"],
                 Preconditioner({}, {}),
@@ -352,61 +346,3 @@ class _Source(Generic[Batch]):
             )
             found[name] = KeptScores(there.path, scoring, self.name, fingerprint, there.profile).scores()
         return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class _SegmentScoring(Scoring[Batch]):
-    """Scores of query gradients at one checkpoint with training gradients at another.
-
-    Attributes:
-        later: S of later segments, which query gradients are multiplied with from the left, the last one first.
-        response: what they are multiplied with then.
-        last: the checkpoint of which query gradients are.
-        here: that of training gradients, whose weights the model has but for those.
-    """
-
-    later: Sequence[Preconditioner]
-    response: Preconditioner
-    last: Path
-    here: Path
-
-    def bank(self, rows: range) -> GradientBank:
-        load_weights(self.sweep.model, self.last)
-        bank = super().bank(rows)
-        for each in self.later:
-            # From the left, S is its transpose: P^(-1/2) exp(-eta K H') P^(1/2).
-            self._multiply(bank, each, {name: roots.reciprocal() for name, roots in each.roots.items()})
-        self._multiply(bank, self.response, self.response.roots)
-        load_weights(self.sweep.model, self.here)
-        return bank
-
-    def _multiply(self, bank: GradientBank, preconditioner: Preconditioner, outside: Mapping[str, Tensor]) -> None:
-        """Multiply gradients [queries, out, width] with a filter between P^(1/2) and what is outside, where they lie.
-
-        Args:
-            outside: [out, in] of conditioned layers.
-        """
-        layers, device = self.sweep.layers, self.sweep.device
-        sides, filters = preconditioner.sides(layers), preconditioner.aligned_filters(layers)
-        for name, layer in layers.items():
-            kept, columns = bank.sums[name], bank.sums.get(f"{name}.columns")
-            left, right, roots = sides[name].on(device)
-            scale = aligned(layer, outside[name]).to(device) if name in outside else None
-            chosen = filters[name].to(device)  # [out, width]
-            for start in range(0, len(kept), _QUERIES):
-                rows = slice(start, start + _QUERIES)
-                places = None if columns is None else columns[rows].to(device)
-                gradients = kept[rows].to(device)
-                gradients = gradients if roots is None else gradients * _held(roots, places)
-                gradients = gradients if left is None else left.T @ gradients
-                gradients = gradients if right is None else gradients @ right
-                gradients = gradients * _held(chosen, places)
-                gradients = gradients if left is None else left @ gradients
-                gradients = gradients if right is None else gradients @ right.T
-                gradients = gradients if scale is None else gradients * _held(scale, places)
-                kept[rows] = gradients.to(kept.device)
-
-
-def _held(matrix: Tensor, columns: Tensor | None) -> Tensor:
-    """A matrix [out, width], or its columns [queries, columns] for each query: [queries, out, columns]."""
-    return matrix if columns is None else matrix[:, columns].transpose(0, 1)

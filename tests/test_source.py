@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -191,39 +192,77 @@ def least_squares() -> tuple[nn.Module, Rows, Rows]:
     return nn.Sequential(nn.Linear(WIDTH, 1, bias=False)).double(), rows[:EXAMPLES], rows[EXAMPLES:]
 
 
-def descended(weight: Tensor, train: Rows, examples: Tensor, steps: int, rate: float) -> list[Tensor]:
-    """Every weight [in] of gradient descent on the sum over examples of their weights x half squared errors, over N."""
+ONES = torch.ones(WIDTH, dtype=torch.float64)
+
+
+def descended(
+    weight: Tensor,
+    train: Rows,
+    examples: Tensor,
+    steps: int,
+    rate: float,
+    multiplied: Tensor = ONES,
+    weight_decay: float = 0.0,
+) -> list[Tensor]:
+    """Every weight [in] of descent on the sum over examples of their weights x half squared errors, over N.
+
+    Args:
+        multiplied: P [in], of each step's gradient.
+    """
     inputs, targets = torch.stack([x for x, _ in train]), torch.cat([y for _, y in train])
     path = [weight]
     for _ in range(steps):
-        errors = inputs @ path[-1] - targets
-        path.append(path[-1] - rate * inputs.T @ (examples * errors) / len(train))
+        gradient = inputs.T @ (examples * (inputs @ path[-1] - targets)) / len(train)
+        path.append((1 - rate * weight_decay) * path[-1] - rate * multiplied * gradient)
     return path
 
 
-def unrolled(weight: Tensor, train: Rows, queries: Rows, steps: int, rate: float) -> Tensor:
+def unrolled(
+    weight: Tensor,
+    train: Rows,
+    queries: Rows,
+    steps: int,
+    rate: float,
+    multiplied: Tensor = ONES,
+    weight_decay: float = 0.0,
+) -> Tensor:
     """Minus the derivative of each query's half squared error, times N, in each example's weight: [query, train]."""
 
     def losses(examples: Tensor) -> Tensor:
-        last = descended(weight, train, examples, steps, rate)[-1]
+        last = descended(weight, train, examples, steps, rate, multiplied, weight_decay)[-1]
         return torch.stack([(x @ last - y[0]).square() / 2 for x, y in queries])
 
     found: Tensor = torch.func.jacrev(losses)(torch.ones(len(train), dtype=torch.float64))
     return -len(train) * found
 
 
-def sourced(folder: Path, path: Sequence[Tensor], chosen: Sequence[int], rate: float, segments: int) -> Tensor:
-    """SOURCE from the weights after these steps; times are those of steps since the one before."""
+def sourced(
+    folder: Path,
+    path: Sequence[Tensor],
+    chosen: Sequence[int],
+    rate: float,
+    segments: int,
+    multiplied: Tensor | None = None,
+    weight_decay: float | None = None,
+) -> Tensor:
+    """SOURCE from the weights after these steps; times are those of steps since the one before.
+
+    Args:
+        multiplied: P [in] of Adam's steps, which its second moments are made from; None is gradient descent.
+    """
     model, train, queries = least_squares()
     records, before = [], 0
     for step in chosen:
         (folder / f"checkpoint-{step}").mkdir(parents=True)
         save_file({"0.weight": path[step][None].clone()}, folder / f"checkpoint-{step}" / "model.safetensors")
-        groups = (ParameterGroup(rate),)
-        records.append(RecordedCheckpoint(folder / f"checkpoint-{step}", step, 0.0, step - before, "SGD", groups))
+        groups = (ParameterGroup(rate, (0.9, BETA), EPS, weight_decay),)
+        if multiplied is not None:
+            squares = (1 / multiplied - EPS).square() * (1 - BETA**step)
+            save_file({"0.weight": squares[None]}, folder / f"checkpoint-{step}" / MOMENTS)
+        records.append(RecordedCheckpoint(folder / f"checkpoint-{step}", step, 0.0, step - before, "any", groups))
         before = step
     study = wf.Study(folder / "run", model, UnitFisher(), train=train)
-    return wf.score_source(study, records, queries, segments).values
+    return wf.score_source(study, records, queries, segments, adam=multiplied is not None).values
 
 
 def test_at_the_minimum_it_is_unrolled_training(tmp_path: Path) -> None:
@@ -239,6 +278,31 @@ def test_at_the_minimum_it_is_unrolled_training(tmp_path: Path) -> None:
         found = sourced(tmp_path / str(steps), path, thirds, rate, 3)
         errors.append(relative_error(found, unrolled(minimum, train, queries, steps, rate)))
     assert errors[0] < 0.02
+    assert 3.5 < errors[0] / errors[1] < 4.5
+
+
+@pytest.mark.parametrize("multiplied", [None, torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)], ids=["sgd", "adam"])
+def test_at_rest_it_is_unrolled_training_with_adams_steps_and_weight_decay(
+    tmp_path: Path, multiplied: Tensor | None
+) -> None:
+    """Where decay and the step cancel, gradients are constant, too: the same order of eta is all that is left."""
+    _, train, queries = least_squares()
+    inputs, targets = torch.stack([x for x, _ in train]), torch.cat([y for _, y in train])
+    steps_of = ONES if multiplied is None else multiplied
+    decay = 0.4  # at rest: P X^T (X w - y) / N + decay w = 0
+    rest = torch.linalg.solve(
+        steps_of[:, None] * inputs.T @ inputs / EXAMPLES + decay * torch.eye(WIDTH).double(),
+        steps_of * (inputs.T @ targets) / EXAMPLES,
+    )
+    errors = []
+    for steps in (STEPS // 4, STEPS):
+        rate = 3.0 / steps
+        path = descended(rest, train, torch.ones(EXAMPLES, dtype=torch.float64), steps, rate, steps_of, decay)
+        assert relative_error(path[-1], rest) < 1e-12
+        thirds = [steps // 3, 2 * steps // 3, steps]
+        found = sourced(tmp_path / str(steps), path, thirds, rate, 3, multiplied, decay)
+        errors.append(relative_error(found, unrolled(rest, train, queries, steps, rate, steps_of, decay)))
+    assert errors[0] < 0.03
     assert 3.5 < errors[0] / errors[1] < 4.5
 
 
@@ -276,6 +340,38 @@ def test_what_is_finished_is_reused_and_what_differs_is_refused(tmp_path: Path) 
     assert first.strategy == "source"
 
 
+def test_other_second_moments_are_another_result(tmp_path: Path) -> None:
+    case = mlp_case()
+    checkpoints = recorded(*saved(case.model, tmp_path / "checkpoints"), TIMES)
+    run = tmp_path / "run"
+    study = wf.Study(run, case.model, case.task, train=case.train)
+    first = wf.score_source(study, checkpoints, case.queries, 2, adam=True)
+    files = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
+    assert torch.equal(wf.score_source(study, checkpoints, case.queries, 2, adam=True).values, first.values)
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == files
+    for other in ({"adam": False}, {"adam": True, "strategy": "diagonal"}, {"adam": True, "weight_decay": 0.0}):
+        with pytest.raises(MismatchError, match="made from something else"):
+            wf.score_source(study, checkpoints, case.queries, 2, **other)
+    moments = {name: 2 * each for name, each in load_file(checkpoints[0].path / MOMENTS).items()}
+    save_file(moments, checkpoints[0].path / MOMENTS)
+    with pytest.raises(MismatchError, match="made from something else"):
+        wf.score_source(study, checkpoints, case.queries, 2, adam=True)
+
+
+def test_eigenvalues_of_a_basis_that_is_gone_are_computed_anew(tmp_path: Path) -> None:
+    """A segment's basis and its checkpoints' eigenvalues are in different folders, and belong together."""
+    case = mlp_case()
+    paths, _ = saved(case.model, tmp_path / "checkpoints", 2)
+    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
+    wf.score_source(study, paths, case.queries, 1, times=TIMES[:2])
+    kept = sorted(tmp_path.rglob("eigenvalues/tensors.safetensors"))
+    before = [file.stat().st_mtime_ns for file in kept]
+    shutil.rmtree(tmp_path / "run" / "factors" / "source-1" / "eigenbasis")
+    wf.score_source(study, paths, case.queries, 1, times=TIMES[:2])
+    assert len(kept) == 2
+    assert all(file.stat().st_mtime_ns > time for file, time in zip(kept, before, strict=True))
+
+
 def test_loss_scale_is_a_scale_of_times(tmp_path: Path) -> None:
     case = mlp_case()
     paths, _ = saved(case.model, tmp_path / "checkpoints", 2)
@@ -287,7 +383,7 @@ def test_loss_scale_is_a_scale_of_times(tmp_path: Path) -> None:
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
     case = mlp_case()
-    paths, _ = saved(case.model, tmp_path / "checkpoints", 2)
+    paths, models = saved(case.model, tmp_path / "checkpoints", 2)
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
     with pytest.raises(InputError, match="segments=3: expected 1 to 2"):
         wf.score_source(study, paths, case.queries, times=TIMES[:2])
@@ -298,4 +394,15 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
             wf.score_source(study, paths, case.queries, 2, times=times)
     with pytest.raises(InputError, match="loss_scale=0"):
         wf.score_source(study, paths, case.queries, 2, times=TIMES[:2], loss_scale=0)
+    for strategy, adam in (("kfac", False), ("identity", False), ("ekfac", True)):
+        with pytest.raises(InputError, match=f"strategy='{strategy}' with adam={adam}: expected"):
+            wf.score_source(study, paths, case.queries, 2, times=TIMES[:2], strategy=strategy, adam=adam)
+    with pytest.raises(InputError, match="a path says nothing of Adam's second moments"):
+        wf.score_source(study, paths, case.queries, 2, times=TIMES[:2], adam=True)
+    with pytest.raises(InputError, match="weight_decay=-1"):
+        wf.score_source(study, paths, case.queries, 2, times=TIMES[:2], weight_decay=-1)
+    checkpoints = recorded(paths, models, TIMES[:2])
+    group = replace(checkpoints[0].groups[0], weight_decay=0.1)
+    with pytest.raises(InputError, match=r"weight_decay=None, and \[0.1, 0.3\] were recorded"):
+        wf.score_source(study, [replace(checkpoints[0], groups=(group,)), checkpoints[1]], case.queries, 2)
     assert not (tmp_path / "run").exists()

@@ -132,7 +132,7 @@ def score_source(
     if not 0 < loss_scale < math.inf:
         raise InputError(f"loss_scale={loss_scale}: expected a number above 0.")
     scaled = [time * loss_scale for time in _times(checkpoints, times)]
-    decay = _weight_decay(checkpoints, weight_decay)
+    recorded, decay = _recorded(checkpoints) if adam else None, _weight_decay(checkpoints, weight_decay)
     if not 1 <= segments <= len(paths):
         raise InputError(f"segments={segments}: expected 1 to {len(paths)}, as many as there are checkpoints.")
     settings = _Settings(
@@ -143,7 +143,7 @@ def score_source(
     )
     with study.alone(), restored(study._sweep.model):
         source = _Source(study, queries, settings, name, options)
-        cut = source.segments(paths, scaled, segments, _adam_checkpoints(checkpoints) if adam else None)
+        cut = source.segments(paths, scaled, segments, recorded)
         parts: dict[str, Scores] = {}
         if overwrite:
             source.forget(cut)
@@ -167,7 +167,7 @@ def _checked_strategy(name: str, adam: bool) -> str:
     return name
 
 
-def _adam_checkpoints(checkpoints: Sequence[str | Path | RecordedCheckpoint]) -> list[RecordedCheckpoint]:
+def _recorded(checkpoints: Sequence[str | Path | RecordedCheckpoint]) -> list[RecordedCheckpoint]:
     plain = [each for each in checkpoints if isinstance(each, str | Path)]
     if plain:
         raise InputError(

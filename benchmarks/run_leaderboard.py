@@ -30,6 +30,8 @@ class Arguments:
 
     size: Size = field(default_factory=Size)
     run_dir: Path = ROOT / "runs" / "leaderboard"
+    cache_dir: Path = ROOT / "cache"
+    """Keeps the pre-trained small model."""
     masks: int = 100
     """Random subsets of each protocol."""
     repeats: int = 3
@@ -52,7 +54,8 @@ def main(arguments: Arguments) -> None:
 
 def results(arguments: Arguments) -> dict[str, object]:
     """All figures of the page."""
-    setting, run_dir, workers = Setting(arguments.size), arguments.run_dir, arguments.workers
+    setting, run_dir = Setting(arguments.size, arguments.cache_dir), arguments.run_dir
+    workers = arguments.workers
     torch.set_num_threads(1)  # as in the workers, so that the trained model is theirs to the last bit
     subject = Subject(setting, record(setting, run_dir / "training"), run_dir / "methods")
     scores, costs = {}, dict[str, Cost]()

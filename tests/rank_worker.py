@@ -38,6 +38,7 @@ def everything(case: Case, run: Path, queries: int = QUERIES) -> wf.Study[object
         study.score(case.queries[:queries], factors, damping=1e-3, train_batch_size=2)
     study.score_tokens(case.queries[:queries], factors, damping=1e-3, name="tokens")
     study.score(case.queries[:queries], factors, damping=1e-3, query_rank=2, rescore=3)
+    study.index(factors, directions="random", rank=2, numbers="float32")
     return study
 
 

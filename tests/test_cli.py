@@ -183,3 +183,21 @@ def test_self_influence_is_shown_with_its_texts(folder: Path) -> None:
     shown = wherefrom(folder, "self-influence", "self", "--strategy", "identity", "--k", "2")
     assert shown.returncode == 0, shown.stderr
     assert sum(text in " ".join(shown.stdout.split()) for text in TEXTS) == 2
+
+
+def test_an_index_answers_queries(folder: Path) -> None:
+    fit = wherefrom(folder, "fit", "indexed", "--model", "model", "--train", "train.txt")
+    assert fit.returncode == 0, fit.stderr
+    options = ("--rank", "99", "--numbers", "float32")
+    index = wherefrom(folder, "index", "indexed", *options)
+    assert index.returncode == 0, index.stderr
+    assert "5 gradients, 0.02 MiB, are in indexed/index/random-rank99-float32." in index.stdout
+    query = wherefrom(folder, "query", "indexed", "--queries", "queries.jsonl", *options, "--k", "2", "--rerank", "3")
+    assert query.returncode == 0, query.stderr
+    assert not (folder / "indexed" / "scores").exists()
+    score = wherefrom(folder, "score", "indexed", "--queries", "queries.jsonl")
+    assert score.returncode == 0, score.stderr
+    assert query.stdout == wherefrom(folder, "top", "indexed", "--k", "2").stdout
+    wrong = wherefrom(folder, "index", "indexed", "--rank", "0")
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip().endswith("error: rank=0: expected at least 1.")

@@ -135,3 +135,5 @@ def test_what_cannot_be_conditioned_is_named(tmp_path: Path) -> None:
     factors = study.fit("shampoo", conditioning=conditioning)
     with pytest.raises(InputError, match="with conditioned factors"):
         study.score(case.queries, factors, solver=wf.ConjugateGradients())
+    with pytest.raises(InputError, match="an index is not"):
+        study.index(factors)

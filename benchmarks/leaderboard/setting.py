@@ -29,7 +29,6 @@ sys.path.append(str(ROOT / "examples" / "wikitext"))
 from data import DatasetName, load_data
 from models import LEARNING_RATES, ModelName, load_base
 
-CACHE = ROOT / "cache"
 WEIGHTS = "model.safetensors"
 
 
@@ -54,9 +53,14 @@ class Size:
 
 @dataclass(frozen=True)
 class Setting:
-    """A size, and all that follows from it; models and texts are loaded where they are used, once a process."""
+    """A size, and all that follows from it; models and texts are loaded where they are used, once a process.
+
+    Attributes:
+        cache_dir: keeps the small model that the example pre-trains.
+    """
 
     size: Size
+    cache_dir: Path = ROOT / "cache"
 
     @cached_property
     def start(self) -> PreTrainedModel:
@@ -80,7 +84,7 @@ class Setting:
     def _loaded(self) -> tuple[PreTrainedModel, Dataset, Dataset]:
         disable_progress_bar()
         disable_progress_bars()
-        model, tokenizer = load_base(self.size.model, CACHE)
+        model, tokenizer = load_base(self.size.model, self.cache_dir)
         nn.Module.to(model.train(False), current_device())
         size = self.size
         return model, *load_data(size.dataset, tokenizer, size.tokens, size.train, size.queries)
@@ -104,7 +108,7 @@ class Setting:
 
     def __getstate__(self) -> dict[str, object]:
         """Without what is loaded."""
-        return {"size": self.size}
+        return {"size": self.size, "cache_dir": self.cache_dir}
 
 
 def predicted_tokens(batch: dict[str, Tensor]) -> Tensor:

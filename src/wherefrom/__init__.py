@@ -8,6 +8,7 @@ from wherefrom.checkpoints import score_checkpoints
 from wherefrom.curvature import Factors
 from wherefrom.errors import WherefromError
 from wherefrom.fingerprint import LIBRARY as __version__  # noqa: N811
+from wherefrom.index import GradientIndex
 from wherefrom.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
 from wherefrom.ranks import join_ranks
 from wherefrom.sampling import Sampler
@@ -32,6 +33,7 @@ __all__ = [
     "Classification",
     "ConjugateGradients",
     "Factors",
+    "GradientIndex",
     "Hit",
     "MaskedLM",
     "PretrainedStudy",

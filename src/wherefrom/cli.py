@@ -1,4 +1,4 @@
-"""The command: `wherefrom fit`, `score`, `top` and `report` on a Hugging Face model and text, and `wherefrom plan`.
+"""The command: `wherefrom fit`, `score`, `top` and `report` on a Hugging Face model and text, and other modules' own.
 
 What `fit` and `score` were given is written into the run directory, so that the later commands need only the run. All
 work is the library's; this module turns arguments into its calls, and its errors into one line and an exit status.
@@ -11,15 +11,16 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import tyro
 from rich.console import Console
 
-from wherefrom.commands import command_line
+from wherefrom.commands import Run, StrategyName, command_line
 from wherefrom.errors import InputError
 from wherefrom.files import checked_name, within
+from wherefrom.index_commands import index, query
 from wherefrom.locks import run_lock
 from wherefrom.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
 from wherefrom.plan_command import plan
@@ -35,12 +36,10 @@ from wherefrom.solvers import SOLVERS
 from wherefrom.study import Study
 from wherefrom.tokens import INDEX, TokenScores
 
-StrategyName = Literal["identity", "diagonal", "kfac", "ekfac", "shampoo"]
-Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-
-
 app = tyro.extras.SubcommandApp()
 app.command(plan)
+app.command(index)
+app.command(query)
 console = Console()
 
 

@@ -1,4 +1,5 @@
-"""What every command does around its work: our errors in one line, signals that end it in an orderly way.
+"""What every command does around its work: our errors in one line, signals that end it in an orderly way; and the
+types of arguments that several have.
 
 Exit statuses: 0 done; 1 one of our errors; 2 a wrong argument (from tyro); 128 plus the number of a signal: 130 after
 Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. This module must not know any command.
@@ -10,12 +11,18 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import Annotated, Literal
 
+import tyro
 from rich.console import Console
 from rich.markup import escape
 
 from wherefrom.errors import WherefromError
+
+StrategyName = Literal["identity", "diagonal", "kfac", "ekfac", "shampoo"]
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
 @contextmanager

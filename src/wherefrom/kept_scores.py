@@ -19,8 +19,8 @@ from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
 from wherefrom.layouts import Layout, check_layout
 from wherefrom.options import of_values
 from wherefrom.profile import Profile
-from wherefrom.rescoring import rescore
-from wherefrom.scores import Scores, TopScores
+from wherefrom.rescoring import exact_scores, rescore
+from wherefrom.scores import Scores, TopScores, extremes
 from wherefrom.scoring import Scoring
 from wherefrom.stages import BlockStages, Stages
 from wherefrom.store import Partial, read_manifest
@@ -74,6 +74,18 @@ class KeptScores(Generic[Batch]):
         found = TopScores.load(self._path)
         shape = (len(self.scoring.queries), "kept")
         check_layout(self._path, {"values": found.values}, {"values": (None, shape)})
+        return found
+
+    def of_candidates(self, positions: Tensor) -> TopScores:
+        """Those of given training examples alone, int64 [queries, candidates], ascending; all of them are kept."""
+        train, count = len(self.scoring.train), positions.shape[1]
+
+        def compute(blocks: Stages) -> dict[str, Tensor]:
+            return extremes(exact_scores(self.scoring, positions, BlockStages(blocks, train)), positions, count)
+
+        self._keep(compute)
+        found = TopScores.load(self._path)
+        check_layout(self._path, {"values": found.values}, {"values": (None, tuple(positions.shape))})
         return found
 
     def of_tokens(self, top: int | None, overwrite: bool) -> TokenScores:

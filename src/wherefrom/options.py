@@ -223,10 +223,11 @@ class Options:
             "factors' precision": factors.fingerprint["precision"],
             **({} if conditioned is None else {"conditioning": conditioned}),
             "precision": precision,
-            **self._settings(),
+            **self.settings(),
         }
 
-    def _settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, str]:
+        """What was asked for, beside queries and factors."""
         rank = "full" if self.query_rank is None else str(self.query_rank)
         found = {
             "damping": "0.1 x mean eigenvalue" if self.damping is None else repr(self.damping),

@@ -1,4 +1,4 @@
-"""The highest scores of low-rank query gradients once more, with whole ones.
+"""Chosen scores once more, with whole query gradients: the highest of low-rank ones, or candidates of an index.
 
 This module knows how scores are computed; it does not know where they are kept.
 """
@@ -31,31 +31,43 @@ def rescore(scoring: Scoring[Batch], values: Tensor | None, stages: BlockStages)
     Returns:
         By how much each has changed, [queries, rescored].
     """
-    ranks, top = scoring.ranks, scoring.options.rescore
-    positions, before = ranks.first(lambda: _highest(values, top))
-    changes = torch.zeros_like(before)
+    positions, before = scoring.ranks.first(lambda: _highest(values, scoring.options.rescore))
     # From low-rank scores that were found anew, others may be the highest: equal ones differ by rounding.
     folder = stages.stages.folder / tensors_digest({"positions": positions})[:16]
-    stages = replace(stages, stages=replace(stages.stages, folder=folder))
+    better = exact_scores(scoring, positions, replace(stages, stages=replace(stages.stages, folder=folder)))
+    if values is not None:
+        values.scatter_(1, positions, better)
+    changes = better - before
+    share = changes.abs().mean() / before.abs().mean()
+    logger.info(f"At full rank, the {changes.shape[1]} highest scores move by {share:.1%}.")
+    return changes
+
+
+def exact_scores(scoring: Scoring[Batch], positions: Tensor, stages: BlockStages) -> Tensor:
+    """The scores of some training examples of each query, with whole query gradients.
+
+    Args:
+        positions: which, int64 [queries, chosen].
+        stages: keeps blocks.
+
+    Returns:
+        [queries, chosen].
+    """
+    scores = torch.zeros(positions.shape, dtype=scoring.sweep.dtype)
     whole = replace(scoring, options=replace(scoring.options, query_rank=None, rescore=0, self_influence=False))
 
     def work(rows: range) -> None:
         wanted, places = positions[rows.start : rows.stop].unique(return_inverse=True)
         bank = cache(partial(whole.bank, rows))
-        better = before[rows.start : rows.stop].clone()  # [rows, top]
+        found = scores[rows.start : rows.stop]  # [rows, chosen]
         for columns in whole.shards(rows, len(wanted)):
             train = Rows(scoring.train, wanted[columns.start : columns.stop].tolist())
-            found = stages.mapped(rows, columns, partial(whole.block, bank, rows, train))["values"]
+            block = stages.mapped(rows, columns, partial(whole.block, bank, rows, train))["values"]
             inside = (places >= columns.start) & (places < columns.stop)
-            better[inside] = found.gather(1, (places - columns.start).clamp(0, len(columns) - 1))[inside]
-        changes[rows.start : rows.stop] = better - before[rows.start : rows.stop]
-        if values is not None:
-            values[rows.start : rows.stop].scatter_(1, positions[rows.start : rows.stop], better)
+            found[inside] = block.gather(1, (places - columns.start).clamp(0, len(columns) - 1))[inside]
 
     whole.each_block(work, stages)
-    share = changes.abs().mean() / before.abs().mean()
-    logger.info(f"At full rank, the {changes.shape[1]} highest scores move by {share:.1%}.")
-    return changes
+    return scores
 
 
 def _highest(values: Tensor | None, count: int) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def make_plan(
         strategy=strategy,
         queries=len(queries),
         train=len(train),
-        query=sweep.footprint(queries, _measurement(sweep.task)),
+        query=sweep.footprint(queries, measurement(sweep.task)),
         example=sweep.footprint(train, training_loss(sweep.task)),
         wanted=wanted,
         usable=sweep.ranks.least(sweep.usable_memory()),
@@ -206,7 +206,7 @@ class Scoring(Generic[Batch]):
     def _query_self_influence(self) -> Tensor:
         """A sweep over queries for their scores with themselves."""
         collector, size = self._self_influence(self.queries, training=False), self.options.query_batch_size
-        objective = _measurement(self.sweep.task)
+        objective = measurement(self.sweep.task)
         self.sweep.run("query self-influence", self.queries, collector, objective, batch_size=size)
         return collector.sums[SELF_INFLUENCE]
 
@@ -282,7 +282,7 @@ class Scoring(Generic[Batch]):
         batch, smallest = self._batch(self.plan.query_batch, len(rows))
         queries = Rows(self.queries, rows)
         self.sweep.run(
-            "query gradients", queries, bank, _measurement(self.sweep.task), batch_size=batch, smallest_batch=smallest
+            "query gradients", queries, bank, measurement(self.sweep.task), batch_size=batch, smallest_batch=smallest
         )
         if system is not None:
             with self._within_memory(len(rows)):
@@ -371,5 +371,6 @@ def training_loss(task: Task[Batch]) -> Objective[Batch]:
     return lambda model, batch, rows: task.train_loss(model, batch)
 
 
-def _measurement(task: Task[Batch]) -> Objective[Batch]:
+def measurement(task: Task[Batch]) -> Objective[Batch]:
+    """What a sweep over queries passes back through the model."""
     return lambda model, batch, rows: task.measurement(model, batch)

@@ -36,9 +36,13 @@ class Stages:
     profile: Profile
     ranks: Ranks = field(default_factory=Ranks.current)
 
+    def artifact(self, name: str) -> Artifact:
+        """A result, there or not."""
+        return Artifact(self.folder / name, self.fingerprint)
+
     def keep(self, name: str, compute: Compute) -> Artifact:
         """Have `folder/name`, computed unless it is there; `compute` may keep partial sums beside it."""
-        artifact = Artifact(self.folder / name, self.fingerprint)
+        artifact = self.artifact(name)
         sums = Partial(self.folder / f"{name}.partial{self.ranks.suffix}.safetensors", self.fingerprint)
         if not self.ranks.first(artifact.available):
             # What a finished sweep has summed up is nowhere but in memory until this has saved it.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from wherefrom.compression import Compression, IndexOptions
 from wherefrom.conditioning import Conditioning, conditioning_digest, conditioning_roots
 from wherefrom.curvature import Factors, checked_strategy
 from wherefrom.errors import InputError, MismatchError
@@ -26,15 +27,17 @@ from wherefrom.fingerprint import (
     dataset_digest,
     model_digest,
     names_summary,
+    tensors_digest,
 )
 from wherefrom.fitting import Fitting
+from wherefrom.index import GradientIndex
 from wherefrom.kept_scores import KeptScores
 from wherefrom.layers import coverage, select_layers
 from wherefrom.locks import run_lock
 from wherefrom.memory import checked_batch_size, within_memory
 from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups
 from wherefrom.plan import Plan
-from wherefrom.precision import HalfPrecision
+from wherefrom.precision import HalfPrecision, type_name
 from wherefrom.report.html import render_report, write_page
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, Tokenizer
 from wherefrom.scores import Scores, TopScores
@@ -235,6 +238,34 @@ class Study(Generic[Batch]):
         return self._kept(_checked(queries), factors, chosen).highest(k)
 
     @_alone
+    def score_candidates(
+        self, queries: Dataset[object], factors: Factors, candidates: Tensor, **options: Unpack[ScoreOptions]
+    ) -> TopScores:
+        """The exact scores of candidates alone, or load them when they are there: retrieval in two stages.
+
+        A cheap method names training examples that may matter to a query (`bm25_scores(...).topk(100).indices`, or
+        `GradientIndex.query(...).train`), and only those are swept, all queries' candidates together.
+
+        Args:
+            candidates: training positions, whole numbers [queries, candidates], each once in a row.
+            queries, factors: as in `score`.
+            options: those of `ScoreOptions`, without `query_rank`.
+
+        Returns:
+            All of them, best first; `lowest_train` is the same the other way round.
+
+        Raises:
+            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+        """
+        chosen = Options.of(ScoreOptions.__optional_keys__ - {"query_rank"}, None, **options)
+        positions = _checked_candidates(candidates, len(_checked(queries)), len(self.train))
+        kept = self._kept(queries, factors, chosen)
+        digest = tensors_digest({"candidates": positions})[:24]
+        fingerprint = {**kept.fingerprint, "kept": f"{positions.shape[1]} candidates of each query ({digest})"}
+        name = kept.name if chosen.name else f"{kept.name}-candidates"
+        return replace(kept, name=name, fingerprint=fingerprint).of_candidates(positions)
+
+    @_alone
     def self_influence(
         self,
         factors: Factors,
@@ -289,6 +320,23 @@ class Study(Generic[Batch]):
             raise InputError(f"top={top}: expected at least 1, or None for every pair.")
         chosen = Options.of(RescoredOptions.__optional_keys__, None, **options)
         return self._kept(_checked(queries), factors, replace(chosen, overwrite=False)).of_tokens(top, chosen.overwrite)
+
+    @_alone
+    def index(self, factors: Factors, **options: Unpack[IndexOptions]) -> GradientIndex[Batch]:
+        """Keep the compressed gradient of every training example on disk, for queries later; or open what is there.
+
+        Args:
+            factors: what `fit` returned for this model, without a conditioning.
+            options: those of `IndexOptions`.
+
+        Raises:
+            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+        """
+        chosen = Compression.of(**options)
+        if factors.roots:
+            raise InputError("factors are conditioned, and an index is not: fit factors without a conditioning.")
+        sweep = self._precise_sweep(chosen.half_precision)
+        return GradientIndex.of(sweep, self.train, factors, chosen, self.path, self._fingerprint())
 
     @_alone
     def report(
@@ -394,3 +442,26 @@ def _checked(queries: Dataset[object]) -> Dataset[object]:
     """Queries of which there are some: None would stand for the training examples."""
     checked_length("queries", queries)
     return queries
+
+
+def _checked_candidates(candidates: Tensor, queries: int, train: int) -> Tensor:
+    """Training positions [queries, candidates] in ascending order.
+
+    Raises:
+        InputError: they are none, or of other queries.
+    """
+    found = torch.as_tensor(candidates).cpu()
+    if found.is_floating_point() or found.dim() != 2 or len(found) != queries or not found.shape[1]:
+        raise InputError(
+            f"candidates: {type_name(found.dtype)} {list(found.shape)}; expected whole numbers "
+            f"[{queries}, candidates], training positions for each query, such as scores.topk(100).indices."
+        )
+    found = found.long().sort(1).values
+    if int(found.min()) < 0 or int(found.max()) >= train:
+        raise InputError(
+            f"candidates: positions from {int(found.min())} to {int(found.max())}; expected 0 to {train - 1}, where "
+            "the training examples are."
+        )
+    if bool((found[:, 1:] == found[:, :-1]).any()):
+        raise InputError("candidates: a query has a training position twice; expected each once in a row.")
+    return found

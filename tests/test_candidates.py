@@ -1,0 +1,103 @@
+"""Exact scores of given candidates alone, against the matrix of all pairs and against brute force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import wherefrom as wf
+from tests.models import Case, gpt2_case, mlp_case, relative_error
+from tests.reference import BruteForce
+from tests.runs import results
+from wherefrom.errors import DamagedError, InputError, MismatchError
+
+
+def some_candidates(case: Case, count: int = 4) -> Tensor:
+    """Others for each query, in no order."""
+    generator = torch.Generator().manual_seed(5)
+    rows = [torch.randperm(len(case.train), generator=generator)[:count] for _ in case.queries]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("damping", [None, 1e-3])
+def test_candidates_have_the_scores_of_the_whole_matrix(damping: float | None, tmp_path: Path) -> None:
+    case = gpt2_case(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors, candidates = study.fit("ekfac"), some_candidates(case)
+    found = study.score_candidates(case.queries, factors, candidates, damping=damping)
+    brute = BruteForce(case.model, case.task, list(study.layers), case.train, case.queries, seed=0)
+    whole = brute.scores("ekfac", damping)
+    assert torch.equal(found.train.sort(1).values, candidates.sort(1).values)
+    assert relative_error(found.values, whole.gather(1, found.train)) < 1e-9
+    assert torch.equal(found.values, found.values.sort(1, descending=True).values)
+    assert torch.equal(found.lowest_train, found.train.flip(1))
+    assert [hit.train for hit in found.top(1)] == found.train[:, 0].tolist()
+
+
+def test_batches_and_blocks_of_queries_change_nothing_but_rounding(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors, candidates = study.fit("kfac"), some_candidates(case)
+    one = study.score_candidates(case.queries, factors, candidates)
+    options: Any = {"train_batch_size": 3, "query_batch_size": 2, "name": "other"}
+    small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-4)
+    other = small.score_candidates(case.queries, factors, candidates, **options)
+    assert relative_error(other.values, one.values) < 1e-12
+    assert torch.equal(other.train, one.train)
+
+
+def test_all_examples_as_candidates_are_the_top_scores(tmp_path: Path) -> None:
+    case = mlp_case(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors, count = study.fit("ekfac"), len(case.train)
+    everything = torch.arange(count).expand(len(case.queries), count)
+    found = study.score_candidates(case.queries, factors, everything)
+    expected = study.score_top(case.queries, factors, k=count)
+    assert torch.equal(found.train, expected.train)
+    assert relative_error(found.values, expected.values) < 1e-12
+
+
+def test_candidates_are_kept_and_others_refused(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors, candidates = study.fit("identity"), some_candidates(case)
+    found = study.score_candidates(case.queries, factors, candidates)
+    swept = study.profile.text()
+    again = study.score_candidates(case.queries, factors, candidates.flip(1))
+    assert "pairwise" in swept
+    assert torch.equal(again.values, found.values)
+    assert torch.equal(wf.TopScores.load(tmp_path / "scores" / "identity-candidates").train, found.train)
+    assert {name.split("/")[1] for name in results(tmp_path) if name.startswith("scores")} == {"identity-candidates"}
+    with pytest.raises(MismatchError, match="kept: stored 4 candidates of each query"):
+        study.score_candidates(case.queries, factors, candidates[:, :3])
+    file = tmp_path / "scores" / "identity-candidates" / "tensors.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedError, match="has changed"):
+        study.score_candidates(case.queries, factors, candidates)
+
+
+def test_impossible_candidates_are_refused(tmp_path: Path) -> None:
+    case = mlp_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("identity")
+    five = len(case.queries)
+    for candidates, message in [
+        (torch.zeros(five, 2), r"candidates: float32 \[5, 2\]"),
+        (torch.arange(5), r"candidates: int64 \[5\]"),
+        (torch.zeros(4, 1, dtype=torch.int64), r"candidates: int64 \[4, 1\]"),
+        (torch.zeros(five, 0, dtype=torch.int64), "expected whole numbers"),
+        (torch.full((five, 1), len(case.train)), "positions from 12 to 12; expected 0 to 11"),
+        (torch.full((five, 1), -1), "positions from -1 to -1"),
+        (torch.zeros(five, 2, dtype=torch.int64), "twice"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            study.score_candidates(case.queries, factors, candidates)
+    with pytest.raises(InputError, match="query_rank=2: expected one of damping"):
+        study.score_candidates(case.queries, factors, torch.zeros(five, 1, dtype=torch.int64), query_rank=2)
+    assert not (tmp_path / "scores").exists()

@@ -1,0 +1,147 @@
+"""The leaderboard at a tiny size: its trainings, its figures against what it left on disk, and the published page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from leaderboard import page
+from leaderboard.methods import METHODS
+from leaderboard.page import frontier, score_against_cost
+from leaderboard.retrainings import OnHalves, WithoutSome, removals
+from leaderboard.setting import Setting, Size, record
+from run_leaderboard import Arguments, results
+from safetensors.torch import load_file
+from torch import Tensor
+from workload import RESULTS
+
+import wherefrom as wf
+from tests.small_model import cache_small_model
+from wherefrom.checkpoints import load_weights
+from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
+from wherefrom.evaluate.retrain import Retraining, half_subsets
+
+SIZE = Size(train=30, queries=4, tokens=16, batch_size=5, epochs=2, checkpoints=3)
+CHOSEN = ("random", "ekfac", "magic")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    cache = tmp_path_factory.mktemp("cache")
+    cache_small_model(cache, positions=16)
+    return Setting(SIZE, cache)
+
+
+@pytest.fixture(scope="module")
+def run(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("leaderboard")
+    arguments = Arguments(
+        SIZE, folder, setting.cache_dir, masks=12, repeats=2, share=0.1, removal_queries=2, workers=1, methods=CHOSEN
+    )
+    return folder, json.loads(json.dumps(results(arguments)))
+
+
+def losses(setting: Setting) -> Tensor:
+    task = wf.CausalLM()
+    return torch.stack([task.measurement(setting.start, task.collate([each])) for each in setting.queries]).detach()
+
+
+def test_checkpoints_are_those_of_the_training(setting: Setting, tmp_path: Path) -> None:
+    recorded = record(setting, tmp_path)
+    assert [(each.step, each.steps) for each in recorded] == [(4, 4), (8, 4), (12, 4)]
+    everything = Retraining(tuple(range(SIZE.train)), 0)
+    found = WithoutSome(setting)([everything])[0]
+    before = setting.start.state_dict()
+    kept = {name: each.clone() for name, each in before.items()}
+    load_weights(setting.start, recorded[-1].path)
+    assert torch.allclose(losses(setting), found, rtol=1e-5)
+    moments = load_file(recorded[-1].path / "adam_second_moments.safetensors")
+    assert moments.keys() == {name for name, _ in setting.start.named_parameters()}
+    setting.start.load_state_dict(kept)
+
+
+def test_halves_and_removals_are_different_trainings(setting: Setting) -> None:
+    everything = tuple(range(SIZE.train))
+    whole, less = WithoutSome(setting)([Retraining(everything, 0), Retraining(everything[1:], 0)])
+    assert not torch.equal(whole, less)
+    torch.testing.assert_close(OnHalves(setting)([Retraining(everything, 0)])[0], whole)
+    other = OnHalves(setting)([Retraining(everything, 1)])[0]
+    assert not torch.equal(whole, other)
+
+
+def test_removals_leave_out_a_share_and_begin_alike() -> None:
+    masks = removals(300, 40, 0.01)
+    assert (~masks).sum(1).tolist() == [3] * 40
+    assert torch.equal(masks[:7], removals(300, 7, 0.01))
+    assert len({tuple(each) for each in masks.tolist()}) == 40
+
+
+def test_figures_are_those_of_the_scores_and_losses_on_disk(setting: Setting, run: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = run
+    scores = {name: load_file(folder / "methods" / name / "scores.safetensors")["values"] for name in CHOSEN}
+    kept = removals(SIZE.train, 12, 0.1)
+    trained = WithoutSome(setting)([Retraining(tuple(mask.nonzero().flatten().tolist()), 0) for mask in kept])
+    expected = evaluate_lds(scores, GroundTruth(kept, trained.double()[:, None]))
+    for name in CHOSEN:
+        assert result["protocols"]["B"]["methods"][name]["value"] == pytest.approx(expected.means[name].value)
+    halves = half_subsets(SIZE.train, 12)
+    repeats = [
+        OnHalves(setting)([Retraining(tuple(mask.nonzero().flatten().tolist()), seed) for seed in (1, 2)])
+        for mask in halves
+    ]
+    expected = evaluate_lds(scores, GroundTruth(halves, torch.stack(repeats).double()))
+    for name in CHOSEN:
+        assert result["protocols"]["A"]["methods"][name]["value"] == pytest.approx(expected.means[name].value)
+    top = scores["magic"][1].topk(3).indices.tolist()
+    rest = tuple(each for each in range(SIZE.train) if each not in top)
+    less, whole = WithoutSome(setting)([Retraining(rest, 0), Retraining(tuple(range(SIZE.train)), 0)])
+    rise = float((less - whole)[1]) / (len(setting.queries[1]["input_ids"]) - 1)
+    assert result["rises"]["magic"][1] == pytest.approx(rise, abs=1e-6)
+
+
+def test_magic_predicts_what_leaving_out_does(run: tuple[Path, dict[str, Any]]) -> None:
+    _, result = run
+    found = result["protocols"]["B"]["methods"]
+    assert found["magic"]["value"] > 0.95
+    assert abs(found["random"]["value"]) < 0.6
+
+
+def test_costs_are_measured(run: tuple[Path, dict[str, Any]]) -> None:
+    _, result = run
+    costs = result["costs"]
+    assert costs["magic"]["seconds"] > costs["random"]["seconds"] >= 0
+    assert costs["magic"]["epochs"] > 1
+    assert costs["magic"]["peak_bytes"] > 0
+    assert costs["magic"]["failure"] is None
+
+
+def test_the_frontier_is_what_nothing_beats() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = {str(place): (float(a), float(b)) for place, (a, b) in enumerate(torch.rand(40, 2, generator=generator))}
+    expected = {
+        name
+        for name, (cost, score) in points.items()
+        if not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points.values())
+    }
+    found = frontier(points)
+    assert set(found) == expected
+    assert [points[name][0] for name in found] == sorted(points[name][0] for name in found)
+
+
+def test_the_plot_names_every_method(run: tuple[Path, dict[str, Any]]) -> None:
+    _, result = run
+    for axes in score_against_cost(result).axes:
+        assert set(CHOSEN) <= {text.get_text() for text in axes.texts}
+
+
+def test_the_published_page_is_made_of_the_published_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = page.DOCUMENT.read_text()
+    monkeypatch.setattr(page, "DOCUMENT", tmp_path / "leaderboard.md")
+    monkeypatch.setattr(page, "PLOT", tmp_path / "leaderboard.png")
+    result = json.loads((RESULTS / "leaderboard.json").read_text())
+    page.write_page(result)
+    assert (tmp_path / "leaderboard.md").read_text() == published
+    assert set(result["costs"]) == set(METHODS)

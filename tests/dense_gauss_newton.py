@@ -87,7 +87,7 @@ def dense(case: Case, study: wf.Study[object], logits: Logits) -> Tensor:
                      for each in row]  # fmt: skip
             gradients = [dict(zip(names, part, strict=True)) for part in parts]
             jacobian = torch.stack(
-                [torch.cat([brute._matrix(name, each).flatten() for name in brute.layers]) for each in gradients]
+                [torch.cat([brute.matrix(name, each).flatten() for name in brute.layers]) for each in gradients]
             )
             p = row.detach().softmax(0)
             inner = torch.eye(len(row)) if isinstance(case.task, wf.Regression) else p.diag() - torch.outer(p, p)

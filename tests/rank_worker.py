@@ -33,7 +33,7 @@ TRAIN, QUERIES = 11, 5
 def everything(case: Case, run: Path, queries: int = QUERIES) -> wf.Study[object]:
     """Every kind of result."""
     study = wf.Study(run, case.model, case.task, train=case.train[:TRAIN], checkpoint_seconds=0)
-    for strategy in ("identity", "diagonal", "kfac", "ekfac"):
+    for strategy in ("identity", "diagonal", "kfac", "shampoo", "ekfac"):
         factors = study.fit(strategy, batch_size=3)
         study.score(case.queries[:queries], factors, damping=1e-3, train_batch_size=2)
     study.score_tokens(case.queries[:queries], factors, damping=1e-3, name="tokens")

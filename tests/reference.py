@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,15 +66,25 @@ class BruteForce:
             loss = self.task.train_loss(self.model, batch, sampler)
         found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         gradients = dict(zip(names, found, strict=True))
-        return {name: self._matrix(name, gradients) for name in self.layers}
+        return {name: self.matrix(name, gradients) for name in self.layers}
 
-    def _matrix(self, name: str, gradients: dict[str, Tensor]) -> Tensor:
+    def matrix(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
+        """A layer's matrix [out, in (+1)] of numbers that are given by parameter names."""
         module, weight = _main(self.layers[name]), gradients[f"{name}.weight"]
         bias = gradients.get(f"{name}.bias")
         if _is_norm(module):
             return weight.flatten()[None] if bias is None else torch.cat([weight.flatten(), bias.flatten()])[None]
         weight = weight.T if type(module).__name__ in {"Conv1D", "Embedding"} else weight.flatten(1)
         return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+
+    def conditioned(self, numbers: Mapping[str, Tensor]) -> BruteForce:
+        """The same with every gradient multiplied with the roots of numbers, which are given by parameter names."""
+        roots = {name: self.matrix(name, numbers).sqrt() for name in self.layers}
+        found = copy.copy(self)
+        for kind in ("train", "queries", "fisher"):
+            scaled = [{name: roots[name] * each[name] for name in roots} for each in getattr(self, kind)]
+            setattr(found, kind, scaled)
+        return found
 
     def token_tensors(self, example: object, sampler: Sampler | None) -> dict[str, tuple[Tensor, Tensor]]:
         """Inputs [tokens, in (+1)] and output gradients [tokens, out] of each layer, over all of its calls."""
@@ -117,7 +127,18 @@ class BruteForce:
             moment if len(moment) <= self.widest else moment.diagonal().diag()
             for moment in (each.T @ each / len(each) for each in (activations, gradients))
         )
-        return _dense(strategy, rows, a, s)
+        if strategy == "shampoo":
+            s, a = self.whole_moments(layer, rows.view(len(rows), len(s), len(a)))
+        return dense(strategy, rows, a, s)
+
+    def whole_moments(self, layer: str, matrices: Tensor) -> list[Tensor]:
+        """E[G G^T] and E[G^T G] of a layer's gradients [examples, out, in], or their diagonals as matrices."""
+        outputs, inputs = matrices.shape[1:]
+        one_hot = isinstance(_main(self.layers[layer]), nn.Embedding)
+        diagonal = outputs > self.widest, inputs > self.widest or one_hot
+        moments = (torch.einsum("eoi,epi->op", matrices, matrices), torch.einsum("eoi,eoj->ij", matrices, matrices))
+        means = [each / len(matrices) for each in moments]
+        return [each.diagonal().diag() if alone else each for each, alone in zip(means, diagonal, strict=True)]
 
     def scores(self, strategy: str, damping: float | None = None) -> Tensor:
         """Scores [query, train]: dense solves, layer by layer."""
@@ -135,7 +156,7 @@ class BruteForce:
         return total
 
 
-def _dense(strategy: str, rows: Tensor, a: Tensor, s: Tensor) -> Tensor:
+def dense(strategy: str, rows: Tensor, a: Tensor, s: Tensor) -> Tensor:
     """[out * in, out * in], from per-example gradients (rows) and the two covariances."""
     if strategy == "diagonal":
         return torch.diag(rows.square().mean(0))

@@ -53,7 +53,7 @@ def flop(estimate: Estimate) -> dict[str, float]:
 # Counts
 
 
-@pytest.mark.parametrize("strategy", ["identity", "kfac", "ekfac"])
+@pytest.mark.parametrize("strategy", ["identity", "kfac", "ekfac", "shampoo"])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_the_plan_on_paper_is_that_of_the_real_model(
     tmp_path: Path, small: Path, strategy: str, rank: int | None

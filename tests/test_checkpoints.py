@@ -49,7 +49,7 @@ def expected_sum(case: Case, models: Sequence[nn.Module], strategy: str, seed: i
     return sum((weight * part for weight, part in zip(WEIGHTS, parts, strict=True)), torch.zeros(()))
 
 
-@pytest.mark.parametrize("strategy", ["identity", "diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("strategy", ["identity", "diagonal", "kfac", "ekfac", "shampoo"])
 def test_scores_are_the_weighted_sum_of_brute_force_at_each_checkpoint(tmp_path: Path, strategy: str) -> None:
     case = mlp_case()
     paths, models = saved(case, tmp_path / "checkpoints")

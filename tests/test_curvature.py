@@ -141,5 +141,21 @@ def test_impossible_damping_is_refused(tmp_path: Path, damping: float) -> None:
 def test_unknown_strategy_is_refused(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    with pytest.raises(wf.WherefromError, match="expected one of identity, diagonal, kfac, ekfac"):
+    with pytest.raises(wf.WherefromError, match="expected one of identity, diagonal, kfac, ekfac, shampoo"):
         study.fit("ekfca")
+
+
+def test_strategies_lie_beside_each_other(tmp_path: Path) -> None:
+    """Two bases in one folder: neither is taken for the other, and beginning one anew leaves the other."""
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    folder = tmp_path / "factors" / "sampled"
+    expected = {strategy: study.score(case.queries, study.fit(strategy)).values for strategy in ("ekfac", "shampoo")}
+    assert relative_error(expected["shampoo"], expected["ekfac"]) > 1e-3
+    shared = {"covariance", "eigenbasis", "eigenvalues"}
+    assert {path.name for path in folder.iterdir()} == shared | {f"gradient-{name}" for name in shared}
+    before = {name: (folder / name / "tensors.safetensors").stat().st_mtime_ns for name in shared}
+    study.fit("shampoo", overwrite=True)
+    assert before == {name: (folder / name / "tensors.safetensors").stat().st_mtime_ns for name in shared}
+    for strategy, values in expected.items():
+        assert torch.equal(study.score(case.queries, study.fit(strategy), name=f"{strategy}-again").values, values)

@@ -32,7 +32,7 @@ def _tokens(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "shampoo"])
 def test_scores_agree_with_kronfluence(tmp_path: Path, strategy: str, record_property: Any) -> None:
     model = gpt2(torch.float32).eval()
     train, queries = padded_rows(24, seed=5), padded_rows(6, seed=6)

@@ -19,7 +19,7 @@ from wherefrom.language import LanguageTask
 from wherefrom.layers import select_layers
 from wherefrom.loading import Loader
 
-STRATEGIES = ["identity", "diagonal", "kfac", "ekfac"]
+STRATEGIES = ["identity", "diagonal", "kfac", "ekfac", "shampoo"]
 
 
 def numbers(count: int, *shape: int, seed: int, high: int = VOCABULARY) -> list[Any]:

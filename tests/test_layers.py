@@ -18,7 +18,8 @@ import wherefrom as wf
 from tests.models import VOCABULARY, Case, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from wherefrom.capture import Capture, Captured
-from wherefrom.curvature import STRATEGIES, weight_gradients
+from wherefrom.curvature import STRATEGIES
+from wherefrom.example_gradients import weight_gradients
 from wherefrom.layers import select_layers
 
 SEED = 5
@@ -227,7 +228,7 @@ def test_factors_are_loaded_as_they_were_fitted_and_low_rank_is_exact_where_it_s
     assert relative_error(low.values, expected) < 1e-9
 
 
-@pytest.mark.parametrize("strategy", ["kfac", "ekfac"])
+@pytest.mark.parametrize("strategy", ["kfac", "ekfac", "shampoo"])
 @pytest.mark.parametrize("name", ["conv2d", "norms", "tied gpt2"])
 def test_wide_sides_count_with_their_diagonal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, strategy: str

@@ -19,7 +19,7 @@ from tests.test_layers import CASES as LAYER_CASES
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.scores import extremes
 
-STRATEGIES = ["identity", "diagonal", "kfac", "ekfac"]
+STRATEGIES = ["identity", "diagonal", "kfac", "ekfac", "shampoo"]
 CASES: list[CaseMaker] = [mlp_case, gpt2_case]
 each_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 each_case = pytest.mark.parametrize("make_case", CASES)

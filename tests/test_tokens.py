@@ -40,7 +40,7 @@ def test_token_scores_equal_brute_force(tmp_path: Path, make: CaseMaker) -> None
         assert relative_error(tokens[pair], brute_force(make, *pair)) < 1e-9
 
 
-@pytest.mark.parametrize("strategy", ["identity", "diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("strategy", ["identity", "diagonal", "kfac", "ekfac", "shampoo"])
 @pytest.mark.parametrize("top", [None, 3])
 @pytest.mark.parametrize("make", [mlp_case, gpt2_case])
 def test_tokens_sum_to_the_sequence_scores(

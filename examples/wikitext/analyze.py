@@ -27,7 +27,7 @@ SHOWN = 10  # sequences of each sign that the page shows for a query
 class Arguments(Common):
     """Where the predictions of a fine-tuned language model come from."""
 
-    factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac"
+    factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac", "shampoo"] = "ekfac"
     use_half_precision: bool = False
     """bfloat16 products in the model's passes, query gradients in bfloat16."""
     query_gradient_rank: int | None = None

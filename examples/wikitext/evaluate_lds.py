@@ -29,7 +29,7 @@ from wherefrom.report.passages import DatasetPassages, Figure
 from wherefrom.report.plots import lds_bars, png
 from wherefrom.report.text import excerpt
 
-STRATEGIES = ("identity", "diagonal", "kfac", "ekfac")
+STRATEGIES = ("identity", "diagonal", "kfac", "ekfac", "shampoo")
 
 
 @dataclass

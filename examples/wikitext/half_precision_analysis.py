@@ -23,7 +23,7 @@ from wherefrom.report.plots import correlation_histogram, png, scatter
 class Arguments(Common):
     """How much of the scores half precision keeps."""
 
-    factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac"
+    factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac", "shampoo"] = "ekfac"
     query: int = 0
     """The query of the scatter plot."""
 

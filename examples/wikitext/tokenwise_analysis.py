@@ -22,7 +22,7 @@ from wherefrom.report.text import token_tables
 class Arguments(Common):
     """Which tokens of training sequences the predictions come from."""
 
-    factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac"
+    factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac", "shampoo"] = "ekfac"
     use_half_precision: bool = False
     top: int = 10
     """How many sequences of each sign, for each query, have their tokens scored."""

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from wherefrom.adam import adam_conditioning
 from wherefrom.checkpoints import score_checkpoints
 from wherefrom.curvature import Factors
 from wherefrom.errors import WherefromError
@@ -14,6 +15,7 @@ from wherefrom.ranks import join_ranks
 from wherefrom.sampling import Sampler
 from wherefrom.scores import Hit, Scores, TopScores
 from wherefrom.solvers import Astra, ConjugateGradients
+from wherefrom.source import score_source
 from wherefrom.study import Study
 from wherefrom.task import Classification, Regression, Task
 from wherefrom.tokens import TokenScores
@@ -51,12 +53,14 @@ __all__ = [
     "TrainingRecorder",
     "WherefromError",
     "__version__",
+    "adam_conditioning",
     "join_ranks",
     "logra_scores",
     "magic_scores",
     "metasmoothness",
     "read_recording",
     "score_checkpoints",
+    "score_source",
     "study_from_pretrained",
     "trackstar_scores",
     "trak_scores",

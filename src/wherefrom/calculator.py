@@ -207,7 +207,7 @@ class Estimate:
     def eigenvalue_bytes(self) -> int:
         """Of the eigenvalues of all layers."""
         strategy = checked_strategy(self.request.strategy)
-        return factor_bytes(self.blueprint.layers, replace(strategy, basis=False), self._dtype)
+        return factor_bytes(self.blueprint.layers, replace(strategy, basis=None), self._dtype)
 
     @cached_property
     def disk(self) -> dict[str, Step]:

@@ -88,21 +88,34 @@ def score_checkpoints(
     with study.alone(), restored(study._sweep.model) as model:
         for checkpoint, path in paths.items():
             load_weights(model, path)
-            there = copy.copy(study)  # the same model, task and options, another run directory
-            there.path = within(study.path, "checkpoints", checkpoint)
+            there = study_of(study, checkpoint)
             factors = there.fit(strategy, empirical=empirical, seed=seed, half_precision=precision, overwrite=overwrite)
             parts[checkpoint] = there.score(queries, factors, **options)
-        stages = Stages(within(study.path, "scores"), _fingerprint(parts, weights), study.profile)
-        if overwrite:
-            stages.forget(name)
-        file = within(stages.folder, f"{name}.blocks", "values")
+        return kept_sum(study, name, parts, weights, overwrite)
 
-        def compute(_: Partial) -> dict[str, Tensor]:
-            values = [part.values for part in parts.values()]
-            return {"values": _weighted_sum(values, weights, file)} if stages.ranks.writes else {}
 
-        stages.keep(name, compute)
-        stages.ranks.first(lambda: remove(file.parent))
+def study_of(study: Study[Batch], checkpoint: str) -> Study[Batch]:
+    """The same model, task and options, in the run directory of a checkpoint."""
+    there = copy.copy(study)
+    there.path = within(study.path, "checkpoints", checkpoint)
+    return there
+
+
+def kept_sum(
+    study: Study[Batch], name: str, parts: Mapping[str, Scores], weights: Sequence[float], overwrite: bool
+) -> Scores:
+    """The weighted sum of the scores of checkpoints, loaded or computed and kept."""
+    stages = Stages(within(study.path, "scores"), _fingerprint(parts, weights), study.profile)
+    if overwrite:
+        stages.forget(name)
+    file = within(stages.folder, f"{name}.blocks", "values")
+
+    def compute(_: Partial) -> dict[str, Tensor]:
+        values = [part.values for part in parts.values()]
+        return {"values": _weighted_sum(values, weights, file)} if stages.ranks.writes else {}
+
+    stages.keep(name, compute)
+    stages.ranks.first(lambda: remove(file.parent))
     return Scores.load(stages.folder / name)
 
 
@@ -120,7 +133,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     file = path if path.is_file() else next((path / name for name in _FILES if (path / name).is_file()), None)
     if file is None:
         raise InputError(f"{path}: no weights there; expected a file, or a directory with one of {', '.join(_FILES)}.")
-    state = _read_shards(file) if file.name.endswith(".index.json") else _read_weights(file)
+    state = _read_shards(file) if file.name.endswith(".index.json") else read_weights(file)
     if file.name.startswith("adapter_model"):
         _load_adapter(model, state, path)
         return
@@ -179,10 +192,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
         raise DamagedError(f"{index} is not an index of weights: it has no weight_map of parameters to files.")
     shards = sorted({checked_name(shard) for shard in table.values()})
-    return {name: tensor for shard in shards for name, tensor in _read_weights(index.parent / shard).items()}
+    return {name: tensor for shard in shards for name, tensor in read_weights(index.parent / shard).items()}
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
     """One file; a torch file may hold nothing but tensors, and nothing of it is executed."""
     try:
         if file.suffix == ".safetensors":

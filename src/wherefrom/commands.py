@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from wherefrom.errors import WherefromError
 
-StrategyName = Literal["identity", "diagonal", "kfac", "ekfac"]
+StrategyName = Literal["identity", "diagonal", "kfac", "ekfac", "shampoo"]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 

@@ -20,9 +20,10 @@ from torch.nn import functional
 from typing_extensions import Unpack
 
 from wherefrom.capture import Captured
-from wherefrom.curvature import Factors, weight_gradients
+from wherefrom.curvature import Factors
 from wherefrom.damping import DAMPING_SHARE
 from wherefrom.errors import InputError
+from wherefrom.example_gradients import weight_gradients
 from wherefrom.files import checked_name
 from wherefrom.fingerprint import tensors_digest
 from wherefrom.layers import TrackedLayer

@@ -7,15 +7,16 @@ covariance is diagonal, or taken to be (see `TrackedLayer.diagonal_sides`), has 
 module does not decide what is swept or where factors are stored, and does not know what scores are. Factors may be on
 another device than what is captured; what is needed is moved there.
 
-Martens & Grosse 2015 (K-FAC), George et al. 2018 (EK-FAC), Grosse et al. 2023 (both for influence functions).
+Martens & Grosse 2015 (K-FAC), George et al. 2018 (EK-FAC), Grosse et al. 2023 (both for influence functions); Gupta
+et al. 2018 (Shampoo, here with EK-FAC's eigenvalues).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,13 +24,12 @@ from torch.nn import functional
 
 from wherefrom.capture import Captured
 from wherefrom.damping import Side, added_damping, check_eigenvalues, damped_inverse
-from wherefrom.eigenvectors import eigenvectors, finite_sum
 from wherefrom.errors import InputError, LossError, MismatchError
+from wherefrom.example_gradients import Sides, weight_gradients
 from wherefrom.fingerprint import Fingerprint, differences
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Workspace
 from wherefrom.moments import add_columns, second_moment
-from wherefrom.precision import product, rotated
 from wherefrom.sweep import Collector
 
 
@@ -38,20 +38,30 @@ class Strategy:
     """What a strategy needs.
 
     Attributes:
-        basis: whether gradients are rotated into the eigenvectors of the two covariances.
+        basis: what gradients are rotated into the eigenvectors of: the two "covariances" of tokens, A = E[a a^T] and
+            S = E[s s^T], or those of whole examples' "gradients", R = E[G^T G] and L = E[G G^T]; None leaves them.
         eigenvalues: "fitted" as mean squared (rotated) gradients, as the "product" of the covariances'
             eigenvalues, or "none", with which preconditioning does nothing.
     """
 
-    basis: bool
+    basis: Literal["covariances", "gradients"] | None
     eigenvalues: Literal["none", "product", "fitted"]
+
+    def stage(self, result: str) -> str:
+        """The name of a result of the fit, the same for strategies that have it in common.
+
+        Args:
+            result: "covariance", "eigenbasis" or "eigenvalues".
+        """
+        return {None: "diagonal", "covariances": result, "gradients": f"gradient-{result}"}[self.basis]
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "identity": Strategy(basis=False, eigenvalues="none"),
-    "diagonal": Strategy(basis=False, eigenvalues="fitted"),
-    "kfac": Strategy(basis=True, eigenvalues="product"),
-    "ekfac": Strategy(basis=True, eigenvalues="fitted"),
+    "identity": Strategy(basis=None, eigenvalues="none"),
+    "diagonal": Strategy(basis=None, eigenvalues="fitted"),
+    "kfac": Strategy(basis="covariances", eigenvalues="product"),
+    "ekfac": Strategy(basis="covariances", eigenvalues="fitted"),
+    "shampoo": Strategy(basis="gradients", eigenvalues="fitted"),
 }
 
 
@@ -67,8 +77,9 @@ class Basis:
     """The eigenvectors of a layer's two covariances, as columns, with their eigenvalues.
 
     Attributes:
-        activations: Q_A [in, in], of A = E[a a^T] over unmasked tokens; None for the axes themselves.
-        gradients: Q_S [out, out], of S = E[s s^T] over unmasked tokens; None for the axes themselves.
+        activations: Q_A [in, in], of A = E[a a^T] over unmasked tokens (`shampoo`: of R = E[G^T G] over examples);
+            None for the axes themselves.
+        gradients: Q_S [out, out], of S = E[s s^T] (`shampoo`: of L = E[G G^T]), likewise.
         activation_eigenvalues: [in], ascending; along the axes, the mean squares in their order.
         gradient_eigenvalues: [out], likewise.
     """
@@ -90,13 +101,6 @@ class Basis:
         """Those of S and A multiplied, [out, in]: the K-FAC eigenvalues."""
         return torch.outer(self.gradient_eigenvalues, self.activation_eigenvalues)
 
-    def sides(self, width: int) -> Sides:
-        """What turns gradients of `width` columns (see `TrackedLayer.width`) into this basis."""
-        if self.activations is None:
-            return Sides(self.gradients)
-        missing = width - len(self.activations)
-        return Sides(self.gradients, functional.pad(self.activations, (0, missing, 0, missing)))
-
     def rotate(self, gradients: Tensor) -> Tensor:
         """Q_S^T G Q_A for [..., out, in]."""
         turned = gradients if self.gradients is None else self.gradients.T @ gradients
@@ -106,52 +110,6 @@ class Basis:
         """Q_S G Q_A^T for [..., out, in]."""
         turned = gradients if self.gradients is None else self.gradients @ gradients
         return turned if self.activations is None else turned @ self.activations.T
-
-
-class Sides(NamedTuple):
-    """What per-example gradients are multiplied with from the left (transposed) and from the right; None is nothing."""
-
-    left: Tensor | None = None
-    right: Tensor | None = None
-
-    def on(self, device: torch.device) -> Sides:
-        """Both on a device."""
-        return Sides(*(None if each is None else each.to(device, non_blocking=True) for each in self))
-
-
-def weight_gradients(
-    captured: Captured, sides: Sides | None = None, workspace: Workspace | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Each example's gradient of a layer's weight, left^T G right with G = s^T a: [batch, out, width].
-
-    The bias is a column of it, `TrackedLayer.shape[1] - 1`; columns past that are zero. Of a one-hot layer, only
-    `Captured.columns` are there.
-
-    Args:
-        sides: orthogonal matrices, for gradients in a basis; None is neither.
-        workspace: where the result is put; it is good until the next call with the same one.
-        dtype: of the result; float32 or wider by default.
-    """
-    activations, gradients = captured.activations, captured.gradients
-    left, right = (sides or Sides()).on(gradients.device)
-    tokens, width, outputs = activations.shape[1], activations.shape[2], gradients.shape[2]
-    # Each side is rotated where it has fewer rows: token by token, or in the product. Products rounded to bfloat16
-    # must not be rotated, since their rounding errors would be rotated with them.
-    half = gradients.dtype == torch.bfloat16
-    if left is not None and (half or tokens < width):
-        gradients, left = rotated(gradients, left), None
-    if right is not None and (half or tokens < outputs):
-        activations, right = rotated(activations, right), None
-    transposed = gradients.transpose(1, 2)
-    if workspace is None or half:
-        result = product(transposed, activations, dtype if half else None)
-    else:
-        result = torch.bmm(transposed, activations, out=workspace.empty((len(gradients), outputs, width), gradients))
-    if left is not None:
-        result = left.T @ result
-    if right is not None:
-        result = result @ right
-    return result if dtype is None else result.to(dtype)
 
 
 class CovarianceCollector(Collector):
@@ -202,30 +160,29 @@ class CovarianceCollector(Collector):
         return found
 
 
-def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str], device: torch.device) -> dict[str, Basis]:
-    """The eigenvectors of every layer's covariances, found in float64 and kept in the covariances' dtype.
+def aligned(layer: TrackedLayer, matrix: Tensor) -> Tensor:
+    """Numbers [out, in] with a column for each of a captured gradient's, [out, width]; 0 past the layer's own."""
+    return functional.pad(matrix, (0, layer.width - matrix.shape[1]))
+
+
+def gradient_sides(
+    layers: Mapping[str, TrackedLayer], bases: Mapping[str, Basis], roots: Mapping[str, Tensor]
+) -> dict[str, Sides]:
+    """What turns each layer's captured gradients, with their aligned columns, into its basis, conditioned first.
 
     Args:
-        covariances: as `CovarianceCollector.means` gives them.
-        device: where eigenvectors are found; they are kept where the covariances are.
-
-    Raises:
-        LossError: a covariance is not finite.
+        bases: of layers that have one.
+        roots: P^(1/2) [out, in] of layers that are conditioned.
     """
-    diagonals = {name: each for name, each in covariances.items() if each.dim() == 1}
-    found: dict[str, tuple[Tensor, Tensor | None]] = {
-        **eigenvectors({name: each for name, each in covariances.items() if name not in diagonals}, device)
-    }
-    for name, each in diagonals.items():
-        finite_sum(each, name)
-        found[name] = (each, None)
-    bases = {}
-    for layer in layers:
-        (activation_values, activations), (gradient_values, gradients) = (
-            found[f"{layer}.{side}"] for side in ("activations", "gradients")
-        )
-        bases[layer] = Basis(activations, gradients, activation_values, gradient_values)
-    return bases
+    found = {}
+    for name, layer in layers.items():
+        basis, vectors = bases.get(name), None
+        if basis is not None and basis.activations is not None:
+            missing = layer.width - len(basis.activations)
+            vectors = functional.pad(basis.activations, (0, missing, 0, missing))
+        conditioned = aligned(layer, roots[name]) if name in roots else None
+        found[name] = Sides(None if basis is None else basis.gradients, vectors, conditioned)
+    return found
 
 
 def bases_to_tensors(bases: Mapping[str, Basis]) -> dict[str, Tensor]:
@@ -251,7 +208,11 @@ def bases_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Basis]:
 
 
 class EigenvalueCollector(Collector):
-    """Sums squared per-example gradients, rotated where there is a basis: Lambda = E[(Q_S^T G Q_A)^2]."""
+    """Sums squared per-example gradients, rotated where there is a basis: Lambda = E[(Q_S^T G Q_A)^2].
+
+    Args:
+        roots: P^(1/2) [out, in] of layers that are conditioned, of which P^(1/2) * G takes the place of G.
+    """
 
     def __init__(
         self,
@@ -260,9 +221,10 @@ class EigenvalueCollector(Collector):
         examples: int,
         dtype: torch.dtype,
         device: torch.device,
+        roots: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._layers = layers
-        self._sides = {name: bases[name].sides(layer.width) for name, layer in layers.items() if name in bases}
+        self._sides = gradient_sides(layers, bases, roots or {})
         self._examples = examples
         self._workspace = Workspace()
         self.sums = {
@@ -270,7 +232,7 @@ class EigenvalueCollector(Collector):
         }
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        squares = weight_gradients(captured, self._sides.get(layer), self._workspace).square_()
+        squares = weight_gradients(captured, self._sides[layer], self._workspace).square_()
         if captured.columns is None:
             self.sums[layer] += squares.sum(0).to(self.sums[layer].device)
         else:
@@ -292,14 +254,16 @@ class Factors:
         strategy: one of `STRATEGIES`.
         fingerprint: what the factors were fitted from.
         bases: of every layer; empty for a strategy without one.
-        eigenvalues: Lambda [out, in] of every layer, a mean over examples (`diagonal`, `ekfac`) or the product of two
-            means over tokens (`kfac`); empty for `identity`.
+        eigenvalues: Lambda [out, in] of every layer, a mean over examples, or for `kfac` the product of two means over
+            tokens; empty for `identity`.
+        roots: P^(1/2) [out, in] of every layer, if these are factors of gradients P^(1/2) * G; else empty.
     """
 
     strategy: str
     fingerprint: Fingerprint
     bases: Mapping[str, Basis]
     eigenvalues: Mapping[str, Tensor]
+    roots: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check_model(self, study: Fingerprint) -> None:
         """Refuse to be used on another model.
@@ -339,7 +303,7 @@ class Factors:
             added[name] = added_damping(values, damping)
             filters[name] = damped_inverse(values, added[name], sides)
         flat = frozenset(name for name, each in filters.items() if not bool(each.any()))
-        return Preconditioner(self.bases, filters, flat, added)
+        return Preconditioner(self.bases, filters, flat, added, self.roots)
 
 
 @dataclass(frozen=True)
@@ -350,12 +314,14 @@ class Preconditioner:
         filters: f(Lambda) [out, in] of every layer; a layer without one is left as it is.
         flat: layers without curvature in any direction, whose filter is 0.
         damping: what was added to the eigenvalues of each layer with a filter.
+        roots: P^(1/2) [out, in] of layers that are conditioned: the filter stands between P^(1/2) and P^(1/2).
     """
 
     bases: Mapping[str, Basis]
     filters: Mapping[str, Tensor]
     flat: frozenset[str] = frozenset()
     damping: Mapping[str, float] = field(default_factory=dict)
+    roots: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check_gradients(self, layer: str, captured: Captured) -> None:
         """Refuse training gradients of a layer without curvature, whose part of a score has no value.
@@ -373,18 +339,18 @@ class Preconditioner:
         )
 
     def sides(self, layers: Mapping[str, TrackedLayer]) -> dict[str, Sides]:
-        """What turns each layer's captured gradients, with their aligned columns, into the basis."""
-        return {name: basis.sides(layers[name].width) for name, basis in self.bases.items()}
+        """What turns each layer's captured gradients, with their aligned columns, into where the filter is."""
+        return gradient_sides(layers, self.bases, self.roots)
 
     def aligned_filters(self, layers: Mapping[str, TrackedLayer]) -> dict[str, Tensor]:
         """The filters with a column for each of a captured gradient's, [out, width]."""
-        return {
-            name: functional.pad(each, (0, layers[name].width - each.shape[1])) for name, each in self.filters.items()
-        }
+        return {name: aligned(layers[name], each) for name, each in self.filters.items()}
 
     def apply(self, layer: str, gradients: Tensor) -> Tensor:
-        """Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T for [..., out, in]."""
-        basis = self.bases.get(layer)
-        rotated = gradients if basis is None else basis.rotate(gradients)
-        filtered = rotated * self.filters[layer] if layer in self.filters else rotated
-        return filtered if basis is None else basis.rotate_back(filtered)
+        """Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T for [..., out, in], conditioned before and after."""
+        basis, roots = self.bases.get(layer), self.roots.get(layer)
+        turned = gradients if roots is None else roots * gradients
+        turned = turned if basis is None else basis.rotate(turned)
+        turned = turned * self.filters[layer] if layer in self.filters else turned
+        turned = turned if basis is None else basis.rotate_back(turned)
+        return turned if roots is None else roots * turned

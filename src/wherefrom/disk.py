@@ -72,11 +72,13 @@ def fit_steps(
         sums = sum(padded * (1 if diagonal else padded) for _, padded, diagonal in sides) * dtype.itemsize
         vectors = sum(size + (0 if diagonal else size * size) for size, _, diagonal in sides) * dtype.itemsize
         headers = _file(3 * len(layers))
-        found["covariance"] = Step.swept("covariance", squares + headers, sums + headers, ranks)
+        name = strategy.stage("covariance")
+        found[name] = Step.swept(name, squares + headers, sums + headers, ranks)
         vectors += _file(4 * len(layers))
-        found["eigenbasis"] = Step("eigenbasis", vectors, vectors)
+        name = strategy.stage("eigenbasis")
+        found[name] = Step(name, vectors, vectors)
     if strategy.eigenvalues == "fitted":
-        name = "eigenvalues" if strategy.basis else "diagonal"
+        name = strategy.stage("eigenvalues")
         headers = _file(len(layers))
         kept, sums = (
             sum(math.prod(shape) for shape in shapes) * dtype.itemsize + headers

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from wherefrom.capture import Captured
-from wherefrom.curvature import Preconditioner, Sides, weight_gradients
+from wherefrom.curvature import Preconditioner
+from wherefrom.example_gradients import Sides, brought_back, weight_gradients
 from wherefrom.finite import NotFiniteError
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Workspace, out_of_memory
@@ -129,16 +130,18 @@ class GradientBank(Collector):
         self._rebuilt.release()
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        sides = self._sides.get(layer, Sides())
+        sides = self._sides[layer]
         gradients = weight_gradients(captured, sides, self._workspace)
         if layer in self._filters:
             gradients *= captured.selected(self._filters[layer])
         if captured.columns is not None:
-            self._collect_columns(layer, self._back(layer, gradients), captured.columns, rows)
+            self._collect_columns(layer, self._back(layer, gradients, captured), captured.columns, rows)
         elif layer in self.sums:
-            self.sums[layer][rows] = self._back(layer, gradients)
-        else:
+            self.sums[layer][rows] = self._back(layer, gradients, captured)
+        elif sides.roots is None:
             self._collect_thin(layer, gradients, sides, rows)
+        else:  # two thin matrices cannot be conditioned
+            self._collect_thin(layer, self._back(layer, gradients, captured), Sides(), rows)
 
     def _collect_columns(self, layer: str, gradients: Tensor, columns: Tensor, rows: slice) -> None:
         count = columns.shape[1]
@@ -146,20 +149,18 @@ class GradientBank(Collector):
         self.sums[layer][rows, :, :count] = gradients.to(self._form.place)
         self.sums[f"{layer}{_COLUMNS}"][rows, :count] = columns.to(self._form.place)
 
-    def _back(self, layer: str, gradients: Tensor) -> Tensor:
-        """Preconditioned gradients out of the eigenbasis, on the sides that are to be."""
-        remaining = self._remaining(layer)
-        left, right = self._sides.get(layer, Sides()).on(gradients.device)
-        if left is not None and remaining.left is None:
-            gradients = left @ gradients
-        if right is not None and remaining.right is None:
-            gradients = gradients @ right.T
-        return gradients
+    def _back(self, layer: str, gradients: Tensor, captured: Captured) -> Tensor:
+        """Preconditioned gradients out of the eigenbasis, on the sides that are to be, and conditioned again."""
+        sides, remaining = self._sides[layer], self._remaining(layer)
+        left, right = (side if kept is None else None for side, kept in zip(sides[:2], remaining[:2], strict=True))
+        return brought_back(captured, Sides(left, right, sides.roots), gradients)
 
     def _remaining(self, layer: str) -> Sides:
         """What training gradients of a layer are to be multiplied with, because the bank's are in the eigenbasis."""
-        left, right = self._sides.get(layer, Sides())
+        left, right, roots = self._sides[layer]
         back_left, back_right = self._form.rotated_back.get(layer, (True, True))
+        if roots is not None:  # only the bank's are conditioned, so they come all the way back
+            return Sides()
         return Sides(None if back_left else left, None if back_right else right)
 
     def _collect_thin(self, layer: str, gradients: Tensor, sides: Sides, rows: slice) -> None:
@@ -303,7 +304,7 @@ class GradientBank(Collector):
         """
         self._preconditioner.check_gradients(layer, captured)
         remaining = self._remaining(layer) if layer in self.sums else Sides()
-        left, right = remaining.on(captured.gradients.device)
+        left, right, _ = remaining.on(captured.gradients.device)
         return captured._replace(
             activations=captured.activations if right is None else rotated(captured.activations, right),
             gradients=captured.gradients if left is None else rotated(captured.gradients, left),

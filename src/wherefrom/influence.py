@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from wherefrom.capture import Captured
-from wherefrom.curvature import Preconditioner, weight_gradients
+from wherefrom.curvature import Preconditioner
+from wherefrom.example_gradients import brought_back, weight_gradients
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Workspace
 from wherefrom.sweep import Collector
@@ -23,7 +24,8 @@ SELF_INFLUENCE, SQUARED_NORM = "self_influence", "squared_norm"
 class SelfInfluenceCollector(Collector):
     """Adds up, layer by layer, g^T P g and |P g|^2 of every example, with P the damped inverse of the curvature.
 
-    In the eigenbasis P is a diagonal, and a rotation changes no norm: both are sums over the rotated gradient.
+    In the eigenbasis P is a diagonal, and a rotation changes no norm: both are sums over the rotated gradient. Of
+    conditioned factors, the second is a sum over what is brought back.
 
     Args:
         training: whether the examples are those that the curvature is of, which has to be there where gradients are.
@@ -49,13 +51,14 @@ class SelfInfluenceCollector(Collector):
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
         if self._checked is not None:
             self._checked.check_gradients(layer, captured)
-        gradients = weight_gradients(captured, self._sides.get(layer), self._workspace)
-        if layer in self._filters:
-            # Not the squares first: those of small gradients vanish, which a large filter would have brought back.
-            filtered = gradients * captured.selected(self._filters[layer])
-            influence, norm = gradients.mul_(filtered).sum((1, 2)), filtered.square_().sum((1, 2))
-        else:
-            influence = norm = gradients.square_().sum((1, 2))
+        sides = self._sides[layer]
+        gradients = weight_gradients(captured, sides, self._workspace)
+        # Not the squares first: those of small gradients vanish, which a large filter would have brought back.
+        chosen = captured.selected(self._filters[layer]) if layer in self._filters else 1.0
+        filtered = gradients * chosen
+        influence = gradients.mul_(filtered).sum((1, 2))
+        conditioned = filtered if sides.roots is None else brought_back(captured, sides, filtered)
+        norm = conditioned.square().sum((1, 2))
         self._add(SELF_INFLUENCE, influence, rows)
         self._add(SQUARED_NORM, norm, rows)
 

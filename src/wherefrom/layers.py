@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -101,6 +102,20 @@ class TrackedLayer:
         That of one-hot vectors is diagonal; of more than `WIDEST` features, it is an approximation.
         """
         return self.shape[0] > WIDEST, self.one_hot or self.shape[1] > WIDEST
+
+    @property
+    def parameters(self) -> tuple[Tensor, nn.Parameter | None]:
+        """The weight and the bias, in their modules' own shapes."""
+        weight = self.main.module.weight
+        assert isinstance(weight, Tensor)
+        return weight, next((use.bias for use in self.uses if use.bias is not None), None)
+
+    def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """One number for each of a layer's `parameters`, laid out as its gradient matrix, `shape`."""
+        if self.main.kind.elementwise:
+            return torch.cat([each.flatten() for each in (weight, bias) if each is not None])[None]
+        matrix = weight.T if self.main.kind.transposed else weight.flatten(1)
+        return matrix if bias is None else torch.cat([matrix, bias[:, None]], 1)
 
     def columns(self, tokens: int) -> int:
         """How many columns of the gradient matrix are captured for an example of that many tokens."""

@@ -183,7 +183,8 @@ class Options:
 
     def result_name(self, factors: Factors) -> str:
         """The name that results are kept under."""
-        return checked_result_name(self.name or factors.strategy + self._suffix())
+        conditioned = "-conditioned" * bool(factors.roots)
+        return checked_result_name(self.name or factors.strategy + conditioned + self._suffix())
 
     def _suffix(self) -> str:
         parts = {
@@ -204,8 +205,15 @@ class Options:
 
         Raises:
             MismatchError: the factors are of another model.
+            InputError: a solver is asked for with conditioned factors.
         """
         factors.check_model(study)
+        if self.solver is not None and factors.roots:
+            raise InputError(
+                f"solver={self.solver!r} with conditioned factors, whose damping is none of the Gauss-Newton matrix's. "
+                "Leave the solver out, or fit factors without a conditioning."
+            )
+        conditioned = factors.fingerprint.get("conditioning")
         return {
             **study,
             "strategy": factors.strategy,
@@ -213,6 +221,7 @@ class Options:
             "targets": factors.fingerprint["targets"],
             "factors' task": factors.fingerprint["task"],
             "factors' precision": factors.fingerprint["precision"],
+            **({} if conditioned is None else {"conditioning": conditioned}),
             "precision": precision,
             **self.settings(),
         }

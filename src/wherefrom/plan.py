@@ -256,7 +256,7 @@ class _PerExample:
 
     Attributes:
         forming: its gradients; gradient: the same in the eigenbasis, where there is one.
-        covariance: its part of both covariances, of which only one triangle is computed.
+        covariance: its part of both covariances, of which only one triangle is computed, with what they are made of.
     """
 
     forming: float
@@ -271,11 +271,14 @@ class _PerExample:
             outputs, columns = layer.shape[0], layer.columns(tokens)
             forming += 2.0 * tokens * outputs * columns
             rotating += sum(_sides_flop(job, layer, tokens))
+            # Vectors whose outer products a side sums: tokens, or the columns and rows of the gradient.
+            vectors = (columns, outputs) if job.strategy.basis == "gradients" else (tokens, tokens)
             covariance += sum(
-                tokens * (1 if diagonal else size) * size
-                for size, diagonal in zip((outputs, columns), layer.diagonal_sides, strict=True)
+                count * (1 if diagonal else size) * size
+                for count, size, diagonal in zip(vectors, (outputs, columns), layer.diagonal_sides, strict=True)
             )
-        return cls(forming, forming + rotating * job.strategy.basis, covariance)
+        covariance += forming * (job.strategy.basis == "gradients")
+        return cls(forming, forming + rotating * bool(job.strategy.basis), covariance)
 
 
 def factor_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
@@ -283,7 +286,7 @@ def factor_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: 
     numbers = 0
     for layer in layers.values():
         for size, diagonal in zip(layer.padded_shape, layer.diagonal_sides, strict=True):
-            numbers += size * (1 if diagonal else size) * strategy.basis
+            numbers += size * (1 if diagonal else size) * bool(strategy.basis)
         if strategy.eigenvalues != "none":
             numbers += math.prod(layer.padded_shape)
     return numbers * widened_dtype(dtype).itemsize

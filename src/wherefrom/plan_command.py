@@ -60,7 +60,7 @@ class PlanArguments:
     ranks: int = 1
     device_memory: float | None = None
     flops: float | Literal["measured"] = "measured"
-    strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac"
+    strategy: Literal["identity", "diagonal", "kfac", "ekfac", "shampoo"] = "ekfac"
     layers: tuple[str, ...] = ()
     fit_train: int | None = None
     half_precision: bool = False

@@ -55,8 +55,8 @@ class Scores:
     `values[q, t]` is the query's gradient, times the damped inverse curvature, times the training example's gradient:
     `g_q^T (H + damping)^-1 g_t` (Koh & Liang 2017, equation 2, with the sign turned). Positive: training on the example
     lowers the query's loss. Both losses are sums over tokens. Where the curvature is a mean over examples (`diagonal`,
-    `ekfac`), removing example t of N raises the query's loss by about `values[q, t] / N`; `kfac` and `identity` have
-    another scale, so compare scores of one strategy only.
+    `ekfac`, `shampoo`), removing example t of N raises the query's loss by about `values[q, t] / N`; `kfac` and
+    `identity` have another scale, so compare scores of one strategy only.
 
     Attributes:
         values: [query, train] in dataset order; float32, or float64 for a float64 model. What was stored stays on

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from wherefrom.compression import Compression, IndexOptions
+from wherefrom.conditioning import Conditioning, conditioning_digest, conditioning_roots
 from wherefrom.curvature import Factors, checked_strategy
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.files import checked_name, within
@@ -146,19 +147,23 @@ class Study(Generic[Batch]):
         half_precision: bool = False,
         batch_size: int | None = None,
         seed: int = 0,
+        conditioning: Conditioning | None = None,
         name: str | None = None,
         overwrite: bool = False,
     ) -> Factors:
         """Fit curvature factors on the training examples, or load them when they are there.
 
         Args:
-            strategy: "identity", "diagonal", "kfac" or "ekfac".
+            strategy: "identity", "diagonal", "kfac", "ekfac" or "shampoo".
             empirical: use the dataset's targets instead of targets drawn from the model (the Fisher information).
             half_precision: bfloat16 products in the model's passes; factors stay float32.
             batch_size: None finds one; results depend on it only by rounding.
             seed: of the drawn targets.
+            conditioning: what the optimizer has multiplied each weight's gradient with, by parameter name
+                (`adam_conditioning` for Adam's), so that curvature, its damping and scores are those of the coordinates
+                that it descended in. For "shampoo", "diagonal" and "identity".
             name: of the factors in the run directory; "sampled" or "empirical" by default, with "-half" in half
-                precision. Strategies share what they have in common under one name.
+                precision and "-conditioned". Strategies share what they have in common under one name.
             overwrite: replace what has this name, instead of refusing when it was made from something else. Where it is
                 interrupted, the call without it goes on.
 
@@ -167,14 +172,16 @@ class Study(Generic[Batch]):
         """
         checked_strategy(strategy)
         sweep = self._precise_sweep(half_precision)
-        usual = ("empirical" if empirical else "sampled") + ("-half" if half_precision else "")
+        usual = ("empirical" if empirical else "sampled") + "-half" * half_precision
+        usual += "-conditioned" * (conditioning is not None)
         folder = within(self.path, "factors", checked_name(name or usual))
         fingerprint = self._fingerprint()
         fingerprint["targets"] = "dataset" if empirical else f"sampled, seed {seed}"
         fingerprint["precision"] = str(sweep.precision)
-        stages = Stages(folder, fingerprint, self.profile)
+        roots = {} if conditioning is None else conditioning_roots(sweep, conditioning)
+        stages = Stages(folder, fingerprint | conditioning_digest(roots), self.profile)
         size = checked_batch_size(batch_size)
-        return Fitting(sweep, self.train, stages, None if empirical else seed, size, overwrite).factors(strategy)
+        return Fitting(sweep, self.train, stages, None if empirical else seed, size, overwrite, roots).factors(strategy)
 
     def plan(self, queries: Dataset[object], strategy: str = "ekfac", **options: Unpack[ScoreOptions]) -> Plan:
         """What `score` would do with these arguments, and what that and the fit would cost, without doing it.
@@ -315,13 +322,15 @@ class Study(Generic[Batch]):
         """Keep the compressed gradient of every training example on disk, for queries later; or open what is there.
 
         Args:
-            factors: what `fit` returned for this model.
+            factors: what `fit` returned for this model, without a conditioning.
             options: those of `IndexOptions`.
 
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
         chosen = Compression.of(**options)
+        if factors.roots:
+            raise InputError("factors are conditioned, and an index is not: fit factors without a conditioning.")
         sweep = self._precise_sweep(chosen.half_precision)
         return GradientIndex.of(sweep, self.train, factors, chosen, self.path, self._fingerprint())
 

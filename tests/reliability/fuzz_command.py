@@ -303,7 +303,7 @@ DEVICES = st.sampled_from(
 LAYERS = st.sampled_from(
     ["*", "*.mlp.*", "*.wte", "*.ln_1", "lm_head", "mlp", "", "[", "*.wpe", "transformer", "\udcff"]
 )
-CHOICES = st.sampled_from(["identity", "diagonal", "kfac", "ekfac", "EKFAC", "", "none"])
+CHOICES = st.sampled_from(["identity", "diagonal", "kfac", "ekfac", "shampoo", "EKFAC", "", "none"])
 SPLITS = st.sampled_from(["train", "validation", "test", "", "train[:1]", "train[", "\udcff"])
 FLAG = st.none()
 """A flag without a value."""

@@ -22,6 +22,7 @@ from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.files import within
 from wherefrom.fingerprint import Dataset, Fingerprint, checked_length, dataset_digest, model_digest
 from wherefrom.gradient_rows import GradientRows
+from wherefrom.memory import within_memory
 from wherefrom.options import Options
 from wherefrom.rescoring import exact_scores
 from wherefrom.scores import TopScores, extremes, merged_extremes
@@ -108,14 +109,17 @@ class GradientIndex(Generic[Batch]):
             LossError: a layer without curvature has gradients.
             MismatchError: the model, or what is on the disk, is not what the index was opened with.
             DamagedError: a file is not what was written.
+            MemoryLimitError: the queries' compressed gradients, or the dense curvature, do not fit.
         """
         self._check_query(queries, k, rerank)
         self._model.check()
-        filters = self._filter(damping)
-        asked = self.rows.of("query gradients", queries, measurement(self.rows.sweep.task))
-        best = self.highest(preconditioned(asked, filters, self.rows.parts), max(k, rerank))
-        if rerank:
-            best = self._exact(queries, best, damping, k)
+        advice = "Give fewer queries at once, or make an index of a smaller rank."
+        with within_memory("query does", self.rows.sweep.device, advice):
+            filters = self._filter(damping)
+            asked = self.rows.of("query gradients", queries, measurement(self.rows.sweep.task))
+            best = self.highest(preconditioned(asked, filters, self.rows.parts), max(k, rerank))
+            if rerank:
+                best = self._exact(queries, best, damping, k)
         return TopScores(**best, fingerprint=self._asked(queries, damping, k, rerank))
 
     def _asked(self, queries: Dataset[object], damping: float | None, k: int, rerank: int) -> Fingerprint:

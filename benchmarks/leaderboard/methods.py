@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -17,6 +18,7 @@ import wherefrom as wf
 from leaderboard.setting import Setting
 from wherefrom.checkpoints import load_weights
 from wherefrom.evaluate.baselines import bm25_scores, random_scores
+from wherefrom.language import Measure
 from wherefrom.options import PairwiseOptions
 from wherefrom.recording import RecordedCheckpoint
 
@@ -37,11 +39,16 @@ class Subject:
     checkpoints: list[RecordedCheckpoint]
     folder: Path
 
-    def study(self, layers: tuple[str, ...] | None = None) -> wf.Study[dict[str, Tensor]]:
+    def study(self, layers: tuple[str, ...] | None = None, measure: Measure = "loss") -> wf.Study[dict[str, Tensor]]:
         """The trained model's study; all linear layers but the head by default."""
         model = self.setting.start
         load_weights(model, self.checkpoints[-1].path)
-        return wf.Study(self.folder, model, wf.CausalLM(layers=layers), train=self.setting.train)
+        return wf.Study(self.folder, model, wf.CausalLM(layers, measure), train=self.setting.train)
+
+    @property
+    def conditioning(self) -> dict[str, Tensor]:
+        """What Adam has multiplied gradients with, at the end."""
+        return wf.adam_conditioning(self.checkpoints[-1])
 
 
 Scoring = Callable[[Subject], Tensor]
@@ -61,14 +68,58 @@ class Method:
     what: str
 
 
-def influence(strategy: str, layers: tuple[str, ...] | None = None, **options: Unpack[PairwiseOptions]) -> Scoring:
-    """Factors of a strategy, and scores with them."""
+def influence(
+    strategy: str,
+    layers: tuple[str, ...] | None = None,
+    *,
+    conditioned: bool = False,
+    **options: Unpack[PairwiseOptions],
+) -> Scoring:
+    """Factors of a strategy, in Adam's coordinates or not, and scores with them."""
 
     def scores(subject: Subject) -> Tensor:
         study = subject.study(layers)
-        return study.score(subject.setting.queries, study.fit(strategy), **options).values
+        factors = study.fit(strategy, conditioning=subject.conditioning if conditioned else None)
+        return study.score(subject.setting.queries, factors, **options).values
 
     return scores
+
+
+def source(adam: bool, layers: tuple[str, ...] | None = None) -> Scoring:
+    """Three segments of the training, by gradient descent or by AdamW's steps."""
+
+    def scores(subject: Subject) -> Tensor:
+        tokens = [len(each) - 1 for each in subject.setting.train["input_ids"]]
+        scale = len(tokens) / sum(tokens)  # training minimised a mean over tokens
+        queries = subject.setting.queries
+        found = wf.score_source(subject.study(layers), subject.checkpoints, queries, adam=adam, loss_scale=scale)
+        return found.values
+
+    return scores
+
+
+def logra(subject: Subject) -> Tensor:
+    """On random directions."""
+    return wf.logra_scores(subject.study(), subject.setting.queries).values
+
+
+def trak(subject: Subject) -> Tensor:
+    """Of one model, with the log-odds of the labels."""
+    return wf.trak_scores(subject.study(measure="margin"), subject.setting.queries).values
+
+
+def trackstar(subject: Subject) -> Tensor:
+    """With Adam's second moments."""
+    return wf.trackstar_scores(subject.study(), subject.setting.queries, subject.conditioning).values
+
+
+def two_stages(subject: Subject) -> Tensor:
+    """EK-FAC's scores of the tenth of the training set that BM25 puts on top of a query; 0 elsewhere."""
+    found = bm25(subject)
+    candidates = found.topk(len(subject.setting.train) // 10).indices
+    study = subject.study()
+    exact = study.score_candidates(subject.setting.queries, study.fit("ekfac"), candidates)
+    return torch.zeros_like(found).scatter(1, exact.train, exact.values)
 
 
 def cosine(subject: Subject) -> Tensor:
@@ -106,11 +157,19 @@ METHODS: dict[str, Method] = {
     "dot": Method(influence("identity"), "gradient dot product (`identity`)"),
     "cosine": Method(cosine, "gradient cosine"),
     "tracin": Method(tracin, "TracInCP over six checkpoints (Pruthi et al. 2020)"),
+    "adam dot": Method(influence("identity", conditioned=True), "gradient dot product, times Adam's preconditioner"),
+    "trak": Method(trak, "TRAK (Park et al. 2023), one model, rank 8 a layer"),
+    "logra": Method(logra, "LoGra (Choe et al. 2024), random projection, rank 16"),
+    "trackstar": Method(trackstar, "TrackStar (Chang et al. 2024), rank 16"),
     "diagonal": Method(influence("diagonal"), "diagonal Fisher information"),
     "kfac": Method(influence("kfac"), "Kronecker factors"),
+    "shampoo": Method(influence("shampoo"), "eigenvalue-corrected Shampoo"),
     "ekfac": Method(influence("ekfac"), "EK-FAC (Grosse et al. 2023), damping 0.1 x mean eigenvalue"),
     "ekfac, damping 1e-8": Method(influence("ekfac", damping=1e-8), "EK-FAC, the published damping"),
     "ekfac, all weights": Method(influence("ekfac", ALL), "EK-FAC of embeddings, head and normalisations too"),
+    "bm25, then ekfac": Method(two_stages, "EK-FAC for the tenth that BM25 names, 0 elsewhere"),
+    "source": Method(source(adam=False), "SOURCE (Bae et al. 2024), three segments, six checkpoints"),
+    "source, adam": Method(source(adam=True), "SOURCE with AdamW's steps"),
     "ekfac + cg": Method(
         influence("ekfac", solver=wf.ConjugateGradients(20, 1e-2)), "Gauss-Newton solve, 20 iterations at most"
     ),

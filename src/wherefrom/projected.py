@@ -22,14 +22,14 @@ from typing_extensions import Unpack
 
 from wherefrom.checkpoints import load_weights, named_paths, restored
 from wherefrom.compression import Compression, Projection, damped_power, preconditioned
+from wherefrom.conditioning import Conditioning, conditioning_digest, conditioning_roots
 from wherefrom.curvature import Factors
 from wherefrom.damping import DAMPING_SHARE
 from wherefrom.errors import InputError
 from wherefrom.files import scratch_matrix
-from wherefrom.fingerprint import Dataset, checked_length, dataset_digest, model_digest, tensors_digest
+from wherefrom.fingerprint import Dataset, checked_length, dataset_digest, model_digest
 from wherefrom.gradient_rows import GradientRows
 from wherefrom.kept_scores import keep_scores
-from wherefrom.layers import TrackedLayer
 from wherefrom.layouts import check_layout
 from wherefrom.memory import within_memory
 from wherefrom.options import checked_result_name
@@ -146,23 +146,22 @@ def trak_scores(
 def trackstar_scores(
     study: Study[Batch],
     queries: Dataset[object],
-    second_moments: Mapping[str, Tensor] | None = None,
+    conditioning: Conditioning | None = None,
     mixing: float = 0.9,
     **options: Unpack[ProjectionOptions],
 ) -> Scores:
     """TrackStar (Chang et al. 2024, arXiv 2410.17413): cosines of projected, preconditioned gradients, -1 to 1.
 
-    A gradient G of a layer becomes `g = R^-1/2 P (G / sqrt(V))`, with the optimizer's second moments V, and all layers
+    A gradient G of a layer becomes `g = R^-1/2 p`, p the projection of `C * G` with the conditioning C, and all layers
     together are divided by their norm. `R = mixing R_queries + (1 - mixing) R_train + damping` in each layer, with the
-    means of `p p^T`, p = P (G / sqrt(V)), over the queries and over the training examples. The damping is not in the
-    paper, where examples are many.
+    means of `p p^T` over the queries and over the training examples. The damping is not in the paper, where examples
+    are many.
 
     Args:
         study: the model, its task and training examples; scores are kept in its run directory.
         queries: as in `Study.score`.
-        second_moments: V of every tracked layer, [out, in], as an Adam or Adafactor run has it for the weight, with the
-            bias as a last column (`exp_avg_sq` of a `Linear`; a factor that all have in common makes no difference).
-            Where it is 0 the gradient is left out. None divides by nothing.
+        conditioning: as in `Study.fit`; the paper's is 1 / sqrt(V), V the optimizer's second moments, which
+            `adam_conditioning` gives. None is 1.
         mixing: 0 to 1; the paper takes 0.9 where queries are of one kind, and 0.99 where training examples are many
             more.
         options: those of `ProjectionOptions`.
@@ -172,10 +171,10 @@ def trackstar_scores(
     """
     if not 0 <= mixing <= 1:
         raise InputError(f"mixing={mixing}: expected a number from 0 (training examples alone) to 1 (queries alone).")
-    scales = None if second_moments is None else _inverse_roots(second_moments, study.layers)
-    moments = "none" if second_moments is None else tensors_digest(second_moments)[:24]
+    roots = {} if conditioning is None else conditioning_roots(study._sweep, conditioning)
     method = _Method.of(study, queries, "trackstar", 16, **options)
-    method = replace(method, scales=scales).told_by({"mixing": repr(mixing), "second moments": moments})
+    method = replace(method, scales={name: each.square() for name, each in roots.items()} or None)
+    method = method.told_by({"mixing": repr(mixing), **conditioning_digest(roots)})
 
     def compute(blocks: Stages) -> dict[str, Tensor]:
         rows = method.rows(blocks, "losses", training_loss(method.sweep.task))
@@ -356,23 +355,3 @@ def _filled(
 def _load(study: Study[Batch], path: Path | None) -> None:
     if path is not None:
         load_weights(study._sweep.model, path)
-
-
-def _inverse_roots(second_moments: Mapping[str, Tensor], layers: Mapping[str, TrackedLayer]) -> dict[str, Tensor]:
-    """1 / sqrt(V) [out, in] of each layer, and 0 where V is.
-
-    Raises:
-        InputError: they are not those of the tracked layers.
-    """
-    if second_moments.keys() != layers.keys():
-        raise InputError(
-            f"second_moments: of {len(second_moments)} layers ({', '.join(list(second_moments)[:3])}); expected those "
-            f"of the {len(layers)} tracked layers ({', '.join(list(layers)[:3])})."
-        )
-    for name, each in second_moments.items():
-        if tuple(each.shape) != layers[name].shape or not bool((each.isfinite() & (each >= 0)).all()):
-            raise InputError(
-                f"second_moments: {list(each.shape)} for layer {name!r}; expected {list(layers[name].shape)}, [out, "
-                "in] with the bias as last column, finite and not negative."
-            )
-    return {name: torch.where(each > 0, each.rsqrt(), 0.0) for name, each in second_moments.items()}

@@ -131,12 +131,13 @@ def score_source(
     paths = named_paths(checkpoints)
     if not 0 < loss_scale < math.inf:
         raise InputError(f"loss_scale={loss_scale}: expected a number above 0.")
+    strategy = _checked_strategy(strategy or ("shampoo" if adam else "ekfac"), adam)
     scaled = [time * loss_scale for time in _times(checkpoints, times)]
     recorded, decay = _recorded(checkpoints) if adam else None, _weight_decay(checkpoints, weight_decay)
     if not 1 <= segments <= len(paths):
         raise InputError(f"segments={segments}: expected 1 to {len(paths)}, as many as there are checkpoints.")
     settings = _Settings(
-        strategy=_checked_strategy(strategy or ("shampoo" if adam else "ekfac"), adam),
+        strategy=strategy,
         seed=None if empirical else seed,
         damping=decay / loss_scale,
         last=list(paths.values())[-1],

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 import tyro
 from leaderboard.measure import Cost, measured
-from leaderboard.methods import METHODS, Subject
+from leaderboard.methods import METHODS
 from leaderboard.page import write_page
 from leaderboard.ranking import ranking
 from leaderboard.retrainings import protocol_a, protocol_b, without_top
 from leaderboard.setting import Setting, Size, record
+from leaderboard.subject import Subject
 from workload import RESULTS, ROOT, save_results
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from workload import PeakMemory, provenance, synchronize
 
 import wherefrom as wf
-from leaderboard.methods import METHODS, Subject
+from leaderboard.methods import METHODS
 from leaderboard.setting import Setting, predicted_tokens
+from leaderboard.subject import Subject
 from wherefrom.errors import LossError
 from wherefrom.files import write_tensors, write_text
 

@@ -8,47 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 import wherefrom as wf
-from leaderboard.setting import Setting
-from wherefrom.checkpoints import load_weights
+from leaderboard.sample_space import sample_space
+from leaderboard.subject import Subject
 from wherefrom.evaluate.baselines import bm25_scores, random_scores
-from wherefrom.language import Measure
 from wherefrom.options import PairwiseOptions
-from wherefrom.recording import RecordedCheckpoint
 
 ALL = ("transformer.h.*", "transformer.ln_f", "transformer.wpe", "lm_head")  # the head is the embedding, too
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a method is asked about.
-
-    Attributes:
-        setting: the model before training, the data, the training.
-        checkpoints: of the training; the last is the trained model.
-        folder: the method's own, empty at first.
-    """
-
-    setting: Setting
-    checkpoints: list[RecordedCheckpoint]
-    folder: Path
-
-    def study(self, layers: tuple[str, ...] | None = None, measure: Measure = "loss") -> wf.Study[dict[str, Tensor]]:
-        """The trained model's study; all linear layers but the head by default."""
-        model = self.setting.start
-        load_weights(model, self.checkpoints[-1].path)
-        return wf.Study(self.folder, model, wf.CausalLM(layers, measure), train=self.setting.train)
-
-    @property
-    def conditioning(self) -> dict[str, Tensor]:
-        """What Adam has multiplied gradients with, at the end."""
-        return wf.adam_conditioning(self.checkpoints[-1])
 
 
 Scoring = Callable[[Subject], Tensor]
@@ -134,6 +105,13 @@ def tracin(subject: Subject) -> Tensor:
     return wf.score_checkpoints(subject.study(), subject.checkpoints, subject.setting.queries).values
 
 
+def last_checkpoints(subject: Subject) -> Tensor:
+    """A mean of scores with factors of their own."""
+    study, last = subject.study(), subject.checkpoints[-3:]
+    weights = [1 / len(last)] * len(last)
+    return wf.score_checkpoints(study, last, subject.setting.queries, "ekfac", weights).values
+
+
 def bm25(subject: Subject) -> Tensor:
     """Shared words."""
     return bm25_scores(subject.setting.queries["text"], subject.setting.train["text"])
@@ -167,6 +145,17 @@ METHODS: dict[str, Method] = {
     "ekfac": Method(influence("ekfac"), "EK-FAC (Grosse et al. 2023), damping 0.1 x mean eigenvalue"),
     "ekfac, damping 1e-8": Method(influence("ekfac", damping=1e-8), "EK-FAC, the published damping"),
     "ekfac, all weights": Method(influence("ekfac", ALL), "EK-FAC of embeddings, head and normalisations too"),
+    "ekfac, all weights, damping 0.01": Method(influence("ekfac", ALL, damping=0.01), "the same, another damping"),
+    "ekfac, three checkpoints": Method(last_checkpoints, "EK-FAC's scores averaged over the last three checkpoints"),
+    "shampoo, adam": Method(
+        influence("shampoo", conditioned=True), "eigenvalue-corrected Shampoo in Adam's coordinates"
+    ),
+    "shampoo, adam, all weights": Method(influence("shampoo", ALL, conditioned=True), "the same of all weights"),
+    "fisher, all weights": Method(
+        sample_space(conditioned=False),
+        "the sampled Fisher matrix of all weights, three samples an example, no factors",
+    ),
+    "fisher, adam, all weights": Method(sample_space(conditioned=True), "the same in Adam's coordinates"),
     "bm25, then ekfac": Method(two_stages, "EK-FAC for the tenth that BM25 names, 0 elsewhere"),
     "source": Method(source(adam=False), "SOURCE (Bae et al. 2024), three segments, six checkpoints"),
     "source, adam": Method(source(adam=True), "SOURCE with AdamW's steps"),
@@ -174,7 +163,8 @@ METHODS: dict[str, Method] = {
         influence("ekfac", solver=wf.ConjugateGradients(20, 1e-2)), "Gauss-Newton solve, 20 iterations at most"
     ),
     "ekfac + astra": Method(
-        influence("ekfac", solver=wf.Astra(learning_rate=0.001, batch_size=128)), "ASTRA (Wang et al. 2025)"
+        influence("ekfac", solver=wf.Astra(60, batch_size=32, learning_rate=0.005)),
+        "ASTRA (Wang et al. 2025), 60 batches of 32",
     ),
     "magic": Method(magic, "the exact gradient through training (Ilyas & Engstrom 2025)"),
 }

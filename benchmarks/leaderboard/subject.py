@@ -1,0 +1,44 @@
+"""What the methods are asked about. This module knows the setting and checkpoints; it must not know methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import wherefrom as wf
+from leaderboard.setting import Setting
+from wherefrom.checkpoints import load_weights
+from wherefrom.language import Measure
+from wherefrom.recording import RecordedCheckpoint
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a method is asked about.
+
+    Attributes:
+        setting: the model before training, the data, the training.
+        checkpoints: of the training; the last is the trained model.
+        folder: the method's own, empty at first.
+    """
+
+    setting: Setting
+    checkpoints: list[RecordedCheckpoint]
+    folder: Path
+
+    def study(self, layers: tuple[str, ...] | None = None, measure: Measure = "loss") -> wf.Study[dict[str, Tensor]]:
+        """The trained model's study; all linear layers but the head by default."""
+        return wf.Study(self.folder, self.model(), wf.CausalLM(layers, measure), train=self.setting.train)
+
+    def model(self) -> PreTrainedModel:
+        """The trained model."""
+        load_weights(self.setting.start, self.checkpoints[-1].path)
+        return self.setting.start
+
+    @property
+    def conditioning(self) -> dict[str, Tensor]:
+        """What Adam has multiplied gradients with, at the end."""
+        return wf.adam_conditioning(self.checkpoints[-1])

@@ -147,13 +147,11 @@ METHODS: dict[str, Method] = {
     "ekfac, all weights": Method(influence("ekfac", ALL), "EK-FAC of embeddings, head and normalisations too"),
     "ekfac, all weights, damping 0.01": Method(influence("ekfac", ALL, damping=0.01), "the same, another damping"),
     "ekfac, three checkpoints": Method(last_checkpoints, "EK-FAC's scores averaged over the last three checkpoints"),
-    "shampoo, adam": Method(
-        influence("shampoo", conditioned=True), "eigenvalue-corrected Shampoo in Adam's coordinates"
-    ),
+    "shampoo, adam": Method(influence("shampoo", conditioned=True), "Shampoo in Adam's coordinates"),
     "shampoo, adam, all weights": Method(influence("shampoo", ALL, conditioned=True), "the same of all weights"),
     "fisher, all weights": Method(
         sample_space(conditioned=False),
-        "the sampled Fisher matrix of all weights, three samples an example, no factors",
+        "the sampled Fisher matrix itself, three samples an example",
     ),
     "fisher, adam, all weights": Method(sample_space(conditioned=True), "the same in Adam's coordinates"),
     "bm25, then ekfac": Method(two_stages, "EK-FAC for the tenth that BM25 names, 0 elsewhere"),

@@ -29,8 +29,9 @@ def sample_space(conditioned: bool) -> Callable[[Subject], Tensor]:
     """Scores with a damping of a hundredth of the mean eigenvalue in the space of the samples."""
 
     def scores(subject: Subject) -> Tensor:
-        model, task, setting = subject.model(), wf.CausalLM(), subject.setting
-        train, count = setting.train, SAMPLES * len(setting.train)
+        model, task = subject.model(), wf.CausalLM()
+        train, queries = subject.setting.train, subject.setting.queries
+        count = SAMPLES * len(train)
         sampled = torch.empty(count, sum(each.numel() for each in model.parameters()))
         for row in range(count):
             batch = task.collate([train[row % len(train)]])
@@ -68,4 +69,5 @@ def inverse_products(asked: Tensor, known: Tensor, sampled: Tensor, weights: Ten
     damping = share * gram.diagonal().mean()
     damped = gram + damping * torch.eye(len(gram), dtype=gram.dtype)
     seen = torch.linalg.solve(damped, products(sampled, known)) / len(sampled)  # [samples, train]
-    return (products(asked, known) - products(asked, sampled) @ seen) / damping
+    found: Tensor = (products(asked, known) - products(asked, sampled) @ seen) / damping
+    return found

@@ -37,9 +37,7 @@ def sample_space(conditioned: bool) -> Callable[[Subject], Tensor]:
             batch = task.collate([train[row % len(train)]])
             sampled[row] = gradient(model, task.train_loss(model, batch, wf.Sampler(0, [row])))
         known = torch.stack([gradient(model, task.train_loss(model, task.collate([each]))) for each in train])
-        asked = torch.stack(
-            [gradient(model, task.measurement(model, task.collate([each]))) for each in setting.queries]
-        )
+        asked = torch.stack([gradient(model, task.measurement(model, task.collate([each]))) for each in queries])
         weights = torch.ones(len(known[0]))
         if conditioned:
             weights = torch.cat([subject.conditioning[name].flatten() for name, _ in model.named_parameters()])

@@ -14,7 +14,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 import wherefrom as wf
-from leaderboard.sample_space import sample_space
 from leaderboard.subject import Subject
 from wherefrom.evaluate.baselines import bm25_scores, random_scores
 from wherefrom.options import PairwiseOptions
@@ -52,6 +51,16 @@ def influence(
         study = subject.study(layers)
         factors = study.fit(strategy, conditioning=subject.conditioning if conditioned else None)
         return study.score(subject.setting.queries, factors, **options).values
+
+    return scores
+
+
+def fisher(conditioned: bool) -> Scoring:
+    """The sampled Fisher matrix of all weights."""
+
+    def scores(subject: Subject) -> Tensor:
+        conditioning = subject.conditioning if conditioned else None
+        return wf.fisher_scores(subject.study(ALL), subject.setting.queries, conditioning=conditioning).values
 
     return scores
 
@@ -150,10 +159,10 @@ METHODS: dict[str, Method] = {
     "shampoo, adam": Method(influence("shampoo", conditioned=True), "Shampoo in Adam's coordinates"),
     "shampoo, adam, all weights": Method(influence("shampoo", ALL, conditioned=True), "the same of all weights"),
     "fisher, all weights": Method(
-        sample_space(conditioned=False),
+        fisher(conditioned=False),
         "the sampled Fisher matrix itself, three samples an example",
     ),
-    "fisher, adam, all weights": Method(sample_space(conditioned=True), "the same in Adam's coordinates"),
+    "fisher, adam, all weights": Method(fisher(conditioned=True), "the same in Adam's coordinates"),
     "bm25, then ekfac": Method(two_stages, "EK-FAC for the tenth that BM25 names, 0 elsewhere"),
     "source": Method(source(adam=False), "SOURCE (Bae et al. 2024), three segments, six checkpoints"),
     "source, adam": Method(source(adam=True), "SOURCE with AdamW's steps"),

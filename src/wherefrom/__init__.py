@@ -12,6 +12,7 @@ from wherefrom.index import GradientIndex
 from wherefrom.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
 from wherefrom.projected import logra_scores, trackstar_scores, trak_scores
 from wherefrom.ranks import join_ranks
+from wherefrom.sampled_fisher import fisher_scores
 from wherefrom.sampling import Sampler
 from wherefrom.scores import Hit, Scores, TopScores
 from wherefrom.solvers import Astra, ConjugateGradients
@@ -54,6 +55,7 @@ __all__ = [
     "WherefromError",
     "__version__",
     "adam_conditioning",
+    "fisher_scores",
     "join_ranks",
     "logra_scores",
     "magic_scores",

@@ -87,7 +87,7 @@ def test_batches_do_not_matter_and_products_serve_another_damping(tmp_path: Path
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "fisher").rglob("*.safetensors")}
     with pytest.raises(MismatchError, match="damping"):
         wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3)
-    again = wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3, name="less damped")
+    again = wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3, name="less-damped")
     assert relative_error(again.values, first.values) > 1e-3
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "fisher").rglob("*.safetensors")} == kept
 

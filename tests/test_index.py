@@ -15,7 +15,7 @@ from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import results
 from wherefrom.compression import packed, unpacked
-from wherefrom.errors import DamagedError, InputError, MismatchError
+from wherefrom.errors import DamagedError, InputError, MismatchError, StorageError
 from wherefrom.index import GradientIndex
 
 WHOLE = 99  # more than any side of the small models has
@@ -181,6 +181,17 @@ def test_damaged_files_are_refused(damaged: str, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(DamagedError, match=f"{file.parent.name}.*has changed"):
         study.index(factors).query(case.queries)
+
+
+def test_an_index_that_is_there_needs_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = mlp_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("identity")
+    expected = study.index(factors, rank=2).query(case.queries)
+    monkeypatch.setattr("wherefrom.disk.free_space", lambda folder: 0)
+    assert torch.equal(study.index(factors, rank=2).query(case.queries).values, expected.values)
+    with pytest.raises(StorageError, match="Not enough space for compressed gradients"):
+        study.index(factors, rank=2, name="other")
 
 
 def test_what_changes_under_an_open_index_is_refused(tmp_path: Path) -> None:

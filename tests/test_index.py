@@ -15,7 +15,7 @@ from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import results
 from wherefrom.compression import packed, unpacked
-from wherefrom.errors import DamagedError, InputError, MismatchError
+from wherefrom.errors import DamagedError, InputError, MismatchError, StorageError
 from wherefrom.index import GradientIndex
 
 WHOLE = 99  # more than any side of the small models has
@@ -183,6 +183,17 @@ def test_damaged_files_are_refused(damaged: str, tmp_path: Path) -> None:
         study.index(factors).query(case.queries)
 
 
+def test_an_index_that_is_there_needs_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = mlp_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    factors = study.fit("identity")
+    expected = study.index(factors, rank=2).query(case.queries)
+    monkeypatch.setattr("wherefrom.disk.free_space", lambda folder: 0)
+    assert torch.equal(study.index(factors, rank=2).query(case.queries).values, expected.values)
+    with pytest.raises(StorageError, match="Not enough space for compressed gradients"):
+        study.index(factors, rank=2, name="other")
+
+
 def test_what_changes_under_an_open_index_is_refused(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
@@ -195,13 +206,26 @@ def test_what_changes_under_an_open_index_is_refused(tmp_path: Path) -> None:
     index = study.index(factors, seed=1, **options)
     before = index.query(case.queries)
     weight = next(case.model.parameters())
-    with torch.no_grad():
-        weight.mul_(2)
+    for writable in (weight.detach(), weight.data):  # writing to the latter counts as no new version
+        writable.mul_(2)
+        with pytest.raises(MismatchError, match="weights have changed"):
+            index.query(case.queries)
+        writable.div_(2)
+        assert torch.equal(index.query(case.queries).values, before.values)
+
+
+def test_a_step_of_a_fused_optimizer_is_a_change(tmp_path: Path) -> None:
+    """It writes to weights without counting it as a new version of theirs."""
+    case = mlp_case(torch.float32)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    index = study.index(study.fit("identity"), rank=2)
+    index.query(case.queries)
+    parameters = list(case.model.parameters())
+    for each in parameters:
+        each.grad = torch.ones_like(each)
+    torch.optim.AdamW(parameters, fused=True).step()
     with pytest.raises(MismatchError, match="weights have changed"):
         index.query(case.queries)
-    with torch.no_grad():
-        weight.div_(2)
-    assert torch.equal(index.query(case.queries).values, before.values)
 
 
 def test_answers_say_which_factors_they_are_of(tmp_path: Path) -> None:

@@ -117,12 +117,19 @@ class GradientRows(Generic[Batch]):
 
     def _build(self, objective: Objective[Batch]) -> None:
         """Make the shards that are missing: a sweep over the examples of each."""
-        kept, ranks = len(self) * self.bytes_per_example, self.stages.ranks
-        sums = min(_SHARD_BYTES, len(self) * self.size * self.sweep.dtype.itemsize)
-        step = Step("compressed gradients", kept, kept + 2 * ranks.count * sums)
-        ranks.first(lambda: check_space(self.stages.folder, [step], used_bytes([self.stages.folder])))
+        self.stages.ranks.first(self._check_disk)
         for shard in self.shards:
             self.stages.keep(shard_name(shard), partial(self._shard, shard, objective))
+
+    def _check_disk(self) -> None:
+        """Refuse to begin what there is too little room for; rows that are all there need none."""
+        folder = self.stages.folder
+        if all((folder / shard_name(shard)).exists() for shard in self.shards):
+            return
+        kept = len(self) * self.bytes_per_example
+        sums = min(_SHARD_BYTES, len(self) * self.size * self.sweep.dtype.itemsize)
+        step = Step("compressed gradients", kept, kept + 2 * self.stages.ranks.count * sums)
+        check_space(folder, [step], used_bytes([folder]))
 
     def _shard(self, shard: range, objective: Objective[Batch], sums: Partial) -> dict[str, Tensor]:
         rows = self.of("compressed gradients", Rows(self.dataset, shard), objective, sums)

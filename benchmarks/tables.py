@@ -15,7 +15,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from workload import RESULTS, ROOT
 
 DOCUMENT, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
-_BLOCK = re.compile(r"(<!-- performance: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def results() -> dict[str, Any]:
@@ -39,13 +38,17 @@ def rendered(template: str, **values: object) -> str:
     return environment.get_template(template).render(results=results(), **values)
 
 
+def with_block(text: str, name: str, content: str) -> str:
+    """A text with what stands between `<!-- NAME: ... -->` and `<!-- end -->` replaced."""
+    block = re.compile(rf"(<!-- {name}: [^\n]*? -->\n).*?(<!-- end -->)", re.DOTALL)
+    return block.sub(lambda found: found[1] + content + found[2], text)
+
+
 def main(check: bool = False) -> None:
     """Write both, or exit with 1 when one is not what would be written."""
-    text = README.read_text()
-    table = rendered("kronfluence.md.jinja")
     wanted = {
         DOCUMENT: rendered("performance.md.jinja"),
-        README: _BLOCK.sub(lambda found: found[1] + table + found[2], text),
+        README: with_block(README.read_text(), "performance", rendered("kronfluence.md.jinja")),
     }
     stale = [path.name for path, content in wanted.items() if not path.exists() or path.read_text() != content]
     if check:

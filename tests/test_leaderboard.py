@@ -15,6 +15,7 @@ from leaderboard.retrainings import OnHalves, WithoutSome, removals
 from leaderboard.setting import Setting, Size, record
 from run_leaderboard import Arguments, results
 from safetensors.torch import load_file
+from tables import README
 from torch import Tensor
 from workload import RESULTS
 
@@ -141,7 +142,11 @@ def test_the_published_page_is_made_of_the_published_figures(tmp_path: Path, mon
     published = page.DOCUMENT.read_text()
     monkeypatch.setattr(page, "DOCUMENT", tmp_path / "leaderboard.md")
     monkeypatch.setattr(page, "PLOT", tmp_path / "leaderboard.png")
+    readme = README.read_text()
+    (tmp_path / "README.md").write_text(readme)
+    monkeypatch.setattr(page, "README", tmp_path / "README.md")
     result = json.loads((RESULTS / "leaderboard.json").read_text())
     page.write_page(result)
     assert (tmp_path / "leaderboard.md").read_text() == published
+    assert (tmp_path / "README.md").read_text() == readme
     assert set(result["costs"]) == set(METHODS)

@@ -1,4 +1,7 @@
-"""`docs/leaderboard.md` and its plot out of the leaderboard's figures. This module computes no figure of its own."""
+"""`docs/leaderboard.md`, its plot and the README's table out of the leaderboard's figures.
+
+This module computes no figure of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tables import rendered
+from tables import README, rendered, with_block
 from workload import ROOT
 
 from leaderboard.methods import METHODS
@@ -17,14 +20,22 @@ from wherefrom.report.plots import BLUE, GREY, INK, RESOLUTION, save_png
 
 DOCUMENT, PLOT = ROOT / "docs" / "leaderboard.md", ROOT / "docs" / "images" / "leaderboard.png"
 
+# The methods that the README shows.
+SHORT = (
+    "magic", "ekfac + cg", "fisher, all weights", "ekfac, all weights", "shampoo", "ekfac", "kfac", "source, adam",
+    "trackstar", "logra", "bm25", "trak", "dot", "random",
+)  # fmt: skip
+
 TITLES = {"A": "A: half of the examples, averaged over seeds", "B": "B: 1% left out of the very training"}
 
 
 def write_page(result: Mapping[str, Any]) -> None:
-    """Write both."""
+    """Write all three."""
     rises = {name: (mean(found), stdev(found) / len(found) ** 0.5) for name, found in result["rises"].items()}
     whats = {name: method.what for name, method in METHODS.items()}
     DOCUMENT.write_text(rendered("leaderboard.md.jinja", result=result, rises=rises, whats=whats))
+    short = rendered("leaderboard_short.md.jinja", result=result, rises=rises, names=SHORT)
+    README.write_text(with_block(README.read_text(), "leaderboard", short))
     save_png(score_against_cost(result), PLOT)
 
 

@@ -22,6 +22,7 @@ from tests.test_layers import CASES
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.layers import select_layers
 from wherefrom.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
+from wherefrom.source import response_filter
 
 SEED = 3
 BETA, EPS = 0.99, 1e-3
@@ -370,6 +371,26 @@ def test_eigenvalues_of_a_basis_that_is_gone_are_computed_anew(tmp_path: Path) -
     wf.score_source(study, paths, case.queries, 1, times=TIMES[:2])
     assert len(kept) == 2
     assert all(file.stat().st_mtime_ns > time for file, time in zip(kept, before, strict=True))
+
+
+def test_some_of_the_recorded_checkpoints_stand_for_all_of_the_training(tmp_path: Path) -> None:
+    case = mlp_case()
+    checkpoints = recorded(*saved(case.model, tmp_path / "checkpoints"), TIMES)
+    chosen = [checkpoints[1], checkpoints[3]]
+    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
+    found = wf.score_source(study, chosen, case.queries, 2)
+    times = [2 * TIMES[1], 2 * TIMES[3]]
+    expected = wf.score_source(
+        study, [each.path for each in chosen], case.queries, 2, times=times, weight_decay=0.3, name="other"
+    )
+    assert relative_error(found.values, expected.values) < 1e-12
+    with pytest.raises(InputError, match=r"of the steps \[4, 2\]; expected them in the order of one training"):
+        wf.score_source(study, chosen[::-1], case.queries, 2)
+
+
+def test_the_response_to_curvature_that_vanishes_is_the_time() -> None:
+    small = torch.tensor([0.0, 1e-44, 1e-40, 1e-30], dtype=torch.float32)
+    assert relative_error(response_filter(small, 1e-6), torch.full((4,), 1e-6)) < 1e-6
 
 
 def test_loss_scale_is_a_scale_of_times(tmp_path: Path) -> None:

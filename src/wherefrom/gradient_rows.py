@@ -123,13 +123,14 @@ class GradientRows(Generic[Batch]):
 
     def _check_disk(self) -> None:
         """Refuse to begin what there is too little room for; rows that are all there need none."""
-        folder = self.stages.folder
-        if all((folder / shard_name(shard)).exists() for shard in self.shards):
+        folder, names = self.stages.folder, [shard_name(shard) for shard in self.shards]
+        if all((folder / name).exists() for name in names):
             return
         kept = len(self) * self.bytes_per_example
         sums = min(_SHARD_BYTES, len(self) * self.size * self.sweep.dtype.itemsize)
         step = Step("compressed gradients", kept, kept + 2 * self.stages.ranks.count * sums)
-        check_space(folder, [step], used_bytes([folder]))
+        begun = [path for name in names for path in (folder / name, *folder.glob(f"{name}.part*"))]
+        check_space(folder, [step], used_bytes(begun))
 
     def _shard(self, shard: range, objective: Objective[Batch], sums: Partial) -> dict[str, Tensor]:
         rows = self.of("compressed gradients", Rows(self.dataset, shard), objective, sums)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
@@ -104,8 +105,8 @@ def score_source(
             to be recorded ones. P is that of the checkpoints: what an example has done to second moments is left out.
         strategy: whose curvature: "shampoo", "diagonal" or, without `adam`, "ekfac"; by default "shampoo" with `adam`,
             "ekfac" without.
-        times: for each checkpoint, learning rate x optimizer steps since the one before; by default as recorded, with
-            the checkpoint's learning rate for all steps since the one before.
+        times: for each checkpoint, learning rate x optimizer steps since the one before of these; by default as
+            recorded, with the checkpoint's learning rate for all steps since the one before.
         weight_decay: omega. A step multiplies weights by 1 - eta omega, as AdamW's does; for gradient descent, omega
             may as well stand in the loss, as SGD has it. By default as recorded, the largest of the groups'
             (a Trainer leaves out biases and normalisations; what is left out counts as the rest); 0 for paths. Adam's
@@ -198,16 +199,26 @@ def _times(checkpoints: Sequence[str | Path | RecordedCheckpoint], times: Sequen
                 f"times=None with the checkpoint {str(plain[0])!r}: a path says nothing of learning rates. Give for "
                 "each checkpoint its learning rate x the steps since the one before, or what read_recording returns."
             )
-        return [each.learning_rate * each.steps for each in checkpoints if not isinstance(each, str | Path)]
+        return _recorded_times([each for each in checkpoints if not isinstance(each, str | Path)])
     if len(times) != len(checkpoints) or not all(0 <= each < math.inf for each in times):
         raise InputError(f"times={list(times)}: expected {len(checkpoints)} numbers >= 0, one for each checkpoint.")
     return [float(each) for each in times]
 
 
+def _recorded_times(checkpoints: Sequence[RecordedCheckpoint]) -> list[float]:
+    """By their own steps, since `RecordedCheckpoint.steps` counts from checkpoints that may not be among these."""
+    steps = [0, *(each.step for each in checkpoints)]
+    if any(after <= before for before, after in pairwise(steps)):
+        raise InputError(f"checkpoints: of the steps {steps[1:]}; expected them in the order of one training.")
+    since = [after - before for before, after in pairwise(steps)]
+    return [each.learning_rate * count for each, count in zip(checkpoints, since, strict=True)]
+
+
 def response_filter(eigenvalues: Tensor, time: float) -> Tensor:
     """(1 - exp(-time Lambda)) / Lambda, and its limit `time` where Lambda is 0."""
-    safe = torch.where(eigenvalues > 0, eigenvalues, 1.0)
-    return torch.where(eigenvalues > 0, -torch.expm1(-time * safe) / safe, time)
+    scaled = time * eigenvalues  # 0 also where the product of two small numbers vanishes
+    safe = torch.where(scaled > 0, scaled, 1.0)
+    return time * torch.where(scaled > 0, -torch.expm1(-safe) / safe, 1.0)
 
 
 @dataclass(frozen=True)

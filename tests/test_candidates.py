@@ -88,7 +88,10 @@ def test_impossible_candidates_are_refused(tmp_path: Path) -> None:
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit("identity")
     five = len(case.queries)
-    for candidates, message in [
+    wrong: list[tuple[Any, str]] = [
+        ([[1, 2], [3]], "candidates: no tensor .*; expected training positions"),
+        (None, "candidates: no tensor"),
+        (torch.zeros(five, 1, dtype=torch.bool), r"candidates: bool \[5, 1\]"),
         (torch.zeros(five, 2), r"candidates: float32 \[5, 2\]"),
         (torch.arange(5), r"candidates: int64 \[5\]"),
         (torch.zeros(4, 1, dtype=torch.int64), r"candidates: int64 \[4, 1\]"),
@@ -96,7 +99,8 @@ def test_impossible_candidates_are_refused(tmp_path: Path) -> None:
         (torch.full((five, 1), len(case.train)), "positions from 12 to 12; expected 0 to 11"),
         (torch.full((five, 1), -1), "positions from -1 to -1"),
         (torch.zeros(five, 2, dtype=torch.int64), "twice"),
-    ]:
+    ]
+    for candidates, message in wrong:
         with pytest.raises(InputError, match=message):
             study.score_candidates(case.queries, factors, candidates)
     with pytest.raises(InputError, match="query_rank=2: expected one of damping"):

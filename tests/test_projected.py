@@ -300,6 +300,9 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
             method(study, [])
     with pytest.raises(InputError, match="of 'diagonal' factors"):
         wf.logra_scores(study, case.queries, study.fit("diagonal"))
+    constant = {name: torch.ones_like(each) for name, each in case.model.named_parameters()}
+    with pytest.raises(InputError, match="factors are conditioned"):
+        wf.logra_scores(study, case.queries, study.fit("shampoo", conditioning=constant))
     with pytest.raises(InputError, match=r"mixing=1\.5"):
         wf.trackstar_scores(study, case.queries, None, 1.5)
     with pytest.raises(InputError, match="conditioning: has nothing for"):

@@ -77,13 +77,15 @@ def logra_scores(
     Args:
         study: the model, its task and training examples; scores are kept in its run directory.
         queries: as in `Study.score`.
-        factors: `kfac` or `ekfac` ones, to project on the leading eigenvectors of each layer's covariances (LoGra-PCA);
-            None projects on random directions (LoGra-random).
+        factors: `kfac` or `ekfac` ones, to project on the leading eigenvectors of each layer's covariances (LoGra-PCA),
+            without a conditioning; None projects on random directions (LoGra-random).
         options: those of `ProjectionOptions`.
 
     Raises:
         WherefromError: see `wherefrom.errors`; what was finished before stays valid.
     """
+    if factors is not None and factors.roots:
+        raise InputError("factors are conditioned, and LoGra's gradients are not: fit factors without a conditioning.")
     method = _Method.of(study, queries, "logra", 16, factors, **options)
 
     def compute(blocks: Stages) -> dict[str, Tensor]:

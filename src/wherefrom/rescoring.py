@@ -12,7 +12,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from wherefrom.errors import InputError
+from wherefrom.errors import InputError, first_line
 from wherefrom.fingerprint import tensors_digest
 from wherefrom.loading import Rows
 from wherefrom.precision import type_name
@@ -78,12 +78,14 @@ def checked_candidates(candidates: Tensor, queries: int, train: int) -> Tensor:
     Raises:
         InputError: they are none, or of other queries.
     """
-    found = torch.as_tensor(candidates).cpu()
-    if found.is_floating_point() or found.dim() != 2 or len(found) != queries or not found.shape[1]:
-        raise InputError(
-            f"candidates: {type_name(found.dtype)} {list(found.shape)}; expected training positions, whole "
-            f"numbers [{queries}, candidates], such as scores.topk(100).indices."
-        )
+    expected = f"expected training positions, whole numbers [{queries}, candidates], such as scores.topk(100).indices."
+    try:
+        found = torch.as_tensor(candidates).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"candidates: no tensor ({first_line(error)}); {expected}") from error
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if not whole or found.dim() != 2 or len(found) != queries or not found.shape[1]:
+        raise InputError(f"candidates: {type_name(found.dtype)} {list(found.shape)}; {expected}")
     found = found.long().sort(1).values
     if int(found.min()) < 0 or int(found.max()) >= train:
         raise InputError(

@@ -170,8 +170,8 @@ METHODS: dict[str, Method] = {
         influence("ekfac", solver=wf.ConjugateGradients(20, 1e-2)), "Gauss-Newton solve, 20 iterations at most"
     ),
     "ekfac + astra": Method(
-        influence("ekfac", solver=wf.Astra(60, batch_size=32, learning_rate=0.001)),
-        "ASTRA (Wang et al. 2025), 60 batches of 32, rate 0.001",
+        influence("ekfac", solver=wf.Astra(60, batch_size=32, learning_rate=0.005)),
+        "ASTRA (Wang et al. 2025), 60 batches of 32, rate 0.005",
     ),
     "magic": Method(magic, "the exact gradient through training (Ilyas & Engstrom 2025)"),
 }

@@ -154,20 +154,21 @@ METHODS: dict[str, Method] = {
     "ekfac": Method(influence("ekfac"), "EK-FAC (Grosse et al. 2023), damping 0.1 x mean eigenvalue"),
     "ekfac, damping 1e-8": Method(influence("ekfac", damping=1e-8), "EK-FAC, the published damping"),
     "ekfac, all weights": Method(influence("ekfac", ALL), "EK-FAC of embeddings, head and normalisations too"),
-    "ekfac, all weights, damping 0.01": Method(influence("ekfac", ALL, damping=0.01), "the same, another damping"),
+    "ekfac, all weights, damping 0.01": Method(influence("ekfac", ALL, damping=0.01), "EK-FAC, an absolute damping"),
     "ekfac, three checkpoints": Method(last_checkpoints, "EK-FAC's scores averaged over the last three checkpoints"),
     "shampoo, adam": Method(influence("shampoo", conditioned=True), "Shampoo in Adam's coordinates"),
-    "shampoo, adam, all weights": Method(influence("shampoo", ALL, conditioned=True), "the same of all weights"),
+    "shampoo, adam, all weights": Method(influence("shampoo", ALL, conditioned=True), "Shampoo in Adam's coordinates"),
     "fisher, all weights": Method(
         fisher(conditioned=False),
         "the sampled Fisher matrix itself, three samples an example",
     ),
-    "fisher, adam, all weights": Method(fisher(conditioned=True), "the same in Adam's coordinates"),
+    "fisher, adam, all weights": Method(fisher(conditioned=True), "the sampled Fisher matrix in Adam's coordinates"),
     "bm25, then ekfac": Method(two_stages, "EK-FAC for the tenth that BM25 names, 0 elsewhere"),
     "source": Method(source(adam=False), "SOURCE (Bae et al. 2024), three segments, six checkpoints"),
     "source, adam": Method(source(adam=True), "SOURCE with AdamW's steps"),
     "ekfac + cg": Method(
-        influence("ekfac", solver=wf.ConjugateGradients(20, 1e-2)), "Gauss-Newton solve, 20 iterations at most"
+        influence("ekfac", solver=wf.ConjugateGradients(20, 1e-2)),
+        "Gauss-Newton matrix, 20 iterations at most",
     ),
     "ekfac + astra": Method(
         influence("ekfac", solver=wf.Astra(60, batch_size=32, learning_rate=0.005)),

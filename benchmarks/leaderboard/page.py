@@ -41,15 +41,20 @@ def write_page(result: Mapping[str, Any]) -> None:
 
 def score_against_cost(result: Mapping[str, Any]) -> Figure:
     """Linear datamodeling scores against cost for both protocols, with the methods that no cheaper one beats."""
-    figure = Figure(figsize=(8.4, 9.6), dpi=RESOLUTION, layout="constrained")
+    figure = Figure(figsize=(8.8, 11), dpi=RESOLUTION, layout="constrained")
     FigureCanvasAgg(figure)
+    panels = []
     for axes, (protocol, title) in zip(figure.subplots(2, 1), TITLES.items(), strict=True):
-        _panel(axes, result["protocols"][protocol], result["costs"])
+        panels.append((axes, _panel(axes, result["protocols"][protocol], result["costs"])))
         axes.set_title(title, loc="left")
+    figure.canvas.draw()  # where points are on the page is known when it is laid out
+    for axes, points in panels:
+        _label(axes, points)
     return figure
 
 
-def _panel(axes: Axes, ranking: Mapping[str, Any], costs: Mapping[str, Any]) -> None:
+def _panel(axes: Axes, ranking: Mapping[str, Any], costs: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Draw everything but names, and tell where those belong."""
     methods = ranking["methods"]
     points = {name: (max(costs[name]["epochs"], 0.01), found["value"]) for name, found in methods.items()}
     best = frontier(points)
@@ -57,7 +62,6 @@ def _panel(axes: Axes, ranking: Mapping[str, Any], costs: Mapping[str, Any]) -> 
         colour = BLUE if name in best else GREY
         span = [[score - methods[name]["low"]], [methods[name]["high"] - score]]
         axes.errorbar(cost, score, span, fmt="o", color=colour, markersize=5, elinewidth=0.8, capsize=2)
-        axes.annotate(name, (cost, score), (5, 3), textcoords="offset points", color=colour, fontsize=8)
     axes.plot(*zip(*(points[name] for name in best), strict=True), color=BLUE, linewidth=1, dashes=(5, 3), zorder=0)
     if ranking["ceiling"]:
         axes.axhline(ranking["ceiling"]["value"], color=INK, linewidth=1, dashes=(2, 2))
@@ -68,6 +72,25 @@ def _panel(axes: Axes, ranking: Mapping[str, Any], costs: Mapping[str, Any]) -> 
     axes.set(xlabel="Cost of all scores, in epochs of plain training", ylabel="Linear datamodeling score")
     axes.spines[["top", "right"]].set_visible(False)
     axes.axhline(0, color=INK, linewidth=0.6)
+    return points
+
+
+def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write each name beside its point, moved up until it covers no other name."""
+    size, best = 8, frontier(points)
+    height, taken = 1.15 * size * RESOLUTION / 72, list[tuple[float, float, float]]()  # pixels; left, right, bottom
+    for name, point in sorted(points.items(), key=lambda item: (item[1][1], -item[1][0])):
+        left, bottom = axes.transData.transform(point)
+        start, right = bottom, left + 0.62 * height * len(name) + height
+        while any(left < end and begin < right and abs(bottom - other) < height for begin, end, other in taken):
+            bottom += 1
+        taken.append((left, right, bottom))
+        up = (bottom - start) * 72 / RESOLUTION
+        colour = BLUE if name in best else GREY
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4} if up else None
+        axes.annotate(
+            name, point, (5, 3 + up), textcoords="offset points", color=colour, fontsize=size, arrowprops=line
+        )
 
 
 def frontier(points: Mapping[str, tuple[float, float]]) -> Sequence[str]:

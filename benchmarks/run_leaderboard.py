@@ -4,7 +4,8 @@
     python benchmarks/run_leaderboard.py --size.model smollm2 --size.tokens 256 ...     # larger, on a GPU
     python benchmarks/run_leaderboard.py --only_page        # only write the page again
 
-What is finished, in `run_dir`, is not done again: retrainings, and methods (delete its folder to repeat one).
+What is finished, in `run_dir`, is not done again: retrainings, and methods (delete its folder to repeat one). A run of
+another size takes another `run_dir`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from leaderboard.retrainings import protocol_a, protocol_b, without_top
 from leaderboard.setting import Setting, Size, record
 from leaderboard.subject import Subject
 from workload import RESULTS, ROOT, save_results
+
+from wherefrom.errors import MismatchError
+from wherefrom.files import read_json, write_text
 
 
 @dataclass
@@ -57,6 +61,7 @@ def results(arguments: Arguments) -> dict[str, object]:
     """All figures of the page."""
     setting, run_dir = Setting(arguments.size, arguments.cache_dir), arguments.run_dir
     workers = arguments.workers
+    check_size(run_dir, arguments.size)
     torch.set_num_threads(1)  # as in the workers, so that the trained model is theirs to the last bit
     subject = Subject(setting, record(setting, run_dir / "training"), run_dir / "methods")
     scores, costs = {}, dict[str, Cost]()
@@ -75,6 +80,16 @@ def results(arguments: Arguments) -> dict[str, object]:
         "rises": {name: [round(each, 6) for each in found.tolist()] for name, found in rises.items()},
         "costs": {name: asdict(cost) for name, cost in costs.items()},
     }  # fmt: skip
+
+
+def check_size(run_dir: Path, size: Size) -> None:
+    """Refuse a directory that holds what was made at another size, where methods' scores would be taken for these."""
+    file, wanted = run_dir / "size.json", asdict(size)
+    stored = read_json(file) if file.exists() else wanted
+    if stored != wanted:
+        raise MismatchError(f"{run_dir} is of the size {stored}, not {wanted}. Give another --run_dir, or delete it.")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(wanted, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from workload import RESULTS
 import wherefrom as wf
 from tests.small_model import cache_small_model
 from wherefrom.checkpoints import load_weights
+from wherefrom.errors import MismatchError
 from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
 from wherefrom.evaluate.retrain import Retraining, half_subsets
 
@@ -101,6 +103,13 @@ def test_figures_are_those_of_the_scores_and_losses_on_disk(setting: Setting, ru
     less, whole = WithoutSome(setting)([Retraining(rest, 0), Retraining(tuple(range(SIZE.train)), 0)])
     rise = float((less - whole)[1]) / (len(setting.queries[1]["input_ids"]) - 1)
     assert result["rises"]["magic"][1] == pytest.approx(rise, abs=1e-6)
+
+
+def test_what_was_made_at_another_size_is_refused(run: tuple[Path, dict[str, Any]], setting: Setting) -> None:
+    """As many checkpoints as before, or else a method's kept scores would be of others."""
+    other = Arguments(replace(SIZE, checkpoints=2), run[0], setting.cache_dir, methods=("random",))
+    with pytest.raises(MismatchError, match="'checkpoints': 3"):
+        results(other)
 
 
 def test_magic_predicts_what_leaving_out_does(run: tuple[Path, dict[str, Any]]) -> None:

@@ -68,6 +68,7 @@ def test_lds_counterfactual_half_precision_and_the_page_that_shows_them(
         *(
             "identity",
             "diagonal",
+            "shampoo",
             "kfac",
             "ekfac",
             "ekfac, damping 0.1 x mean",

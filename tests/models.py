@@ -115,3 +115,15 @@ def widened(examples: list[object]) -> list[object]:
         else example
         for example in examples
     ]
+
+
+class Interrupted(wf.CausalLM):
+    """Fails at a batch, as a killed process would."""
+
+    _left: int = 10**9
+
+    def train_loss(self, *arguments: object) -> Tensor:
+        if self._left == 0:
+            raise KeyboardInterrupt
+        self._left -= 1
+        return super().train_loss(*arguments)  # type: ignore[arg-type]

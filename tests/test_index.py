@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import wherefrom as wf
-from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
+from tests.models import CaseMaker, Interrupted, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import results
 from wherefrom.compression import packed, unpacked
@@ -104,18 +104,6 @@ def test_batches_and_shards_change_nothing_but_rounding(tmp_path: Path, monkeypa
     assert torch.equal(one.train, other.train)
     assert relative_error(other.values, one.values) < 1e-12
     assert torch.equal(one.lowest_train, other.lowest_train)
-
-
-class Interrupted(wf.CausalLM):
-    """Fails at a batch, as a killed process would."""
-
-    _left: int = 10**9
-
-    def train_loss(self, *arguments: object) -> Tensor:
-        if self._left == 0:
-            raise KeyboardInterrupt
-        self._left -= 1
-        return super().train_loss(*arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("numbers", ["float32", "int8"])

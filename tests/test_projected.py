@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import wherefrom as wf
-from tests.models import Case, CaseMaker, Mlp, gpt2, gpt2_case, mlp_case, relative_error
+from tests.models import Case, CaseMaker, Interrupted, Mlp, gpt2, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import results
 from wherefrom.compression import Compression, Projection
@@ -220,18 +220,6 @@ def test_batches_shards_and_blocks_change_nothing_but_rounding(
     monkeypatch.setattr("wherefrom.gradient_rows._BLOCK_BYTES", 2 * row)
     parts = METHODS[method](study, case.queries, rank=RANK, batch_size=3, name="parts")
     assert relative_error(parts.values, whole.values) < 1e-9
-
-
-class Interrupted(wf.CausalLM):
-    """Fails at a batch, as a killed process would."""
-
-    _left: int = 10**9
-
-    def train_loss(self, *arguments: object) -> Tensor:
-        if self._left == 0:
-            raise KeyboardInterrupt
-        self._left -= 1
-        return super().train_loss(*arguments)  # type: ignore[arg-type]
 
 
 @each_method

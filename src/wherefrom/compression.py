@@ -21,13 +21,14 @@ from typing_extensions import Unpack
 
 from wherefrom.capture import Captured
 from wherefrom.curvature import Factors
-from wherefrom.damping import DAMPING_SHARE
+from wherefrom.damping import added_damping
 from wherefrom.errors import InputError
 from wherefrom.example_gradients import weight_gradients
 from wherefrom.files import checked_name
 from wherefrom.fingerprint import tensors_digest
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import checked_batch_size
+from wherefrom.options import check_names
 from wherefrom.precision import product
 from wherefrom.sweep import Collector
 
@@ -105,11 +106,7 @@ class Compression:
     @classmethod
     def of(cls, **options: Unpack[IndexOptions]) -> Compression:
         """The options of a call."""
-        for name, value in options.items():
-            if name not in IndexOptions.__optional_keys__:
-                raise InputError(
-                    f"{name}={value!r}: expected one of {', '.join(sorted(IndexOptions.__optional_keys__))}."
-                )
+        check_names(options, IndexOptions.__optional_keys__)
         return cls(**options)
 
     def __post_init__(self) -> None:
@@ -331,7 +328,7 @@ def _dense_inverse(factors: Factors, layer: str, projection: Projection, damping
     curvature = squares[0].T @ values @ squares[1]
     rows, columns = left.shape[1], right.shape[1]
     curvature = curvature.view(rows, rows, columns, columns).transpose(1, 2).reshape(rows * columns, rows * columns)
-    added = DAMPING_SHARE * float(values.mean()) if damping is None else damping
+    added = added_damping(values, damping)
     if added == 0:
         return torch.zeros_like(curvature)
     return damped_power(f"layer {layer!r}", curvature, added, -1)

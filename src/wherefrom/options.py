@@ -85,6 +85,13 @@ class PairwiseOptions(RescoredOptions, total=False):
     aggregate_train: Aggregation | None
 
 
+def check_names(options: Mapping[str, object], known: frozenset[str]) -> None:
+    """Refuse keyword arguments that a call does not have, which would be passed over."""
+    for name, value in options.items():
+        if name not in known:
+            raise InputError(f"{name}={value!r}: expected one of {', '.join(sorted(known))}.")
+
+
 @dataclass(frozen=True)
 class Options:
     """The same with their defaults, checked.
@@ -118,9 +125,7 @@ class Options:
         Args:
             known: the names of the call's options.
         """
-        for name, value in options.items():
-            if name not in known:
-                raise InputError(f"{name}={value!r}: expected one of {', '.join(sorted(known))}.")
+        check_names(options, known)
         return cls(**options, top=top)
 
     def __post_init__(self) -> None:

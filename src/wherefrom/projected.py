@@ -24,7 +24,7 @@ from wherefrom.checkpoints import load_weights, named_paths, restored
 from wherefrom.compression import Compression, Projection, damped_power, preconditioned
 from wherefrom.conditioning import Conditioning, conditioning_digest, conditioning_roots
 from wherefrom.curvature import Factors
-from wherefrom.damping import DAMPING_SHARE
+from wherefrom.damping import added_damping
 from wherefrom.errors import InputError
 from wherefrom.files import scratch_matrix
 from wherefrom.fingerprint import Dataset, checked_length, dataset_digest, model_digest
@@ -32,7 +32,7 @@ from wherefrom.gradient_rows import GradientRows
 from wherefrom.kept_scores import keep_scores
 from wherefrom.layouts import check_layout
 from wherefrom.memory import within_memory
-from wherefrom.options import checked_result_name
+from wherefrom.options import check_names, checked_result_name
 from wherefrom.scores import Scores
 from wherefrom.scoring import measurement, training_loss
 from wherefrom.stages import Stages
@@ -223,10 +223,7 @@ class _Method(Generic[Batch]):
     ) -> _Method[Batch]:
         """The method of a call, checked."""
         checked_length("queries", queries)
-        for name, value in options.items():
-            if name not in ProjectionOptions.__optional_keys__:
-                known = ", ".join(sorted(ProjectionOptions.__optional_keys__))
-                raise InputError(f"{name}={value!r}: expected one of {known}.")
+        check_names(options, ProjectionOptions.__optional_keys__)
         damping = options.get("damping")
         if damping is not None and not 0 <= damping < math.inf:
             raise InputError(f"damping={damping}: expected a number >= 0, or None for 0.1 x the mean eigenvalue.")
@@ -296,7 +293,7 @@ class _Method(Generic[Batch]):
         """(C + damping)^exponent of each; 0 where there is no curvature at all."""
         found = {}
         for name, each in curvature.items():
-            added = DAMPING_SHARE * float(each.diagonal().mean()) if self.damping is None else self.damping
+            added = added_damping(each.diagonal(), self.damping)
             found[name] = damped_power(name, each, added, exponent) if bool(each.any()) else torch.zeros_like(each)
         return found
 

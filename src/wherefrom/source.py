@@ -19,7 +19,7 @@ nothing of how checkpoints came about but learning rates, steps, weight decay an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -134,7 +134,9 @@ def score_source(
         raise InputError(f"loss_scale={loss_scale}: expected a number above 0.")
     strategy = _checked_strategy(strategy or ("shampoo" if adam else "ekfac"), adam)
     scaled = [time * loss_scale for time in _times(checkpoints, times)]
-    recorded, decay = _recorded(checkpoints) if adam else None, _weight_decay(checkpoints, weight_decay)
+    advice = "Give what read_recording returns, or a RecordedCheckpoint."
+    recorded = _recorded(checkpoints, "adam=True", "Adam's second moments", advice) if adam else None
+    decay = _weight_decay(checkpoints, weight_decay)
     if not 1 <= segments <= len(paths):
         raise InputError(f"segments={segments}: expected 1 to {len(paths)}, as many as there are checkpoints.")
     settings = _Settings(
@@ -169,13 +171,17 @@ def _checked_strategy(name: str, adam: bool) -> str:
     return name
 
 
-def _recorded(checkpoints: Sequence[str | Path | RecordedCheckpoint]) -> list[RecordedCheckpoint]:
-    plain = [each for each in checkpoints if isinstance(each, str | Path)]
-    if plain:
-        raise InputError(
-            f"adam=True with the checkpoint {str(plain[0])!r}: a path says nothing of Adam's second moments. Give what "
-            "read_recording returns, or a RecordedCheckpoint."
-        )
+def _recorded(
+    checkpoints: Sequence[str | Path | RecordedCheckpoint], option: str, needed: str, advice: str
+) -> list[RecordedCheckpoint]:
+    """Checkpoints that have a record of what an option needs; paths are refused."""
+    for each in checkpoints:
+        if isinstance(each, str | Path):
+            raise InputError(f"{option} with the checkpoint {str(each)!r}: a path says nothing of {needed}. {advice}")
+    return _with_record(checkpoints)
+
+
+def _with_record(checkpoints: Sequence[str | Path | RecordedCheckpoint]) -> list[RecordedCheckpoint]:
     return [each for each in checkpoints if not isinstance(each, str | Path)]
 
 
@@ -184,8 +190,7 @@ def _weight_decay(checkpoints: Sequence[str | Path | RecordedCheckpoint], given:
         if not 0 <= given < math.inf:
             raise InputError(f"weight_decay={given}: expected a number >= 0, or None for what was recorded.")
         return given
-    recorded = [each for each in checkpoints if not isinstance(each, str | Path)]
-    found = {max(group.weight_decay or 0.0 for group in each.groups) for each in recorded}
+    found = {max(group.weight_decay or 0.0 for group in each.groups) for each in _with_record(checkpoints)}
     if len(found) > 1:
         raise InputError(f"weight_decay=None, and {sorted(found)} were recorded. Give one number for all of training.")
     return found.pop() if found else 0.0
@@ -193,13 +198,11 @@ def _weight_decay(checkpoints: Sequence[str | Path | RecordedCheckpoint], given:
 
 def _times(checkpoints: Sequence[str | Path | RecordedCheckpoint], times: Sequence[float] | None) -> list[float]:
     if times is None:
-        plain = [each for each in checkpoints if isinstance(each, str | Path)]
-        if plain:
-            raise InputError(
-                f"times=None with the checkpoint {str(plain[0])!r}: a path says nothing of learning rates. Give for "
-                "each checkpoint its learning rate x the steps since the one before, or what read_recording returns."
-            )
-        return _recorded_times([each for each in checkpoints if not isinstance(each, str | Path)])
+        advice = (
+            "Give for each checkpoint its learning rate x the steps since the one before, or what read_recording "
+            "returns."
+        )
+        return _recorded_times(_recorded(checkpoints, "times=None", "learning rates", advice))
     if len(times) != len(checkpoints) or not all(0 <= each < math.inf for each in times):
         raise InputError(f"times={list(times)}: expected {len(checkpoints)} numbers >= 0, one for each checkpoint.")
     return [float(each) for each in times]
@@ -212,6 +215,15 @@ def _recorded_times(checkpoints: Sequence[RecordedCheckpoint]) -> list[float]:
         raise InputError(f"checkpoints: of the steps {steps[1:]}; expected them in the order of one training.")
     since = [after - before for before, after in pairwise(steps)]
     return [each.learning_rate * count for each, count in zip(checkpoints, since, strict=True)]
+
+
+def _mean(parts: Iterable[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
+    """Of tensors by name, made one after another."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, each in part.items():
+            total[name] = each / count + total.get(name, 0.0)
+    return total
 
 
 def response_filter(eigenvalues: Tensor, time: float) -> Tensor:
@@ -274,11 +286,7 @@ class _Source(Generic[Batch]):
         return found
 
     def _roots(self, checkpoints: Sequence[RecordedCheckpoint]) -> dict[str, Tensor]:
-        total: dict[str, Tensor] = {}
-        for checkpoint in checkpoints:
-            for name, each in adam_conditioning(checkpoint).items():
-                total[name] = each / len(checkpoints) + total.get(name, 0.0)
-        return conditioning_roots(self.study._sweep, total)
+        return conditioning_roots(self.study._sweep, _mean(map(adam_conditioning, checkpoints), len(checkpoints)))
 
     def forget(self, segments: Sequence[_Segment]) -> None:
         """Delete the factors of all segments, whatever they were made from."""
@@ -295,13 +303,11 @@ class _Source(Generic[Batch]):
         strategy = STRATEGIES[self.settings.strategy]
 
         def mean(part: Callable[[Fitting[Batch]], dict[str, Tensor]]) -> dict[str, Tensor]:
-            total: dict[str, Tensor] = {}
-            for name, path in segment.paths.items():
-                load_weights(self.study._sweep.model, path)
-                fitting = self._fitting(study_of(self.study, name), segment, number)
-                for key, each in part(fitting).items():
-                    total[key] = each / len(segment.paths) + total.get(key, 0.0)
-            return total
+            def of(name: str) -> dict[str, Tensor]:
+                load_weights(self.study._sweep.model, segment.paths[name])
+                return part(self._fitting(study_of(self.study, name), segment, number))
+
+            return _mean(map(of, segment.paths), len(segment.paths))
 
         def covariances(fitting: Fitting[Batch]) -> dict[str, Tensor]:
             fitting.stages.forget(strategy.stage("eigenvalues"))  # of a basis that is gone

@@ -172,7 +172,7 @@ METHODS: dict[str, Method] = {
     ),
     "ekfac + astra": Method(
         influence("ekfac", solver=wf.Astra(60, batch_size=32, learning_rate=0.005)),
-        "ASTRA (Wang et al. 2025), 60 batches of 32, rate 0.005",
+        "ASTRA (Wang et al. 2025) with 60 batches of 32 and a rate of 0.005",
     ),
     "magic": Method(magic, "the exact gradient through training (Ilyas & Engstrom 2025)"),
 }

@@ -14,10 +14,9 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from wherefrom.errors import InputError
-from wherefrom.placement import read_tensor
+from wherefrom.placement import is_sharded_tensor, read_tensor
 
 Fingerprint = Mapping[str, str]
 
@@ -150,7 +149,7 @@ def _describe(value: object) -> object:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    if isinstance(tensor, DTensor):
+    if is_sharded_tensor(tensor):
         tensor = tensor.full_tensor()
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data

@@ -15,7 +15,6 @@ from typing import Generic
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from wherefrom.compression import Compression, inverse_curvature, preconditioned
@@ -26,7 +25,7 @@ from wherefrom.fingerprint import Dataset, Fingerprint, checked_length, dataset_
 from wherefrom.gradient_rows import GradientRows
 from wherefrom.memory import within_memory
 from wherefrom.options import Options
-from wherefrom.placement import read_tensor
+from wherefrom.placement import is_sharded_tensor, read_tensor
 from wherefrom.rescoring import exact_scores
 from wherefrom.scores import TopScores, extremes, merged_extremes
 from wherefrom.scoring import Scoring, measurement, training_loss
@@ -221,6 +220,6 @@ class _Weights:
 
 def _sum(tensor: Tensor) -> int:
     """The sum of a tensor's bytes, eight at a time as a whole number: quicker than a digest, where the tensor lies."""
-    own = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    own = tensor.full_tensor() if is_sharded_tensor(tensor) else tensor
     read = own.detach().flatten().view(torch.uint8)
     return int(functional.pad(read, (0, -len(read) % 8)).view(torch.int64).sum())

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from wherefrom.containers import memory_left
 from wherefrom.errors import InputError, MemoryLimitError, first_line
+from wherefrom.placement import is_sharded_tensor
 
 # Enough tokens a batch to fill the matrix units; more only costs memory.
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
@@ -150,9 +150,9 @@ class SavedBytes:
     def __init__(self, model: nn.Module) -> None:
         # By storage rather than by address: without numbers, on the "meta" device, all addresses are 0.
         weights = list(model.parameters())
-        self._weights = {StorageWeakRef(each.untyped_storage()) for each in weights if not isinstance(each, DTensor)}
+        self._weights = {StorageWeakRef(each.untyped_storage()) for each in weights if not is_sharded_tensor(each)}
         # A sharded weight is put together for each pass, and known by nothing but its shape.
-        self._gathered = {_any_order(each) for each in weights if isinstance(each, DTensor)}
+        self._gathered = {_any_order(each) for each in weights if is_sharded_tensor(each)}
         self.total = 0
 
     def pack(self, tensor: Tensor) -> Tensor:

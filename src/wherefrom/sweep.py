@@ -16,7 +16,6 @@ from typing import Generic
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from wherefrom.capture import Capture, Captured, Receiver
@@ -27,7 +26,7 @@ from wherefrom.finite import NotFiniteError, Search, check_sums, named_examples
 from wherefrom.layers import TrackedLayer
 from wherefrom.loading import Loader, collated, positions
 from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, shortage, usable_memory
-from wherefrom.placement import execution_device
+from wherefrom.placement import execution_device, is_sharded_module
 from wherefrom.precision import Precision
 from wherefrom.profile import Profile
 from wherefrom.progress import progress_bar
@@ -114,7 +113,7 @@ class Sweep(Generic[Batch]):
     @property
     def lockstep(self) -> bool:
         """Whether the model's weights are sharded over processes, so that all must pass through it together."""
-        return any(isinstance(module, FSDPModule) for module in self.model.modules())
+        return any(is_sharded_module(module) for module in self.model.modules())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -23,7 +23,7 @@ def chunk_bytes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 
 
 def set_chunk_bytes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr("wherefrom.losses._CHUNK_BYTES_PER_THREAD", count)
+    monkeypatch.setattr("wherefrom.softmax._CHUNK_BYTES_PER_THREAD", count)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import gpt2_case, relative_error
-from wherefrom.compiling import compiled_activations
+from wherefrom.compiling import CompiledOnGPU, compiled_activations
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 
@@ -38,3 +38,32 @@ def test_only_activation_functions_are_compiled_and_the_model_is_left_as_it_was(
         assert [name for name, each in model.named_modules() if "forward" in vars(each)] == ["act"]
         raise KeyboardInterrupt
     assert not [name for name, each in model.named_modules() if "forward" in vars(each)]
+
+
+def test_what_does_not_compile_runs_as_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def doubled_and_one(tensor: Tensor) -> Tensor:
+        return 2 * tensor + 1
+
+    monkeypatch.setattr("wherefrom.compiling._worth_compiling", lambda tensor: True)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    function = CompiledOnGPU(doubled_and_one)
+    with caplog.at_level("WARNING", "wherefrom"):
+        assert function(torch.arange(3.0)).tolist() == [1.0, 3.0, 5.0]
+        assert function(torch.arange(2.0)).tolist() == [1.0, 3.0]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "wherefrom"]
+    assert "doubled_and_one runs without torch.compile, which failed: " in message
+
+
+def test_running_out_of_memory_is_no_failure_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps try smaller batches then; to run it again in more passes would take more memory, not less."""
+    calls = []
+
+    def greedy(tensor: Tensor) -> Tensor:
+        calls.append(tensor)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("wherefrom.compiling._worth_compiling", lambda tensor: True)
+    monkeypatch.setattr("torch.compile", lambda function, **options: function)
+    with pytest.raises(torch.OutOfMemoryError):
+        CompiledOnGPU(greedy)(torch.arange(3.0))
+    assert len(calls) == 1

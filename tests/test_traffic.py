@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.models import relative_error
+from wherefrom.capture import Capture, Captured, Padding
+from wherefrom.layers import select_layers
 from wherefrom.moments import second_moment, sum_of_squares
 from wherefrom.precision import rotated
 
@@ -50,7 +52,8 @@ class Traffic(TorchDispatchMode):
 
 
 def traffic(device: str, run: Callable[[], object]) -> Traffic:
-    with FakeTensorMode(), torch.device(device), Traffic() as found:
+    found = Traffic()
+    with FakeTensorMode(), torch.device(device), found:
         run()
     return found
 
@@ -145,3 +148,53 @@ def test_sums_of_squares_of_bfloat16_numbers(monkeypatch: pytest.MonkeyPatch, de
     found, exact = second_moment(vectors, diagonal=True), vectors.double().square().sum((0, 1))
     assert found.dtype == torch.float32
     assert relative_error(found, exact) < (1e-6 if devices else 2**-9)
+
+
+def captured_traffic(operand: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Traffic, dict[str, Captured]]:
+    """A pass through a layer with a bias, half of whose tokens are padding, without the products of the pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 40)).to(dtype)
+    inputs = torch.randn(4, 50, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask = torch.arange(50).expand(4, 50).unsqueeze(2) < 25
+    found: dict[str, Captured] = {}
+
+    def loss() -> Tensor:
+        value: Tensor = model(inputs).square().sum()
+        return value
+
+    def receive(layer: str, captured: Captured) -> None:
+        found[layer] = captured
+
+    counted = Traffic()
+    with counted, Capture(model, select_layers(model), receive, operand) as capture:
+        capture.run(loss, 4, [Padding(mask, 100)])
+    return counted, found
+
+
+def test_operands_are_narrowed_before_they_are_padded() -> None:
+    def narrow(tensor: Tensor) -> Tensor:
+        return tensor.bfloat16()
+
+    counted, found = captured_traffic(narrow, torch.float32)
+    # Activations have a column of ones and seven of zeros, and gradients of the second layer 40 features.
+    widths = {"0": (32, 16), "1": (24, 40)}
+    for name, (width, outputs) in widths.items():
+        captured = found[name]
+        assert (captured.activations.shape, captured.gradients.shape) == ((4, 50, width), (4, 50, outputs))
+        assert captured.activations.dtype == captured.gradients.dtype == torch.bfloat16
+    # No padded activations in float32: the inputs' own widths are 24, which "1" has too, and 16.
+    assert ((4, 50, 32), torch.float32) not in counted.written
+    assert ((4, 50, 32), torch.bfloat16) in counted.written
+
+
+def test_a_wider_operand_is_made_last_and_all_are_the_same_numbers() -> None:
+    counted, found = captured_traffic(lambda tensor: tensor.float(), torch.bfloat16)
+    assert {each.dtype for one in found.values() for each in one[:2]} == {torch.float32}
+    assert counted.written.count(((4, 50, 32), torch.float32)) == 1
+    _, exact = captured_traffic(lambda tensor: tensor.double(), torch.bfloat16)
+    for name, captured in found.items():
+        assert torch.equal(captured.activations.double(), exact[name].activations)
+        assert torch.equal(captured.gradients.double(), exact[name].gradients)
+        assert not bool(captured.activations[:, 25:].any() or captured.gradients[:, 25:].any())
+        features = captured.activations.shape[2] - 8
+        assert captured.activations[:, :25, features:].flatten(0, 1).unique(dim=0).tolist() == [[1.0] + [0.0] * 7]

@@ -80,8 +80,8 @@ def rotated(rows: Tensor, matrix: Tensor) -> Tensor:
     """`rows` [batch, tokens, n] times an orthogonal matrix [n, n] in float32 or wider, in the rows' type.
 
     A matrix rounded to bfloat16 is not orthogonal: what it leaks from large eigenvalues buries small ones. So bfloat16
-    rows are multiplied with its rounded value and with what the rounding has left. The small product comes first and the
-    large one is added to it, in float32, by the multiplication itself: no result is written in float32, and what the
+    rows are multiplied with its rounded value and with what the rounding has left. The small product comes first, and
+    the multiplication that makes the large one adds to it, in float32: no result is written in float32, and what the
     small product loses in bfloat16 is 2^-18 of the rows, as much as the two values lack of the matrix.
     """
     if rows.dtype != torch.bfloat16:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -89,7 +89,12 @@ def test_a_stream_begins_after_what_it_needs_and_ends_when_it_is_done(monkeypatc
             done.append("has done everything")
 
     monkeypatch.setattr(torch.cuda, "Stream", Recorded)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(done.append("is in use")))
+
+    def in_use(stream: Recorded) -> AbstractContextManager[None]:
+        done.append("is in use")
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "stream", in_use)
     with _own_stream(torch.device("cuda", 1), "covariances"):  # type: ignore[arg-type]
         done.append("eigh")
     expected = ["a stream of cuda:1", "waits for covariances", "is in use", "eigh", "has done everything"]

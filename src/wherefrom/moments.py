@@ -35,7 +35,8 @@ def sum_of_squares(numbers: Tensor, dimension: int, *, overwrite: bool = False) 
     """
     dtype = widened_dtype(numbers.dtype)
     if numbers.device.type in _NORM_DEVICES:
-        return torch.linalg.vector_norm(numbers, dim=dimension, dtype=dtype).square_()
+        norm: Tensor = torch.linalg.vector_norm(numbers, dim=dimension, dtype=dtype)
+        return norm.square_()
     return (numbers.square_() if overwrite else numbers.square()).sum(dimension, dtype=dtype)
 
 

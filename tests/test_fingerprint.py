@@ -48,21 +48,21 @@ def test_digests_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
 
 
 def test_a_model_with_tied_weights_is_told_from_one_with_equal_weights_changed() -> None:
-    def model() -> nn.Sequential:
-        torch.manual_seed(0)
-        found = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-        found[1].weight = found[0].weight
-        return found
+    class Twice(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(4, 4, bias=False)
+            self.second = nn.Linear(4, 4, bias=False)
+            self.second.weight = self.first.weight if tied else nn.Parameter(self.first.weight.detach().clone())
 
-    tied, untied = model(), model()
-    untied[1].weight = nn.Parameter(untied[0].weight.detach().clone())  # type: ignore[union-attr]
-    assert model_digest(tied) == model_digest(untied)  # as offloading makes two tensors of one
-    with torch.no_grad():
-        untied[1].weight[2, 3] += 1  # type: ignore[index]
-    assert model_digest(tied) != model_digest(untied)
-    with torch.no_grad():
-        tied[0].weight.data[2, 3] += 1  # type: ignore[index]  # which no version counts
-    assert model_digest(tied) not in {model_digest(untied), model_digest(model())}
+    tied, untied = Twice(tied=True), Twice(tied=False)
+    before = model_digest(tied)
+    assert model_digest(untied) == before  # as offloading makes two tensors of one
+    untied.second.weight.data[2, 3] += 1  # which no version counts
+    assert model_digest(untied) != before
+    tied.first.weight.data[2, 3] += 1
+    assert model_digest(tied) not in {model_digest(untied), before}
 
 
 def test_every_call_reads_each_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

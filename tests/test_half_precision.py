@@ -156,7 +156,8 @@ def test_attention_on_a_gpu_is_deterministic_where_pytorch_is_told_to_be(warn_on
         with precision.passes(cuda):
             backends = torch.backends.cuda
             assert backends.math_sdp_enabled()
-            return backends.flash_sdp_enabled() or backends.mem_efficient_sdp_enabled() or backends.cudnn_sdp_enabled()
+            kinds = backends.flash_sdp_enabled, backends.mem_efficient_sdp_enabled, backends.cudnn_sdp_enabled
+            return any(enabled() for enabled in kinds)
 
     half, full = HalfPrecision(cuda, native=True), Precision()
     assert (fused(half), fused(full)) == (True, False)

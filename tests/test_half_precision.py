@@ -16,7 +16,7 @@ from wherefrom.capture import Captured
 from wherefrom.curvature import Preconditioner
 from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import select_layers
-from wherefrom.precision import HalfPrecision, rounded
+from wherefrom.precision import HalfPrecision, Precision, rounded
 from wherefrom.sweep import Collector, Sweep
 
 CPU = torch.device("cpu")
@@ -144,3 +144,26 @@ def test_half_precision_of_a_float64_model_is_refused(tmp_path: Path) -> None:
         study.fit("ekfac", half_precision=True)
     with pytest.raises(wf.WherefromError, match="half_precision=True on cuda, which does not multiply bfloat16"):
         HalfPrecision(torch.device("cuda"), native=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_attention_on_a_gpu_is_deterministic_where_pytorch_is_told_to_be(warn_only: bool) -> None:
+    """PyTorch's fused kernels add up gradients in an order of chance; full precision never uses them on a GPU."""
+    cuda = torch.device("cuda")
+
+    def fused(precision: Precision) -> bool:
+        with precision.passes(cuda):
+            backends = torch.backends.cuda
+            assert backends.math_sdp_enabled()
+            kinds = backends.flash_sdp_enabled, backends.mem_efficient_sdp_enabled, backends.cudnn_sdp_enabled
+            return any(enabled() for enabled in kinds)
+
+    half, full = HalfPrecision(cuda, native=True), Precision()
+    assert (fused(half), fused(full)) == (True, False)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        assert (fused(half), fused(full)) == (False, False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert fused(half)

@@ -49,6 +49,7 @@ def main(arguments: Arguments) -> None:
     if arguments.explain:
         console.print(example.plan(strategy, half, rank).table())
         return
+    example.study.profile.synchronize = arguments.profile
     scores = example.scores(strategy, half_precision=half, rank=rank)
     tokens = example.token_scores(strategy, half, SHOWN, rank) if arguments.compute_per_token_score else None
     queries, train = example.queries, example.train

@@ -83,13 +83,14 @@ def fit(
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
         memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
         overwrite: Replace factors that were made from something else.
-        profile: Print where the time went.
+        profile: Print where the time went, and for that wait for a GPU after each action.
     """
     if (checked_run(run) / SOURCES).exists():
         RunSources.load(run)  # or hours later it turns out that it cannot be read
     text = TextSource(train, split, column, unit, length)
     sources = RunSources(model, list(layers) or None, text, empirical, seed, {})
     study, _ = sources.study(run, device, memory_budget)
+    study.profile.synchronize = profile
     study.fit(
         strategy,
         empirical=empirical,
@@ -158,7 +159,7 @@ def score(
         memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
         explain: Print what would be done, and what it would cost with the fit, and stop.
         overwrite: Replace scores that were made from something else.
-        profile: Print where the time went.
+        profile: Print where the time went, and for that wait for a GPU after each action.
     """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens={tokens}: expected at least 1 sequence of each sign.")
@@ -188,6 +189,7 @@ def score(
     options = Options(**pairwise, top=top_only)
     sources = RunSources.load(run)
     study, tokenizer = sources.study(run, device, memory_budget)
+    study.profile.synchronize = profile
     text = replace(sources.train, source=queries, split=split, column=column)
     sequences = text.sequences(tokenizer)
     if explain:

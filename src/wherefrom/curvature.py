@@ -29,7 +29,7 @@ from wherefrom.example_gradients import Sides, weight_gradients
 from wherefrom.fingerprint import Fingerprint, differences
 from wherefrom.layers import TrackedLayer
 from wherefrom.memory import Workspace
-from wherefrom.moments import add_columns, second_moment
+from wherefrom.moments import add_columns, second_moment, sum_of_squares
 from wherefrom.sweep import Collector
 
 
@@ -135,7 +135,7 @@ class CovarianceCollector(Collector):
         if captured.columns is None:
             activations += self._activation_product(captured.activations, activations.dim() == 1).to(activations.device)
         else:
-            add_columns(activations, captured.activations.square().sum(1, dtype=activations.dtype), captured.columns)
+            add_columns(activations, sum_of_squares(captured.activations, 1), captured.columns)
         gradients += second_moment(captured.gradients, gradients.dim() == 1).to(gradients.device)
         self.sums[f"{layer}.tokens"] += captured.tokens
 
@@ -232,11 +232,11 @@ class EigenvalueCollector(Collector):
         }
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        squares = weight_gradients(captured, self._sides[layer], self._workspace).square_()
+        gradients = weight_gradients(captured, self._sides[layer], self._workspace)
         if captured.columns is None:
-            self.sums[layer] += squares.sum(0).to(self.sums[layer].device)
+            self.sums[layer] += sum_of_squares(gradients, 0, overwrite=True).to(self.sums[layer].device)
         else:
-            add_columns(self.sums[layer], squares, captured.columns)
+            add_columns(self.sums[layer], gradients.square_(), captured.columns)
 
     def release(self) -> None:
         self._workspace.release()

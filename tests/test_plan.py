@@ -25,13 +25,11 @@ from wherefrom.curvature import STRATEGIES
 from wherefrom.errors import InputError, MemoryLimitError
 from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import select_layers
-from wherefrom.memory import Footprint, SavedBytes
+from wherefrom.memory import Footprint
 from wherefrom.plan import SHARD_BYTES, SHARD_ROWS, Job, Plan, Wanted, factor_bytes, plan_scores
-from wherefrom.precision import HalfPrecision
 from wherefrom.profile import Profile
 from wherefrom.scores import PairwiseCollector
 from wherefrom.stages import BlockStages, Stages
-from wherefrom.sweep import Sweep
 from wherefrom.tokens import TokenCollector
 
 CPU = torch.device("cpu")
@@ -295,46 +293,6 @@ def test_a_block_that_was_being_written_is_not_finished(tmp_path: Path) -> None:
     blocks.mapped(range(4), range(6), lambda _: {"values": torch.zeros(4, 6)})
     (tmp_path / "0-4.6-10.part").mkdir()
     assert blocks.begun(range(2)) == range(2)
-
-
-def test_weights_are_no_part_of_what_an_example_takes() -> None:
-    model = nn.Sequential(nn.Linear(1000, 1000), nn.Tanh(), nn.Linear(1000, 2))
-    task = wf.Classification()
-    sweep: Sweep[Any] = Sweep(model, task, select_layers(model))
-    rows: list[object] = [(torch.randn(1000), torch.tensor(0))]
-    found = sweep.footprint(rows, lambda model, batch, _: task.train_loss(model, batch))
-    assert found.tokens == 1
-    assert found.gradient_bytes == 4 * 1000 * 1008
-    assert found.saved_bytes < 50_000  # the activations of three layers; the weights are 4 MB
-    assert found.flop == 2 * (1000 * 1000 + 2 * 1000 * 2)  # the first layer's inputs need no gradient
-
-
-def test_a_storage_counts_once_and_as_large_as_it_is() -> None:
-    """Autograd keeps views of one tensor for products of its parts, and of a broadcast one what is there of it."""
-    model = nn.Linear(6, 8, bias=False)
-    inputs = torch.randn(5, 6, requires_grad=True)
-    saved = SavedBytes(model)
-    with saved.counting():
-        one, other = model(inputs).split(4, 1)
-        (one * other).sum()
-        (one * torch.ones((), requires_grad=True).expand(5, 4)).sum()
-    # The inputs and the layer's output, whose two halves are views of it, and the single number.
-    assert (saved.total, saved.shared) == (4 * 5 * 6 + 4 * 5 * 8 + 4, 0)
-
-
-def test_weights_cast_for_a_pass_belong_to_no_example() -> None:
-    """Autocast makes a copy of every weight of every batch, which the backward pass needs once."""
-    model = nn.Sequential(nn.Linear(1000, 1000), nn.Tanh(), nn.Linear(1000, 200), nn.Tanh(), nn.Linear(200, 3))
-    task = wf.Classification()
-    sweep: Sweep[Any] = Sweep(model, task, select_layers(model), precision=HalfPrecision(CPU, native=True))
-    rows: list[object] = [(torch.randn(1000), torch.tensor(0))] * 3
-    found = sweep.footprint(rows, lambda model, batch, _: task.train_loss(model, batch))
-    assert found.shared_bytes == 2 * (1000 * 200 + 200 * 3)  # the first layer's inputs need no gradient
-    assert found.saved_bytes < 5_000
-    assert found.batch_bytes(3) == found.shared_bytes + 3 * found.bytes
-    assert found.affordable(found.batch_bytes(3)) == 3
-    assert found.affordable(found.batch_bytes(3) - 1) == 2
-    assert found.affordable(0) == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux tells it")

@@ -214,6 +214,10 @@ class Capture(AbstractContextManager["Capture"]):
             self._pass = None
         return value.detach()
 
+    def held(self) -> list[Tensor]:
+        """The inputs of layers that wait for their gradients; autograd has no need of them where weights are frozen."""
+        return [call.inputs for calls in self._pass.calls.values() for call in calls] if self._pass else []
+
     def _check(self, value: Tensor, current: _Pass) -> None:
         if not isinstance(value, Tensor) or value.dim() != 0:
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__

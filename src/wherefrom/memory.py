@@ -83,11 +83,12 @@ class Footprint:
 
     Attributes:
         tokens: vectors that a layer sees, the most of any layer.
-        saved_bytes: what autograd keeps for the backward pass.
+        saved_bytes: what autograd and hooks keep for the backward pass.
         gradient_bytes: the largest layer's gradient, or what is captured of it if that is more.
         flop: floating-point operations of a forward and backward pass.
         layer_tokens: vectors that each layer sees, where they differ from `tokens`.
         shared_bytes: what autograd keeps once for a batch of any size: weights cast to another type.
+        largest_bytes: the largest tensor that autograd keeps, such as logits; its own gradient is as large.
     """
 
     tokens: int
@@ -96,6 +97,7 @@ class Footprint:
     flop: int
     layer_tokens: Mapping[str, int] = field(default_factory=dict)
     shared_bytes: int = 0
+    largest_bytes: int = 0
 
     def tokens_of(self, layer: str) -> int:
         """Vectors that one layer sees."""
@@ -103,8 +105,12 @@ class Footprint:
 
     @property
     def bytes(self) -> int:
-        """Memory for each example of a batch: a gradient lives up to three times at once, itself, rotated, squared."""
-        return self.saved_bytes + 3 * self.gradient_bytes
+        """Memory for each example of a batch.
+
+        A layer's gradient lives up to three times at once, itself, rotated, squared. The gradient of the largest saved
+        tensor, which a loss makes first, is gone by then.
+        """
+        return self.saved_bytes + max(3 * self.gradient_bytes, self.largest_bytes)
 
     def batch_bytes(self, examples: int) -> int:
         """Memory for a batch."""
@@ -161,7 +167,7 @@ class SavedBytes:
         model: its weights and buffers are kept too, and take nothing.
 
     Attributes:
-        total: bytes that belong to the examples of a batch.
+        total: bytes that belong to the examples of a batch; largest: of the largest storage among them.
         shared: bytes of weights cast to another type, which a batch of any size keeps once.
     """
 
@@ -174,27 +180,29 @@ class SavedBytes:
         self._cast = {_any_order(each) for each in weights}
         self._gathered = {_any_order(each) for each in weights if isinstance(each, DTensor)}
         self._dtypes = {each.dtype for each in weights}
-        self.total = self.shared = 0
+        self.total = self.largest = self.shared = 0
 
     def counting(self) -> AbstractContextManager[object]:
         """Within it, what a forward pass leaves for the backward pass is counted."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        return torch.autograd.graph.saved_tensors_hooks(self.count, lambda tensor: tensor)
 
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def count(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that is kept until the backward pass, and hand it back."""
         storage = tensor.untyped_storage()
         reference = StorageWeakRef(storage)
         if reference not in self._seen:
             self._seen.add(reference)
-            self._count(tensor, storage.nbytes())
+            self._add(tensor, storage.nbytes())
         return tensor
 
-    def _count(self, tensor: Tensor, size: int) -> None:
+    def _add(self, tensor: Tensor, size: int) -> None:
         shape, cast = _any_order(tensor), tensor.is_floating_point() and tensor.dtype not in self._dtypes
         # Weights are frozen, so that what is made of them alone requires no gradient, unlike activations.
         if cast and shape in self._cast and not tensor.requires_grad:
             self.shared += size
         elif shape not in self._gathered:
             self.total += size
+            self.largest = max(self.largest, size)
 
 
 def _any_order(tensor: Tensor) -> tuple[int, ...]:

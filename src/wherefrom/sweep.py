@@ -217,14 +217,14 @@ class Sweep(Generic[Batch]):
             gradient_bytes.append(captured.bytes_each)
 
         saved, counter, copies = SavedBytes(self.model), FlopCounterMode(display=False), 1
-        with counter, saved.counting():
-            self.probe(dataset, row, objective, receive)
+        with counter:
+            self.probe(dataset, row, objective, receive, saved=saved)
         if self.compile_activations:
             # Apart from the counter, under which nothing is compiled, then or later. Of two examples if they fit, since
             # what is compiled for one is compiled for that size alone.
             saved, copies = SavedBytes(self.model), 2 if 2 * saved.total < self.usable_memory() else 1
-            with self._compiled(), saved.counting():
-                self.probe(Rows(dataset, [row] * copies), 0, objective, receive, copies)
+            with self._compiled():
+                self.probe(Rows(dataset, [row] * copies), 0, objective, receive, copies, saved)
         return Footprint(
             tokens=max(tokens.values(), default=1),
             saved_bytes=max(1, saved.total // copies),
@@ -232,6 +232,7 @@ class Sweep(Generic[Batch]):
             flop=counter.get_total_flops(),
             layer_tokens=tokens,
             shared_bytes=saved.shared,
+            largest_bytes=saved.largest // copies,
         )
 
     def _compiled(self) -> AbstractContextManager[None]:
@@ -246,14 +247,32 @@ class Sweep(Generic[Batch]):
         return self.footprint(dataset, objective).batch_size(len(dataset), self.usable_memory(), self.device)
 
     def probe(
-        self, dataset: Dataset[object], first: int, objective: Objective[Batch], receive: Receiver, examples: int = 1
+        self,
+        dataset: Dataset[object],
+        first: int,
+        objective: Objective[Batch],
+        receive: Receiver,
+        examples: int = 1,
+        saved: SavedBytes | None = None,
     ) -> None:
-        """Pass over one example alone, or over a few from one on as a batch."""
+        """Pass over one example alone, or over a few from one on as a batch.
+
+        Args:
+            saved: counts what the forward pass keeps for the backward pass.
+        """
         rows = range(first, first + examples)
         with self._loader(dataset, rows.stop) as loader:
             batch, padding = loader.load(rows)
-        with Capture(self.model, self.layers, receive) as capture, self.precision.passes(self.device):
-            capture.run(lambda: self._loss(objective, batch, rows), examples, padding)
+
+        def loss() -> Tensor:
+            value = self._loss(objective, batch, rows)
+            for each in capture.held() if saved else ():
+                saved.count(each)
+            return value
+
+        counting = saved.counting() if saved else nullcontext()
+        with Capture(self.model, self.layers, receive) as capture, self.precision.passes(self.device), counting:
+            capture.run(loss, examples, padding)
 
     def _loss(self, objective: Objective[Batch], batch: Batch, rows: Sequence[int]) -> Tensor:
         """The objective; an error of the task's or model's own code is raised as it is, with a note."""

@@ -25,6 +25,7 @@ from wherefrom.curvature import STRATEGIES
 from wherefrom.errors import InputError, MemoryLimitError
 from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import select_layers
+from wherefrom.machine import Machine
 from wherefrom.memory import Footprint
 from wherefrom.plan import SHARD_BYTES, SHARD_ROWS, Job, Plan, Wanted, factor_bytes, plan_scores
 from wherefrom.profile import Profile
@@ -70,6 +71,27 @@ def test_more_memory_means_fewer_sweeps_and_low_rank_stretches_it() -> None:
     assert sweeps[0] > sweeps[-1] == 1
     assert plan_scores(job(2**24 + 2**25 + 2**28, rank=2)).bank_bytes < plan_scores(job(2**28)).bank_bytes / 10
     assert plan_scores(job(2**30, train_batch=7, query_batch=3)).train_batch == 7
+
+
+def test_batches_become_smaller_before_the_training_set_is_swept_again() -> None:
+    """Query gradients of 95 MiB and examples of 400 KB; on a GPU, 327 of them would fill it."""
+    settled = {"tokens": 100, "queries": 341, "train": 20_000}
+    ample = replace(job(2**40, **settled), device=torch.device("cuda"))
+    whole = plan_scores(ample)
+    assert (whole.sweeps, whole.train_batch) == (1, 32768 // 100)
+    fixed = whole.bank_bytes + ample.factor_bytes + SHARD_BYTES + 341 * SHARD_ROWS * 4
+    each = ample.example.bytes
+    for batch in (300, 150, 60):
+        found = plan_scores(replace(ample, usable=fixed + batch * each), Machine(1e14, 1.0, 2**40))
+        assert (found.sweeps, found.train_batch, found.query_batch) == (1, batch, batch)
+    # One example fills no GPU: to sweep twice, with batches for which half of the gradients leave room, takes less time.
+    little = replace(ample, usable=fixed + each)
+    found = plan_scores(little, Machine(1e14, 1.0, 2**40))
+    assert (found.sweeps, found.train_batch) == (2, (341 - 171) * (whole.bank_bytes // 341 + SHARD_ROWS * 4) // each + 1)
+    for batch, sweeps in ((100, 2), (150, 3)):
+        settled_batch = replace(little, wanted=replace(little.wanted, train_batch=batch, query_batch=batch))
+        found = plan_scores(settled_batch, Machine(1e14, 1.0, 2**40))
+        assert (found.sweeps, found.train_batch) == (sweeps, batch)
 
 
 def test_gradients_are_rotated_where_that_costs_less() -> None:

@@ -20,8 +20,9 @@ from wherefrom.blueprint import Blueprint
 from wherefrom.curvature import checked_strategy
 from wherefrom.disk import Step
 from wherefrom.errors import InputError
+from wherefrom.machine import Machine
 from wherefrom.memory import FREE_SHARE
-from wherefrom.plan import SHARD_BYTES, Cost, Job, Machine, Plan, Wanted, factor_bytes, plan_scores
+from wherefrom.plan import SHARD_BYTES, Cost, Job, Plan, Wanted, factor_bytes, plan_scores
 from wherefrom.precision import widened_dtype
 from wherefrom.ranks import Ranks
 
@@ -286,9 +287,9 @@ class Estimate:
 
     def _fitted(self, cost: Cost, sums: int, moved: int) -> Stage:
         """A sweep of the fit, whose sums all ranks add up; with factors on the host, each batch moves some."""
-        batches = self._batches(self.request.fit_train, self.plan.train_batch)
+        batches = self._batches(self.request.fit_train, self.plan.fit_batch)
         copied = batches * moved * self.request.offload_factors
-        return self._swept(cost, self.plan.train_batch, self._reduced(sums) + self._gathered(batches), copied)
+        return self._swept(cost, self.plan.fit_batch, self._reduced(sums) + self._gathered(batches), copied)
 
     def _eigendecomposition(self) -> Stage:
         """Of both covariances of every layer, the layers spread over the ranks."""
@@ -324,7 +325,7 @@ class Estimate:
         plan = self.plan
         memory = {
             "weights": self.weight_bytes,
-            "a batch": 1.0 * batch * self.blueprint.example.bytes,
+            "a batch": 1.0 * self.blueprint.example.batch_bytes(batch),
             "factors": 2.0 * plan.job.factor_bytes,
             "query gradients": 1.0 * plan.bank_bytes * (bank and not plan.form.streamed),
             "working room": room,

@@ -17,7 +17,7 @@ from rich.console import Console
 from wherefrom.blueprint import Blueprint, measure
 from wherefrom.calculator import MEASURED_EFFICIENCY, Estimate, Hardware, Request
 from wherefrom.memory import free_memory
-from wherefrom.plan import matmul_speed
+from wherefrom.machine import matmul_speed
 from wherefrom.report.html import write_page
 from wherefrom.report.scale import scale_page, scale_text
 

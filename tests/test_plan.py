@@ -346,7 +346,7 @@ def test_impossible_options_are_refused(tmp_path: Path) -> None:
     factors = study.fit("identity")
     with pytest.raises(InputError, match="query_rank=0: expected at least 1"):
         study.score(case.queries, factors, query_rank=0)
-    with pytest.raises(InputError, match="rescore=3: expected at least 1 together with a query_rank"):
+    with pytest.raises(InputError, match="rescore=3: expected at least 1 together with a query_rank or query_bits"):
         study.score(case.queries, factors, rescore=3)
     with pytest.raises(InputError, match="queries is empty"):
         study.plan([])

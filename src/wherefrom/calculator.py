@@ -22,6 +22,7 @@ from wherefrom.disk import Step
 from wherefrom.errors import InputError
 from wherefrom.machine import Machine
 from wherefrom.memory import FREE_SHARE
+from wherefrom.options import Options
 from wherefrom.plan import SHARD_BYTES, Cost, Job, Plan, Wanted, factor_bytes, plan_scores
 from wherefrom.precision import widened_dtype
 from wherefrom.ranks import Ranks
@@ -93,9 +94,11 @@ class Request:
     offload_factors: bool = False
     top: int | None = None
     batch_size: int | None = None
+    query_bits: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be computed: InputError names the argument."""
+        Options(query_rank=self.query_rank, query_bits=self.query_bits)
         for name in ("train", "fit_train", "queries", "query_rank", "top", "batch_size"):
             count = getattr(self, name)
             if count is not None and count < 1:
@@ -226,7 +229,7 @@ class Estimate:
         asked = self.request
         savings: dict[str, dict[str, Any]] = {
             "--half-precision": {"half_precision": True},
-            "--query-rank 32": {"query_rank": asked.query_rank or 32},
+            "--query-rank 32": {"query_rank": asked.query_rank or 32, "query_bits": None},
             "--offload-factors": {"offload_factors": self.basis_bytes + self.eigenvalue_bytes > 0},
             "--shard-model": {"shard_model": self.hardware.ranks > 1},
             f"--fit-train {_FEW}": {"fit_train": min(asked.fit_train, _FEW)},
@@ -268,7 +271,7 @@ class Estimate:
             train=train,
             query=self.blueprint.example,
             example=self.blueprint.example,
-            wanted=Wanted(self._dtype, asked.query_rank, asked.batch_size, asked.batch_size),
+            wanted=Wanted(self._dtype, asked.query_rank, asked.batch_size, asked.batch_size, asked.query_bits),
             usable=0,
             device=hardware.device,
             factors_on_host=asked.offload_factors,

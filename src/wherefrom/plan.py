@@ -15,8 +15,9 @@ from rich.table import Table
 
 from wherefrom.curvature import Strategy
 from wherefrom.disk import Blocks, Step, fit_steps, peak
-from wherefrom.gradients import PIECE_BYTES, BankForm, thin_product_flop
+from wherefrom.gradients import PIECE_BYTES, BankForm
 from wherefrom.layers import TrackedLayer
+from wherefrom.low_rank import thin_product_flop
 from wherefrom.machine import Machine, matmul_speed
 from wherefrom.memory import Footprint
 from wherefrom.precision import type_name, widened_dtype
@@ -40,6 +41,7 @@ class Wanted:
     Attributes:
         dtype: of resident query gradients.
         rank: of the two thin matrices that stand for each; None keeps them whole.
+        bits: of the integers that stand for their numbers; None keeps the numbers.
         query_batch, train_batch: None leaves the size to the plan.
     """
 
@@ -47,6 +49,7 @@ class Wanted:
     rank: int | None = None
     query_batch: int | None = None
     train_batch: int | None = None
+    bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ class Plan:
         """
         queries, train = self.job.queries, self.job.train
         shard = len(self.shards(self.block * matrices, train)[0])
-        itemsize, errors = widened_dtype(self.form.dtype).itemsize, self.form.rank is not None
+        itemsize, errors = widened_dtype(self.form.dtype).itemsize, self.form.approximate
         return Blocks(queries, train, itemsize, self.block, shard, matrices, errors)
 
     def costs(self) -> list[Cost]:
@@ -216,12 +219,13 @@ class Plan:
         """What was chosen and why, on one line."""
         job, gib = self.job, 2**30
         form = f"rank {self.form.rank}" if self.form.rank else "whole"
+        numbers = type_name(self.form.dtype) if self.form.bits is None else f"{self.form.bits}-bit integers"
         where = (
             str(self.form.place) if self.form.place == job.device else f"{self.form.place}, streamed to {job.device}"
         )
         times = "once" if self.sweeps == 1 else f"{self.sweeps} times"
         return (
-            f"Plan: {self.block} of {job.queries} query gradients resident ({form}, {type_name(self.form.dtype)}, "
+            f"Plan: {self.block} of {job.queries} query gradients resident ({form}, {numbers}, "
             f"{self.bank_bytes / gib:.2f} GiB on {where}; {job.usable / gib:.2f} GiB usable), so {job.train} training "
             f"examples are swept {times}; batches of {self.query_batch} queries, {self.train_batch} training examples."
         )
@@ -293,7 +297,8 @@ def plan_scores(job: Job, machine: Machine | None = None) -> Plan:
         machine: None measures this one, where that decides.
     """
     # Whole gradients that are on the device as they are need no room for pieces.
-    pieces = PIECE_BYTES * (job.wanted.rank is not None or job.wanted.dtype == torch.bfloat16)
+    wanted = job.wanted
+    pieces = PIECE_BYTES * (wanted.rank is not None or wanted.bits is not None or wanted.dtype == torch.bfloat16)
     available = job.usable - job.factor_bytes - SHARD_BYTES - pieces
     plan = _cheapest(job, job.device, available)
     if job.device.type == "cpu" or plan.sweeps == 1:
@@ -315,7 +320,9 @@ def _cheapest(job: Job, place: torch.device, available: int, host: int | None = 
         host: bytes for gradients that are resident on the host.
     """
     tokens = max((job.query.tokens_of(name) for name, layer in job.layers.items() if layer.one_hot), default=0)
-    form = BankForm(job.wanted.dtype, place, place != job.device, job.wanted.rank, tokens)
+    form = BankForm(
+        job.wanted.dtype, place, place != job.device, job.wanted.rank, tokens, bits=job.wanted.bits
+    )
     on_device = SHARD_ROWS * widened_dtype(form.dtype).itemsize  # of each query: scores
     resident = form.bytes_per_query(job.layers)
     best, least = None, math.inf
@@ -368,8 +375,9 @@ def _plan(job: Job, form: BankForm, block: int, train_batch: int, query_batch: i
 
 def _cheaper_sides(job: Job, form: BankForm, layer: str, sweeps: int) -> tuple[bool, bool]:
     """On which sides query gradients are rotated back, since training gradients would cost more to rotate."""
-    if form.thin(job.layers[layer]):
-        return True, True  # two thin matrices cost next to nothing
+    # Two thin matrices cost next to nothing. What integers leave out must not depend on how often is swept.
+    if form.thin(job.layers[layer]) or form.quantized(job.layers[layer]):
+        return True, True
     query, train = _side_costs(job, layer, sweeps)
     return query[0] < train[0], query[1] < train[1]
 
@@ -410,6 +418,8 @@ def _operations(plan: Plan, machine: Machine | None = None) -> float:
     for cost, footprint, batch in ((query, job.query, plan.query_batch), (train, job.example, plan.train_batch)):
         unfilled = max(1.0, _LEAST_TOKENS.get(job.device.type, 128) / (batch * footprint.tokens))
         total += unfilled * (cost.flop + cost.passes * per_byte * _MOVED_PER_SAVED * footprint.saved_bytes)
-    if plan.form.streamed and machine is not None:
-        per_byte = machine.matmul / machine.copy
-    return total + per_byte * plan.sweeps * -(-job.train // plan.train_batch) * plan.bank_bytes
+    per_moved = machine.matmul / machine.copy if plan.form.streamed and machine is not None else per_byte
+    read = per_moved * plan.bank_bytes
+    if plan.form.bits is not None:  # numbers are made of integers, and read
+        read += per_byte * 2 * plan.block * replace(plan.form, bits=None).bytes_per_query(job.layers)
+    return total + plan.sweeps * -(-job.train // plan.train_batch) * read

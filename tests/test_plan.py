@@ -87,7 +87,10 @@ def test_batches_become_smaller_before_the_training_set_is_swept_again() -> None
     # One example fills no GPU: to sweep twice, with batches for which half of the gradients leave room, takes less time.
     little = replace(ample, usable=fixed + each)
     found = plan_scores(little, Machine(1e14, 1.0, 2**40))
-    assert (found.sweeps, found.train_batch) == (2, (341 - 171) * (whole.bank_bytes // 341 + SHARD_ROWS * 4) // each + 1)
+    assert (found.sweeps, found.train_batch) == (
+        2,
+        (341 - 171) * (whole.bank_bytes // 341 + SHARD_ROWS * 4) // each + 1,
+    )
     for batch, sweeps in ((100, 2), (150, 3)):
         settled_batch = replace(little, wanted=replace(little.wanted, train_batch=batch, query_batch=batch))
         found = plan_scores(settled_batch, Machine(1e14, 1.0, 2**40))

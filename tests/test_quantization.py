@@ -23,7 +23,9 @@ from wherefrom.quantization import dequantized, quantized
 CPU = torch.device("cpu")
 
 
-@given(exponent=st.integers(-200, 200), columns=st.integers(1, 40), dtype=st.sampled_from([torch.float32, torch.float64]))
+@given(
+    exponent=st.integers(-200, 200), columns=st.integers(1, 40), dtype=st.sampled_from([torch.float32, torch.float64])
+)
 @settings(deadline=None, max_examples=60)
 def test_no_number_moves_by_more_than_half_a_scale(exponent: int, columns: int, dtype: torch.dtype) -> None:
     """Each row by a scale of its own, a 127th of its largest magnitude, however small or large that is."""

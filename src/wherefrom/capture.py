@@ -49,7 +49,7 @@ class Captured(NamedTuple):
         Returns:
             What can be multiplied with gradients [batch, out, columns], on their device.
         """
-        matrix = matrix.to(self.gradients.device)
+        matrix = matrix.to(self.gradients.device, non_blocking=True)
         return matrix if self.columns is None else matrix[:, self.columns].transpose(0, 1)
 
     def rows(self, chosen: Tensor) -> Captured:

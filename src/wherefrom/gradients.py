@@ -19,9 +19,10 @@ from wherefrom.curvature import Preconditioner
 from wherefrom.example_gradients import Sides, brought_back, weight_gradients
 from wherefrom.finite import NotFiniteError
 from wherefrom.layers import TrackedLayer
+from wherefrom.long_products import long_product
 from wherefrom.low_rank import thin_product_flop, truncated
 from wherefrom.memory import Workspace, out_of_memory
-from wherefrom.precision import product, rotated, widened_dtype
+from wherefrom.precision import product, rotated, widened, widened_dtype
 from wherefrom.quantization import dequantized, quantized
 from wherefrom.sweep import Collector
 
@@ -173,6 +174,7 @@ class GradientBank(Collector):
         self.sums[f"{layer}{_COLUMNS}"][rows, :count] = columns.to(self._form.place)
 
     def _collect_quantized(self, layer: str, gradients: Tensor, rows: slice) -> None:
+        gradients = widened(gradients)
         values, scales = quantized(gradients)
         self.sums[layer][rows], self.sums[f"{layer}{_SCALES}"][rows] = values, scales
         rest = gradients - dequantized(values, scales, torch.empty_like(gradients))
@@ -263,7 +265,7 @@ class GradientBank(Collector):
         if captured.columns is not None:
             return self._product_of_columns(layer, gradients, captured.columns)
         gradients = gradients.flatten(1)
-        pieces = [product(piece.flatten(1), gradients.T) for piece in self._pieces(layer, gradients)]
+        pieces = [long_product(piece.flatten(1), gradients) for piece in self._pieces(layer, gradients)]
         return torch.cat(pieces)
 
     def _product_of_columns(self, layer: str, gradients: Tensor, columns: Tensor) -> Tensor:

@@ -43,6 +43,11 @@ def usable_memory(device: torch.device, budget: int | None) -> int:
     return int(FREE_SHARE * free) if budget is None else min(budget, free)
 
 
+def pinned_as(tensor: Tensor, source: Tensor) -> Tensor:
+    """A tensor on the host in pinned memory if what it was made of is, so that a GPU copies it without a wait."""
+    return tensor.pin_memory() if source.is_pinned() and not tensor.is_pinned() else tensor
+
+
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether an error says that an allocation failed.
 

@@ -320,9 +320,7 @@ def _cheapest(job: Job, place: torch.device, available: int, host: int | None = 
         host: bytes for gradients that are resident on the host.
     """
     tokens = max((job.query.tokens_of(name) for name, layer in job.layers.items() if layer.one_hot), default=0)
-    form = BankForm(
-        job.wanted.dtype, place, place != job.device, job.wanted.rank, tokens, bits=job.wanted.bits
-    )
+    form = BankForm(job.wanted.dtype, place, place != job.device, job.wanted.rank, tokens, bits=job.wanted.bits)
     on_device = SHARD_ROWS * widened_dtype(form.dtype).itemsize  # of each query: scores
     resident = form.bytes_per_query(job.layers)
     best, least = None, math.inf
@@ -386,18 +384,24 @@ def _side_costs(job: Job, layer: str, sweeps: int) -> tuple[tuple[float, float],
     """Operations for the left and the right side: all query gradients back, or all training gradients there."""
     tracked = job.layers[layer]
     outputs, columns = tracked.shape[0], tracked.columns(job.query.tokens_of(layer))
+    terms = 2 if _in_half(job) else 1  # see `precision.rotated`
     back = [
-        0.0 if diagonal else 2.0 * job.queries * outputs * columns * size
+        0.0 if diagonal else 2.0 * terms * job.queries * outputs * columns * size
         for size, diagonal in zip((outputs, columns), tracked.diagonal_sides, strict=True)
     ]
     left, right = _sides_flop(job, tracked, job.example.tokens_of(layer))
     return (back[0], back[1]), (sweeps * job.train * left, sweeps * job.train * right)
 
 
+def _in_half(job: Job) -> bool:
+    """Whether products take bfloat16 operands, rather than their values in float32."""
+    return job.wanted.dtype == torch.bfloat16 and job.device.type == "cuda"
+
+
 def _sides_flop(job: Job, layer: TrackedLayer, tokens: int) -> tuple[float, float]:
     """Operations for one example's gradient into the basis, left and right: its tokens or its rows, whichever fewer."""
     outputs, columns = layer.shape[0], layer.columns(tokens)
-    if job.wanted.dtype == torch.bfloat16 and job.device.type == "cuda":
+    if _in_half(job):
         left, right = 4.0 * outputs**2 * tokens, 4.0 * columns**2 * tokens  # see `precision.rotated`
     else:
         left, right = 2.0 * outputs**2 * min(tokens, columns), 2.0 * columns**2 * min(tokens, outputs)
@@ -413,8 +417,7 @@ def _operations(plan: Plan, machine: Machine | None = None) -> float:
     """
     job, total = plan.job, 0.0
     query, train = plan.costs()[-2:]
-    half = job.wanted.dtype == torch.bfloat16 and job.device.type == "cuda"
-    per_byte = _HALF_OPERATIONS_PER_BYTE if half else _OPERATIONS_PER_BYTE.get(job.device.type, 16.0)
+    per_byte = _HALF_OPERATIONS_PER_BYTE if _in_half(job) else _OPERATIONS_PER_BYTE.get(job.device.type, 16.0)
     for cost, footprint, batch in ((query, job.query, plan.query_batch), (train, job.example, plan.train_batch)):
         unfilled = max(1.0, _LEAST_TOKENS.get(job.device.type, 128) / (batch * footprint.tokens))
         total += unfilled * (cost.flop + cost.passes * per_byte * _MOVED_PER_SAVED * footprint.saved_bytes)

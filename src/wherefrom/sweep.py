@@ -111,6 +111,11 @@ class Sweep(Generic[Batch]):
         """Where factors are kept."""
         return torch.device("cpu") if self.offload_factors else self.device
 
+    def pinned(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Factors that are kept on the host for a GPU, in memory that it copies from while the host goes on."""
+        copied = self.device.type == "cuda" and self.factors_device.type == "cpu"
+        return {name: each.pin_memory() if copied else each for name, each in factors.items()}
+
     @property
     def lockstep(self) -> bool:
         """Whether the model's weights are sharded over processes, so that all must pass through it together."""

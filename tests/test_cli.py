@@ -92,7 +92,7 @@ def test_explain_prints_the_plan_and_low_rank_scores_are_kept_apart(folder: Path
     assert report.returncode == 0, report.stderr
     refused = wherefrom(folder, "score", "large", "--queries", "queries.jsonl", "--rescore", "3")
     assert refused.returncode == 1
-    assert "rescore=3: expected at least 1 together with a query_rank" in " ".join(refused.stderr.split())
+    assert "rescore=3: expected at least 1 together with a query_rank or query_bits" in " ".join(refused.stderr.split())
 
 
 def test_kinds_of_scores(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import gpt2_case, relative_error
 from wherefrom.compiling import CompiledOnGPU, compiled_activations
+from wherefrom.layers import select_layers
+from wherefrom.sweep import Sweep
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 
@@ -24,6 +28,25 @@ def test_scores_are_those_without(tmp_path: Path) -> None:
     expected = plain.score(case.queries, plain.fit("ekfac")).values
     found = quick.score(case.queries, quick.fit("ekfac", batch_size=5)).values
     assert relative_error(found, expected) < 1e-4
+
+
+@needs_compiler
+def test_what_an_example_takes_is_measured_compiled() -> None:
+    """GPT-2's activation function keeps four tensors of its size for going back, compiled only its input."""
+    case = gpt2_case(torch.float32)
+    layers = select_layers(case.model, case.task.layers)
+    plain: Sweep[Any] = Sweep(case.model, case.task, layers)
+    rows: list[object] = [{"input_ids": list(range(10))}]
+
+    def objective(model: nn.Module, batch: Any, _: object) -> Tensor:
+        return case.task.train_loss(model, batch)
+
+    expected = plain.footprint(rows, objective)
+    found = replace(plain, compile_activations=True).footprint(rows, objective)
+    each = 4 * 10 * 32  # bytes of an activation function's input
+    # In each of two layers; and single numbers, such as sizes.
+    assert 0 <= found.saved_bytes - (expected.saved_bytes - 2 * 3 * each) < 16
+    assert replace(found, saved_bytes=expected.saved_bytes) == expected
 
 
 def test_only_activation_functions_are_compiled_and_the_model_is_left_as_it_was() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import gpt2_case, mlp_case, relative_error
 from wherefrom.capture import Captured
-from wherefrom.curvature import Preconditioner
+from wherefrom.curvature import Basis, Preconditioner
 from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import select_layers
 from wherefrom.precision import HalfPrecision, Precision, rounded
@@ -106,6 +106,52 @@ def test_gradients_are_rounded_before_they_are_multiplied() -> None:
     bank.collect("0", queries, slice(0, 2))
     one, other = (rounded(each.gradients.transpose(1, 2) @ each.activations).flatten(1) for each in (queries, train))
     assert relative_error(bank.product("0", train), one.double() @ other.double().T) < 1e-6
+
+
+def test_query_gradients_are_rotated_back_with_little_more_than_their_own_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, with bfloat16 operands and float32 sums, where the damped inverse spans six orders of magnitude."""
+
+    def emulated(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return (left.float() @ right.float()).to(dtype or torch.float32)
+
+    for module in ("precision", "example_gradients", "gradients", "long_products"):
+        monkeypatch.setattr(f"wherefrom.{module}.product", emulated)
+    generator = torch.Generator().manual_seed(0)
+    outputs, inputs, queries, batch, tokens = 48, 64, 4, 16, 9
+    layers = select_layers(nn.Sequential(nn.Linear(inputs, outputs, bias=False)))
+    left, right = (
+        torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+        for size in (outputs, inputs)
+    )
+    spectra = [torch.logspace(-4, 0, size, dtype=torch.float64) for size in (outputs, inputs)]
+    curvature = torch.outer(*spectra)
+    inverse = 1 / (curvature + 1e-6)
+
+    def batch_of(count: int) -> Captured:
+        # Gradients of the size that the curvature says.
+        sides = [
+            ((torch.randn(count, tokens, len(values), generator=generator) * values.sqrt()) @ basis.T).bfloat16()
+            for basis, values in zip((left, right), spectra, strict=True)
+        ]
+        return Captured(sides[1], sides[0], count * tokens)
+
+    basis = Basis(right.float(), left.float(), spectra[1].float(), spectra[0].float())
+    asked, trained = batch_of(queries), batch_of(batch)
+    form = BankForm(torch.bfloat16, CPU, rotated_back={"0": (True, True)})
+    bank = GradientBank(layers, Preconditioner({"0": basis}, {"0": inverse.float()}), queries, form)
+    bank.collect("0", asked, slice(0, queries))
+
+    def whole(captured: Captured) -> Tensor:
+        return captured.gradients.double().transpose(1, 2) @ captured.activations.double()
+
+    exact = left @ (inverse * (left.T @ whole(asked) @ right)) @ right.T
+    expected = torch.einsum("qoi,boi->qb", exact, whole(trained))
+    rounded_last = torch.einsum("qoi,boi->qb", exact.bfloat16().double(), whole(trained).bfloat16().double())
+    found = torch.einsum("qoi,boi->qb", bank.sums["0"].double(), whole(trained).bfloat16().double())
+    own = float((rounded_last - expected).norm() / expected.norm())
+    assert float((found - expected).norm() / expected.norm()) < 2 * own
 
 
 def test_factors_in_half_precision_are_float32_and_say_so(tmp_path: Path) -> None:

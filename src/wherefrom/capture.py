@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wherefrom.errors import LayerError, LossError
 from wherefrom.layer_types import NO_COLUMN, distinct_one_hot
 from wherefrom.layers import TrackedLayer, Use
-from wherefrom.precision import widened
+from wherefrom.precision import widened, widened_dtype
 
 
 class Captured(NamedTuple):
@@ -49,7 +49,7 @@ class Captured(NamedTuple):
         Returns:
             What can be multiplied with gradients [batch, out, columns], on their device.
         """
-        matrix = matrix.to(self.gradients.device)
+        matrix = matrix.to(self.gradients.device, non_blocking=True)
         return matrix if self.columns is None else matrix[:, self.columns].transpose(0, 1)
 
     def rows(self, chosen: Tensor) -> Captured:
@@ -59,9 +59,12 @@ class Captured(NamedTuple):
 
     @property
     def bytes_each(self) -> int:
-        """What an example's weight gradient takes, or its activations or gradients if that is more."""
+        """What an example's weight gradient takes, or its rotated activations or gradients if that is more.
+
+        Products of operands in half precision are float32.
+        """
         (_, tokens, width), outputs = self.activations.shape, self.gradients.shape[2]
-        return max(outputs * width, tokens * width, tokens * outputs) * self.gradients.element_size()
+        return max(outputs * width, tokens * width, tokens * outputs) * widened_dtype(self.gradients.dtype).itemsize
 
     def as_one_example(self) -> Captured:
         """The batch's tokens in one row, whose gradient is the sum of the examples'; only where `columns` is None."""
@@ -210,6 +213,10 @@ class Capture(AbstractContextManager["Capture"]):
         finally:
             self._pass = None
         return value.detach()
+
+    def held(self) -> list[Tensor]:
+        """The inputs of layers that wait for their gradients; autograd has no need of them where weights are frozen."""
+        return [call.inputs for calls in self._pass.calls.values() for call in calls] if self._pass else []
 
     def _check(self, value: Tensor, current: _Pass) -> None:
         if not isinstance(value, Tensor) or value.dim() != 0:

@@ -115,6 +115,7 @@ def score(
     damping: float | None = None,
     half_precision: bool = False,
     query_rank: int | None = None,
+    query_bits: int | None = None,
     solver: Literal["cg", "astra"] | None = None,
     rescore: int = 0,
     tokens: int | None = None,
@@ -137,15 +138,16 @@ def score(
         run: A run directory that `wherefrom fit` made.
         queries: The query text: a file, a saved dataset or a hub name, cut as the training text was.
         strategy: The curvature; fitted first if the run does not have it yet.
-        name: Of the scores in the run; the strategy by default, with '-half' in half precision and '-rankR' with a
-            query rank.
+        name: Of the scores in the run; the strategy by default, with '-half' in half precision, '-rankR' with a query
+            rank and '-8bit' with query bits.
         split: The split of a saved or hub dataset.
         column: The column that holds the text; found when there is only one.
         damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
         half_precision: bfloat16 products in the model's passes, query gradients in bfloat16.
         query_rank: Keep query gradients as pairs of matrices of this rank, so that more fit into memory.
+        query_bits: 8 keeps query gradients as integers of that size, with scales.
         solver: Go on from the curvature's approximation to the damped Gauss-Newton matrix itself; slow.
-        rescore: With a query rank, compute this many of each query's highest scores again with whole gradients.
+        rescore: With a query rank or query bits, compute this many of each query's highest scores again with whole gradients.
         tokens: Also score the tokens of this many most positive and most negative sequences of each query; the report
             shades them.
         per_layer: Also keep each layer's part of every score.
@@ -172,6 +174,7 @@ def score(
         "damping": damping,
         "half_precision": half_precision,
         "query_rank": query_rank,
+        "query_bits": query_bits,
         "solver": SOLVERS[solver]() if solver else None,
         "query_batch_size": query_batch_size,
         "train_batch_size": train_batch_size,

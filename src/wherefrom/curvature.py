@@ -28,7 +28,7 @@ from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.example_gradients import Sides, weight_gradients
 from wherefrom.fingerprint import Fingerprint, differences
 from wherefrom.layers import TrackedLayer
-from wherefrom.memory import Workspace
+from wherefrom.memory import Workspace, pinned_as
 from wherefrom.moments import add_columns, second_moment, sum_of_squares
 from wherefrom.sweep import Collector
 
@@ -162,7 +162,7 @@ class CovarianceCollector(Collector):
 
 def aligned(layer: TrackedLayer, matrix: Tensor) -> Tensor:
     """Numbers [out, in] with a column for each of a captured gradient's, [out, width]; 0 past the layer's own."""
-    return functional.pad(matrix, (0, layer.width - matrix.shape[1]))
+    return pinned_as(functional.pad(matrix, (0, layer.width - matrix.shape[1])), matrix)
 
 
 def gradient_sides(
@@ -179,7 +179,7 @@ def gradient_sides(
         basis, vectors = bases.get(name), None
         if basis is not None and basis.activations is not None:
             missing = layer.width - len(basis.activations)
-            vectors = functional.pad(basis.activations, (0, missing, 0, missing))
+            vectors = pinned_as(functional.pad(basis.activations, (0, missing, 0, missing)), basis.activations)
         conditioned = aligned(layer, roots[name]) if name in roots else None
         found[name] = Sides(None if basis is None else basis.gradients, vectors, conditioned)
     return found
@@ -301,7 +301,7 @@ class Factors:
             sides = self.bases[name].spectra if name in self.bases else ()
             check_eigenvalues(name, values, sides, product)
             added[name] = added_damping(values, damping)
-            filters[name] = damped_inverse(values, added[name], sides)
+            filters[name] = pinned_as(damped_inverse(values, added[name], sides), values)
         flat = frozenset(name for name, each in filters.items() if not bool(each.any()))
         return Preconditioner(self.bases, filters, flat, added, self.roots)
 

@@ -56,7 +56,8 @@ def make_plan(
         loaded: whether the factors are in memory already; otherwise room is left for them.
     """
     dtype = torch.bfloat16 if options.half_precision else sweep.dtype
-    wanted = Wanted(dtype, options.query_rank, options.query_batch_size, options.train_batch_size)
+    batches = options.query_batch_size, options.train_batch_size
+    wanted = Wanted(dtype, options.query_rank, *batches, options.query_bits)
     job = Job(
         layers=sweep.layers,
         strategy=strategy,
@@ -131,8 +132,9 @@ class Scoring(Generic[Batch]):
         self.each_block(work, stages)
         if "query_errors" in whole.tensors and self.ranks.writes:
             errors = whole.tensors["query_errors"]
+            rank, bits = self.options.query_rank, self.options.query_bits
             logger.info(
-                f"Rank {self.options.query_rank} leaves out {errors.mean():.1%} of a query gradient's norm on average, "
+                f"{f'Rank {rank}' if bits is None else f'{bits} bits'} leaves out {errors.mean():.1%} of a query gradient's norm on average, "
                 f"{errors.max():.1%} at most."
             )
         if self.options.self_influence:
@@ -269,7 +271,7 @@ class Scoring(Generic[Batch]):
 
     def _within_memory(self, queries: int) -> AbstractContextManager[None]:
         """Turn a failed allocation into the error of our own that means fewer resident queries."""
-        advice = "Give a query_rank, track fewer layers, or use a device with more memory."
+        advice = "Give query_bits=8 or a query_rank, track fewer layers, or use a device with more memory."
         return within_memory(f"Gradients of {queries} queries, and what is made of them, do", self.sweep.device, advice)
 
     def bank(self, rows: range) -> GradientBank:

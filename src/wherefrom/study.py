@@ -249,7 +249,7 @@ class Study(Generic[Batch]):
         Args:
             candidates: training positions, whole numbers [queries, candidates], each once in a row.
             queries, factors: as in `score`.
-            options: those of `ScoreOptions`, without `query_rank`.
+            options: those of `ScoreOptions`, without `query_rank` and `query_bits`.
 
         Returns:
             All of them, best first; `lowest_train` is the same the other way round.
@@ -257,7 +257,7 @@ class Study(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
-        chosen = Options.of(ScoreOptions.__optional_keys__ - {"query_rank"}, None, **options)
+        chosen = Options.of(ScoreOptions.__optional_keys__ - {"query_rank", "query_bits"}, None, **options)
         positions = checked_candidates(candidates, len(_checked(queries)), len(self.train))
         return self._kept(queries, factors, chosen).of_candidates(positions)
 
@@ -309,7 +309,7 @@ class Study(Generic[Batch]):
                 bounded size, at (tokens of a training example) times the cost of `score`.
             queries, factors: as in `score`.
             options: those of `RescoredOptions`. `rescore` is for finding the pairs; their tokens are scored with
-                gradients of the `query_rank`. `name` is that of the sequence scores that these are the parts of; they
+                gradients of the `query_rank` or `query_bits`. `name` is that of the sequence scores that these are the parts of; they
                 are kept beside them. `overwrite` replaces token scores, never sequence scores.
         """
         if top is not None and top < 1:

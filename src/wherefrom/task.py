@@ -7,7 +7,8 @@ curvature or scores. A task of your own is a subclass of `Task` with a `train_lo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Generic, TypeVar
 
@@ -91,10 +92,24 @@ class Task(Generic[Batch]):
             ) from error
         return batch
 
+    def select(self, model: nn.Module, example: object) -> object:
+        """What of an example goes into a batch for this model; all of it unless a task knows better.
+
+        Raises:
+            InputError: the model would use a part of the example that cannot be passed on.
+        """
+        return example
+
     def check(self, model: nn.Module, batch: Batch) -> None:
         """Refuse a batch that the model cannot take, with an `InputError`; the batch is still on the host.
 
         Called for every batch: what a GPU would only find out by ending the process belongs here.
+        """
+
+    def verify(self, model: nn.Module, batch: Batch) -> None:
+        """Refuse a model that would make something else of a batch than training did, with an `InputError`.
+
+        Called for every batch, which is on the model's device: what only a pass through the model can tell.
         """
 
     def settings(self) -> dict[str, str]:
@@ -104,6 +119,18 @@ class Task(Generic[Batch]):
         """
         public = {name: _described(name, value) for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module is put back as it was."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
 
 
 class Objective(nn.Module, Generic[Batch]):

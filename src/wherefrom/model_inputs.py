@@ -84,13 +84,17 @@ def selected(model: nn.Module, example: Mapping[str, object], read: frozenset[st
 
 
 def model_columns(example: Mapping[str, object], read: frozenset[str]) -> dict[str, object]:
-    """The columns that a model takes; where no model was asked, all that a task does not read and that are no text."""
-    taken = example.taken if isinstance(example, Selected) else example.keys() - read
-    return {
-        name: value
-        for name, value in example.items()
-        if name in taken and value is not None and not isinstance(value, str | bytes)
-    }
+    """The columns that a model takes; where no model was asked, all tensors that the task does not read itself."""
+    if isinstance(example, Selected):
+        return {name: value for name, value in example.items() if name in example.taken and value is not None}
+    return {name: value for name, value in example.items() if name not in read and _is_tensor(value)}
+
+
+def _is_tensor(value: object) -> bool:
+    try:
+        return value is not None and isinstance(torch.as_tensor(value), Tensor)
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def tensor(name: str, value: object) -> Tensor:

@@ -115,7 +115,7 @@ class Case:
         def gradients(dataset: Any, loss: Callable[..., Tensor]) -> Tensor:
             rows = []
             for position in range(len(dataset)):
-                batch = self.task.collate([dataset[position]])
+                batch = self.task.collate([self.task.select(model, dataset[position])])
                 # Where examples are of several types, a batch of them takes the widest.
                 value = loss(model, mapped(batch, lambda each: each.to(dtype) if each.is_floating_point() else each))
                 found = torch.autograd.grad(value, weights, allow_unused=True)

@@ -213,3 +213,37 @@ def test_attention_on_a_gpu_is_deterministic_where_pytorch_is_told_to_be(warn_on
     finally:
         torch.use_deterministic_algorithms(False)
     assert fused(half)
+
+
+@pytest.mark.parametrize("layer", ["linear", "embedding"])
+def test_the_sum_of_many_blocks_of_queries_stays_float32(layer: str) -> None:
+    """200 blocks of gradients that are alike: a sum in bfloat16 would stop growing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False) if layer == "linear" else nn.Embedding(6, 5))
+    layers = select_layers(model, ["0"])
+    form = BankForm(torch.bfloat16, CPU, tokens=3)
+    common, exact, total = torch.randn(3, 5), torch.zeros(5, 6, dtype=torch.float64), None
+    for _ in range(200):
+        bank = GradientBank(layers, Preconditioner({}, {}), 2, form)
+        gradients = common + 0.1 * torch.randn(2, 3, 5)
+        if layer == "linear":
+            captured = Captured(1 + torch.rand(2, 3, 6), gradients, 6)
+            each = (gradients.transpose(1, 2) @ captured.activations).bfloat16().double()
+        else:
+            columns = torch.stack([torch.randperm(6)[:3] for _ in range(2)])
+            captured = Captured(torch.eye(3).expand(2, 3, 3), gradients, 6, columns=columns)
+            each = torch.zeros(2, 5, 6, dtype=torch.float64).scatter_(
+                2, columns.unsqueeze(1).expand(2, 5, 3), gradients.transpose(1, 2).bfloat16().double()
+            )
+        exact += each.sum(0)
+        bank.collect("0", captured, slice(0, 2))
+        total = bank.summed(total)
+    assert total is not None
+    train = Captured(torch.randn(4, 3, 6), torch.randn(4, 3, 5), 12)
+    if layer == "embedding":
+        train = train._replace(activations=torch.eye(6).expand(4, 6, 6), gradients=torch.randn(4, 6, 5))
+        train = train._replace(columns=torch.arange(6).expand(4, 6))
+    trained = (train.gradients.transpose(1, 2) @ train.activations).double()
+    found = total.product("0", train)
+    assert found.dtype == torch.float32
+    assert relative_error(found[0], (trained * exact).sum((1, 2))) < 1e-6

@@ -21,6 +21,7 @@ from wherefrom.errors import LayerError, LossError
 from wherefrom.layer_types import NO_COLUMN, distinct_one_hot
 from wherefrom.layers import TrackedLayer, Use
 from wherefrom.precision import widened, widened_dtype
+from wherefrom.task import evaluating
 
 
 class Captured(NamedTuple):
@@ -120,18 +121,6 @@ class _Pass:
     def padding_of(self, tokens: int) -> Padding | None:
         """The padding of layers that see `tokens` an example; None when there is none of that many."""
         return next((each for each in self.padding if each.mask.shape[1] == tokens), None)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module is put back as it was."""
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -216,17 +216,21 @@ class GradientBank(Collector):
         self.sums[f"{layer}.right"][rows] = right if sides.right is None else right @ sides.right.T
 
     def summed(self, total: GradientBank | None = None) -> GradientBank:
-        """One gradient, the sum of all queries', added to another such bank; only of whole gradients."""
+        """One gradient, the sum of all queries', added to another such bank; only of whole gradients.
+
+        It is float32 or wider, whatever type the gradients are kept in, and so are its products.
+        """
         if total is None:
             total = copy.copy(self)
             total._queries, total.sums = 1, {}
+            total._form = replace(self._form, dtype=widened_dtype(self._form.dtype))
         for name, each in self.sums.items():
             if name.endswith(_COLUMNS):
                 continue
             columns = self.sums.get(f"{name}{_COLUMNS}")
             before = total.sums.get(name)
             if columns is None:
-                added = each.sum(0, keepdim=True, dtype=widened_dtype(each.dtype)).to(each.dtype)
+                added = each.sum(0, keepdim=True, dtype=widened_dtype(each.dtype))
                 total.sums[name] = added if before is None else before + added
             else:
                 held = total.sums.get(f"{name}{_COLUMNS}")
@@ -390,11 +394,11 @@ def _joined(gradients: Tensor, columns: Tensor, before: Tensor | None, held: Ten
     """The sum of gradients [n, out, columns], and of one before, with each column that any of them holds once."""
     flat, places = gradients.movedim(0, 1).flatten(1), columns.flatten()  # [out, n * columns]
     if before is not None and held is not None:
-        flat, places = torch.cat([before[0], flat], 1), torch.cat([held[0], places])
+        flat, places = torch.cat([before[0], flat.to(before.dtype)], 1), torch.cat([held[0], places])
     chosen, where = places.unique(return_inverse=True)
     total = flat.new_zeros(len(flat), len(chosen), dtype=widened_dtype(flat.dtype))
     total.index_add_(1, where, flat.to(total.dtype))
-    return total.to(flat.dtype).unsqueeze(0), chosen.unsqueeze(0)
+    return total.unsqueeze(0), chosen.unsqueeze(0)
 
 
 def _spread(gradients: Tensor, columns: Tensor, chosen: Tensor) -> Tensor:

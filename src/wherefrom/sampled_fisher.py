@@ -188,8 +188,15 @@ class _Losses(Task[_Marked[Batch]]):
         kinds, positions, plain = zip(*cast(Sequence[tuple[str, int, object]], examples), strict=True)
         return _Marked(kinds[0], positions, self._task.collate(plain))
 
+    def select(self, model: nn.Module, example: object) -> object:
+        kind, position, plain = cast(tuple[str, int, object], example)
+        return kind, position, self._task.select(model, plain)
+
     def check(self, model: nn.Module, batch: _Marked[Batch]) -> None:
         self._task.check(model, batch.batch)
+
+    def verify(self, model: nn.Module, batch: _Marked[Batch]) -> None:
+        self._task.verify(model, batch.batch)
 
     def settings(self) -> dict[str, str]:
         return {**super().settings(), **{f"task's {key}": each for key, each in checked_settings(self._task).items()}}

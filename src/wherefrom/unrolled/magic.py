@@ -17,6 +17,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
+from wherefrom.descriptions import described, described_class
 from wherefrom.errors import InputError, RankError
 from wherefrom.files import checked_name, within
 from wherefrom.fingerprint import LIBRARY, Dataset, checked_length, dataset_digest, model_digest
@@ -186,8 +187,8 @@ def _fingerprint(training: ReplayableTraining[Batch], queries: Dataset[object]) 
         "mode": "training" if any(module.training for module in training.model.modules()) else "evaluation",
         "task": json.dumps(task, sort_keys=True),
         "measured": task.get("measure", "measurement"),
-        "recipe": json.dumps(asdict(training.recipe)),
-        "count": "examples" if count is None else f"{count.__module__}.{count.__qualname__}",
+        "recipe": f"{described_class(type(training.recipe))} {json.dumps(asdict(training.recipe))}",
+        "count": "examples" if count is None else described("count", count),
         "training data": dataset_digest(training.train),
         "queries": dataset_digest(queries),
     }

@@ -25,6 +25,7 @@ from wherefrom.files import within
 from wherefrom.fingerprint import Dataset, Fingerprint, checked_length, dataset_digest, model_digest
 from wherefrom.gradient_rows import GradientRows
 from wherefrom.memory import within_memory
+from wherefrom.names import log_others, result_name
 from wherefrom.options import Options
 from wherefrom.placement import read_tensor
 from wherefrom.rescoring import exact_scores
@@ -70,7 +71,9 @@ class GradientIndex(Generic[Batch]):
         factors.check_model(study)
         projections = compression.projections(sweep.layers, factors)
         fingerprint = {**study, "precision": str(sweep.precision), **compression.fingerprint(projections)}
-        stages = Stages(within(run, "index", compression.result_name), fingerprint, sweep.profile)
+        name = result_name(compression.label, fingerprint, compression.name)
+        stages = Stages(within(run, "index", name), fingerprint, sweep.profile)
+        stages.ranks.first(lambda: log_others(stages.folder, fingerprint))
         objective = training_loss(sweep.task)
         return cls(GradientRows.kept(sweep, train, objective, compression, projections, stages), factors)
 

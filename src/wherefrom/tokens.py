@@ -169,7 +169,8 @@ class TokenScores:
 
     def differences(self, scores: Fingerprint) -> list[str]:
         """What these were computed from and sequence scores were not, or the other way round; empty if they match."""
-        return differences(*(of_values({**each, "pairs": ""}) for each in (self.fingerprint, scores)))
+        values = (of_values({**each, "pairs": "", "kept": ""}) for each in (self.fingerprint, scores))
+        return differences(*values)
 
     def __contains__(self, pair: tuple[int, int]) -> bool:
         """Whether (query, training position) is stored."""

@@ -126,7 +126,8 @@ class GradientIndex(Generic[Batch]):
             best = self.highest(preconditioned(asked, filters, self.rows.parts), max(k, rerank))
             if rerank:
                 best = self._exact(queries, best, damping, k)
-        return TopScores(**best, fingerprint=self._asked(queries, damping, k, rerank))
+        both = best["values"], best["train"], best["lowest_values"], best["lowest_train"]
+        return TopScores(*both, fingerprint=self._asked(queries, damping, k, rerank))
 
     def _asked(self, queries: Dataset[object], damping: float | None, k: int, rerank: int) -> Fingerprint:
         """What an answer depends on."""

@@ -13,7 +13,7 @@ import logging
 import re
 from pathlib import Path
 
-from wherefrom.errors import InputError
+from wherefrom.errors import InputError, WherefromError
 from wherefrom.fingerprint import Fingerprint, differences
 from wherefrom.store import read_manifest
 
@@ -70,6 +70,15 @@ def _means(name: str, label: str, digest: str) -> bool:
     return bool(digest) and (name == label or (name.startswith(f"{label}-") and f"{label}-{digest}".startswith(name)))
 
 
+def known_fingerprint(folder: Path) -> Fingerprint | None:
+    """What a finished result was made from; None where that cannot be read, which concerns whoever uses the result."""
+    try:
+        found: Fingerprint = read_manifest(folder)["fingerprint"]
+    except WherefromError:
+        return None
+    return found
+
+
 def log_others(path: Path, fingerprint: Fingerprint) -> None:
     """Say what stays beside a result that is about to be made, and what the latest of it was made from instead.
 
@@ -82,11 +91,12 @@ def log_others(path: Path, fingerprint: Fingerprint) -> None:
         for folder in path.parent.glob(f"{label}-*")
         if labelled(folder.name)[0] == label
         for file in (folder / "manifest.json", *folder.glob("*/manifest.json"))
-        if file.exists()
+        if file.is_file()
     ]
     if path.exists() or not manifests:
         return
-    latest = max(manifests, key=lambda file: file.stat().st_mtime)
-    changed = "; ".join(differences(read_manifest(latest.parent)["fingerprint"], fingerprint))
-    others = sorted({file.relative_to(path.parent).parts[0] for file in manifests})
-    logger.info(f"{path} is new; {', '.join(others)} beside it stays as it is. {changed}.")
+    latest = max(manifests, key=lambda file: file.stat().st_mtime_ns).parent
+    stored = known_fingerprint(latest)
+    changed = "" if stored is None else f" Against {latest}: {'; '.join(differences(stored, fingerprint))}."
+    others = ", ".join(sorted({file.relative_to(path.parent).parts[0] for file in manifests}))
+    logger.info(f"{path} is new; what is beside it stays: {others}.{changed}")

@@ -226,8 +226,9 @@ class _Method(Generic[Batch]):
         """The method of a call, checked."""
         checked_length("queries", queries)
         check_names(options, ProjectionOptions.__optional_keys__)
-        if options.get("name") is not None:
-            checked_result_name(options["name"])
+        name = options.get("name")
+        if name is not None:
+            checked_result_name(name)
         damping = options.get("damping")
         if damping is not None and not 0 <= damping < math.inf:
             raise InputError(f"damping={damping}: expected a number >= 0, or None for 0.1 x the mean eigenvalue.")
@@ -237,7 +238,7 @@ class _Method(Generic[Batch]):
             numbers="float32",
             seed=options.get("seed", 0),
             batch_size=options.get("batch_size"),
-            name=options.get("name"),
+            name=name,
             overwrite=options.get("overwrite", False),
         )
         settings = {"damping": "0.1 x mean eigenvalue" if damping is None else repr(damping)}

@@ -360,7 +360,8 @@ class Study(Generic[Batch]):
 
         Args:
             scores: what `score`, `score_top` or any other way to score returned for these queries and this study.
-            queries: the examples that were scored; their columns `text`, `title` and `label` are shown where they exist.
+            queries: the examples that were scored; their columns `text`, `title` and `label` are shown where there are
+                any.
             tokenizer: decodes `input_ids` of examples without `text`, and the tokens that are shaded.
             tokens: what `score_tokens` returned for these queries; shades the tokens of the pairs that it has.
             figures: plots to show, such as those of `report.evaluations.load_figures`.

@@ -145,9 +145,7 @@ def render_report(
         shaded=any(sequence.lengths for sequence in reader.seen.values()),
         figures=[_figure_view(figure) for figure in figures],
         kept=_clean(scores.fingerprint.get("kept", "")),
-        settings=[
-            (_clean(name), _clean(value)) for name, value in {**(settings or {}), **scores.fingerprint}.items()
-        ],
+        settings=[(_clean(name), _clean(value)) for name, value in {**(settings or {}), **scores.fingerprint}.items()],
         profile=_clean(profile),
         histogram_height=HISTOGRAM_HEIGHT,
         style=style,

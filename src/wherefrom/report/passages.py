@@ -122,9 +122,12 @@ def checked_passages(
             "These scores add up all training examples, so none stands beside its score: leave aggregate_train out."
         )
     rows = len(queries) if how is None else min(1, len(queries))
-    found = (len(scores.values), *([scores.values.shape[1]] if isinstance(scores, Scores) else []))
-    expected = (rows, len(train))[: len(found)]
-    if found != expected or (isinstance(scores, TopScores) and _last(scores) >= len(train)):
+    fits = (
+        tuple(scores.values.shape) == (rows, len(train))
+        if isinstance(scores, Scores)
+        else len(scores.values) == rows and _last(scores) < len(train)
+    )
+    if not fits:
         raise InputError(
             f"scores have shape {tuple(scores.values.shape)}; expected a row for each of {rows} queries and the scores "
             f"of {len(train)} training sequences."

@@ -262,9 +262,10 @@ def top(run: Run, *, name: str | None = None, k: int = 5, query: tuple[int, ...]
     count = len(scores.values)
     if not all(0 <= each < count for each in query):
         raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")
-    queries, train, _ = RunSources.of_result(folder).sequences(scores.fingerprint)
+    queries, train, _ = RunSources.of_result(folder).passages(scores.fingerprint)
     shown = query or range(min(3, count))
-    console.print(top_tables(scores, DatasetPassages(queries), DatasetPassages(train), shown=shown, k=k))
+    k = min(k, scores.values.shape[1])  # no more were kept
+    console.print(top_tables(scores, queries, train, shown=shown, k=k))
 
 
 @app.command
@@ -280,15 +281,15 @@ def report(run: Run, *, name: str | None = None, k: int = 10, output: Path | Non
     folder = chosen_scores(run, name)
     scores = load_scores(folder)
     sources = RunSources.of_result(folder)
-    queries, train, tokenizer = sources.sequences(scores.fingerprint)
+    queries, train, tokenizer = sources.passages(scores.fingerprint)
     tokens = _token_scores(folder, scores)
     page = render_report(
         title=f"Where from? {run.name}",
-        queries=DatasetPassages(queries),
-        train=DatasetPassages(train),
+        queries=queries,
+        train=train,
         scores=scores,
         settings=sources.described(),
-        tokens=None if tokens is None else DatasetTokens(tokens, train, tokenizer),
+        tokens=None if tokens is None else DatasetTokens(tokens, train.dataset, tokenizer),
         figures=load_figures(run, scores.fingerprint),
         k=k,
     )

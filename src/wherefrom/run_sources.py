@@ -24,6 +24,7 @@ from wherefrom.language import CausalLM
 from wherefrom.locks import run_lock
 from wherefrom.names import finished, found_result, known_fingerprint
 from wherefrom.ranks import Ranks, join_ranks
+from wherefrom.report.passages import DatasetPassages
 from wherefrom.study import Study
 from wherefrom.text import as_blocks, as_documents, load_model, load_tokenizer, local_path, read_texts
 
@@ -139,7 +140,7 @@ class RunSources:
             **{name: each.source for name, each in texts.items() if each is not None},
         }
 
-    def sequences(self, scores: Fingerprint) -> tuple[Dataset, Dataset, PreTrainedTokenizerBase]:
+    def passages(self, scores: Fingerprint) -> tuple[DatasetPassages, DatasetPassages, PreTrainedTokenizerBase]:
         """The sequences behind scores: queries, training set, and what tokenises them.
 
         Args:
@@ -150,10 +151,10 @@ class RunSources:
         """
         assert self.queries is not None
         tokenizer = load_tokenizer(self.model)
-        queries, train = (each.sequences(tokenizer) for each in (self.queries, self.train))
+        queries, train = (DatasetPassages(each.sequences(tokenizer)) for each in (self.queries, self.train))
         check_about(
             scores,
-            {QUERIES: dataset_digest(queries), TRAIN: dataset_digest(train)},
+            {QUERIES: queries.digest, TRAIN: train.digest},
             f"The texts {self.queries.source} and {self.train.source}, or the tokenizer of {self.model}, have changed "
             "since they were scored: put them back, or fit and score again.",
         )

@@ -382,7 +382,7 @@ class Study(Generic[Batch]):
         if MODEL in scores.fingerprint:
             check_about(scores.fingerprint, {MODEL: model_digest(self._sweep.model)})
         if path is None:
-            called = scores.name or result_name(scores.strategy, scores.fingerprint)
+            called = scores.name or result_name(scores.fingerprint.get("strategy", "scores"), scores.fingerprint)
             path = self.path / "reports" / f"{called}.html"
         path = Path(path)
         page = render_report(

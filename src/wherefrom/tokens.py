@@ -147,7 +147,7 @@ class TokenScores:
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenScores:
-        """Read finished token scores, `RUN/scores/NAME.tokens`, without the model or the data.
+        """Read finished token scores, such as `RUN/scores/NAME.top10.tokens`, without the model or the data.
 
         Raises:
             InputError: there are no token scores.

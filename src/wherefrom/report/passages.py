@@ -73,19 +73,19 @@ class DatasetPassages:
     """
 
     def __init__(self, dataset: Dataset[object], tokenizer: Tokenizer | None = None) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self._tokenizer = tokenizer
 
     @cached_property
     def digest(self) -> str:
-        """What tells the dataset from others, and from itself once it is changed."""
-        return dataset_digest(self._dataset)
+        """What tells the dataset from others, as it is when this is first asked for."""
+        return dataset_digest(self.dataset)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __getitem__(self, position: int) -> Passage:
-        example = self._dataset[position]
+        example = self.dataset[position]
         if not isinstance(example, Mapping):
             return Passage(repr(example))
         columns = {name: str(example[name]) for name in ("title", "label") if example.get(name) is not None}

@@ -87,7 +87,7 @@ def hostile_report(text: str) -> str:
         summary=text,
         queries=[Passage(text, text, text), Passage(text, text, text)],
         train=[Passage(text, text, text) for _ in range(6)],
-        settings={text: text},
+        settings={text: text, "kept": text},
         profile=text,
         tokens=lambda query, train: [(text, 1.0), (text, -2.0)],
         figures=[Figure("Title", text, PNG)],

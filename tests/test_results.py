@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from wherefrom.errors import InputError, MismatchError
 from wherefrom.evaluate.counterfactual import counterfactual
 from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
 from wherefrom.evaluate.precision import compare_scores
+from wherefrom.evaluate.retrain import Retraining
 from wherefrom.names import found_result, result_name
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage
@@ -107,17 +108,13 @@ def test_texts_in_another_form_are_shown_where_they_are_as_many(scored: Scored) 
 def test_tokens_of_other_scores_are_not_shown_beside_these(scored: Scored) -> None:
     study, case, scores, tokens = scored
     other = study.score(case.queries, study.fit("identity"), half_precision=True)
-    pieces, passages = DatasetTokens(tokens, case.train, Characters()), (case.queries, case.train)
-    for show in (
-        lambda: token_tables(other, pieces, *map(DatasetPassages, passages), shown=[0]),
-        lambda: render_report(
-            title="", queries=DatasetPassages(case.queries), train=DatasetPassages(case.train), scores=other,
-            tokens=pieces,
-        ),
-    ):  # fmt: skip
-        with pytest.raises(MismatchError, match="tokens belong to other scores than these. precision: stored"):
-            show()
-    assert printed(token_tables(scores, pieces, *map(DatasetPassages, passages), shown=[0], k=1)).count("train ") == 1
+    pieces = DatasetTokens(tokens, case.train, Characters())
+    queries, train = DatasetPassages(case.queries), DatasetPassages(case.train)
+    with pytest.raises(MismatchError, match="tokens belong to other scores than these. precision: stored"):
+        token_tables(other, pieces, queries, train, shown=[0])
+    with pytest.raises(MismatchError, match="tokens belong to other scores than these. precision: stored"):
+        render_report(title="", queries=queries, train=train, scores=other, tokens=pieces)
+    assert printed(token_tables(scores, pieces, queries, train, shown=[0], k=1)).count("train ") == 1
 
 
 def test_answers_of_an_index_are_not_shown_beside_other_texts(tmp_path: Path) -> None:
@@ -129,6 +126,10 @@ def test_answers_of_an_index_are_not_shown_beside_other_texts(tmp_path: Path) ->
         top_tables(found, DatasetPassages(case.queries[::-1]), DatasetPassages(case.train), shown=[0], k=2)
     with pytest.raises(MismatchError, match="queries: scored"):
         study.report(found, case.queries[::-1])
+
+
+def untrained(retrainings: Sequence[Retraining]) -> Tensor:
+    raise AssertionError("what is refused was trained")
 
 
 def test_scores_of_other_queries_are_not_evaluated_side_by_side(tmp_path: Path) -> None:
@@ -144,13 +145,12 @@ def test_scores_of_other_queries_are_not_evaluated_side_by_side(tmp_path: Path) 
     expected = evaluate_lds({"one": one.values, "two": two.values}, truth, resamples=10)
     assert found.means == expected.means
     assert compare_scores(one, two).spearman.mean == compare_scores(one.values, two.values).spearman.mean
-    for evaluate in (
-        lambda: evaluate_lds({"one": one, "other": other}, truth),
-        lambda: compare_scores(one, other),
-        lambda: counterfactual(tmp_path / "bank", None, {"one": one, "other": other}, [1], [0], fingerprint={}),  # type: ignore[arg-type]
-    ):
-        with pytest.raises(MismatchError, match="queries: scored .* side by side with 'other'"):
-            evaluate()
+    with pytest.raises(MismatchError, match="queries: scored .* side by side with 'other'"):
+        evaluate_lds({"one": one, "other": other}, truth)
+    with pytest.raises(MismatchError, match="queries: scored .* side by side with 'other'"):
+        compare_scores(one, other)
+    with pytest.raises(MismatchError, match="queries: scored .* side by side with 'other'"):
+        counterfactual(tmp_path / "bank", untrained, {"one": one, "other": other}, [1], [0], fingerprint={})
 
 
 # Pages of every kind of scores.

@@ -24,7 +24,7 @@ _LABELLED = re.compile(rf"(.+)-([0-9a-f]{{{_DIGITS}}})")
 
 
 def short_digest(fingerprint: Fingerprint) -> str:
-    """Eight hexadecimal digits that differ whenever a fingerprint does."""
+    """Eight hexadecimal digits that tell fingerprints apart; where two share them, the second result is refused."""
     return hashlib.sha256(json.dumps(dict(fingerprint), sort_keys=True).encode()).hexdigest()[:_DIGITS]
 
 

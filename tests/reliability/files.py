@@ -79,7 +79,8 @@ class Workplace:
         found |= factors.eigenvalues
         sizes = ScoreOptions(train_batch_size=3, query_batch_size=2, name="all", overwrite=overwrite)
         found["scores"] = study.score(queries, factors, **sizes).values
-        top = study.score_top(queries, factors, 3, **{**sizes, "name": "highest"})
+        highest: ScoreOptions = {**sizes, "name": "highest"}
+        top = study.score_top(queries, factors, 3, **highest)
         found |= {"top": top.values, "top train": top.train}
         found["self-influence"] = study.self_influence(factors, batch_size=3, name="all", overwrite=overwrite)
         found["tokens"] = study.score_tokens(queries, factors, top=2, **sizes).values

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
+from tests.runs import only
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "digits" / "find_mislabels.py"
 
 
@@ -42,7 +44,8 @@ def test_the_area_follows_from_the_self_influence_on_disk(run: Path, strategy: s
     _, wrong = flipped()
     assert int(wrong.sum()) == 40
     numbers = json.loads((run / "evaluation" / "mislabels.json").read_text())
-    found = load_file(run / "seed0-epoch8" / "self_influence" / strategy / "tensors.safetensors")["self_influence"]
+    file = only(run / "seed0-epoch8" / "self_influence", strategy) / "tensors.safetensors"
+    found = load_file(file)["self_influence"]
     stage = numbers["rankings"]["8"][strategy]
     assert stage["auc"] == [pytest.approx(roc_auc_score(wrong.numpy(), found.numpy()), abs=1e-12)]
     assert stage["found"] == [pytest.approx(float(wrong[found.topk(40).indices].double().mean()))]

@@ -86,8 +86,8 @@ def test_batches_do_not_matter_and_products_serve_another_damping(tmp_path: Path
     assert relative_error(small.values, first.values) < 1e-10
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "fisher").rglob("*.safetensors")}
     with pytest.raises(MismatchError, match="damping"):
-        wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3)
-    again = wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3, name="less-damped")
+        wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3, name=first.name)
+    again = wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3)
     assert relative_error(again.values, first.values) > 1e-3
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "fisher").rglob("*.safetensors")} == kept
 
@@ -95,10 +95,10 @@ def test_batches_do_not_matter_and_products_serve_another_damping(tmp_path: Path
 def test_other_draws_are_refused_and_replaced(tmp_path: Path) -> None:
     case = mlp_case(torch.float64)
     study = study_of(case, tmp_path)
-    first = wf.fisher_scores(study, case.queries, SAMPLES)
+    first = wf.fisher_scores(study, case.queries, SAMPLES, name="mine")
     with pytest.raises(MismatchError, match="targets"):
-        wf.fisher_scores(study, case.queries, SAMPLES, seed=SEED)
-    second = wf.fisher_scores(study, case.queries, SAMPLES, seed=SEED, overwrite=True)
+        wf.fisher_scores(study, case.queries, SAMPLES, seed=SEED, name="mine")
+    second = wf.fisher_scores(study, case.queries, SAMPLES, seed=SEED, name="mine", overwrite=True)
     assert relative_error(second.values, first.values) > 1e-3
     assert relative_error(second.values, dense(case, study, None)) < 1e-8
 

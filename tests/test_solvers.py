@@ -18,6 +18,7 @@ from tests import solver_worker
 from tests.dense_gauss_newton import CASES, Logits, dense, label_rows, study_of, system_of
 from tests.models import Case, mlp_case, relative_error
 from tests.reference import BruteForce
+from tests.runs import labels
 from wherefrom.curvature import Factors
 from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.options import ScoreOptions
@@ -182,10 +183,12 @@ def test_scores_are_kept_under_the_solvers_name_and_reused(tmp_path: Path) -> No
     factors = study.fit("ekfac")
     found = study.score(case.queries, factors, solver=wf.ConjugateGradients(3))
     assert found.fingerprint["solver"].startswith("ConjugateGradients(iterations=3")
-    assert {each.name for each in (tmp_path / "scores").iterdir()} == {"ekfac-cg"}
+    assert labels(tmp_path / "scores") == ["ekfac-cg"]
     assert torch.equal(study.score(case.queries, factors, solver=wf.ConjugateGradients(3)).values, found.values)
     with pytest.raises(MismatchError, match="solver: stored .*iterations=3.* now .*iterations=4"):
-        study.score(case.queries, factors, solver=wf.ConjugateGradients(4))
+        study.score(case.queries, factors, solver=wf.ConjugateGradients(4), name=found.name)
+    study.score(case.queries, factors, solver=wf.ConjugateGradients(4))
+    assert labels(tmp_path / "scores") == ["ekfac-cg", "ekfac-cg"]
 
 
 @pytest.mark.parametrize(

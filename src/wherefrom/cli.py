@@ -19,7 +19,6 @@ from rich.console import Console
 
 from wherefrom.commands import Run, StrategyName, command_line
 from wherefrom.errors import InputError
-from wherefrom.files import checked_name, within
 from wherefrom.index_commands import index, query
 from wherefrom.locks import run_lock
 from wherefrom.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
@@ -28,9 +27,9 @@ from wherefrom.progress import show_log
 from wherefrom.ranks import Ranks
 from wherefrom.report.evaluations import load_figures
 from wherefrom.report.html import render_report, write_page
-from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage, Passages
+from wherefrom.report.passages import DatasetPassages, DatasetTokens
 from wherefrom.report.text import hits_table, top_tables
-from wherefrom.run_sources import SOURCES, RunSources, TextSource, checked_run
+from wherefrom.run_sources import SOURCES, RunSources, TextSource, checked_run, chosen_scores, log_other_scores
 from wherefrom.scores import Scores, TopScores, load_scores
 from wherefrom.solvers import SOLVERS
 from wherefrom.study import Study
@@ -88,9 +87,10 @@ def fit(
     if (checked_run(run) / SOURCES).exists():
         RunSources.load(run)  # or hours later it turns out that it cannot be read
     text = TextSource(train, split, column, unit, length)
-    sources = RunSources(model, list(layers) or None, text, empirical, seed, {})
+    sources = RunSources(model, list(layers) or None, text, empirical, seed)
     study, _ = sources.study(run, device, memory_budget)
     study.profile.synchronize = profile
+    log_other_scores(study)
     study.fit(
         strategy,
         empirical=empirical,
@@ -138,8 +138,8 @@ def score(
         run: A run directory that `wherefrom fit` made.
         queries: The query text: a file, a saved dataset or a hub name, cut as the training text was.
         strategy: The curvature; fitted first if the run does not have it yet.
-        name: Of the scores in the run; the strategy by default, with '-half' in half precision, '-rankR' with a query
-            rank and '-8bit' with query bits.
+        name: Of the scores in the run; by default the strategy, what else was asked for, and a digest of all that
+            they depend on, so that other queries or another damping lie side by side.
         split: The split of a saved or hub dataset.
         column: The column that holds the text; found when there is only one.
         damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
@@ -189,7 +189,7 @@ def score(
         "aggregate_queries": aggregate_queries,
         "aggregate_train": aggregate_train,
     }
-    options = Options(**pairwise, top=top_only)
+    Options(**pairwise, top=top_only)  # or the model would be loaded first
     sources = RunSources.load(run)
     study, tokenizer = sources.study(run, device, memory_budget)
     study.profile.synchronize = profile
@@ -201,19 +201,18 @@ def score(
             console.print(plan.table())
         return
     factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
-    kept = options.result_name(factors)
+    found: Scores | TopScores
     if top_only is None:
-        shape = "{:,} queries x {:,} training sequences".format(
-            *study.score(sequences, factors, **pairwise).values.shape
-        )
+        found = study.score(sequences, factors, **pairwise)
+        shape = "{:,} queries x {:,} training sequences".format(*found.values.shape)
     else:
         found = study.score_top(sequences, factors, top_only, **common)
         shape = f"{len(found.values):,} queries, the {found.values.shape[1]} highest and lowest each,"
-    Ranks.current().first(lambda: replace(sources, queries={kept: text}).save(run))
+    Ranks.current().first(lambda: replace(sources, queries=text).save(run, found.name))
     if tokens is not None:
-        of_pairs: RescoredOptions = {**common, "rescore": rescore, "name": kept}
+        of_pairs: RescoredOptions = {**common, "rescore": rescore, "name": found.name}
         study.score_tokens(sequences, factors, top=tokens, **of_pairs)
-    _say(f"Scores of {shape} are in {run / 'scores' / kept}.", study, profile)
+    _say(f"Scores of {shape} are in {run / 'scores' / found.name}.", study, profile)
 
 
 @app.command
@@ -254,48 +253,52 @@ def self_influence(
 
 
 @app.command
-def top(run: Run, *, name: str = "ekfac", k: int = 5, query: tuple[int, ...] = ()) -> None:
+def top(run: Run, *, name: str | None = None, k: int = 5, query: tuple[int, ...] = ()) -> None:
     """Show the most influential training sequences of queries.
 
     Args:
         run: A run directory with scores.
-        name: Of the scores.
+        name: Of the scores, or what it begins with before the digest; by default the latest.
         k: Sequences for each query.
         query: Which queries; the first three by default.
     """
-    scores = load_scores(_scores_folder(run, name))
+    folder = chosen_scores(run, name)
+    scores = load_scores(folder)
     count = len(scores.values)
     if not all(0 <= each < count for each in query):
         raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")
-    queries, train = _passages(run, name, scores)
-    console.print(top_tables(scores, queries, train, shown=query or range(min(3, count)), k=k))
+    queries, train, _ = RunSources.of_result(folder).passages(scores.fingerprint)
+    shown = query or range(min(3, count))
+    k = min(k, scores.values.shape[1])  # no more were kept
+    console.print(top_tables(scores, queries, train, shown=shown, k=k))
 
 
 @app.command
-def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = None) -> None:
+def report(run: Run, *, name: str | None = None, k: int = 10, output: Path | None = None) -> None:
     """Write a self-contained HTML page of the most influential training sequences.
 
     Args:
         run: A run directory with scores.
-        name: Of the scores.
+        name: Of the scores, or what it begins with before the digest; by default the latest.
         k: Sequences of each sign for each query.
         output: The page; RUN/reports/NAME.html by default.
     """
-    scores = Scores.load(_scores_folder(run, name))
-    sources = RunSources.load(run)
-    queries, train, tokenizer = sources.sequences(run, name)
-    tokens = _token_scores(run, name, scores)
+    folder = chosen_scores(run, name)
+    scores = load_scores(folder)
+    sources = RunSources.of_result(folder)
+    queries, train, tokenizer = sources.passages(scores.fingerprint)
+    tokens = _token_scores(folder, scores)
     page = render_report(
         title=f"Where from? {run.name}",
-        queries=DatasetPassages(queries),
-        train=DatasetPassages(train),
-        values=scores.values,
-        settings={"model": sources.model, "training text": sources.train.source, **scores.fingerprint},
-        tokens=None if tokens is None else DatasetTokens(tokens, train, tokenizer),
-        figures=load_figures(run),
+        queries=queries,
+        train=train,
+        scores=scores,
+        settings=sources.described(),
+        tokens=None if tokens is None else DatasetTokens(tokens, train.dataset, tokenizer),
+        figures=load_figures(run, scores.fingerprint),
         k=k,
     )
-    output = output or run / "reports" / f"{name}.html"
+    output = output or run / "reports" / f"{folder.name}.html"
     with run_lock(run):
         write_page(output, page)
     console.print(f"The report is {output}", soft_wrap=True)
@@ -316,22 +319,9 @@ def main() -> None:
         )
 
 
-def _scores_folder(run: Path, name: str) -> Path:
-    return within(run, "scores", checked_name(name))
-
-
-def _passages(run: Path, name: str, scores: Scores | TopScores) -> tuple[Passages, Passages]:
-    """The queries and training sequences behind scores; where queries were aggregated, one that says so."""
-    queries, train, _ = RunSources.load(run).sequences(run, name)
-    how = scores.fingerprint.get("aggregated queries")
-    return DatasetPassages(queries) if how is None else [
-        Passage(f"The {how} of {len(queries)} queries.")
-    ], DatasetPassages(train)
-
-
-def _token_scores(run: Path, name: str, scores: Scores) -> TokenScores | None:
+def _token_scores(folder: Path, scores: Scores | TopScores) -> TokenScores | None:
     """Token scores that belong to these scores, of the most pairs, if there are any."""
-    found = [TokenScores.load(index.parent) for index in (run / "scores").glob(f"{name}.*.tokens/{INDEX}")]
+    found = [TokenScores.load(index.parent) for index in folder.parent.glob(f"{folder.name}.*.tokens/{INDEX}")]
     return max(
         (each for each in found if not each.differences(scores.fingerprint)),
         key=lambda each: len(each.pairs),

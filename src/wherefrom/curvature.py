@@ -55,6 +55,13 @@ class Strategy:
         """
         return {None: "diagonal", "covariances": result, "gradients": f"gradient-{result}"}[self.basis]
 
+    @property
+    def stages(self) -> list[str]:
+        """The names of all results of the fit that are the strategy's own or in its basis, the last one first."""
+        found = ["eigenvalues"] if self.basis or self.eigenvalues == "fitted" else []
+        found += ["eigenbasis", "covariance"] if self.basis else []
+        return [self.stage(each) for each in found]
+
 
 STRATEGIES: dict[str, Strategy] = {
     "identity": Strategy(basis=None, eigenvalues="none"),

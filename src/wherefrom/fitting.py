@@ -74,7 +74,7 @@ class Fitting(Generic[Batch]):
         if self.overwrite:
             # Eigenvalues, even where they are not asked for, belong to the basis that is being replaced, and go before
             # it. All of it at once, so that an interrupted fit goes on when it is called without this.
-            self.stages.forget(*dict.fromkeys(map(needed.stage, ("eigenvalues", "eigenbasis", "covariance"))))
+            self.stages.forget(*needed.stages)
         bases = self.bases(needed, partial(self.covariances, needed)) if needed.basis else {}
         eigenvalues: dict[str, Tensor] = {}
         if needed.eigenvalues == "fitted":

@@ -24,6 +24,7 @@ from wherefrom.files import within
 from wherefrom.fingerprint import Dataset, Fingerprint, checked_length, dataset_digest, model_digest
 from wherefrom.gradient_rows import GradientRows
 from wherefrom.memory import within_memory
+from wherefrom.names import log_others, result_name
 from wherefrom.options import Options
 from wherefrom.placement import is_sharded_tensor, read_tensor
 from wherefrom.rescoring import exact_scores
@@ -69,7 +70,9 @@ class GradientIndex(Generic[Batch]):
         factors.check_model(study)
         projections = compression.projections(sweep.layers, factors)
         fingerprint = {**study, "precision": str(sweep.precision), **compression.fingerprint(projections)}
-        stages = Stages(within(run, "index", compression.result_name), fingerprint, sweep.profile)
+        name = result_name(compression.label, fingerprint, compression.name)
+        stages = Stages(within(run, "index", name), fingerprint, sweep.profile)
+        stages.ranks.first(lambda: log_others(stages.folder, fingerprint))
         objective = training_loss(sweep.task)
         return cls(GradientRows.kept(sweep, train, objective, compression, projections, stages), factors)
 
@@ -122,7 +125,8 @@ class GradientIndex(Generic[Batch]):
             best = self.highest(preconditioned(asked, filters, self.rows.parts), max(k, rerank))
             if rerank:
                 best = self._exact(queries, best, damping, k)
-        return TopScores(**best, fingerprint=self._asked(queries, damping, k, rerank))
+        both = best["values"], best["train"], best["lowest_values"], best["lowest_train"]
+        return TopScores(*both, fingerprint=self._asked(queries, damping, k, rerank))
 
     def _asked(self, queries: Dataset[object], damping: float | None, k: int, rerank: int) -> Fingerprint:
         """What an answer depends on."""

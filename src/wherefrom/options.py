@@ -46,8 +46,10 @@ class ScoreOptions(TypedDict, total=False):
         solver: `ConjugateGradients` or `Astra`, to go on from what the factors give to the inverse of the damped
             Gauss-Newton matrix itself. None takes what the factors give.
         query_batch_size, train_batch_size: None finds them; results depend on them only by rounding.
-        name: of the result in the run directory; by default the strategy, and what else was asked for.
-        overwrite: replace what has this name, instead of refusing when it was made from something else. Where it is
+        name: of the result in the run directory; by default the strategy, what else was asked for, and a digest of all
+            that the result depends on, so that another damping or other queries lie side by side.
+        overwrite: compute it again and replace it, also where it has this name and was made from something else, which
+            is refused otherwise. It replaces this result alone: no factors, and no other scores. Where it is
             interrupted, the call without it goes on.
     """
 
@@ -134,6 +136,8 @@ class Options:
         return cls(**options, top=top)
 
     def __post_init__(self) -> None:
+        if self.name is not None:
+            checked_result_name(self.name)
         checked_batch_size(self.query_batch_size)
         checked_batch_size(self.train_batch_size)
         if self.query_rank is not None and self.query_rank < 1:
@@ -201,10 +205,9 @@ class Options:
         if self.damping == 0:
             raise InputError("damping=0 with a solver: curvature alone has no inverse. Give a number above 0, or None.")
 
-    def result_name(self, factors: Factors) -> str:
-        """The name that results are kept under."""
-        conditioned = "-conditioned" * bool(factors.roots)
-        return checked_result_name(self.name or factors.strategy + conditioned + self._suffix())
+    def label(self, factors: Factors) -> str:
+        """What was asked for, in a word: what the names of results begin with."""
+        return factors.strategy + "-conditioned" * bool(factors.roots) + self._suffix()
 
     def _suffix(self) -> str:
         parts = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 import wherefrom as wf
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 VOCABULARY = 13
+TRANSFORMERS = int(transformers.__version__.partition(".")[0])
 
 
 class Mlp(nn.Module):

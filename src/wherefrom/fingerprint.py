@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Protocol, TypeVar
 
 import torch
@@ -20,8 +19,6 @@ from wherefrom.errors import InputError
 from wherefrom.placement import read_tensor
 
 Fingerprint = Mapping[str, str]
-
-LIBRARY = version("wherefrom")
 
 Example_co = TypeVar("Example_co", covariant=True)
 

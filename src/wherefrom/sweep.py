@@ -17,7 +17,6 @@ from typing import Generic
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.flop_counter import FlopCounterMode
 
 from wherefrom.capture import Capture, Captured, Receiver
 from wherefrom.compiling import compiled_activations
@@ -27,6 +26,7 @@ from wherefrom.finite import NotFiniteError, Search, check_sums, named_examples
 from wherefrom.layers import TrackedLayer
 from wherefrom.loading import Loader, collated, positions
 from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, shortage, usable_memory
+from wherefrom.operation_count import operation_counter
 from wherefrom.placement import execution_device
 from wherefrom.precision import Precision
 from wherefrom.profile import Profile
@@ -217,7 +217,7 @@ class Sweep(Generic[Batch]):
             tokens[layer] = captured.gradients.shape[1]
             gradient_bytes.append(captured.bytes_each)
 
-        saved, counter = SavedBytes(self.model), FlopCounterMode(display=False)
+        saved, counter = SavedBytes(self.model), operation_counter()
         with counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             self.probe(dataset, row, objective, receive)
         most, saved_bytes = max(tokens.values(), default=1), max(1, saved.total)

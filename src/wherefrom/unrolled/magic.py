@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wherefrom.errors import InputError, RankError
 from wherefrom.files import checked_name, within
-from wherefrom.fingerprint import LIBRARY, Dataset, checked_length, dataset_digest, model_digest
+from wherefrom.fingerprint import Dataset, checked_length, dataset_digest, model_digest
 from wherefrom.locks import run_lock
 from wherefrom.memory import within_memory
 from wherefrom.profile import Profile
@@ -32,6 +32,7 @@ from wherefrom.store import Partial
 from wherefrom.task import Batch, checked_settings
 from wherefrom.unrolled.replay import KeptStates, Replay
 from wherefrom.unrolled.training import ReplayableTraining
+from wherefrom.version import VERSION
 
 logger = logging.getLogger("wherefrom")
 
@@ -180,7 +181,7 @@ def _fingerprint(training: ReplayableTraining[Batch], queries: Dataset[object]) 
     task = checked_settings(training.task)
     count = training.count
     return {
-        "library": LIBRARY,
+        "library": VERSION,
         "strategy": "magic",
         "model": model_digest(training.model),
         "mode": "training" if any(module.training for module in training.model.modules()) else "evaluation",

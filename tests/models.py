@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 import wherefrom as wf
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 VOCABULARY = 13
-TRANSFORMERS = int(transformers.__version__.partition(".")[0])
+TRANSFORMERS = int(version("transformers").partition(".")[0])
 
 
 class Mlp(nn.Module):

@@ -74,5 +74,7 @@ def test_half_precision_of_a_llama_with_grouped_heads_is_counted(tmp_path: Path,
 
 @pytest.mark.skipif(TRANSFORMERS >= 5, reason="runs since transformers 5")
 def test_a_model_that_does_not_run_without_weights_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match="model='smollm2-135m': its code does not run without weights .* transformers 5"):
+    with pytest.raises(
+        InputError, match="model='smollm2-135m': its code does not run without weights .* transformers 5"
+    ):
         measure("smollm2-135m", 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 VOCABULARY = 13
+TRANSFORMERS = int(version("transformers").partition(".")[0])
 
 
 class Mlp(nn.Module):

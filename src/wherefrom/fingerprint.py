@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from typing import Protocol, TypeVar
 
 import torch
@@ -20,8 +19,6 @@ from wherefrom.errors import InputError
 from wherefrom.placement import is_sharded_tensor, read_tensor
 
 Fingerprint = Mapping[str, str]
-
-LIBRARY = version("wherefrom")
 
 Example_co = TypeVar("Example_co", covariant=True)
 

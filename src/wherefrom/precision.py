@@ -65,6 +65,9 @@ def type_name(dtype: torch.dtype) -> str:
 def product(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A product of matrices [n, k] x [k, m], or of batches of them, summed in float32 or wider.
 
+    Where this PyTorch cannot multiply bfloat16 operands into float32 (CUDA before 2.8, devices without numbers before
+    2.10), they are widened first: the same numbers, more slowly.
+
     Args:
         left, right: of one type; bfloat16 operands only on a GPU.
         dtype: of the result; the sums' own by default.
@@ -73,7 +76,10 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Te
         result = left @ right
         return result if dtype is None else result.to(dtype)
     multiply = torch.mm if left.dim() == 2 else torch.bmm
-    return multiply(left, right, out_dtype=dtype or torch.float32)
+    try:
+        return multiply(left, right, out_dtype=dtype or torch.float32)
+    except (TypeError, NotImplementedError):  # no such argument, or not on this device
+        return (left.float() @ right.float()).to(dtype or torch.float32)
 
 
 def rotated(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -110,8 +116,11 @@ def _float32_sums() -> Iterator[None]:
 def native_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 in hardware."""
     if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        if hasattr(torch.cpu, "get_capabilities"):
+            found = torch.cpu.get_capabilities()
+            return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        # Before 2.11, PyTorch says so of x86 alone; operands are rounded on other processors, which is right too.
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return True  # other accelerators: autocast itself says what it cannot do

@@ -22,7 +22,6 @@ from wherefrom.curvature import Factors, checked_strategy
 from wherefrom.errors import InputError
 from wherefrom.files import checked_name, within
 from wherefrom.fingerprint import (
-    LIBRARY,
     Dataset,
     checked_length,
     dataset_digest,
@@ -48,6 +47,7 @@ from wherefrom.stages import Stages
 from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task, checked_settings
 from wherefrom.tokens import TokenScores
+from wherefrom.version import VERSION
 
 logger = logging.getLogger("wherefrom")
 
@@ -429,7 +429,7 @@ class Study(Generic[Batch]):
         task = {name: value for name, value in checked_settings(self._sweep.task).items() if name != "measure"}
         with self.profile.action("fingerprint"):
             found = {
-                "library": LIBRARY,
+                "library": VERSION,
                 "model": model_digest(self._sweep.model),
                 "task": json.dumps(task, sort_keys=True),
                 "layers": names_summary(list(self.layers)),

@@ -16,7 +16,6 @@ from typing import Generic
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from wherefrom.capture import Capture, Captured, Receiver
 from wherefrom.compiling import compiled_activations
@@ -26,6 +25,7 @@ from wherefrom.finite import NotFiniteError, Search, check_sums, named_examples
 from wherefrom.layers import TrackedLayer
 from wherefrom.loading import Loader, Rows, collated, positions
 from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, shortage, usable_memory
+from wherefrom.operation_count import operation_counter
 from wherefrom.placement import execution_device, is_sharded_module
 from wherefrom.precision import Precision
 from wherefrom.profile import Profile
@@ -220,7 +220,7 @@ class Sweep(Generic[Batch]):
             tokens[layer] = captured.gradients.shape[1]
             gradient_bytes.append(captured.bytes_each)
 
-        saved, counter, copies = SavedBytes(self.model), FlopCounterMode(display=False), 1
+        saved, counter, copies = SavedBytes(self.model), operation_counter(), 1
         with counter:
             self.probe(dataset, row, objective, receive, saved=saved)
         if self.compile_activations:

@@ -20,7 +20,7 @@ from torch import Tensor
 from wherefrom.descriptions import described, described_class
 from wherefrom.errors import InputError, RankError
 from wherefrom.files import within
-from wherefrom.fingerprint import LIBRARY, Dataset, checked_length, dataset_digest, model_digest
+from wherefrom.fingerprint import Dataset, checked_length, dataset_digest, model_digest
 from wherefrom.locks import run_lock
 from wherefrom.memory import within_memory
 from wherefrom.names import log_others, result_name
@@ -35,6 +35,7 @@ from wherefrom.store import Partial
 from wherefrom.task import Batch, checked_settings
 from wherefrom.unrolled.replay import KeptStates, Replay
 from wherefrom.unrolled.training import ReplayableTraining
+from wherefrom.version import VERSION
 
 logger = logging.getLogger("wherefrom")
 
@@ -188,7 +189,7 @@ def _fingerprint(training: ReplayableTraining[Batch], queries: Dataset[object]) 
     task = checked_settings(training.task)
     count = training.count
     return {
-        "library": LIBRARY,
+        "library": VERSION,
         "strategy": "magic",
         "model before training": model_digest(training.model),  # what is attributed is what came of it
         "mode": "training" if any(module.training for module in training.model.modules()) else "evaluation",

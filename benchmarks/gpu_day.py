@@ -1,4 +1,4 @@
-"""A day with a GPU: rates, correctness, robustness, the published job, kronfluence on the same card; docs/gpu.md says how.
+"""A day with a GPU: rates, correctness, robustness, the published job, kronfluence beside it; docs/gpu.md says how.
 
     python benchmarks/gpu_day.py --folder out --call 1      # under 8 minutes
     python benchmarks/gpu_day.py --folder out --call 2      # under 4 minutes more
@@ -37,7 +37,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help="seconds for all of it; what does not fit is left for another call")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU unless --device says otherwise")
     parser.add_argument("--device", help="cuda, or cpu for a rehearsal")
-    parser.add_argument("--keep", nargs="+", type=Path, metavar="INDEX", help="put indexes together in benchmarks/results")
+    parser.add_argument(
+        "--keep", nargs="+", type=Path, metavar="INDEX", help="put indexes together in benchmarks/results"
+    )
     # What this program starts itself with.
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--running", type=Path, help=argparse.SUPPRESS)
@@ -55,7 +57,8 @@ def main() -> int:
         print(f"Written: {kept(given.keep)}")
         return 0
     names = given.stages or [name for name, stage in STAGES.items() if given.call in (None, stage.call)]
-    limit = given.limit or sum(seconds for call, seconds in LIMITS.items() if given.call in (None, call))
+    usual = sum(seconds for call, seconds in LIMITS.items() if given.call in (None, call))
+    limit = given.limit or (3600.0 if given.rehearse else usual)
     setting = Setting(given.device or ("cpu" if given.rehearse else "cuda"), given.rehearse, scratch())
     day = Day.opened(given.folder, setting, " ".join(["python", *sys.argv]))
     day.run(names, limit)

@@ -14,11 +14,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from gpu_stages.report import Figures, Report, Setting, UnavailableError
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import wherefrom as wf
+from gpu_stages.report import Figures, Report, Setting, UnavailableError
 from wherefrom.curvature import STRATEGIES
 from wherefrom.options import PairwiseOptions
 from wherefrom.plan import Machine, Plan
@@ -34,7 +34,7 @@ _VOCABULARY, _POSITIONS, _TRAIN, _QUERIES = 211, 24, 24, 6
 
 @dataclass(frozen=True)
 class Case:
-    """A model with its task and data; queries are training examples, so that the largest scores are no cancelled sums."""
+    """A model with its task and data; queries are training examples, so that the largest scores are no differences."""
 
     model: nn.Module
     task: wf.Task[Any]
@@ -55,8 +55,9 @@ def _language_case(model: nn.Module, layers: list[str], shortest: int) -> Case:
 
 def _gpt2(width: int) -> GPT2LMHeadModel:
     config = GPT2Config(
-        vocab_size=_VOCABULARY, n_positions=_POSITIONS, n_embd=width, n_layer=2, n_head=4, initializer_range=width**-0.5,
-        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+        vocab_size=_VOCABULARY, n_positions=_POSITIONS, n_embd=width, n_layer=2, n_head=4,
+        initializer_range=width**-0.5, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0,
+        tie_word_embeddings=False,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -90,8 +91,7 @@ def _convolution_case(width: int) -> Case:
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     examples: list[object] = [
-        (torch.randn(3, 12, 12, generator=generator), torch.randint(10, (), generator=generator))
-        for _ in range(_TRAIN)
+        (torch.randn(3, 12, 12, generator=generator), torch.randint(10, (), generator=generator)) for _ in range(_TRAIN)
     ]
     model(torch.zeros(1, 3, 12, 12))  # the lazy layer counts its inputs
     return Case(model, wf.Classification(), examples)
@@ -112,7 +112,9 @@ def case(name: str, width: int, dtype: torch.dtype = torch.float32) -> Case:
         made = CASES[name](width)
     if dtype != torch.float32:
         widened = [
-            tuple(each.to(dtype) if each.is_floating_point() else each for each in row) if isinstance(row, tuple) else row
+            tuple(each.to(dtype) if each.is_floating_point() else each for each in row)
+            if isinstance(row, tuple)
+            else row
             for row in made.train
         ]
         made = Case(made.model.to(dtype), made.task, widened)
@@ -203,7 +205,7 @@ def offload_error(device: str, width: int = WIDTH) -> float:
 
 
 def blocks_error(device: str, width: int = WIDTH) -> float:
-    """Query gradients in two or more blocks, since no more fit: copies are said to take for ever, and sweeps no time."""
+    """Query gradients in two or more blocks, since no more fit; copies are said to take for ever, sweeps no time."""
     slow_copies = Machine(matmul=1e30, copy=1e-9, host=2**40)
     return _planned_error(device, width, slow_copies, lambda plan: plan.sweeps > 1)
 

@@ -40,7 +40,8 @@ class Stage:
     least: float = 20.0
 
 
-# Limits are twice what is expected; those of a call add up to more than it has, and what comes first is needed most.
+# Limits, which a rehearsal does not have, are some twice of what is expected. Those of a call add up to more than it
+# has: what comes first is needed most.
 STAGES: Mapping[str, Stage] = {
     "environment": Stage("micro:environment", 1, 60),
     "micro": Stage("micro:micro", 1, 90),
@@ -85,9 +86,7 @@ class Day:
             day.stages = stored["stages"]
             day.command = f"{stored['command']}; {command}"
             found = Setting(**stored["setting"])
-            day.setting = replace(
-                setting, half=found.half, compiled=found.compiled, less_memory=found.less_memory
-            )
+            day.setting = replace(setting, half=found.half, compiled=found.compiled, less_memory=found.less_memory)
         if (folder / RUNNING).exists():
             stored = json.loads((folder / RUNNING).read_text())
             day.stages.setdefault(stored["stage"], {"state": "out of time"})["parts"] = stored["parts"]
@@ -116,7 +115,8 @@ class Day:
             if left < STAGES[name].least:
                 self.stages.setdefault(name, {"parts": {}, "state": "out of time"})
                 break
-            said = self._attempt(name, min(STAGES[name].limit, left))
+            limit = left if self.setting.rehearse else min(STAGES[name].limit, left)
+            said = self._attempt(name, limit)
             self.setting, before = after_failure(self.setting, self.stages[name], said), self.setting
             if self.stages[name]["state"] == "done" or self.setting == before:
                 break
@@ -129,7 +129,8 @@ class Day:
         write_json(running, {"stage": name, "parts": stored.get("parts", {})})
         with tempfile.TemporaryDirectory(prefix="gpu-day-", dir=self.setting.scratch or None) as scratch:
             setting = replace(self.setting, scratch=scratch)
-            status, said = _limited(["--stage", name, "--running", str(running), "--setting", json.dumps(asdict(setting))], limit)
+            told = ["--running", str(running), "--setting", json.dumps(asdict(setting))]
+            status, said = _limited(["--stage", name, *told], limit)
         parts = json.loads(running.read_text())["parts"]
         good = status == 0 and parts and not any(map(failed, parts.values()))
         state = "done" if good else "out of time" if status is None else "failed"
@@ -165,7 +166,7 @@ def _limited(arguments: Sequence[str], limit: float) -> tuple[int | None, str]:
 
 
 def after_failure(setting: Setting, stage: Mapping[str, object], said: str) -> Setting:
-    """The setting to go on with: without what a stage has shown not to work; the same where nothing is known to help."""
+    """The setting to go on with: without what has shown not to work; the same where nothing is known to help."""
     parts = stage["parts"]
     assert isinstance(parts, Mapping)
     if any(failed(part) for name, part in parts.items() if name == "out_dtype"):

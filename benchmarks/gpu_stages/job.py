@@ -1,4 +1,4 @@
-"""The published job on a GPU: GPT-2 (124M), 4,656 training and 481 query sequences of 512 tokens, EK-FAC and all scores.
+"""The published job: GPT-2 (124M), 4,656 training and 481 query sequences of 512 tokens, EK-FAC and all scores.
 
 Random weights and tokens serve for timing. A stage comes with the operations that the plan counts for it, and with the
 share of the speed of a large product that was measured a moment before. It must not know the other stages.
@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_stages.micro import product_speed, tf32_products
-from gpu_stages.report import Figures, Report, Setting, UnavailableError
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from workload import Stopwatch, Workload, synchronize
 
 import wherefrom as wf
+from gpu_stages.micro import product_speed, tf32_products
+from gpu_stages.report import Figures, Report, Setting, UnavailableError
 from wherefrom.curvature import Factors
 from wherefrom.plan import Plan
 

@@ -11,14 +11,14 @@ import time
 from functools import partial
 
 import torch
-from gpu_stages.job import memory_budget
-from gpu_stages.micro import tf32_products
-from gpu_stages.report import Figures, Report, Setting
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from workload import synchronize
 
 import wherefrom as wf
+from gpu_stages.job import memory_budget
+from gpu_stages.micro import tf32_products
+from gpu_stages.report import Figures, Report, Setting
 
 
 def llama(report: Report, setting: Setting) -> None:

@@ -14,14 +14,17 @@ from pathlib import Path
 
 import psutil
 import torch
-from gpu_stages.report import Figures, Report, Setting, UnavailableError
-from gpu_stages.timing import once, relative_error, seconds
 from torch import Tensor
 from workload import provenance
 
+from gpu_stages.report import Figures, Report, Setting, UnavailableError
+from gpu_stages.timing import once, relative_error, seconds
+
 # Relative errors of products in float32 sums and of rotations by TF32 or bfloat16 in two terms.
 SUM_LIMIT, ROTATION_LIMIT = 1e-5, 1e-2
-_PACKAGES = frozenset({"torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "kronfluence", "psutil"})
+_PACKAGES = frozenset(
+    {"torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "kronfluence", "psutil"}
+)
 
 
 def environment(report: Report, setting: Setting) -> None:

@@ -1,4 +1,4 @@
-"""What a stage is told and how it reports: part by part, each written at once, none keeping another from being measured.
+"""What a stage is told and how it reports: part by part, each written at once, none keeping another from its turn.
 
 Of the standard library alone, so that the process that starts the stages outlives whatever is broken in them. It
 must not know what a stage measures.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ Stages = Mapping[str, Mapping[str, Any]]
 
 
 def print_table(stages: Stages) -> None:
-    """Every part with what it has found, the slowest information first cut to one line; plain without rich."""
+    """Every part with what it has found, each on one line; plain without rich."""
     rows = [row for name, stage in stages.items() for row in _rows(name, stage)]
     headings = ("stage", "part", "state", "s", "found")
     try:
@@ -57,6 +58,44 @@ def _numbers(figures: Mapping[str, Any], before: str = "") -> Iterator[tuple[str
 
 def _short(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 1000 and abs(number) < 1e7 else f"{number:.4g}"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU's results, as the pages look at them: what was not measured is None or empty there."""
+
+    result: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """As the driver says it."""
+        return str(self.result["machine"]["gpu"])
+
+    def parts(self, stage: str) -> Mapping[str, Mapping[str, Any]]:
+        """All parts of a stage."""
+        found: Mapping[str, Mapping[str, Any]] = self.result["stages"].get(stage, {}).get("parts", {})
+        return found
+
+    def part(self, stage: str, part: str) -> Mapping[str, Any] | None:
+        """The figures of a part."""
+        found: Mapping[str, Any] | None = self.parts(stage).get(part, {}).get("figures")
+        return found
+
+    def outcome(self, stage: str) -> str:
+        """How many of its parts have passed, and what has not."""
+        parts = self.parts(stage)
+        wrong = [name for name, part in parts.items() if failed(part)]
+        left_out = [name for name, part in parts.items() if "unavailable" in part]
+        done = (
+            f"{self.result['stages'][stage]['state']}, {len(parts) - len(wrong) - len(left_out)} of {len(parts)} parts"
+        )
+        told = [f"failed: {', '.join(wrong)}"] * bool(wrong) + [f"left out: {', '.join(left_out)}"] * bool(left_out)
+        return "; ".join([done, *told])
+
+
+def cards(results: Mapping[str, Mapping[str, Any]]) -> list[Card]:
+    """Those of the results that are of a GPU, by the names of their files."""
+    return [Card(result) for name, result in results.items() if name.startswith("gpu_")]
 
 
 def merged(indexes: Sequence[Path]) -> dict[str, Any]:

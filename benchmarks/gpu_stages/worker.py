@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_stages import correctness
 from safetensors.torch import save_file
 from torch import Tensor
 
 import wherefrom as wf
+from gpu_stages import correctness
 
 
 class Logged(wf.CausalLM):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,7 +22,6 @@ from workload import Stopwatch, Workload, synchronize
 import wherefrom as wf
 from gpu_stages.micro import product_speed, tf32_products
 from gpu_stages.report import Figures, Report, Setting, UnavailableError
-from wherefrom.curvature import Factors
 from wherefrom.plan import Plan
 
 Study = wf.Study[dict[str, Tensor]]
@@ -86,8 +85,9 @@ def job(report: Report, setting: Setting) -> None:
 
 
 def job_again(report: Report, setting: Setting) -> None:
-    """The same once more, for the spread."""
-    job(report, setting)
+    """The same once more in a fresh process and without a warm-up, as whoever runs it once will see it."""
+    with tf32_products(not setting.half):
+        report.measure("job", lambda: _timed(workload(setting), setting, setting.half))
 
 
 def quarter(report: Report, setting: Setting) -> None:
@@ -98,9 +98,13 @@ def quarter(report: Report, setting: Setting) -> None:
 
 def _job(report: Report, setting: Setting, work: Workload, half: bool) -> None:
     with tf32_products(not half):
-        # Kernels are chosen and code is compiled; the job has larger batches, so that not all of it is over.
-        report.measure("warm-up", lambda: _timed(replace(work, train=128, queries=32), setting, half))
+        report.measure("warm-up", lambda: {"plan": str(scored(_warm_up(work), setting, half).plan)})
         report.measure("job", lambda: _timed(work, setting, half))
+
+
+def _warm_up(work: Workload) -> Workload:
+    """In which kernels are chosen, handles made and activations compiled: two batches through one layer."""
+    return replace(work, layers=1, train=128, queries=32)
 
 
 def _timed(work: Workload, setting: Setting, half: bool) -> Figures:
@@ -158,7 +162,7 @@ def _comparison(setting: Setting) -> Figures:
         raise UnavailableError(f"{error.name} is not installed") from error
     work, half = part(setting), setting.half
     with tf32_products(not half):
-        scored(replace(work, train=16, queries=8), setting, half, empirical=True)
+        scored(_warm_up(work), setting, half, empirical=True)
         ours = scored(work, setting, half, empirical=True)
         theirs = Stopwatch()
         with tempfile.TemporaryDirectory(dir=setting.scratch) as folder:
@@ -233,32 +237,33 @@ def _places(indices: Tensor) -> list[list[int]]:
 
 
 def profiler(report: Report, setting: Setting) -> None:
-    """Which kernels the time of a stage goes to, in four batches of each, and which actions."""
+    """Which kernels and which actions the time of a stage goes to, in four batches of each."""
     work = workload(setting)
     batches = replace(work, train=16 if setting.rehearse else 256, queries=4 if setting.rehearse else 128)
-    report.measure("warm-up", lambda: {"plan": str(scored(batches, setting, setting.half).plan)})
+    report.measure("kernels", lambda: _kernels(batches, setting))
     report.measure("actions", lambda: {"table": scored(batches, setting, setting.half, profiled=True).actions})
-    for stage in ("kfac", "ekfac", "pairwise scores"):
-        report.measure(stage, partial(_kernels, batches, setting, stage))
 
 
-def _kernels(work: Workload, setting: Setting, stage: str) -> Figures:
-    """The kernels of one stage, after the stages that it needs."""
-    device, half = torch.device(setting.device), setting.half
-    activities = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
-    queries = work.sequences(work.queries, 2)
-    before: Factors | None = None
+def _kernels(work: Workload, setting: Setting) -> Figures:
+    """The kernels of every stage; on a CPU, its operators."""
+    queries, half = work.sequences(work.queries, 2), setting.half
     with new_study(work, setting) as study, tf32_products(not half):
-        if stage != "kfac":
-            before = study.fit("kfac" if stage == "ekfac" else "ekfac", half_precision=half)
-        with profile(activities=activities) as found:
-            if stage == "pairwise scores" and before is not None:
-                study.score(queries, before, half_precision=half)
-            else:
-                study.fit(stage, half_precision=half)
-            synchronize()
+        return {
+            "covariances and eigenbasis": _profiled(lambda: study.fit("kfac", half_precision=half), setting),
+            "eigenvalues": _profiled(lambda: study.fit("ekfac", half_precision=half), setting),
+            "pairwise scores": _profiled(
+                lambda: study.score(queries, study.fit("ekfac", half_precision=half), half_precision=half), setting
+            ),
+        }
+
+
+def _profiled(stage: Callable[[], object], setting: Setting) -> Figures:
+    cuda = setting.device != "cpu"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+        stage()
+        synchronize()
     taken = [
-        (each.self_device_time_total if device.type == "cuda" else each.self_cpu_time_total, each.count, each.key)
+        (each.self_device_time_total if cuda else each.self_cpu_time_total, each.count, each.key)
         for each in found.key_averages()
     ]
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_a_copy_without_its_history_says_its_commit_or_that_it_is_unknown(
     assert workload.provenance()["commit"] == "abc1234"
 
 
-def done(**parts: dict[str, object]) -> dict[str, object]:
+def done(**parts: Mapping[str, object]) -> dict[str, object]:
     measured = {name: {"figures": figures, "seconds": 12.0} for name, figures in parts.items()}
     return {"state": "done", "seconds": 30.0, "parts": measured}
 

@@ -45,7 +45,9 @@ def _model(setting: Setting, tokens: int, vocabulary: int) -> LlamaForCausalLM:
         num_attention_heads=heads, num_key_value_heads=2, max_position_embeddings=tokens, tie_word_embeddings=True,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.eval()
+    return model
 
 
 def _sequences(count: int, vocabulary: int, tokens: int, seed: int) -> list[dict[str, Tensor]]:

@@ -16,7 +16,8 @@ LOWEST_TESTS := $(patsubst %,tests/test_%.py,supply text huggingface recording c
 # The demo as `make wheel` runs it; DEMO= runs the whole.
 DEMO := --num_train_epochs 1 --max_train_examples 200 --max_query_examples 20
 
-.PHONY: demo test lowest lowest-torch newest newest-torch wheel lock audit examples check docs smollm2 compare bench leaderboard clean
+.PHONY: demo test lowest lowest-torch newest newest-torch wheel lock audit examples check docs smollm2 compare bench gpu-day \
+	leaderboard clean
 
 ## Fine-tune a small GPT-2 on Wikipedia prose and show where its predictions come from (a few minutes)
 demo: $(STAMP)
@@ -117,6 +118,10 @@ bench: $(STAMP)
 	test -d runs/demo/checkpoints || $(MAKE) demo
 	$(RUN) benchmarks/low_rank.py
 	$(RUN) benchmarks/tables.py
+
+## Everything that wants a GPU, in two calls (docs/gpu.md); GPU_DAY=--rehearse runs it tiny on a CPU, some two minutes
+gpu-day: $(STAMP)
+	$(RUN) benchmarks/gpu_day.py $(GPU_DAY)
 
 ## Every method against the same retrainings, on the offline model (some three hours; it can be stopped and continued)
 leaderboard: $(STAMP)

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 import wherefrom as wf
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 VOCABULARY = 13
-TRANSFORMERS = int(version("transformers").partition(".")[0])
+TRANSFORMERS = Version(version("transformers")).release
 
 
 class Mlp(nn.Module):

@@ -107,7 +107,7 @@ def measure(
     except RuntimeError as error:  # of the model's own code
         raise InputError(
             f"model={name!r}: its code does not run without weights ({first_line(error)}). Llama and its relatives do "
-            f"with transformers 5 or newer; {require('transformers').__version__} is installed."
+            f"with transformers 5.5 or newer; {require('transformers').__version__} is installed."
         ) from error
     size = sum(each.numel() for each in model.parameters())
     each_bytes = next(model.parameters()).element_size()
@@ -136,7 +136,9 @@ def model_without_weights(name: str, dtype: torch.dtype) -> Any:
         raise InputError(f"model={name!r}: its configuration has {layers} layers; expected 1 to {_MOST_LAYERS}.")
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()  # which transformers 5.0 leaves out without numbers
+        return model
     except Exception as error:  # another kind of model, or sizes that do not belong together
         raise InputError(
             f"model={name!r}: no causal language model can be built of it ({first_line(error)})."

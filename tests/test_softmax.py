@@ -46,16 +46,23 @@ def test_narrow_logits_are_summed_in_float32(dtype: torch.dtype) -> None:
     assert relative_error(found.total, exact.total) < 1e-6
 
 
+@pytest.mark.parametrize("classes", [1, 31, 32, 1000])
+def test_each_block_has_its_maximum_and_sum(classes: int) -> None:
+    """The form for a GPU, which reads each block by itself."""
+    logits = logits_of(7, classes)
+    maxima, sums = _block_sums.function(logits, 32)
+    assert torch.equal(maxima, torch.stack([run.amax(1) for run in logits.split(32, 1)], 1))
+    torch.testing.assert_close(maxima + sums.log(), torch.stack([run.logsumexp(1) for run in logits.split(32, 1)], 1))
+
+
 @needs_compiler
 def test_compiled_it_is_the_same() -> None:
     """The code for a CPU; one piece for every number of positions."""
     logits = logits_of(24, 1000).float()
     for positions in (24, 5, 2):
         some = logits[:positions]
-        maxima, sums = _block_sums.compiled(some, 32)
-        exact_maxima, exact_sums = _block_sums.function(some.double(), 32)
-        assert torch.equal(maxima.double(), exact_maxima)
-        assert relative_error(sums, exact_sums) < 1e-6
+        for found, exact in zip(_block_sums.compiled(some, 32), _block_sums.function(some.double(), 32), strict=True):
+            assert relative_error(found, exact) < 1e-6
         maximum, scale, out = some.amax(1, True), torch.rand(positions, 1), torch.empty_like(some)
         ignored = torch.arange(positions).unsqueeze(1) == 1
         _write_softmax.compiled(out, some, maximum, scale, ignored)

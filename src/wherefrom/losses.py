@@ -105,7 +105,10 @@ def _slopes(logits: Tensor, labels: Tensor, weights: Tensor, maximum: Tensor, to
 @CompiledOnGPU
 def _write_softmax(out: Tensor, logits: Tensor, maximum: Tensor, scale: Tensor, ignored: Tensor) -> None:
     """exp(logits - maximum) * scale into `out`, all [positions, classes or 1]; 0 where ignored, even if that is NaN."""
-    out.copy_(((widened(logits) - maximum).exp_() * scale).masked_fill_(ignored, 0))
+    wide = out if out.dtype == maximum.dtype else torch.empty_like(out, dtype=maximum.dtype)
+    wide.copy_(logits).sub_(maximum).exp_().mul_(scale).masked_fill_(ignored, 0)
+    if wide is not out:
+        out.copy_(wide)
 
 
 def _differentiable_slopes(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -46,11 +46,11 @@ def workload(setting: Setting) -> Workload:
 
 
 def memory_budget(setting: Setting) -> float | None:
-    """GiB that a study may take: all of a GPU but a fifteenth, for its context and what fragments, and what is left."""
+    """GiB that a study may take: all of a GPU but a sixteenth, for its context and what fragments, and what is left."""
     if setting.device == "cpu":
         return None
     total = torch.cuda.get_device_properties(setting.device).total_memory / 2**30
-    return math.floor(14 / 15 * total) - setting.less_memory
+    return math.floor(15 / 16 * total) - setting.less_memory
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from workload import provenance
 from gpu_stages.report import Figures, Report, Setting, UnavailableError
 from gpu_stages.timing import once, relative_error, seconds
 
-# Relative errors of products in float32 sums and of rotations by TF32 or bfloat16 in two terms.
-SUM_LIMIT, ROTATION_LIMIT = 1e-5, 1e-2
+# Relative errors of products with float32 sums, and of products of TF32 operands. Matrix units round long sums more
+# than IEEE does; a sum or result in bfloat16 would be off by 1e-3, and one term of a matrix in bfloat16 too.
+SUM_LIMIT, TF32_LIMIT = 2e-4, 1e-3
 _PACKAGES = frozenset(
     {"torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "kronfluence", "psutil"}
 )
@@ -169,8 +170,8 @@ def _rotation(device: torch.device, size: int) -> Figures:
             errors[name] = relative_error(given.float() @ wide, expected)
     errors["bfloat16, one term"] = relative_error(_wide_product(given, high), expected)
     errors["bfloat16, two terms"] = relative_error(_wide_product(given, high) + _wide_product(given, low), expected)
-    right = errors["float32"] < SUM_LIMIT and errors["bfloat16, two terms"] < ROTATION_LIMIT
-    return {"relative_errors": errors, "passed": right and errors["TF32"] < ROTATION_LIMIT}
+    right = errors["float32"] < SUM_LIMIT and errors["bfloat16, two terms"] < SUM_LIMIT
+    return {"relative_errors": errors, "passed": right and errors["TF32"] < TF32_LIMIT}
 
 
 def _eigenvectors(device: torch.device, size: int, count: int) -> Figures:

@@ -128,7 +128,7 @@ def test_answers_of_an_index_are_not_shown_beside_other_texts(tmp_path: Path) ->
         study.report(found, case.queries[::-1])
 
 
-def untrained(retrainings: Sequence[Retraining]) -> Tensor:
+def untrained(retrainings: Sequence[Retraining]) -> torch.Tensor:
     raise AssertionError("what is refused was trained")
 
 

@@ -84,7 +84,7 @@ def test_batches_become_smaller_before_the_training_set_is_swept_again() -> None
     for batch in (300, 150, 60):
         found = plan_scores(replace(ample, usable=fixed + batch * each), Machine(1e14, 1.0, 2**40))
         assert (found.sweeps, found.train_batch, found.query_batch) == (1, batch, batch)
-    # One example fills no GPU: to sweep twice, with batches for which half of the gradients leave room, takes less time.
+    # One example fills no GPU: to sweep twice, with the batches for which half of the gradients leave room, is cheaper.
     little = replace(ample, usable=fixed + each)
     found = plan_scores(little, Machine(1e14, 1.0, 2**40))
     assert (found.sweeps, found.train_batch) == (

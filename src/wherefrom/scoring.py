@@ -133,9 +133,9 @@ class Scoring(Generic[Batch]):
         if "query_errors" in whole.tensors and self.ranks.writes:
             errors = whole.tensors["query_errors"]
             rank, bits = self.options.query_rank, self.options.query_bits
+            form = f"Rank {rank} leaves" if bits is None else f"{bits} bits leave"
             logger.info(
-                f"{f'Rank {rank}' if bits is None else f'{bits} bits'} leaves out {errors.mean():.1%} of a query gradient's norm on average, "
-                f"{errors.max():.1%} at most."
+                f"{form} out {errors.mean():.2%} of a query gradient's norm on average, {errors.max():.2%} at most."
             )
         if self.options.self_influence:
             whole.tensors["preconditioned_norms"] = whole.tensors.pop(SQUARED_NORM).sqrt()

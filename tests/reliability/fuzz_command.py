@@ -332,7 +332,7 @@ OPTIONS: dict[str, tuple[Mapping[str, SearchStrategy[str]], Values]] = {
         {"--queries": GOOD_TEXTS},
         {
             "--queries": TEXT_FILES, "--strategy": CHOICES, "--name": NAMES, "--damping": AMOUNTS,
-            "--query-rank": COUNTS, "--rescore": COUNTS, "--tokens": COUNTS, "--per-layer": FLAG,
+            "--query-rank": COUNTS, "--query-bits": COUNTS, "--rescore": COUNTS, "--tokens": COUNTS, "--per-layer": FLAG,
             "--self-influence": FLAG, "--top-only": COUNTS,
             "--aggregate-queries": st.sampled_from(["sum", "mean", "max"]), "--explain": FLAG,
             "--aggregate-train": st.sampled_from(["sum", "mean", "max"]), "--query-batch-size": COUNTS,

@@ -24,10 +24,11 @@ from wherefrom.capture import Captured
 from wherefrom.curvature import STRATEGIES
 from wherefrom.errors import InputError, MemoryLimitError
 from wherefrom.gradients import BankForm, GradientBank
+from wherefrom.job import Job, Wanted, factor_bytes
 from wherefrom.layers import select_layers
 from wherefrom.machine import Machine
 from wherefrom.memory import Footprint
-from wherefrom.plan import SHARD_BYTES, SHARD_ROWS, Job, Plan, Wanted, factor_bytes, plan_scores
+from wherefrom.plan import SHARD_BYTES, SHARD_ROWS, Plan, plan_scores
 from wherefrom.profile import Profile
 from wherefrom.scores import PairwiseCollector
 from wherefrom.stages import BlockStages, Stages

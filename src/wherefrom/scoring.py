@@ -25,10 +25,11 @@ from wherefrom.fingerprint import Dataset
 from wherefrom.gauss_newton import DampedGaussNewton
 from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
+from wherefrom.job import Job, Wanted
 from wherefrom.loading import Rows
 from wherefrom.memory import within_memory
 from wherefrom.options import Options
-from wherefrom.plan import Job, Plan, Wanted, plan_scores
+from wherefrom.plan import Plan, plan_scores
 from wherefrom.ranks import Ranks
 from wherefrom.scores import PairwiseCollector, extremes, merged_extremes
 from wherefrom.stages import BlockStages

@@ -352,9 +352,9 @@ OPTIONS: dict[str, tuple[Mapping[str, SearchStrategy[str]], Values]] = {
             "--model": MODELS, "--length": COUNTS, "--ranks": COUNTS, "--device-memory": AMOUNTS, "--flops": AMOUNTS,
             "--strategy": CHOICES, "--layers": LAYERS, "--fit-train": COUNTS, "--half-precision": FLAG,
             "--query-rank": COUNTS, "--query-bits": COUNTS, "--shard-model": FLAG, "--offload-factors": FLAG,
-            "--top": COUNTS, "--batch-size": COUNTS, "--efficiency": AMOUNTS, "--eigen-flops": AMOUNTS, "--bandwidth": AMOUNTS,
-            "--host-bandwidth": AMOUNTS, "--host-memory": AMOUNTS, "--page": PAGES, "--train": COUNTS,
-            "--queries": COUNTS,
+            "--top": COUNTS, "--batch-size": COUNTS, "--efficiency": AMOUNTS, "--eigen-flops": AMOUNTS,
+            "--bandwidth": AMOUNTS, "--host-bandwidth": AMOUNTS, "--host-memory": AMOUNTS, "--page": PAGES,
+            "--train": COUNTS, "--queries": COUNTS,
         },
     ),
 }  # fmt: skip

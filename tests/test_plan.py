@@ -24,10 +24,11 @@ from wherefrom.capture import Captured
 from wherefrom.curvature import STRATEGIES
 from wherefrom.errors import InputError, MemoryLimitError
 from wherefrom.gradients import BankForm, GradientBank
+from wherefrom.job import Job, Wanted, factor_bytes
 from wherefrom.layers import select_layers
 from wherefrom.machine import Machine
 from wherefrom.memory import Footprint
-from wherefrom.plan import SHARD_BYTES, SHARD_ROWS, Job, Plan, Wanted, factor_bytes, plan_scores
+from wherefrom.plan import SHARD_BYTES, SHARD_ROWS, Plan, plan_scores
 from wherefrom.profile import Profile
 from wherefrom.scores import PairwiseCollector
 from wherefrom.stages import BlockStages, Stages
@@ -84,7 +85,7 @@ def test_batches_become_smaller_before_the_training_set_is_swept_again() -> None
     for batch in (300, 150, 60):
         found = plan_scores(replace(ample, usable=fixed + batch * each), Machine(1e14, 1.0, 2**40))
         assert (found.sweeps, found.train_batch, found.query_batch) == (1, batch, batch)
-    # One example fills no GPU: to sweep twice, with batches for which half of the gradients leave room, takes less time.
+    # One example fills no GPU: to sweep twice, with the batches for which half of the gradients leave room, is cheaper.
     little = replace(ample, usable=fixed + each)
     found = plan_scores(little, Machine(1e14, 1.0, 2**40))
     assert (found.sweeps, found.train_batch) == (

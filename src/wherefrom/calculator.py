@@ -20,10 +20,11 @@ from wherefrom.blueprint import Blueprint
 from wherefrom.curvature import checked_strategy
 from wherefrom.disk import Step
 from wherefrom.errors import InputError
+from wherefrom.job import Job, Wanted, factor_bytes
 from wherefrom.machine import Machine
 from wherefrom.memory import FREE_SHARE
 from wherefrom.options import Options
-from wherefrom.plan import SHARD_BYTES, Cost, Job, Plan, Wanted, factor_bytes, plan_scores
+from wherefrom.plan import SHARD_BYTES, Cost, Plan, plan_scores
 from wherefrom.precision import widened_dtype
 from wherefrom.ranks import Ranks
 

@@ -147,7 +147,8 @@ def score(
         query_rank: Keep query gradients as pairs of matrices of this rank, so that more fit into memory.
         query_bits: 8 keeps query gradients as integers of that size, with scales.
         solver: Go on from the curvature's approximation to the damped Gauss-Newton matrix itself; slow.
-        rescore: With a query rank or query bits, compute this many of each query's highest scores again with whole gradients.
+        rescore: With a query rank or query bits, compute this many of each query's highest scores again, with whole
+            gradients of the products' type.
         tokens: Also score the tokens of this many most positive and most negative sequences of each query; the report
             shades them.
         per_layer: Also keep each layer's part of every score.

@@ -1,8 +1,8 @@
 """Banks of per-example gradients, kept in memory while a training set is swept against them.
 
 A bank holds the preconditioned gradient of every query, whole, in 8-bit integers or as a product of two thin matrices,
-and multiplies it with training gradients. Of one-hot layers it holds the columns that a query touches. It does not decide how many
-queries there are room for (`plan` does).
+and multiplies it with training gradients. Of one-hot layers it holds the columns that a query touches. It does not
+decide how many queries there are room for (`plan` does).
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class GradientBank(Collector):
     Attributes:
         sums: a tensor [queries, out, width] for each layer or, of low rank, `LAYER.left` [queries, out, rank] and
             `LAYER.right` [queries, rank, width]. Of a one-hot layer only columns that a query touches, [queries, out,
-            columns], and which those are, `LAYER.columns` int64 [queries, columns]. Where those are 8-bit integers, each
-            row is to be multiplied with a scale, `LAYER.scales` [queries, out].
+            columns], and which those are, `LAYER.columns` int64 [queries, columns]. Rows of 8-bit integers
+            are to be multiplied with a scale each, `LAYER.scales` [queries, out].
     """
 
     def __init__(

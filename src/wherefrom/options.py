@@ -68,7 +68,8 @@ class RescoredOptions(ScoreOptions, total=False):
     """Keyword arguments of `Study.score` and `score_tokens`, besides those of `ScoreOptions`.
 
     Attributes:
-        rescore: with a `query_rank` or `query_bits`, how many of each query's highest scores are computed again with whole gradients.
+        rescore: with a `query_rank` or `query_bits`, how many of each query's highest scores are computed again with
+            whole gradients of the products' type.
     """
 
     rescore: int

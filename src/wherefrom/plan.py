@@ -7,19 +7,18 @@ floating-point operations do. This module runs no sweep, and a plan that is too 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from rich.table import Table
 
-from wherefrom.curvature import Strategy
 from wherefrom.disk import Blocks, Step, fit_steps, peak
 from wherefrom.gradients import PIECE_BYTES, BankForm
+from wherefrom.job import Job, PerExample, in_half, side_costs
 from wherefrom.layers import TrackedLayer
 from wherefrom.low_rank import thin_product_flop
 from wherefrom.machine import Machine, matmul_speed
-from wherefrom.memory import Footprint
 from wherefrom.precision import type_name, widened_dtype
 
 # How much of the score matrix is in memory at a time; more with very many queries, for shards of some batches.
@@ -32,53 +31,6 @@ _OPERATIONS_PER_BYTE, _HALF_OPERATIONS_PER_BYTE = {"cpu": 16.0, "cuda": 64.0}, 2
 # Bytes that a forward and backward pass moves outside of products for each byte that it saves: counted for GPT-2, whose
 # kernels move 171 GB in a batch of 64 sequences of 512 tokens.
 _MOVED_PER_SAVED = 10
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the caller has settled.
-
-    Attributes:
-        dtype: of resident query gradients.
-        rank: of the two thin matrices that stand for each; None keeps them whole.
-        bits: of the integers that stand for their numbers; None keeps the numbers.
-        query_batch, train_batch: None leaves the size to the plan.
-    """
-
-    dtype: torch.dtype
-    rank: int | None = None
-    query_batch: int | None = None
-    train_batch: int | None = None
-    bits: int | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What there is to do, and what it takes.
-
-    Attributes:
-        query, example: what a query and a training example take.
-        usable: bytes to plan with on `device`, where the model is.
-        factors_on_host: only one layer's factors are on the device at a time.
-    """
-
-    layers: Mapping[str, TrackedLayer]
-    strategy: Strategy
-    queries: int
-    train: int
-    query: Footprint
-    example: Footprint
-    wanted: Wanted
-    usable: int
-    device: torch.device
-    factors_on_host: bool = False
-
-    @property
-    def factor_bytes(self) -> int:
-        """What bases and eigenvalues take on the device."""
-        if not self.factors_on_host:
-            return factor_bytes(self.layers, self.strategy, self.wanted.dtype)
-        return max(factor_bytes({name: each}, self.strategy, self.wanted.dtype) for name, each in self.layers.items())
 
 
 @dataclass(frozen=True)
@@ -161,7 +113,7 @@ class Plan:
     def costs(self) -> list[Cost]:
         """The stages of a fit and a score."""
         job = self.job
-        each, query = _PerExample.of(job, job.example), _PerExample.of(job, job.query)
+        each, query = PerExample.of(job, job.example), PerExample.of(job, job.query)
         factors = 2 * job.factor_bytes
         query_memory = self.bank_bytes + factors + job.query.batch_bytes(self.query_batch)
         fit_memory = job.example.batch_bytes(self.fit_batch) + factors
@@ -211,7 +163,7 @@ class Plan:
         """Operations for bringing query gradients back from the eigenbasis, and training gradients into it."""
         back = brought = 0.0
         for layer, sides in self.form.rotated_back.items():
-            for query, train, chosen in zip(*_side_costs(self.job, layer, self.sweeps), sides, strict=True):
+            for query, train, chosen in zip(*side_costs(self.job, layer, self.sweeps), sides, strict=True):
                 back, brought = back + query * chosen, brought + train * (not chosen)
         return back, brought
 
@@ -246,48 +198,6 @@ class Plan:
             numbers = (cost.flop / 1e9, cost.bytes / 2**30, cost.flop / speed)
             table.add_row(cost.stage, f"{cost.passes:,}", *(f"{each:,.2f}" for each in numbers))
         return table
-
-
-@dataclass(frozen=True)
-class _PerExample:
-    """Operations for one example, over all layers.
-
-    Attributes:
-        forming: its gradients; gradient: the same in the eigenbasis, where there is one.
-        covariance: its part of both covariances, of which only one triangle is computed, with what they are made of.
-    """
-
-    forming: float
-    gradient: float
-    covariance: float
-
-    @classmethod
-    def of(cls, job: Job, footprint: Footprint) -> _PerExample:
-        forming = rotating = covariance = 0.0
-        for name, layer in job.layers.items():
-            tokens = footprint.tokens_of(name)
-            outputs, columns = layer.shape[0], layer.columns(tokens)
-            forming += 2.0 * tokens * outputs * columns
-            rotating += sum(_sides_flop(job, layer, tokens))
-            # Vectors whose outer products a side sums: tokens, or the columns and rows of the gradient.
-            vectors = (columns, outputs) if job.strategy.basis == "gradients" else (tokens, tokens)
-            covariance += sum(
-                count * (1 if diagonal else size) * size
-                for count, size, diagonal in zip(vectors, (outputs, columns), layer.diagonal_sides, strict=True)
-            )
-        covariance += forming * (job.strategy.basis == "gradients")
-        return cls(forming, forming + rotating * bool(job.strategy.basis), covariance)
-
-
-def factor_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
-    """What bases and eigenvalues take; while they are in use, they are there twice."""
-    numbers = 0
-    for layer in layers.values():
-        for size, diagonal in zip(layer.padded_shape, layer.diagonal_sides, strict=True):
-            numbers += size * (1 if diagonal else size) * bool(strategy.basis)
-        if strategy.eigenvalues != "none":
-            numbers += math.prod(layer.padded_shape)
-    return numbers * widened_dtype(dtype).itemsize
 
 
 def plan_scores(job: Job, machine: Machine | None = None) -> Plan:
@@ -376,37 +286,8 @@ def _cheaper_sides(job: Job, form: BankForm, layer: str, sweeps: int) -> tuple[b
     # Two thin matrices cost next to nothing. What integers leave out must not depend on how often is swept.
     if form.thin(job.layers[layer]) or form.quantized(job.layers[layer]):
         return True, True
-    query, train = _side_costs(job, layer, sweeps)
+    query, train = side_costs(job, layer, sweeps)
     return query[0] < train[0], query[1] < train[1]
-
-
-def _side_costs(job: Job, layer: str, sweeps: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Operations for the left and the right side: all query gradients back, or all training gradients there."""
-    tracked = job.layers[layer]
-    outputs, columns = tracked.shape[0], tracked.columns(job.query.tokens_of(layer))
-    terms = 2 if _in_half(job) else 1  # see `precision.rotated`
-    back = [
-        0.0 if diagonal else 2.0 * terms * job.queries * outputs * columns * size
-        for size, diagonal in zip((outputs, columns), tracked.diagonal_sides, strict=True)
-    ]
-    left, right = _sides_flop(job, tracked, job.example.tokens_of(layer))
-    return (back[0], back[1]), (sweeps * job.train * left, sweeps * job.train * right)
-
-
-def _in_half(job: Job) -> bool:
-    """Whether products take bfloat16 operands, rather than their values in float32."""
-    return job.wanted.dtype == torch.bfloat16 and job.device.type == "cuda"
-
-
-def _sides_flop(job: Job, layer: TrackedLayer, tokens: int) -> tuple[float, float]:
-    """Operations for one example's gradient into the basis, left and right: its tokens or its rows, whichever fewer."""
-    outputs, columns = layer.shape[0], layer.columns(tokens)
-    if _in_half(job):
-        left, right = 4.0 * outputs**2 * tokens, 4.0 * columns**2 * tokens  # see `precision.rotated`
-    else:
-        left, right = 2.0 * outputs**2 * min(tokens, columns), 2.0 * columns**2 * min(tokens, outputs)
-    no_left, no_right = layer.diagonal_sides
-    return left * (not no_left), right * (not no_right)
 
 
 def _operations(plan: Plan, machine: Machine | None = None) -> float:
@@ -417,7 +298,7 @@ def _operations(plan: Plan, machine: Machine | None = None) -> float:
     """
     job, total = plan.job, 0.0
     query, train = plan.costs()[-2:]
-    per_byte = _HALF_OPERATIONS_PER_BYTE if _in_half(job) else _OPERATIONS_PER_BYTE.get(job.device.type, 16.0)
+    per_byte = _HALF_OPERATIONS_PER_BYTE if in_half(job) else _OPERATIONS_PER_BYTE.get(job.device.type, 16.0)
     for cost, footprint, batch in ((query, job.query, plan.query_batch), (train, job.example, plan.train_batch)):
         unfilled = max(1.0, _LEAST_TOKENS.get(job.device.type, 128) / (batch * footprint.tokens))
         total += unfilled * (cost.flop + cost.passes * per_byte * _MOVED_PER_SAVED * footprint.saved_bytes)

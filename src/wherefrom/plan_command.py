@@ -16,8 +16,8 @@ from rich.console import Console
 
 from wherefrom.blueprint import Blueprint, measure
 from wherefrom.calculator import MEASURED_EFFICIENCY, Estimate, Hardware, Request
-from wherefrom.memory import free_memory
 from wherefrom.machine import matmul_speed
+from wherefrom.memory import free_memory
 from wherefrom.report.html import write_page
 from wherefrom.report.scale import scale_page, scale_text
 

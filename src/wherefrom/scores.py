@@ -63,8 +63,8 @@ class Scores:
         values: [query, train] in dataset order; float32, or float64 for a float64 model. What was stored stays on
             disk, memory-mapped.
         fingerprint: what the scores were computed from.
-        query_errors: with a `query_rank` or `query_bits`, what it has left out of each query's preconditioned gradient, as a part of
-            its norm, [query]; otherwise None.
+        query_errors: with a `query_rank` or `query_bits`, what it has left out of each query's preconditioned gradient,
+            as a part of its norm, [query]; otherwise None.
         layers: with `per_layer`, the part of each layer or group, by its name, as `values`, which is their sum.
         self_influence: with `self_influence=True`, g_t^T (H + damping)^-1 g_t of each training example, [train].
         query_self_influence: the same of each query, [query].

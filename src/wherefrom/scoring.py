@@ -25,10 +25,11 @@ from wherefrom.fingerprint import Dataset
 from wherefrom.gauss_newton import DampedGaussNewton
 from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
+from wherefrom.job import Job, Wanted
 from wherefrom.loading import Rows
 from wherefrom.memory import within_memory
 from wherefrom.options import Options
-from wherefrom.plan import Job, Plan, Wanted, plan_scores
+from wherefrom.plan import Plan, plan_scores
 from wherefrom.ranks import Ranks
 from wherefrom.scores import PairwiseCollector, extremes, merged_extremes
 from wherefrom.stages import BlockStages
@@ -133,9 +134,9 @@ class Scoring(Generic[Batch]):
         if "query_errors" in whole.tensors and self.ranks.writes:
             errors = whole.tensors["query_errors"]
             rank, bits = self.options.query_rank, self.options.query_bits
+            form = f"Rank {rank} leaves" if bits is None else f"{bits} bits leave"
             logger.info(
-                f"{f'Rank {rank}' if bits is None else f'{bits} bits'} leaves out {errors.mean():.1%} of a query gradient's norm on average, "
-                f"{errors.max():.1%} at most."
+                f"{form} out {errors.mean():.2%} of a query gradient's norm on average, {errors.max():.2%} at most."
             )
         if self.options.self_influence:
             whole.tensors["preconditioned_norms"] = whole.tensors.pop(SQUARED_NORM).sqrt()

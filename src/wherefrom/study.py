@@ -318,8 +318,8 @@ class Study(Generic[Batch]):
                 bounded size, at (tokens of a training example) times the cost of `score`.
             queries, factors: as in `score`.
             options: those of `RescoredOptions`. `rescore` is for finding the pairs; their tokens are scored with
-                gradients of the `query_rank` or `query_bits`. `name` is that of the sequence scores that these are the parts of; they
-                are kept beside them. `overwrite` replaces token scores, never sequence scores.
+                gradients of the `query_rank` or `query_bits`. `name` is that of the sequence scores that these are the
+                parts of; they are kept beside them. `overwrite` replaces token scores, never sequence scores.
         """
         if top is not None and top < 1:
             raise InputError(f"top={top}: expected at least 1, or None for every pair.")

@@ -270,8 +270,9 @@ class Sweep(Generic[Batch]):
 
         def loss() -> Tensor:
             value = self._loss(objective, batch, rows)
-            for each in capture.held() if saved else ():
-                saved.count(each)
+            if saved is not None:
+                for each in capture.held():
+                    saved.count(each)
             return value
 
         counting = saved.counting() if saved else nullcontext()

@@ -65,6 +65,22 @@ def test_a_model_with_tied_weights_is_told_from_one_with_equal_weights_changed()
     assert model_digest(tied) not in {model_digest(untied), before}
 
 
+def test_weights_without_an_address_are_never_taken_for_each_other() -> None:
+    """As quantized ones are, which wrap tensors of their own."""
+
+    class Wrapped(Tensor):
+        def data_ptr(self) -> int:
+            return 0
+
+    def model(value: float) -> nn.Module:
+        found = nn.Module()
+        for name, number in (("a", 1.0), ("b", value)):
+            found.register_buffer(name, torch.full((3,), number).as_subclass(Wrapped))
+        return found
+
+    assert model_digest(model(1.0)) != model_digest(model(2.0))
+
+
 def test_every_call_reads_each_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Digests are never carried from one call to the next, since weights may change without a sign."""
     case, read = gpt2_case(torch.float32), [0]  # its head is its embedding

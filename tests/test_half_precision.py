@@ -203,7 +203,7 @@ def test_attention_on_a_gpu_is_deterministic_where_pytorch_is_told_to_be(warn_on
             backends = torch.backends.cuda
             assert backends.math_sdp_enabled()
             kinds = backends.flash_sdp_enabled, backends.mem_efficient_sdp_enabled, backends.cudnn_sdp_enabled
-            return any(enabled() for enabled in kinds)
+            return any(enabled() for enabled in kinds)  # type: ignore[no-untyped-call]
 
     half, full = HalfPrecision(cuda, native=True), Precision()
     assert (fused(half), fused(full)) == (True, False)

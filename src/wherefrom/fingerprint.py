@@ -55,7 +55,7 @@ def model_digest(model: nn.Module) -> str:
 
 def _identity(tensor: Tensor) -> Hashable:
     """Equal for tensors, all alive, that are the same numbers in the same memory; None where that cannot be told."""
-    if tensor.is_meta or is_sharded_tensor(tensor):
+    if tensor.is_meta or type(tensor) not in {Tensor, nn.Parameter}:  # sharded or quantized ones have no address
         return None
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 

@@ -76,7 +76,10 @@ class GradientBank(Collector):
         sums: a tensor [queries, out, width] for each layer or, of low rank, `LAYER.left` [queries, out, rank] and
             `LAYER.right` [queries, rank, width]. Of a one-hot layer only columns that a query touches, [queries, out,
             columns], and which those are, `LAYER.columns` int64 [queries, columns].
+        residuals: of the solves that the gradients come from, relative, [queries]; None without a solver.
     """
+
+    residuals: Tensor | None = None
 
     def __init__(
         self,
@@ -191,6 +194,9 @@ class GradientBank(Collector):
             total = copy.copy(self)
             total._queries, total.sums = 1, {}
             total._form = replace(self._form, dtype=widened_dtype(self._form.dtype))
+        if self.residuals is not None:
+            before = [] if total is self or total.residuals is None else [total.residuals]
+            total.residuals = torch.cat([*before, self.residuals]).amax(0, keepdim=True)
         for name, each in self.sums.items():
             if name.endswith(_COLUMNS):
                 continue

@@ -56,12 +56,7 @@ def described(what: str, value: object) -> str:
         return f"{{{', '.join(f'{key!r}: {described(what, each)}' for key, each in value.items())}}}"
     if isinstance(value, nn.Module):
         return f"{described_class(type(value))} {model_digest(value)}"
-    if isinstance(value, type):
-        return described_class(value)
-    function = _described_function(what, value)
-    if function is not None:
-        return function
-    found = repr(value)
+    found = described_class(value) if isinstance(value, type) else _described_function(what, value) or repr(value)
     if re.search(r" at 0x[0-9a-fA-F]+", found):
         raise InputError(
             f"{what} is {found[:80]}, and nothing tells it from another: results could be taken for those of another, "
@@ -95,15 +90,11 @@ def _described_function(what: str, value: object) -> str | None:
         parts = ", ".join(described(what, each) for each in (value.func, value.args, value.keywords))
         return f"partial({parts})"
     if isinstance(value, MethodType):
-        owner = value.__self__
-        return f"{_described_function(what, value.__func__)} of {described(what, owner)}"
+        return f"{_described_function(what, value.__func__)} of {described(what, value.__self__)}"
     if isinstance(value, FunctionType):
-        named = f"{value.__module__}.{value.__qualname__}"
-        if _goes_by_name(value):
-            return named
-        closed = [described(what, each) for each in _closure(value).values()]
+        closed = [] if _goes_by_name(value) else [described(what, each) for each in _closure(value).values()]
         digest = hashlib.sha256(f"{_described_code(value, frozenset())} {closed}".encode()).hexdigest()
-        return f"{named} {digest[:24]}"
+        return f"{value.__module__}.{value.__qualname__}{'' if _goes_by_name(value) else ' ' + digest[:24]}"
     name, owner = getattr(value, "__qualname__", ""), getattr(value, "__self__", None)
     if not callable(value) or not re.fullmatch(r"[\w.]+", name):
         return None

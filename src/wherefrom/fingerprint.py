@@ -151,11 +151,15 @@ def names_summary(names: Sequence[str]) -> str:
     return f"{len(names)}, {names[0]} to {names[-1]} ({digest})"
 
 
+# An entry that tells a reader something and tells no two results apart.
+LEFT_OUT = "left out"
+
+
 def differences(stored: Fingerprint, current: Fingerprint) -> list[str]:
     """What differs, a readable phrase for each name."""
     return [
         f"{name}: stored {stored.get(name, 'nothing')}, now {current.get(name, 'nothing')}"
-        for name in sorted({*stored, *current})
+        for name in sorted({*stored, *current} - {LEFT_OUT})
         if stored.get(name) != current.get(name)
     ]
 

@@ -95,7 +95,10 @@ class GradientBank(Collector):
             `LAYER.right` [queries, rank, width]. Of a one-hot layer only columns that a query touches, [queries, out,
             columns], and which those are, `LAYER.columns` int64 [queries, columns]. Rows of 8-bit integers
             are to be multiplied with a scale each, `LAYER.scales` [queries, out].
+        residuals: of the solves that the gradients come from, relative, [queries]; None without a solver.
     """
+
+    residuals: Tensor | None = None
 
     def __init__(
         self,
@@ -224,6 +227,9 @@ class GradientBank(Collector):
             total = copy.copy(self)
             total._queries, total.sums = 1, {}
             total._form = replace(self._form, dtype=widened_dtype(self._form.dtype))
+        if self.residuals is not None:
+            before = [] if total is self or total.residuals is None else [total.residuals]
+            total.residuals = torch.cat([*before, self.residuals]).amax(0, keepdim=True)
         for name, each in self.sums.items():
             if name.endswith(_COLUMNS):
                 continue

@@ -5,11 +5,12 @@ This module brings scoring and stages together; it does not know what fingerprin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Generic
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -23,11 +24,16 @@ from wherefrom.profile import Profile
 from wherefrom.rescoring import exact_scores, rescore
 from wherefrom.scores import Scores, TopScores, extremes
 from wherefrom.scoring import Scoring
+from wherefrom.solvers import not_converged
 from wherefrom.stages import BlockStages, Stages
 from wherefrom.store import Partial, read_manifest
 from wherefrom.task import Batch
 from wherefrom.token_scoring import TokenScoring
 from wherefrom.tokens import INDEX, TokenParts, TokenScores, extreme_pairs
+
+logger = logging.getLogger("wherefrom")
+
+Kind = TypeVar("Kind", Scores, TopScores)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class KeptScores(Generic[Batch]):
         scores = Scores.load(self._path)
         shape = (1 if options.aggregate_queries else len(scoring.queries), 1 if options.aggregate_train else train)
         check_layout(self._path, {"values": scores.values}, {"values": (None, shape)})
-        return scores
+        return self._convergence_said(scores)
 
     def highest(self, k: int) -> TopScores:
         """Each query's highest and lowest."""
@@ -81,7 +87,7 @@ class KeptScores(Generic[Batch]):
         found = TopScores.load(self._path)
         shape = (len(self.scoring.queries), "kept")
         check_layout(self._path, {"values": found.values}, {"values": (None, shape)})
-        return found
+        return self._convergence_said(found)
 
     def of_candidates(self, positions: Tensor) -> TopScores:
         """Those of given training examples alone, int64 [queries, candidates], ascending; all of them are kept."""
@@ -91,12 +97,13 @@ class KeptScores(Generic[Batch]):
 
         def compute(blocks: Stages) -> dict[str, Tensor]:
             stages = BlockStages(blocks, len(self.scoring.train))
-            return extremes(exact_scores(self.scoring, positions, stages), positions, count)
+            exact = exact_scores(self.scoring, positions, stages)
+            return exact | extremes(exact["values"], positions, count)
 
         kept._keep(compute)
         found = TopScores.load(kept._path)
         check_layout(kept._path, {"values": found.values}, {"values": (None, tuple(positions.shape))})
-        return found
+        return self._convergence_said(found)
 
     def of_tokens(self, top: int | None, overwrite: bool) -> TokenScores:
         """Those of tokens: of each query's highest and lowest pairs, or of all for None; sequence scores are kept."""
@@ -122,7 +129,16 @@ class KeptScores(Generic[Batch]):
         there = self.scoring.ranks.first(
             lambda: path.exists() and of_values(read_manifest(path)["fingerprint"]) == self.fingerprint
         )
-        return Scores.load(path) if there else self.scores()
+        return self._convergence_said(Scores.load(path)) if there else self.scores()
+
+    def _convergence_said(self, found: Kind) -> Kind:
+        """Scores, with a warning if they are of solves that are no solutions, also when they were there."""
+        options = self.scoring.options
+        if options.solver is not None and found.residuals is not None and self.scoring.ranks.writes:
+            said = not_converged(found.residuals, options.solver, self.fingerprint["damping"])
+            if said is not None:
+                logger.warning(said)
+        return found
 
     def self_influence(self) -> Tensor:
         """Each training example's score with itself, [train]; kept in a folder of its own."""

@@ -211,19 +211,18 @@ class Options:
         return factors.strategy + "-conditioned" * bool(factors.roots) + self._suffix()
 
     def _suffix(self) -> str:
-        parts = {
-            f"-{self.solver.label if self.solver else None}": self.solver is not None,
-            "-half": self.half_precision,
-            f"-rank{self.query_rank}": self.query_rank is not None,
-            f"-{self.query_bits}bit": self.query_bits is not None,
-            "-layers": self.per_layer is True,
-            "-groups": bool(self.per_layer) and self.per_layer is not True,
-            "-self": self.self_influence,
-            f"-query-{self.aggregate_queries}": self.aggregate_queries,
-            f"-train-{self.aggregate_train}": self.aggregate_train,
-            f"-top{self.top}": self.top is not None,
-        }
-        return "".join(part for part, wanted in parts.items() if wanted)
+        parts = [
+            self.solver.label if self.solver else "",
+            "half" if self.half_precision else "",
+            f"rank{self.query_rank}" if self.query_rank else "",
+            f"{self.query_bits}bit" if self.query_bits else "",
+            "layers" if self.per_layer is True else "groups" if self.per_layer else "",
+            "self" if self.self_influence else "",
+            f"query-{self.aggregate_queries}" if self.aggregate_queries else "",
+            f"train-{self.aggregate_train}" if self.aggregate_train else "",
+            f"top{self.top}" if self.top else "",
+        ]
+        return "".join(f"-{part}" for part in parts if part)
 
     def fingerprint(self, study: Fingerprint, factors: Factors, precision: str) -> dict[str, str]:
         """What a result depends on, beside its queries.

@@ -27,6 +27,7 @@ _LAYER = "layer:"
 _SCORES: Layout = {"values": (None, ("query", "train"))}
 _BESIDE_SCORES: Layout = {
     "query_errors": (None, ("query",)),
+    "residuals": (None, ("query",)),
     "changes": (None, ("query", "rescored")),
     "self_influence": (None, ("train",)),
     "query_self_influence": (None, ("query",)),
@@ -71,6 +72,8 @@ class Scores:
         preconditioned_norms: the norm of (H + damping)^-1 g_t of each training example, [train].
         changes: by how much re-scoring at full rank has changed each query's highest scores, [query, rescored], in
             the order that they had; None without it.
+        residuals: with a `solver`, |g - (H + D) x| / |g| of each query's solve, [query]: 0 for a solution, 1 for no
+            answer at all; above 0.1 it is said not to have converged. Of aggregated queries, the largest.
         name: what they are called in their run directory; empty for scores that are not stored.
     """
 
@@ -82,6 +85,7 @@ class Scores:
     self_influence: Tensor | None = None
     query_self_influence: Tensor | None = None
     preconditioned_norms: Tensor | None = None
+    residuals: Tensor | None = None
     name: str = ""
 
     @classmethod
@@ -187,7 +191,7 @@ class TopScores:
         values, train: the highest scores, best first, and their training positions, [query, k].
         lowest_values, lowest_train: the lowest, lowest first.
         fingerprint: what they were computed from.
-        query_errors, name: as in `Scores`.
+        query_errors, residuals, name: as in `Scores`.
     """
 
     values: Tensor
@@ -196,6 +200,7 @@ class TopScores:
     lowest_train: Tensor
     fingerprint: Fingerprint
     query_errors: Tensor | None = None
+    residuals: Tensor | None = None
     name: str = ""
 
     @classmethod
@@ -209,7 +214,8 @@ class TopScores:
         folder, tensors, fingerprint = _stored(Path(folder))
         if "lowest_train" not in tensors:
             raise InputError(f"{folder} holds the scores of all pairs: read them with Scores.load.")
-        check_layout(folder, tensors, _EXTREMES, {"query_errors": _BESIDE_SCORES["query_errors"]})
+        beside = {name: _BESIDE_SCORES[name] for name in ("query_errors", "residuals")}
+        check_layout(folder, tensors, _EXTREMES, beside)
         return cls(fingerprint=fingerprint, name=folder.name, **tensors)
 
     @property

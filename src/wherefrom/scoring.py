@@ -197,8 +197,8 @@ class Scoring(Generic[Batch]):
             if self.options.self_influence and not rows.start:  # once is enough
                 collector = Together(collector, self._self_influence(train))
         self.sweep_train("pairwise scores", train, collector, len(resident), sums)
-        errors = resident.relative_errors()
-        return collector.sums if errors is None else {**collector.sums, "query_errors": errors}
+        of_queries = {"query_errors": resident.relative_errors(), "residuals": resident.residuals}
+        return collector.sums | {name: each for name, each in of_queries.items() if each is not None}
 
     def _self_influence(self, examples: Dataset[object], training: bool = True) -> SelfInfluenceCollector:
         sweep, count = self.sweep, len(examples)
@@ -304,14 +304,14 @@ class Scoring(Generic[Batch]):
         """Replace the gradients in a bank by what the solver makes of them."""
         assert self.options.solver is not None
         gradients = system.space.join(bank.sums).to(self.sweep.device)
-        found, residuals = self.options.solver.solve(system, gradients)
-        for name, matrices in system.space.split(found).items():
+        solution = self.options.solver.solve(system, gradients)
+        for name, matrices in system.space.split(solution.vectors).items():
             bank.sums[name][..., : matrices.shape[2]] = matrices
+        bank.residuals = last = solution.final
         if self.ranks.writes:
-            last = residuals[-1]
             logger.info(
-                f"{self.options.solver}: the last of {len(residuals)} relative residuals is {last.median():.2g} in the "
-                f"median of {len(last)} queries, {last.max():.2g} at most."
+                f"{self.options.solver}: after {len(solution.residuals) - 1} iterations, the relative residual is "
+                f"{last.median():.2g} in the median of {len(last)} queries, {last.max():.2g} at most."
             )
 
     def _summed_bank(self) -> GradientBank:
@@ -356,7 +356,8 @@ class _Assembled:
         """Put a block in its place: matrices, and vectors with a number for each query or training example."""
         for name, part in block.items():
             if part.dim() == 1:
-                size, place = (self._queries, rows) if name == "query_errors" else (self._train, columns)
+                of_queries = name in ("query_errors", "residuals")
+                size, place = (self._queries, rows) if of_queries else (self._train, columns)
                 whole = self.tensors.setdefault(name, part.new_zeros(size))
                 whole[place.start : place.stop] = part
             elif self._writes:

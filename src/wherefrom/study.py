@@ -22,6 +22,7 @@ from wherefrom.curvature import Factors, checked_strategy
 from wherefrom.errors import InputError
 from wherefrom.files import checked_name, within
 from wherefrom.fingerprint import (
+    LEFT_OUT,
     Dataset,
     checked_length,
     dataset_digest,
@@ -31,7 +32,7 @@ from wherefrom.fingerprint import (
 from wherefrom.fitting import Fitting
 from wherefrom.index import GradientIndex
 from wherefrom.kept_scores import KeptScores
-from wherefrom.layers import coverage, select_layers
+from wherefrom.layers import coverage, mostly_left_out, select_layers
 from wherefrom.locks import run_lock
 from wherefrom.memory import checked_batch_size, within_memory
 from wherefrom.names import log_others, result_name
@@ -126,6 +127,9 @@ class Study(Generic[Batch]):
         self.layers = layers
         if self._sweep.ranks.writes:
             logger.info(f"{coverage(model, layers)}.")
+        self._left_out = mostly_left_out(model, layers, task.head(model))
+        if self._left_out and self._sweep.ranks.writes:
+            logger.warning(f"{self._left_out}.")
         self.profile = self._sweep.profile
         self._lock = run_lock(self.path)
 
@@ -434,6 +438,7 @@ class Study(Generic[Batch]):
                 "task": json.dumps(task, sort_keys=True),
                 "layers": names_summary(list(self.layers)),
                 "training data": dataset_digest(self.train),
+                **({LEFT_OUT: self._left_out} if self._left_out else {}),
             }
         self._check_alike(found)
         return found

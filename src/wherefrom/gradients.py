@@ -228,8 +228,8 @@ class GradientBank(Collector):
             total._queries, total.sums = 1, {}
             total._form = replace(self._form, dtype=widened_dtype(self._form.dtype))
         if self.residuals is not None:
-            before = [] if total is self or total.residuals is None else [total.residuals]
-            total.residuals = torch.cat([*before, self.residuals]).amax(0, keepdim=True)
+            worst = [] if total is self or total.residuals is None else [total.residuals]
+            total.residuals = torch.cat([*worst, self.residuals]).amax(0, keepdim=True)
         for name, each in self.sums.items():
             if name.endswith(_COLUMNS):
                 continue

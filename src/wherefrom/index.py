@@ -187,7 +187,9 @@ class GradientIndex(Generic[Batch]):
         with tempfile.TemporaryDirectory() as folder:
             stages = Stages(Path(folder), self.fingerprint, sweep.profile)
             scores = exact_scores(scoring, torch.cat(both, 1), BlockStages(stages, len(self)))
-        highest, lowest = (extremes(each, train, k) for each, train in zip(scores.chunk(2, 1), both, strict=True))
+        highest, lowest = (
+            extremes(each, train, k) for each, train in zip(scores["values"].chunk(2, 1), both, strict=True)
+        )
         return {name: (lowest if name.startswith("lowest_") else highest)[name] for name in highest}
 
 

@@ -140,7 +140,7 @@ def test_drawn_labels_are_those_of_the_sampler(dtype: torch.dtype) -> None:
 
 
 def test_what_is_far_from_zero_is_as_exact() -> None:
-    """One logarithm of a sum would be rounded to a unit of the highest logit, here 1/1024, as would all gradients."""
+    """A logarithm of a sum would be rounded as the highest logit is, here to 1/1024, and all gradients with it."""
     logits, labels = example(5, 8, 400)
     logits = logits.float() + 2**14
     loss, gradient = with_gradient(logits, labels)

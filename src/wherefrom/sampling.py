@@ -40,7 +40,7 @@ class Sampler:
             logits: unnormalised log-probabilities, [batch, ..., classes].
             where: boolean [batch, ...]; only these positions use up random numbers, so padding elsewhere in the
                 row changes nothing. None means everywhere.
-            statistics: of these logits, all positions flattened, where a loss needs them too. None reads the logits.
+            statistics: of these logits, flattened to [positions, classes], if they are at hand. None reads the logits.
 
         Returns:
             Class indices, int64 [batch, ...]; 0 where `where` is false.

@@ -90,7 +90,7 @@ def _sums_below_one_maximum(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _runs(tensor: Tensor, size: int) -> list[Tensor]:
-    """Views [positions, blocks, size] of a tensor [positions, classes], and of a shorter last block if there is one."""
+    """Views [positions, blocks, size] of [positions, classes]: the whole blocks, and the rest if there is one."""
     whole = tensor.shape[1] // size * size
     views = (tensor[:, :whole].unflatten(1, (-1, size)), tensor[:, whole:].unsqueeze(1))
     return [view for view in views if view.shape[1:].numel()]

@@ -59,7 +59,9 @@ def main() -> int:
     names = given.stages or [name for name, stage in STAGES.items() if given.call in (None, stage.call)]
     usual = sum(seconds for call, seconds in LIMITS.items() if given.call in (None, call))
     limit = given.limit or (3600.0 if given.rehearse else usual)
-    setting = Setting(given.device or ("cpu" if given.rehearse else "cuda"), given.rehearse, scratch())
+    device = given.device or ("cpu" if given.rehearse else "cuda")
+    # Compiling takes longer than a rehearsal, and has tests of its own.
+    setting = Setting(device, given.rehearse, scratch(), compiled=not given.rehearse)
     day = Day.opened(given.folder, setting, " ".join(["python", *sys.argv]))
     day.run(names, limit)
     print_table(day.stages)

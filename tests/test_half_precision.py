@@ -157,7 +157,7 @@ def test_query_gradients_are_rotated_back_with_little_more_than_their_own_roundi
 def test_factors_in_half_precision_are_float32_and_say_so(tmp_path: Path) -> None:
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    full = study.fit("ekfac")
+    full = study.fit("ekfac", name="mine")
     half = study.fit("ekfac", half_precision=True)
     assert full.fingerprint["precision"] == "full"
     assert half.fingerprint["precision"].startswith("half: bfloat16 products")
@@ -165,7 +165,7 @@ def test_factors_in_half_precision_are_float32_and_say_so(tmp_path: Path) -> Non
         assert values.dtype == torch.float32
         assert 0 < relative_error(values.sum(), full.eigenvalues[name].sum()) < 0.05
     with pytest.raises(wf.WherefromError, match="precision: stored full, now half"):
-        study.fit("ekfac", half_precision=True, name="sampled")
+        study.fit("ekfac", half_precision=True, name="mine")
 
 
 @BOTH

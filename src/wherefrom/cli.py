@@ -6,6 +6,7 @@ work is the library's; this module turns arguments into its calls, and its error
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import sys
@@ -22,7 +23,7 @@ from wherefrom.errors import InputError
 from wherefrom.index_commands import index, query
 from wherefrom.locks import run_lock
 from wherefrom.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
-from wherefrom.plan_command import plan
+from wherefrom.plan_command import PlanArguments, plan
 from wherefrom.progress import show_log
 from wherefrom.ranks import Ranks
 from wherefrom.report.evaluations import load_figures
@@ -312,12 +313,27 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # texts and names that the terminal has no letters for
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries that load models and data
-    with command_line():
+    with command_line(_flags(sys.argv[1] if len(sys.argv) > 1 else "")):
         app.cli(
             prog="wherefrom",
             description="Which training examples made the model say that?",
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+
+
+# What the library calls an argument where a command has another word for it.
+_OTHER_WORDS = {
+    "fit": {"source": "train", "max_length": "length", "block_size": "length"},
+    "score": {"source": "queries", "k": "top_only", "top": "tokens"},
+    "query": {"source": "queries"},
+}
+
+
+def _flags(command: str) -> dict[str, str]:
+    """The flags of all commands by the library's names for them, in the words of one command."""
+    commands = (fit, score, self_influence, top, report, index, query, PlanArguments)
+    names = {name for each in commands for name in inspect.signature(each).parameters if name != "run"}
+    return {**{name: name for name in names}, **_OTHER_WORDS.get(command, {})}
 
 
 def _token_scores(folder: Path, scores: Scores | TopScores) -> TokenScores | None:

@@ -104,8 +104,10 @@ class Scoring(Generic[Batch]):
     def plan(self) -> Plan:
         """Sizes and forms; made, and said in the log, when there is something to compute."""
         plan = make_plan(self.sweep, self.strategy, self.queries, self.train, self.options)
-        if self.ranks.writes:
+        # Scores of tokens are planned as those of their sequences were: that is said once.
+        if self.ranks.writes and str(plan) not in self.sweep.said:
             logger.info(str(plan))
+            self.sweep.said.add(str(plan))
         return plan
 
     @property

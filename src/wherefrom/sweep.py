@@ -82,6 +82,7 @@ class Sweep(Generic[Batch]):
         compile_activations: run activation functions through torch.compile.
         offload_factors: keep covariances, eigenvectors and eigenvalues on the host.
         memory_budget: bytes that may be taken beyond what is there at the start; None is most of what is free.
+        said: lines of the log that are not to be repeated.
     """
 
     model: nn.Module
@@ -94,6 +95,7 @@ class Sweep(Generic[Batch]):
     memory_budget: int | None = None
     compile_activations: bool = False
     offload_factors: bool = False
+    said: set[str] = field(default_factory=set)
 
     @property
     def ranks(self) -> Ranks:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.rule import Rule
 from rich.style import Style
 from rich.table import Table
@@ -40,17 +39,17 @@ def top_tables(
     parts: list[RenderableType] = []
     for query in shown:
         passage = queries[query]
-        heading = escape(f"Query {query}" + (f" ({passage.label})" if passage.label else ""))
-        table = hits_table(heading, [each for each in hits if each.query == query], train, width)
-        parts += [table, Text(excerpt(passage.text, 2 * width)), Text()]
+        heading = f"Query {query}" + (f" ({passage.label})" if passage.label else "")
+        table = hits_table(None, [each for each in hits if each.query == query], train, width)
+        parts += [Text(heading, style="bold"), Text(excerpt(passage.text, 2 * width)), table, Text()]
     return Group(*parts)
 
 
-def hits_table(heading: str, hits: Sequence[Hit], train: Passages, width: int = 160) -> Table:
+def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, width: int = 160) -> Table:
     """Training sequences with their ranks and scores, and their labels where they have some."""
     found = [train[hit.train] for hit in hits]
     labelled = any(each.label for each in found)
-    table = Table("Rank", "Train", "Score", title_justify="left", title=f"[bold]{heading}[/bold]")
+    table = Table("Rank", "Train", "Score", title_justify="left", title=heading and f"[bold]{heading}[/bold]")
     if labelled:
         table.add_column("Label")
     table.add_column("Training sequence", overflow="fold")

@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.contract.answers import Answers
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """What each way of scoring answers, found once."""
+    from tests.contract.answers import Answers  # which imports models, and few tests need it
+
+    return Answers(tmp_path_factory.mktemp("answers"))

@@ -55,6 +55,7 @@ class Method:
         query_axis, train_axis: of its values; None where it adds up over them, or has none.
         folder: of a result that is called NAME, below the run directory; None where nothing is kept.
         takes_factors: whether it is given what `fit` returned.
+        checks: how many losses are computed to look at its arguments.
         half_precision: how far it may be from full precision, in units of the largest score.
         unsupported: the rest.
     """
@@ -65,6 +66,7 @@ class Method:
     train_axis: int | None = 1
     folder: str | None = "scores/{}"
     takes_factors: bool = False
+    checks: int = 0
     half_precision: float = 0.1
     unsupported: Mapping[Property, Unsupported] = field(default_factory=dict)
 
@@ -206,14 +208,14 @@ def source(adam: bool) -> Callable[[Path, Setting], Result]:
     """SOURCE of two segments; its damping is weight decay's."""
 
     def score(run: Path, setting: Setting) -> Result:
-        named = {} if setting.name is None else {"name": setting.name}
+        named: dict[str, Any] = {} if setting.name is None else {"name": setting.name}
         return wf.score_source(
             study_of(run, setting),
             setting.checkpoints,
             setting.queries,
             2,
             adam=adam,
-            weight_decay=setting.damping or 0.0,
+            weight_decay=setting.weight_decay,
             empirical=setting.empirical,
             seed=setting.seed,
             query_batch_size=setting.batch_size,
@@ -249,7 +251,7 @@ def projected(call: Any, factors: str | None = None) -> Callable[[Path, Setting]
 
 
 def sampled_fisher(run: Path, setting: Setting) -> Result:
-    named = {} if setting.name is None else {"name": setting.name}
+    named: dict[str, Any] = {} if setting.name is None else {"name": setting.name}
     return wf.fisher_scores(
         study_of(run, setting),
         setting.queries,
@@ -271,7 +273,7 @@ def training_of(setting: Setting) -> wf.ReplayableTraining[Any]:
 
 
 def magic(run: Path, setting: Setting) -> Result:
-    named = {} if setting.name is None else {"name": setting.name}
+    named: dict[str, Any] = {} if setting.name is None else {"name": setting.name}
     return wf.magic_scores(
         run,
         training_of(setting),
@@ -314,6 +316,7 @@ _NOTHING_DRAWN = Unsupported("nothing is drawn")
 _NO_DAMPING = Unsupported("there is no curvature to be damped")
 _FULL_PRECISION = Unsupported("there is no such argument")
 _UNKNOWN_OPTION = Unsupported("gradients are projected in full precision", InputError, "half_precision=True: expected")
+_ANY_FACTORS = Unsupported("a solution does not depend on the factors that it was found with")
 _WHOLE_SOLUTIONS = Unsupported("solutions are in the model's type", InputError, "half_precision=True with a solver")
 
 METHODS: dict[str, Method] = {
@@ -339,16 +342,16 @@ METHODS: dict[str, Method] = {
         pairwise("ekfac", aggregate_train="mean"), truth.mean_of_training, train_axis=None, takes_factors=True
     ),
     "conjugate gradients": Method(
-        solved(wf.ConjugateGradients(iterations=100, tolerance=1e-10)),
+        solved(wf.ConjugateGradients(iterations=100, tolerance=1e-11)),
         truth.gauss_newton,
         takes_factors=True,
-        unsupported={"half precision": _WHOLE_SOLUTIONS},
+        unsupported={"half precision": _WHOLE_SOLUTIONS, "seed": _ANY_FACTORS},
     ),
     "ASTRA": Method(
-        solved(wf.Astra(iterations=12, batch_size=None, learning_rate=1.0, momentum=0.0, decay=1.0)),
+        solved(wf.Astra(iterations=8, batch_size=None, learning_rate=1.0, momentum=0.0, decay=1.0)),
         truth.gauss_newton,
         takes_factors=True,
-        unsupported={"half precision": _WHOLE_SOLUTIONS},
+        unsupported={"half precision": _WHOLE_SOLUTIONS, "seed": _ANY_FACTORS},
     ),
     "highest": Method(highest, truth.factored("ekfac"), takes_factors=True),
     "candidates": Method(of_candidates, truth.of_candidates(candidates), takes_factors=True),
@@ -389,6 +392,7 @@ METHODS: dict[str, Method] = {
     "MAGIC": Method(
         magic,
         truth.magic(training_of),
+        checks=4,
         unsupported={
             "order": Unsupported("an example's position decides in which steps it is trained on"),
             "damping": _NO_DAMPING,

@@ -80,6 +80,11 @@ class Setting:
     overwrite: bool = False
 
     @property
+    def weight_decay(self) -> float:
+        """What damps SOURCE, of a size that matters to it."""
+        return (self.damping or 0.0) / 1000
+
+    @property
     def case(self) -> Case:
         """The model and the data alone."""
         return Case(self.model, self.task, list(self.train), list(self.queries))
@@ -129,7 +134,7 @@ class Settings:
         """The usual setting but for this."""
         usual = self.usual()
         return {
-            "damping": lambda: replace(usual, damping=40.0),
+            "damping": lambda: replace(usual, damping=400.0),
             "query set": lambda: replace(usual, queries=token_rows(QUERIES, seed=8)),
             "seed": lambda: replace(usual, seed=1),
             "training set": lambda: replace(usual, train=token_rows(TRAIN, seed=11)),

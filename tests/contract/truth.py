@@ -29,7 +29,7 @@ from wherefrom.compression import Compression, Projection
 from wherefrom.layers import select_layers
 
 # So much that solvers need few iterations.
-SOLVER_DAMPING = 30.0
+SOLVER_DAMPING = 300.0
 RANK = 2
 SAMPLES = 2
 
@@ -78,7 +78,8 @@ def conditioned(setting: Setting) -> Tensor:
 
 def inverse(brute: BruteForce, layer: str, damping: float | None) -> Tensor:
     """(H + damping)^-1 of EK-FAC, [weights, weights]."""
-    return torch.linalg.inv(damped(brute.curvature("ekfac", layer).detach(), damping))
+    found: Tensor = torch.linalg.inv(damped(brute.curvature("ekfac", layer).detach(), damping))
+    return found
 
 
 def self_influence(setting: Setting) -> Tensor:
@@ -115,7 +116,8 @@ def gauss_newton(setting: Setting) -> Tensor:
     )
     with tempfile.TemporaryDirectory() as run:
         matrix = dense_gauss_newton(setting.case, study_of(setting, run), token_logits)
-    return queries @ torch.linalg.solve(damped(matrix, damping), train.T)
+    found: Tensor = queries @ torch.linalg.solve(damped(matrix, damping), train.T)
+    return found
 
 
 def at_checkpoints(setting: Setting) -> list[BruteForce]:
@@ -138,7 +140,7 @@ def source(adam: bool) -> Truth:
     def truth(setting: Setting) -> Tensor:
         cuts = [[brute] for brute in at_checkpoints(setting)]
         strategy, steps = ("shampoo", [adam_steps([each]) for each in setting.checkpoints]) if adam else ("ekfac", None)
-        return by_matrix_exponentials(cuts, RATES, strategy, steps, setting.damping or 0.0)
+        return by_matrix_exponentials(cuts, RATES, strategy, steps, setting.weight_decay)
 
     return truth
 
@@ -180,7 +182,8 @@ def trak(setting: Setting) -> Tensor:
         for each in (brute.queries, measured(brute, setting.case.train))
     )
     kernel = damped(outputs.T @ outputs / len(outputs), setting.damping) * len(outputs)
-    return queries @ torch.linalg.solve(kernel, outputs.T)
+    products: Tensor = queries @ torch.linalg.solve(kernel, outputs.T)
+    return products
 
 
 def trackstar(setting: Setting, mixing: float = 0.9) -> Tensor:

@@ -27,9 +27,10 @@ demo: $(STAMP)
 	$(RUN) examples/wikitext/analyze.py --checkpoint_dir runs/demo/checkpoints --run_dir runs/demo \
 		--compute_per_token_score --report runs/demo/report.html
 
-## The whole test suite
+## The whole test suite, file by file in two processes (WORKERS=4: in four)
+WORKERS ?= 2
 test: $(STAMP)
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 ## A part of the suite with the lowest versions that pyproject.toml allows (TESTS=tests: all of it); of torch, where pip
 ## finds that version without CUDA, and else the version of the lock

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tests.models import relative_error
+from tests.processes import run_command
 from tests.runs import labels, only
 from wherefrom.cli import _flags, main
 from wherefrom.commands import in_flags
@@ -48,8 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wherefrom(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from wherefrom.cli import main; main()", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return run_command(folder, *arguments)
 
 
 def test_fit_score_top_report(folder: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
+from tests.processes import run_script
 from tests.runs import only
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "digits" / "find_mislabels.py"
@@ -22,8 +21,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "digits" / "find_mislabels.py"
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     sizes = ("--num_seeds", "1", "--epochs", "8", "--shown_epoch", "8", "--max_train_examples", "400")
-    command = [sys.executable, str(SCRIPT), "--run_dir", str(folder), *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script(SCRIPT, "--run_dir", str(folder), *sizes)
     assert done.returncode == 0, done.stderr
     assert "40 of 400 labels are wrong" in done.stdout
     return folder

@@ -28,18 +28,25 @@ def gradients(study: wf.Study[Any], losses: list[Tensor]) -> Tensor:
     return torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(each, weights)]) for each in losses])
 
 
-def dense(case: Case, study: wf.Study[Any], damping: float | None, scale: Tensor | None = None) -> Tensor:
+def dense(
+    case: Case,
+    study: wf.Study[Any],
+    damping: float | None,
+    scale: Tensor | None = None,
+    seed: int = SEED,
+    samples: int = SAMPLES,
+) -> Tensor:
     """g_q^T (F + damping P^-1)^-1 g_t with the matrix itself."""
     task, model = case.task, case.model
 
     def alone(example: object) -> Any:
         return task.collate([example])
 
-    count = SAMPLES * len(case.train)
+    count = samples * len(case.train)
     drawn = gradients(
         study,
         [
-            task.train_loss(model, alone(case.train[row % len(case.train)]), wf.Sampler(SEED, [row]))
+            task.train_loss(model, alone(case.train[row % len(case.train)]), wf.Sampler(seed, [row]))
             for row in range(count)
         ],
     )

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import wherefrom as wf
-from tests import solver_worker
 from tests.dense_gauss_newton import CASES, Logits, dense, label_rows, study_of, system_of
 from tests.models import Case, mlp_case, relative_error
 from tests.reference import BruteForce
@@ -159,23 +154,6 @@ def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
     assert torch.equal(found["one"], found["same"]) and torch.equal(found["all"], found["whole"])
     assert relative_error(found["other"], found["one"]) > 1e-3
     assert relative_error(found["one"], found["all"]) > 1e-3
-
-
-def test_processes_share_the_products(tmp_path: Path) -> None:
-    solver_worker.scores(tmp_path / "alone")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.solver_worker", str(tmp_path / "two")]
-    processes = [
-        subprocess.Popen(command, cwd=Path(__file__).parents[1], env={**shared, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    for name in solver_worker.SOLVERS:
-        alone, together = (Scores.load(tmp_path / run / "scores" / f"ekfac-{name}").values for run in ("alone", "two"))
-        assert relative_error(together, alone) < 1e-9
 
 
 def test_scores_are_kept_under_the_solvers_name_and_reused(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ bench: $(STAMP)
 	$(RUN) benchmarks/low_rank.py
 	$(RUN) benchmarks/tables.py
 
-## Everything that wants a GPU, in two calls (docs/gpu.md); GPU_DAY=--rehearse runs it tiny on a CPU, some two minutes
+## Everything that wants a GPU, in two calls (docs/gpu.md); GPU_DAY=--rehearse runs it tiny on a CPU
 gpu-day: $(STAMP)
 	$(RUN) benchmarks/gpu_day.py $(GPU_DAY)
 

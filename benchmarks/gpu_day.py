@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def main() -> int:
     device = given.device or ("cpu" if given.rehearse else "cuda")
     # Compiling takes longer than a rehearsal, and has tests of its own.
     setting = Setting(device, given.rehearse, scratch(), compiled=not given.rehearse)
+    # Or a stage, which is no child of this process's group, would live on.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     day = Day.opened(given.folder, setting, " ".join(["python", *sys.argv]))
     day.run(names, limit)
     print_table(day.stages)

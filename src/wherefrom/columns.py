@@ -46,15 +46,28 @@ def number(name: str, value: object) -> int:
     return found
 
 
-def check_length(name: str, values: Tensor, tokens: int) -> None:
-    """Refuse a column that has not one number for each token.
+def class_of(example: object) -> int:
+    """The label of an example that has one for the whole of it, called `labels` or `label`.
+
+    Raises:
+        InputError: there is none, or it is no whole number.
+    """
+    assert isinstance(example, Mapping)
+    for name in ("labels", "label"):
+        if example.get(name) is not None:
+            return number(name, example[name])
+    raise InputError(f"SequenceClassification needs examples with an integer 'labels'; found {sorted(example)}.")
+
+
+def check_length(name: str, values: Tensor, tokens: int, of: str = "input_ids") -> None:
+    """Refuse a column that has not one number for each token of another column.
 
     Raises:
         InputError: names the column and both lengths.
     """
     if len(values) != tokens:
         raise InputError(
-            f"{name!r} has {len(values)} numbers and 'input_ids' {tokens} tokens: expected one for each. Cut both "
+            f"{name!r} has {len(values)} numbers and {of!r} {tokens} tokens: expected one for each. Cut both "
             "in the same way."
         )
 
@@ -87,11 +100,15 @@ def check_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
             f"'input_ids' holds token {int(ids.max())}, and the model has tokens 0 to {known - 1}. Tokenise the "
             "examples with the tokenizer that the model was trained with."
         )
-    segments = getattr(getattr(model, "config", None), "type_vocab_size", None)
+    # Without segments of its own, as in GPT-2, a model looks for them among its tokens.
+    segments = getattr(getattr(model, "config", None), "type_vocab_size", known)
     if isinstance(segments, int) and "token_type_ids" in batch:
         check_highest("token_type_ids", batch["token_type_ids"], segments, "segments")
     longest = _positions(model)
-    if longest is not None and ids.shape[1] > longest:
+    if "position_ids" in batch:
+        if longest is not None:
+            check_highest("position_ids", batch["position_ids"], longest + _first_position(model), "positions")
+    elif longest is not None and ids.shape[1] > longest:
         raise InputError(
             f"a sequence has {ids.shape[1]} tokens, and the model positions for {longest}. Cut the examples as they "
             "were cut for training."
@@ -100,13 +117,24 @@ def check_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
 
 def _positions(model: nn.Module) -> int | None:
     """How many positions a model has vectors for; None where it has none of its own, as with rotary positions."""
-    found = [
-        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and name.endswith(("wpe", "position_embeddings", "embed_positions"))
-    ]
+    found = [module.num_embeddings - _reserved(module) for module in _position_embeddings(model)]
     stated = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return min([*found, *([stated] if isinstance(stated, int) else [])]) if found else None
+
+
+def _first_position(model: nn.Module) -> int:
+    """The number of the first token's position: not 0 in models such as RoBERTa, which begin behind their padding's."""
+    return max(map(_reserved, _position_embeddings(model)), default=0)
+
+
+def _position_embeddings(model: nn.Module) -> list[nn.Embedding]:
+    ends = ("wpe", "position_embeddings", "embed_positions")
+    return [each for name, each in model.named_modules() if isinstance(each, nn.Embedding) and name.endswith(ends)]
+
+
+def _reserved(embedding: nn.Embedding) -> int:
+    """How many of its vectors are no token's position."""
+    return 0 if embedding.padding_idx is None else embedding.padding_idx + 1
 
 
 def check_highest(name: str, values: Tensor, known: int, what: str) -> None:

@@ -321,7 +321,7 @@ class DampedGaussNewton(Generic[Batch]):
         with (
             _following(sweep.model, self.space),
             held_signals() as held,
-            Loader(sweep.task, examples, sweep.device, end=share.stop) as loader,
+            Loader(sweep.task, examples, sweep.device, end=share.stop, model=sweep.model) as loader,
         ):
             for some, sums in zip(vectors.split(together), total.split(together), strict=True):
                 size = max(1, together // len(some))

@@ -5,11 +5,12 @@ This module brings scoring and stages together; it does not know what fingerprin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Generic
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -17,16 +18,22 @@ from wherefrom.files import within
 from wherefrom.fingerprint import Fingerprint, tensors_digest
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
 from wherefrom.layouts import Layout, check_layout
+from wherefrom.names import log_others, result_name
 from wherefrom.options import of_values
 from wherefrom.profile import Profile
 from wherefrom.rescoring import exact_scores, rescore
 from wherefrom.scores import Scores, TopScores, extremes
 from wherefrom.scoring import Scoring
+from wherefrom.solvers import not_converged
 from wherefrom.stages import BlockStages, Stages
 from wherefrom.store import Partial, read_manifest
 from wherefrom.task import Batch
 from wherefrom.token_scoring import TokenScoring
 from wherefrom.tokens import INDEX, TokenParts, TokenScores, extreme_pairs
+
+logger = logging.getLogger("wherefrom")
+
+Kind = TypeVar("Kind", Scores, TopScores)
 
 
 @dataclass(frozen=True)
@@ -34,14 +41,20 @@ class KeptScores(Generic[Batch]):
     """What scoring gives, in a run directory.
 
     Attributes:
+        label: what the name begins with, where none is given.
         fingerprint: what the scores depend on.
     """
 
     run: Path
     scoring: Scoring[Batch]
-    name: str
+    label: str
     fingerprint: Fingerprint
     profile: Profile
+
+    @cached_property
+    def name(self) -> str:
+        """What the result is called in its folder."""
+        return result_name(self.label, self.fingerprint, self.scoring.options.name)
 
     @cached_property
     def _path(self) -> Path:
@@ -66,7 +79,7 @@ class KeptScores(Generic[Batch]):
         scores = Scores.load(self._path)
         shape = (1 if options.aggregate_queries else len(scoring.queries), 1 if options.aggregate_train else train)
         check_layout(self._path, {"values": scores.values}, {"values": (None, shape)})
-        return scores
+        return self._convergence_said(scores)
 
     def highest(self, k: int) -> TopScores:
         """Each query's highest and lowest."""
@@ -74,23 +87,23 @@ class KeptScores(Generic[Batch]):
         found = TopScores.load(self._path)
         shape = (len(self.scoring.queries), "kept")
         check_layout(self._path, {"values": found.values}, {"values": (None, shape)})
-        return found
+        return self._convergence_said(found)
 
     def of_candidates(self, positions: Tensor) -> TopScores:
         """Those of given training examples alone, int64 [queries, candidates], ascending; all of them are kept."""
         count = positions.shape[1]
         wanted = f"{count} candidates of each query ({tensors_digest({'candidates': positions})[:24]})"
-        name = self.name if self.scoring.options.name else f"{self.name}-candidates"
-        kept = replace(self, name=name, fingerprint={**self.fingerprint, "kept": wanted})
+        kept = replace(self, label=f"{self.label}-candidates", fingerprint={**self.fingerprint, "kept": wanted})
 
         def compute(blocks: Stages) -> dict[str, Tensor]:
             stages = BlockStages(blocks, len(self.scoring.train))
-            return extremes(exact_scores(self.scoring, positions, stages), positions, count)
+            exact = exact_scores(self.scoring, positions, stages)
+            return exact | extremes(exact["values"], positions, count)
 
         kept._keep(compute)
         found = TopScores.load(kept._path)
         check_layout(kept._path, {"values": found.values}, {"values": (None, tuple(positions.shape))})
-        return found
+        return self._convergence_said(found)
 
     def of_tokens(self, top: int | None, overwrite: bool) -> TokenScores:
         """Those of tokens: of each query's highest and lowest pairs, or of all for None; sequence scores are kept."""
@@ -116,13 +129,23 @@ class KeptScores(Generic[Batch]):
         there = self.scoring.ranks.first(
             lambda: path.exists() and of_values(read_manifest(path)["fingerprint"]) == self.fingerprint
         )
-        return Scores.load(path) if there else self.scores()
+        return self._convergence_said(Scores.load(path)) if there else self.scores()
+
+    def _convergence_said(self, found: Kind) -> Kind:
+        """Scores, with a warning if they are of solves that are no solutions, also when they were there."""
+        options = self.scoring.options
+        if options.solver is not None and found.residuals is not None and self.scoring.ranks.writes:
+            said = not_converged(found.residuals, options.solver, self.fingerprint["damping"])
+            if said is not None:
+                logger.warning(said)
+        return found
 
     def self_influence(self) -> Tensor:
         """Each training example's score with itself, [train]; kept in a folder of its own."""
         stages = Stages(within(self.run, "self_influence"), self.fingerprint, self.profile)
         if self.scoring.options.overwrite:
             stages.forget(self.name)
+        stages.ranks.first(lambda: log_others(stages.folder / self.name, self.fingerprint))
         kept = stages.keep(self.name, self.scoring.train_self_influence)
         found, shape = kept.load(), (len(self.scoring.train),)
         layout: Layout = {SELF_INFLUENCE: (None, shape), SQUARED_NORM: (None, shape)}
@@ -156,6 +179,7 @@ def keep_scores(
     if overwrite:
         blocks.clear()
         stages.forget(name)
+    stages.ranks.first(lambda: log_others(path, fingerprint))
     stages.keep(name, lambda _: compute(blocks))
     blocks.clear()
     return path

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wherefrom.columns import check_highest, check_length, check_mask, check_tokens, number, vector
+from wherefrom import model_inputs, packing
+from wherefrom.columns import check_highest, check_length, check_mask, check_tokens, class_of, number, vector
 from wherefrom.errors import InputError
-from wherefrom.losses import IGNORED, summed_cross_entropy
+from wherefrom.losses import IGNORED, drawn_cross_entropy, summed_cross_entropy
 from wherefrom.precision import widened
 from wherefrom.sampling import Sampler
 from wherefrom.task import Task
@@ -28,6 +29,8 @@ Measure = Literal["loss", "margin"]
 
 # Columns that say which tokens of an example are counted: 1 = counted. TRL calls them so.
 _COUNTING = ("completion_mask", "assistant_masks")
+# Columns of an encoder-decoder's decoder, with a number for each of its labels.
+_DECODED = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class ChosenToken:
 class LanguageTask(Task[TokenBatch]):
     """What the tasks of this module have in common; a task is its `predictions`.
 
+    Other columns of examples, such as `token_type_ids`, `position_ids` or `pixel_values`, are given to a model whose
+    forward has an argument of that name, and left out if it has none, as a Trainer leaves them out.
+
     Args:
         layers: as in `Task`.
         measure: of queries: "loss", the summed cross-entropy, or "margin", minus the sum over counted labels of their
@@ -53,8 +59,13 @@ class LanguageTask(Task[TokenBatch]):
             TRAK, Park et al. 2023).
     """
 
-    padding: ClassVar[Mapping[str, int]] = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-    """The columns that a batch may have, and what each is padded with."""
+    padding: ClassVar[Mapping[str, int]] = {
+        "input_ids": 0, "token_type_ids": 0, "position_ids": 0, "attention_mask": 0, "labels": IGNORED
+    }  # fmt: skip
+    """The columns that have a whole number for each token, and what each is padded with."""
+
+    read: ClassVar[frozenset[str]] = frozenset({"input_ids", "attention_mask", "labels"})
+    """The columns that the task reads itself. All others are the model's: passed on if its forward takes them."""
 
     labels_each_token: ClassVar[bool] = True
     """Whether `labels` has one number for each of `input_ids`."""
@@ -69,13 +80,16 @@ class LanguageTask(Task[TokenBatch]):
         """Logits [..., classes] of every prediction, and their labels [...], -100 where nothing is counted."""
         raise NotImplementedError(f"{type(self).__name__} must define predictions(model, batch).")
 
+    def select(self, model: nn.Module, example: object) -> object:
+        return model_inputs.selected(model, example, self.read) if isinstance(example, Mapping) else example
+
     def check(self, model: nn.Module, batch: TokenBatch) -> None:
         """Refuse tokens, positions and labels that the model does not have.
 
         Raises:
             InputError: names the first, and what there is.
         """
-        check_tokens(model, batch)
+        check_tokens(model, self.inputs(model, batch))
         known = self.classes(model)
         if known is not None and "labels" in batch:
             check_highest("labels", batch["labels"], known, "classes")
@@ -88,8 +102,7 @@ class LanguageTask(Task[TokenBatch]):
     def train_loss(self, model: nn.Module, batch: TokenBatch, sampler: Sampler | None = None) -> Tensor:
         logits, labels = self.predictions(model, batch)
         if sampler is not None:
-            counted = labels != IGNORED
-            labels = torch.where(counted, sampler.categorical(logits.detach(), counted), labels)
+            return drawn_cross_entropy(logits, labels != IGNORED, sampler)
         return summed_cross_entropy(logits, labels)
 
     def measurement(self, model: nn.Module, batch: TokenBatch) -> Tensor:
@@ -110,29 +123,20 @@ class LanguageTask(Task[TokenBatch]):
     def collate(self, examples: Sequence[object]) -> TokenBatch:
         """Pad examples on the right to the longest: labels with -100, other columns with 0.
 
-        Without padding there is no attention_mask: a model that is given none can take its fast attention without a
-        look at the values, also when it is compiled.
+        What is not a number for each token, such as images, is stacked. Without padding and positions there is no
+        attention_mask: a model that is given none can take its fast attention without a look at the values, also when
+        it is compiled.
         """
-        rows = [self.row(example) for example in examples]
-        names = [name for name in self.padding if name in rows[0]]
-        lacking = next((row for row in rows if any(name not in row for name in names) or len(row) != len(names)), None)
-        if lacking is not None:
-            raise InputError(
-                f"{type(self).__name__}: one example has the columns {sorted(rows[0])} and another of the same batch "
-                f"{sorted(lacking)}; give all examples the same."
-            )
-        batch = {
-            name: nn.utils.rnn.pad_sequence([row[name] for row in rows], True, self.padding[name]) for name in names
-        }
-        if bool((batch["attention_mask"] == 1).all()):
+        batch = model_inputs.collated([self.row(example) for example in examples], self.padding)
+        if "position_ids" not in batch and bool((batch["attention_mask"] == 1).all()):
             del batch["attention_mask"]
         return batch
 
     def row(self, example: object) -> TokenBatch:
-        """One example's columns as int64 vectors; the attention mask is filled in where it is missing.
+        """One example's columns, those of tokens as int64 vectors; the attention mask is filled in where it is missing.
 
         Raises:
-            InputError: a column is missing, holds something else than whole numbers, or has another length.
+            InputError: a column is missing, cannot be made a tensor, or has another length.
         """
         if not isinstance(example, Mapping) or example.get("input_ids") is None:
             found = sorted(map(str, example)) if isinstance(example, Mapping) else type(example).__name__
@@ -140,7 +144,9 @@ class LanguageTask(Task[TokenBatch]):
                 f"{type(self).__name__} needs examples that are dicts with 'input_ids'; found {found}. "
                 "Tokenise the dataset first, or write a Task with its own collate."
             )
-        row = {name: vector(name, example[name]) for name in self.padding if example.get(name) is not None}
+        others = model_inputs.model_columns(example, self.read)
+        own = {name: example[name] for name in self.read & self.padding.keys() if example.get(name) is not None}
+        row = {name: vector(name, value) for name, value in {**own, **others}.items() if name in self.padding}
         tokens = len(row["input_ids"])
         if not tokens:
             raise InputError("'input_ids' is empty: expected at least one token. Leave the example out.")
@@ -150,10 +156,16 @@ class LanguageTask(Task[TokenBatch]):
                 "attention_mask of 0, and what is not counted with labels of -100."
             )
         for name, values in row.items():
-            if name != "labels" or self.labels_each_token:
+            if self.labels_each_token or name not in _DECODED:
                 check_length(name, values, tokens)
         check_mask(row.setdefault("attention_mask", torch.ones_like(row["input_ids"])))
-        return row
+        return row | {name: model_inputs.tensor(name, others[name]) for name in others.keys() - self.padding.keys()}
+
+    def inputs(self, model: nn.Module, batch: TokenBatch) -> TokenBatch:
+        """What the model is called with: tokens, their mask, and the columns that its forward takes."""
+        taken = model_inputs.accepted(model)
+        always = ("input_ids", "attention_mask")
+        return {name: each for name, each in batch.items() if name in always or name in taken - self.read}
 
     def _need_labels(self, row: TokenBatch, what: str) -> None:
         if "labels" not in row:
@@ -170,10 +182,16 @@ class CausalLM(LanguageTask):
     To count only a completion, give examples `labels` that are -100 on the prompt, a `prompt_length`, or a
     `completion_mask` or `assistant_masks` as TRL makes them (1 = counted).
 
+    An example may hold several documents, packed as TRL and transformers do, with `position_ids` that start from 0 in
+    each, or their `seq_lengths`. They do not see each other, and as in training a document's first token is not
+    predicted: losses and gradients are the sums of those of the documents alone.
+
     Args:
         layers: as in `Task`.
         measure: of queries: "loss", "margin" (see `LanguageTask`), or a `ChosenToken`. Lower is more of each.
     """
+
+    read: ClassVar[frozenset[str]] = LanguageTask.read.union(_COUNTING, ("prompt_length", "seq_lengths"))
 
     def __init__(self, layers: Sequence[str] | None = None, measure: Measure | ChosenToken = "loss") -> None:
         super().__init__(layers, "loss" if isinstance(measure, ChosenToken) else measure)
@@ -182,12 +200,12 @@ class CausalLM(LanguageTask):
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         # The labels are shifted, not the logits: a slice of those would be copied, and filled up again going back.
         labels = functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED)
-        return _next_token_logits(model, batch), _of_real_tokens(labels, batch)
+        return self._logits(model, batch), _of_real_tokens(labels, batch)
 
     def measurement(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         if not isinstance(self.measure, ChosenToken):
             return super().measurement(model, batch)
-        logits = _next_token_logits(model, batch)
+        logits = self._logits(model, batch)
         mask = self.mask(batch)
         assert mask is not None
         places = _places(mask, self.measure.position)
@@ -196,10 +214,32 @@ class CausalLM(LanguageTask):
             raise InputError(f"measure={self.measure}: the model's vocabulary has tokens 0 to {after.shape[1] - 1}.")
         return summed_cross_entropy(after, torch.full_like(places, self.measure.token))
 
+    def _logits(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """Logits [batch, tokens, classes] of what follows each token."""
+        inputs = self.inputs(model, batch)
+        # Models keep packed documents apart only without a mask, which tells them nothing: padding comes last.
+        mask = None if "position_ids" in inputs else inputs.get("attention_mask")
+        logits: Tensor = model(**{**inputs, "attention_mask": mask}, use_cache=False).logits
+        return logits
+
+    def select(self, model: nn.Module, example: object) -> object:
+        if isinstance(example, Mapping):
+            packing.check_positions_taken(model, example)
+        return super().select(model, example)
+
+    def verify(self, model: nn.Module, batch: TokenBatch) -> None:
+        if "position_ids" in self.inputs(model, batch):
+            packing.check_apart(model, batch)
+
     def row(self, example: object) -> TokenBatch:
         row = super().row(example)
         assert isinstance(example, Mapping)
+        if example.get("seq_lengths") is not None and "position_ids" not in row:
+            row["position_ids"] = packing.positions_of(example["seq_lengths"], len(row["input_ids"]))
         labels = _labels(row)
+        if "position_ids" in row:
+            packing.check_mask_of_packed(example, row["position_ids"], row["attention_mask"])
+            labels = labels.masked_fill(row["position_ids"] == 0, IGNORED)
         for name in _COUNTING:
             if example.get(name) is not None:
                 counted = vector(name, example[name])
@@ -215,14 +255,12 @@ class MaskedLM(LanguageTask):
     """Prediction of masked tokens with a Hugging Face masked language model, such as BERT.
 
     Examples are dicts with `input_ids`, in which some tokens are masked, and `labels`, -100 everywhere else; optionally
-    `attention_mask` and `token_type_ids`. Which tokens are masked is part of the example, so it must not be drawn anew
+    `attention_mask`. Which tokens are masked is part of the example, so it must not be drawn anew
     whenever the dataset is read.
     """
 
-    padding: ClassVar[Mapping[str, int]] = {"input_ids": 0, "token_type_ids": 0, "attention_mask": 0, "labels": IGNORED}
-
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        logits: Tensor = model(**_without(batch, "labels")).logits
+        logits: Tensor = model(**self.inputs(model, batch)).logits
         return logits, _of_real_tokens(batch["labels"], batch)
 
     def row(self, example: object) -> TokenBatch:
@@ -235,7 +273,8 @@ class Seq2Seq(LanguageTask):
     """Next-token prediction with a Hugging Face encoder-decoder, such as T5 or BART.
 
     Examples are dicts with `input_ids` of the encoder and `labels`, the decoder's targets (-100 = not counted; at the
-    end, -100 is padding); optionally `attention_mask` of the encoder. The model makes the decoder's inputs of them.
+    end, -100 is padding); optionally `attention_mask` of the encoder. Without `decoder_input_ids`, the model makes the
+    decoder's inputs of the labels.
 
     Layers see the encoder's tokens or the decoder's, and are told apart by how many there are: where both would be
     equally many, the decoder's have one more of padding. Token scores are of the encoder's tokens; track only its
@@ -243,9 +282,10 @@ class Seq2Seq(LanguageTask):
     """
 
     labels_each_token: ClassVar[bool] = False
+    padding: ClassVar[Mapping[str, int]] = {**LanguageTask.padding, "decoder_input_ids": 0, "decoder_attention_mask": 0}
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        logits: Tensor = model(**batch, use_cache=False).logits
+        logits: Tensor = model(**self.inputs(model, batch), labels=batch["labels"], use_cache=False).logits
         return logits, batch["labels"]
 
     def masks(self, batch: TokenBatch) -> tuple[Tensor, ...]:
@@ -258,7 +298,8 @@ class Seq2Seq(LanguageTask):
     def collate(self, examples: Sequence[object]) -> TokenBatch:
         batch = super().collate(examples)
         if batch["labels"].shape[1] == batch["input_ids"].shape[1]:
-            batch["labels"] = functional.pad(batch["labels"], (0, 1), value=IGNORED)
+            for name in batch.keys() & _DECODED:
+                batch[name] = functional.pad(batch[name], (0, 1), value=self.padding[name])
         return batch
 
     def row(self, example: object) -> TokenBatch:
@@ -266,14 +307,15 @@ class Seq2Seq(LanguageTask):
         self._need_labels(row, "the tokens that the decoder is to write")
         if not len(row["labels"]):
             raise InputError("'labels' is empty: expected at least one token for the decoder. Leave the example out.")
+        for name in row.keys() & _DECODED:
+            check_length(name, row[name], len(row["labels"]), "labels")
         return row
 
 
 class SequenceClassification(LanguageTask):
     """Classification of token sequences with a Hugging Face model that has one label a sequence.
 
-    Examples are dicts with `input_ids` and an integer `labels` (or `label`); optionally `attention_mask` and
-    `token_type_ids`.
+    Examples are dicts with `input_ids` and an integer `labels` (or `label`); optionally `attention_mask`.
 
     Args:
         layers, measure: as in `LanguageTask`.
@@ -281,7 +323,10 @@ class SequenceClassification(LanguageTask):
             (`model.config.pad_token_id`); others do not care.
     """
 
-    padding: ClassVar[Mapping[str, int]] = {"input_ids": 0, "token_type_ids": 0, "attention_mask": 0}
+    padding: ClassVar[Mapping[str, int]] = {
+        name: value for name, value in LanguageTask.padding.items() if name != "labels"
+    }
+    read: ClassVar[frozenset[str]] = LanguageTask.read.union(("label",))
 
     def __init__(self, layers: Sequence[str] | None = None, measure: Measure = "loss", *, pad_token: int = 0) -> None:
         super().__init__(layers, measure)
@@ -299,7 +344,7 @@ class SequenceClassification(LanguageTask):
             raise InputError("the first token, which the model classifies by, is masked. Pad on the right.")
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        logits: Tensor = model(**_without(batch, "labels")).logits
+        logits: Tensor = model(**self.inputs(model, batch)).logits
         if logits.shape[-1] == 1:
             raise InputError(
                 "SequenceClassification: the model has one output, which is no choice between classes. Write a Task "
@@ -311,26 +356,7 @@ class SequenceClassification(LanguageTask):
         batch = super().collate(examples)
         if "attention_mask" in batch:
             batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, self.pad_token)
-        return {**batch, "labels": torch.tensor([_class_of(example) for example in examples])}
-
-
-def _class_of(example: object) -> int:
-    assert isinstance(example, Mapping)
-    for name in ("labels", "label"):
-        if example.get(name) is not None:
-            return number(name, example[name])
-    raise InputError(f"SequenceClassification needs examples with an integer 'labels'; found {sorted(example)}.")
-
-
-def _without(batch: TokenBatch, name: str) -> TokenBatch:
-    return {key: value for key, value in batch.items() if key != name}
-
-
-def _next_token_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
-    logits: Tensor = model(
-        input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
-    ).logits
-    return logits
+        return {**batch, "labels": torch.tensor([class_of(example) for example in examples])}
 
 
 def _of_real_tokens(labels: Tensor, batch: TokenBatch) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -141,8 +142,9 @@ class TrackedLayer:
         if not self._biased or use.kind.one_hot:
             return tokens
         features = tokens.shape[-1]
-        aligned = tokens.new_zeros(*tokens.shape[:-1], self.width)
+        aligned = tokens.new_empty(*tokens.shape[:-1], self.width)
         aligned[..., :features] = tokens
+        aligned[..., features:] = 0
         aligned[..., features] = use.bias is not None
         return aligned
 
@@ -331,6 +333,38 @@ def coverage(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> str:
     ]
     rest = f"; not tracked: {', '.join(parts)}" if parts else ""
     return f"Tracking {len(layers)} layer(s), {_short(tracked)} of {_short(total)} weights{rest}"
+
+
+def mostly_left_out(model: nn.Module, layers: Mapping[str, TrackedLayer], head: nn.Module | None) -> str | None:
+    """What is to be said where less than half of the trained weights are tracked; None otherwise.
+
+    Embeddings and the output head do not count, which are left out on purpose.
+    """
+    aside = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head}
+    left = [each for each in untracked(model, layers) if each.name not in aside]
+    own = [layer for layer in layers.values() if not any(use.name in aside for use in layer.uses)]
+    tracked, missing = sum(math.prod(layer.shape) for layer in own), sum(each.weights for each in left)
+    if tracked >= missing:
+        return None
+    kinds = {each.name: layer_type(model.get_submodule(each.name)) for each in left}
+    possible = [
+        each for each in left if (kind := kinds[each.name]) and kind.refused(model.get_submodule(each.name)) is None
+    ]
+    impossible = [each for each in left if each not in possible]
+    advice = []
+    if possible:
+        patterns = dict.fromkeys(re.sub(r"\b\d+\b", "*", each.name) for each in possible)
+        names = ", ".join(map(repr, list(patterns)[:8])) + (", ..." if len(patterns) > 8 else "")
+        advice.append(f"{_short(sum(each.weights for each in possible))} could be, with {names} among the `layers`")
+    if impossible:
+        count = _short(sum(each.weights for each in impossible))
+        kind_list = ", ".join(sorted({each.kind for each in impossible}))
+        advice.append(f"{count} cannot be, which are of no supported kind of layer ({kind_list})")
+    share = tracked / (tracked + missing)
+    return (
+        f"Only {share:.0%} of the {_short(tracked + missing)} weights that were trained, besides embeddings and output "
+        f"head, are tracked: scores say nothing of what the others have learned. Of these, {'; '.join(advice)}"
+    )
 
 
 def _short(count: int) -> str:

@@ -84,6 +84,8 @@ class Loader(Generic[Batch]):
             self._coming = (following, self._thread.submit(self._prepare, following))
         # From pinned memory, the host does not wait for the copy.
         batch = cast(Batch, mapped(prepared.batch, self._moved))
+        if self._model is not None:
+            self._task.verify(self._model, batch)
         padding = (Padding(each.mask.to(self._device, non_blocking=True), each.tokens) for each in prepared.padding)
         return Loaded(batch, tuple(padding))
 
@@ -148,7 +150,7 @@ def collated(
 
 
 def _batch(task: Task[Batch], examples: Sequence[object], model: nn.Module | None) -> tuple[Batch, Sequence[Tensor]]:
-    batch = task.collate(examples)
+    batch = task.collate(examples if model is None else [task.select(model, example) for example in examples])
     masks = task.masks(batch)
     _check_masks(task, masks, len(examples))
     if model is not None:

@@ -6,14 +6,19 @@ has been offloaded with it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeIs
 
 from wherefrom.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -25,6 +30,21 @@ def execution_device(module: nn.Module) -> torch.device:
             if device is not None:
                 return torch.device(device)
     return next(module.parameters()).device
+
+
+def is_sharded_tensor(tensor: Tensor) -> TypeIs[DTensor]:
+    """Whether a tensor's numbers are spread over processes.
+
+    Importing what PyTorch shards with takes a second, and no tensor is sharded before somebody has imported it.
+    """
+    found = sys.modules.get("torch.distributed.tensor")
+    return found is not None and isinstance(tensor, found.DTensor)
+
+
+def is_sharded_module(module: nn.Module) -> bool:
+    """Whether `fully_shard` has spread a module's weights over processes."""
+    found = sys.modules.get("torch.distributed.fsdp")
+    return found is not None and isinstance(module, found.FSDPModule)
 
 
 def read_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:

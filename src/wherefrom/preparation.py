@@ -163,6 +163,7 @@ def _masked_text(preparation: Preparation, row: Row, number: int) -> dict[str, A
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(number)).tolist()
     chosen = {places[each] for each in order[: max(1, round(_MASKED_SHARE * len(places)))]}
     return {
+        **{name: list(encoded[name]) for name in ("token_type_ids",) if name in encoded},
         "input_ids": [tokenizer.mask_token_id if place in chosen else each for place, each in enumerate(ids)],
         "labels": [each if place in chosen else IGNORED for place, each in enumerate(ids)],
     }

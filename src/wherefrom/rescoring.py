@@ -1,4 +1,4 @@
-"""Chosen scores, with whole query gradients: the highest of low-rank ones once more, or those of given candidates.
+"""Chosen scores, with whole query gradients: the highest of approximate ones once more, or those of given candidates.
 
 This module knows how scores are computed; it does not know where they are kept.
 """
@@ -36,16 +36,18 @@ def rescore(scoring: Scoring[Batch], values: Tensor | None, stages: BlockStages)
     positions, before = scoring.ranks.first(lambda: _highest(values, scoring.options.rescore))
     # From low-rank scores that were found anew, others may be the highest: equal ones differ by rounding.
     folder = stages.stages.folder / tensors_digest({"positions": positions})[:16]
-    better = exact_scores(scoring, positions, replace(stages, stages=replace(stages.stages, folder=folder)))
+    again = replace(stages, stages=replace(stages.stages, folder=folder))
+    better = exact_scores(scoring, positions, again)["values"]
     if values is not None:
         values.scatter_(1, positions, better)
     changes = better - before
-    share = changes.abs().mean() / before.abs().mean()
-    logger.info(f"At full rank, the {changes.shape[1]} highest scores move by {share:.1%}.")
+    size = before.abs().mean()  # 0 where no query has a gradient
+    moved = f"move by {changes.abs().mean() / size:.1%}" if size > 0 else "were all 0"
+    logger.info(f"At full rank, the {changes.shape[1]} highest scores {moved}.")
     return changes
 
 
-def exact_scores(scoring: Scoring[Batch], positions: Tensor, stages: BlockStages) -> Tensor:
+def exact_scores(scoring: Scoring[Batch], positions: Tensor, stages: BlockStages) -> dict[str, Tensor]:
     """The scores of some training examples of each query, with whole query gradients.
 
     Args:
@@ -53,10 +55,12 @@ def exact_scores(scoring: Scoring[Batch], positions: Tensor, stages: BlockStages
         stages: keeps blocks.
 
     Returns:
-        [queries, chosen].
+        `values` [queries, chosen], and with a solver the `residuals` of its solves, [queries].
     """
+    residuals: list[Tensor] = []
     scores = torch.zeros(positions.shape, dtype=scoring.sweep.dtype)
-    whole = replace(scoring, options=replace(scoring.options, query_rank=None, rescore=0, self_influence=False))
+    exact = replace(scoring.options, query_rank=None, query_bits=None, rescore=0, self_influence=False)
+    whole = replace(scoring, options=exact)
 
     def work(rows: range) -> None:
         wanted, places = positions[rows.start : rows.stop].unique(return_inverse=True)
@@ -64,12 +68,15 @@ def exact_scores(scoring: Scoring[Batch], positions: Tensor, stages: BlockStages
         found = scores[rows.start : rows.stop]  # [rows, chosen]
         for columns in whole.shards(rows, len(wanted)):
             train = Rows(scoring.train, wanted[columns.start : columns.stop].tolist())
-            block = stages.mapped(rows, columns, partial(whole.block, bank, rows, train))["values"]
+            tensors = stages.mapped(rows, columns, partial(whole.block, bank, rows, train))
+            block = tensors["values"]
             inside = (places >= columns.start) & (places < columns.stop)
             found[inside] = block.gather(1, (places - columns.start).clamp(0, len(columns) - 1))[inside]
+        if "residuals" in tensors:
+            residuals.append(tensors["residuals"])
 
     whole.each_block(work, stages)
-    return scores
+    return {"values": scores} | ({"residuals": torch.cat(residuals)} if residuals else {})
 
 
 def checked_candidates(candidates: Tensor, queries: int, train: int) -> Tensor:

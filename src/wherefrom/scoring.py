@@ -25,10 +25,11 @@ from wherefrom.fingerprint import Dataset
 from wherefrom.gauss_newton import DampedGaussNewton
 from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
+from wherefrom.job import Job, Wanted
 from wherefrom.loading import Rows
 from wherefrom.memory import within_memory
 from wherefrom.options import Options
-from wherefrom.plan import Job, Plan, Wanted, plan_scores
+from wherefrom.plan import Plan, plan_scores
 from wherefrom.ranks import Ranks
 from wherefrom.scores import PairwiseCollector, extremes, merged_extremes
 from wherefrom.stages import BlockStages
@@ -56,7 +57,8 @@ def make_plan(
         loaded: whether the factors are in memory already; otherwise room is left for them.
     """
     dtype = torch.bfloat16 if options.half_precision else sweep.dtype
-    wanted = Wanted(dtype, options.query_rank, options.query_batch_size, options.train_batch_size)
+    batches = options.query_batch_size, options.train_batch_size
+    wanted = Wanted(dtype, options.query_rank, *batches, options.query_bits)
     job = Job(
         layers=sweep.layers,
         strategy=strategy,
@@ -102,8 +104,10 @@ class Scoring(Generic[Batch]):
     def plan(self) -> Plan:
         """Sizes and forms; made, and said in the log, when there is something to compute."""
         plan = make_plan(self.sweep, self.strategy, self.queries, self.train, self.options)
-        if self.ranks.writes:
+        # Scores of tokens are planned as those of their sequences were: that is said once.
+        if self.ranks.writes and str(plan) not in self.sweep.said:
             logger.info(str(plan))
+            self.sweep.said.add(str(plan))
         return plan
 
     @property
@@ -131,9 +135,10 @@ class Scoring(Generic[Batch]):
         self.each_block(work, stages)
         if "query_errors" in whole.tensors and self.ranks.writes:
             errors = whole.tensors["query_errors"]
+            rank, bits = self.options.query_rank, self.options.query_bits
+            form = f"Rank {rank} leaves" if bits is None else f"{bits} bits leave"
             logger.info(
-                f"Rank {self.options.query_rank} leaves out {errors.mean():.1%} of a query gradient's norm on average, "
-                f"{errors.max():.1%} at most."
+                f"{form} out {errors.mean():.2%} of a query gradient's norm on average, {errors.max():.2%} at most."
             )
         if self.options.self_influence:
             whole.tensors["preconditioned_norms"] = whole.tensors.pop(SQUARED_NORM).sqrt()
@@ -194,8 +199,8 @@ class Scoring(Generic[Batch]):
             if self.options.self_influence and not rows.start:  # once is enough
                 collector = Together(collector, self._self_influence(train))
         self.sweep_train("pairwise scores", train, collector, len(resident), sums)
-        errors = resident.relative_errors()
-        return collector.sums if errors is None else {**collector.sums, "query_errors": errors}
+        of_queries = {"query_errors": resident.relative_errors(), "residuals": resident.residuals}
+        return collector.sums | {name: each for name, each in of_queries.items() if each is not None}
 
     def _self_influence(self, examples: Dataset[object], training: bool = True) -> SelfInfluenceCollector:
         sweep, count = self.sweep, len(examples)
@@ -269,7 +274,7 @@ class Scoring(Generic[Batch]):
 
     def _within_memory(self, queries: int) -> AbstractContextManager[None]:
         """Turn a failed allocation into the error of our own that means fewer resident queries."""
-        advice = "Give a query_rank, track fewer layers, or use a device with more memory."
+        advice = "Give query_bits=8 or a query_rank, track fewer layers, or use a device with more memory."
         return within_memory(f"Gradients of {queries} queries, and what is made of them, do", self.sweep.device, advice)
 
     def bank(self, rows: range) -> GradientBank:
@@ -301,14 +306,14 @@ class Scoring(Generic[Batch]):
         """Replace the gradients in a bank by what the solver makes of them."""
         assert self.options.solver is not None
         gradients = system.space.join(bank.sums).to(self.sweep.device)
-        found, residuals = self.options.solver.solve(system, gradients)
-        for name, matrices in system.space.split(found).items():
+        solution = self.options.solver.solve(system, gradients)
+        for name, matrices in system.space.split(solution.vectors).items():
             bank.sums[name][..., : matrices.shape[2]] = matrices
+        bank.residuals = last = solution.final
         if self.ranks.writes:
-            last = residuals[-1]
             logger.info(
-                f"{self.options.solver}: the last of {len(residuals)} relative residuals is {last.median():.2g} in the "
-                f"median of {len(last)} queries, {last.max():.2g} at most."
+                f"{self.options.solver}: after {len(solution.residuals) - 1} iterations, the relative residual is "
+                f"{last.median():.2g} in the median of {len(last)} queries, {last.max():.2g} at most."
             )
 
     def _summed_bank(self) -> GradientBank:
@@ -353,7 +358,8 @@ class _Assembled:
         """Put a block in its place: matrices, and vectors with a number for each query or training example."""
         for name, part in block.items():
             if part.dim() == 1:
-                size, place = (self._queries, rows) if name == "query_errors" else (self._train, columns)
+                of_queries = name in ("query_errors", "residuals")
+                size, place = (self._queries, rows) if of_queries else (self._train, columns)
                 whole = self.tensors.setdefault(name, part.new_zeros(size))
                 whole[place.start : place.stop] = part
             elif self._writes:

@@ -34,17 +34,27 @@ class System(Protocol):
         """What the filter makes of each row of [queries, weights]."""
 
 
+# The relative residual above which a solve is said not to have converged: 0 is a solution, and 1 what x = 0 has.
+CONVERGED = 0.1
+
+
 class Solution(NamedTuple):
     """What a solver has found.
 
     Attributes:
         vectors: x [queries, weights].
-        residuals: |g - (H + D) x| / |g| before each iteration, [iterations, queries]: 1 where x is 0. `Astra`'s are of
-            each iteration's own batch, so they are noisy, and those of all examples are smaller.
+        residuals: |g - (H + D) x| / |g| before each iteration, and of the vectors last, [iterations + 1, queries]: 1
+            where x is 0. `Astra`'s, but for the last, are of each iteration's own batch, so they are noisy, and those
+            of all examples are smaller.
     """
 
     vectors: Tensor
     residuals: Tensor
+
+    @property
+    def final(self) -> Tensor:
+        """The residuals of the vectors, [queries]."""
+        return self.residuals[-1]
 
 
 class Solver(ABC):
@@ -134,9 +144,9 @@ class Astra(Solver):
 
     x_0 = P g and x_{k+1} = x_k - rate_k v_k with v_k = momentum v_{k-1} + P ((H_k + D) x_k - g), where P is the filter
     and H_k the curvature of a batch of examples, drawn anew with replacement and the same for all queries (equation 9,
-    footnote 13). The defaults are the paper's for GPT-2 on WikiText-2 (table 3), where `learning_rate` was equal to
-    the damping; for its other models it was 0.01 or 0.1 of theirs, with batches of 128 or 256, 200 iterations, and half
-    the rate after every 50.
+    footnote 13). How far x is from a solution is measured at the end, by a pass over all examples. The defaults are the
+    paper's for GPT-2 on WikiText-2 (table 3), where `learning_rate` was equal to the damping; for its other models it
+    was 0.01 or 0.1 of theirs, with batches of 128 or 256, 200 iterations, and half the rate after every 50.
 
     Args:
         iterations: each is one pass over a batch.
@@ -183,7 +193,28 @@ class Astra(Solver):
             history.append(_checked(_relative(excess, norms), "Astra"))
             velocity = self.momentum * velocity + system.precondition(excess)
             found -= self.learning_rate * self.decay ** (iteration // self.decay_every) * velocity
+        history.append(_checked(_relative(system.product(found) - gradients, norms), "Astra"))
         return Solution(found, torch.stack(history))
+
+
+def not_converged(residuals: Tensor, solver: Solver, damping: str) -> str | None:
+    """What is to be said of final relative residuals, [queries]; None where all of them are those of solutions.
+
+    Args:
+        damping: in words.
+    """
+    over = residuals > CONVERGED
+    if not bool(over.any()):
+        return None
+    worse = int((residuals > 1).sum())
+    than_nothing = f" ({worse} of them worse than x = 0 would be)" if worse else ""
+    return (
+        f"{solver}: {int(over.sum())} of {len(residuals)} solves have not converged{than_nothing}. The relative "
+        f"residual |g - (H + D) x| / |g| is {residuals.median():.2g} in the median and {residuals.max():.2g} at most, "
+        f"where a solution has {CONVERGED} or less: these scores are not those of the Gauss-Newton matrix. Give a "
+        f"larger damping than {damping}, which Kronecker factors get along with and the matrix itself often does not, "
+        "or more iterations."
+    )
 
 
 def _check_at_least_one(solver: Solver, *names: str) -> None:

@@ -6,19 +6,16 @@ curvature or scores. A task of your own is a subclass of `Task` with a `train_lo
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from types import ModuleType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
+from wherefrom.descriptions import described, described_class
 from wherefrom.errors import InputError, first_line
-from wherefrom.fingerprint import model_digest, tensors_digest
 from wherefrom.memory import out_of_memory
 from wherefrom.precision import widened
 from wherefrom.sampling import Sampler
@@ -91,19 +88,49 @@ class Task(Generic[Batch]):
             ) from error
         return batch
 
+    def select(self, model: nn.Module, example: object) -> object:
+        """What of an example goes into a batch for this model; all of it unless a task knows better.
+
+        Raises:
+            InputError: the model would use a part of the example that cannot be passed on.
+        """
+        return example
+
     def check(self, model: nn.Module, batch: Batch) -> None:
         """Refuse a batch that the model cannot take, with an `InputError`; the batch is still on the host.
 
         Called for every batch: what a GPU would only find out by ending the process belongs here.
         """
 
+    def verify(self, model: nn.Module, batch: Batch) -> None:
+        """Refuse a model that would make something else of a batch than training did, with an `InputError`.
+
+        Called for every batch, which is on the model's device: what only a pass through the model can tell.
+        """
+
     def settings(self) -> dict[str, str]:
-        """What makes two tasks the same, for fingerprints: the class and its public attributes.
+        """What makes two tasks the same, for fingerprints: the class with its code, and its public attributes.
 
         `measure` is what only queries depend on: factors and self-influence serve every value of it.
         """
-        public = {name: _described(name, value) for name, value in vars(self).items() if not name.startswith("_")}
-        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
+        public = {
+            name: described(f"The task's attribute {name!r}", value)
+            for name, value in vars(self).items()
+            if not name.startswith("_")
+        }
+        return {"class": described_class(type(self)), **public}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module is put back as it was."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
 
 
 class Objective(nn.Module, Generic[Batch]):
@@ -132,46 +159,6 @@ def checked_settings(task: Task[Batch]) -> dict[str, str]:
             "every call."
         )
     return found
-
-
-def _described(name: str, value: object) -> str:
-    """An attribute of a task as a text that is the same in every process, and of no other value.
-
-    Raises:
-        InputError: Python prints it with an address.
-    """
-    if isinstance(value, np.ndarray):
-        value = torch.as_tensor(value)
-    if isinstance(value, Tensor):  # which Python prints rounded, and without its middle
-        return f"Tensor {tensors_digest({name: value})}"
-    if isinstance(value, list | tuple | set | frozenset):
-        parts = [_described(name, each) for each in value]
-        return f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, set | frozenset) else parts)})"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key!r}: {_described(name, each)}' for key, each in value.items())}}}"
-    if isinstance(value, nn.Module):
-        return f"{type(value).__qualname__} {model_digest(value)}"
-    function = _described_function(name, value)
-    if function is not None:
-        return function
-    found = repr(value)
-    if re.search(r" at 0x[0-9a-fA-F]+", found):
-        raise InputError(
-            f"The task's attribute {name!r} is {found[:80]}, and nothing tells it from another: results could be taken "
-            "for those of another task, or not be found again. Use a function of a module, give its class a __repr__ "
-            f"that says what it holds, or call it {'_' + name!r} if results do not depend on it."
-        )
-    return found
-
-
-def _described_function(name: str, value: object) -> str | None:
-    """A function or class of a module by its name, a method with its object; None for anything else."""
-    known_as, owner = getattr(value, "__qualname__", ""), getattr(value, "__self__", None)
-    if not callable(value) or not re.fullmatch(r"[\w.]+", known_as):
-        return None
-    if isinstance(owner, ModuleType | type | None):
-        return f"{value.__module__}.{known_as}"
-    return f"{known_as} of {_described(name, owner)}"
 
 
 class Classification(Task[Sequence[Tensor]]):

@@ -100,7 +100,9 @@ class TokenScoring(Generic[Batch]):
         task, examples = self.scoring.sweep.task, len(self.scoring.train)
         if type(task).mask is Task.mask:  # never pads: all examples are alike
             return [self._seen_tokens(0)] * examples
-        masks = (task.mask(collated(task, self.scoring.train, [row])[0]) for row in range(examples))
+        masks = (
+            task.mask(collated(task, self.scoring.train, [row], self.scoring.sweep.model)[0]) for row in range(examples)
+        )
         return [self._seen_tokens(row) if mask is None else mask.shape[1] for row, mask in enumerate(masks)]
 
     def _seen_tokens(self, row: int) -> int:

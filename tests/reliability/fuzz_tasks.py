@@ -115,7 +115,7 @@ class Case:
         def gradients(dataset: Any, loss: Callable[..., Tensor]) -> Tensor:
             rows = []
             for position in range(len(dataset)):
-                batch = self.task.collate([dataset[position]])
+                batch = self.task.collate([self.task.select(model, dataset[position])])
                 # Where examples are of several types, a batch of them takes the widest.
                 value = loss(model, mapped(batch, lambda each: each.to(dtype) if each.is_floating_point() else each))
                 found = torch.autograd.grad(value, weights, allow_unused=True)
@@ -140,7 +140,7 @@ def _text_case(kind: str) -> Case:
 
 
 COLUMNS = ["input_ids", "labels", "label", "attention_mask", "token_type_ids", "completion_mask", "assistant_masks",
-           "prompt_length", "text"]  # fmt: skip
+           "prompt_length", "text", "position_ids", "seq_lengths", "decoder_input_ids", "inputs_embeds"]  # fmt: skip
 
 numbers = st.integers(-3, 15) | st.sampled_from([-100, -101, 2**31, 2**63, -(2**70), 10**30])
 values = st.one_of(

@@ -65,7 +65,9 @@ class StackedTraining(Generic[Batch]):
             raise InputError(f"batch_size={batch_size}, epochs={epochs}: expected at least 1 of each.")
         self._objectives = _Objectives(copy.deepcopy(model).train(False), task, count or _rows)
         self._examples = len(train)
-        self._train, self._queries = _collated(task, train, "train"), _collated(task, queries, "queries")
+        self._train, self._queries = (
+            _collated(model, task, each, name) for each, name in ((train, "train"), (queries, "queries"))
+        )
         self._optimizer, self._batch_size, self._epochs = optimizer, batch_size, epochs
 
     def __call__(self, retrainings: Sequence[Retraining]) -> Tensor:
@@ -140,10 +142,10 @@ class _Objectives(Objective[Batch]):
         return cast(Tensor, functional_call(self, weights, (batch, True)))
 
 
-def _collated(task: Task[Batch], dataset: Dataset[object], name: str) -> Batch:
+def _collated(model: nn.Module, task: Task[Batch], dataset: Dataset[object], name: str) -> Batch:
     """All examples in one batch of tensors [examples, ...]."""
     count = checked_length(name, dataset)
-    batch = task.collate([dataset[row] for row in range(count)])
+    batch = task.collate([task.select(model, dataset[row]) for row in range(count)])
     wrong = [each for each in _leaves(batch) if not isinstance(each, Tensor) or each.shape[:1] != (count,)]
     if wrong:
         found = f"of shape {list(wrong[0].shape)}" if isinstance(wrong[0], Tensor) else f"{wrong[0]!r:.80}"

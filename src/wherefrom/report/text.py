@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.rule import Rule
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from wherefrom.errors import InputError
-from wherefrom.report.passages import Passages, TokenContributions
+from wherefrom.report.passages import Passages, TokenContributions, checked_passages
 from wherefrom.scores import Hit, Scores, TopScores
 
 
@@ -29,24 +28,28 @@ def top_tables(
     """For each query in `shown`: its text and a table of its k top training sequences.
 
     Args:
-        shown: which queries.
+        queries: all of them; where scores are aggregated, the one row says of how many.
+        shown: which rows of the scores.
         width: how many characters of a text are shown.
+
+    Raises:
+        WherefromError: as `checked_passages`, where these are not the texts that the scores are about.
     """
-    hits = scores.top(k)
+    hits, queries = scores.top(k), checked_passages(scores, queries, train)
     parts: list[RenderableType] = []
     for query in shown:
         passage = queries[query]
-        heading = escape(f"Query {query}" + (f" ({passage.label})" if passage.label else ""))
-        table = hits_table(heading, [each for each in hits if each.query == query], train, width)
-        parts += [table, Text(excerpt(passage.text, 2 * width)), Text()]
+        heading = f"Query {query}" + (f" ({passage.label})" if passage.label else "")
+        table = hits_table(None, [each for each in hits if each.query == query], train, width)
+        parts += [Text(heading, style="bold"), Text(excerpt(passage.text, 2 * width)), table, Text()]
     return Group(*parts)
 
 
-def hits_table(heading: str, hits: Sequence[Hit], train: Passages, width: int = 160) -> Table:
+def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, width: int = 160) -> Table:
     """Training sequences with their ranks and scores, and their labels where they have some."""
     found = [train[hit.train] for hit in hits]
     labelled = any(each.label for each in found)
-    table = Table("Rank", "Train", "Score", title_justify="left", title=f"[bold]{heading}[/bold]")
+    table = Table("Rank", "Train", "Score", title_justify="left", title=heading and f"[bold]{heading}[/bold]")
     if labelled:
         table.add_column("Label")
     table.add_column("Training sequence", overflow="fold")
@@ -66,8 +69,12 @@ def token_tables(
     k: int = 3,
     width: int = 300,
 ) -> RenderableType:
-    """For each query in `shown`: its text, and its k top training sequences as heat maps of their tokens."""
-    hits = scores.top(k)
+    """For each query in `shown`: its text, and its k top training sequences as heat maps of their tokens.
+
+    Raises:
+        WherefromError: as `checked_passages`, where these are not the texts that the scores are about.
+    """
+    hits, queries = scores.top(k), checked_passages(scores, queries, train, tokens)
     parts: list[RenderableType] = []
     for query in shown:
         parts += [Rule(f"Query {query}", align="left"), Text(excerpt(queries[query].text, width)), Text()]

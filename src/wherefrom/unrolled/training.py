@@ -19,11 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from wherefrom.capture import evaluating
 from wherefrom.errors import InputError, LossError
 from wherefrom.fingerprint import Dataset, checked_length
 from wherefrom.loading import collated, mapped
-from wherefrom.task import Batch, Objective, Task
+from wherefrom.task import Batch, Objective, Task, evaluating
 from wherefrom.unrolled.recipe import TrainingRecipe
 
 _TOLERANCE = 1e-3  # of the check that weights act on examples; rounding in float32 is far below
@@ -193,8 +192,10 @@ class ReplayableTraining(Generic[Batch]):
         return cast(Tensor, functional_call(self._objective, replaced, (batch, measured)))
 
     def _batch(self, dataset: Dataset[object], rows: list[int]) -> Batch:
-        batch, _ = collated(self.task, dataset, rows)
-        return cast(Batch, mapped(batch, lambda values: values.to(self._device)))
+        batch, _ = collated(self.task, dataset, rows, self.model)
+        batch = cast(Batch, mapped(batch, lambda values: values.to(self._device)))
+        self.task.verify(self.model, batch)
+        return batch
 
     def _check_weighting(self) -> None:
         """Refuse a loss whose examples cannot be weighted at the model's outputs: compare with one at a time."""

@@ -244,7 +244,8 @@ def exact_residuals(study: wf.Study[object], case: Case, solver: Solver, damping
     gradients = torch.stack([torch.cat([each[name].flatten() for name in brute.layers]) for each in brute.queries])
     system = system_of(study, case, damping, factors=study.fit("ekfac"))
     found = solver.solve(system, gradients.detach()).vectors
-    return (gradients - found @ matrix).norm(dim=1).detach() / gradients.norm(dim=1).detach()
+    residuals: Tensor = (gradients - found @ matrix).norm(dim=1).detach() / gradients.norm(dim=1).detach()
+    return residuals
 
 
 @pytest.mark.parametrize(

@@ -195,8 +195,8 @@ class GradientBank(Collector):
             total._queries, total.sums = 1, {}
             total._form = replace(self._form, dtype=widened_dtype(self._form.dtype))
         if self.residuals is not None:
-            before = [] if total is self or total.residuals is None else [total.residuals]
-            total.residuals = torch.cat([*before, self.residuals]).amax(0, keepdim=True)
+            known = [self.residuals] if total.residuals is None else [total.residuals, self.residuals]
+            total.residuals = torch.cat(known).amax(0, keepdim=True)
         for name, each in self.sums.items():
             if name.endswith(_COLUMNS):
                 continue

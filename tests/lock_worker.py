@@ -1,9 +1,8 @@
-"""A process that takes a run directory for a while: `python -m tests.lock_worker RUN LOG SECONDS`."""
+"""What a process does that takes a run directory for a while."""
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +20,3 @@ def main(run: Path, log: Path, seconds: float) -> None:
         time.sleep(seconds)
         with log.open("a") as stream:
             stream.write(f"end {os.getpid()}\n")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))

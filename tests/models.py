@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 import wherefrom as wf
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 VOCABULARY = 13
+TRANSFORMERS = Version(version("transformers")).release
 
 
 class Mlp(nn.Module):

@@ -1,4 +1,4 @@
-"""One of several processes on one study: `python -m tests.rank_worker JOB RUN`, started by torchrun or by a test."""
+"""Jobs of several processes on one study, each of which calls `main` as if torchrun had started it."""
 
 from __future__ import annotations
 
@@ -209,17 +209,20 @@ JOBS: dict[str, Callable[[Path], None]] = {
     )
 }
 
-if __name__ == "__main__":
+
+def main(job: str, run: Path) -> None:
+    """Do a job as one of several processes, and end with exit status 1 where it cannot be done."""
     torch.set_num_threads(1)
-    if sys.argv[1] not in ("impatient", "joined_later"):
+    if job not in ("impatient", "joined_later"):
         join_ranks()
     status = 0
     try:
-        JOBS[sys.argv[1]](Path(sys.argv[2]))
+        JOBS[job](run)
     except WherefromError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         status = 1
     finally:
         dist.destroy_process_group()
+    sys.stderr.flush()
     # Threads that PyTorch has left behind fully_shard on a CPU now and then abort an interpreter that ends by itself.
     os._exit(status)

@@ -1,8 +1,7 @@
-"""A fit and a score as a process of its own, slow enough to meet another: `python -m tests.resume_worker RUN LOG`."""
+"""A fit and a score for a process of its own, slow enough to meet another."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -33,7 +32,3 @@ def main(run: str, log: str) -> None:
     study = wf.Study(run, case.model, task, train=case.train, checkpoint_seconds=0)
     factors = study.fit("ekfac", batch_size=2)
     study.score(case.queries, factors, train_batch_size=2, query_batch_size=5)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

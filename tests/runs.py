@@ -10,6 +10,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wherefrom.names import labelled
+
 
 def results(run: Path) -> dict[str, Tensor]:
     """Every finished tensor, by its place in the run directory."""
@@ -18,6 +20,17 @@ def results(run: Path) -> dict[str, Tensor]:
         for file in run.rglob("tensors.safetensors")
         for name, tensor in load_file(file).items()
     }
+
+
+def only(folder: Path, label: str) -> Path:
+    """The one result of a label, whatever its digest."""
+    (found,) = (path for path in folder.iterdir() if labelled(path.name) == (label, path.name[-8:]))
+    return found
+
+
+def labels(folder: Path) -> list[str]:
+    """The labels of what is in a folder, without digests."""
+    return sorted(labelled(path.name)[0] for path in folder.iterdir())
 
 
 def begun(log: Path) -> list[str]:

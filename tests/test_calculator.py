@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import wherefrom as wf
-from tests.models import gpt2
+from tests.models import TRANSFORMERS, gpt2
 from wherefrom.blueprint import PRESETS, Blueprint, measure, model_without_weights
 from wherefrom.calculator import Estimate, Hardware, Request
 from wherefrom.cli import main
@@ -118,12 +118,11 @@ def test_the_published_job_takes_what_the_design_says(published: Blueprint) -> N
 
 
 def test_fused_attention_keeps_no_matrix_of_tokens_by_tokens() -> None:
-    def ratio(half: bool) -> float:
+    """Without, each of 12 heads of 12 layers keeps one, in float32."""
+    for half, matrices in ((True, 0), (False, 12 * 12 * 4)):
         short, long = (measure("gpt2", length, half_precision=half).example for length in (256, 1024))
-        return long.saved_bytes / short.saved_bytes
-
-    assert ratio(True) == pytest.approx(4, rel=0.01)
-    assert ratio(False) > 6
+        expected = 4 * short.saved_bytes + matrices * (1024**2 - 4 * 256**2)
+        assert long.saved_bytes == pytest.approx(expected, rel=0.001)
 
 
 @pytest.mark.parametrize("rank", [None, 2, 20])
@@ -255,6 +254,7 @@ def test_impossible_machines_and_models_are_refused(small: Path) -> None:
 # The command and its pages
 
 
+@pytest.mark.skipif(TRANSFORMERS < (5, 5), reason="before transformers 5.5, a Llama does not run without weights")
 def test_the_page_on_large_models_says_what_the_commands_say() -> None:
     assert scale.DOCUMENT.read_text() == scale.page(), "python benchmarks/scale.py writes it anew"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from tests.runs import results
+from tests.runs import labels
 from wherefrom.errors import DamagedError, InputError, MismatchError
 
 
@@ -72,10 +72,10 @@ def test_candidates_are_kept_and_others_refused(tmp_path: Path) -> None:
     assert "pairwise" in swept
     assert torch.equal(again.values, found.values)
     assert torch.equal(wf.TopScores.load(tmp_path / "scores" / "identity-candidates").train, found.train)
-    assert {name.split("/")[1] for name in results(tmp_path) if name.startswith("scores")} == {"identity-candidates"}
+    assert labels(tmp_path / "scores") == ["identity-candidates"]
     with pytest.raises(MismatchError, match="kept: stored 4 candidates of each query"):
-        study.score_candidates(case.queries, factors, candidates[:, :3])
-    file = tmp_path / "scores" / "identity-candidates" / "tensors.safetensors"
+        study.score_candidates(case.queries, factors, candidates[:, :3], name=found.name)
+    file = tmp_path / "scores" / found.name / "tensors.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

@@ -17,7 +17,7 @@ from wherefrom.curvature import bases_to_tensors
 from wherefrom.errors import InputError, LayerError
 from wherefrom.fingerprint import model_digest
 from wherefrom.layers import select_layers
-from wherefrom.placement import execution_device
+from wherefrom.placement import execution_device, tied_names
 
 
 def examples(count: int = 6) -> list[object]:
@@ -345,7 +345,7 @@ def test_a_language_model_with_checkpointing_is_scored_alike(tmp_path: Path, tra
         case = gpt2_case()
         model: Any = case.model
         if enabled:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # the default since transformers 5
             for block in model.transformer.h:
                 if training:  # and stay there
                     block.train = lambda mode: None
@@ -399,6 +399,26 @@ def test_offloaded_weights_are_scored_and_known_again(tmp_path: Path, kind: str)
     same = wf.Study(tmp_path / "run", model, case.task, train=case.train)
     assert torch.equal(same.score(case.queries, same.fit("ekfac")).values, expected)
     assert list(select_layers(model, ["lm_head"])) == ["transformer.wte"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "untied gpt2", "t5"])
+def test_tied_weights_are_known_by_name(kind: str) -> None:
+    """Under offloading they are two tensors."""
+    from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+    if kind == "t5":
+        model: Any = T5ForConditionalGeneration(
+            T5Config(vocab_size=7, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=2)
+        )
+        names = ["lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+        expected = dict.fromkeys(names, "shared.weight")
+    else:
+        tied = kind == "gpt2"
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=7, n_embd=4, n_head=2, n_layer=1, n_positions=8, tie_word_embeddings=tied)
+        )
+        expected = {"lm_head.weight": "transformer.wte.weight"} if tied else {}
+    assert tied_names(model) == expected
 
 
 def test_weights_without_values_are_refused() -> None:

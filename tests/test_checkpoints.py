@@ -122,15 +122,15 @@ def test_other_weights_and_other_checkpoints_are_refused(tmp_path: Path) -> None
     case = mlp_case()
     paths, _ = saved(case, tmp_path / "checkpoints")
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    first = wf.score_checkpoints(study, paths, case.queries)
+    first = wf.score_checkpoints(study, paths, case.queries, name="mine")
     with pytest.raises(MismatchError, match=r"stored 1.0 x one.safetensors \+ 1.0 x two, now 2.0 x"):
-        wf.score_checkpoints(study, paths, case.queries, weights=[2, 2])
-    twice = wf.score_checkpoints(study, paths, case.queries, weights=[2, 2], name="twice")
+        wf.score_checkpoints(study, paths, case.queries, weights=[2, 2], name="mine")
+    twice = wf.score_checkpoints(study, paths, case.queries, weights=[2, 2])
     assert relative_error(twice.values, 2 * first.values) < 1e-12
     save_file(moved(case.model, 5).state_dict(), paths[0])
-    with pytest.raises(MismatchError, match="model: stored"):
-        wf.score_checkpoints(study, paths, case.queries)
-    changed = wf.score_checkpoints(study, paths, case.queries, overwrite=True)
+    with pytest.raises(MismatchError, match="models: stored"):
+        wf.score_checkpoints(study, paths, case.queries, name="mine")
+    changed = wf.score_checkpoints(study, paths, case.queries, name="mine", overwrite=True)
     assert relative_error(changed.values, first.values) > 1e-3
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tests.models import relative_error
+from tests.processes import run_command
+from tests.runs import labels, only
 from wherefrom.cli import _flags, main
 from wherefrom.commands import in_flags
 from wherefrom.scores import Scores, TopScores
@@ -46,8 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wherefrom(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from wherefrom.cli import main; main()", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return run_command(folder, *arguments)
 
 
 def test_fit_score_top_report(folder: Path) -> None:
@@ -57,7 +59,8 @@ def test_fit_score_top_report(folder: Path) -> None:
     assert "Percentage" in fit.stdout
     score = wherefrom(folder, "score", "run", "--queries", "queries.jsonl", "--tokens", "2")
     assert score.returncode == 0, score.stderr
-    assert "Scores of 2 queries x 5 training sequences are in run/scores/ekfac." in score.stdout
+    found = only(folder / "run" / "scores", "ekfac")
+    assert f"Scores of 2 queries x 5 training sequences are in run/scores/{found.name}." in score.stdout
     assert score.stderr.count("Plan:") == 1  # though tokens are scored, too
     assert Scores.load(folder / "run" / "scores" / "ekfac").values.shape == (2, 5)
     top = wherefrom(folder, "top", "run", "--k", "2", "--query", "1")
@@ -96,7 +99,7 @@ def test_explain_prints_the_plan_and_low_rank_scores_are_kept_apart(folder: Path
     assert report.returncode == 0, report.stderr
     refused = wherefrom(folder, "score", "large", "--queries", "queries.jsonl", "--rescore", "3")
     assert refused.returncode == 1
-    assert "rescore=3: expected at least 1 together with a query_rank" in " ".join(refused.stderr.split())
+    assert "rescore=3: expected at least 1 together with a query_rank or query_bits" in " ".join(refused.stderr.split())
 
 
 def test_kinds_of_scores(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,13 +119,111 @@ def test_kinds_of_scores(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     said("report", "kinds", "--name", "identity-layers-self", "--output", "kinds.html")
     assert 'data-shares="' in (folder / "kinds.html").read_text()
     few = said(*options, "--top-only", "3")
-    assert "Scores of 2 queries, the 3 highest and lowest each, are in kinds/scores/identity-top3." in few
+    found = only(folder / "kinds" / "scores", "identity-top3").name
+    assert f"Scores of 2 queries, the 3 highest and lowest each, are in kinds/scores/{found}." in few
     names = ("identity-layers-self", "identity-top3")
     shown = [said("top", "kinds", "--name", name, "--k", "2") for name in names]
     assert "Query 1" in shown[0]
     assert shown[0] == shown[1]
     said(*options, "--aggregate-queries", "sum")
     assert "The sum of 2 queries." in said("top", "kinds", "--name", "identity-query-sum")
+    said("report", "kinds", "--name", "identity-query-sum", "--output", "sum.html")
+    page = (folder / "sum.html").read_text()
+    assert "The sum of 2 queries." in page
+    assert page.count('<section class="query') == 1
+    assert f"{TEXTS[0]}</div>" in page  # the first training text
+    said("report", "kinds", "--name", "identity-top3", "--output", "top.html")
+    page = (folder / "top.html").read_text()
+    assert "Of all scores only these were kept: the 3 highest and lowest of each query." in page
+    assert "<svg role" not in page  # no histogram of what was not kept
+    assert page.count('<li class="hit">') <= 2 * 2 * 3
+    said("report", "kinds", "--name", "identity-top3")
+    assert (folder / "kinds" / "reports" / f"{found}.html").exists()
+
+
+Said = Callable[..., str]
+
+
+@pytest.fixture
+def said(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
+    """Runs the command in this process, with a terminal wide enough for any line; what it printed on either stream."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "1000")
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["wherefrom", *arguments])
+        main()
+        captured = capsys.readouterr()
+        return captured.out + captured.err
+
+    return run
+
+
+OTHERS = ["snow lay on the hill", "the cat sat", "a wet sun ran after the rain", "the dog sat on the dog"]
+
+
+def test_scores_are_shown_with_the_texts_that_they_are_of(folder: Path, said: Said) -> None:
+    """A run that is fitted on another text goes on with that, and keeps the scores of the first with theirs."""
+    (folder / "a.txt").write_text("\n\n".join(TEXTS))
+    (folder / "b.txt").write_text("\n\n".join([*OTHERS, TEXTS[0]]))  # as many
+    fit = ("fit", "two", "--model", "model", "--train")
+    said(*fit, "a.txt", "--strategy", "diagonal")
+    score = ("score", "two", "--queries", "queries.jsonl", "--strategy", "diagonal")
+    said(*score)
+    first = only(folder / "two" / "scores", "diagonal").name
+    before = said("top", "two", "--name", first)
+    told = said(*fit, "b.txt", "--strategy", "diagonal")
+    assert f"{first} are of another training text or model than this fit. They stay" in told
+    assert said("top", "two", "--name", first) == before
+    assert OTHERS[2] not in before and TEXTS[4] in before
+    said("report", "two", "--name", first, "--output", "two.html")
+    page = (folder / "two.html").read_text()
+    assert "a.txt" in page and TEXTS[4] in page and OTHERS[2] not in page
+    assert "is new; what is beside it stays: diagonal-" in said(*score)
+    assert labels(folder / "two" / "scores") == ["diagonal", "diagonal"]
+    latest = said("top", "two")  # of b.txt, scored last
+    assert OTHERS[2] in latest and TEXTS[4] not in latest
+    assert f"choose others with --name: {first}." in latest
+    with pytest.raises(SystemExit):
+        said("top", "two", "--name", "diagonal")  # which of the two?
+    said(*fit, "a.txt", "--strategy", "diagonal")
+    said(*score)
+    assert TEXTS[4] in said("top", "two")  # scored last again, out of what is there
+
+
+@pytest.mark.parametrize("edited", ["train", "queries"])
+def test_a_text_that_was_edited_after_scoring_is_noticed(
+    folder: Path, said: Said, edited: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: folder / f"{edited}-{name}.txt" for name in ("train", "queries")}
+    files["train"].write_text("\n\n".join(TEXTS))
+    files["queries"].write_text("\n\n".join(TEXTS[:2]))
+    run = f"edited-{edited}"
+    said("fit", run, "--model", "model", "--train", files["train"].name, "--strategy", "identity")
+    said("score", run, "--queries", files["queries"].name, "--strategy", "identity")
+    said("top", run)
+    files[edited].write_text(files[edited].read_text().replace("cat", "dog"))
+    for command in ("top", "report"):
+        with pytest.raises(SystemExit) as stopped:
+            said(command, run)
+        assert stopped.value.code == 1
+        told = capsys.readouterr().err
+        assert ("training data: scored" if edited == "train" else "queries: scored") in told
+        assert files[edited].name in told and "put them back, or fit and score again" in told
+    assert not (folder / run / "reports").exists()
+
+
+def test_a_second_use_of_a_run_lies_beside_the_first(folder: Path, said: Said) -> None:
+    said("fit", "uses", "--model", "model", "--train", "train.txt", "--strategy", "diagonal")
+    score = ("score", "uses", "--queries", "queries.jsonl", "--strategy", "diagonal")
+    said(*score)
+    first = only(folder / "uses" / "scores", "diagonal").name
+    said(*score, "--damping", "0.5")
+    (folder / "more.jsonl").write_text(json.dumps({"text": TEXTS[3]}))
+    said("score", "uses", "--queries", "more.jsonl", "--strategy", "diagonal")
+    assert labels(folder / "uses" / "scores") == ["diagonal"] * 3
+    assert "Query 1" in said("top", "uses", "--name", first[:-3])  # the beginning of its digest is enough
+    assert "Query 1" not in said("top", "uses")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +296,8 @@ def test_an_index_answers_queries(folder: Path) -> None:
     options = ("--rank", "99", "--numbers", "float32")
     index = wherefrom(folder, "index", "indexed", *options)
     assert index.returncode == 0, index.stderr
-    assert "5 gradients, 0.02 MiB, are in indexed/index/random-rank99-float32." in index.stdout
+    found = only(folder / "indexed" / "index", "random-rank99-float32").name
+    assert f"5 gradients, 0.02 MiB, are in indexed/index/{found}." in index.stdout
     query = wherefrom(folder, "query", "indexed", "--queries", "queries.jsonl", *options, "--k", "2", "--rerank", "3")
     assert query.returncode == 0, query.stderr
     assert not (folder / "indexed" / "scores").exists()

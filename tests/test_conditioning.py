@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
+from tests.runs import labels
 from tests.test_layers import CASES
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.layers import select_layers
@@ -57,7 +58,7 @@ def test_every_kind_of_score_says_the_same(tmp_path: Path, strategy: str) -> Non
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit(strategy, seed=SEED, conditioning=numbers(case.model))
     scores = study.score(case.queries, factors)
-    assert (tmp_path / "scores" / f"{strategy}-conditioned").is_dir()
+    assert labels(tmp_path / "scores") == [f"{strategy}-conditioned"]
     low = study.score(case.queries, factors, query_rank=4, rescore=len(case.train))
     assert relative_error(low.values, scores.values) < 1e-9
     tokens = study.score_tokens(case.queries, factors)
@@ -101,18 +102,19 @@ def test_a_fit_is_reused_and_another_conditioning_refused(tmp_path: Path) -> Non
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     conditioning = numbers(case.model)
-    plain, first = study.fit("shampoo"), study.fit("shampoo", conditioning=conditioning)
+    plain, first = study.fit("shampoo"), study.fit("shampoo", conditioning=conditioning, name="mine")
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
-    again = study.fit("shampoo", conditioning=conditioning)
+    again = study.fit("shampoo", conditioning=conditioning, name="mine")
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")} == files
     values = study.score(case.queries, first).values
     assert torch.equal(study.score(case.queries, again, name="again").values, values)
     with pytest.raises(MismatchError, match="conditioning: stored"):
-        study.fit("shampoo", conditioning=numbers(case.model, seed=1))
+        study.fit("shampoo", conditioning=numbers(case.model, seed=1), name="mine")
     with pytest.raises(MismatchError, match="conditioning: stored"):
         study.score(case.queries, plain, name="again")
-    other = study.fit("shampoo", conditioning=numbers(case.model, seed=1), overwrite=True)
-    assert relative_error(study.score(case.queries, other, overwrite=True).values, values) > 1e-3
+    other = study.fit("shampoo", conditioning=numbers(case.model, seed=1))
+    assert relative_error(study.score(case.queries, other).values, values) > 1e-3
+    assert torch.equal(study.score(case.queries, first).values, values)
 
 
 def test_what_cannot_be_conditioned_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error, widened
 from tests.reference import BruteForce
+from tests.runs import only
 from wherefrom.curvature import STRATEGIES
 from wherefrom.layers import select_layers
 
@@ -149,8 +150,8 @@ def test_strategies_lie_beside_each_other(tmp_path: Path) -> None:
     """Two bases in one folder: neither is taken for the other, and beginning one anew leaves the other."""
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    folder = tmp_path / "factors" / "sampled"
     expected = {strategy: study.score(case.queries, study.fit(strategy)).values for strategy in ("ekfac", "shampoo")}
+    folder = only(tmp_path / "factors", "sampled")
     assert relative_error(expected["shampoo"], expected["ekfac"]) > 1e-3
     shared = {"covariance", "eigenbasis", "eigenvalues"}
     assert {path.name for path in folder.iterdir()} == shared | {f"gradient-{name}" for name in shared}

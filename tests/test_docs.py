@@ -152,7 +152,7 @@ def test_commands_exist() -> None:
 
 
 def test_scripts_and_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z]\w*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for block in shell_blocks():
         for script, *arguments in block.commands("python"):
             if not script.startswith("-"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,9 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
+from tests.processes import run_script
+from tests.runs import only
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "digits" / "find_mislabels.py"
 
 
@@ -20,8 +21,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "digits" / "find_mislabels.py"
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     sizes = ("--num_seeds", "1", "--epochs", "8", "--shown_epoch", "8", "--max_train_examples", "400")
-    command = [sys.executable, str(SCRIPT), "--run_dir", str(folder), *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script(SCRIPT, "--run_dir", str(folder), *sizes)
     assert done.returncode == 0, done.stderr
     assert "40 of 400 labels are wrong" in done.stdout
     return folder
@@ -42,7 +42,8 @@ def test_the_area_follows_from_the_self_influence_on_disk(run: Path, strategy: s
     _, wrong = flipped()
     assert int(wrong.sum()) == 40
     numbers = json.loads((run / "evaluation" / "mislabels.json").read_text())
-    found = load_file(run / "seed0-epoch8" / "self_influence" / strategy / "tensors.safetensors")["self_influence"]
+    file = only(run / "seed0-epoch8" / "self_influence", strategy) / "tensors.safetensors"
+    found = load_file(file)["self_influence"]
     stage = numbers["rankings"]["8"][strategy]
     assert stage["auc"] == [pytest.approx(roc_auc_score(wrong.numpy(), found.numpy()), abs=1e-12)]
     assert stage["found"] == [pytest.approx(float(wrong[found.topk(40).indices].double().mean()))]

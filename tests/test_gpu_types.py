@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models import gpt2, relative_error, token_rows
+from tests.models import relative_error
 from wherefrom.capture import Captured
 from wherefrom.curvature import (
     Basis,
@@ -94,20 +94,3 @@ def test_tiles_make_the_whole_product(size: int) -> None:
     rows = torch.randn(40, size, dtype=torch.float64)
     found: Tensor = upper_product(rows)
     assert relative_error(found.triu(), (rows.T @ rows).triu()) < 1e-12
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fused attention on a GPU")
-def test_scores_on_a_gpu_do_not_depend_on_the_batch(tmp_path_factory: pytest.TempPathFactory) -> None:
-    import wherefrom as wf
-
-    model = gpt2(torch.float32)
-    nn.Module.to(model, "cuda")
-    for half, tolerance in ((False, 2e-5), (True, 3e-2)):
-        found = []
-        for size in (1, 7):
-            folder = tmp_path_factory.mktemp("run")
-            study = wf.Study(folder, model, wf.CausalLM(), train=token_rows(14))
-            factors = study.fit("ekfac", batch_size=size, half_precision=half)
-            options = {"half_precision": half, "train_batch_size": size, "query_batch_size": size}
-            found.append(study.score(token_rows(5, seed=4), factors, **options).values)  # type: ignore[arg-type]
-        assert relative_error(*found) < tolerance

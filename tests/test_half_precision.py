@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import gpt2_case, mlp_case, relative_error
+from tests.runs import labels
 from wherefrom.capture import Captured
-from wherefrom.curvature import Preconditioner
+from wherefrom.curvature import Basis, Preconditioner
 from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import select_layers
-from wherefrom.precision import HalfPrecision, rounded
+from wherefrom.precision import HalfPrecision, Precision, rounded
 from wherefrom.sweep import Collector, Sweep
 
 CPU = torch.device("cpu")
@@ -92,8 +93,7 @@ def test_scores_in_half_precision_keep_their_order(
     assert half.dtype == torch.float32
     assert 0 < relative_error(half, full) < 0.1
     assert all(spearmanr(a, b).statistic > 0.95 for a, b in zip(full, half, strict=True))
-    names = {path.name for path in (tmp_path / "scores").iterdir()}
-    assert names == {strategy, f"{strategy}-half"}
+    assert labels(tmp_path / "scores") == [strategy, f"{strategy}-half"]
 
 
 def test_gradients_are_rounded_before_they_are_multiplied() -> None:
@@ -108,10 +108,56 @@ def test_gradients_are_rounded_before_they_are_multiplied() -> None:
     assert relative_error(bank.product("0", train), one.double() @ other.double().T) < 1e-6
 
 
+def test_query_gradients_are_rotated_back_with_little_more_than_their_own_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, with bfloat16 operands and float32 sums, where the damped inverse spans six orders of magnitude."""
+
+    def emulated(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return (left.float() @ right.float()).to(dtype or torch.float32)
+
+    for module in ("precision", "example_gradients", "gradients", "long_products"):
+        monkeypatch.setattr(f"wherefrom.{module}.product", emulated)
+    generator = torch.Generator().manual_seed(0)
+    outputs, inputs, queries, batch, tokens = 48, 64, 4, 16, 9
+    layers = select_layers(nn.Sequential(nn.Linear(inputs, outputs, bias=False)))
+    left, right = (
+        torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+        for size in (outputs, inputs)
+    )
+    spectra = [torch.logspace(-4, 0, size, dtype=torch.float64) for size in (outputs, inputs)]
+    curvature = torch.outer(*spectra)
+    inverse = 1 / (curvature + 1e-6)
+
+    def batch_of(count: int) -> Captured:
+        # Gradients of the size that the curvature says.
+        sides = [
+            ((torch.randn(count, tokens, len(values), generator=generator) * values.sqrt()) @ basis.T).bfloat16()
+            for basis, values in zip((left, right), spectra, strict=True)
+        ]
+        return Captured(sides[1], sides[0], count * tokens)
+
+    basis = Basis(right.float(), left.float(), spectra[1].float(), spectra[0].float())
+    asked, trained = batch_of(queries), batch_of(batch)
+    form = BankForm(torch.bfloat16, CPU, rotated_back={"0": (True, True)})
+    bank = GradientBank(layers, Preconditioner({"0": basis}, {"0": inverse.float()}), queries, form)
+    bank.collect("0", asked, slice(0, queries))
+
+    def whole(captured: Captured) -> Tensor:
+        return captured.gradients.double().transpose(1, 2) @ captured.activations.double()
+
+    exact = left @ (inverse * (left.T @ whole(asked) @ right)) @ right.T
+    expected = torch.einsum("qoi,boi->qb", exact, whole(trained))
+    rounded_last = torch.einsum("qoi,boi->qb", exact.bfloat16().double(), whole(trained).bfloat16().double())
+    found = torch.einsum("qoi,boi->qb", bank.sums["0"].double(), whole(trained).bfloat16().double())
+    own = float((rounded_last - expected).norm() / expected.norm())
+    assert float((found - expected).norm() / expected.norm()) < 2 * own
+
+
 def test_factors_in_half_precision_are_float32_and_say_so(tmp_path: Path) -> None:
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    full = study.fit("ekfac")
+    full = study.fit("ekfac", name="mine")
     half = study.fit("ekfac", half_precision=True)
     assert full.fingerprint["precision"] == "full"
     assert half.fingerprint["precision"].startswith("half: bfloat16 products")
@@ -119,7 +165,7 @@ def test_factors_in_half_precision_are_float32_and_say_so(tmp_path: Path) -> Non
         assert values.dtype == torch.float32
         assert 0 < relative_error(values.sum(), full.eigenvalues[name].sum()) < 0.05
     with pytest.raises(wf.WherefromError, match="precision: stored full, now half"):
-        study.fit("ekfac", half_precision=True, name="sampled")
+        study.fit("ekfac", half_precision=True, name="mine")
 
 
 @BOTH
@@ -144,6 +190,29 @@ def test_half_precision_of_a_float64_model_is_refused(tmp_path: Path) -> None:
         study.fit("ekfac", half_precision=True)
     with pytest.raises(wf.WherefromError, match="half_precision=True on cuda, which does not multiply bfloat16"):
         HalfPrecision(torch.device("cuda"), native=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_attention_on_a_gpu_is_deterministic_where_pytorch_is_told_to_be(warn_only: bool) -> None:
+    """PyTorch's fused kernels add up gradients in an order of chance; full precision never uses them on a GPU."""
+    cuda = torch.device("cuda")
+
+    def fused(precision: Precision) -> bool:
+        with precision.passes(cuda):
+            backends = torch.backends.cuda
+            assert backends.math_sdp_enabled()
+            kinds = backends.flash_sdp_enabled, backends.mem_efficient_sdp_enabled, backends.cudnn_sdp_enabled
+            return any(enabled() for enabled in kinds)  # type: ignore[no-untyped-call]
+
+    half, full = HalfPrecision(cuda, native=True), Precision()
+    assert (fused(half), fused(full)) == (True, False)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        assert (fused(half), fused(full)) == (False, False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert fused(half)
 
 
 @pytest.mark.parametrize("layer", ["linear", "embedding"])

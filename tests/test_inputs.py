@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import VOCABULARY, Mlp, gpt2, mlp_case, relative_error, token_rows
+from tests.processes import start
 from tests.test_language import bert, classified_rows, masked_rows, pair_rows, t5
 from wherefrom.errors import InputError, LossError, WherefromError
 from wherefrom.report.html import write_page
@@ -291,8 +290,7 @@ def test_rows_that_are_null_do_not_end_the_process(tmp_path: Path) -> None:
     ):
         file = tmp_path / name
         file.write_text(content)
-        command = "import sys; from wherefrom.text import read_texts; read_texts(sys.argv[1])"
-        done = subprocess.run([sys.executable, "-c", command, str(file)], capture_output=True, text=True, check=False)
+        done = start(read_texts, str(file)).finished()
         assert done.returncode == 1, (name, done.returncode)
         assert "is null; expected an object with a column of text" in done.stderr
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import VOCABULARY, Case, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
+from tests.runs import only
 from wherefrom.capture import Capture
 from wherefrom.errors import InputError, LayerError, MismatchError
 from wherefrom.language import LanguageTask
@@ -311,12 +312,12 @@ def test_factors_serve_every_measurement(tmp_path: Path) -> None:
         return wf.Study(tmp_path, model, wf.CausalLM(measure=measure), train=train)
 
     factors = study("loss").fit("ekfac")
-    loss = study("loss").score(queries, factors)
-    file = tmp_path / "factors" / "sampled" / "eigenvalues" / "tensors.safetensors"
+    loss = study("loss").score(queries, factors, name="mine")
+    file = only(tmp_path / "factors", "sampled") / "eigenvalues" / "tensors.safetensors"
     before = file.stat().st_mtime_ns
     with pytest.raises(MismatchError, match="measured: stored 'loss', now 'margin'"):
-        study("margin").score(queries, study("margin").fit("ekfac"))
-    margin = study("margin").score(queries, factors, name="margin")
+        study("margin").score(queries, study("margin").fit("ekfac"), name="mine")
+    margin = study("margin").score(queries, factors)
     assert file.stat().st_mtime_ns == before
     assert relative_error(margin.values, loss.values) > 1e-3
     assert torch.equal(study("margin").self_influence(factors), study("loss").self_influence(factors))

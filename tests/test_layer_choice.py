@@ -236,9 +236,9 @@ def trained_share(model: Any, layers: Any) -> float:
     """Tracked weights among all, besides embeddings and head; by the names of parameters."""
     aside = ("embed", "head", "wte", "wpe")
     counted = {name: each.numel() for name, each in model.named_parameters() if not any(part in name for part in aside)}
-    tracked: int = sum(count for name, count in counted.items() if name.rpartition(".")[0] in layers)
-    total: int = sum(counted.values())
-    return tracked / total
+    return float(
+        sum(each for name, each in counted.items() if name.rpartition(".")[0] in layers) / sum(counted.values())
+    )
 
 
 def test_weights_that_are_mostly_left_out_are_said_with_their_share_and_what_would_track_them(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,18 +12,13 @@ import pytest
 import torch
 
 import wherefrom as wf
+from tests import lock_worker, resume_worker
 from tests.models import mlp_case
+from tests.processes import Running, start
 from tests.runs import lines, results, unprivileged
 from wherefrom.errors import StorageError
 from wherefrom.locks import run_lock
 from wherefrom.stopping import held_signals
-
-ROOT = Path(__file__).parents[1]
-
-
-def start(module: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", f"tests.{module}", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(log: Path, count: int) -> None:
@@ -35,15 +28,17 @@ def wait_for(log: Path, count: int) -> None:
 
 def test_the_second_process_waits_and_says_for_whom(tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    first = start("lock_worker", run, log, 600)
+    first = start(lock_worker.main, run, log, 600.0)
     wait_for(log, 1)
-    others = [start("lock_worker", run, log, 0.1) for _ in range(2)]
+    others = [start(lock_worker.main, run, log, 0.1) for _ in range(2)]
     told = [read_until(other, "Waiting for its end.") for other in others]
-    assert all(f"is in use by process {first.pid} on " in message for message in told)
+    assert all(f"is in use by process {first.process.pid} on " in message for message in told)
     assert lines(log) == 1
-    first.kill()
-    messages = " ".join(read_until(other, None) for other in others)
-    assert f"was in use by process {first.pid} on" in messages
+    first.process.kill()
+    ends = [other.finished() for other in others]
+    assert [end.returncode for end in ends] == [0, 0]
+    messages = " ".join(" ".join(end.stderr.split()) for end in ends)
+    assert f"was in use by process {first.process.pid} on" in messages
     assert messages.count("ended without finishing") == 1  # the other finds a lock that was given up
     words = [line.split() for line in log.read_text().splitlines()][1:]
     assert [word for word, _ in words] == ["begin", "end"] * 2
@@ -51,24 +46,19 @@ def test_the_second_process_waits_and_says_for_whom(tmp_path: Path) -> None:
     assert [path.name for path in run.iterdir()] == [".lock"]
 
 
-def read_until(process: subprocess.Popen[str], words: str | None) -> str:
-    """What a process says up to these words, or to its end, on one line."""
-    assert process.stderr is not None
-    said = ""
-    for line in process.stderr:
-        said += " ".join(line.split()) + " "
-        if words is not None and words in said:
-            return said
-    assert words is None, said
-    assert process.wait() == 0, said
+def read_until(process: Running, words: str) -> str:
+    """What a process says up to these words, on one line."""
+    while words not in (said := " ".join(process.said("stderr").split())):
+        assert process.process.is_alive(), said
+        time.sleep(0.01)
     return said
 
 
 def test_two_fits_at_once_are_one_fit_and_one_reuse(tmp_path: Path) -> None:
     alone, both = tmp_path / "alone", tmp_path / "both"
-    assert start("resume_worker", alone, tmp_path / "alone.log").wait() == 0
-    pair = [start("resume_worker", both, tmp_path / f"{number}.log") for number in range(2)]
-    assert [process.wait() for process in pair] == [0, 0]
+    assert start(resume_worker.main, str(alone), str(tmp_path / "alone.log")).finished().returncode == 0
+    pair = [start(resume_worker.main, str(both), str(tmp_path / f"{number}.log")) for number in range(2)]
+    assert [process.finished().returncode for process in pair] == [0, 0]
     expected, found = results(alone), results(both)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

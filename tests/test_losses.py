@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from tests.models import relative_error
 from wherefrom.errors import InputError
-from wherefrom.losses import IGNORED, summed_cross_entropy
+from wherefrom.losses import IGNORED, drawn_cross_entropy, summed_cross_entropy
+from wherefrom.sampling import Sampler
 
 
 @pytest.fixture(params=[1, 150, 2**21])
@@ -23,7 +24,7 @@ def chunk_bytes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 
 
 def set_chunk_bytes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr("wherefrom.losses._CHUNK_BYTES_PER_THREAD", count)
+    monkeypatch.setattr("wherefrom.softmax._CHUNK_BYTES_PER_THREAD", count)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
 
 
@@ -112,18 +113,61 @@ def test_vectorised_over_logits_labels_or_both(dims: tuple[int | None, int | Non
     torch.testing.assert_close(torch.autograd.grad(losses.sum(), leaf)[0], total)
 
 
-def test_only_logits_and_labels_are_kept_for_the_backward_pass() -> None:
+def test_the_backward_pass_keeps_the_logits_and_little_else() -> None:
     logits, labels = example(4, 9, 50)
     logits.requires_grad_()
-    kept: set[int] = set()
+    kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.add(tensor.data_ptr())
+        kept[tensor.data_ptr()] = tensor.numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         summed_cross_entropy(logits, labels)
-    assert kept == {logits.data_ptr(), labels.data_ptr()}
+    assert kept.pop(logits.data_ptr()) == logits.numel()
+    assert list(kept.values()) == 3 * [labels.numel()]  # the labels, the highest logits, the sums of exponentials
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_drawn_labels_are_those_of_the_sampler(dtype: torch.dtype) -> None:
+    logits, labels = example(3, 20, 300)
+    logits, counted, sampler = logits.to(dtype).requires_grad_(), labels != IGNORED, Sampler(4, [8, 5, 6])
+    drawn = torch.where(counted, sampler.categorical(logits.detach(), counted), IGNORED)
+    loss = drawn_cross_entropy(logits, counted, sampler)
+    expected, gradient = with_gradient(logits, drawn)
+    assert torch.equal(loss, expected)
+    assert torch.equal(torch.autograd.grad(loss, logits)[0], gradient)
+
+
+def test_what_is_far_from_zero_is_as_exact() -> None:
+    """A logarithm of a sum would be rounded as the highest logit is, here to 1/1024, and all gradients with it."""
+    logits, labels = example(5, 8, 400)
+    logits = logits.float() + 2**14
+    loss, gradient = with_gradient(logits, labels)
+    assert relative_error(loss, expected_loss(logits.double(), labels)) < 1e-6
+    assert relative_error(gradient, grad(expected_loss)(logits.double(), labels)) < 1e-6
+
+
+def test_impossible_classes_have_no_probability() -> None:
+    logits, labels = example(5, 8, 400)
+    logits[..., 100:280] = -torch.inf
+    labels = torch.where((labels >= 100) & (labels < 280), 7, labels)
+    loss, gradient = with_gradient(logits, labels)
+    torch.testing.assert_close(loss, expected_loss(logits, labels))
+    torch.testing.assert_close(gradient, grad(expected_loss)(logits, labels))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_without_a_softmax_give_nan_unless_their_label_is_ignored(value: float) -> None:
+    logits, labels = example(2, 40, ignored=0.0)
+    logits[1, 5] = value
+    loss, gradient = with_gradient(logits, labels)
+    assert loss.isnan()
+    assert gradient.isnan().any(1).tolist() == [False, True]
+    labels[1] = IGNORED
+    loss, gradient = with_gradient(logits, labels)
+    torch.testing.assert_close(loss, expected_loss(logits[:1], labels[:1]))
+    assert (gradient[1] == 0).all()
 
 
 def test_no_value_is_looked_at() -> None:
@@ -131,6 +175,7 @@ def test_no_value_is_looked_at() -> None:
     logits, labels = torch.empty(4, 9, 50, device="meta"), torch.empty(4, 9, dtype=torch.int64, device="meta")
     loss, gradient = with_gradient(logits, labels)
     assert (loss.shape, gradient.shape) == ((), logits.shape)
+    assert drawn_cross_entropy(logits, labels != IGNORED, Sampler(0, range(4))).shape == ()
 
 
 def test_labels_that_do_not_belong_to_the_logits_are_refused() -> None:

@@ -15,8 +15,9 @@ from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from wherefrom.capture import Captured
 from wherefrom.curvature import STRATEGIES, Preconditioner
-from wherefrom.gradients import BankForm, GradientBank, _truncated
+from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import select_layers
+from wherefrom.low_rank import truncated
 from wherefrom.memory import Workspace
 from wherefrom.options import Options
 from wherefrom.rescoring import rescore
@@ -106,17 +107,17 @@ def test_truncation_is_orthonormal_and_does_not_depend_on_the_batch(
 ) -> None:
     matrices = captured(batch, rows, 1, columns, seed=3).activations
     rank = min(rank, rows, columns)
-    left, right = _truncated(matrices, rank)
+    left, right = truncated(matrices, rank)
     assert (
         relative_error(left.transpose(1, 2) @ left, torch.eye(rank, dtype=torch.float64).expand(batch, -1, -1)) < 1e-9
     )
     best = torch.linalg.svdvals(matrices)[:, rank:].square().sum(1)
     found = (matrices - left @ right).square().sum((1, 2))
     assert bool((found <= 1.5 * best + 1e-9 * matrices.square().sum((1, 2))).all())
-    alone = torch.cat([(one @ other) for one, other in (_truncated(each[None], rank) for each in matrices)])
+    alone = torch.cat([(one @ other) for one, other in (truncated(each[None], rank) for each in matrices)])
     assert relative_error(alone, left @ right) < 1e-6
     state = torch.get_rng_state()
-    _truncated(matrices, rank)
+    truncated(matrices, rank)
     assert torch.equal(torch.get_rng_state(), state)
 
 

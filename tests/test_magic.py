@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import wherefrom as wf
 from tests.models import Case, gpt2, mlp_case, relative_error, token_rows
+from tests.runs import labels
 from wherefrom.errors import InputError, LossError, MismatchError, RankError
 from wherefrom.losses import IGNORED
 from wherefrom.ranks import Ranks
@@ -207,7 +208,7 @@ def test_results_are_the_same_bits_whatever_is_kept(tmp_path: Path, branching: i
         tmp_path / "other", training_of(case), case.queries, branching=branching, states_on_disk=states_on_disk
     )
     assert torch.equal(usual.values, other.values)
-    assert [path.name for path in (tmp_path / "other" / "scores").iterdir()] == ["magic"]
+    assert labels(tmp_path / "other" / "scores") == ["magic"]
 
 
 class CountedStates(KeptStates):
@@ -267,11 +268,13 @@ def test_a_killed_walk_goes_on_where_it_has_saved(tmp_path: Path, monkeypatch: p
 
 def test_scores_of_another_training_are_refused(tmp_path: Path) -> None:
     case = mlp_case()
-    first = wf.magic_scores(tmp_path, training_of(case), case.queries)
+    first = wf.magic_scores(tmp_path, training_of(case), case.queries, name="mine")
     other = training_of(case, replace(RECIPE, seed=7))
     with pytest.raises(MismatchError, match="recipe"):
-        wf.magic_scores(tmp_path, other, case.queries)
-    replaced = wf.magic_scores(tmp_path, other, case.queries, overwrite=True)
+        wf.magic_scores(tmp_path, other, case.queries, name="mine")
+    replaced = wf.magic_scores(tmp_path, other, case.queries, name="mine", overwrite=True)
+    beside = wf.magic_scores(tmp_path, training_of(case), case.queries)
+    assert torch.equal(beside.values, first.values)
     assert replaced.strategy == "magic"
     assert not torch.equal(first.values, replaced.values)
 
@@ -380,4 +383,4 @@ def test_a_training_that_diverges_is_named(tmp_path: Path) -> None:
     training = training_of(case, replace(RECIPE, learning_rates=[1e200] * 6))
     with pytest.raises(LossError, match="measurement of query 0"):
         wf.magic_scores(tmp_path, training, case.queries)
-    assert not (tmp_path / "scores" / "magic").exists()
+    assert not list((tmp_path / "scores").glob("*/manifest.json"))

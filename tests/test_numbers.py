@@ -17,8 +17,7 @@ import wherefrom as wf
 from tests.models import relative_error, widened
 from tests.reference import BruteForce
 from wherefrom.curvature import STRATEGIES, Factors
-from wherefrom.damping import Side, damped_inverse
-from wherefrom.eigenvectors import _decomposed, eigenvectors
+from wherefrom.damping import damped_inverse
 from wherefrom.errors import LossError
 from wherefrom.losses import IGNORED, summed_cross_entropy
 from wherefrom.sampling import Sampler
@@ -381,30 +380,3 @@ def test_factors_of_vanished_squares_have_no_self_influence_or_tokens(tmp_path: 
     # A damping above zero defines the scores: gradients over it.
     scores = made.score(vectors(2, dtype=torch.float32), factors, damping=1.0)
     assert bool(scores.values.isfinite().all())
-
-
-# Eigenvectors
-
-
-def test_eigenvalues_below_zero_are_rounding() -> None:
-    torch.manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
-    exact = torch.tensor([-1e-7, -1e-12, 0.0, 1e-3, 1.0, 4.0], dtype=torch.float64)
-    matrix = basis * exact @ basis.T
-    assert float(torch.linalg.eigvalsh(matrix).min()) < -5e-8
-    values, found = eigenvectors({"layer.activations": matrix}, torch.device("cpu"))["layer.activations"]
-    assert torch.allclose(values, exact.clamp_min(0), atol=1e-12)
-    assert values.min() >= 0
-    assert torch.allclose(found.T @ found, torch.eye(6, dtype=torch.float64))
-    # And a pseudo-inverse leaves these directions out.
-    sides = (Side(torch.ones(1, dtype=torch.float64), True), Side(values, True))
-    assert damped_inverse(values.unsqueeze(0), 0.0, sides).count_nonzero() == 3
-
-
-def test_a_decomposition_that_fails_names_its_layer() -> None:
-    """LAPACK gives up on a matrix that is not finite, and with it on its whole batch."""
-    good, bad = torch.eye(3, dtype=torch.float64), torch.full((3, 3), torch.nan, dtype=torch.float64)
-    with pytest.raises(LossError, match=r"Layer 'b\.c': the eigenvectors of its covariance of gradients \[3, 3\]"):
-        _decomposed({"a.activations": good, "b.c.gradients": bad}, torch.device("cpu"))
-    with pytest.raises(LossError, match=r"Layer 'b\.c': its covariance is not finite"):
-        eigenvectors({"a.activations": good, "b.c.gradients": bad}, torch.device("cpu"))

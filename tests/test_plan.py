@@ -24,13 +24,14 @@ from wherefrom.capture import Captured
 from wherefrom.curvature import STRATEGIES
 from wherefrom.errors import InputError, MemoryLimitError
 from wherefrom.gradients import BankForm, GradientBank
+from wherefrom.job import Job, Wanted, factor_bytes
 from wherefrom.layers import select_layers
+from wherefrom.machine import Machine
 from wherefrom.memory import Footprint
-from wherefrom.plan import SHARD_BYTES, SHARD_ROWS, Job, Plan, Wanted, factor_bytes, plan_scores
+from wherefrom.plan import SHARD_BYTES, SHARD_ROWS, Plan, plan_scores
 from wherefrom.profile import Profile
 from wherefrom.scores import PairwiseCollector
 from wherefrom.stages import BlockStages, Stages
-from wherefrom.sweep import Sweep
 from wherefrom.tokens import TokenCollector
 
 CPU = torch.device("cpu")
@@ -71,6 +72,30 @@ def test_more_memory_means_fewer_sweeps_and_low_rank_stretches_it() -> None:
     assert sweeps[0] > sweeps[-1] == 1
     assert plan_scores(job(2**24 + 2**25 + 2**28, rank=2)).bank_bytes < plan_scores(job(2**28)).bank_bytes / 10
     assert plan_scores(job(2**30, train_batch=7, query_batch=3)).train_batch == 7
+
+
+def test_batches_become_smaller_before_the_training_set_is_swept_again() -> None:
+    """Query gradients of 95 MiB and examples of 400 KB; on a GPU, 327 of them would fill it."""
+    settled = {"tokens": 100, "queries": 341, "train": 20_000}
+    ample = replace(job(2**40, **settled), device=torch.device("cuda"))
+    whole = plan_scores(ample)
+    assert (whole.sweeps, whole.train_batch) == (1, 32768 // 100)
+    fixed = whole.bank_bytes + ample.factor_bytes + SHARD_BYTES + 341 * SHARD_ROWS * 4
+    each = ample.example.bytes
+    for batch in (300, 150, 60):
+        found = plan_scores(replace(ample, usable=fixed + batch * each), Machine(1e14, 1.0, 2**40))
+        assert (found.sweeps, found.train_batch, found.query_batch) == (1, batch, batch)
+    # One example fills no GPU: to sweep twice, with the batches for which half of the gradients leave room, is cheaper.
+    little = replace(ample, usable=fixed + each)
+    found = plan_scores(little, Machine(1e14, 1.0, 2**40))
+    assert (found.sweeps, found.train_batch) == (
+        2,
+        (341 - 171) * (whole.bank_bytes // 341 + SHARD_ROWS * 4) // each + 1,
+    )
+    for batch, sweeps in ((100, 2), (150, 3)):
+        settled_batch = replace(little, wanted=replace(little.wanted, train_batch=batch, query_batch=batch))
+        found = plan_scores(settled_batch, Machine(1e14, 1.0, 2**40))
+        assert (found.sweeps, found.train_batch) == (sweeps, batch)
 
 
 def test_gradients_are_rotated_where_that_costs_less() -> None:
@@ -216,7 +241,7 @@ def test_a_run_continues_with_the_blocks_that_it_has(tmp_path: Path, monkeypatch
         patched.setattr(PairwiseCollector, "collect", interrupted)
         with pytest.raises(KeyboardInterrupt):
             small.score(case.queries, factors, train_batch_size=12)
-    blocks = tmp_path / "scores" / "ekfac.blocks"
+    (blocks,) = (tmp_path / "scores").glob("ekfac-*.blocks")
     kept = {path.name: path.stat().st_mtime_ns for path in blocks.iterdir() if path.is_dir()}
     assert list(kept) == ["0-1.0-12"]
     large = wf.Study(tmp_path, case.model, case.task, train=case.train)
@@ -296,18 +321,6 @@ def test_a_block_that_was_being_written_is_not_finished(tmp_path: Path) -> None:
     assert blocks.begun(range(2)) == range(2)
 
 
-def test_weights_are_no_part_of_what_an_example_takes() -> None:
-    model = nn.Sequential(nn.Linear(1000, 1000), nn.Tanh(), nn.Linear(1000, 2))
-    task = wf.Classification()
-    sweep: Sweep[Any] = Sweep(model, task, select_layers(model))
-    rows: list[object] = [(torch.randn(1000), torch.tensor(0))]
-    found = sweep.footprint(rows, lambda model, batch, _: task.train_loss(model, batch))
-    assert found.tokens == 1
-    assert found.gradient_bytes == 4 * 1000 * 1008
-    assert found.saved_bytes < 50_000  # the activations of three layers; the weights are 4 MB
-    assert found.flop == 2 * (1000 * 1000 + 2 * 1000 * 2)  # the first layer's inputs need no gradient
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux tells it")
 def test_memory_does_not_grow_with_the_training_set(tmp_path: Path) -> None:
     """100,000 training examples x 250 queries: a matrix of 95 MiB, of which 16 are ever in memory."""
@@ -337,7 +350,7 @@ def test_impossible_options_are_refused(tmp_path: Path) -> None:
     factors = study.fit("identity")
     with pytest.raises(InputError, match="query_rank=0: expected at least 1"):
         study.score(case.queries, factors, query_rank=0)
-    with pytest.raises(InputError, match="rescore=3: expected at least 1 together with a query_rank"):
+    with pytest.raises(InputError, match="rescore=3: expected at least 1 together with a query_rank or query_bits"):
         study.score(case.queries, factors, rescore=3)
     with pytest.raises(InputError, match="queries is empty"):
         study.plan([])

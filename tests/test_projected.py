@@ -137,9 +137,9 @@ def test_trak_of_several_models_multiplies_means(tmp_path: Path) -> None:
     expected = torch.stack(products).mean(0) * torch.stack(weights).mean(0)
     assert relative_error(found.values, expected) < 1e-8
     assert all(torch.equal(each, before[name]) for name, each in case.model.state_dict().items())
-    assert found.fingerprint["model"].count("model") == 2
-    with pytest.raises(MismatchError, match="model: stored"):
-        wf.trak_scores(study, case.queries, paths[:1], rank=RANK, damping=1e-2)
+    assert found.fingerprint["models"].count("model") == 2
+    with pytest.raises(MismatchError, match="models: stored"):
+        wf.trak_scores(study, case.queries, paths[:1], rank=RANK, damping=1e-2, name=found.name)
 
 
 def test_trak_of_sequences_has_the_least_squares_weight(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_an_interrupted_call_goes_on_to_the_same_bits(method: str, tmp_path: Pat
     task._left = 10**9
     found = METHODS[method](other, case.queries, rank=RANK, batch_size=2)
     assert torch.equal(found.values, expected.values)
-    assert results(tmp_path / "other").keys() == {f"scores/{method}/values"}  # nothing is left beside them
+    assert results(tmp_path / "other").keys() == {f"scores/{found.name}/values"}  # nothing is left beside them
     task._left = 0
     again = METHODS[method](other, case.queries, rank=RANK, batch_size=2)  # loaded: no pass
     assert torch.equal(again.values, expected.values)
@@ -247,7 +247,7 @@ def test_an_interrupted_call_goes_on_to_the_same_bits(method: str, tmp_path: Pat
 def test_other_settings_are_refused_unless_overwritten(method: str, tmp_path: Path) -> None:
     case = mlp_case(torch.float32)
     study = tiny_study(case, tmp_path)
-    first = METHODS[method](study, case.queries, rank=2)
+    first = METHODS[method](study, case.queries, rank=2, name="mine")
     others: list[tuple[dict[str, Any], str]] = [
         ({"rank": 3}, "rank"),
         ({"rank": 2, "seed": 1}, "seed 1"),
@@ -255,10 +255,13 @@ def test_other_settings_are_refused_unless_overwritten(method: str, tmp_path: Pa
     ]
     for options, message in others:
         with pytest.raises(MismatchError, match=message):
-            METHODS[method](study, case.queries, **options)
+            METHODS[method](study, case.queries, **options, name="mine")
     with pytest.raises(MismatchError, match="queries: stored"):
-        METHODS[method](study, case.queries[:2], rank=2)
-    replaced = METHODS[method](study, case.queries, rank=2, damping=1.0, overwrite=True)
+        METHODS[method](study, case.queries[:2], rank=2, name="mine")
+    assert torch.equal(METHODS[method](study, case.queries, rank=2).values, first.values)
+    beside = [METHODS[method](study, case.queries, **options) for options, _ in others]  # without a name
+    assert len({each.name for each in beside}) == len(others)
+    replaced = METHODS[method](study, case.queries, rank=2, damping=1.0, name="mine", overwrite=True)
     assert not torch.equal(replaced.values, first.values)
 
 
@@ -268,7 +271,7 @@ def test_without_enough_examples_no_damping_is_refused(method: str, tmp_path: Pa
     study = tiny_study(case, tmp_path)
     with pytest.raises(InputError, match="damping=0: too small to invert the projected curvature"):
         METHODS[method](study, case.queries, rank=5, damping=0.0)
-    assert not results(tmp_path / "scores").keys() & {f"{method}/values"}
+    assert not list((tmp_path / "scores").glob(f"{method}-????????/manifest.json"))
 
 
 def test_impossible_arguments_are_refused(tmp_path: Path) -> None:

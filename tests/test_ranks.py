@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,35 +14,20 @@ from torch import Tensor
 import wherefrom as wf
 from tests import rank_worker
 from tests.models import mlp_case, relative_error
+from tests.processes import Running, start_ranks
 from tests.runs import results
 from wherefrom.ranks import Ranks
 
-ROOT = Path(__file__).parents[1]
+
+def start(job: str, run: Path, count: int, **variables: str) -> list[Running]:
+    """Start processes that do a job together."""
+    return start_ranks(rank_worker.main, job, run, count=count, **variables)
 
 
-def start(job: str, run: Path, count: int, **variables: str) -> list[subprocess.Popen[str]]:
-    """Start processes as torchrun does, without its supervision."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.rank_worker", job, str(run)]
-    return [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **shared, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-
-
-def finished(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+def finished(processes: list[Running]) -> list[tuple[int, str]]:
     """Exit status and standard error of each."""
-    outputs = [process.communicate(timeout=120)[1] for process in processes]
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+    ends = [process.finished(timeout=300) for process in processes]
+    return [(end.returncode, end.stderr) for end in ends]
 
 
 @pytest.fixture(scope="module")

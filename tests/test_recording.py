@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from tests import recording_worker
 from tests.models import gpt2, relative_error, token_rows
+from tests.processes import start
 from tests.recording_worker import two_linears, two_steps
 from wherefrom.errors import DamagedError, InputError
 from wherefrom.recording import MOMENTS, RECORDING, TrainingRecorder, read_recording
@@ -142,11 +142,8 @@ def test_frozen_parameters_have_no_moments(tmp_path: Path) -> None:
 
 
 def test_sharded_moments_are_gathered(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.recording_worker"]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=Path(__file__).parents[1]) for rank in range(2)
-    ]
-    assert [process.wait() for process in processes] == [0, 0]
+    processes = [start(recording_worker.main, rank, tmp_path) for rank in range(2)]
+    assert [process.finished().returncode for process in processes] == [0, 0]
     found = load_file(tmp_path / "moments.safetensors")
     model = two_linears()
     optimizer = two_steps(model)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import start
 from tests.reliability import kills, stops
+from tests.reliability.kill_worker import End, log_batches
 from tests.runs import begun
 from tests.test_cli import folder  # noqa: F401  (a fixture)
-
-# The command, sent a signal in a batch.
-COMMAND = """
-import signal, sys
-from pathlib import Path
-from tests.reliability.kill_worker import End, log_batches
 from wherefrom.cli import main
-log, batch, name = sys.argv[1:4]
-log_batches(Path(log), End(batch=int(batch), signal=signal.Signals[name]))
-sys.argv[1:4] = []
-main()
-"""
+
+
+def stopped_command(log: Path, batch: int, number: signal.Signals, arguments: tuple[str, ...]) -> None:
+    """The command, sent a signal in a batch."""
+    log_batches(log, End(batch=batch, signal=number))
+    sys.argv = ["wherefrom", *arguments]
+    main()
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the files of a process in /proc")
@@ -36,11 +34,11 @@ def test_stopping_at_random_batches_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_command_that_is_asked_to_stop_says_how_to_go_on(folder: Path) -> None:  # noqa: F811
     """Five sequences are three batches, of each of two sweeps."""
-    log, root = folder / "batches", Path(__file__).parents[1]
+    log = folder / "batches"
     given = ("--model", str(folder / "model"), "--train", str(folder / "train.txt"), "--batch-size", "2")
     for name, batch, status, word in (("SIGTERM", 2, 143, "Ended by SIGTERM"), ("SIGINT", 3, 130, "Interrupted")):
-        command = [sys.executable, "-c", COMMAND, str(log), str(batch), name, "fit", str(folder / "stopped"), *given]
-        stopped = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        arguments = ("fit", str(folder / "stopped"), *given)
+        stopped = start(stopped_command, log, batch, signal.Signals[name], arguments).finished()
         assert stopped.returncode == status, stopped.stderr
         assert "Traceback" not in stopped.stderr
         assert (

@@ -13,7 +13,7 @@ import torch
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 from tests.test_report_html import HOSTILE, PNG, hostile_report, make_report
-from wherefrom.report.html import MINUS
+from wherefrom.report.histogram import MINUS
 from wherefrom.report.passages import Figure, Passage
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -15,9 +15,11 @@ import pytest
 import torch
 from markupsafe import Markup
 
+import wherefrom as wf
 from wherefrom.errors import InputError, StorageError
 from wherefrom.files import write_text
-from wherefrom.report.html import MINUS, render_report
+from wherefrom.report.histogram import MINUS
+from wherefrom.report.html import render_report
 from wherefrom.report.passages import Figure, Passage
 from wherefrom.report.shading import encode_lengths, encode_numbers, encode_shares, visible_pieces
 
@@ -47,7 +49,9 @@ def make_report(**changes: Any) -> str:
         "settings": {"strategy": "ekfac"},
         "profile": "action  total",
     }
-    return render_report(**{**arguments, **changes})
+    arguments |= changes
+    arguments.setdefault("scores", wf.Scores(arguments.pop("values"), arguments.pop("settings")))
+    return render_report(**arguments)
 
 
 class Page(HTMLParser):
@@ -83,7 +87,7 @@ def hostile_report(text: str) -> str:
         summary=text,
         queries=[Passage(text, text, text), Passage(text, text, text)],
         train=[Passage(text, text, text) for _ in range(6)],
-        settings={text: text},
+        settings={text: text, "kept": text},
         profile=text,
         tokens=lambda query, train: [(text, 1.0), (text, -2.0)],
         figures=[Figure("Title", text, PNG)],
@@ -185,8 +189,7 @@ def test_fifty_queries_by_twenty_long_sequences_stay_under_five_megabytes() -> N
         title="Large",
         queries=[Passage(text, "Query", "Topic")] * 50,
         train=[Passage(text, "Sequence", "Topic")] * 1000,
-        values=values,
-        settings={},
+        scores=wf.Scores(values, {}),
         tokens=lambda query, train: list(zip(pieces, shares[train], strict=True)),
     )
     assert len(attributes(page, "data-lengths")) == len(attributes(page, "data-shares")) == 1000
@@ -302,8 +305,9 @@ def test_without_tokens_the_page_says_nothing_of_them() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"values": torch.zeros(2, 5)}, r"values has shape \(2, 5\); expected \(2, 6\)"),
-        ({"values": torch.zeros(12)}, r"values has shape \(12,\); expected \(2, 6\)"),
+        ({"values": torch.zeros(2, 5)}, r"scores have shape \(2, 5\); expected a row for each of 2 .* of 6 training"),
+        ({"values": torch.zeros(12)}, r"scores have shape \(12,\); expected a row for each of 2"),
+        ({"values": torch.zeros(3, 6)}, r"scores have shape \(3, 6\); expected a row for each of 2"),
         ({"values": torch.full((2, 6), torch.nan)}, r"values\[0, 0\] is nan; expected finite"),
         ({"values": torch.full((2, 6), -torch.inf)}, r"values\[0, 0\] is -inf; expected finite"),
         ({"values": torch.zeros(2, 6, dtype=torch.complex64)}, "expected real numbers"),

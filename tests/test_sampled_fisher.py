@@ -28,18 +28,25 @@ def gradients(study: wf.Study[Any], losses: list[Tensor]) -> Tensor:
     return torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(each, weights)]) for each in losses])
 
 
-def dense(case: Case, study: wf.Study[Any], damping: float | None, scale: Tensor | None = None) -> Tensor:
+def dense(
+    case: Case,
+    study: wf.Study[Any],
+    damping: float | None,
+    scale: Tensor | None = None,
+    seed: int = SEED,
+    samples: int = SAMPLES,
+) -> Tensor:
     """g_q^T (F + damping P^-1)^-1 g_t with the matrix itself."""
     task, model = case.task, case.model
 
     def alone(example: object) -> Any:
         return task.collate([example])
 
-    count = SAMPLES * len(case.train)
+    count = samples * len(case.train)
     drawn = gradients(
         study,
         [
-            task.train_loss(model, alone(case.train[row % len(case.train)]), wf.Sampler(SEED, [row]))
+            task.train_loss(model, alone(case.train[row % len(case.train)]), wf.Sampler(seed, [row]))
             for row in range(count)
         ],
     )
@@ -86,8 +93,8 @@ def test_batches_do_not_matter_and_products_serve_another_damping(tmp_path: Path
     assert relative_error(small.values, first.values) < 1e-10
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "fisher").rglob("*.safetensors")}
     with pytest.raises(MismatchError, match="damping"):
-        wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3)
-    again = wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3, name="less-damped")
+        wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3, name=first.name)
+    again = wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3)
     assert relative_error(again.values, first.values) > 1e-3
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "fisher").rglob("*.safetensors")} == kept
 
@@ -95,10 +102,10 @@ def test_batches_do_not_matter_and_products_serve_another_damping(tmp_path: Path
 def test_other_draws_are_refused_and_replaced(tmp_path: Path) -> None:
     case = mlp_case(torch.float64)
     study = study_of(case, tmp_path)
-    first = wf.fisher_scores(study, case.queries, SAMPLES)
+    first = wf.fisher_scores(study, case.queries, SAMPLES, name="mine")
     with pytest.raises(MismatchError, match="targets"):
-        wf.fisher_scores(study, case.queries, SAMPLES, seed=SEED)
-    second = wf.fisher_scores(study, case.queries, SAMPLES, seed=SEED, overwrite=True)
+        wf.fisher_scores(study, case.queries, SAMPLES, seed=SEED, name="mine")
+    second = wf.fisher_scores(study, case.queries, SAMPLES, seed=SEED, name="mine", overwrite=True)
     assert relative_error(second.values, first.values) > 1e-3
     assert relative_error(second.values, dense(case, study, None)) < 1e-8
 

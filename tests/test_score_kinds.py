@@ -15,6 +15,7 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
+from tests.runs import labels, only
 from tests.test_layers import CASES as LAYER_CASES
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.scores import extremes
@@ -71,14 +72,14 @@ def test_self_influence_is_kept_and_reused_and_half_precision_is_close(tmp_path:
     case = gpt2_case(torch.float32)
     study = study_of(tmp_path, case)
     factors = study.fit("ekfac")
-    found = [study.self_influence(factors, batch_size=size, overwrite=True) for size in (1, 5, 14)]
+    found = [study.self_influence(factors, batch_size=size, name="mine", overwrite=True) for size in (1, 5, 14)]
     assert max(relative_error(each, found[0]) for each in found) < 1e-5
     half = study.self_influence(factors, half_precision=True)
     assert 0 < relative_error(half, found[0]) < 0.05
-    assert torch.equal(study.self_influence(factors), found[-1])
+    assert torch.equal(study.self_influence(factors, name="mine"), found[-1])
     with pytest.raises(MismatchError, match="damping: stored 0.1 x mean eigenvalue, now 1.0"):
-        study.self_influence(factors, damping=1.0)
-    other = study.self_influence(factors, damping=1.0, name="other")
+        study.self_influence(factors, damping=1.0, name="mine")
+    other = study.self_influence(factors, damping=1.0)
     assert relative_error(other, found[0]) > 0.01
 
 
@@ -270,8 +271,8 @@ def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pyt
     study.score_top(case.queries, factors, k=3, train_batch_size=4)
     assert len(written) > 8
     assert max(written) == 12 * len(case.queries)  # the sums of a shard under way
-    assert [path.name for path in (tmp_path / "scores").iterdir()] == ["identity-top3"]
-    with safe_open(tmp_path / "scores" / "identity-top3" / "tensors.safetensors", "pt") as file:
+    assert labels(tmp_path / "scores") == ["identity-top3"]
+    with safe_open(only(tmp_path / "scores", "identity-top3") / "tensors.safetensors", "pt") as file:
         assert {tuple(file.get_tensor(name).shape) for name in file.keys()} == {(len(case.queries), 3)}  # noqa: SIM118
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import wherefrom as wf
 from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
+from tests.runs import labels, only
 from wherefrom.curvature import STRATEGIES
 from wherefrom.errors import InputError, MismatchError
 from wherefrom.options import Options, PairwiseOptions
@@ -151,7 +152,7 @@ def test_the_highest_alone_equal_those_of_the_matrix(tmp_path: Path, monkeypatch
     assert relative_error(top.values, values.gather(1, order)) < 1e-12
     assert torch.equal(top.lowest_train, values.sort(dim=1, stable=True).indices[:, :5])
     assert [hit.train for hit in top.top(2)] == order[:, :2].flatten().tolist()
-    sizes = [file.stat().st_size for file in (tmp_path / "scores" / "ekfac-top5").rglob("*")]
+    sizes = [file.stat().st_size for file in (tmp_path / "scores" / top.name).rglob("*")]
     assert max(sizes) < 4000
     with pytest.raises(InputError, match=r"k=6: expected 1 to 5"):
         top.top(6)
@@ -180,13 +181,13 @@ def test_kinds_are_kept_apart_and_loaded(tmp_path: Path) -> None:
     study.score(case.queries, factors, self_influence=True, per_layer=True)
     study.score_top(case.queries, factors, k=3)
     study.self_influence(factors)
-    kept = {path.name for path in (tmp_path / "scores").iterdir()}
-    assert kept == {"ekfac", "ekfac-layers-self", "ekfac-top3"}
+    assert labels(tmp_path / "scores") == ["ekfac", "ekfac-layers-self", "ekfac-top3"]
     again = wf.Scores.load(tmp_path / "scores" / "ekfac-layers-self")
     assert again.self_influence is not None and list(again.layers) == list(study.layers)
-    before = (tmp_path / "self_influence" / "ekfac" / "tensors.safetensors").stat().st_mtime_ns
+    file = only(tmp_path / "self_influence", "ekfac") / "tensors.safetensors"
+    before = file.stat().st_mtime_ns
     study.self_influence(factors)
-    assert (tmp_path / "self_influence" / "ekfac" / "tensors.safetensors").stat().st_mtime_ns == before
+    assert file.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -254,9 +255,9 @@ def test_scores_with_factors_of_another_task_are_others(tmp_path: Path) -> None:
     case = mlp_case()
     studies = [wf.Study(tmp_path / str(w), case.model, Weighted(w), train=case.train) for w in (1.0, 3.0)]
     own, other = (study.fit("diagonal") for study in studies)
-    studies[0].score(case.queries, own)
+    studies[0].score(case.queries, own, name="mine")
     with pytest.raises(MismatchError, match="factors' task: stored .*1.0.* now .*3.0"):
-        studies[0].score(case.queries, other)
+        studies[0].score(case.queries, other, name="mine")
 
 
 def test_options_are_documented_once_and_have_defaults() -> None:

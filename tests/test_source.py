@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import Case, mlp_case, relative_error
 from tests.reference import BruteForce, dense
+from tests.runs import only
 from tests.test_checkpoints import moved
 from tests.test_layers import CASES
 from wherefrom.errors import InputError, MismatchError
@@ -326,17 +327,17 @@ def test_what_is_finished_is_reused_and_what_differs_is_refused(tmp_path: Path) 
     paths, _ = saved(case.model, tmp_path / "checkpoints")
     run = tmp_path / "run"
     study = wf.Study(run, case.model, case.task, train=case.train)
-    first = wf.score_source(study, paths, case.queries, 2, times=TIMES)
+    first = wf.score_source(study, paths, case.queries, 2, times=TIMES, name="mine")
     files = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {path.name for path in paths}
-    assert torch.equal(wf.score_source(study, paths, case.queries, 2, times=TIMES).values, first.values)
+    assert torch.equal(wf.score_source(study, paths, case.queries, 2, times=TIMES, name="mine").values, first.values)
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == files
     with pytest.raises(MismatchError, match="made from something else"):
-        wf.score_source(study, paths, case.queries, 2, times=[1, *TIMES[1:]])
+        wf.score_source(study, paths, case.queries, 2, times=[1, *TIMES[1:]], name="mine")
     with pytest.raises(MismatchError, match="made from something else"):
-        wf.score_source(study, paths, case.queries, 1, times=TIMES)
-    changed = wf.score_source(study, paths, case.queries, 1, times=TIMES, overwrite=True)
-    other = wf.score_source(study, paths, case.queries, 1, times=TIMES, name="other")
+        wf.score_source(study, paths, case.queries, 1, times=TIMES, name="mine")
+    changed = wf.score_source(study, paths, case.queries, 1, times=TIMES, name="mine", overwrite=True)
+    other = wf.score_source(study, paths, case.queries, 1, times=TIMES)
     assert relative_error(changed.values, other.values) < 1e-12
     assert first.strategy == "source"
 
@@ -346,17 +347,18 @@ def test_other_second_moments_are_another_result(tmp_path: Path) -> None:
     checkpoints = recorded(*saved(case.model, tmp_path / "checkpoints"), TIMES)
     run = tmp_path / "run"
     study = wf.Study(run, case.model, case.task, train=case.train)
-    first = wf.score_source(study, checkpoints, case.queries, 2, adam=True)
+    first = wf.score_source(study, checkpoints, case.queries, 2, adam=True, name="mine")
     files = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
-    assert torch.equal(wf.score_source(study, checkpoints, case.queries, 2, adam=True).values, first.values)
+    again = wf.score_source(study, checkpoints, case.queries, 2, adam=True, name="mine")
+    assert torch.equal(again.values, first.values)
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == files
     for other in ({"adam": False}, {"adam": True, "strategy": "diagonal"}, {"adam": True, "weight_decay": 0.0}):
         with pytest.raises(MismatchError, match="made from something else"):
-            wf.score_source(study, checkpoints, case.queries, 2, **other)
+            wf.score_source(study, checkpoints, case.queries, 2, **other, name="mine")
     moments = {name: 2 * each for name, each in load_file(checkpoints[0].path / MOMENTS).items()}
     save_file(moments, checkpoints[0].path / MOMENTS)
     with pytest.raises(MismatchError, match="made from something else"):
-        wf.score_source(study, checkpoints, case.queries, 2, adam=True)
+        wf.score_source(study, checkpoints, case.queries, 2, adam=True, name="mine")
 
 
 def test_eigenvalues_of_a_basis_that_is_gone_are_computed_anew(tmp_path: Path) -> None:
@@ -367,7 +369,7 @@ def test_eigenvalues_of_a_basis_that_is_gone_are_computed_anew(tmp_path: Path) -
     wf.score_source(study, paths, case.queries, 1, times=TIMES[:2])
     kept = sorted(tmp_path.rglob("eigenvalues/tensors.safetensors"))
     before = [file.stat().st_mtime_ns for file in kept]
-    shutil.rmtree(tmp_path / "run" / "factors" / "source-1" / "eigenbasis")
+    shutil.rmtree(only(tmp_path / "run" / "factors", "source-1") / "eigenbasis")
     wf.score_source(study, paths, case.queries, 1, times=TIMES[:2])
     assert len(kept) == 2
     assert all(file.stat().st_mtime_ns > time for file, time in zip(kept, before, strict=True))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import wherefrom as wf
 from tests.models import Mlp, gpt2, gpt2_case, mlp_case, relative_error, token_rows
+from tests.runs import only
 from wherefrom.errors import DamagedError, InputError, LayerError, LossError, MismatchError, StorageError
 from wherefrom.files import scratch_matrix
 
@@ -143,30 +144,30 @@ def test_a_second_fit_or_score_computes_nothing(tmp_path: Path) -> None:
 def test_a_changed_input_is_refused_by_name(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    study.score(case.queries, factors)
+    factors = study.fit("ekfac", name="mine")
+    study.score(case.queries, factors, name="mine")
     with pytest.raises(MismatchError, match=r"targets: stored sampled, seed 0, now sampled, seed 1.*overwrite"):
-        study.fit("ekfac", seed=1)
+        study.fit("ekfac", seed=1, name="mine")
     with pytest.raises(MismatchError, match="damping: stored 0.1 x mean eigenvalue, now 0.5"):
-        study.score(case.queries, factors, damping=0.5)
+        study.score(case.queries, factors, damping=0.5, name="mine")
     with pytest.raises(MismatchError, match="queries: "):
-        study.score(case.queries[:2], factors)
+        study.score(case.queries[:2], factors, name="mine")
     with pytest.raises(MismatchError, match="training data: stored 12 examples .*, now 11 examples"):
-        wf.Study(tmp_path, case.model, case.task, train=case.train[:11]).fit("ekfac")
-    study.score(case.queries, factors, damping=0.5, overwrite=True)
-    study.score(case.queries, factors, name="another")
+        wf.Study(tmp_path, case.model, case.task, train=case.train[:11]).fit("ekfac", name="mine")
+    study.score(case.queries, factors, damping=0.5, name="mine", overwrite=True)
+    study.score(case.queries, factors)
 
 
 def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
     case = mlp_case()
-    factors = wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit("ekfac")
+    factors = wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit("ekfac", name="mine")
     with torch.no_grad():
         next(case.model.parameters()).add_(1e-9)
     other = wf.Study(tmp_path / "two", case.model, case.task, train=case.train)
     with pytest.raises(MismatchError, match="factors were fitted on another model. model: stored"):
         other.score(case.queries, factors)
     with pytest.raises(MismatchError, match="model: stored"):
-        wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit("ekfac")
+        wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit("ekfac", name="mine")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing", "manifest"])
@@ -174,7 +175,7 @@ def test_damaged_files_are_named_and_not_used(tmp_path: Path, damage: str) -> No
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     expected = study.fit("diagonal")
-    folder = tmp_path / "factors" / "sampled" / "diagonal"
+    folder = only(tmp_path / "factors", "sampled") / "diagonal"
     file = folder / ("manifest.json" if damage == "manifest" else "tensors.safetensors")
     content = bytearray(file.read_bytes())
     if damage == "missing":
@@ -308,7 +309,7 @@ def test_a_replaced_basis_takes_its_eigenvalues_with_it(tmp_path: Path) -> None:
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     study.fit("ekfac")
     study.fit("kfac", batch_size=1, overwrite=True)
-    assert not (tmp_path / "factors" / "sampled" / "eigenvalues").exists()
+    assert not (only(tmp_path / "factors", "sampled") / "eigenvalues").exists()
     expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit("ekfac", batch_size=1)
     found = study.fit("ekfac", batch_size=1)
     assert all(torch.equal(found.eigenvalues[name], each) for name, each in expected.eigenvalues.items())
@@ -320,9 +321,9 @@ def test_a_lost_basis_takes_its_eigenvalues_with_it(tmp_path: Path) -> None:
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     study.fit("ekfac")
     for name in ("covariance", "eigenbasis"):
-        shutil.rmtree(tmp_path / "factors" / "sampled" / name)
+        shutil.rmtree(only(tmp_path / "factors", "sampled") / name)
     study.fit("kfac", batch_size=1)
-    assert not (tmp_path / "factors" / "sampled" / "eigenvalues").exists()
+    assert not (only(tmp_path / "factors", "sampled") / "eigenvalues").exists()
     expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit("ekfac", batch_size=1)
     found = study.fit("ekfac", batch_size=1)
     assert all(torch.equal(found.eigenvalues[name], each) for name, each in expected.eigenvalues.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import re
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import wherefrom
 
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = ROOT / "requirements"
@@ -49,8 +52,11 @@ def requirements(*extras: str) -> Iterator[Requirement]:
 
 @pytest.mark.parametrize(
     "lock",
-    ["lock.txt", "lowest.txt", "torch.txt", "torch-cpu.txt", "offline-data.txt", "smollm2.txt", "kronfluence.txt"],
-)
+    [
+        "lock.txt", "torch.txt", "torch-cpu.txt", "lowest.txt", "lowest-torch.txt", "lowest-torch-cpu.txt",
+        "offline-data.txt", "smollm2.txt", "kronfluence.txt",
+    ],
+)  # fmt: skip
 def test_every_line_of_a_lock_is_a_pin_with_hashes(lock: str) -> None:
     text = (REQUIREMENTS / lock).read_text()
     lines = [line for line in text.splitlines() if line and not line.startswith(("#", " "))]
@@ -65,20 +71,25 @@ def test_the_lock_has_every_direct_dependency_within_its_range() -> None:
 
 
 def test_the_lowest_versions_are_the_lower_bounds() -> None:
-    locked = pins("lowest.txt") | {"torch": pins("torch.txt")["torch"]}
+    locked = pins("lowest.txt") | pins("lowest-torch.txt")
     for requirement in requirements("test"):
         (bound,) = (each for each in requirement.specifier if each.operator == ">=")
         assert locked[canonicalize_name(requirement.name)] == [Version(bound.version)], requirement
 
 
-def test_the_builds_of_torch_are_one_version_and_apart_from_the_rest() -> None:
-    (torch,) = pins("torch.txt")["torch"]
-    (cpu,) = pins("torch-cpu.txt")["torch"]
+@pytest.mark.parametrize(("name", "rest"), [("torch", "lock"), ("lowest-torch", "lowest")])
+def test_the_builds_of_torch_are_one_version_and_apart_from_the_rest(name: str, rest: str) -> None:
+    (torch,) = pins(f"{name}.txt")["torch"]
+    (cpu,) = pins(f"{name}-cpu.txt")["torch"]
     assert (cpu.public, cpu.local) == (str(torch), "cpu")
-    assert (REQUIREMENTS / "torch.in").read_text().strip() == f"torch=={torch}"
-    assert not pins("torch.txt").keys() & pins("lock.txt").keys()
+    assert (REQUIREMENTS / f"{name}.in").read_text().strip() == f"torch=={torch}"
+    assert not pins(f"{name}.txt").keys() & pins(f"{rest}.txt").keys()
 
 
+@pytest.mark.skipif(
+    Version(importlib.metadata.version("torch")).public != str(pins("torch.txt")["torch"][0]),
+    reason="another torch than the lock's",
+)
 def test_the_lock_knows_what_torch_needs() -> None:
     (described,) = tomllib.loads((REQUIREMENTS / "uv.toml").read_text())["dependency-metadata"]
     (locked,) = pins("torch.txt")["torch"]
@@ -116,8 +127,26 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"wherefrom-{wherefrom.__version__}-")
     with zipfile.ZipFile(wheel) as opened:
         packed = {name for name in opened.namelist() if ".dist-info/" not in name}
     files = {file.relative_to(SOURCE).as_posix() for file in (SOURCE / "wherefrom").rglob("*") if file.is_file()}
     assert packed == {name for name in files if "__pycache__" not in name}
     assert {"wherefrom/py.typed", "wherefrom/report/templates/report.html"} < packed
+
+
+def test_a_source_tree_that_is_not_installed_runs() -> None:
+    code = """
+from importlib import metadata
+known = metadata.distribution
+def distribution(name):
+    if name == "wherefrom":
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+metadata.distribution = distribution
+import wherefrom
+print(wherefrom.__version__)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=SOURCE)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == wherefrom.__version__

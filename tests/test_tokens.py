@@ -111,20 +111,20 @@ def test_token_scores_are_reused_refused_and_checked(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, Counting(), train=case.train)
     factors = study.fit("ekfac")
-    first = study.score_tokens(case.queries, factors)
+    first = study.score_tokens(case.queries, factors, name="mine")
     expected = first.values
     Counting._calls = 0
-    assert torch.equal(study.score_tokens(case.queries, factors).values, expected)
+    assert torch.equal(study.score_tokens(case.queries, factors, name="mine").values, expected)
     assert Counting._calls == 0
     with pytest.raises(MismatchError, match=r"damping: stored 0.1 x mean eigenvalue, now 1.0"):
-        study.score_tokens(case.queries, factors, damping=1.0)
+        study.score_tokens(case.queries, factors, damping=1.0, name="mine")
     file = first.folder / part_name(first.pairs) / "tensors.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
     with pytest.raises(DamagedError, match="tensors.safetensors cannot be used"):
         TokenScores.load(first.folder)[0, 0]
-    repaired = study.score_tokens(case.queries, factors, overwrite=True)
+    repaired = study.score_tokens(case.queries, factors, name="mine", overwrite=True)
     assert torch.equal(repaired.values, expected)
 
 

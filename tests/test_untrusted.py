@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 
 import wherefrom as wf
 from tests.models import gpt2, mlp_case, token_rows
+from tests.processes import run_command
 from wherefrom.checkpoints import score_checkpoints
 from wherefrom.errors import InputError, WherefromError
 from wherefrom.evaluate.lds import GroundTruth
@@ -76,14 +75,7 @@ def test_a_malicious_model_is_refused_by_the_command(tmp_path: Path) -> None:
     executed = tmp_path / "executed"
     malicious(tmp_path / "model", executed)
     (tmp_path / "train.txt").write_text("a line\n\nanother")
-    command = [sys.executable, "-c", "from wherefrom.cli import main; main()", "fit", "run"]
-    found = subprocess.run(
-        [*command, "--model", "model", "--train", "train.txt"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    found = run_command(tmp_path, "fit", "run", "--model", "model", "--train", "train.txt")
     assert found.returncode == 1
     assert "Traceback" not in found.stderr
     assert not executed.exists()

@@ -229,7 +229,7 @@ def main(arguments: Arguments) -> None:
         "linear": report(linear),
         "mlp": report(mlp),
     }
-    file = save_evaluation(arguments.run_dir, "leave-one-out", figure, results)
+    file = save_evaluation(arguments.run_dir, "leave-one-out", figure, results, {})
     console.print(f"Plot and numbers: {file}", soft_wrap=True)
 
 

@@ -66,7 +66,7 @@ class Arguments:
     empirical: bool = False
     """Fit factors with the (partly wrong) labels instead of labels drawn from the model."""
     overwrite: bool = False
-    """Replace factors and self-influence that were made from something else."""
+    """Compute factors and self-influence again, and replace those that are there."""
 
     def __post_init__(self) -> None:
         if self.shown_epoch not in self.epochs:
@@ -236,7 +236,7 @@ def main(arguments: Arguments) -> None:
         "rankings": stages,
         "accuracy on the labels trained on": {str(epoch): values for epoch, values in accuracy.items()},
     }
-    file = save_evaluation(arguments.run_dir, "mislabels", figure, numbers)
+    file = save_evaluation(arguments.run_dir, "mislabels", figure, numbers, {})
     console.print(f"The plot is {file}", soft_wrap=True)
 
 

@@ -112,11 +112,11 @@ def main(arguments: Arguments) -> None:
     tuned, texts, perplexities = train_adapters(arguments)
     analyses = {"adapters": analyze(arguments, "adapters", tuned, texts)}
     analyses["all weights, merged"] = analyze(arguments, "merged", merged(tuned), texts)
-    one, other = (each.scores.values for each in analyses.values())
+    one, other = (each.scores for each in analyses.values())
     agreement = compare_scores(one, other)
     facts = {name: each.facts(texts) for name, each in analyses.items()}
     console.print(table(facts))
-    top = overlap(one, other)
+    top = overlap(one.values, other.values)
     console.print(
         f"Spearman {agreement.spearman.mean}, Pearson {agreement.pearson.mean}; {top:.1%} of top-10 sequences agree.",
         highlight=False,
@@ -133,14 +133,13 @@ def main(arguments: Arguments) -> None:
         "Each query's rank correlation of scores through the adapters and through all weights of the merged model."
     )
     figure = Figure("Adapters against all weights", caption, png(comparison(facts, agreement.spearman.values)))
-    console.print(
-        f"Plot and numbers: {save_evaluation(arguments.run_dir, 'adapters', figure, results)}", soft_wrap=True
-    )
+    file = save_evaluation(arguments.run_dir, "adapters", figure, results, one.fingerprint)
+    console.print(f"Plot and numbers: {file}", soft_wrap=True)
     page = analyses["adapters"].study.report(
-        analyses["adapters"].scores,
+        one,
         texts.queries,
         tokenizer=texts.tokenizer,
-        figures=load_figures(arguments.run_dir),
+        figures=load_figures(arguments.run_dir, one.fingerprint),
         path=arguments.run_dir / "report.html",
         summary=f"{len(texts.queries):,} queries x {len(texts.train):,} training sequences through LoRA adapters.",
     )

@@ -35,7 +35,7 @@ class Arguments(Common):
     compute_per_token_score: bool = False
     """Also score the tokens of the sequences that the page shows, and shade them there."""
     report: Path | None = None
-    """The HTML page; RUN_DIR/reports/STRATEGY.html by default."""
+    """The HTML page; RUN_DIR/reports/SCORES.html by default."""
     profile: bool = False
     """Print where the time went."""
     explain: bool = False
@@ -49,6 +49,7 @@ def main(arguments: Arguments) -> None:
     if arguments.explain:
         console.print(example.plan(strategy, half, rank).table())
         return
+    example.study.profile.synchronize = arguments.profile
     scores = example.scores(strategy, half_precision=half, rank=rank)
     tokens = example.token_scores(strategy, half, SHOWN, rank) if arguments.compute_per_token_score else None
     queries, train = example.queries, example.train
@@ -63,7 +64,7 @@ def main(arguments: Arguments) -> None:
         queries,
         tokenizer=example.tokenizer,
         tokens=tokens,
-        figures=load_figures(arguments.run_dir),
+        figures=load_figures(arguments.run_dir, scores.fingerprint),
         path=arguments.report,
         summary=summary,
         k=SHOWN,

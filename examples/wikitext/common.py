@@ -41,7 +41,7 @@ class Common:
     use_compile: bool = False
     """Run activation functions through torch.compile: passes are faster, after some seconds of compiling."""
     overwrite: bool = False
-    """Replace factors and scores that were made from something else."""
+    """Compute factors and scores again, and replace those that are there."""
 
 
 class Example:
@@ -95,9 +95,8 @@ class Example:
         *,
         half_precision: bool = False,
         rank: int | None = None,
-        name: str | None = None,
     ) -> wf.Scores:
-        """Score all queries at another damping, under another name."""
+        """Score all queries at another damping."""
         options = self._options
         return self.study.score(
             self.queries,
@@ -107,7 +106,6 @@ class Example:
             query_rank=rank,
             query_batch_size=options.query_batch_size,
             train_batch_size=options.train_batch_size,
-            name=name,
             overwrite=options.overwrite,
         )
 

@@ -25,7 +25,7 @@ from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
 from wherefrom.evaluate.retrain import half_subsets, retrain
 from wherefrom.report.evaluation import lds_tables
 from wherefrom.report.evaluations import save_evaluation
-from wherefrom.report.passages import DatasetPassages, Figure
+from wherefrom.report.passages import DatasetPassages, Figure, checked_passages
 from wherefrom.report.plots import lds_bars, png
 from wherefrom.report.text import excerpt
 
@@ -53,10 +53,11 @@ def main(arguments: Arguments) -> None:
     scores = all_scores(example, arguments.dampings)
     report = evaluate_lds(scores, truth)
     console.print(lds_tables(report))
-    show_top_sequence(example, scores["ekfac"])
+    ekfac = example.scores("ekfac")
+    show_top_sequence(example, ekfac)
     caption = f"Linear datamodeling score: {report.subsets:,} halves of the training set, {report.repeats} seeds each."
     figure = Figure("Prediction of retraining", caption, png(lds_bars(report)))
-    file = save_evaluation(arguments.run_dir, "lds", figure, report.to_json())
+    file = save_evaluation(arguments.run_dir, "lds", figure, report.to_json(), ekfac.fingerprint)
     console.print(f"Plot and numbers: {file}", soft_wrap=True)
 
 
@@ -86,24 +87,25 @@ def ground_truth(arguments: Arguments, example: Example) -> GroundTruth:
     return GroundTruth(done.masks, done.losses)
 
 
-def all_scores(example: Example, dampings: tuple[float | None, ...]) -> dict[str, Tensor]:
+def all_scores(example: Example, dampings: tuple[float | None, ...]) -> dict[str, Tensor | wf.Scores]:
     """Every strategy, ekfac at other dampings and in half precision, and the baselines: [query, train] by name."""
     queries, train = example.queries, example.train
-    scores = {strategy: example.scores(strategy).values for strategy in STRATEGIES}
+    scores: dict[str, Tensor | wf.Scores] = {strategy: example.scores(strategy) for strategy in STRATEGIES}
     for damping in dampings:
-        amount = "0.1-x-mean" if damping is None else f"{damping:g}"
-        found = example.damped_scores("ekfac", damping, name=f"ekfac-damping-{amount}")
-        scores[f"ekfac, damping {amount.replace('-x-', ' x ')}"] = found.values
-    scores["ekfac, half precision"] = example.scores("ekfac", half_precision=True).values
+        amount = "0.1 x mean" if damping is None else f"{damping:g}"
+        scores[f"ekfac, damping {amount}"] = example.damped_scores("ekfac", damping)
+    scores["ekfac, half precision"] = example.scores("ekfac", half_precision=True)
     scores["bm25"] = bm25_scores(queries["text"], train["text"])
     scores["random"] = random_scores(len(queries), len(train), seed=0)
     return scores
 
 
-def show_top_sequence(example: Example, values: Tensor) -> None:
+def show_top_sequence(example: Example, scores: wf.Scores) -> None:
     """A query and its top training sequence."""
-    hit = wf.Scores(values, {}).top(1)[0]
-    query, train = DatasetPassages(example.queries)[0], DatasetPassages(example.train)[hit.train]
+    queries, texts = DatasetPassages(example.queries), DatasetPassages(example.train)
+    checked_passages(scores, queries, texts)
+    hit = scores.top(1)[0]
+    query, train = queries[0], texts[hit.train]
     table = Table("", "Text", show_lines=True)
     table.add_row("Query 0", excerpt(query.text, 600))
     table.add_row(f"Its top training sequence, {hit.train} ({hit.score:,.4g})", excerpt(train.text, 600))

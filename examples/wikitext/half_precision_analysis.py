@@ -36,7 +36,7 @@ def main(arguments: Arguments) -> None:
         raise InputError(f"query={query}: expected a query from 0 to {len(example.queries) - 1}.")
     full = example.scores(strategy)
     half = example.scores(strategy, half_precision=True)
-    agreement = compare_scores(full.values, half.values)
+    agreement = compare_scores(full, half)
     for name, found in (("Spearman", agreement.spearman), ("Pearson", agreement.pearson)):
         console.print(
             f"{name}: mean {found.mean.value:.5f} [{found.mean.low:.5f}, {found.mean.high:.5f}], median "
@@ -60,7 +60,7 @@ def main(arguments: Arguments) -> None:
     }
     for name, plot in plots.items():
         figure = Figure("Scores in half precision", caption, png(plot))
-        file = save_evaluation(arguments.run_dir, name, figure, results)
+        file = save_evaluation(arguments.run_dir, name, figure, results, full.fingerprint)
         console.print(f"Plot and numbers: {file}", soft_wrap=True)
 
 

@@ -43,16 +43,12 @@ def main(arguments: Arguments) -> None:
     queries, train = example.queries, example.train
     counts = sorted({round(count * len(train) / WIKITEXT_SEQUENCES) for count in arguments.removals})
     chosen = range(min(arguments.num_queries, len(queries)))
+    scores = {strategy: example.scores(strategy) for strategy in ("ekfac", "identity")}
     training = Finetuning(load_recipe(arguments.checkpoint_dir), arguments.cache_dir)
     removal = counterfactual(
         arguments.run_dir / "retrainings",
         training,
-        {
-            "ekfac": example.scores("ekfac").values,
-            "identity": example.scores("identity").values,
-            "bm25": bm25_scores(queries["text"], train["text"]),
-            "random": None,
-        },
+        {**scores, "bm25": bm25_scores(queries["text"], train["text"]), "random": None},
         counts,
         range(arguments.num_repeats),
         queries=chosen,
@@ -73,7 +69,7 @@ def main(arguments: Arguments) -> None:
     caption += f"summed scores; mean and standard deviation of {arguments.num_repeats} seeds."
     figure = Figure("Removal of top sequences", caption, png(removal_curves(counts, curves, "Query perplexity")))
     results = {**removal.to_json(), "perplexity": {name: curve.tolist() for name, curve in curves.items()}}
-    file = save_evaluation(arguments.run_dir, "counterfactual", figure, results)
+    file = save_evaluation(arguments.run_dir, "counterfactual", figure, results, scores["ekfac"].fingerprint)
     console.print(f"Plot and numbers: {file}", soft_wrap=True)
 
 

@@ -29,7 +29,7 @@ class Arguments(Common):
     num_queries: int = 3
     """How many queries are shown in the terminal."""
     report: Path | None = None
-    """The HTML page; RUN_DIR/reports/tokens.html by default."""
+    """The HTML page; RUN_DIR/reports/SCORES-tokens.html by default."""
 
 
 def main(arguments: Arguments) -> None:
@@ -53,8 +53,8 @@ def main(arguments: Arguments) -> None:
         example.queries,
         tokenizer=example.tokenizer,
         tokens=tokens,
-        figures=load_figures(arguments.run_dir),
-        path=arguments.report or arguments.run_dir / "reports" / "tokens.html",
+        figures=load_figures(arguments.run_dir, scores.fingerprint),
+        path=arguments.report or arguments.run_dir / "reports" / f"{scores.name}-tokens.html",
         summary=f"Tokens shaded by their share of the score, {strategy}.",
         k=arguments.top,
     )

@@ -7,7 +7,6 @@ from wherefrom.adam import adam_conditioning
 from wherefrom.checkpoints import score_checkpoints
 from wherefrom.curvature import Factors
 from wherefrom.errors import WherefromError
-from wherefrom.fingerprint import LIBRARY as __version__  # noqa: N811
 from wherefrom.index import GradientIndex
 from wherefrom.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
 from wherefrom.projected import logra_scores, trackstar_scores, trak_scores
@@ -23,6 +22,7 @@ from wherefrom.tokens import TokenScores
 from wherefrom.unrolled.magic import magic_scores, metasmoothness
 from wherefrom.unrolled.recipe import TrainingRecipe
 from wherefrom.unrolled.training import ReplayableTraining
+from wherefrom.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
     from wherefrom.huggingface import PretrainedStudy, study_from_pretrained

@@ -88,7 +88,7 @@ def measure(
         device: that the plan is for; a GPU by default.
 
     Raises:
-        InputError: there is no such model, or it takes no sequences of that length.
+        InputError: there is no such model, it takes no sequences of that length, or its code needs numbers.
         LayerError: a pattern reaches no layer.
     """
     half_on_gpu = half_precision and (device is None or device.type == "cuda")
@@ -99,8 +99,16 @@ def measure(
     task = CausalLM(patterns)
     layers = select_layers(model, task.layers, task.head(model))
     sweep: Sweep[dict[str, Tensor]] = Sweep(model, task, layers)
-    with _Assumptions(fused_attention=half_on_gpu):
-        example = sweep.footprint([{"input_ids": [0] * length}], lambda model, batch, _: task.train_loss(model, batch))
+    try:
+        with _Assumptions(fused_attention=half_on_gpu):
+            example = sweep.footprint(
+                [{"input_ids": [0] * length}], lambda model, batch, _: task.train_loss(model, batch)
+            )
+    except RuntimeError as error:  # of the model's own code
+        raise InputError(
+            f"model={name!r}: its code does not run without weights ({first_line(error)}). Llama and its relatives do "
+            f"with transformers 5.5 or newer; {require('transformers').__version__} is installed."
+        ) from error
     size = sum(each.numel() for each in model.parameters())
     each_bytes = next(model.parameters()).element_size()
     return Blueprint(name, size, size * each_bytes, _gathered(model) * each_bytes, layers, example)
@@ -128,7 +136,9 @@ def model_without_weights(name: str, dtype: torch.dtype) -> Any:
         raise InputError(f"model={name!r}: its configuration has {layers} layers; expected 1 to {_MOST_LAYERS}.")
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()  # which transformers 5.0 leaves out without numbers
+        return model
     except Exception as error:  # another kind of model, or sizes that do not belong together
         raise InputError(
             f"model={name!r}: no causal language model can be built of it ({first_line(error)})."

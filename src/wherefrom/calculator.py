@@ -20,8 +20,11 @@ from wherefrom.blueprint import Blueprint
 from wherefrom.curvature import checked_strategy
 from wherefrom.disk import Step
 from wherefrom.errors import InputError
+from wherefrom.job import Job, Wanted, factor_bytes
+from wherefrom.machine import Machine
 from wherefrom.memory import FREE_SHARE
-from wherefrom.plan import SHARD_BYTES, Cost, Job, Machine, Plan, Wanted, factor_bytes, plan_scores
+from wherefrom.options import Options
+from wherefrom.plan import SHARD_BYTES, Cost, Plan, plan_scores
 from wherefrom.precision import widened_dtype
 from wherefrom.ranks import Ranks
 
@@ -92,9 +95,11 @@ class Request:
     offload_factors: bool = False
     top: int | None = None
     batch_size: int | None = None
+    query_bits: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be computed: InputError names the argument."""
+        Options(query_rank=self.query_rank, query_bits=self.query_bits)
         for name in ("train", "fit_train", "queries", "query_rank", "top", "batch_size"):
             count = getattr(self, name)
             if count is not None and count < 1:
@@ -225,7 +230,7 @@ class Estimate:
         asked = self.request
         savings: dict[str, dict[str, Any]] = {
             "--half-precision": {"half_precision": True},
-            "--query-rank 32": {"query_rank": asked.query_rank or 32},
+            "--query-rank 32": {"query_rank": asked.query_rank or 32, "query_bits": None},
             "--offload-factors": {"offload_factors": self.basis_bytes + self.eigenvalue_bytes > 0},
             "--shard-model": {"shard_model": self.hardware.ranks > 1},
             f"--fit-train {_FEW}": {"fit_train": min(asked.fit_train, _FEW)},
@@ -267,7 +272,7 @@ class Estimate:
             train=train,
             query=self.blueprint.example,
             example=self.blueprint.example,
-            wanted=Wanted(self._dtype, asked.query_rank, asked.batch_size, asked.batch_size),
+            wanted=Wanted(self._dtype, asked.query_rank, asked.batch_size, asked.batch_size, asked.query_bits),
             usable=0,
             device=hardware.device,
             factors_on_host=asked.offload_factors,
@@ -286,9 +291,9 @@ class Estimate:
 
     def _fitted(self, cost: Cost, sums: int, moved: int) -> Stage:
         """A sweep of the fit, whose sums all ranks add up; with factors on the host, each batch moves some."""
-        batches = self._batches(self.request.fit_train, self.plan.train_batch)
+        batches = self._batches(self.request.fit_train, self.plan.fit_batch)
         copied = batches * moved * self.request.offload_factors
-        return self._swept(cost, self.plan.train_batch, self._reduced(sums) + self._gathered(batches), copied)
+        return self._swept(cost, self.plan.fit_batch, self._reduced(sums) + self._gathered(batches), copied)
 
     def _eigendecomposition(self) -> Stage:
         """Of both covariances of every layer, the layers spread over the ranks."""
@@ -324,7 +329,7 @@ class Estimate:
         plan = self.plan
         memory = {
             "weights": self.weight_bytes,
-            "a batch": 1.0 * batch * self.blueprint.example.bytes,
+            "a batch": 1.0 * self.blueprint.example.batch_bytes(batch),
             "factors": 2.0 * plan.job.factor_bytes,
             "query gradients": 1.0 * plan.bank_bytes * (bank and not plan.form.streamed),
             "working room": room,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wherefrom.errors import LayerError, LossError
 from wherefrom.layer_types import NO_COLUMN, distinct_one_hot
 from wherefrom.layers import TrackedLayer, Use
-from wherefrom.precision import widened
+from wherefrom.precision import widened, widened_dtype
 from wherefrom.task import evaluating
 
 
@@ -50,7 +50,7 @@ class Captured(NamedTuple):
         Returns:
             What can be multiplied with gradients [batch, out, columns], on their device.
         """
-        matrix = matrix.to(self.gradients.device)
+        matrix = matrix.to(self.gradients.device, non_blocking=True)
         return matrix if self.columns is None else matrix[:, self.columns].transpose(0, 1)
 
     def rows(self, chosen: Tensor) -> Captured:
@@ -60,9 +60,12 @@ class Captured(NamedTuple):
 
     @property
     def bytes_each(self) -> int:
-        """What an example's weight gradient takes, or its activations or gradients if that is more."""
+        """What an example's weight gradient takes, or its rotated activations or gradients if that is more.
+
+        Products of operands in half precision are float32.
+        """
         (_, tokens, width), outputs = self.activations.shape, self.gradients.shape[2]
-        return max(outputs * width, tokens * width, tokens * outputs) * self.gradients.element_size()
+        return max(outputs * width, tokens * width, tokens * outputs) * widened_dtype(self.gradients.dtype).itemsize
 
     def as_one_example(self) -> Captured:
         """The batch's tokens in one row, whose gradient is the sum of the examples'; only where `columns` is None."""
@@ -200,6 +203,10 @@ class Capture(AbstractContextManager["Capture"]):
             self._pass = None
         return value.detach()
 
+    def held(self) -> list[Tensor]:
+        """The inputs of layers that wait for their gradients; autograd has no need of them where weights are frozen."""
+        return [call.inputs for calls in self._pass.calls.values() for call in calls] if self._pass else []
+
     def _check(self, value: Tensor, current: _Pass) -> None:
         if not isinstance(value, Tensor) or value.dim() != 0:
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -293,7 +300,12 @@ class Capture(AbstractContextManager["Capture"]):
         self._check_call(layer.name, call, gradient, current)
         copies = call.use.kind.copies(call.use.module)
         shared = self._shared_activations(layer, call, current) if layer.shares_activations(call.use) else None
-        read = layer.read(call.use, call.inputs) if shared is None else shared
+        # Operands that are no wider are made before tensors are padded and masked, so that fewer bytes are moved.
+        kind = call.use.kind
+        early = not (kind.elementwise or self._widens(gradient) or (self._widens(call.inputs) and not kind.one_hot))
+        inputs = self._operand(call.inputs) if early and shared is None and not kind.one_hot else call.inputs
+        gradient = self._operand(gradient) if early else gradient
+        read = layer.read(call.use, inputs) if shared is None else shared
         activations, gradients = layer.tensors(call.use, read, gradient)
         batch, tokens = gradients.shape[:2]
         padding, real = self._padding(layer.name, tokens // copies, current), batch * tokens
@@ -301,9 +313,14 @@ class Capture(AbstractContextManager["Capture"]):
             mask = padding.mask.to(gradients.device).repeat(1, copies, 1)
             real, gradients = copies * padding.tokens, gradients.where(mask, 0)  # padding may hold NaN
             activations = activations if shared is not None else _masked(activations, mask)
-        if shared is None and not layer.one_hot:
-            activations = self._operand(activations)
-        return Captured(activations, self._operand(gradients), real, copies)
+        if not early:
+            gradients = self._operand(gradients)
+            activations = activations if shared is not None or layer.one_hot else self._operand(activations)
+        return Captured(activations, gradients, real, copies)
+
+    def _widens(self, tensor: Tensor) -> bool:
+        """Whether a tensor takes more memory as an operand."""
+        return self._operand(tensor.new_empty(0)).element_size() > tensor.element_size()
 
     @staticmethod
     def _check_call(name: str, call: _Call, gradient: Tensor, current: _Pass) -> None:
@@ -344,11 +361,12 @@ class Capture(AbstractContextManager["Capture"]):
             before, use, source, activations = current.latest
             if layer.reads_as(call.use, before, use) and _same_memory(source, call.inputs):
                 return activations
-        activations = layer.read(call.use, call.inputs)
+        early = not self._widens(call.inputs)
+        activations = layer.read(call.use, self._operand(call.inputs) if early else call.inputs)
         padding = current.padding_of(activations.shape[1])
         if padding is not None and len(activations) == len(padding.mask):
             activations = activations.where(padding.mask.to(activations.device), 0)
-        activations = self._operand(activations)
+        activations = activations if early else self._operand(activations)
         current.latest = (layer, call.use, call.inputs, activations)
         return activations
 

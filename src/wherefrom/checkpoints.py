@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from wherefrom.errors import DamagedError, InputError, first_line
-from wherefrom.files import checked_name, read_json, remove, scratch_matrix, within
+from wherefrom.files import checked_name, read_json, scratch_matrix, within
 from wherefrom.fingerprint import Dataset, Fingerprint
+from wherefrom.kept_scores import keep_scores
+from wherefrom.names import result_name
 from wherefrom.options import RescoredOptions, checked_result_name
 from wherefrom.scores import Scores
 from wherefrom.stages import Stages
-from wherefrom.store import Partial
 from wherefrom.study import Study
 from wherefrom.task import Batch
 from wherefrom.text import require
@@ -70,18 +71,21 @@ def score_checkpoints(
         strategy: as in `Study.fit`.
         weights: one for each checkpoint; by default the learning rates that were recorded, and for paths 1.
         empirical, seed: as in `Study.fit`, for strategies that fit factors.
-        options: those of `RescoredOptions`; half precision also of the fit. `name` is that
-            of the sum in `RUN/scores`, "STRATEGY-checkpoints" by default.
+        options: those of `RescoredOptions`; half precision also of the fit. `name` is that of the sum in `RUN/scores`,
+            by default "STRATEGY-checkpoints" and a digest of all that it depends on. `overwrite` replaces the sum and
+            its parts, no factors.
 
     Returns:
-        The sum, stored as any scores; each part is in `RUN/checkpoints/NAME/scores`.
+        The sum, stored as any scores; each part is in `RUN/checkpoints/CHECKPOINT/scores`, and serves other sums too.
 
     Raises:
         InputError: checkpoints and weights do not belong together, or a checkpoint is not of this model.
         WherefromError: as `Study.fit` and `Study.score`; what was finished before stays valid.
     """
     paths, weights = named_paths(checkpoints), _weights(checkpoints, weights)
-    name = checked_result_name(options.pop("name", None) or f"{strategy}-checkpoints")
+    name = options.pop("name", None)
+    if name is not None:
+        checked_result_name(name)
     precision = options.get("half_precision", False)
     overwrite = options.get("overwrite", False)
     parts: dict[str, Scores] = {}
@@ -89,9 +93,9 @@ def score_checkpoints(
         for checkpoint, path in paths.items():
             load_weights(model, path)
             there = study_of(study, checkpoint)
-            factors = there.fit(strategy, empirical=empirical, seed=seed, half_precision=precision, overwrite=overwrite)
+            factors = there.fit(strategy, empirical=empirical, seed=seed, half_precision=precision)
             parts[checkpoint] = there.score(queries, factors, **options)
-        return kept_sum(study, name, parts, weights, overwrite)
+        return kept_sum(study, f"{strategy}-checkpoints", name, parts, weights, overwrite)
 
 
 def study_of(study: Study[Batch], checkpoint: str) -> Study[Batch]:
@@ -102,21 +106,26 @@ def study_of(study: Study[Batch], checkpoint: str) -> Study[Batch]:
 
 
 def kept_sum(
-    study: Study[Batch], name: str, parts: Mapping[str, Scores], weights: Sequence[float], overwrite: bool
+    study: Study[Batch],
+    label: str,
+    name: str | None,
+    parts: Mapping[str, Scores],
+    weights: Sequence[float],
+    overwrite: bool,
 ) -> Scores:
-    """The weighted sum of the scores of checkpoints, loaded or computed and kept."""
-    stages = Stages(within(study.path, "scores"), _fingerprint(parts, weights), study.profile)
-    if overwrite:
-        stages.forget(name)
-    file = within(stages.folder, f"{name}.blocks", "values")
+    """The weighted sum of the scores of checkpoints, loaded or computed and kept.
 
-    def compute(_: Partial) -> dict[str, Tensor]:
+    Args:
+        label: what the sum is called, with a digest, where it has no name.
+    """
+    fingerprint = _fingerprint(parts, weights)
+
+    def compute(blocks: Stages) -> dict[str, Tensor]:
         values = [part.values for part in parts.values()]
-        return {"values": _weighted_sum(values, weights, file)} if stages.ranks.writes else {}
+        return {"values": _weighted_sum(values, weights, blocks.folder / "values")} if blocks.ranks.writes else {}
 
-    stages.keep(name, compute)
-    stages.ranks.first(lambda: remove(file.parent))
-    return Scores.load(stages.folder / name)
+    called = result_name(label, fingerprint, name)
+    return Scores.load(keep_scores(study.path, called, fingerprint, study.profile, overwrite, compute))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -236,11 +245,12 @@ def _weights(checkpoints: Sequence[str | Path | RecordedCheckpoint], weights: Se
 def _fingerprint(parts: Mapping[str, Scores], weights: Sequence[float]) -> Fingerprint:
     """What all checkpoints have in common as it is, the rest checkpoint by checkpoint."""
     names = {name for part in parts.values() for name in part.fingerprint}
-    joined = {}
+    joined: dict[str, str] = {}
     for name in sorted(names):
         values = {checkpoint: part.fingerprint.get(name, "nothing") for checkpoint, part in parts.items()}
         alike = len(set(values.values())) == 1
         joined[name] = next(iter(values.values())) if alike else "; ".join(f"{k}: {v}" for k, v in values.items())
+    joined["models"] = joined.pop("model")  # which are not the study's own
     joined["checkpoints"] = " + ".join(f"{weight!r} x {name}" for name, weight in zip(parts, weights, strict=True))
     return joined
 

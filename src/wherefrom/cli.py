@@ -20,7 +20,6 @@ from rich.console import Console
 
 from wherefrom.commands import Run, StrategyName, command_line
 from wherefrom.errors import InputError
-from wherefrom.files import checked_name, within
 from wherefrom.index_commands import index, query
 from wherefrom.locks import run_lock
 from wherefrom.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
@@ -29,9 +28,9 @@ from wherefrom.progress import show_log
 from wherefrom.ranks import Ranks
 from wherefrom.report.evaluations import load_figures
 from wherefrom.report.html import render_report, write_page
-from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage, Passages
+from wherefrom.report.passages import DatasetPassages, DatasetTokens
 from wherefrom.report.text import hits_table, top_tables
-from wherefrom.run_sources import SOURCES, RunSources, TextSource, checked_run
+from wherefrom.run_sources import SOURCES, RunSources, TextSource, checked_run, chosen_scores, log_other_scores
 from wherefrom.scores import Scores, TopScores, load_scores
 from wherefrom.solvers import SOLVERS
 from wherefrom.study import Study
@@ -84,13 +83,15 @@ def fit(
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
         memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
         overwrite: Replace factors that were made from something else.
-        profile: Print where the time went.
+        profile: Print where the time went, and for that wait for a GPU after each action.
     """
     if (checked_run(run) / SOURCES).exists():
         RunSources.load(run)  # or hours later it turns out that it cannot be read
     text = TextSource(train, split, column, unit, length)
-    sources = RunSources(model, list(layers) or None, text, empirical, seed, {})
+    sources = RunSources(model, list(layers) or None, text, empirical, seed)
     study, _ = sources.study(run, device, memory_budget)
+    study.profile.synchronize = profile
+    log_other_scores(study)
     study.fit(
         strategy,
         empirical=empirical,
@@ -115,6 +116,7 @@ def score(
     damping: float | None = None,
     half_precision: bool = False,
     query_rank: int | None = None,
+    query_bits: int | None = None,
     solver: Literal["cg", "astra"] | None = None,
     rescore: int = 0,
     tokens: int | None = None,
@@ -137,15 +139,17 @@ def score(
         run: A run directory that `wherefrom fit` made.
         queries: The query text: a file, a saved dataset or a hub name, cut as the training text was.
         strategy: The curvature; fitted first if the run does not have it yet.
-        name: Of the scores in the run; the strategy by default, with '-half' in half precision and '-rankR' with a
-            query rank.
+        name: Of the scores in the run; by default the strategy, what else was asked for, and a digest of all that
+            they depend on, so that other queries or another damping lie side by side.
         split: The split of a saved or hub dataset.
         column: The column that holds the text; found when there is only one.
         damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
         half_precision: bfloat16 products in the model's passes, query gradients in bfloat16.
         query_rank: Keep query gradients as pairs of matrices of this rank, so that more fit into memory.
+        query_bits: 8 keeps query gradients as integers of that size, with scales.
         solver: Go on from the curvature's approximation to the damped Gauss-Newton matrix itself; slow.
-        rescore: With a query rank, compute this many of each query's highest scores again with whole gradients.
+        rescore: With a query rank or query bits, compute this many of each query's highest scores again, with whole
+            gradients of the products' type.
         tokens: Also score the tokens of this many most positive and most negative sequences of each query; the report
             shades them.
         per_layer: Also keep each layer's part of every score.
@@ -159,7 +163,7 @@ def score(
         memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
         explain: Print what would be done, and what it would cost with the fit, and stop.
         overwrite: Replace scores that were made from something else.
-        profile: Print where the time went.
+        profile: Print where the time went, and for that wait for a GPU after each action.
     """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens={tokens}: expected at least 1 sequence of each sign.")
@@ -172,6 +176,7 @@ def score(
         "damping": damping,
         "half_precision": half_precision,
         "query_rank": query_rank,
+        "query_bits": query_bits,
         "solver": SOLVERS[solver]() if solver else None,
         "query_batch_size": query_batch_size,
         "train_batch_size": train_batch_size,
@@ -186,9 +191,10 @@ def score(
         "aggregate_queries": aggregate_queries,
         "aggregate_train": aggregate_train,
     }
-    options = Options(**pairwise, top=top_only)
+    Options(**pairwise, top=top_only)  # or the model would be loaded first
     sources = RunSources.load(run)
     study, tokenizer = sources.study(run, device, memory_budget)
+    study.profile.synchronize = profile
     text = replace(sources.train, source=queries, split=split, column=column)
     sequences = text.sequences(tokenizer)
     if explain:
@@ -197,19 +203,18 @@ def score(
             console.print(plan.table())
         return
     factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
-    kept = options.result_name(factors)
+    found: Scores | TopScores
     if top_only is None:
-        shape = "{:,} queries x {:,} training sequences".format(
-            *study.score(sequences, factors, **pairwise).values.shape
-        )
+        found = study.score(sequences, factors, **pairwise)
+        shape = "{:,} queries x {:,} training sequences".format(*found.values.shape)
     else:
         found = study.score_top(sequences, factors, top_only, **common)
         shape = f"{len(found.values):,} queries, the {found.values.shape[1]} highest and lowest each,"
-    Ranks.current().first(lambda: replace(sources, queries={kept: text}).save(run))
+    Ranks.current().first(lambda: replace(sources, queries=text).save(run, found.name))
     if tokens is not None:
-        of_pairs: RescoredOptions = {**common, "rescore": rescore, "name": kept}
+        of_pairs: RescoredOptions = {**common, "rescore": rescore, "name": found.name}
         study.score_tokens(sequences, factors, top=tokens, **of_pairs)
-    _say(f"Scores of {shape} are in {run / 'scores' / kept}.", study, profile)
+    _say(f"Scores of {shape} are in {run / 'scores' / found.name}.", study, profile)
 
 
 @app.command
@@ -250,48 +255,52 @@ def self_influence(
 
 
 @app.command
-def top(run: Run, *, name: str = "ekfac", k: int = 5, query: tuple[int, ...] = ()) -> None:
+def top(run: Run, *, name: str | None = None, k: int = 5, query: tuple[int, ...] = ()) -> None:
     """Show the most influential training sequences of queries.
 
     Args:
         run: A run directory with scores.
-        name: Of the scores.
+        name: Of the scores, or what it begins with before the digest; by default the latest.
         k: Sequences for each query.
         query: Which queries; the first three by default.
     """
-    scores = load_scores(_scores_folder(run, name))
+    folder = chosen_scores(run, name)
+    scores = load_scores(folder)
     count = len(scores.values)
     if not all(0 <= each < count for each in query):
         raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")
-    queries, train = _passages(run, name, scores)
-    console.print(top_tables(scores, queries, train, shown=query or range(min(3, count)), k=k))
+    queries, train, _ = RunSources.of_result(folder).passages(scores.fingerprint)
+    shown = query or range(min(3, count))
+    k = min(k, scores.values.shape[1])  # no more were kept
+    console.print(top_tables(scores, queries, train, shown=shown, k=k))
 
 
 @app.command
-def report(run: Run, *, name: str = "ekfac", k: int = 10, output: Path | None = None) -> None:
+def report(run: Run, *, name: str | None = None, k: int = 10, output: Path | None = None) -> None:
     """Write a self-contained HTML page of the most influential training sequences.
 
     Args:
         run: A run directory with scores.
-        name: Of the scores.
+        name: Of the scores, or what it begins with before the digest; by default the latest.
         k: Sequences of each sign for each query.
         output: The page; RUN/reports/NAME.html by default.
     """
-    scores = Scores.load(_scores_folder(run, name))
-    sources = RunSources.load(run)
-    queries, train, tokenizer = sources.sequences(run, name)
-    tokens = _token_scores(run, name, scores)
+    folder = chosen_scores(run, name)
+    scores = load_scores(folder)
+    sources = RunSources.of_result(folder)
+    queries, train, tokenizer = sources.passages(scores.fingerprint)
+    tokens = _token_scores(folder, scores)
     page = render_report(
         title=f"Where from? {run.name}",
-        queries=DatasetPassages(queries),
-        train=DatasetPassages(train),
-        values=scores.values,
-        settings={"model": sources.model, "training text": sources.train.source, **scores.fingerprint},
-        tokens=None if tokens is None else DatasetTokens(tokens, train, tokenizer),
-        figures=load_figures(run),
+        queries=queries,
+        train=train,
+        scores=scores,
+        settings=sources.described(),
+        tokens=None if tokens is None else DatasetTokens(tokens, train.dataset, tokenizer),
+        figures=load_figures(run, scores.fingerprint),
         k=k,
     )
-    output = output or run / "reports" / f"{name}.html"
+    output = output or run / "reports" / f"{folder.name}.html"
     with run_lock(run):
         write_page(output, page)
     console.print(f"The report is {output}", soft_wrap=True)
@@ -327,22 +336,9 @@ def _flags(command: str) -> dict[str, str]:
     return {**{name: name for name in names}, **_OTHER_WORDS.get(command, {})}
 
 
-def _scores_folder(run: Path, name: str) -> Path:
-    return within(run, "scores", checked_name(name))
-
-
-def _passages(run: Path, name: str, scores: Scores | TopScores) -> tuple[Passages, Passages]:
-    """The queries and training sequences behind scores; where queries were aggregated, one that says so."""
-    queries, train, _ = RunSources.load(run).sequences(run, name)
-    how = scores.fingerprint.get("aggregated queries")
-    return DatasetPassages(queries) if how is None else [
-        Passage(f"The {how} of {len(queries)} queries.")
-    ], DatasetPassages(train)
-
-
-def _token_scores(run: Path, name: str, scores: Scores) -> TokenScores | None:
+def _token_scores(folder: Path, scores: Scores | TopScores) -> TokenScores | None:
     """Token scores that belong to these scores, of the most pairs, if there are any."""
-    found = [TokenScores.load(index.parent) for index in (run / "scores").glob(f"{name}.*.tokens/{INDEX}")]
+    found = [TokenScores.load(index.parent) for index in folder.parent.glob(f"{folder.name}.*.tokens/{INDEX}")]
     return max(
         (each for each in found if not each.differences(scores.fingerprint)),
         key=lambda each: len(each.pairs),

@@ -54,9 +54,9 @@ class IndexOptions(TypedDict, total=False):
         seed: of random directions.
         half_precision: bfloat16 products in the model's passes.
         batch_size: None finds one; results depend on it only by rounding.
-        name: of the index in the run directory; by default what was asked for.
-        overwrite: replace what has this name, instead of refusing when it was made from something else. Where it is
-            interrupted, the call without it goes on.
+        name: of the index in the run directory; by default what was asked for, and a digest of all that it depends on.
+        overwrite: make it again and replace it, also where it has this name and was made from something else, which is
+            refused otherwise. It replaces this index alone. Where it is interrupted, the call without it goes on.
     """
 
     directions: Directions
@@ -116,12 +116,13 @@ class Compression:
         if self.rank < 1:
             raise InputError(f"rank={self.rank}: expected at least 1.")
         checked_batch_size(self.batch_size)
+        if self.name is not None:
+            checked_name(self.name)
 
     @property
-    def result_name(self) -> str:
-        """The name that the index is kept under."""
-        usual = f"{self.directions}-rank{self.rank}-{self.numbers}" + ("-half" if self.half_precision else "")
-        return checked_name(self.name or usual)
+    def label(self) -> str:
+        """What was asked for, in a word: what the name of an index begins with."""
+        return f"{self.directions}-rank{self.rank}-{self.numbers}" + "-half" * self.half_precision
 
     def projections(self, layers: Mapping[str, TrackedLayer], factors: Factors | None) -> dict[str, Projection]:
         """Those of every layer.

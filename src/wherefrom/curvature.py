@@ -28,8 +28,8 @@ from wherefrom.errors import InputError, LossError, MismatchError
 from wherefrom.example_gradients import Sides, weight_gradients
 from wherefrom.fingerprint import Fingerprint, differences
 from wherefrom.layers import TrackedLayer
-from wherefrom.memory import Workspace
-from wherefrom.moments import add_columns, second_moment
+from wherefrom.memory import Workspace, pinned_as
+from wherefrom.moments import add_columns, second_moment, sum_of_squares
 from wherefrom.sweep import Collector
 
 
@@ -54,6 +54,13 @@ class Strategy:
             result: "covariance", "eigenbasis" or "eigenvalues".
         """
         return {None: "diagonal", "covariances": result, "gradients": f"gradient-{result}"}[self.basis]
+
+    @property
+    def stages(self) -> list[str]:
+        """The names of all results of the fit that are the strategy's own or in its basis, the last one first."""
+        found = ["eigenvalues"] if self.basis or self.eigenvalues == "fitted" else []
+        found += ["eigenbasis", "covariance"] if self.basis else []
+        return [self.stage(each) for each in found]
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -135,7 +142,7 @@ class CovarianceCollector(Collector):
         if captured.columns is None:
             activations += self._activation_product(captured.activations, activations.dim() == 1).to(activations.device)
         else:
-            add_columns(activations, captured.activations.square().sum(1, dtype=activations.dtype), captured.columns)
+            add_columns(activations, sum_of_squares(captured.activations, 1), captured.columns)
         gradients += second_moment(captured.gradients, gradients.dim() == 1).to(gradients.device)
         self.sums[f"{layer}.tokens"] += captured.tokens
 
@@ -162,7 +169,7 @@ class CovarianceCollector(Collector):
 
 def aligned(layer: TrackedLayer, matrix: Tensor) -> Tensor:
     """Numbers [out, in] with a column for each of a captured gradient's, [out, width]; 0 past the layer's own."""
-    return functional.pad(matrix, (0, layer.width - matrix.shape[1]))
+    return pinned_as(functional.pad(matrix, (0, layer.width - matrix.shape[1])), matrix)
 
 
 def gradient_sides(
@@ -179,7 +186,7 @@ def gradient_sides(
         basis, vectors = bases.get(name), None
         if basis is not None and basis.activations is not None:
             missing = layer.width - len(basis.activations)
-            vectors = functional.pad(basis.activations, (0, missing, 0, missing))
+            vectors = pinned_as(functional.pad(basis.activations, (0, missing, 0, missing)), basis.activations)
         conditioned = aligned(layer, roots[name]) if name in roots else None
         found[name] = Sides(None if basis is None else basis.gradients, vectors, conditioned)
     return found
@@ -232,11 +239,11 @@ class EigenvalueCollector(Collector):
         }
 
     def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        squares = weight_gradients(captured, self._sides[layer], self._workspace).square_()
+        gradients = weight_gradients(captured, self._sides[layer], self._workspace)
         if captured.columns is None:
-            self.sums[layer] += squares.sum(0).to(self.sums[layer].device)
+            self.sums[layer] += sum_of_squares(gradients, 0, overwrite=True).to(self.sums[layer].device)
         else:
-            add_columns(self.sums[layer], squares, captured.columns)
+            add_columns(self.sums[layer], gradients.square_(), captured.columns)
 
     def release(self) -> None:
         self._workspace.release()
@@ -301,7 +308,7 @@ class Factors:
             sides = self.bases[name].spectra if name in self.bases else ()
             check_eigenvalues(name, values, sides, product)
             added[name] = added_damping(values, damping)
-            filters[name] = damped_inverse(values, added[name], sides)
+            filters[name] = pinned_as(damped_inverse(values, added[name], sides), values)
         flat = frozenset(name for name, each in filters.items() if not bool(each.any()))
         return Preconditioner(self.bases, filters, flat, added, self.roots)
 

@@ -20,7 +20,7 @@ from wherefrom.layers import TrackedLayer
 
 # The header of a file and the manifest beside it, and for each tensor its entry in the header; measured, rounded up.
 _FILE, _ENTRY = 2**13, 256
-# The float64 number that says what a low rank leaves out of a query's gradient.
+# The float64 number that says what a low rank or integers leave out of a query's gradient.
 _ERROR_BYTES = 8
 
 
@@ -98,7 +98,7 @@ class Blocks:
         block: queries of a block, the most.
         shard: training examples of a block, the most.
         matrices: how many of one size there are, with parts of layers.
-        errors: whether each block says what a low rank leaves out.
+        errors: whether each block says what a low rank or integers leave out.
     """
 
     queries: int

@@ -71,10 +71,18 @@ def weight_gradients(
 
 
 def brought_back(captured: Captured, sides: Sides, gradients: Tensor) -> Tensor:
-    """roots * (left G right^T) for gradients [batch, out, width] of what was captured: to where filters are not."""
+    """roots * (left G right^T) for gradients [batch, out, width] of what was captured: to where filters are not.
+
+    Of what was captured in bfloat16, gradients are rounded to it before each rotation, and come back in it unless there
+    are roots. Where the filter is, that moves every number by a part of itself; what is rounded after a rotation, as a
+    bank of them is, moves small ones by a part of the large ones that they are mixed with.
+    """
     left, right, roots = sides.on(gradients.device)
+    half = captured.gradients.dtype == torch.bfloat16
+    if half:
+        gradients = gradients.bfloat16()
     if left is not None:
-        gradients = left @ gradients
+        gradients = rotated(gradients.transpose(1, 2), left.T).transpose(1, 2) if half else left @ gradients
     if right is not None:
-        gradients = gradients @ right.T
+        gradients = rotated(gradients, right.T)
     return gradients if roots is None else gradients * captured.selected(roots)

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from wherefrom.errors import InputError
-from wherefrom.placement import read_tensor
+from wherefrom.placement import is_sharded_tensor, read_tensor
 
 Fingerprint = Mapping[str, str]
-
-LIBRARY = version("wherefrom")
 
 Example_co = TypeVar("Example_co", covariant=True)
 
@@ -34,28 +31,60 @@ class Dataset(Protocol[Example_co]):
     def __getitem__(self, position: int, /) -> Example_co: ...
 
 
+# Bytes that one thread hashes at a time. SHA-256 of a whole is not made of those of its parts, so that a digest depends
+# on this number, and on nothing else: not on how many threads there are.
+_PIECE = 2**20
+
+
 def model_digest(model: nn.Module) -> str:
     """The structure of a model and every byte of its parameters and buffers, sharded over processes or not."""
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    # One by one: weights that were offloaded may not fit into memory together.
     digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        _update(digest, name, read_tensor(model, name, value))
+    known: dict[Hashable, str] = {}  # tied weights are read once
+    with _hashing() as pool:
+        # One by one: weights that were offloaded may not fit into memory together.
+        for name, value in sorted(state.items()):
+            same = _identity(value)
+            found = known.get(same) or _tensor_digest(read_tensor(model, name, value), pool)
+            if same is not None:
+                known[same] = found
+            digest.update(f"{name} {found}\n".encode())
     structure = repr(model).replace("FSDP", "")  # what fully_shard puts before the names of classes
     return _short(hashlib.sha256((structure + digest.hexdigest()).encode()).hexdigest())
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    """Equal for tensors, all alive, that are the same numbers in the same memory; None where that cannot be told."""
+    if tensor.is_meta or type(tensor) not in {Tensor, nn.Parameter}:  # sharded or quantized ones have no address
+        return None
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Names, dtypes, shapes and bytes of tensors, as a SHA-256 in hexadecimal."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        _update(digest, name, tensor)
+    with _hashing() as pool:
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {_tensor_digest(tensor, pool)}\n".encode())
     return digest.hexdigest()
 
 
-def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    digest.update(_bytes(tensor))
+def _hashing() -> ThreadPoolExecutor:
+    """Threads to hash in, as many as PyTorch computes with; none is started before there is something to do."""
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="wherefrom-hashing")
+
+
+def _tensor_digest(tensor: Tensor, pool: ThreadPoolExecutor) -> str:
+    """The dtype, shape and bytes of a tensor: the SHA-256 of those of its pieces, which threads find side by side."""
+    data = _bytes(tensor)
+    pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
+    digests = pool.map(_sha256, pieces) if len(pieces) > 1 else map(_sha256, pieces)
+    described = f"{tensor.dtype} {list(tensor.shape)}\n".encode()
+    return hashlib.sha256(described + b"".join(digests)).hexdigest()
+
+
+def _sha256(data: memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def dataset_digest(dataset: Dataset[object]) -> str:
@@ -154,7 +183,7 @@ def _describe(value: object) -> object:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    if isinstance(tensor, DTensor):
+    if is_sharded_tensor(tensor):
         tensor = tensor.full_tensor()
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data

@@ -74,13 +74,13 @@ class Fitting(Generic[Batch]):
         if self.overwrite:
             # Eigenvalues, even where they are not asked for, belong to the basis that is being replaced, and go before
             # it. All of it at once, so that an interrupted fit goes on when it is called without this.
-            self.stages.forget(*dict.fromkeys(map(needed.stage, ("eigenvalues", "eigenbasis", "covariance"))))
+            self.stages.forget(*needed.stages)
         bases = self.bases(needed, partial(self.covariances, needed)) if needed.basis else {}
         eigenvalues: dict[str, Tensor] = {}
         if needed.eigenvalues == "fitted":
             eigenvalues = self.mean_squares(needed, bases)
         elif needed.eigenvalues == "product":
-            eigenvalues = {layer: each.eigenvalues() for layer, each in bases.items()}
+            eigenvalues = self.sweep.pinned({layer: each.eigenvalues() for layer, each in bases.items()})
         return Factors(strategy, self.stages.fingerprint, bases, eigenvalues, self.roots)
 
     def _check_disk(self, strategy: str) -> None:
@@ -125,7 +125,7 @@ class Fitting(Generic[Batch]):
 
         found = self.stages.load(stage, basis, sweep.factors_device)
         check_layout(self.stages.folder / stage, found, self._basis_layout())
-        return bases_from_tensors(found)
+        return bases_from_tensors(sweep.pinned(found))
 
     def _basis_layout(self) -> Layout:
         layout: dict[str, tuple[None, tuple[int, ...]]] = {}
@@ -164,7 +164,7 @@ class Fitting(Generic[Batch]):
         check_layout(
             self.stages.folder / stage, found, {name: (None, layer.shape) for name, layer in sweep.layers.items()}
         )
-        return found
+        return sweep.pinned(found)
 
     def _run(self, name: str, collector: CovarianceCollector | EigenvalueCollector, sums: Partial) -> None:
         self.sweep.run(name, self.train, collector, self._loss, batch_size=self.batch_size, partial=sums)

@@ -1,8 +1,8 @@
 """Banks of per-example gradients, kept in memory while a training set is swept against them.
 
-A bank holds the preconditioned gradient of every query, whole or as a product of two thin matrices, and multiplies it
-with training gradients. Of one-hot layers it holds the columns that a query touches. It does not decide how many
-queries there are room for (`plan` does).
+A bank holds the preconditioned gradient of every query, whole, in 8-bit integers or as a product of two thin matrices,
+and multiplies it with training gradients. Of one-hot layers it holds the columns that a query touches. It does not
+decide how many queries there are room for (`plan` does).
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from wherefrom.curvature import Preconditioner
 from wherefrom.example_gradients import Sides, brought_back, weight_gradients
 from wherefrom.finite import NotFiniteError
 from wherefrom.layers import TrackedLayer
+from wherefrom.long_products import long_product
+from wherefrom.low_rank import thin_product_flop, truncated
 from wherefrom.memory import Workspace, out_of_memory
-from wherefrom.precision import product, rotated, widened_dtype
+from wherefrom.precision import product, rotated, widened, widened_dtype
+from wherefrom.quantization import dequantized, quantized
 from wherefrom.sweep import Collector
 
 # What is moved to the device, widened or rebuilt from thin matrices at a time.
 PIECE_BYTES = 2**28
-# Directions beyond the rank in a randomised decomposition, and its power iterations (Halko et al. 2011, section 4.5).
-_OVERSAMPLING, _ITERATIONS = 8, 2
 # After a one-hot layer's name: which columns are held.
 _COLUMNS = ".columns"
+# After a quantized layer's name: what each row of its integers is multiplied with.
+_SCALES = ".scales"
 _SQUARED_NORM, _SQUARED_REST = "squared norm", "squared rest"
 
 
@@ -37,7 +40,7 @@ class BankForm:
     """How query gradients are kept.
 
     Attributes:
-        dtype: of their numbers.
+        dtype: of their numbers, or of products with those that are kept as integers.
         place: the device that they lie on.
         streamed: whether that is another than the model's, so that they are moved there piece by piece for every batch.
         rank: of the two thin matrices; None keeps gradients whole, as do layers in which that takes less.
@@ -45,6 +48,8 @@ class BankForm:
             a bank makes room for more when they come.
         rotated_back: for each layer, whether the preconditioned gradient is brought back from the eigenbasis on its
             left and right side; otherwise each training gradient is brought there.
+        bits: 8 keeps whole gradients as integers of that size, with a scale for each row of each query's, but for
+            one-hot layers; None keeps numbers of `dtype`.
     """
 
     dtype: torch.dtype
@@ -53,6 +58,16 @@ class BankForm:
     rank: int | None = None
     tokens: int = 0
     rotated_back: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
+    bits: int | None = None
+
+    @property
+    def approximate(self) -> bool:
+        """Whether something is left out of gradients besides the rounding of `dtype`."""
+        return self.rank is not None or self.bits is not None
+
+    def quantized(self, layer: TrackedLayer) -> bool:
+        """Whether a layer's gradients are kept as integers."""
+        return self.bits is not None and not layer.one_hot and not self.thin(layer)
 
     def thin(self, layer: TrackedLayer) -> bool:
         """Whether a layer's gradients are kept as two thin matrices."""
@@ -65,7 +80,10 @@ class BankForm:
         for layer in layers.values():
             outputs, width = layer.padded_shape
             numbers = (self.rank or 0) * (outputs + width) if self.thin(layer) else outputs * layer.columns(self.tokens)
-            taken += numbers * self.dtype.itemsize + layer.one_hot * self.tokens * torch.int64.itemsize
+            if self.quantized(layer):
+                taken += numbers * torch.int8.itemsize + outputs * widened_dtype(self.dtype).itemsize
+            else:
+                taken += numbers * self.dtype.itemsize + layer.one_hot * self.tokens * torch.int64.itemsize
         return taken
 
 
@@ -75,7 +93,8 @@ class GradientBank(Collector):
     Attributes:
         sums: a tensor [queries, out, width] for each layer or, of low rank, `LAYER.left` [queries, out, rank] and
             `LAYER.right` [queries, rank, width]. Of a one-hot layer only columns that a query touches, [queries, out,
-            columns], and which those are, `LAYER.columns` int64 [queries, columns].
+            columns], and which those are, `LAYER.columns` int64 [queries, columns]. Rows of 8-bit integers
+            are to be multiplied with a scale each, `LAYER.scales` [queries, out].
         residuals: of the solves that the gradients come from, relative, [queries]; None without a solver.
     """
 
@@ -99,11 +118,14 @@ class GradientBank(Collector):
             if form.rank is not None and form.thin(layer):
                 self.sums[f"{name}.left"] = self._zeros(queries, outputs, form.rank)
                 self.sums[f"{name}.right"] = self._zeros(queries, form.rank, width)
+            elif form.quantized(layer):
+                self.sums[name] = self._zeros(queries, outputs, width, dtype=torch.int8)
+                self.sums[f"{name}{_SCALES}"] = self._zeros(queries, outputs, dtype=widened_dtype(form.dtype))
             else:
                 self.sums[name] = self._zeros(queries, outputs, layer.columns(form.tokens))
             if layer.one_hot:
                 self.sums[f"{name}{_COLUMNS}"] = self._zeros(queries, form.tokens, dtype=torch.int64)
-        if form.rank is not None:
+        if form.approximate:
             self.sums[_SQUARED_NORM] = torch.zeros(queries, dtype=torch.float64, device=form.place)
             self.sums[_SQUARED_REST] = torch.zeros(queries, dtype=torch.float64, device=form.place)
 
@@ -139,6 +161,8 @@ class GradientBank(Collector):
             gradients *= captured.selected(self._filters[layer])
         if captured.columns is not None:
             self._collect_columns(layer, self._back(layer, gradients, captured), captured.columns, rows)
+        elif f"{layer}{_SCALES}" in self.sums:
+            self._collect_quantized(layer, self._back(layer, gradients, captured), rows)
         elif layer in self.sums:
             self.sums[layer][rows] = self._back(layer, gradients, captured)
         elif sides.roots is None:
@@ -151,6 +175,15 @@ class GradientBank(Collector):
         self.widen(layer, count)
         self.sums[layer][rows, :, :count] = gradients.to(self._form.place)
         self.sums[f"{layer}{_COLUMNS}"][rows, :count] = columns.to(self._form.place)
+
+    def _collect_quantized(self, layer: str, gradients: Tensor, rows: slice) -> None:
+        gradients = widened(gradients)
+        values, scales = quantized(gradients)
+        self.sums[layer][rows], self.sums[f"{layer}{_SCALES}"][rows] = values, scales
+        rest = gradients - dequantized(values, scales, torch.empty_like(gradients))
+        squared, left_out = (each.square().sum((1, 2), dtype=torch.float64) for each in (gradients, rest))
+        self.sums[_SQUARED_NORM][rows] += squared.to(self._form.place)
+        self.sums[_SQUARED_REST][rows] += left_out.to(self._form.place)
 
     def _back(self, layer: str, gradients: Tensor, captured: Captured) -> Tensor:
         """Preconditioned gradients out of the eigenbasis, on the sides that are to be, and conditioned again."""
@@ -169,7 +202,7 @@ class GradientBank(Collector):
     def _collect_thin(self, layer: str, gradients: Tensor, sides: Sides, rows: slice) -> None:
         """Keep the largest singular directions; two thin matrices are rotated back at little cost."""
         try:
-            left, right = _truncated(gradients, self.sums[f"{layer}.left"].shape[2])
+            left, right = truncated(gradients, self.sums[f"{layer}.left"].shape[2])
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
@@ -195,8 +228,8 @@ class GradientBank(Collector):
             total._queries, total.sums = 1, {}
             total._form = replace(self._form, dtype=widened_dtype(self._form.dtype))
         if self.residuals is not None:
-            known = [self.residuals] if total.residuals is None else [total.residuals, self.residuals]
-            total.residuals = torch.cat(known).amax(0, keepdim=True)
+            worst = [] if total is self or total.residuals is None else [total.residuals]
+            total.residuals = torch.cat([*worst, self.residuals]).amax(0, keepdim=True)
         for name, each in self.sums.items():
             if name.endswith(_COLUMNS):
                 continue
@@ -212,11 +245,14 @@ class GradientBank(Collector):
         return total
 
     def relative_errors(self) -> Tensor | None:
-        """How much of each query's preconditioned gradient the low rank leaves out, as a part of its norm: [queries].
+        """How much of each query's preconditioned gradient a low rank or integers leave out, as a part of its norm.
 
-        Layers that are kept whole count in neither norm. None when there is no low rank.
+        Layers that are kept whole count in neither norm.
+
+        Returns:
+            [queries]; None when nothing is left out.
         """
-        if self._form.rank is None:
+        if not self._form.approximate:
             return None
         norm, rest = self.sums[_SQUARED_NORM], self.sums[_SQUARED_REST]
         return torch.where(norm > 0, (rest / norm).sqrt(), 0.0)
@@ -239,7 +275,7 @@ class GradientBank(Collector):
         if captured.columns is not None:
             return self._product_of_columns(layer, gradients, captured.columns)
         gradients = gradients.flatten(1)
-        pieces = [product(piece.flatten(1), gradients.T) for piece in self._pieces(layer, gradients)]
+        pieces = [long_product(piece.flatten(1), gradients) for piece in self._pieces(layer, gradients)]
         return torch.cat(pieces)
 
     def _product_of_columns(self, layer: str, gradients: Tensor, columns: Tensor) -> Tensor:
@@ -265,6 +301,9 @@ class GradientBank(Collector):
 
     def _pieces(self, layer: str, like: Tensor) -> Iterator[Tensor]:
         """A layer's gradients [queries, out, width] of the type and on the device of `like`, some queries at a time."""
+        if f"{layer}{_SCALES}" in self.sums:
+            yield from self._dequantized(layer, like)
+            return
         if layer in self.sums:
             whole = self.sums[layer]
             same = whole.dtype == like.dtype and whole.device == like.device
@@ -279,6 +318,15 @@ class GradientBank(Collector):
             out = self._rebuilt.empty((len(thin_left), outputs, width), like)
             operands = (each.to(like.device, like.dtype, non_blocking=True) for each in (thin_left, thin_right))
             yield torch.bmm(*operands, out=out)
+
+    def _dequantized(self, layer: str, like: Tensor) -> Iterator[Tensor]:
+        """A quantized layer's gradients, rounded to the bank's type, some queries at a time."""
+        values, scales = self.sums[layer], self.sums[f"{layer}{_SCALES}"]
+        rounded = like.new_empty(0, dtype=self._form.dtype)
+        count = self._per_piece(values[0].numel() * like.element_size())
+        for some, their_scales in zip(values.split(count), scales.split(count), strict=True):
+            here, factors = (each.to(like.device, non_blocking=True) for each in (some, their_scales))
+            yield dequantized(here, factors, self._rebuilt.empty(here.shape, rounded)).to(like.dtype)
 
     @staticmethod
     def _per_piece(bytes_each: int) -> int:
@@ -334,6 +382,8 @@ class GradientBank(Collector):
         projected = captured.gradients.to(wide)
         for name in names:
             matrix = self.sums[name][query].to(projected.device, wide)
+            if f"{name}{_SCALES}" in self.sums:
+                matrix = matrix * self.sums[f"{name}{_SCALES}"][query].to(projected.device, wide).unsqueeze(1)
             if captured.columns is not None:
                 matrix = self._columns_of(layer, query, matrix, captured.columns)  # [batch, out, columns]
             projected = projected @ matrix
@@ -368,23 +418,3 @@ def _spread(gradients: Tensor, columns: Tensor, chosen: Tensor) -> Tensor:
     held = (chosen[places] == columns).unsqueeze(1)  # [n, 1, columns]
     spread = gradients.new_zeros(*gradients.shape[:2], len(chosen))
     return spread.scatter_add_(2, places.unsqueeze(1).expand_as(gradients), gradients * held)
-
-
-def thin_product_flop(shape: tuple[int, int], rank: int, tokens: int, batch: int) -> tuple[float, float]:
-    """Operations for a product of thin matrices with one training gradient: by tokens, and rebuilt once a batch."""
-    outputs, width = shape
-    return 2.0 * tokens * (outputs + width) * rank, 2.0 * outputs * width * (1 + rank / batch)
-
-
-def _truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Thin factors of [batch, n, m]: left [batch, n, rank], orthonormal, and right [batch, rank, m].
-
-    A randomised singular value decomposition (Halko, Martinsson & Tropp 2011), from the same random directions for
-    every matrix, so that the result does not depend on the batch.
-    """
-    directions = min(rank + _OVERSAMPLING, *matrices.shape[1:])
-    devices = [matrices.device] if matrices.is_cuda else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        left, values, right = torch.svd_lowrank(matrices, directions, _ITERATIONS)
-    return left[..., :rank], (right * values.unsqueeze(1))[..., :rank].transpose(1, 2)

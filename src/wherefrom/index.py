@@ -15,7 +15,6 @@ from typing import Generic
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from wherefrom.compression import Compression, inverse_curvature, preconditioned
@@ -25,8 +24,9 @@ from wherefrom.files import within
 from wherefrom.fingerprint import Dataset, Fingerprint, checked_length, dataset_digest, model_digest
 from wherefrom.gradient_rows import GradientRows
 from wherefrom.memory import within_memory
+from wherefrom.names import log_others, result_name
 from wherefrom.options import Options
-from wherefrom.placement import read_tensor
+from wherefrom.placement import is_sharded_tensor, read_tensor
 from wherefrom.rescoring import exact_scores
 from wherefrom.scores import TopScores, extremes, merged_extremes
 from wherefrom.scoring import Scoring, measurement, training_loss
@@ -70,7 +70,9 @@ class GradientIndex(Generic[Batch]):
         factors.check_model(study)
         projections = compression.projections(sweep.layers, factors)
         fingerprint = {**study, "precision": str(sweep.precision), **compression.fingerprint(projections)}
-        stages = Stages(within(run, "index", compression.result_name), fingerprint, sweep.profile)
+        name = result_name(compression.label, fingerprint, compression.name)
+        stages = Stages(within(run, "index", name), fingerprint, sweep.profile)
+        stages.ranks.first(lambda: log_others(stages.folder, fingerprint))
         objective = training_loss(sweep.task)
         return cls(GradientRows.kept(sweep, train, objective, compression, projections, stages), factors)
 
@@ -123,7 +125,8 @@ class GradientIndex(Generic[Batch]):
             best = self.highest(preconditioned(asked, filters, self.rows.parts), max(k, rerank))
             if rerank:
                 best = self._exact(queries, best, damping, k)
-        return TopScores(**best, fingerprint=self._asked(queries, damping, k, rerank))
+        both = best["values"], best["train"], best["lowest_values"], best["lowest_train"]
+        return TopScores(*both, fingerprint=self._asked(queries, damping, k, rerank))
 
     def _asked(self, queries: Dataset[object], damping: float | None, k: int, rerank: int) -> Fingerprint:
         """What an answer depends on."""
@@ -183,8 +186,10 @@ class GradientIndex(Generic[Batch]):
         both = [best[name].sort(1).values for name in ("train", "lowest_train")]
         with tempfile.TemporaryDirectory() as folder:
             stages = Stages(Path(folder), self.fingerprint, sweep.profile)
-            scores = exact_scores(scoring, torch.cat(both, 1), BlockStages(stages, len(self)))["values"]
-        highest, lowest = (extremes(each, train, k) for each, train in zip(scores.chunk(2, 1), both, strict=True))
+            scores = exact_scores(scoring, torch.cat(both, 1), BlockStages(stages, len(self)))
+        highest, lowest = (
+            extremes(each, train, k) for each, train in zip(scores["values"].chunk(2, 1), both, strict=True)
+        )
         return {name: (lowest if name.startswith("lowest_") else highest)[name] for name in highest}
 
 
@@ -221,6 +226,6 @@ class _Weights:
 
 def _sum(tensor: Tensor) -> int:
     """The sum of a tensor's bytes, eight at a time as a whole number: quicker than a digest, where the tensor lies."""
-    own = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    own = tensor.full_tensor() if is_sharded_tensor(tensor) else tensor
     read = own.detach().flatten().view(torch.uint8)
     return int(functional.pad(read, (0, -len(read) % 8)).view(torch.int64).sum())

@@ -18,6 +18,7 @@ from wherefrom.files import within
 from wherefrom.fingerprint import Fingerprint, tensors_digest
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM
 from wherefrom.layouts import Layout, check_layout
+from wherefrom.names import log_others, result_name
 from wherefrom.options import of_values
 from wherefrom.profile import Profile
 from wherefrom.rescoring import exact_scores, rescore
@@ -40,14 +41,20 @@ class KeptScores(Generic[Batch]):
     """What scoring gives, in a run directory.
 
     Attributes:
+        label: what the name begins with, where none is given.
         fingerprint: what the scores depend on.
     """
 
     run: Path
     scoring: Scoring[Batch]
-    name: str
+    label: str
     fingerprint: Fingerprint
     profile: Profile
+
+    @cached_property
+    def name(self) -> str:
+        """What the result is called in its folder."""
+        return result_name(self.label, self.fingerprint, self.scoring.options.name)
 
     @cached_property
     def _path(self) -> Path:
@@ -86,8 +93,7 @@ class KeptScores(Generic[Batch]):
         """Those of given training examples alone, int64 [queries, candidates], ascending; all of them are kept."""
         count = positions.shape[1]
         wanted = f"{count} candidates of each query ({tensors_digest({'candidates': positions})[:24]})"
-        name = self.name if self.scoring.options.name else f"{self.name}-candidates"
-        kept = replace(self, name=name, fingerprint={**self.fingerprint, "kept": wanted})
+        kept = replace(self, label=f"{self.label}-candidates", fingerprint={**self.fingerprint, "kept": wanted})
 
         def compute(blocks: Stages) -> dict[str, Tensor]:
             stages = BlockStages(blocks, len(self.scoring.train))
@@ -139,6 +145,7 @@ class KeptScores(Generic[Batch]):
         stages = Stages(within(self.run, "self_influence"), self.fingerprint, self.profile)
         if self.scoring.options.overwrite:
             stages.forget(self.name)
+        stages.ranks.first(lambda: log_others(stages.folder / self.name, self.fingerprint))
         kept = stages.keep(self.name, self.scoring.train_self_influence)
         found, shape = kept.load(), (len(self.scoring.train),)
         layout: Layout = {SELF_INFLUENCE: (None, shape), SQUARED_NORM: (None, shape)}
@@ -172,6 +179,7 @@ def keep_scores(
     if overwrite:
         blocks.clear()
         stages.forget(name)
+    stages.ranks.first(lambda: log_others(path, fingerprint))
     stages.keep(name, lambda _: compute(blocks))
     blocks.clear()
     return path

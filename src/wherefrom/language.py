@@ -19,7 +19,7 @@ from torch.nn import functional
 from wherefrom import model_inputs, packing
 from wherefrom.columns import check_highest, check_length, check_mask, check_tokens, class_of, number, vector
 from wherefrom.errors import InputError
-from wherefrom.losses import IGNORED, summed_cross_entropy
+from wherefrom.losses import IGNORED, drawn_cross_entropy, summed_cross_entropy
 from wherefrom.precision import widened
 from wherefrom.sampling import Sampler
 from wherefrom.task import Task
@@ -102,8 +102,7 @@ class LanguageTask(Task[TokenBatch]):
     def train_loss(self, model: nn.Module, batch: TokenBatch, sampler: Sampler | None = None) -> Tensor:
         logits, labels = self.predictions(model, batch)
         if sampler is not None:
-            counted = labels != IGNORED
-            labels = torch.where(counted, sampler.categorical(logits.detach(), counted), labels)
+            return drawn_cross_entropy(logits, labels != IGNORED, sampler)
         return summed_cross_entropy(logits, labels)
 
     def measurement(self, model: nn.Module, batch: TokenBatch) -> Tensor:

@@ -142,8 +142,9 @@ class TrackedLayer:
         if not self._biased or use.kind.one_hot:
             return tokens
         features = tokens.shape[-1]
-        aligned = tokens.new_zeros(*tokens.shape[:-1], self.width)
+        aligned = tokens.new_empty(*tokens.shape[:-1], self.width)
         aligned[..., :features] = tokens
+        aligned[..., features:] = 0
         aligned[..., features] = use.bias is not None
         return aligned
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from wherefrom.containers import memory_left
 from wherefrom.errors import InputError, MemoryLimitError, first_line
+from wherefrom.placement import is_sharded_tensor
 
 # Enough tokens a batch to fill the matrix units; more only costs memory.
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
@@ -41,6 +41,11 @@ def usable_memory(device: torch.device, budget: int | None) -> int:
     """Bytes to plan with: the budget, but no more than what is free; without one, most of what is free."""
     free = free_memory(device)
     return int(FREE_SHARE * free) if budget is None else min(budget, free)
+
+
+def pinned_as(tensor: Tensor, source: Tensor) -> Tensor:
+    """A tensor on the host in pinned memory if what it was made of is, so that a GPU copies it without a wait."""
+    return tensor.pin_memory() if source.is_pinned() and not tensor.is_pinned() else tensor
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
@@ -83,10 +88,12 @@ class Footprint:
 
     Attributes:
         tokens: vectors that a layer sees, the most of any layer.
-        saved_bytes: what autograd keeps for the backward pass.
+        saved_bytes: what autograd and hooks keep for the backward pass.
         gradient_bytes: the largest layer's gradient, or what is captured of it if that is more.
         flop: floating-point operations of a forward and backward pass.
         layer_tokens: vectors that each layer sees, where they differ from `tokens`.
+        shared_bytes: what autograd keeps once for a batch of any size: weights cast to another type.
+        largest_bytes: the largest tensor that autograd keeps, such as logits; its own gradient is as large.
     """
 
     tokens: int
@@ -94,6 +101,8 @@ class Footprint:
     gradient_bytes: int
     flop: int
     layer_tokens: Mapping[str, int] = field(default_factory=dict)
+    shared_bytes: int = 0
+    largest_bytes: int = 0
 
     def tokens_of(self, layer: str) -> int:
         """Vectors that one layer sees."""
@@ -101,14 +110,28 @@ class Footprint:
 
     @property
     def bytes(self) -> int:
-        """Memory for each example of a batch: a gradient lives up to three times at once, itself, rotated, squared."""
-        return self.saved_bytes + 3 * self.gradient_bytes
+        """Memory for each example of a batch.
+
+        A layer's gradient lives up to three times at once, itself, rotated, squared. The gradient of the largest saved
+        tensor, which a loss makes first, is gone by then.
+        """
+        return self.saved_bytes + max(3 * self.gradient_bytes, self.largest_bytes)
+
+    def batch_bytes(self, examples: int) -> int:
+        """Memory for a batch."""
+        return self.shared_bytes + examples * self.bytes
+
+    def affordable(self, available: int) -> int:
+        """The largest batch that takes no more than the available bytes; 0 when a single example takes more."""
+        return max(0, available - self.shared_bytes) // self.bytes
+
+    def filling(self, device: torch.device) -> int:
+        """The smallest batch that fills a device; larger ones only take more memory."""
+        return max(1, _TOKENS_PER_BATCH.get(device.type, 4096) // self.tokens)
 
     def batch_size(self, examples: int, usable: int, device: torch.device) -> int:
         """As many examples as fill the device and take no more than a share of the usable bytes; at least one."""
-        affordable = int(_BATCH_SHARE * usable / self.bytes)
-        filling = _TOKENS_PER_BATCH.get(device.type, 4096) // self.tokens
-        return max(1, min(examples, affordable, filling))
+        return max(1, min(examples, self.affordable(int(_BATCH_SHARE * usable)), self.filling(device)))
 
 
 def halved(tried: Sequence[int], smallest: int, sweep: str, reason: str, device: torch.device) -> int:
@@ -141,25 +164,50 @@ def checked_batch_size(batch_size: int | None) -> int | None:
 
 
 class SavedBytes:
-    """Counts what autograd keeps for the backward pass: pass `pack` to `saved_tensors_hooks`.
+    """Counts what autograd keeps for the backward pass.
+
+    Each storage counts once, with its own size, however many views of it are kept.
 
     Args:
-        model: its weights are kept too, and take nothing.
+        model: its weights and buffers are kept too, and take nothing.
+
+    Attributes:
+        total: bytes that belong to the examples of a batch; largest: of the largest storage among them.
+        shared: bytes of weights cast to another type, which a batch of any size keeps once.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # By storage rather than by address: without numbers, on the "meta" device, all addresses are 0.
         weights = list(model.parameters())
-        self._weights = {StorageWeakRef(each.untyped_storage()) for each in weights if not isinstance(each, DTensor)}
-        # A sharded weight is put together for each pass, and known by nothing but its shape.
-        self._gathered = {_any_order(each) for each in weights if isinstance(each, DTensor)}
-        self.total = 0
+        whole = [each for each in (*weights, *model.buffers()) if not is_sharded_tensor(each)]
+        # By storage rather than by address: without numbers, on the "meta" device, all addresses are 0.
+        self._seen = {StorageWeakRef(each.untyped_storage()) for each in whole}
+        # A cast weight, or a sharded one that is put together for each pass, is known by nothing but its shape.
+        self._cast = {_any_order(each) for each in weights}
+        self._gathered = {_any_order(each) for each in weights if is_sharded_tensor(each)}
+        self._dtypes = {each.dtype for each in weights}
+        self.total = self.largest = self.shared = 0
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        """Count a tensor and keep it as it is."""
-        if StorageWeakRef(tensor.untyped_storage()) not in self._weights and _any_order(tensor) not in self._gathered:
-            self.total += tensor.numel() * tensor.element_size()
+    def counting(self) -> AbstractContextManager[object]:
+        """Within it, what a forward pass leaves for the backward pass is counted."""
+        return torch.autograd.graph.saved_tensors_hooks(self.count, lambda tensor: tensor)
+
+    def count(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that is kept until the backward pass, and hand it back."""
+        storage = tensor.untyped_storage()
+        reference = StorageWeakRef(storage)
+        if reference not in self._seen:
+            self._seen.add(reference)
+            self._add(tensor, storage.nbytes())
         return tensor
+
+    def _add(self, tensor: Tensor, size: int) -> None:
+        shape, cast = _any_order(tensor), tensor.is_floating_point() and tensor.dtype not in self._dtypes
+        # Weights are frozen, so that what is made of them alone requires no gradient, unlike activations.
+        if cast and shape in self._cast and not tensor.requires_grad:
+            self.shared += size
+        elif shape not in self._gathered:
+            self.total += size
+            self.largest = max(self.largest, size)
 
 
 def _any_order(tensor: Tensor) -> tuple[int, ...]:

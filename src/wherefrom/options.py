@@ -40,17 +40,23 @@ class ScoreOptions(TypedDict, total=False):
             stays float32.
         query_rank: keep each layer's preconditioned query gradient as two matrices of this rank, so that more queries
             fit into memory; `Scores.query_errors` says what that leaves out. None keeps them whole.
+        query_bits: 8 keeps whole query gradients as integers of that size, with a scale for each output of each layer
+            and query: half of bfloat16's memory. `Scores.query_errors` says what the rounding leaves out. None keeps
+            numbers of the products' type.
         solver: `ConjugateGradients` or `Astra`, to go on from what the factors give to the inverse of the damped
             Gauss-Newton matrix itself. None takes what the factors give.
         query_batch_size, train_batch_size: None finds them; results depend on them only by rounding.
-        name: of the result in the run directory; by default the strategy, and what else was asked for.
-        overwrite: replace what has this name, instead of refusing when it was made from something else. Where it is
+        name: of the result in the run directory; by default the strategy, what else was asked for, and a digest of all
+            that the result depends on, so that another damping or other queries lie side by side.
+        overwrite: compute it again and replace it, also where it has this name and was made from something else, which
+            is refused otherwise. It replaces this result alone: no factors, and no other scores. Where it is
             interrupted, the call without it goes on.
     """
 
     damping: float | None
     half_precision: bool
     query_rank: int | None
+    query_bits: int | None
     solver: Solver | None
     query_batch_size: int | None
     train_batch_size: int | None
@@ -62,7 +68,8 @@ class RescoredOptions(ScoreOptions, total=False):
     """Keyword arguments of `Study.score` and `score_tokens`, besides those of `ScoreOptions`.
 
     Attributes:
-        rescore: with a `query_rank`, how many of each query's highest scores are computed again with whole gradients.
+        rescore: with a `query_rank` or `query_bits`, how many of each query's highest scores are computed again with
+            whole gradients of the products' type.
     """
 
     rescore: int
@@ -106,6 +113,7 @@ class Options:
     damping: float | None = None
     half_precision: bool = False
     query_rank: int | None = None
+    query_bits: int | None = None
     solver: Solver | None = None
     rescore: int = 0
     query_batch_size: int | None = None
@@ -129,12 +137,18 @@ class Options:
         return cls(**options, top=top)
 
     def __post_init__(self) -> None:
+        if self.name is not None:
+            checked_result_name(self.name)
         checked_batch_size(self.query_batch_size)
         checked_batch_size(self.train_batch_size)
         if self.query_rank is not None and self.query_rank < 1:
             raise InputError(f"query_rank={self.query_rank}: expected at least 1, or None for whole gradients.")
-        if self.rescore < 0 or (self.rescore and self.query_rank is None):
-            raise InputError(f"rescore={self.rescore}: expected at least 1 together with a query_rank, or 0.")
+        if self.query_bits not in (None, 8):
+            raise InputError(f"query_bits={self.query_bits}: expected 8, or None for numbers of the products' type.")
+        if self.rescore < 0 or (self.rescore and self.query_rank is None and self.query_bits is None):
+            raise InputError(
+                f"rescore={self.rescore}: expected at least 1 together with a query_rank or query_bits, or 0."
+            )
         for argument in ("aggregate_queries", "aggregate_train"):
             value = getattr(self, argument)
             if value not in (None, "sum", "mean"):
@@ -147,11 +161,17 @@ class Options:
 
     def _check_together(self) -> None:
         aggregated = bool(self.aggregate_queries or self.aggregate_train)
-        if self.aggregate_queries and self.query_rank is not None:
+        if self.query_bits is not None and self.query_rank is not None:
             raise InputError(
-                f"query_rank={self.query_rank} with aggregate_queries={self.aggregate_queries!r}: the sum of all "
-                "query gradients is one gradient, which fits whole. Leave query_rank out."
+                f"query_bits={self.query_bits} with query_rank={self.query_rank}: matrices of low rank are not kept as "
+                "integers. Leave one of them out."
             )
+        for name in ("query_rank", "query_bits"):
+            if self.aggregate_queries and getattr(self, name) is not None:
+                raise InputError(
+                    f"{name}={getattr(self, name)} with aggregate_queries={self.aggregate_queries!r}: the sum of all "
+                    f"query gradients is one gradient, which fits whole. Leave {name} out."
+                )
         if self.rescore and (aggregated or self.per_layer):
             raise InputError(
                 f"rescore={self.rescore} replaces single scores, and aggregate_queries, aggregate_train and per_layer "
@@ -177,7 +197,7 @@ class Options:
             return
         if not isinstance(self.solver, Solver):
             raise InputError(f"solver={self.solver!r}: expected ConjugateGradients(...), Astra(...) or None.")
-        for name in ("half_precision", "query_rank", "self_influence"):
+        for name in ("half_precision", "query_rank", "query_bits", "self_influence"):
             if getattr(self, name):
                 raise InputError(
                     f"{name}={getattr(self, name)!r} with a solver, whose solutions are whole, in the model's type, "
@@ -186,16 +206,16 @@ class Options:
         if self.damping == 0:
             raise InputError("damping=0 with a solver: curvature alone has no inverse. Give a number above 0, or None.")
 
-    def result_name(self, factors: Factors) -> str:
-        """The name that results are kept under."""
-        conditioned = "-conditioned" * bool(factors.roots)
-        return checked_result_name(self.name or factors.strategy + conditioned + self._suffix())
+    def label(self, factors: Factors) -> str:
+        """What was asked for, in a word: what the names of results begin with."""
+        return factors.strategy + "-conditioned" * bool(factors.roots) + self._suffix()
 
     def _suffix(self) -> str:
         parts = [
             self.solver.label if self.solver else "",
             "half" if self.half_precision else "",
             f"rank{self.query_rank}" if self.query_rank else "",
+            f"{self.query_bits}bit" if self.query_bits else "",
             "layers" if self.per_layer is True else "groups" if self.per_layer else "",
             "self" if self.self_influence else "",
             f"query-{self.aggregate_queries}" if self.aggregate_queries else "",
@@ -233,10 +253,14 @@ class Options:
     def settings(self) -> dict[str, str]:
         """What was asked for, beside queries and factors."""
         rank = "full" if self.query_rank is None else str(self.query_rank)
+        again = f", the top {self.rescore} at full rank" if self.rescore and self.query_bits is None else ""
         found = {
             "damping": "0.1 x mean eigenvalue" if self.damping is None else repr(self.damping),
-            "query rank": f"{rank}, the top {self.rescore} at full rank" if self.rescore else rank,
+            "query rank": f"{rank}{again}",
         }
+        if self.query_bits is not None:
+            again = f", the top {self.rescore} without" if self.rescore else ""
+            found["query bits"] = f"{self.query_bits}{again}"
         if self.solver is not None:
             found["solver"] = repr(self.solver)
         if self.per_layer:

@@ -6,13 +6,19 @@ has been offloaded with it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeIs
 
 from wherefrom.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -24,6 +30,21 @@ def execution_device(module: nn.Module) -> torch.device:
             if device is not None:
                 return torch.device(device)
     return next(module.parameters()).device
+
+
+def is_sharded_tensor(tensor: Tensor) -> TypeIs[DTensor]:
+    """Whether a tensor's numbers are spread over processes.
+
+    Importing what PyTorch shards with takes a second, and no tensor is sharded before somebody has imported it.
+    """
+    found = sys.modules.get("torch.distributed.tensor")
+    return found is not None and isinstance(tensor, found.DTensor)
+
+
+def is_sharded_module(module: nn.Module) -> bool:
+    """Whether `fully_shard` has spread a module's weights over processes."""
+    found = sys.modules.get("torch.distributed.fsdp")
+    return found is not None and isinstance(module, found.FSDPModule)
 
 
 def read_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -59,7 +80,25 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     found = {}
     for prefix, module in model.named_modules():
         names = getattr(module, "all_tied_weights_keys", None)
+        if not isinstance(names, dict):
+            names = _tied_to_embeddings(module)
         start = f"{prefix}." if prefix else ""
-        if isinstance(names, dict):
-            found.update({start + name: start + other for name, other in names.items()})
+        found.update({start + name: start + other for name, other in names.items()})
     return found
+
+
+def _tied_to_embeddings(model: Any) -> dict[str, str]:
+    """Names of weights that are the input embeddings', as transformers 4 has it: a list, which also names other ties.
+
+    Those others, of biases, have other shapes.
+    """
+    names = getattr(model, "_tied_weights_keys", None)
+    if not names or not getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", True):
+        return {}
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    shared = getattr(model.get_input_embeddings(), "weight", None)
+    own = next((name for name, weight in weights.items() if weight is shared), None)
+    if own is None:
+        return {}
+    tied = (name for name in names if name in weights and weights[name].shape == weights[own].shape)
+    return {name: own for name in tied if name != own}

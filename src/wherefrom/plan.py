@@ -7,87 +7,30 @@ floating-point operations do. This module runs no sweep, and a plan that is too 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from rich.table import Table
 
-from wherefrom.curvature import Strategy
 from wherefrom.disk import Blocks, Step, fit_steps, peak
-from wherefrom.gradients import PIECE_BYTES, BankForm, thin_product_flop
+from wherefrom.gradients import PIECE_BYTES, BankForm
+from wherefrom.job import Job, PerExample, in_half, side_costs
 from wherefrom.layers import TrackedLayer
-from wherefrom.memory import Footprint, free_memory
+from wherefrom.low_rank import thin_product_flop
+from wherefrom.machine import Machine, matmul_speed
 from wherefrom.precision import type_name, widened_dtype
 
 # How much of the score matrix is in memory at a time; more with very many queries, for shards of some batches.
 SHARD_BYTES, SHARD_ROWS = 2**24, 512
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the caller has settled.
-
-    Attributes:
-        dtype: of resident query gradients.
-        rank: of the two thin matrices that stand for each; None keeps them whole.
-        query_batch, train_batch: None leaves the size to the plan.
-    """
-
-    dtype: torch.dtype
-    rank: int | None = None
-    query_batch: int | None = None
-    train_batch: int | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What there is to do, and what it takes.
-
-    Attributes:
-        query, example: what a query and a training example take.
-        usable: bytes to plan with on `device`, where the model is.
-        factors_on_host: only one layer's factors are on the device at a time.
-    """
-
-    layers: Mapping[str, TrackedLayer]
-    strategy: Strategy
-    queries: int
-    train: int
-    query: Footprint
-    example: Footprint
-    wanted: Wanted
-    usable: int
-    device: torch.device
-    factors_on_host: bool = False
-
-    @property
-    def factor_bytes(self) -> int:
-        """What bases and eigenvalues take on the device."""
-        if not self.factors_on_host:
-            return factor_bytes(self.layers, self.strategy, self.wanted.dtype)
-        return max(factor_bytes({name: each}, self.strategy, self.wanted.dtype) for name, each in self.layers.items())
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a plan has to know of a machine besides its device's memory.
-
-    Attributes:
-        matmul: floating-point operations a second of a large product.
-        copy: bytes a second from the host's memory to the device.
-        host: bytes that are free on the host.
-    """
-
-    matmul: float
-    copy: float
-    host: int
-
-    @classmethod
-    def measured(cls, device: torch.device, dtype: torch.dtype) -> Machine:
-        """This machine, with a GPU."""
-        return cls(matmul_speed(device, dtype), copy_speed(device), free_memory(torch.device("cpu")))
+# A batch of fewer tokens takes as long as one of so many: a GPU is not filled, and kernels are waited for.
+_LEAST_TOKENS = {"cpu": 128, "cuda": 4096}
+# Operations of a product in the time in which memory moves one byte, by the data sheets of an A100, an H100 and an
+# H200: 150 to 290 in half precision, 10 to 150 in float32 without and with TF32; on a CPU, measured.
+_OPERATIONS_PER_BYTE, _HALF_OPERATIONS_PER_BYTE = {"cpu": 16.0, "cuda": 64.0}, 200.0
+# Bytes that a forward and backward pass moves outside of products for each byte that it saves: counted for GPT-2, whose
+# kernels move 171 GB in a batch of 64 sequences of 512 tokens.
+_MOVED_PER_SAVED = 10
 
 
 @dataclass(frozen=True)
@@ -131,6 +74,12 @@ class Plan:
         """What a block of query gradients takes."""
         return self.block * self.form.bytes_per_query(self.job.layers)
 
+    @property
+    def fit_batch(self) -> int:
+        """Training examples in a batch of the fit, which no query gradients stand beside."""
+        job = self.job
+        return job.wanted.train_batch or job.example.batch_size(job.train, job.usable, job.device)
+
     def shards(self, queries: int, train: int, least: int = 1) -> list[range]:
         """Runs of training examples whose scores for some queries are in memory together.
 
@@ -158,16 +107,16 @@ class Plan:
         """
         queries, train = self.job.queries, self.job.train
         shard = len(self.shards(self.block * matrices, train)[0])
-        itemsize, errors = widened_dtype(self.form.dtype).itemsize, self.form.rank is not None
+        itemsize, errors = widened_dtype(self.form.dtype).itemsize, self.form.approximate
         return Blocks(queries, train, itemsize, self.block, shard, matrices, errors)
 
     def costs(self) -> list[Cost]:
         """The stages of a fit and a score."""
         job = self.job
-        each, query = _PerExample.of(job, job.example), _PerExample.of(job, job.query)
-        batch = self.train_batch * job.example.bytes
+        each, query = PerExample.of(job, job.example), PerExample.of(job, job.query)
         factors = 2 * job.factor_bytes
-        query_memory = self.bank_bytes + factors + self.query_batch * job.query.bytes
+        query_memory = self.bank_bytes + factors + job.query.batch_bytes(self.query_batch)
+        fit_memory = job.example.batch_bytes(self.fit_batch) + factors
         back, brought = self._rotations()
         passes = self.sweeps * job.train
         found = [
@@ -178,15 +127,15 @@ class Plan:
                 passes * (job.example.flop + self._forming_flop())
                 + brought
                 + job.queries * job.train * self._dot_flop(),
-                self.bank_bytes + factors + batch + SHARD_BYTES,
+                self.bank_bytes + factors + job.example.batch_bytes(self.train_batch) + SHARD_BYTES,
             ),
         ]
         if job.strategy.eigenvalues == "fitted":
             flop = job.train * (job.example.flop + each.gradient)
-            found.insert(0, Cost("eigenvalues", job.train, flop, batch + factors))
+            found.insert(0, Cost("eigenvalues", job.train, flop, fit_memory))
         if job.strategy.basis:
             flop = job.train * (job.example.flop + each.covariance)
-            found.insert(0, Cost("covariance", job.train, flop, batch + factors))
+            found.insert(0, Cost("covariance", job.train, flop, fit_memory))
         return found
 
     def _forming_flop(self) -> float:
@@ -214,7 +163,7 @@ class Plan:
         """Operations for bringing query gradients back from the eigenbasis, and training gradients into it."""
         back = brought = 0.0
         for layer, sides in self.form.rotated_back.items():
-            for query, train, chosen in zip(*_side_costs(self.job, layer, self.sweeps), sides, strict=True):
+            for query, train, chosen in zip(*side_costs(self.job, layer, self.sweeps), sides, strict=True):
                 back, brought = back + query * chosen, brought + train * (not chosen)
         return back, brought
 
@@ -222,12 +171,13 @@ class Plan:
         """What was chosen and why, on one line."""
         job, gib = self.job, 2**30
         form = f"rank {self.form.rank}" if self.form.rank else "whole"
+        numbers = type_name(self.form.dtype) if self.form.bits is None else f"{self.form.bits}-bit integers"
         where = (
             str(self.form.place) if self.form.place == job.device else f"{self.form.place}, streamed to {job.device}"
         )
         times = "once" if self.sweeps == 1 else f"{self.sweeps} times"
         return (
-            f"Plan: {self.block} of {job.queries} query gradients resident ({form}, {type_name(self.form.dtype)}, "
+            f"Plan: {self.block} of {job.queries} query gradients resident ({form}, {numbers}, "
             f"{self.bank_bytes / gib:.2f} GiB on {where}; {job.usable / gib:.2f} GiB usable), so {job.train} training "
             f"examples are swept {times}; batches of {self.query_batch} queries, {self.train_batch} training examples."
         )
@@ -250,140 +200,110 @@ class Plan:
         return table
 
 
-@dataclass(frozen=True)
-class _PerExample:
-    """Operations for one example, over all layers.
-
-    Attributes:
-        forming: its gradients; gradient: the same in the eigenbasis, where there is one.
-        covariance: its part of both covariances, of which only one triangle is computed, with what they are made of.
-    """
-
-    forming: float
-    gradient: float
-    covariance: float
-
-    @classmethod
-    def of(cls, job: Job, footprint: Footprint) -> _PerExample:
-        forming = rotating = covariance = 0.0
-        for name, layer in job.layers.items():
-            tokens = footprint.tokens_of(name)
-            outputs, columns = layer.shape[0], layer.columns(tokens)
-            forming += 2.0 * tokens * outputs * columns
-            rotating += sum(_sides_flop(job, layer, tokens))
-            # Vectors whose outer products a side sums: tokens, or the columns and rows of the gradient.
-            vectors = (columns, outputs) if job.strategy.basis == "gradients" else (tokens, tokens)
-            covariance += sum(
-                count * (1 if diagonal else size) * size
-                for count, size, diagonal in zip(vectors, (outputs, columns), layer.diagonal_sides, strict=True)
-            )
-        covariance += forming * (job.strategy.basis == "gradients")
-        return cls(forming, forming + rotating * bool(job.strategy.basis), covariance)
-
-
-def factor_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
-    """What bases and eigenvalues take; while they are in use, they are there twice."""
-    numbers = 0
-    for layer in layers.values():
-        for size, diagonal in zip(layer.padded_shape, layer.diagonal_sides, strict=True):
-            numbers += size * (1 if diagonal else size) * bool(strategy.basis)
-        if strategy.eigenvalues != "none":
-            numbers += math.prod(layer.padded_shape)
-    return numbers * widened_dtype(dtype).itemsize
-
-
 def plan_scores(job: Job, machine: Machine | None = None) -> Plan:
-    """Choose batch sizes, and with what memory is left the form, the place and the number of resident gradients.
+    """Choose batch sizes and the form, the device and the number of resident gradients, together, by what they cost.
 
     Args:
         machine: None measures this one, where that decides.
     """
-    train_batch = job.wanted.train_batch or job.example.batch_size(job.train, job.usable, job.device)
-    query_batch = job.wanted.query_batch or job.query.batch_size(job.queries, job.usable, job.device)
-    batch = max(train_batch * job.example.bytes, query_batch * job.query.bytes)
     # Whole gradients that are on the device as they are need no room for pieces.
-    pieces = PIECE_BYTES * (job.wanted.rank is not None or job.wanted.dtype == torch.bfloat16)
-    room = job.usable - batch - job.factor_bytes - SHARD_BYTES - pieces
-    plan = _fitting(job, query_batch, train_batch, room, job.device)
+    wanted = job.wanted
+    pieces = PIECE_BYTES * (wanted.rank is not None or wanted.bits is not None or wanted.dtype == torch.bfloat16)
+    available = job.usable - job.factor_bytes - SHARD_BYTES - pieces
+    plan = _cheapest(job, job.device, available)
     if job.device.type == "cpu" or plan.sweeps == 1:
         return plan
     machine = machine or Machine.measured(job.device, plan.form.dtype)
     # Pinned memory is handed out in powers of two, so that up to half of it may be wasted.
-    streamed = _fitting(job, query_batch, train_batch, int(0.4 * machine.host), torch.device("cpu"))
-    return min(plan, streamed, key=lambda each: _sweep_seconds(each, machine))
+    streamed = _cheapest(job, torch.device("cpu"), available, int(0.4 * machine.host))
+    return min(plan, streamed, key=lambda each: _operations(each, machine))
 
 
-def _fitting(job: Job, query_batch: int, train_batch: int, room: int, place: torch.device) -> Plan:
-    """As many queries as there is room for, in blocks of equal size."""
+def _cheapest(job: Job, place: torch.device, available: int, host: int | None = None) -> Plan:
+    """The plan of the fewest operations.
+
+    Fewer resident gradients leave room for larger batches, and cost another sweep; smaller batches read the resident
+    gradients more often, and fill the device less.
+
+    Args:
+        available: bytes on the model's device, for gradients that are resident there and for a batch.
+        host: bytes for gradients that are resident on the host.
+    """
     tokens = max((job.query.tokens_of(name) for name, layer in job.layers.items() if layer.one_hot), default=0)
-    form = BankForm(job.wanted.dtype, place, place != job.device, job.wanted.rank, tokens)
-    each = form.bytes_per_query(job.layers) + SHARD_ROWS * widened_dtype(form.dtype).itemsize
-    most = max(1, min(job.queries, room // each))
-    sweeps = -(-job.queries // most)
+    form = BankForm(job.wanted.dtype, place, place != job.device, job.wanted.rank, tokens, bits=job.wanted.bits)
+    on_device = SHARD_ROWS * widened_dtype(form.dtype).itemsize  # of each query: scores
+    resident = form.bytes_per_query(job.layers)
+    best, least = None, math.inf
+    for block in _blocks(job.queries):
+        left = available - block * (on_device if host is not None else on_device + resident)
+        train_batch, query_batch = _batches(job, left)
+        too_many = host is not None and block * resident > host
+        if block > 1 and (too_many or not (train_batch and query_batch)):
+            continue
+        plan = _plan(job, form, block, max(1, train_batch), max(1, query_batch))
+        operations = _operations(plan)
+        if operations < least:
+            best, least = plan, operations
+        elif (train_batch, query_batch) == _batches(job, None):
+            break  # with fewer resident gradients there are only more sweeps
+    assert best is not None
+    return best
+
+
+def _blocks(queries: int) -> Iterator[int]:
+    """Numbers of queries, descending to 1, each the least for its number of sweeps; of very many sweeps, some."""
+    sweeps = 1
+    while sweeps < queries:
+        yield -(-queries // sweeps)
+        sweeps = max(sweeps + 1, int(1.1 * sweeps))
+    yield 1
+
+
+def _batches(job: Job, left: int | None) -> tuple[int, int]:
+    """Batch sizes for training examples and queries that fit; 0 where none does, and as large as is of use for None."""
+    sizes = []
+    for footprint, count, wanted in (
+        (job.example, job.train, job.wanted.train_batch),
+        (job.query, job.queries, job.wanted.query_batch),
+    ):
+        most = wanted or min(count, footprint.filling(job.device))
+        fitting = most if left is None else footprint.affordable(left)
+        sizes.append(most if fitting >= most else 0 if wanted else fitting)
+    return sizes[0], sizes[1]
+
+
+def _plan(job: Job, form: BankForm, block: int, train_batch: int, query_batch: int) -> Plan:
+    """A plan with what follows from its sizes."""
+    sweeps = -(-job.queries // block)
     sides = {name: _cheaper_sides(job, form, name, sweeps) for name in job.layers} if job.strategy.basis else {}
-    return Plan(job, query_batch, train_batch, -(-job.queries // sweeps), replace(form, rotated_back=sides))
+    wanted = job.wanted
+    form = replace(form, rotated_back=sides)
+    return Plan(job, wanted.query_batch or query_batch, wanted.train_batch or train_batch, block, form)
 
 
 def _cheaper_sides(job: Job, form: BankForm, layer: str, sweeps: int) -> tuple[bool, bool]:
     """On which sides query gradients are rotated back, since training gradients would cost more to rotate."""
-    if form.thin(job.layers[layer]):
-        return True, True  # two thin matrices cost next to nothing
-    query, train = _side_costs(job, layer, sweeps)
+    # Two thin matrices cost next to nothing. What integers leave out must not depend on how often is swept.
+    if form.thin(job.layers[layer]) or form.quantized(job.layers[layer]):
+        return True, True
+    query, train = side_costs(job, layer, sweeps)
     return query[0] < train[0], query[1] < train[1]
 
 
-def _side_costs(job: Job, layer: str, sweeps: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Operations for the left and the right side: all query gradients back, or all training gradients there."""
-    tracked = job.layers[layer]
-    outputs, columns = tracked.shape[0], tracked.columns(job.query.tokens_of(layer))
-    back = [
-        0.0 if diagonal else 2.0 * job.queries * outputs * columns * size
-        for size, diagonal in zip((outputs, columns), tracked.diagonal_sides, strict=True)
-    ]
-    left, right = _sides_flop(job, tracked, job.example.tokens_of(layer))
-    return (back[0], back[1]), (sweeps * job.train * left, sweeps * job.train * right)
+def _operations(plan: Plan, machine: Machine | None = None) -> float:
+    """What the scores cost, roughly, with everything that is moved in operations that would take as long.
 
-
-def _sides_flop(job: Job, layer: TrackedLayer, tokens: int) -> tuple[float, float]:
-    """Operations for one example's gradient into the basis, left and right: its tokens or its rows, whichever fewer."""
-    outputs, columns = layer.shape[0], layer.columns(tokens)
-    if job.wanted.dtype == torch.bfloat16 and job.device.type == "cuda":
-        left, right = 4.0 * outputs**2 * tokens, 4.0 * columns**2 * tokens  # see `precision.rotated`
-    else:
-        left, right = 2.0 * outputs**2 * min(tokens, columns), 2.0 * columns**2 * min(tokens, outputs)
-    no_left, no_right = layer.diagonal_sides
-    return left * (not no_left), right * (not no_right)
-
-
-def _sweep_seconds(plan: Plan, machine: Machine) -> float:
-    """What the training sweeps take, roughly: passes, and moving a bank that is not on the device for every batch."""
-    seconds = plan.costs()[-1].flop / machine.matmul
-    if plan.form.place != plan.job.device:
-        batches = -(-plan.job.train // plan.train_batch)
-        seconds += plan.sweeps * batches * plan.bank_bytes / machine.copy
-    return seconds
-
-
-def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large product, measured."""
-    half = dtype == torch.bfloat16 and device.type == "cuda"
-    size = 8192 if device.type == "cuda" else 1024
-    matrix = torch.ones(size, size, dtype=dtype if half else torch.float32, device=device)
-    return 2 * size**3 / _best_seconds(lambda: matrix @ matrix, device)
-
-
-def copy_speed(device: torch.device) -> float:
-    """Bytes a second from the host's pinned memory to a device, measured."""
-    host = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
-    return host.numel() / _best_seconds(lambda: host.to(device, non_blocking=True), device)
-
-
-def _best_seconds(action: Callable[[], object], device: torch.device) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(4))
+    Args:
+        machine: how much slower than the device's own memory the host's is, where gradients are resident there.
+    """
+    job, total = plan.job, 0.0
+    query, train = plan.costs()[-2:]
+    per_byte = _HALF_OPERATIONS_PER_BYTE if in_half(job) else _OPERATIONS_PER_BYTE.get(job.device.type, 16.0)
+    for cost, footprint, batch in ((query, job.query, plan.query_batch), (train, job.example, plan.train_batch)):
+        unfilled = max(1.0, _LEAST_TOKENS.get(job.device.type, 128) / (batch * footprint.tokens))
+        total += unfilled * (cost.flop + cost.passes * per_byte * _MOVED_PER_SAVED * footprint.saved_bytes)
+    per_moved = machine.matmul / machine.copy if plan.form.streamed and machine is not None else per_byte
+    read = per_moved * plan.bank_bytes
+    if plan.form.bits is not None:  # numbers are made of integers, and read
+        read += per_byte * 2 * plan.block * replace(plan.form, bits=None).bytes_per_query(job.layers)
+    return total + plan.sweeps * -(-job.train // plan.train_batch) * read

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from wherefrom.blueprint import Blueprint, measure
 from wherefrom.calculator import MEASURED_EFFICIENCY, Estimate, Hardware, Request
+from wherefrom.machine import matmul_speed
 from wherefrom.memory import free_memory
-from wherefrom.plan import matmul_speed
 from wherefrom.report.html import write_page
 from wherefrom.report.scale import scale_page, scale_text
 
@@ -40,6 +40,7 @@ class PlanArguments:
         fit_train: Fit the factors on so many of the training sequences; on all by default.
         half_precision: bfloat16 weights, products and query gradients.
         query_rank: Keep query gradients as pairs of matrices of this rank.
+        query_bits: 8 keeps query gradients as integers of that size, with scales.
         shard_model: Keep the weights in parts on the ranks (FSDP) instead of whole on each.
         offload_factors: Keep factors on the host, and move a layer's when it is its turn.
         top: Keep only so many of each query's scores instead of the matrix.
@@ -65,6 +66,7 @@ class PlanArguments:
     fit_train: int | None = None
     half_precision: bool = False
     query_rank: int | None = None
+    query_bits: int | None = None
     shard_model: bool = False
     offload_factors: bool = False
     top: int | None = None
@@ -85,6 +87,7 @@ class PlanArguments:
             fit_train=self.train if self.fit_train is None else self.fit_train,
             queries=self.queries,
             query_rank=self.query_rank,
+            query_bits=self.query_bits,
             half_precision=self.half_precision,
             shard_model=self.shard_model,
             offload_factors=self.offload_factors,

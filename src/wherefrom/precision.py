@@ -65,6 +65,9 @@ def type_name(dtype: torch.dtype) -> str:
 def product(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A product of matrices [n, k] x [k, m], or of batches of them, summed in float32 or wider.
 
+    Where this PyTorch cannot multiply bfloat16 operands into float32 (CUDA before 2.8, devices without numbers before
+    2.10), they are widened first: the same numbers, more slowly.
+
     Args:
         left, right: of one type; bfloat16 operands only on a GPU.
         dtype: of the result; the sums' own by default.
@@ -73,27 +76,51 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Te
         result = left @ right
         return result if dtype is None else result.to(dtype)
     multiply = torch.mm if left.dim() == 2 else torch.bmm
-    return multiply(left, right, out_dtype=dtype or torch.float32)
+    try:
+        return multiply(left, right, out_dtype=dtype or torch.float32)
+    except (TypeError, NotImplementedError):  # no such argument, or not on this device
+        return (left.float() @ right.float()).to(dtype or torch.float32)
 
 
 def rotated(rows: Tensor, matrix: Tensor) -> Tensor:
     """`rows` [batch, tokens, n] times an orthogonal matrix [n, n] in float32 or wider, in the rows' type.
 
     A matrix rounded to bfloat16 is not orthogonal: what it leaks from large eigenvalues buries small ones. So bfloat16
-    rows are multiplied with its rounded value and with what the rounding has left.
+    rows are multiplied with its rounded value and with what the rounding has left. The small product comes first, and
+    the multiplication that makes the large one adds to it, in float32: no result is written in float32, and what the
+    small product loses in bfloat16 is 2^-18 of the rows, as much as the two values lack of the matrix.
     """
     if rows.dtype != torch.bfloat16:
         return rows @ matrix
     flat, high = rows.flatten(0, 1), matrix.bfloat16()
-    low = (matrix - high).bfloat16()
-    return (product(flat, high) + product(flat, low)).bfloat16().view(rows.shape)
+    low = torch.sub(matrix, high, out=torch.empty_like(high))
+    with _float32_sums():
+        return (flat @ low).addmm_(flat, high).view(rows.shape)
+
+
+@contextmanager
+def _float32_sums() -> Iterator[None]:
+    """Within it, products with bfloat16 results that a GPU makes in parts are summed in float32 (cuBLAS, by PyTorch's
+    default, may sum such parts in bfloat16: a large term would leave its rounding error where it cancels)."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.allow_bf16_reduced_precision_reduction
+    # Since torch 2.11 at the latest the setting is a pair; given one value, PyTorch resets the other.
+    split = getattr(matmul, "allow_bf16_reduced_precision_reduction_split_k", True)
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = allowed if split else (allowed, split)
 
 
 def native_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 in hardware."""
     if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        if hasattr(torch.cpu, "get_capabilities"):
+            found = torch.cpu.get_capabilities()
+            return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        # Before 2.11, PyTorch says so of x86 alone; operands are rounded on other processors, which is right too.
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return True  # other accelerators: autocast itself says what it cannot do
@@ -140,7 +167,16 @@ class HalfPrecision(Precision):
         self._rounding = _RoundedProducts()
 
     def passes(self, device: torch.device) -> AbstractContextManager[object]:
-        return torch.autocast(device.type, torch.bfloat16) if self.native else self._rounding
+        return self._native_passes(device) if self.native else self._rounding
+
+    @contextmanager
+    def _native_passes(self, device: torch.device) -> Iterator[None]:
+        # Fused attention is several times faster, and what it adds up in another order is a bit of bfloat16 here and
+        # there: in half precision it is taken, unless PyTorch is told to be deterministic. Its own deterministic
+        # kernels would not do, since their sums still depend on the batch.
+        exact = device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
+            yield
 
     def paused(self) -> AbstractContextManager[object]:
         return torch.autocast(self._device.type, enabled=False) if self.native else self._rounding.paused()

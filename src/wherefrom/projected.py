@@ -32,6 +32,7 @@ from wherefrom.gradient_rows import GradientRows
 from wherefrom.kept_scores import keep_scores
 from wherefrom.layouts import check_layout
 from wherefrom.memory import within_memory
+from wherefrom.names import result_name
 from wherefrom.options import check_names, checked_result_name
 from wherefrom.scores import Scores
 from wherefrom.scoring import measurement, training_loss
@@ -54,8 +55,9 @@ class ProjectionOptions(TypedDict, total=False):
         damping: added to every eigenvalue of the curvature of projected gradients, a mean over examples; None adds
             0.1 x the mean eigenvalue.
         batch_size: None finds one; results depend on it only by rounding.
-        name: of the scores in the run directory; by default the method.
-        overwrite: replace what has this name, instead of refusing when it was made from something else.
+        name: of the scores in the run directory; by default the method, and a digest of all that they depend on.
+        overwrite: compute them again and replace them, also where they have this name and were made from something
+            else, which is refused otherwise. It replaces these scores alone.
     """
 
     rank: int
@@ -132,7 +134,7 @@ def trak_scores(
         for name, path in paths.items():
             _load(study, path)
             digests.append(f"{name}: {model_digest(study._sweep.model)}")
-        several = {"model": "; ".join(digests)} if checkpoints else {}
+        several = {"models": "; ".join(digests)} if checkpoints else {}
         method = _Method.of(study, queries, "trak", 8, **options).told_by(several)
 
         def compute(blocks: Stages) -> dict[str, Tensor]:
@@ -224,6 +226,9 @@ class _Method(Generic[Batch]):
         """The method of a call, checked."""
         checked_length("queries", queries)
         check_names(options, ProjectionOptions.__optional_keys__)
+        name = options.get("name")
+        if name is not None:
+            checked_result_name(name)
         damping = options.get("damping")
         if damping is not None and not 0 <= damping < math.inf:
             raise InputError(f"damping={damping}: expected a number >= 0, or None for 0.1 x the mean eigenvalue.")
@@ -233,7 +238,7 @@ class _Method(Generic[Batch]):
             numbers="float32",
             seed=options.get("seed", 0),
             batch_size=options.get("batch_size"),
-            name=options.get("name"),
+            name=name,
             overwrite=options.get("overwrite", False),
         )
         settings = {"damping": "0.1 x mean eigenvalue" if damping is None else repr(damping)}
@@ -249,12 +254,11 @@ class _Method(Generic[Batch]):
 
     def scores(self, compute: Callable[[Stages], dict[str, Tensor]]) -> Scores:
         """Those of a run directory, computed unless they are there."""
-        study, name = self.study, checked_result_name(self.compression.name or self.label)
+        study, fingerprint = self.study, self._fingerprint()
+        name = result_name(self.label, fingerprint, self.compression.name)
         advice = "Give a smaller rank, or fewer queries at once."
         with study.alone(), within_memory("Curvature and rows of projected gradients do", self.sweep.device, advice):
-            path = keep_scores(
-                study.path, name, self._fingerprint(), study.profile, self.compression.overwrite, compute
-            )
+            path = keep_scores(study.path, name, fingerprint, study.profile, self.compression.overwrite, compute)
         found = Scores.load(path)
         shape = (len(self.queries), len(study.train))
         check_layout(path, {"values": found.values}, {"values": (self.sweep.dtype, shape)})
@@ -265,6 +269,8 @@ class _Method(Generic[Batch]):
         study = self.study._fingerprint()
         if self.factors is not None:
             self.factors.check_model(study)
+        if "models" in self.settings:  # the study's own has nothing to do with them
+            del study["model"]
         return {
             **study,
             "strategy": self.label,

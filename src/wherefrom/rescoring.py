@@ -1,4 +1,4 @@
-"""Chosen scores, with whole query gradients: the highest of low-rank ones once more, or those of given candidates.
+"""Chosen scores, with whole query gradients: the highest of approximate ones once more, or those of given candidates.
 
 This module knows how scores are computed; it does not know where they are kept.
 """
@@ -59,7 +59,8 @@ def exact_scores(scoring: Scoring[Batch], positions: Tensor, stages: BlockStages
     """
     residuals: list[Tensor] = []
     scores = torch.zeros(positions.shape, dtype=scoring.sweep.dtype)
-    whole = replace(scoring, options=replace(scoring.options, query_rank=None, rescore=0, self_influence=False))
+    exact = replace(scoring.options, query_rank=None, query_bits=None, rescore=0, self_influence=False)
+    whole = replace(scoring, options=exact)
 
     def work(rows: range) -> None:
         wanted, places = positions[rows.start : rows.stop].unique(return_inverse=True)

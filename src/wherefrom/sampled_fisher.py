@@ -25,6 +25,7 @@ from wherefrom.errors import InputError
 from wherefrom.files import within
 from wherefrom.fingerprint import Dataset, checked_length, dataset_digest, read_example
 from wherefrom.kept_scores import keep_scores
+from wherefrom.names import result_name
 from wherefrom.options import checked_result_name
 from wherefrom.sampling import Sampler
 from wherefrom.scores import Scores
@@ -48,7 +49,7 @@ def fisher_scores(
     seed: int = 0,
     query_batch_size: int | None = None,
     train_batch_size: int | None = None,
-    name: str = "fisher",
+    name: str | None = None,
     overwrite: bool = False,
 ) -> Scores:
     """Score every pair with the inverse of the sampled Fisher matrix, all tracked layers together.
@@ -56,7 +57,7 @@ def fisher_scores(
     `g_q^T (F + damping)^-1 g_t`, F a mean over `samples` draws of each training example's targets. Beyond the damping,
     sampling is the only approximation of F. It takes M = samples x N gradients, their M x M dot products, and the
     inverse of a matrix of that size: for some thousand training examples, and best for all weights (`layers=[...]`).
-    The dot products are kept in `RUN/fisher`, so that another damping, under another `name`, costs no sweep.
+    The dot products are kept in `RUN/fisher`, so that another damping costs no sweep.
 
     Args:
         study: the model, its task and training examples; scores are kept in its run directory.
@@ -66,15 +67,17 @@ def fisher_scores(
         damping: absolute, above 0; None is 0.01 x the mean of the M eigenvalues that F can have.
         seed: of the draws.
         query_batch_size, train_batch_size: None finds them.
-        name: of the scores in the run directory.
-        overwrite: replace what has this name, instead of refusing when it was made from something else.
+        name: of the scores in the run directory; by default "fisher", and a digest of all that they depend on.
+        overwrite: compute them again and replace them, also where they have this name and were made from something
+            else, which is refused otherwise. It replaces these scores alone, no dot products.
 
     Raises:
         InputError: an argument is impossible.
         WherefromError: see `wherefrom.errors`; what was finished before stays valid.
     """
     checked_length("queries", queries)
-    checked_result_name(name)
+    if name is not None:
+        checked_result_name(name)
     if samples < 1:
         raise InputError(f"samples={samples}: expected at least 1.")
     if damping is not None and not 0 < damping < math.inf:
@@ -96,11 +99,8 @@ def fisher_scores(
     def compute(_: Stages) -> dict[str, Tensor]:
         def dots(asked: _Examples, known: _Examples) -> Tensor:
             there = _with_losses(study, known, seed, within(study.path, "fisher", folder, known.kind))
-            found = there.score(
-                asked, there.fit("identity", conditioning=conditioning, overwrite=overwrite),
-                query_batch_size=query_batch_size, train_batch_size=train_batch_size,
-                name=asked.kind, overwrite=overwrite,
-            )  # fmt: skip
+            factors = there.fit("identity", conditioning=conditioning)
+            found = there.score(asked, factors, query_batch_size=query_batch_size, train_batch_size=train_batch_size)
             return found.values.double()
 
         trained, asked = _Examples(study.train, "trained"), _Examples(queries, "asked")
@@ -110,7 +110,8 @@ def fisher_scores(
         return {"values": values.to(study._sweep.dtype)} if study._sweep.ranks.writes else {}
 
     with study.alone():
-        return Scores.load(keep_scores(study.path, name, fingerprint, study.profile, overwrite, compute))
+        called = result_name("fisher", fingerprint, name)
+        return Scores.load(keep_scores(study.path, called, fingerprint, study.profile, overwrite, compute))
 
 
 def inverse_products(pairs: Tensor, asked: Tensor, trained: Tensor, drawn: Tensor, damping: float | None) -> Tensor:

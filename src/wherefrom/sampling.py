@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wherefrom.losses import rows_at_once
 from wherefrom.precision import widened
+from wherefrom.softmax import SoftmaxStatistics, softmax_statistics, tree_depth
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,16 @@ class Sampler:
     seed: int
     examples: Sequence[int]
 
-    def categorical(self, logits: Tensor, where: Tensor | None = None) -> Tensor:
+    def categorical(
+        self, logits: Tensor, where: Tensor | None = None, statistics: SoftmaxStatistics | None = None
+    ) -> Tensor:
         """Draw one class for every position.
 
         Args:
             logits: unnormalised log-probabilities, [batch, ..., classes].
             where: boolean [batch, ...]; only these positions use up random numbers, so padding elsewhere in the
                 row changes nothing. None means everywhere.
+            statistics: of these logits, flattened to [positions, classes], if they are at hand. None reads the logits.
 
         Returns:
             Class indices, int64 [batch, ...]; 0 where `where` is false.
@@ -46,13 +49,14 @@ class Sampler:
         if where is None:
             where = torch.ones(shape, dtype=torch.bool, device=logits.device)
         counted = where.reshape(len(where), -1)
-        depth = max(1, (logits.shape[-1] - 1).bit_length())
+        depth = tree_depth(logits.shape[-1])
         uniform = self._uniform(counted.shape[1], depth, logits.device)
         # Drawn for all positions, so that nobody waits for the device to count them: the k-th counted position of a
         # row takes its k-th group.
         group = (counted.cumsum(1) - 1).clamp_min(0)
         chosen = uniform.gather(1, group.unsqueeze(2).expand(-1, -1, depth))
-        drawn = _drawn(logits.reshape(-1, logits.shape[-1]), chosen.flatten(0, 1))
+        flat = logits.reshape(-1, logits.shape[-1])
+        drawn = _drawn(flat, statistics or softmax_statistics(flat), chosen.flatten(0, 1))
         return torch.where(where, drawn.view(shape), 0)
 
     def normal(self, mean: Tensor) -> Tensor:
@@ -77,15 +81,15 @@ class Sampler:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
-def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
+def _drawn(logits: Tensor, statistics: SoftmaxStatistics, uniform: Tensor) -> Tensor:
     """Draw a class for each position by walking down a binary tree of summed probabilities.
 
     Every step compares a fresh uniform number with the conditional probability of the left half. Rounding differences
     between batch sizes move that conditional by a relative 1e-6 or so whatever the class, which makes a changed draw
     about as rare. Searching one cumulative sum instead would swap neighbours in the tail of a large vocabulary often.
 
-    The tree's lower half is built only for the block of classes, one of about the square root of their number, that
-    the walk down its upper half ends in.
+    The tree's upper half has the blocks of the statistics as leaves. Its lower half is built only for the block that
+    the walk down the upper half ends in.
 
     Args:
         logits: [positions, classes]; uniform: [positions, depth] with 2**depth >= classes.
@@ -93,25 +97,14 @@ def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         Class indices, int64 [positions].
     """
-    classes, depth = logits.shape[1], uniform.shape[1]
-    size = 1 << depth // 2
-    upper, lower = uniform.split([depth - depth // 2, depth // 2], 1)
-    block = _descend(_block_probabilities(logits, size), upper)
+    classes, size = logits.shape[1], statistics.block_size
+    levels = size.bit_length() - 1  # below a block
+    upper, lower = uniform.tensor_split([uniform.shape[1] - levels], 1)
+    block = _descend(statistics.blocks, upper)
     members = block.unsqueeze(1) * size + torch.arange(size, device=logits.device)  # [positions, size]
     candidates = widened(logits.gather(1, members.clamp_max(classes - 1)))
     within = candidates.masked_fill(members >= classes, -torch.inf).softmax(1)
     return block * size + _descend(within, lower)
-
-
-def _block_probabilities(logits: Tensor, size: int) -> Tensor:
-    """The probability of each run of `size` classes, [positions, blocks]; the last may be shorter."""
-    missing = -logits.shape[1] % size
-    return torch.cat(
-        [
-            functional.pad(widened(rows).softmax(1), (0, missing)).unflatten(1, (-1, size)).sum(2)
-            for rows in logits.split(rows_at_once(logits))
-        ]
-    )
 
 
 def _descend(probabilities: Tensor, uniform: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from wherefrom.errors import InputError
 from wherefrom.fingerprint import Fingerprint
 from wherefrom.gradients import GradientBank
 from wherefrom.layouts import Layout, check_layout
+from wherefrom.names import finished, found_result
 from wherefrom.store import Artifact, read_manifest
 from wherefrom.sweep import Collector
 
@@ -63,8 +64,8 @@ class Scores:
         values: [query, train] in dataset order; float32, or float64 for a float64 model. What was stored stays on
             disk, memory-mapped.
         fingerprint: what the scores were computed from.
-        query_errors: with a `query_rank`, what it has left out of each query's preconditioned gradient, as a part of
-            its norm, [query]; otherwise None.
+        query_errors: with a `query_rank` or `query_bits`, what it has left out of each query's preconditioned gradient,
+            as a part of its norm, [query]; otherwise None.
         layers: with `per_layer`, the part of each layer or group, by its name, as `values`, which is their sum.
         self_influence: with `self_influence=True`, g_t^T (H + damping)^-1 g_t of each training example, [train].
         query_self_influence: the same of each query, [query].
@@ -73,6 +74,7 @@ class Scores:
             the order that they had; None without it.
         residuals: with a `solver`, |g - (H + D) x| / |g| of each query's solve, [query]: 0 for a solution, 1 for no
             answer at all; above 0.1 it is said not to have converged. Of aggregated queries, the largest.
+        name: what they are called in their run directory; empty for scores that are not stored.
     """
 
     values: Tensor
@@ -84,23 +86,27 @@ class Scores:
     query_self_influence: Tensor | None = None
     preconditioned_norms: Tensor | None = None
     residuals: Tensor | None = None
+    name: str = ""
 
     @classmethod
     def load(cls, folder: str | Path) -> Scores:
-        """Read finished scores, `RUN/scores/NAME`, without the model or the data.
+        """Read finished scores, without the model or the data.
+
+        Args:
+            folder: `RUN/scores/NAME`, or `RUN/scores/LABEL` where only one result has that label.
 
         Raises:
-            InputError: there are no scores.
+            InputError: there are no scores, or several of this label.
             DamagedError: the files are not what was written.
         """
-        tensors, fingerprint = _stored(Path(folder))
+        folder, tensors, fingerprint = _stored(Path(folder))
         if "lowest_train" in tensors:
             raise InputError(f"{folder} holds only the highest and lowest scores: read them with TopScores.load.")
         stored = sorted(name for name in tensors if name.startswith(_LAYER))
         parts: Layout = dict.fromkeys(stored, _SCORES["values"])
-        check_layout(Path(folder), tensors, _SCORES, {**_BESIDE_SCORES, **parts})
+        check_layout(folder, tensors, _SCORES, {**_BESIDE_SCORES, **parts})
         layers = {name.split(":", 2)[2]: tensors.pop(name) for name in stored}
-        return cls(fingerprint=fingerprint, layers=layers, **tensors)
+        return cls(fingerprint=fingerprint, layers=layers, name=folder.name, **tensors)
 
     @property
     def strategy(self) -> str:
@@ -156,26 +162,23 @@ class Scores:
         if kind not in divisors:
             raise InputError(f"kind={kind!r}: expected one of {', '.join(divisors)}.")
         values = torch.where(divisors[kind] > 0, self.values / divisors[kind], 0.0)
-        return replace(self, values=values, layers={}, fingerprint={**self.fingerprint, "normalized": kind})
+        return replace(self, values=values, layers={}, fingerprint={**self.fingerprint, "normalized": kind}, name="")
 
 
 def load_scores(folder: str | Path) -> Scores | TopScores:
-    """Read finished scores of either kind."""
-    kind = TopScores if "kept" in _stored(Path(folder))[1] else Scores
+    """Read finished scores of either kind, as `Scores.load` finds them."""
+    kind = TopScores if "kept" in _stored(Path(folder))[2] else Scores
     return kind.load(folder)
 
 
-def _stored(folder: Path) -> tuple[dict[str, Tensor], Fingerprint]:
-    """The memory-mapped tensors of a finished result, and what it was computed from."""
-    try:
-        there = folder.exists()
-    except OSError as error:  # such as a name that is too long
-        raise InputError(f"{folder}: cannot be looked at ({error.strerror}). Check the name.") from error
-    if not there:
-        found = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
-        raise InputError(f"{folder}: no scores there; found {', '.join(found) or 'none'}. Compute them first.")
+def _stored(folder: Path) -> tuple[Path, dict[str, Tensor], Fingerprint]:
+    """Where a finished result is, its memory-mapped tensors, and what it was computed from."""
+    folder = found_result(folder)
+    if not folder.exists():
+        found = ", ".join(each.name for each in finished(folder.parent))
+        raise InputError(f"{folder}: no scores there; found {found or 'none'}. Compute them first.")
     fingerprint = read_manifest(folder)["fingerprint"]
-    return Artifact(folder, fingerprint).mapped(), fingerprint
+    return folder, Artifact(folder, fingerprint).mapped(), fingerprint
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ class TopScores:
         values, train: the highest scores, best first, and their training positions, [query, k].
         lowest_values, lowest_train: the lowest, lowest first.
         fingerprint: what they were computed from.
-        query_errors, residuals: as in `Scores`.
+        query_errors, residuals, name: as in `Scores`.
     """
 
     values: Tensor
@@ -198,21 +201,22 @@ class TopScores:
     fingerprint: Fingerprint
     query_errors: Tensor | None = None
     residuals: Tensor | None = None
+    name: str = ""
 
     @classmethod
     def load(cls, folder: str | Path) -> TopScores:
-        """Read finished top scores, `RUN/scores/NAME`, without the model or the data.
+        """Read finished top scores, as `Scores.load` does.
 
         Raises:
-            InputError: there are none, or they are of another kind.
+            InputError: there are none, several of this label, or they are of another kind.
             DamagedError: the files are not what was written.
         """
-        tensors, fingerprint = _stored(Path(folder))
+        folder, tensors, fingerprint = _stored(Path(folder))
         if "lowest_train" not in tensors:
             raise InputError(f"{folder} holds the scores of all pairs: read them with Scores.load.")
         beside = {name: _BESIDE_SCORES[name] for name in ("query_errors", "residuals")}
-        check_layout(Path(folder), tensors, _EXTREMES, beside)
-        return cls(fingerprint=fingerprint, **tensors)
+        check_layout(folder, tensors, _EXTREMES, beside)
+        return cls(fingerprint=fingerprint, name=folder.name, **tensors)
 
     @property
     def strategy(self) -> str:

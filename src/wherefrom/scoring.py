@@ -25,10 +25,11 @@ from wherefrom.fingerprint import Dataset
 from wherefrom.gauss_newton import DampedGaussNewton
 from wherefrom.gradients import GradientBank
 from wherefrom.influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
+from wherefrom.job import Job, Wanted
 from wherefrom.loading import Rows
 from wherefrom.memory import within_memory
 from wherefrom.options import Options
-from wherefrom.plan import Job, Plan, Wanted, plan_scores
+from wherefrom.plan import Plan, plan_scores
 from wherefrom.ranks import Ranks
 from wherefrom.scores import PairwiseCollector, extremes, merged_extremes
 from wherefrom.stages import BlockStages
@@ -56,7 +57,8 @@ def make_plan(
         loaded: whether the factors are in memory already; otherwise room is left for them.
     """
     dtype = torch.bfloat16 if options.half_precision else sweep.dtype
-    wanted = Wanted(dtype, options.query_rank, options.query_batch_size, options.train_batch_size)
+    batches = options.query_batch_size, options.train_batch_size
+    wanted = Wanted(dtype, options.query_rank, *batches, options.query_bits)
     job = Job(
         layers=sweep.layers,
         strategy=strategy,
@@ -133,9 +135,10 @@ class Scoring(Generic[Batch]):
         self.each_block(work, stages)
         if "query_errors" in whole.tensors and self.ranks.writes:
             errors = whole.tensors["query_errors"]
+            rank, bits = self.options.query_rank, self.options.query_bits
+            form = f"Rank {rank} leaves" if bits is None else f"{bits} bits leave"
             logger.info(
-                f"Rank {self.options.query_rank} leaves out {errors.mean():.1%} of a query gradient's norm on average, "
-                f"{errors.max():.1%} at most."
+                f"{form} out {errors.mean():.2%} of a query gradient's norm on average, {errors.max():.2%} at most."
             )
         if self.options.self_influence:
             whole.tensors["preconditioned_norms"] = whole.tensors.pop(SQUARED_NORM).sqrt()
@@ -271,7 +274,7 @@ class Scoring(Generic[Batch]):
 
     def _within_memory(self, queries: int) -> AbstractContextManager[None]:
         """Turn a failed allocation into the error of our own that means fewer resident queries."""
-        advice = "Give a query_rank, track fewer layers, or use a device with more memory."
+        advice = "Give query_bits=8 or a query_rank, track fewer layers, or use a device with more memory."
         return within_memory(f"Gradients of {queries} queries, and what is made of them, do", self.sweep.device, advice)
 
     def bank(self, rows: range) -> GradientBank:

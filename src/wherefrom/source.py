@@ -37,6 +37,7 @@ from wherefrom.files import within
 from wherefrom.fingerprint import Dataset, checked_length, dataset_digest, model_digest
 from wherefrom.fitting import Fitting
 from wherefrom.kept_scores import KeptScores
+from wherefrom.names import result_name
 from wherefrom.options import Options, checked_result_name
 from wherefrom.scores import Scores
 from wherefrom.segment_scoring import SegmentScoring
@@ -84,7 +85,7 @@ def score_source(
     seed: int = 0,
     query_batch_size: int | None = None,
     train_batch_size: int | None = None,
-    name: str = "source",
+    name: str | None = None,
     overwrite: bool = False,
 ) -> Scores:
     """Score every pair by SOURCE, approximate unrolled differentiation over segments of a training.
@@ -115,11 +116,13 @@ def score_source(
             tokens: 1 / tokens of a sequence for a Trainer that averages over tokens.
         empirical, seed: as in `Study.fit`.
         query_batch_size, train_batch_size: None finds them.
-        name: of the result in `RUN/scores`, and of the parts in `RUN/checkpoints/NAME`.
-        overwrite: replace what has this name, instead of refusing when it was made from something else.
+        name: of the sum in `RUN/scores`; by default "source", and a digest of all that it depends on.
+        overwrite: compute again and replace the sum, also where it has this name and was made from something else,
+            which is refused otherwise, and its parts; no curvature.
 
     Returns:
-        The sum, stored as any scores; each part is in `RUN/checkpoints/NAME/scores`.
+        The sum, stored as any scores; each part is in `RUN/checkpoints/CHECKPOINT/scores`, and the curvature of
+        segments in `factors` there and in the run directory, which serves other queries too.
 
     Raises:
         InputError: checkpoints, segments and times do not belong together, a checkpoint is not of this model, or lacks
@@ -127,7 +130,8 @@ def score_source(
         WherefromError: as `Study.fit` and `Study.score`; what was finished before stays valid.
     """
     checked_length("queries", queries)
-    checked_result_name(name)
+    if name is not None:
+        checked_result_name(name)
     options = Options(query_batch_size=query_batch_size, train_batch_size=train_batch_size, overwrite=overwrite)
     paths = named_paths(checkpoints)
     if not 0 < loss_scale < math.inf:
@@ -146,11 +150,9 @@ def score_source(
         last=list(paths.values())[-1],
     )
     with study.alone(), restored(study._sweep.model):
-        source = _Source(study, queries, settings, name, options)
+        source = _Source(study, queries, settings, options)
         cut = source.segments(paths, scaled, segments, recorded)
         parts: dict[str, Scores] = {}
-        if overwrite:
-            source.forget(cut)
         later: list[Preconditioner] = []  # S of later segments, the last one first
         for number, segment in reversed(list(enumerate(cut))):
             bases, eigenvalues = source.curvature(segment, number + 1)
@@ -160,7 +162,7 @@ def score_source(
             parts |= source.scores(segment, list(later), here, " | ".join(map(str, cut[number:])))
             later.append(replace(here, filters=decays))
         weights = [1 / len(segment.paths) for segment in cut for _ in segment.paths]
-        return kept_sum(study, name, {each: parts[each] for each in paths}, weights, overwrite)
+        return kept_sum(study, "source", name, {each: parts[each] for each in paths}, weights, overwrite)
 
 
 def _checked_strategy(name: str, adam: bool) -> str:
@@ -257,7 +259,6 @@ class _Source(Generic[Batch]):
     study: Study[Batch]
     queries: Dataset[object]
     settings: _Settings
-    name: str
     options: Options
 
     def segments(
@@ -288,17 +289,12 @@ class _Source(Generic[Batch]):
     def _roots(self, checkpoints: Sequence[RecordedCheckpoint]) -> dict[str, Tensor]:
         return conditioning_roots(self.study._sweep, _mean(map(adam_conditioning, checkpoints), len(checkpoints)))
 
-    def forget(self, segments: Sequence[_Segment]) -> None:
-        """Delete the factors of all segments, whatever they were made from."""
-        for number, segment in enumerate(segments, start=1):
-            for study in (self.study, *(study_of(self.study, name) for name in segment.paths)):
-                self._fitting(study, segment, number).stages.clear()
-
     def curvature(self, segment: _Segment, number: int) -> tuple[dict[str, Basis], dict[str, Tensor]]:
         """Of a segment: bases of averaged covariances, and eigenvalues there, averaged, with weight decay's part.
 
         Args:
-            number: of the segment; parts are kept in `factors/NAME-NUMBER` of the run and of each checkpoint's.
+            number: of the segment; parts are kept in `factors/source-NUMBER-DIGEST8` of the run and of each
+                checkpoint's.
         """
         strategy = STRATEGIES[self.settings.strategy]
 
@@ -323,7 +319,8 @@ class _Source(Generic[Batch]):
         fingerprint |= conditioning_digest(segment.roots)
         if model is not None:
             fingerprint["model"] = model
-        stages = Stages(within(study.path, "factors", f"{self.name}-{number}"), fingerprint, study.profile)
+        folder = within(study.path, "factors", result_name(f"source-{number}", fingerprint))
+        stages = Stages(folder, fingerprint, study.profile)
         batch_size = self.options.train_batch_size
         return Fitting(study._sweep, study.train, stages, self.settings.seed, batch_size, roots=segment.roots)
 
@@ -362,5 +359,5 @@ class _Source(Generic[Batch]):
                 last=self.settings.last,
                 here=path,
             )
-            found[name] = KeptScores(there.path, scoring, self.name, fingerprint, there.profile).scores()
+            found[name] = KeptScores(there.path, scoring, "source", fingerprint, there.profile).scores()
         return found

@@ -38,7 +38,7 @@ from wherefrom.files import (
 )
 from wherefrom.fingerprint import Fingerprint, differences, tensors_digest
 
-FORMAT = 2
+FORMAT = 3
 _HEADER, _DIGEST = "wherefrom", "sha256"  # metadata of a safetensors file
 _TENSORS, _MANIFEST = "tensors.safetensors", "manifest.json"
 

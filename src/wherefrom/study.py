@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from wherefrom.about import MODEL, check_about
 from wherefrom.compression import Compression, IndexOptions
 from wherefrom.conditioning import Conditioning, conditioning_digest, conditioning_roots
 from wherefrom.curvature import Factors, checked_strategy
-from wherefrom.errors import InputError, MismatchError
+from wherefrom.errors import InputError
 from wherefrom.files import checked_name, within
 from wherefrom.fingerprint import (
     LEFT_OUT,
-    LIBRARY,
     Dataset,
     checked_length,
     dataset_digest,
@@ -35,6 +35,7 @@ from wherefrom.kept_scores import KeptScores
 from wherefrom.layers import coverage, mostly_left_out, select_layers
 from wherefrom.locks import run_lock
 from wherefrom.memory import checked_batch_size, within_memory
+from wherefrom.names import log_others, result_name
 from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups
 from wherefrom.plan import Plan
 from wherefrom.precision import HalfPrecision
@@ -47,6 +48,7 @@ from wherefrom.stages import Stages
 from wherefrom.sweep import Sweep
 from wherefrom.task import Batch, Task, checked_settings
 from wherefrom.tokens import TokenScores
+from wherefrom.version import VERSION
 
 logger = logging.getLogger("wherefrom")
 
@@ -166,24 +168,31 @@ class Study(Generic[Batch]):
             conditioning: what the optimizer has multiplied each weight's gradient with, by parameter name
                 (`adam_conditioning` for Adam's), so that curvature, its damping and scores are those of the coordinates
                 that it descended in. For "shampoo", "diagonal" and "identity".
-            name: of the factors in the run directory; "sampled" or "empirical" by default, with "-half" in half
-                precision and "-conditioned". Strategies share what they have in common under one name.
-            overwrite: replace what has this name, instead of refusing when it was made from something else. Where it is
-                interrupted, the call without it goes on.
+            name: of the factors in the run directory; by default "sampled" or "empirical", with "-half" in half
+                precision and "-conditioned", and a digest of all that they depend on, so that another seed or training
+                set lies side by side. Strategies share what they have in common under one name.
+            overwrite: fit again and replace, also what has this name and was made from something else, which is refused
+                otherwise. It replaces what the strategy has, and eigenvalues in a basis that is replaced (a "kfac" has
+                the basis of "ekfac"); nothing of other strategies, and no scores. Where it is interrupted, the call
+                without it goes on.
 
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
         checked_strategy(strategy)
         sweep = self._precise_sweep(half_precision)
-        usual = ("empirical" if empirical else "sampled") + "-half" * half_precision
-        usual += "-conditioned" * (conditioning is not None)
-        folder = within(self.path, "factors", checked_name(name or usual))
+        if name is not None:
+            checked_name(name)
+        label = ("empirical" if empirical else "sampled") + "-half" * half_precision
+        label += "-conditioned" * (conditioning is not None)
         fingerprint = self._fingerprint()
         fingerprint["targets"] = "dataset" if empirical else f"sampled, seed {seed}"
         fingerprint["precision"] = str(sweep.precision)
         roots = {} if conditioning is None else conditioning_roots(sweep, conditioning)
-        stages = Stages(folder, fingerprint | conditioning_digest(roots), self.profile)
+        fingerprint |= conditioning_digest(roots)
+        folder = within(self.path, "factors", result_name(label, fingerprint, name))
+        stages = Stages(folder, fingerprint, self.profile)
+        stages.ranks.first(lambda: log_others(folder, fingerprint))
         size = checked_batch_size(batch_size)
         return Fitting(sweep, self.train, stages, None if empirical else seed, size, overwrite, roots).factors(strategy)
 
@@ -253,7 +262,7 @@ class Study(Generic[Batch]):
         Args:
             candidates: training positions, whole numbers [queries, candidates], each once in a row.
             queries, factors: as in `score`.
-            options: those of `ScoreOptions`, without `query_rank`.
+            options: those of `ScoreOptions`, without `query_rank` and `query_bits`.
 
         Returns:
             All of them, best first; `lowest_train` is the same the other way round.
@@ -261,7 +270,7 @@ class Study(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.errors`; what was finished before stays valid.
         """
-        chosen = Options.of(ScoreOptions.__optional_keys__ - {"query_rank"}, None, **options)
+        chosen = Options.of(ScoreOptions.__optional_keys__ - {"query_rank", "query_bits"}, None, **options)
         positions = checked_candidates(candidates, len(_checked(queries)), len(self.train))
         return self._kept(queries, factors, chosen).of_candidates(positions)
 
@@ -313,8 +322,8 @@ class Study(Generic[Batch]):
                 bounded size, at (tokens of a training example) times the cost of `score`.
             queries, factors: as in `score`.
             options: those of `RescoredOptions`. `rescore` is for finding the pairs; their tokens are scored with
-                gradients of the `query_rank`. `name` is that of the sequence scores that these are the parts of; they
-                are kept beside them. `overwrite` replaces token scores, never sequence scores.
+                gradients of the `query_rank` or `query_bits`. `name` is that of the sequence scores that these are the
+                parts of; they are kept beside them. `overwrite` replaces token scores, never sequence scores.
         """
         if top is not None and top < 1:
             raise InputError(f"top={top}: expected at least 1, or None for every pair.")
@@ -341,7 +350,7 @@ class Study(Generic[Batch]):
     @_alone
     def report(
         self,
-        scores: Scores,
+        scores: Scores | TopScores,
         queries: Dataset[object],
         *,
         tokenizer: Tokenizer | None = None,
@@ -354,12 +363,14 @@ class Study(Generic[Batch]):
         """Write one self-contained HTML page: every query with its most positive and most negative training examples.
 
         Args:
-            scores: what `score` returned for these queries.
-            queries: examples; their columns `text`, `title` and `label` are shown where they exist.
+            scores: what `score`, `score_top` or any other way to score returned for these queries and this study.
+            queries: the examples that were scored; their columns `text`, `title` and `label` are shown where there are
+                any.
             tokenizer: decodes `input_ids` of examples without `text`, and the tokens that are shaded.
             tokens: what `score_tokens` returned for these queries; shades the tokens of the pairs that it has.
             figures: plots to show, such as those of `report.evaluations.load_figures`.
-            path: the page; `reports/STRATEGY.html` in the run directory by default.
+            path: the page; `reports/NAME.html` in the run directory by default, with the name of the scores, or the
+                strategy and a digest for scores that are not stored.
             summary: a line below the title.
             k: how many examples of each sign are shown.
 
@@ -367,24 +378,23 @@ class Study(Generic[Batch]):
             Where the page is.
 
         Raises:
+            MismatchError: the scores are about other queries, another training set or another model.
             WherefromError: an argument does not fit, or the page cannot be written.
         """
         if tokens is not None and tokenizer is None:
             raise InputError("tokens are given and tokenizer is None: expected the tokenizer that made their text.")
-        changed = [] if tokens is None else tokens.differences(scores.fingerprint)
-        if changed:
-            raise MismatchError(
-                f"tokens belong to other scores than these. {'; '.join(changed)}. Call score_tokens with the arguments "
-                "that score had."
-            )
-        path = Path(path) if path else self.path / "reports" / f"{scores.strategy}.html"
+        if MODEL in scores.fingerprint:
+            check_about(scores.fingerprint, {MODEL: model_digest(self._sweep.model)})
+        if path is None:
+            called = scores.name or result_name(scores.fingerprint.get("strategy", "scores"), scores.fingerprint)
+            path = self.path / "reports" / f"{called}.html"
+        path = Path(path)
         page = render_report(
             title=f"Where from? {self.path.name}",
             summary=summary,
             queries=DatasetPassages(queries, tokenizer),
             train=DatasetPassages(self.train, tokenizer),
-            values=scores.values,
-            settings=scores.fingerprint,
+            scores=scores,
             profile=self.profile.text(),
             tokens=DatasetTokens(tokens, self.train, tokenizer) if tokens is not None and tokenizer else None,
             figures=figures,
@@ -400,7 +410,7 @@ class Study(Generic[Batch]):
         asked = self.train if queries is None else queries
         scoring = Scoring(sweep, strategy, factors.preconditioner(options.damping), asked, self.train, options, groups)
         fingerprint = self._score_fingerprint(queries, factors, options)
-        return KeptScores(self.path, scoring, options.result_name(factors), fingerprint, self.profile)
+        return KeptScores(self.path, scoring, options.label(factors), fingerprint, self.profile)
 
     def _score_fingerprint(self, queries: Dataset[object] | None, factors: Factors, options: Options) -> dict[str, str]:
         """What scores depend on; refuses factors of another model."""
@@ -423,7 +433,7 @@ class Study(Generic[Batch]):
         task = {name: value for name, value in checked_settings(self._sweep.task).items() if name != "measure"}
         with self.profile.action("fingerprint"):
             found = {
-                "library": LIBRARY,
+                "library": VERSION,
                 "model": model_digest(self._sweep.model),
                 "task": json.dumps(task, sort_keys=True),
                 "layers": names_summary(list(self.layers)),

@@ -10,14 +10,12 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Generic
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.utils.flop_counter import FlopCounterMode
 
 from wherefrom.capture import Capture, Captured, Receiver
 from wherefrom.compiling import compiled_activations
@@ -25,9 +23,10 @@ from wherefrom.errors import MemoryLimitError, WherefromError
 from wherefrom.fingerprint import Dataset
 from wherefrom.finite import NotFiniteError, Search, check_sums, named_examples
 from wherefrom.layers import TrackedLayer
-from wherefrom.loading import Loader, collated, positions
+from wherefrom.loading import Loader, Rows, collated, positions
 from wherefrom.memory import Footprint, SavedBytes, halved, out_of_memory, shortage, usable_memory
-from wherefrom.placement import execution_device
+from wherefrom.operation_count import operation_counter
+from wherefrom.placement import execution_device, is_sharded_module
 from wherefrom.precision import Precision
 from wherefrom.profile import Profile
 from wherefrom.progress import progress_bar
@@ -113,10 +112,15 @@ class Sweep(Generic[Batch]):
         """Where factors are kept."""
         return torch.device("cpu") if self.offload_factors else self.device
 
+    def pinned(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Factors that are kept on the host for a GPU, in memory that it copies from while the host goes on."""
+        copied = self.device.type == "cuda" and self.factors_device.type == "cpu"
+        return {name: each.pin_memory() if copied else each for name, each in factors.items()}
+
     @property
     def lockstep(self) -> bool:
         """Whether the model's weights are sharded over processes, so that all must pass through it together."""
-        return any(isinstance(module, FSDPModule) for module in self.model.modules())
+        return any(is_sharded_module(module) for module in self.model.modules())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,12 +190,11 @@ class Sweep(Generic[Batch]):
         start, end = time.perf_counter(), state.share.stop
         batches = -(-(end - state.position) // size)
         idle = self.ranks.most(batches) - batches if self.lockstep else 0
-        compiled = compiled_activations(self.model) if self.compile_activations else nullcontext()
         shown = self.progress if self.ranks.writes else False
         with (
             progress_bar(state.name, len(state.share), shown) as show,
             self._loader(dataset, end) as loader,
-            compiled,
+            self._compiled(),
             held_signals() as held,
         ):
             while state.position < end:
@@ -219,11 +222,28 @@ class Sweep(Generic[Batch]):
             tokens[layer] = captured.gradients.shape[1]
             gradient_bytes.append(captured.bytes_each)
 
-        saved, counter = SavedBytes(self.model), FlopCounterMode(display=False)
-        with counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-            self.probe(dataset, row, objective, receive)
-        most, saved_bytes = max(tokens.values(), default=1), max(1, saved.total)
-        return Footprint(most, saved_bytes, max(gradient_bytes), counter.get_total_flops(), tokens)
+        saved, counter, copies = SavedBytes(self.model), operation_counter(), 1
+        with counter:
+            self.probe(dataset, row, objective, receive, saved=saved)
+        if self.compile_activations:
+            # Apart from the counter, under which nothing is compiled, then or later. Of two examples if they fit, since
+            # what is compiled for one is compiled for that size alone.
+            saved, copies = SavedBytes(self.model), 2 if 2 * saved.total < self.usable_memory() else 1
+            with self._compiled():
+                self.probe(Rows(dataset, [row] * copies), 0, objective, receive, copies, saved)
+        return Footprint(
+            tokens=max(tokens.values(), default=1),
+            saved_bytes=max(1, saved.total // copies),
+            gradient_bytes=max(gradient_bytes),
+            flop=counter.get_total_flops(),
+            layer_tokens=tokens,
+            shared_bytes=saved.shared,
+            largest_bytes=saved.largest // copies,
+        )
+
+    def _compiled(self) -> AbstractContextManager[None]:
+        """Activation functions as the sweep runs them."""
+        return compiled_activations(self.model) if self.compile_activations else nullcontext()
 
     def usable_memory(self) -> int:
         """Bytes to plan with on the model's device."""
@@ -232,12 +252,34 @@ class Sweep(Generic[Batch]):
     def _suggested_batch_size(self, dataset: Dataset[object], objective: Objective[Batch]) -> int:
         return self.footprint(dataset, objective).batch_size(len(dataset), self.usable_memory(), self.device)
 
-    def probe(self, dataset: Dataset[object], row: int, objective: Objective[Batch], receive: Receiver) -> None:
-        """Pass over one example alone."""
-        with self._loader(dataset, row + 1) as loader:
-            batch, padding = loader.load(range(row, row + 1))
-        with Capture(self.model, self.layers, receive) as capture, self.precision.passes(self.device):
-            capture.run(lambda: self._loss(objective, batch, [row]), 1, padding)
+    def probe(
+        self,
+        dataset: Dataset[object],
+        first: int,
+        objective: Objective[Batch],
+        receive: Receiver,
+        examples: int = 1,
+        saved: SavedBytes | None = None,
+    ) -> None:
+        """Pass over one example alone, or over a few from one on as a batch.
+
+        Args:
+            saved: counts what the forward pass keeps for the backward pass.
+        """
+        rows = range(first, first + examples)
+        with self._loader(dataset, rows.stop) as loader:
+            batch, padding = loader.load(rows)
+
+        def loss() -> Tensor:
+            value = self._loss(objective, batch, rows)
+            if saved is not None:
+                for each in capture.held():
+                    saved.count(each)
+            return value
+
+        counting = saved.counting() if saved else nullcontext()
+        with Capture(self.model, self.layers, receive) as capture, self.precision.passes(self.device), counting:
+            capture.run(loss, examples, padding)
 
     def _loss(self, objective: Objective[Batch], batch: Batch, rows: Sequence[int]) -> Tensor:
         """The objective; an error of the task's or model's own code is raised as it is, with a note."""

@@ -147,7 +147,7 @@ class TokenScores:
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenScores:
-        """Read finished token scores, `RUN/scores/NAME.tokens`, without the model or the data.
+        """Read finished token scores, such as `RUN/scores/NAME.top10.tokens`, without the model or the data.
 
         Raises:
             InputError: there are no token scores.
@@ -169,7 +169,8 @@ class TokenScores:
 
     def differences(self, scores: Fingerprint) -> list[str]:
         """What these were computed from and sequence scores were not, or the other way round; empty if they match."""
-        return differences(*(of_values({**each, "pairs": ""}) for each in (self.fingerprint, scores)))
+        values = (of_values({**each, "pairs": "", "kept": ""}) for each in (self.fingerprint, scores))
+        return differences(*values)
 
     def __contains__(self, pair: tuple[int, int]) -> bool:
         """Whether (query, training position) is stored."""

@@ -72,37 +72,38 @@ class Workplace:
         """All that a study can be asked for, each under a name."""
         study, queries = self.study(run)
         found: Results = {}
-        factors = study.fit("ekfac", batch_size=3, overwrite=overwrite)
+        # Under given names, which another study's results have too: without, none of its files would be looked at.
+        factors = study.fit("ekfac", batch_size=3, name="factors", overwrite=overwrite)
         for layer, basis in factors.bases.items():
             found |= {f"{layer}.{side}": getattr(basis, side) for side in ("activations", "gradients")}
         found |= factors.eigenvalues
-        sizes = ScoreOptions(train_batch_size=3, query_batch_size=2, overwrite=overwrite)
-        named = ScoreOptions(name="highest", **sizes)
+        sizes = ScoreOptions(train_batch_size=3, query_batch_size=2, name="all", overwrite=overwrite)
         found["scores"] = study.score(queries, factors, **sizes).values
-        top = study.score_top(queries, factors, 3, **named)
+        highest: ScoreOptions = {**sizes, "name": "highest"}
+        top = study.score_top(queries, factors, 3, **highest)
         found |= {"top": top.values, "top train": top.train}
-        found["self-influence"] = study.self_influence(factors, batch_size=3, overwrite=overwrite)
+        found["self-influence"] = study.self_influence(factors, batch_size=3, name="all", overwrite=overwrite)
         found["tokens"] = study.score_tokens(queries, factors, top=2, **sizes).values
         found["bank"] = fill(run / "bank", run / "log", 1, overwrite=overwrite).losses
-        found["figures"] = torch.tensor([len(load_figures(run))])
+        found["figures"] = torch.tensor([len(load_figures(run, {}))])
         return found
 
     def complete(self, run: Path) -> None:
         self.everything(run)
-        save_evaluation(run, "plot", Figure("A plot", "Of nothing.", b"png"), {"numbers": [1, 2]})
+        save_evaluation(run, "plot", Figure("A plot", "Of nothing.", b"png"), {"numbers": [1, 2]}, {})
 
     def interrupted(self, run: Path) -> None:
         """A fit in the middle of its covariances, and a score in the middle of its last block."""
         study, _ = self.study(run, batches=3)
         try:
-            study.fit("ekfac", batch_size=3)
+            study.fit("ekfac", batch_size=3, name="factors")
         except StopError:
             pass
         else:
             raise AssertionError("the fit was not interrupted")
         study, queries = self.study(run, batches=7)  # two to plan, three of queries
         try:
-            study.score(queries, study.fit("identity"), train_batch_size=3, query_batch_size=2)
+            study.score(queries, study.fit("identity"), train_batch_size=3, query_batch_size=2, name="all")
         except StopError:
             pass
         else:
@@ -111,9 +112,10 @@ class Workplace:
     def resumed(self, run: Path, overwrite: bool = False) -> Results:
         """What an interrupted run ends with."""
         study, queries = self.study(run)
-        factors = study.fit("ekfac", batch_size=3, overwrite=overwrite)
+        factors = study.fit("ekfac", batch_size=3, name="factors", overwrite=overwrite)
         plain = study.fit("identity")
-        scores = study.score(queries, plain, train_batch_size=3, query_batch_size=2, overwrite=overwrite)
+        sizes = ScoreOptions(train_batch_size=3, query_batch_size=2, name="all", overwrite=overwrite)
+        scores = study.score(queries, plain, **sizes)
         return {**factors.eigenvalues, "scores": scores.values}
 
 

@@ -332,8 +332,8 @@ OPTIONS: dict[str, tuple[Mapping[str, SearchStrategy[str]], Values]] = {
         {"--queries": GOOD_TEXTS},
         {
             "--queries": TEXT_FILES, "--strategy": CHOICES, "--name": NAMES, "--damping": AMOUNTS,
-            "--query-rank": COUNTS, "--rescore": COUNTS, "--tokens": COUNTS, "--per-layer": FLAG,
-            "--self-influence": FLAG, "--top-only": COUNTS,
+            "--query-rank": COUNTS, "--query-bits": COUNTS, "--rescore": COUNTS, "--tokens": COUNTS,
+            "--per-layer": FLAG, "--self-influence": FLAG, "--top-only": COUNTS,
             "--aggregate-queries": st.sampled_from(["sum", "mean", "max"]), "--explain": FLAG,
             "--aggregate-train": st.sampled_from(["sum", "mean", "max"]), "--query-batch-size": COUNTS,
             "--train-batch-size": COUNTS, **COLUMNS, **COMMON,
@@ -351,10 +351,10 @@ OPTIONS: dict[str, tuple[Mapping[str, SearchStrategy[str]], Values]] = {
         {
             "--model": MODELS, "--length": COUNTS, "--ranks": COUNTS, "--device-memory": AMOUNTS, "--flops": AMOUNTS,
             "--strategy": CHOICES, "--layers": LAYERS, "--fit-train": COUNTS, "--half-precision": FLAG,
-            "--query-rank": COUNTS, "--shard-model": FLAG, "--offload-factors": FLAG, "--top": COUNTS,
-            "--batch-size": COUNTS, "--efficiency": AMOUNTS, "--eigen-flops": AMOUNTS, "--bandwidth": AMOUNTS,
-            "--host-bandwidth": AMOUNTS, "--host-memory": AMOUNTS, "--page": PAGES, "--train": COUNTS,
-            "--queries": COUNTS,
+            "--query-rank": COUNTS, "--query-bits": COUNTS, "--shard-model": FLAG, "--offload-factors": FLAG,
+            "--top": COUNTS, "--batch-size": COUNTS, "--efficiency": AMOUNTS, "--eigen-flops": AMOUNTS,
+            "--bandwidth": AMOUNTS, "--host-bandwidth": AMOUNTS, "--host-memory": AMOUNTS, "--page": PAGES,
+            "--train": COUNTS, "--queries": COUNTS,
         },
     ),
 }  # fmt: skip

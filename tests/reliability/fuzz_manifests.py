@@ -45,13 +45,14 @@ class Files:
         self._partial = Partial(folder / "a.partial.safetensors", FINGERPRINT)
         self._partial.save(self._sums(), 3, 2)
         text = TextSource("train.txt", "train", None, "documents", 12)
-        RunSources("model", None, text, False, 0, {"a": text}).save(folder)
+        RunSources("model", None, text, False, 0).save(folder)
+        RunSources("model", None, text, False, 0, text).save(folder, artifact.path.name)
         (folder / "checkpoint-1").mkdir()
         entry = {"name": "checkpoint-1", "step": 1, "epoch": 0.5, "optimizer": "AdamW",
                  "groups": [{"learning_rate": 0.1, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0}]}  # fmt: skip
         (folder / RECORDING).write_text(json.dumps({"format": 1, "checkpoints": [entry]}))
         (folder / "evaluation").mkdir()
-        (folder / "evaluation" / "a.json").write_text('{"title": "a", "caption": "b"}')
+        (folder / "evaluation" / "a.json").write_text('{"title": "a", "caption": "b", "about": {}}')
         (folder / "evaluation" / "a.png").write_bytes(b"png")
         (folder / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2}')
         self.readers: list[tuple[Path, Callable[[], object]]] = [
@@ -59,8 +60,9 @@ class Files:
             (artifact.path / "tensors.safetensors", lambda: Scores.load(artifact.path)),
             (self._partial.path, lambda: self._partial.load(self._sums())),
             (folder / SOURCES, lambda: RunSources.load(folder)),
+            (artifact.path / SOURCES, lambda: RunSources.of_result(artifact.path)),
             (folder / RECORDING, lambda: read_recording(folder)),
-            (folder / "evaluation" / "a.json", lambda: load_figures(folder)),
+            (folder / "evaluation" / "a.json", lambda: load_figures(folder, {})),
             (folder / "config.json", lambda: model_without_weights(str(folder / "config.json"), torch.float32)),
         ]
         self.good = [file.read_bytes() for file, _ in self.readers]

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 
+from tests.processes import forking_context
 from tests.reliability.kill_worker import BANKS, QUERIES_AGAIN, End, work
 from tests.runs import begun, results
 
@@ -28,10 +28,7 @@ _NOT_SAVED = "query"
 
 def run_job(job: str, run: Path, log: Path, end: End = _WHOLE, checkpoint_seconds: float = 0.0) -> int:
     """Do a job in a process of its own, and end it as told; how it ended, as `subprocess` says it."""
-    context = get_context("forkserver")
-    # What takes seconds to import is there when a process begins.
-    context.set_forkserver_preload(["tests.reliability.kill_worker", "torch._dynamo"])
-    process = context.Process(target=work, args=(job, run, log, end, checkpoint_seconds))
+    process = forking_context().Process(target=work, args=(job, run, log, end, checkpoint_seconds))
     process.start()
     process.join(_LONGEST if end.seconds is None else end.seconds)
     process.kill()

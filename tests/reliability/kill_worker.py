@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import wherefrom as wf
 import wherefrom.plan
 import wherefrom.tokens
 from tests.models import mlp_case
+from tests.processes import detach_resource_tracker
 from tests.retrain_worker import fill
 from wherefrom.commands import command_line
 from wherefrom.curvature import Factors
@@ -105,8 +105,7 @@ def work(job: str, run: Path, log: Path, end: End, checkpoint_seconds: float) ->
         checkpoint_seconds: as in `Study`.
     """
     begun = time.perf_counter()
-    # Of its own, or the killed process's semaphores would be mourned on the terminal when the tests end.
-    resource_tracker._resource_tracker._fd = None  # type: ignore[attr-defined]
+    detach_resource_tracker()
     errors = log.with_suffix(".errors").open("a")
     os.dup2(errors.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)

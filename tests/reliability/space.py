@@ -159,7 +159,7 @@ def _study(run: Path) -> None:
     study.score(case.queries, factors, query_rank=1, rescore=2, **common)
     study.score(case.queries, factors, aggregate_queries="sum", **common)
     study.score_top(case.queries, factors, 3, **common)
-    study.score_tokens(case.queries, factors, top=2, name=f"{scores.strategy}-rank1", query_rank=1, rescore=2, **common)
+    study.score_tokens(case.queries, factors, top=2, query_rank=1, rescore=2, **common)
     study.score_tokens(case.queries, factors, **common)
     study.self_influence(factors, batch_size=5)
     study.report(scores, case.queries)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from wherefrom.files import move, remove
-from wherefrom.fingerprint import LIBRARY, Fingerprint
+from wherefrom.fingerprint import Fingerprint
 from wherefrom.layouts import Layout, check_layout
 from wherefrom.stopping import held_signals
 from wherefrom.store import Artifact, check_same, read_manifest
+from wherefrom.version import VERSION
 
 # The entries that a bank adds to the caller's fingerprint.
 _MACHINE, _EXAMPLES = "trained with", "training examples"
@@ -134,7 +135,7 @@ def _machine() -> str:
         device = ", ".join(sorted(names))
     else:
         device = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
-    return f"wherefrom {LIBRARY}, torch {torch.__version__}, {device}, 1 CPU thread"
+    return f"wherefrom {VERSION}, torch {torch.__version__}, {device}, 1 CPU thread"
 
 
 def _to_tensors(rows: Sequence[Row]) -> dict[str, Tensor]:

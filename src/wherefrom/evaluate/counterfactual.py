@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wherefrom.errors import InputError
+from wherefrom.evaluate.alike import matrices
 from wherefrom.evaluate.retrain import TrainFunction, permutation, retrain_pairs
 from wherefrom.fingerprint import Fingerprint
+from wherefrom.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def removal_masks(values: Tensor, counts: Sequence[int], queries: Sequence[int] 
 def counterfactual(
     path: str | Path,
     train: TrainFunction,
-    scores: Mapping[str, Tensor | None],
+    scores: Mapping[str, Tensor | Scores | None],
     counts: Sequence[int],
     seeds: Sequence[int],
     *,
@@ -100,8 +102,9 @@ def counterfactual(
     Args:
         path: where the retrainings are kept; it may be a bank that `retrain` made with this `train`.
         train: measures all queries, not only those asked about.
-        scores: for each method its scores [queries, train]. None removes at random: a new choice for each seed, so
-            that the spread over the seeds is also that of the choice; of one seed, larger removals contain smaller.
+        scores: for each method its scores [queries, train], all about the same where they are `Scores`. None removes at
+            random: a new choice for each seed, so that the spread over the seeds is also that of the choice; of one
+            seed, larger removals contain smaller.
         counts: how many examples to leave out; 0 trains on all of them, once for each seed.
         seeds: one for each repeat, all different.
         queries: rows of the scores to add up and to look at; None is all.
@@ -110,12 +113,13 @@ def counterfactual(
     Raises:
         WherefromError: InputError where an argument does not fit, and what `retrain` raises.
     """
-    shape = _shared_shape(scores)
+    given = matrices({name: each for name, each in scores.items() if each is not None})
+    shape = _shared_shape(given)
     _check_counts(counts, shape[1])
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"seeds={list(seeds)}: expected at least one seed, and none of them twice.")
     rows = _checked_queries(queries, shape[0])
-    masks = torch.stack([_masks(values, counts, seeds, rows, shape[1]) for values in scores.values()])
+    masks = torch.stack([_masks(given.get(name), counts, seeds, rows, shape[1]) for name in scores])
     losses, _ = retrain_pairs(
         path, train, masks.view(-1, shape[1]), list(enumerate(list(seeds) * (len(scores) * len(counts)))),
         fingerprint=fingerprint, workers=workers, together=together, progress=progress, overwrite=overwrite,
@@ -147,8 +151,8 @@ def _without_first(order: Tensor, counts: Sequence[int]) -> Tensor:
     return masks
 
 
-def _shared_shape(scores: Mapping[str, Tensor | None]) -> tuple[int, int]:
-    shapes = {name: tuple(values.shape) for name, values in scores.items() if values is not None}
+def _shared_shape(scores: Mapping[str, Tensor]) -> tuple[int, int]:
+    shapes = {name: tuple(values.shape) for name, values in scores.items()}
     if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
         raise InputError(
             f"scores of shapes {shapes or 'nothing'}: expected at least one method's scores [queries, train], and all "

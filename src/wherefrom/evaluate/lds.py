@@ -24,7 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wherefrom.errors import DamagedError, InputError
+from wherefrom.evaluate.alike import matrices
 from wherefrom.precision import type_name
+from wherefrom.scores import Scores
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -193,7 +195,7 @@ def linear_datamodeling_scores(values: Tensor, truth: GroundTruth) -> Tensor:
 
 
 def evaluate_lds(
-    scores: Mapping[str, Tensor], truth: GroundTruth, *, resamples: int = 1000, seed: int = 0
+    scores: Mapping[str, Tensor | Scores], truth: GroundTruth, *, resamples: int = 1000, seed: int = 0
 ) -> LdsReport:
     """Each method's mean linear datamodeling score, their differences, and the ceiling, with 95% intervals.
 
@@ -214,13 +216,14 @@ def evaluate_lds(
     The time grows with methods x queries x resamples x subsets, and the ceiling takes as long as some 15 more methods.
 
     Args:
-        scores: by method, [queries, train].
+        scores: by method, [queries, train]; where they are given as `Scores`, all must be about the same.
         truth: the retrainings, with the same queries and training examples in the same order.
         resamples: bootstrap draws.
         seed: of the draws.
 
     Raises:
         InputError: there are no methods, scores do not fit the ground truth, or resamples is less than 2.
+        MismatchError: some scores are about other queries or training examples than others.
     """
     if not scores:
         raise InputError("scores: no methods; give at least one name with its scores [queries, train].")
@@ -231,7 +234,7 @@ def evaluate_lds(
     subset_counts = _draws(generator, subsets, resamples)  # [subsets, resamples]
     weights = _draws(generator, queries, resamples) / queries  # [queries, resamples]
 
-    predicted = np.stack([_subset_sums(name, values, truth) for name, values in scores.items()])
+    predicted = np.stack([_subset_sums(name, values, truth) for name, values in matrices(scores).items()])
     outcomes = truth.outcomes.numpy()[None]  # [1, queries, subsets]
     measured = _spearman(predicted, outcomes, _once(truth))[..., 0]  # [methods, queries]
     drawn = (_spearman(predicted, outcomes, subset_counts) * weights).sum(1)  # [methods, resamples]

@@ -15,7 +15,9 @@ from scipy import stats
 from torch import Tensor
 
 from wherefrom.errors import InputError
+from wherefrom.evaluate.alike import matrices
 from wherefrom.evaluate.lds import Estimate
+from wherefrom.scores import Scores
 
 RESAMPLES = 1000
 
@@ -78,7 +80,7 @@ class Agreement:
         return {"spearman": self.spearman.to_json(), "pearson": self.pearson.to_json(), "train": self.train}
 
 
-def compare_scores(reference: Tensor, other: Tensor) -> Agreement:
+def compare_scores(reference: Tensor | Scores, other: Tensor | Scores) -> Agreement:
     """Correlate two matrices of scores, query by query, over training examples.
 
     Ties get average ranks. Where a query's scores are all equal in either matrix its correlations are 0: such scores
@@ -91,7 +93,9 @@ def compare_scores(reference: Tensor, other: Tensor) -> Agreement:
 
     Raises:
         InputError: the shapes differ, there is no query or fewer than 2 training examples, or a score is not finite.
+        MismatchError: both are `Scores`, and of other queries or training examples.
     """
+    reference, other = matrices({"reference": reference, "other": other}).values()
     if reference.ndim != 2 or reference.shape != other.shape:
         raise InputError(
             f"other: scores of shape {list(other.shape)} against {list(reference.shape)} of reference; expected "

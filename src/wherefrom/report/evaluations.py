@@ -1,4 +1,4 @@
-"""Evaluations of a run: a plot and its numbers side by side in `RUN/evaluation`, which the page shows.
+"""Evaluations of a run: a plot and its numbers side by side in `RUN/evaluation`, which pages of the same scores show.
 
 This module knows files and pictures; it must not know what was evaluated.
 """
@@ -6,46 +6,71 @@ This module knows files and pictures; it must not know what was evaluated.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from wherefrom.about import subjects, unlike
 from wherefrom.errors import DamagedError
 from wherefrom.files import checked_name, read_bytes, read_json, write_bytes, write_text
+from wherefrom.fingerprint import Fingerprint
+from wherefrom.names import result_name
 from wherefrom.report.passages import Figure
+
+logger = logging.getLogger("wherefrom")
 
 _FOLDER = "evaluation"
 _ADVICE = "Run the evaluation again, or delete its plot and its numbers."
 
 
-def save_evaluation(run: str | Path, name: str, figure: Figure, results: Mapping[str, object]) -> Path:
-    """Write `RUN/evaluation/NAME.png` and `NAME.json`, and tell where the plot is.
+def save_evaluation(
+    run: str | Path, name: str, figure: Figure, results: Mapping[str, object], about: Fingerprint
+) -> Path:
+    """Write `RUN/evaluation/NAME-DIGEST8.png` and `.json`, and tell where the plot is.
 
     Args:
         figure: the plot, and what the page says of it.
         results: the numbers behind it, as json writes them.
+        about: the fingerprint of the scores that were evaluated, whose queries, training examples and model the plot is
+            then shown with, and with no others; the digest is of these. With an empty one it has no digest in its name,
+            and is shown with any.
 
     Raises:
         StorageError: a file cannot be written.
     """
-    file = Path(run) / _FOLDER / f"{checked_name(name)}.png"
+    found = subjects(about)
+    called = result_name(checked_name(name), found) if found else checked_name(name)
+    file = Path(run) / _FOLDER / f"{called}.png"
     write_bytes(file, figure.png)
-    content = {"title": figure.title, "caption": figure.caption, **results}
+    content = {"title": figure.title, "caption": figure.caption, **results, "about": found}
     write_text(file.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
     return file
 
 
-def load_figures(run: str | Path) -> list[Figure]:
-    """The plots of all evaluations of a run, by name; none where there was no evaluation.
+def load_figures(run: str | Path, about: Fingerprint) -> list[Figure]:
+    """The plots of a run's evaluations that go with scores, by name; none where there was no evaluation.
+
+    Args:
+        about: the fingerprint of the scores; plots about other queries, training examples or models are left out, and
+            the log names them.
 
     Raises:
         DamagedError: an evaluation lacks its plot or cannot be read.
     """
-    return [_figure(file) for file in sorted((Path(run) / _FOLDER).glob("*.json"))]
+    found = []
+    for file in sorted((Path(run) / _FOLDER).glob("*.json")):
+        figure, evaluated = _figure(file)
+        if unlike(about, evaluated):
+            logger.info(f"{file.with_suffix('.png')} is left out: {'; '.join(unlike(about, evaluated))}.")
+        else:
+            found.append(figure)
+    return found
 
 
-def _figure(file: Path) -> Figure:
+def _figure(file: Path) -> tuple[Figure, dict[str, str]]:
+    """A plot, and what it is about."""
     found, plot = read_json(file, _ADVICE), read_bytes(file.with_suffix(".png"), _ADVICE)
     try:
-        return Figure(str(found["title"]), str(found["caption"]), plot)
-    except KeyError as error:
+        return Figure(str(found["title"]), str(found["caption"]), plot), dict(found["about"])
+    except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{file} cannot be used: it has no {error}. {_ADVICE}") from error

@@ -26,13 +26,12 @@ from torch import Tensor
 
 from wherefrom.errors import InputError
 from wherefrom.files import write_text
-from wherefrom.report.passages import Figure, Passage, Passages, TokenContributions
+from wherefrom.report.histogram import HISTOGRAM_HEIGHT, Histogram, histogram, signed_number
+from wherefrom.report.passages import Figure, Passage, Passages, TokenContributions, checked_passages
 from wherefrom.report.shading import Shares, encode_lengths, encode_shares, visible_pieces
+from wherefrom.scores import Scores, TopScores, extremes
 
 EXCERPT_LENGTH = 160
-HISTOGRAM_BINS = 144
-HISTOGRAM_HEIGHT = 40.0
-MINUS = "\N{MINUS SIGN}"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 # Control characters are shown as Unicode's pictures of them: a page must not carry them raw, and a
@@ -76,19 +75,6 @@ class FigureView:
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """A query's scores over the whole training set: SVG paths in a box `bins` wide."""
-
-    negative: str
-    positive: str
-    bins: int
-    zero: float  # where the score 0 lies, in percent of the width
-    low: str
-    high: str
-    quartiles: tuple[str, str]
-
-
-@dataclass(frozen=True)
 class QueryView:
     """What the page shows of a query; `histogram` is None where all its scores are zero."""
 
@@ -117,8 +103,8 @@ def render_report(
     title: str,
     queries: Passages,
     train: Passages,
-    values: Tensor,
-    settings: Mapping[str, str],
+    scores: Scores | TopScores,
+    settings: Mapping[str, str] | None = None,
     profile: str = "",
     summary: str = "",
     k: int = 10,
@@ -129,20 +115,24 @@ def render_report(
 
     Args:
         title: The heading of the page.
-        queries: The query sequences, in the order of the rows of `values`.
-        train: The training sequences, in the order of the columns; only those shown are read.
-        values: Scores [query, train], finite, on any device; positive where training on the
-            sequence lowers the query's loss.
-        settings: What gave the scores (model, data, strategy, damping, ...), as pairs.
+        queries: The query sequences that were scored; where they were added up, the page has one row that says so.
+        train: The training sequences, in the order of the columns; of a list only those shown are read.
+        scores: Finite, on any device. Of `TopScores` there is no histogram, only what was kept.
+        settings: What to show beside the fingerprint of the scores, as pairs.
         profile: Preformatted text, such as a table of durations.
         summary: One line under the title.
         k: How many of the most positive and of the most negative sequences a query shows at most.
         tokens: Where the scores come from inside the sequences; asked only for pairs that are shown.
         figures: Plots of an evaluation, shown below the queries.
+
+    Raises:
+        InputError: a score is not finite, or an argument does not fit.
+        MismatchError: as `checked_passages`, where these are not the texts that the scores are about.
     """
-    _check(queries, train, values, k)
+    _check(queries, train, scores, k)
+    queries = checked_passages(scores, queries, train, tokens)
     reader = _Reader(train, tokens)
-    views = [_query_view(row, _clean_passage(queries[row]), values[row], reader, k) for row in range(len(queries))]
+    views = [_query_view(row, _clean_passage(queries[row]), scores, reader, k) for row in range(len(queries))]
     templates = package_templates()
     style = templates.get_template("report.css").render()
     script = templates.get_template("report.js").render()
@@ -154,7 +144,8 @@ def render_report(
         sequences=sorted(reader.seen.items()),
         shaded=any(sequence.lengths for sequence in reader.seen.values()),
         figures=[_figure_view(figure) for figure in figures],
-        settings=[(_clean(name), _clean(value)) for name, value in settings.items()],
+        kept=_clean(scores.fingerprint.get("kept", "")),
+        settings=[(_clean(name), _clean(value)) for name, value in {**(settings or {}), **scores.fingerprint}.items()],
         profile=_clean(profile),
         histogram_height=HISTOGRAM_HEIGHT,
         style=style,
@@ -163,28 +154,27 @@ def render_report(
     )
 
 
-def _check(queries: Passages, train: Passages, values: Tensor, k: int) -> None:
+def _check(queries: Passages, train: Passages, scores: Scores | TopScores, k: int) -> None:
     """Refuse what cannot be shown, naming the argument, what it is and what was expected."""
     if k < 1:
         raise InputError(f"k is {k}; expected at least 1 sequence to show for each query")
     for name, count in (("queries", len(queries)), ("train", len(train))):
         if count == 0:
             raise InputError(f"{name} is empty; expected at least one sequence")
-    expected = (len(queries), len(train))
-    if tuple(values.shape) != expected:
-        raise InputError(
-            f"values has shape {tuple(values.shape)}; expected {expected}: "
-            f"a row for each of {expected[0]} queries and a column for each of {expected[1]} "
-            "training sequences"
-        )
+    _check_finite("values", scores.values)
+    if isinstance(scores, TopScores):
+        _check_finite("lowest_values", scores.lowest_values)
+
+
+def _check_finite(name: str, values: Tensor) -> None:
     if values.is_complex():
-        raise InputError(f"values is {values.dtype}; expected real numbers")
+        raise InputError(f"{name} is {values.dtype}; expected real numbers")
     for index, row in enumerate(values):
         finite = torch.isfinite(row)
         if not finite.all():
             column = int((~finite).nonzero()[0])
             raise InputError(
-                f"values[{index}, {column}] is {row[column].item()}; expected finite scores "
+                f"{name}[{index}, {column}] is {row[column].item()}; expected finite scores "
                 f"({int((~finite).sum())} of {len(row)} in this row are not)"
             )
 
@@ -226,34 +216,52 @@ class _Reader:
         self.seen[index] = sequence
 
 
-def _query_view(index: int, query: Passage, row: Tensor, reader: _Reader, k: int) -> QueryView:
-    """Everything shown for one query, from its scores `row` [train]."""
-    scores = row.detach().to("cpu", torch.float64)
+def _query_view(index: int, query: Passage, scores: Scores | TopScores, reader: _Reader, k: int) -> QueryView:
+    """Everything shown for one query, from its row of the scores."""
+    ends = _ends(scores, index, k)
+    limit = max((abs(score) for end in ends for _, score in end), default=0.0)
+    positive, negative = (_hits(index, end, limit, query, reader) for end in ends)
     return QueryView(
         index=index,
         passage=query,
         excerpt=_excerpt(query.text),
-        positive=_hits(index, scores, query, reader, k, sign=1),
-        negative=_hits(index, scores, query, reader, k, sign=-1),
-        histogram=_histogram(scores),
+        positive=positive,
+        negative=negative,
+        histogram=histogram(_row(scores.values, index)) if isinstance(scores, Scores) else None,
     )
 
 
-def _hits(row: int, scores: Tensor, query: Passage, reader: _Reader, k: int, sign: int) -> list[HitView]:
-    """The k largest of sign * scores [train], those above zero: no sequence is in both lists."""
-    limit = scores.abs().max().item()
-    order = torch.sort(sign * scores, descending=True, stable=True).indices[:k].tolist()
+def _row(values: Tensor, index: int) -> Tensor:
+    """One query's numbers, float64 on the CPU."""
+    return values[index].detach().to("cpu", torch.float64)
+
+
+def _ends(scores: Scores | TopScores, index: int, k: int) -> list[list[tuple[int, float]]]:
+    """The k highest above zero and the k lowest below it, with their training positions: none is in both."""
+    if isinstance(scores, TopScores):
+        found = {name: _row(getattr(scores, name), index) for name in ("values", "lowest_values")}
+        found |= {name: getattr(scores, name)[index] for name in ("train", "lowest_train")}
+    else:
+        row = _row(scores.values, index)
+        found = {name: each[0] for name, each in extremes(row[None], torch.arange(len(row)), k).items()}
+    pairs = [
+        list(zip(found[f"{end}train"].tolist(), found[f"{end}values"].tolist(), strict=True)) for end in ("", "lowest_")
+    ]
+    return [[pair for pair in end if sign * pair[1] > 0][:k] for sign, end in zip((1, -1), pairs, strict=True)]
+
+
+def _hits(
+    row: int, chosen: Sequence[tuple[int, float]], limit: float, query: Passage, reader: _Reader
+) -> list[HitView]:
+    """Training positions with their scores, the most extreme first; the longest bar is that of a score of `limit`."""
     hits: list[HitView] = []
-    for index in order:
-        score = scores[index].item()
-        if sign * score <= 0:
-            break
+    for index, score in chosen:
         passage = reader.passage(index)
         hits.append(
             HitView(
                 rank=len(hits) + 1,
                 index=index,
-                score=_number(score, limit),
+                score=signed_number(score, limit),
                 bar=round(100 * abs(score) / limit, 1),
                 passage=passage,
                 excerpt=_excerpt(passage.text),
@@ -262,53 +270,6 @@ def _hits(row: int, scores: Tensor, query: Passage, reader: _Reader, k: int, sig
             )
         )
     return hits
-
-
-def _histogram(scores: Tensor) -> Histogram | None:
-    """Counts of scores [train] in equal bins with an edge at zero; heights are logarithmic.
-
-    Influence is heavy-tailed: nearly all sequences lie close to zero, and the few far out are the
-    ones that matter. On a linear scale of counts they would not be visible.
-    """
-    limit = scores.abs().max().item()
-    if limit == 0:
-        return None
-    scaled = scores / limit
-    low, high = min(scaled.min().item(), 0.0), max(scaled.max().item(), 0.0)
-    width = (high - low) / HISTOGRAM_BINS
-    below, above = math.ceil(-low / width), math.ceil(high / width)
-    places = (scaled / width).floor().long().clamp(-below, above - 1) + below
-    counts = torch.bincount(places, minlength=below + above).double()
-    heights = (counts.log1p() / counts.max().log1p() * HISTOGRAM_HEIGHT).tolist()
-    ordered = scores.sort().values
-    lower, upper = (ordered[round(part * (len(ordered) - 1))].item() for part in (0.25, 0.75))
-    typical = max(abs(lower), abs(upper))
-    return Histogram(
-        negative=_bars(heights[:below], start=0),
-        positive=_bars(heights[below:], start=below),
-        bins=below + above,
-        zero=round(100 * below / (below + above), 1),
-        low=_number(ordered[0].item(), limit),
-        high=_number(ordered[-1].item(), limit),
-        quartiles=(_number(lower, typical), _number(upper, typical)),
-    )
-
-
-def _bars(heights: Sequence[float], start: int) -> str:
-    """Bars of one unit's width with a small gap, the first at x = `start`, as one SVG path."""
-    return "".join(
-        f"M{start + place} {HISTOGRAM_HEIGHT:g}v-{height:.1f}h.8v{height:.1f}z"
-        for place, height in enumerate(heights)
-        if height > 0
-    )
-
-
-def _number(value: float, scale: float) -> str:
-    """A score with its sign, with as many decimals as give a number of size `scale` four digits."""
-    exponent = math.floor(math.log10(scale)) if scale > 0 else 0
-    style = f",.{max(0, 3 - exponent)}f" if -4 < exponent < 6 else ".2e"
-    sign = "+" if value > 0 else MINUS if value < 0 else ""
-    return sign + format(abs(value), style).replace("-", MINUS)
 
 
 def _excerpt(text: str) -> str:

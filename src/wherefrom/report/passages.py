@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from operator import eq
 from typing import Protocol
 
-from wherefrom.errors import InputError
-from wherefrom.fingerprint import Dataset
+from wherefrom.about import QUERIES, TRAIN, check_about
+from wherefrom.errors import InputError, MismatchError
+from wherefrom.fingerprint import Dataset, Fingerprint, dataset_digest
+from wherefrom.scores import Scores, TopScores
 from wherefrom.tokens import TokenScores
 
 # How many tokens may wait for the text that they complete. A character has at most four bytes, and so at most four
@@ -70,14 +73,19 @@ class DatasetPassages:
     """
 
     def __init__(self, dataset: Dataset[object], tokenizer: Tokenizer | None = None) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self._tokenizer = tokenizer
 
+    @cached_property
+    def digest(self) -> str:
+        """What tells the dataset from others, as it is when this is first asked for."""
+        return dataset_digest(self.dataset)
+
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __getitem__(self, position: int) -> Passage:
-        example = self._dataset[position]
+        example = self.dataset[position]
         if not isinstance(example, Mapping):
             return Passage(repr(example))
         columns = {name: str(example[name]) for name in ("title", "label") if example.get(name) is not None}
@@ -93,6 +101,49 @@ class DatasetPassages:
         return repr(dict(example))
 
 
+def checked_passages(
+    scores: Scores | TopScores, queries: Passages, train: Passages, tokens: TokenContributions | None = None
+) -> Passages:
+    """What is shown as queries beside scores: a single passage that says so where they were added up.
+
+    Passages of a dataset are held against what the scores are about, which takes a look at all of its examples; a list
+    of passages can be another view of the same examples, and only its length is compared.
+
+    Args:
+        tokens: shown beside the same scores.
+
+    Raises:
+        InputError: there are more queries or training examples than the scores have, or fewer.
+        MismatchError: the scores are about another dataset, or the tokens' scores are no parts of these.
+    """
+    how = scores.fingerprint.get("aggregated queries")
+    if "aggregated training examples" in scores.fingerprint:
+        raise InputError(
+            "These scores add up all training examples, so none stands beside its score: leave aggregate_train out."
+        )
+    rows = len(queries) if how is None else min(1, len(queries))
+    fits = (
+        tuple(scores.values.shape) == (rows, len(train))
+        if isinstance(scores, Scores)
+        else len(scores.values) == rows and _last(scores) < len(train)
+    )
+    if not fits:
+        raise InputError(
+            f"scores have shape {tuple(scores.values.shape)}; expected a row for each of {rows} queries and the scores "
+            f"of {len(train)} training sequences."
+        )
+    both = ((QUERIES, queries), (TRAIN, train))
+    check_about(scores.fingerprint, {name: each.digest for name, each in both if isinstance(each, DatasetPassages)})
+    if isinstance(tokens, DatasetTokens):
+        tokens.check(scores.fingerprint)
+    return queries if how is None else [Passage(f"The {how} of {len(queries):,} queries.")]
+
+
+def _last(scores: TopScores) -> int:
+    """The last training position that top scores name."""
+    return max(int(each.max()) for each in (scores.train, scores.lowest_train))
+
+
 class DatasetTokens:
     """The pieces of a dataset's examples with their token scores, where those are stored.
 
@@ -100,13 +151,30 @@ class DatasetTokens:
         scores: of the dataset's examples as training examples.
         dataset: examples with `input_ids`.
         tokenizer: turns token numbers into text.
+
+    Raises:
+        MismatchError: the scores are about other training examples.
     """
 
     def __init__(self, scores: TokenScores, dataset: Dataset[object], tokenizer: Tokenizer) -> None:
+        check_about(scores.fingerprint, {TRAIN: dataset_digest(dataset)})
         self._scores = scores
         self._dataset = dataset
         self._tokenizer = tokenizer
         self._pieces: dict[int, list[str]] = {}
+
+    def check(self, scores: Fingerprint) -> None:
+        """Refuse to be shown beside sequence scores whose parts these are not.
+
+        Raises:
+            MismatchError: names what differs.
+        """
+        changed = self._scores.differences(scores)
+        if changed:
+            raise MismatchError(
+                f"tokens belong to other scores than these. {'; '.join(changed)}. Call score_tokens with the arguments "
+                "that score had."
+            )
 
     def __call__(self, query: int, train: int) -> Sequence[tuple[str, float]] | None:
         if (query, train) not in self._scores:

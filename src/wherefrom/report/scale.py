@@ -81,6 +81,7 @@ def verdict(estimate: Estimate) -> str:
     fits = "Fits" if estimate.lacking is None else f"Does not fit, there is too little {estimate.lacking}"
     reach, least = REACHABLE * estimate.hardware.memory, sum(stage.least_seconds for stage in estimate.stages)
     rank = f"rank {plan.form.rank}" if plan.form.rank else "whole"
+    rank += f", {plan.form.bits}-bit integers" if plan.form.bits else ""
     return (
         f"{fits}: {peak.name} takes the most memory, {_gib(peak.bytes)} of {_gib(reach)} GiB within reach on each "
         f"device, most of it for {largest} ({_gib(peak.memory[largest])} GiB). It takes {duration(estimate.seconds)}, "

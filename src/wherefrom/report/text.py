@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wherefrom.errors import InputError
-from wherefrom.report.passages import Passages, TokenContributions
+from wherefrom.report.passages import Passages, TokenContributions, checked_passages
 from wherefrom.scores import Hit, Scores, TopScores
 
 
@@ -28,10 +28,14 @@ def top_tables(
     """For each query in `shown`: its text and a table of its k top training sequences.
 
     Args:
-        shown: which queries.
+        queries: all of them; where scores are aggregated, the one row says of how many.
+        shown: which rows of the scores.
         width: how many characters of a text are shown.
+
+    Raises:
+        WherefromError: as `checked_passages`, where these are not the texts that the scores are about.
     """
-    hits = scores.top(k)
+    hits, queries = scores.top(k), checked_passages(scores, queries, train)
     parts: list[RenderableType] = []
     for query in shown:
         passage = queries[query]
@@ -65,8 +69,12 @@ def token_tables(
     k: int = 3,
     width: int = 300,
 ) -> RenderableType:
-    """For each query in `shown`: its text, and its k top training sequences as heat maps of their tokens."""
-    hits = scores.top(k)
+    """For each query in `shown`: its text, and its k top training sequences as heat maps of their tokens.
+
+    Raises:
+        WherefromError: as `checked_passages`, where these are not the texts that the scores are about.
+    """
+    hits, queries = scores.top(k), checked_passages(scores, queries, train, tokens)
     parts: list[RenderableType] = []
     for query in shown:
         parts += [Rule(f"Query {query}", align="left"), Text(excerpt(queries[query].text, width)), Text()]

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from wherefrom.descriptions import described, described_class
 from wherefrom.errors import InputError, RankError
-from wherefrom.files import checked_name, within
-from wherefrom.fingerprint import LIBRARY, Dataset, checked_length, dataset_digest, model_digest
+from wherefrom.files import within
+from wherefrom.fingerprint import Dataset, checked_length, dataset_digest, model_digest
 from wherefrom.locks import run_lock
 from wherefrom.memory import within_memory
+from wherefrom.names import log_others, result_name
+from wherefrom.options import checked_result_name
 from wherefrom.profile import Profile
 from wherefrom.progress import progress_bar
 from wherefrom.ranks import Ranks
@@ -33,6 +35,7 @@ from wherefrom.store import Partial
 from wherefrom.task import Batch, checked_settings
 from wherefrom.unrolled.replay import KeptStates, Replay
 from wherefrom.unrolled.training import ReplayableTraining
+from wherefrom.version import VERSION
 
 logger = logging.getLogger("wherefrom")
 
@@ -42,7 +45,7 @@ def magic_scores(
     training: ReplayableTraining[Batch],
     queries: Dataset[object],
     *,
-    name: str = "magic",
+    name: str | None = None,
     branching: int | None = None,
     states_on_disk: bool = False,
     queries_at_once: int | None = None,
@@ -63,14 +66,15 @@ def magic_scores(
         path: the run directory; scores are kept in its `scores`.
         training: what made the model that is asked about.
         queries: examples of the kind that the task measures.
-        name: of the scores in the run directory.
+        name: of the scores in the run directory; by default "magic", and a digest of all that they depend on.
         branching: None keeps about 2 sqrt(steps) states of three times the parameters, and takes each step once more;
             k keeps about k log_k(steps), and takes each step log_k(steps) - 1 times more. Results are the same bits.
         states_on_disk: keep them in the run directory instead of the host's memory.
         queries_at_once: how many queries are taken back through a step together; None is all. Fewer take less memory.
         checkpoint_seconds: how often the walk back may save where it is; 0 is after every step.
         progress: show progress bars; None shows them when the standard error is a terminal.
-        overwrite: replace what has this name, instead of refusing when it was made from something else.
+        overwrite: compute them again and replace them, also where they have this name and were made from something
+            else, which is refused otherwise. It replaces these scores alone.
 
     Raises:
         InputError: there are no queries, or an option is impossible.
@@ -87,17 +91,21 @@ def magic_scores(
             f"magic_scores in {Ranks.current().count} processes: expected one, since a training is one chain of steps. "
             "Start it without torchrun."
         )
-    checked_name(name)
+    if name is not None:
+        checked_result_name(name)
     folder = within(Path(path), "scores")
     walk = _Walk(training, queries, branching, queries_at_once, checkpoint_seconds, progress)
     device = training.start().device
     with run_lock(Path(path)), within_memory("Derivatives of all queries do", device, "Give fewer queries at once."):
-        stages = Stages(folder, _fingerprint(training, queries), Profile())
+        fingerprint = _fingerprint(training, queries)
+        called = result_name("magic", fingerprint, name)
+        stages = Stages(folder, fingerprint, Profile())
         if overwrite:
-            stages.forget(name)
-        states = folder / f"{name}.partial.states" if states_on_disk else None
-        stages.keep(name, lambda partial: walk.scores(partial, KeptStates(states)))
-    return Scores.load(folder / name)
+            stages.forget(called)
+        log_others(folder / called, fingerprint)
+        states = folder / f"{called}.partial.states" if states_on_disk else None
+        stages.keep(called, lambda partial: walk.scores(partial, KeptStates(states)))
+    return Scores.load(folder / called)
 
 
 def metasmoothness(training: ReplayableTraining[Batch], step: float = 0.01, seed: int = 0) -> float:
@@ -181,9 +189,9 @@ def _fingerprint(training: ReplayableTraining[Batch], queries: Dataset[object]) 
     task = checked_settings(training.task)
     count = training.count
     return {
-        "library": LIBRARY,
+        "library": VERSION,
         "strategy": "magic",
-        "model": model_digest(training.model),
+        "model before training": model_digest(training.model),  # what is attributed is what came of it
         "mode": "training" if any(module.training for module in training.model.modules()) else "evaluation",
         "task": json.dumps(task, sort_keys=True),
         "measured": task.get("measure", "measurement"),

@@ -1,0 +1,430 @@
+"""The table of all ways of scoring: each a call, its independent truth, and what it cannot do, with the reason.
+
+A new way of scoring is one more entry of `METHODS`, and keeps all of the contract with that. This module must not know
+what is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import wherefrom as wf
+from tests.contract import truth
+from tests.contract.settings import LENGTH, RATES, Setting, tokens
+from tests.test_conditioning import numbers
+from tests.test_magic import predicted_tokens
+from wherefrom.errors import InputError, RankError, WherefromError
+from wherefrom.evaluate.baselines import bm25_scores
+
+Result = wf.Scores | wf.TopScores | wf.TokenScores | Tensor
+Property = Literal[
+    "batch size", "order", "padding", "processes", "kill", "half precision", "reuse", "name",
+    "damping", "query set", "seed", "training set", "model",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """What a way of scoring cannot do.
+
+    Attributes:
+        reason: why.
+        error: what asking for it raises; None where it cannot be asked for, since there is no such argument.
+        message: what the error says.
+    """
+
+    reason: str
+    error: type[WherefromError] | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of scoring.
+
+    Attributes:
+        score: makes it in a run directory.
+        truth: its values by other means, in float64.
+        query_axis, train_axis: of its values; None where it adds up over them, or has none.
+        folder: of a result that is called NAME, below the run directory; None where nothing is kept.
+        takes_factors: whether it is given what `fit` returned.
+        checks: how many losses are computed to look at its arguments.
+        half_precision: how far it may be from full precision, in units of the largest score.
+        unsupported: the rest.
+    """
+
+    score: Callable[[Path, Setting], Result]
+    truth: Callable[[Setting], Tensor]
+    query_axis: int | None = 0
+    train_axis: int | None = 1
+    folder: str | None = "scores/{}"
+    takes_factors: bool = False
+    checks: int = 0
+    half_precision: float = 0.1
+    unsupported: Mapping[Property, Unsupported] = field(default_factory=dict)
+
+
+def values(result: Result) -> Tensor:
+    """Its numbers, in the order of queries and training examples."""
+    if isinstance(result, wf.TopScores):
+        return torch.zeros_like(result.values).scatter_(1, result.train, result.values)
+    if isinstance(result, wf.TokenScores):
+        return functional.pad(result.values, (0, LENGTH - result.values.shape[2]))
+    return result.values if isinstance(result, wf.Scores) else result
+
+
+def study_of(run: Path, setting: Setting) -> wf.Study[Any]:
+    """The study of a setting in a run directory."""
+    return wf.Study(
+        run,
+        setting.model,
+        setting.task,
+        train=setting.train,
+        progress=False,
+        checkpoint_seconds=setting.checkpoint_seconds,
+    )
+
+
+def fitted(study: wf.Study[Any], setting: Setting, strategy: str, **options: Any) -> wf.Factors:
+    """The setting's factors, fitted unless they are given or there."""
+    if setting.factors is not None:
+        return setting.factors
+    return study.fit(
+        strategy,
+        empirical=setting.empirical,
+        half_precision=setting.half_precision,
+        batch_size=setting.batch_size,
+        seed=setting.seed,
+        overwrite=setting.overwrite,
+        **options,
+    )
+
+
+def common(setting: Setting) -> dict[str, Any]:
+    """The options of `Study.score` and most others."""
+    return {
+        "damping": setting.damping,
+        "half_precision": setting.half_precision,
+        "query_batch_size": setting.batch_size,
+        "train_batch_size": setting.batch_size,
+        "name": setting.name,
+        "overwrite": setting.overwrite,
+    }
+
+
+def pairwise(strategy: str, **options: Any) -> Callable[[Path, Setting], Result]:
+    """`Study.score` with these options."""
+
+    def score(run: Path, setting: Setting) -> Result:
+        study = study_of(run, setting)
+        return study.score(setting.queries, fitted(study, setting, strategy), **{**common(setting), **options})
+
+    return score
+
+
+def rescored(run: Path, setting: Setting) -> Result:
+    """Of low rank, and every score once more at full rank."""
+    return pairwise("ekfac", query_rank=1, rescore=len(setting.train))(run, setting)
+
+
+def solved(solver: Any) -> Callable[[Path, Setting], Result]:
+    """`Study.score` with a solver, and a damping with which it converges."""
+
+    def score(run: Path, setting: Setting) -> Result:
+        study = study_of(run, setting)
+        factors = fitted(study, setting, "ekfac")
+        damping = truth.SOLVER_DAMPING if setting.damping is None else setting.damping
+        return study.score(setting.queries, factors, **{**common(setting), "solver": solver, "damping": damping})
+
+    return score
+
+
+def conditioned(run: Path, setting: Setting) -> Result:
+    """In the coordinates of an optimizer."""
+    study = study_of(run, setting)
+    factors = fitted(study, setting, "shampoo", conditioning=numbers(setting.model))
+    return study.score(setting.queries, factors, **common(setting))
+
+
+def highest(run: Path, setting: Setting) -> Result:
+    """The highest and lowest of each query, which are all."""
+    study = study_of(run, setting)
+    return study.score_top(setting.queries, fitted(study, setting, "ekfac"), len(setting.train), **common(setting))
+
+
+def candidates(setting: Setting) -> Tensor:
+    """Four of the training examples by their first tokens, whatever their order: [queries, 4]."""
+    order = sorted(range(len(setting.train)), key=lambda row: tokens(setting.train[row]))
+    return torch.tensor([order[:4]] * len(setting.queries))
+
+
+def of_candidates(run: Path, setting: Setting) -> Result:
+    study = study_of(run, setting)
+    factors = fitted(study, setting, "ekfac")
+    found = study.score_candidates(setting.queries, factors, candidates(setting), **common(setting))
+    dense = torch.zeros(len(setting.queries), len(setting.train), dtype=found.values.dtype)
+    assert torch.equal(found.values, found.values.sort(1, descending=True).values)
+    return dense.scatter_(1, found.train, found.values)
+
+
+def of_tokens(run: Path, setting: Setting) -> Result:
+    study = study_of(run, setting)
+    return study.score_tokens(setting.queries, fitted(study, setting, "ekfac"), **common(setting))
+
+
+def self_influence(run: Path, setting: Setting) -> Result:
+    study = study_of(run, setting)
+    return study.self_influence(
+        fitted(study, setting, "ekfac"),
+        damping=setting.damping,
+        half_precision=setting.half_precision,
+        batch_size=setting.batch_size,
+        name=setting.name,
+        overwrite=setting.overwrite,
+    )
+
+
+def over_checkpoints(run: Path, setting: Setting) -> Result:
+    return wf.score_checkpoints(
+        study_of(run, setting),
+        [each.path for each in setting.checkpoints],
+        setting.queries,
+        "diagonal",
+        RATES,
+        empirical=setting.empirical,
+        seed=setting.seed,
+        **common(setting),
+    )
+
+
+def source(adam: bool) -> Callable[[Path, Setting], Result]:
+    """SOURCE of two segments; its damping is weight decay's."""
+
+    def score(run: Path, setting: Setting) -> Result:
+        named: dict[str, Any] = {} if setting.name is None else {"name": setting.name}
+        return wf.score_source(
+            study_of(run, setting),
+            setting.checkpoints,
+            setting.queries,
+            2,
+            adam=adam,
+            weight_decay=setting.weight_decay,
+            empirical=setting.empirical,
+            seed=setting.seed,
+            query_batch_size=setting.batch_size,
+            train_batch_size=setting.batch_size,
+            overwrite=setting.overwrite,
+            **named,
+            **_if_asked(setting),
+        )
+
+    return score
+
+
+def projected(call: Any, factors: str | None = None) -> Callable[[Path, Setting], Result]:
+    """LoGra, TRAK or TrackStar, on random directions or on those of factors."""
+
+    def score(run: Path, setting: Setting) -> Result:
+        study = study_of(run, setting)
+        options: dict[str, Any] = {
+            "rank": truth.RANK,
+            "seed": setting.seed,
+            "damping": setting.damping,
+            "batch_size": setting.batch_size,
+            "name": setting.name,
+            "overwrite": setting.overwrite,
+        }
+        if factors is not None:
+            full = Setting(**{**vars(setting), "half_precision": False})
+            options["factors"] = fitted(study, full, factors)
+        found: wf.Scores = call(study, setting.queries, **options, **_if_asked(setting))
+        return found
+
+    return score
+
+
+def sampled_fisher(run: Path, setting: Setting) -> Result:
+    named: dict[str, Any] = {} if setting.name is None else {"name": setting.name}
+    return wf.fisher_scores(
+        study_of(run, setting),
+        setting.queries,
+        truth.SAMPLES,
+        damping=setting.damping,
+        seed=setting.seed,
+        query_batch_size=setting.batch_size,
+        train_batch_size=setting.batch_size,
+        overwrite=setting.overwrite,
+        **named,
+        **_if_asked(setting),
+    )
+
+
+def training_of(setting: Setting) -> wf.ReplayableTraining[Any]:
+    """A short training from the setting's model."""
+    recipe = wf.TrainingRecipe(batch_size=3, learning_rates=[0.01, 0.02, 0.01], epsilon=1e-3, seed=setting.seed)
+    return wf.ReplayableTraining(setting.model, setting.task, setting.train, recipe, predicted_tokens)
+
+
+def magic(run: Path, setting: Setting) -> Result:
+    named: dict[str, Any] = {} if setting.name is None else {"name": setting.name}
+    return wf.magic_scores(
+        run,
+        training_of(setting),
+        setting.queries,
+        queries_at_once=setting.batch_size,
+        checkpoint_seconds=setting.checkpoint_seconds,
+        progress=False,
+        overwrite=setting.overwrite,
+        **named,
+        **_if_asked(setting),
+    )
+
+
+def indexed(run: Path, setting: Setting) -> Result:
+    """An index of so many directions that nothing is lost, and a query of it."""
+    study = study_of(run, setting)
+    index = study.index(
+        fitted(study, setting, "ekfac"),
+        directions="random",
+        rank=99,
+        numbers="float32",
+        half_precision=setting.half_precision,
+        batch_size=setting.batch_size,
+        name=setting.name,
+        overwrite=setting.overwrite,
+    )
+    return index.query(setting.queries, k=len(setting.train), damping=setting.damping)
+
+
+def bm25(run: Path, setting: Setting) -> Result:
+    return bm25_scores(*setting.texts)
+
+
+def _if_asked(setting: Setting) -> dict[str, Any]:
+    """The argument for half precision, for what does not have it."""
+    return {"half_precision": True} if setting.half_precision else {}
+
+
+_NOTHING_DRAWN = Unsupported("nothing is drawn")
+_NO_DAMPING = Unsupported("there is no curvature to be damped")
+_FULL_PRECISION = Unsupported("there is no such argument")
+_UNKNOWN_OPTION = Unsupported("gradients are projected in full precision", InputError, "half_precision=True: expected")
+_ANY_FACTORS = Unsupported("a solution does not depend on the factors that it was found with")
+_WHOLE_SOLUTIONS = Unsupported("solutions are in the model's type", InputError, "half_precision=True with a solver")
+
+METHODS: dict[str, Method] = {
+    **{
+        strategy: Method(pairwise(strategy), truth.factored(strategy), takes_factors=True)
+        for strategy in ("diagonal", "kfac", "ekfac", "shampoo")
+    },
+    "identity": Method(
+        pairwise("identity"),
+        truth.factored("identity"),
+        takes_factors=True,
+        unsupported={"seed": _NOTHING_DRAWN, "damping": _NO_DAMPING},
+    ),
+    "parts and self-influence": Method(
+        pairwise("ekfac", per_layer=True, self_influence=True), truth.factored("ekfac"), takes_factors=True
+    ),
+    "low rank, rescored": Method(rescored, truth.factored("ekfac"), takes_factors=True),
+    "conditioned": Method(conditioned, truth.conditioned, takes_factors=True),
+    "sum of queries": Method(
+        pairwise("ekfac", aggregate_queries="sum"), truth.summed(0), query_axis=None, takes_factors=True
+    ),
+    "mean of training": Method(
+        pairwise("ekfac", aggregate_train="mean"), truth.mean_of_training, train_axis=None, takes_factors=True
+    ),
+    "conjugate gradients": Method(
+        solved(wf.ConjugateGradients(iterations=100, tolerance=1e-11)),
+        truth.gauss_newton,
+        takes_factors=True,
+        unsupported={"half precision": _WHOLE_SOLUTIONS, "seed": _ANY_FACTORS},
+    ),
+    "ASTRA": Method(
+        solved(wf.Astra(iterations=8, batch_size=None, learning_rate=1.0, momentum=0.0, decay=1.0)),
+        truth.gauss_newton,
+        takes_factors=True,
+        unsupported={"half precision": _WHOLE_SOLUTIONS, "seed": _ANY_FACTORS},
+    ),
+    "highest": Method(highest, truth.factored("ekfac"), takes_factors=True),
+    "candidates": Method(of_candidates, truth.of_candidates(candidates), takes_factors=True),
+    "tokens": Method(of_tokens, truth.of_tokens, folder="scores/{}.all.tokens", takes_factors=True),
+    "self-influence": Method(
+        self_influence,
+        truth.self_influence,
+        query_axis=None,
+        train_axis=0,
+        folder="self_influence/{}",
+        takes_factors=True,
+        unsupported={"query set": Unsupported("there are no queries")},
+    ),
+    "checkpoints": Method(over_checkpoints, truth.over_checkpoints),
+    "SOURCE": Method(source(adam=False), truth.source(adam=False), unsupported={"half precision": _FULL_PRECISION}),
+    "SOURCE of Adam": Method(
+        source(adam=True), truth.source(adam=True), unsupported={"half precision": _FULL_PRECISION}
+    ),
+    "LoGra": Method(projected(wf.logra_scores), truth.logra, unsupported={"half precision": _UNKNOWN_OPTION}),
+    "LoGra of eigenvectors": Method(
+        projected(wf.logra_scores, "kfac"),
+        truth.logra_of_eigenvectors,
+        takes_factors=True,
+        unsupported={"half precision": _UNKNOWN_OPTION},
+    ),
+    "TRAK": Method(projected(wf.trak_scores), truth.trak, unsupported={"half precision": _UNKNOWN_OPTION}),
+    "TrackStar": Method(
+        projected(wf.trackstar_scores), truth.trackstar, unsupported={"half precision": _UNKNOWN_OPTION}
+    ),
+    "sampled Fisher": Method(
+        sampled_fisher,
+        truth.sampled_fisher,
+        unsupported={
+            "order": Unsupported("an example's position decides which targets are drawn for it"),
+            "half precision": _FULL_PRECISION,
+        },
+    ),
+    "MAGIC": Method(
+        magic,
+        truth.magic(training_of),
+        checks=4,
+        unsupported={
+            "order": Unsupported("an example's position decides in which steps it is trained on"),
+            "damping": _NO_DAMPING,
+            "half precision": _FULL_PRECISION,
+            "processes": Unsupported("a training is one chain of steps", RankError, "magic_scores in 2 processes"),
+        },
+    ),
+    "index": Method(
+        indexed,
+        truth.factored("ekfac"),
+        folder="index/{}",
+        takes_factors=True,
+        unsupported={
+            "reuse": Unsupported("answers are not kept, only the rows that they are made from"),
+            "processes": Unsupported("one process is enough for a query", InputError, "query on 2 processes"),
+        },
+    ),
+    "BM25": Method(
+        bm25,
+        truth.bm25,
+        folder=None,
+        unsupported={
+            "batch size": Unsupported("there are no batches"),
+            "padding": Unsupported("texts have none"),
+            "processes": Unsupported("each process has all of it at once"),
+            "kill": Unsupported("nothing is kept"),
+            "half precision": Unsupported("there is no model"),
+            "reuse": Unsupported("nothing is kept"),
+            "name": Unsupported("nothing is kept"),
+            "damping": _NO_DAMPING,
+            "seed": _NOTHING_DRAWN,
+            "model": Unsupported("there is no model"),
+        },
+    ),
+}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from leaderboard import page
 from leaderboard.methods import METHODS
-from leaderboard.page import frontier, score_against_cost
+from leaderboard.page import frontier, ranked, score_against_cost
 from leaderboard.retrainings import OnHalves, WithoutSome, removals
 from leaderboard.setting import Setting, Size, record
 from run_leaderboard import Arguments, results
@@ -159,3 +159,19 @@ def test_the_published_page_is_made_of_the_published_figures(tmp_path: Path, mon
     assert (tmp_path / "leaderboard.md").read_text() == published
     assert (tmp_path / "README.md").read_text() == readme
     assert set(result["costs"]) == set(METHODS)
+
+
+def test_solves_that_have_not_converged_are_not_ranked() -> None:
+    published = json.loads((RESULTS / "leaderboard.json").read_text())
+    kept, unsolved = ranked(published)
+    assert unsolved == {"ekfac + cg": 3.5}
+    for protocol, figures in kept["protocols"].items():
+        everything = published["protocols"][protocol]["methods"]
+        assert figures["methods"].keys() == everything.keys() - {"ekfac + cg"}
+        assert not any("ekfac + cg" in found["not_told_from"] for found in figures["methods"].values())
+    rows = [
+        line for file in (page.DOCUMENT, README) for line in file.read_text().splitlines() if "| ekfac + cg |" in line
+    ]
+    assert sum("not converged | not converged" in row for row in rows) == 2
+    published["costs"]["ekfac + cg"]["residual"] = 0.01
+    assert ranked(published) == (published, {})

@@ -40,6 +40,7 @@ class Cost:
         peak_bytes: memory beyond what the process had with the model and the data loaded; on a GPU, of the GPU.
         provenance: command, commit, machine.
         failure: why there are no scores, or None.
+        residual: of a solver's solves, relative, in the median over queries; None without one.
     """
 
     seconds: float
@@ -47,6 +48,7 @@ class Cost:
     peak_bytes: int
     provenance: dict[str, object]
     failure: str | None = None
+    residual: float | None = None
 
 
 def measured(subject: Subject, name: str) -> tuple[Tensor | None, Cost]:
@@ -73,9 +75,12 @@ def _measure(subject: Subject, name: str) -> None:
     cuda = torch.cuda.is_available()
     memory = PeakMemory()
     memory.start()
-    start, failure = _now(), None
+    start, failure, residual = _now(), None, None
     try:
         values = METHODS[name].scores(subject)
+        if isinstance(values, wf.Scores):
+            residual = None if values.residuals is None else float(values.residuals.median())
+            values = values.values
         write_tensors(folder / SCORES, {"values": values.float().cpu().contiguous()}, {})
     except LossError as error:  # a method that diverges is a result, too
         failure = str(error)
@@ -83,7 +88,7 @@ def _measure(subject: Subject, name: str) -> None:
     if cuda:
         peak = torch.cuda.max_memory_allocated()
     shutil.rmtree(subject.folder, ignore_errors=True)
-    cost = Cost(seconds, seconds / epoch, peak, provenance(), failure)
+    cost = Cost(seconds, seconds / epoch, peak, provenance(), failure, residual)
     write_text(folder / COST, json.dumps(asdict(cost), indent=1) + "\n")
 
 

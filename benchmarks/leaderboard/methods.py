@@ -21,7 +21,7 @@ from wherefrom.options import PairwiseOptions
 ALL = ("transformer.h.*", "transformer.ln_f", "transformer.wpe", "lm_head")  # the head is the embedding, too
 
 
-Scoring = Callable[[Subject], Tensor]
+Scoring = Callable[[Subject], Tensor | wf.Scores]
 """Scores [queries, train]; positive where training on the example lowers the query's loss."""
 
 
@@ -47,10 +47,10 @@ def influence(
 ) -> Scoring:
     """Factors of a strategy, in Adam's coordinates or not, and scores with them."""
 
-    def scores(subject: Subject) -> Tensor:
+    def scores(subject: Subject) -> wf.Scores:
         study = subject.study(layers)
         factors = study.fit(strategy, conditioning=subject.conditioning if conditioned else None)
-        return study.score(subject.setting.queries, factors, **options).values
+        return study.score(subject.setting.queries, factors, **options)
 
     return scores
 

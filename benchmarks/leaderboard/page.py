@@ -17,6 +17,7 @@ from workload import ROOT
 
 from leaderboard.methods import METHODS
 from wherefrom.report.plots import BLUE, GREY, INK, RESOLUTION, save_png
+from wherefrom.solvers import CONVERGED
 
 DOCUMENT, PLOT = ROOT / "docs" / "leaderboard.md", ROOT / "docs" / "images" / "leaderboard.png"
 
@@ -31,12 +32,30 @@ TITLES = {"A": "A: half of the examples, averaged over seeds", "B": "B: 1% left 
 
 def write_page(result: Mapping[str, Any]) -> None:
     """Write all three."""
+    result, unsolved = ranked(result)
     rises = {name: (mean(found), stdev(found) / len(found) ** 0.5) for name, found in result["rises"].items()}
     whats = {name: method.what for name, method in METHODS.items()}
-    DOCUMENT.write_text(rendered("leaderboard.md.jinja", result=result, rises=rises, whats=whats))
-    short = rendered("leaderboard_short.md.jinja", result=result, rises=rises, names=SHORT)
+    figures = {"result": result, "rises": rises, "unsolved": unsolved}
+    DOCUMENT.write_text(rendered("leaderboard.md.jinja", whats=whats, **figures))
+    short = rendered("leaderboard_short.md.jinja", names=SHORT, **figures)
     README.write_text(with_block(README.read_text(), "leaderboard", short))
     save_png(score_against_cost(result), PLOT)
+
+
+def ranked(result: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, float]]:
+    """The figures of methods that can be ranked, and the residuals of those whose solves have not converged.
+
+    Scores of such solves are those of no method: how far they came says something of the iterations alone.
+    """
+    residuals = {name: cost.get("residual") for name, cost in result["costs"].items()}
+    unsolved = {name: each for name, each in residuals.items() if each is not None and each > CONVERGED}
+    protocols = {}
+    for protocol, figures in result["protocols"].items():
+        kept = {name: dict(found) for name, found in figures["methods"].items() if name not in unsolved}
+        for found in kept.values():
+            found["not_told_from"] = [other for other in found["not_told_from"] if other not in unsolved]
+        protocols[protocol] = {**figures, "methods": kept}
+    return {**result, "protocols": protocols}, unsolved
 
 
 def score_against_cost(result: Mapping[str, Any]) -> Figure:

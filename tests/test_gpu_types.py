@@ -17,6 +17,7 @@ from wherefrom.curvature import (
 from wherefrom.gradients import BankForm, GradientBank
 from wherefrom.layers import TrackedLayer, select_layers
 from wherefrom.moments import add_columns, upper_product
+from wherefrom.precision import product
 from wherefrom.scores import PairwiseCollector
 
 META = torch.device("meta")
@@ -37,6 +38,19 @@ def basis(tracked: TrackedLayer) -> Basis:
     outputs, inputs = tracked.shape
     sizes = ((inputs, inputs), (outputs, outputs), (inputs,), (outputs,))
     return Basis(*(torch.empty(size, device=META) for size in sizes))
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_bfloat16_is_summed_in_float32_where_pytorch_does_not_offer_it(
+    batch: tuple[int, ...], dtype: torch.dtype | None
+) -> None:
+    """As on a CPU."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*batch, *size, generator=generator).bfloat16() for size in ((5, 300), (300, 7)))
+    found = product(left, right, dtype)
+    assert found.dtype == (dtype or torch.float32)
+    assert relative_error(found, left.double() @ right.double()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

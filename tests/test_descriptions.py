@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import wherefrom as wf
-from tests.models import gpt2, mlp_case, token_rows
+from tests.models import gpt2, mlp_case, relative_error, token_rows
 from wherefrom.descriptions import described, described_class
 from wherefrom.errors import InputError, MismatchError
 
@@ -139,13 +139,12 @@ def test_classes_that_do_something_else_are_told_apart(tmp_path: Path) -> None:
     assert task_of(1.0).settings() == task_of(1.0).settings() != task_of(2.0).settings()
     assert described_class(wf.CausalLM) == "wherefrom.language.CausalLM"  # a library's, whose version counts
     case = mlp_case()
-    for scale in (1.0, 3.0):
-        study = wf.Study(tmp_path, case.model, task_of(scale), train=case.train)
-        if scale == 1.0:
-            study.score(case.queries, study.fit("identity"))
-            continue
-        with pytest.raises(MismatchError, match="task: stored"):  # and not the other task's scores
-            study.score(case.queries, study.fit("identity"))
+    studies = [wf.Study(tmp_path, case.model, task_of(scale), train=case.train) for scale in (1.0, 3.0)]
+    once, thrice = (study.score(case.queries, study.fit("identity")).values for study in studies)
+    assert relative_error(thrice, 9 * once) < 1e-10  # and not the other task's scores
+    studies[0].score(case.queries, studies[0].fit("identity"), name="pinned")
+    with pytest.raises(MismatchError, match="task: stored"):
+        studies[1].score(case.queries, studies[1].fit("identity"), name="pinned")
 
 
 def test_two_counts_are_two_results(tmp_path: Path) -> None:

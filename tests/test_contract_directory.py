@@ -110,12 +110,14 @@ def named(answers: Answers, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     return of  # type: ignore[return-value]
 
 
+# What the rows of an index do not depend on, so that one of them serves all: what is given when it is asked.
+ASKED = {("index", "damping"), ("index", "query set"), ("index", "seed")}
 REFUSED = [
     (name, what)
     for name, each in METHODS.items()
     if each.folder is not None
     for what in get_args(Variation)
-    if what not in each.unsupported and (name, what) not in {("index", "damping"), ("index", "query set")}
+    if what not in each.unsupported and (name, what) not in ASKED
 ]
 
 

@@ -35,18 +35,8 @@ NAME = "pinned"
 
 def another(*variations: Variation) -> pytest.MarkDecorator:
     """The test for every way of scoring and every thing that may be another in it."""
-    cases = [
-        (name, what) for name, each in METHODS.items() for what in variations if what not in each.unsupported
-    ]  # fmt: skip
-    return pytest.mark.parametrize(("name", "what"), [side_by_side(*case) for case in cases])
-
-
-def side_by_side(name: str, what: Variation) -> Any:
-    """A case, which fails as long as results of another kind are kept under the same name."""
-    apart = name == "BM25" or (name, what) in {("index", "damping"), ("index", "query set")}
-    reason = "a second one is refused without a name of its own"
-    marks = [] if apart else [pytest.mark.xfail(strict=True, raises=MismatchError, reason=reason)]
-    return pytest.param(name, what, marks=marks)
+    cases = [(name, what) for name, each in METHODS.items() for what in variations if what not in each.unsupported]
+    return pytest.mark.parametrize(("name", "what"), cases)
 
 
 def copied(run: Path, folder: Path) -> Path:
@@ -212,14 +202,7 @@ def text_of(example: object) -> str:
     return Words().decode(tokens(example)).strip()
 
 
-def shown(name: str) -> Any:
-    """A case of a page, which fails for results that are no matrix of all pairs."""
-    failing = {"highest", "candidates", "sum of queries", "mean of training"}
-    reason = "a page shows the scores of all pairs alone"
-    return pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=reason)] if name in failing else [])
-
-
-@pytest.mark.parametrize("name", [shown(name) for name in MATRICES])
+@pytest.mark.parametrize("name", MATRICES)
 def test_a_page_shows_the_texts_of_the_highest_scores(name: str, answers: Answers, named: Any, tmp_path: Path) -> None:
     usual, method = answers.settings.usual(), METHODS[name]
     loaded: Any = load_scores(named(name) / "scores" / NAME)
@@ -255,7 +238,6 @@ def with_other(usual: Setting, side: str) -> Setting:
     return replace(usual, train=token_rows(len(usual.train), seed=22))
 
 
-@pytest.mark.xfail(strict=True, reason="scores are shown beside any texts")
 @pytest.mark.parametrize("side", ["queries", "train"])
 @pytest.mark.parametrize("name", ["ekfac", "LoGra", "checkpoints", "SOURCE", "sampled Fisher", "MAGIC"])
 def test_scores_are_not_shown_beside_other_texts(

@@ -32,7 +32,7 @@ def main(rank: int, folder: Path) -> None:
     """Write the moments as the recorder has them."""
     dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=2)
     model = two_linears()
-    # gloo adds gradients up where it is asked for their mean, up to PyTorch 2.8 and in silence (pytorch#162338).
+    # In PyTorch 2.8, gloo silently adds gradients up where it is asked for their mean (pytorch#162338).
     fully_shard(model).set_force_sum_reduction_for_comms(True)
     moments = dict(second_moments(model, two_steps(model)))
     if rank == 0:

@@ -296,5 +296,5 @@ def test_wrong_use_of_the_command_is_one_line(
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 1
-    assert capsys.readouterr().err.strip() == "error: train=0: expected at least 1."
+    assert capsys.readouterr().err.strip() == "error: --train 0: expected at least 1."
     assert not page.exists()

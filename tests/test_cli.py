@@ -99,7 +99,9 @@ def test_explain_prints_the_plan_and_low_rank_scores_are_kept_apart(folder: Path
     assert report.returncode == 0, report.stderr
     refused = wherefrom(folder, "score", "large", "--queries", "queries.jsonl", "--rescore", "3")
     assert refused.returncode == 1
-    assert "rescore=3: expected at least 1 together with a query_rank or query_bits" in " ".join(refused.stderr.split())
+    assert "--rescore 3: expected at least 1 together with a --query-rank or --query-bits" in " ".join(
+        refused.stderr.split()
+    )
 
 
 def test_kinds_of_scores(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,14 +231,17 @@ def test_a_second_use_of_a_run_lies_beside_the_first(folder: Path, said: Said) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["score", "run", "--queries", "q.txt", "--top-only", "2", "--per-layer"], "per_layer=True with only the 2"),
-        (["score", "run", "--queries", "q.txt", "--top-only", "2", "--tokens", "2"], "tokens=2 needs every pair"),
-        (["score", "run", "--queries", "q.txt", "--aggregate-train", "sum", "--self-influence"], "self_influence=True"),
+        (["score", "run", "--queries", "q.txt", "--top-only", "2", "--per-layer"], "--per-layer with only the 2"),
+        (["score", "run", "--queries", "q.txt", "--top-only", "2", "--tokens", "2"], "--tokens 2 needs every pair"),
+        (
+            ["score", "run", "--queries", "q.txt", "--aggregate-train", "sum", "--self-influence"],
+            "--self-influence belongs to single examples",
+        ),
         (["fit", "new", "--model", "model", "--train", "missing.txt"], "missing.txt"),
         (["fit", "new", "--model", "no-such-directory/x/y", "--train", "train.txt"], "no-such-directory/x/y"),
         (["fit", "new", "--model", "model", "--train", "train.txt", "--layers", "mlp.c_fd"], "Close names:"),
-        (["fit", "new", "--model", "model", "--train", "train.txt", "--device", "cuda:99"], "device='cuda:99'"),
-        (["fit", "new", "--model", "model", "--train", "train.txt", "--memory-budget", "0"], "memory_budget=0.0"),
+        (["fit", "new", "--model", "model", "--train", "train.txt", "--device", "cuda:99"], "--device 'cuda:99'"),
+        (["fit", "new", "--model", "model", "--train", "train.txt", "--memory-budget", "0"], "--memory-budget 0.0"),
         (["score", "nowhere", "--queries", "queries.jsonl"], "nowhere is not a run directory"),
         (["top", "nowhere"], "no scores there"),
     ],

@@ -104,10 +104,11 @@ class Scoring(Generic[Batch]):
     def plan(self) -> Plan:
         """Sizes and forms; made, and said in the log, when there is something to compute."""
         plan = make_plan(self.sweep, self.strategy, self.queries, self.train, self.options)
-        # Scores of tokens are planned as those of their sequences were: that is said once.
-        if self.ranks.writes and str(plan) not in self.sweep.said:
+        # Scores of tokens are planned as those of their sequences were, but for the memory that happens to be free.
+        choice = str(replace(plan, job=replace(plan.job, usable=0)))
+        if self.ranks.writes and choice not in self.sweep.said:
             logger.info(str(plan))
-            self.sweep.said.add(str(plan))
+            self.sweep.said.add(choice)
         return plan
 
     @property

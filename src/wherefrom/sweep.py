@@ -82,7 +82,7 @@ class Sweep(Generic[Batch]):
         compile_activations: run activation functions through torch.compile.
         offload_factors: keep covariances, eigenvectors and eigenvalues on the host.
         memory_budget: bytes that may be taken beyond what is there at the start; None is most of what is free.
-        said: lines of the log that are not to be repeated.
+        said: what the log is not to repeat.
     """
 
     model: nn.Module

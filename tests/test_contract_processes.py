@@ -20,6 +20,7 @@ from tests.contract.settings import Setting
 from tests.models import relative_error
 from tests.processes import start, start_ranks
 from tests.runs import results
+from wherefrom.names import labelled
 
 PROCESSES = 2
 
@@ -49,13 +50,24 @@ def together(answers: Answers, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+def by_label(run: Path) -> dict[str, Tensor]:
+    """Every finished tensor by its place, without digests.
+
+    Eigenvectors that several processes find differ in their last bits, and so do the digests of projections on them.
+    """
+    found = results(run)
+    labels = {"/".join(labelled(part)[0] for part in key.split("/")): tensor for key, tensor in found.items()}
+    assert len(labels) == len(found)
+    return labels
+
+
 @able("processes")
 def test_several_processes_give_what_one_gives(name: str, answers: Answers, together: Path) -> None:
     alone, folder = answers.usual(name), together / name
     for rank in range(PROCESSES):
         assert "error" not in outcome(folder, rank), outcome(folder, rank)
         assert relative_error(scored_values(folder, rank), alone.values) < 1e-9
-    found, expected = results(folder / "run"), results(alone.run)
+    found, expected = by_label(folder / "run"), by_label(alone.run)
     assert found.keys() == expected.keys()
     for key in found:
         if "eigenbasis/" not in key:  # eigenvectors have no sign

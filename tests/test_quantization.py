@@ -13,6 +13,7 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
+from tests.runs import only
 from wherefrom.capture import Captured
 from wherefrom.errors import InputError
 from wherefrom.gradients import BankForm, GradientBank
@@ -112,7 +113,7 @@ def test_a_study_keeps_them_apart_and_computes_the_highest_again(tmp_path: Path,
     assert 0 < float(found.query_errors.max()) < 0.01
     assert 0 < relative_error(found.values, exact.values) < 0.02
     ending = "-half" * half
-    assert (tmp_path / "scores" / f"ekfac{ending}-8bit").is_dir()
+    assert only(tmp_path / "scores", f"ekfac{ending}-8bit").name == found.name
     assert found.fingerprint["query bits"] == "8"
     assert "query bits" not in exact.fingerprint
     again = study.score(case.queries, factors, half_precision=half, query_bits=8, rescore=3, name="again")

@@ -129,8 +129,8 @@ def test_summed_queries_may_come_in_blocks(tmp_path: Path, monkeypatch: pytest.M
     expected = study.score(case.queries, factors).values.sum(0, keepdim=True)
     original = Plan.__init__
 
-    def smaller(self: Plan, *arguments: object) -> None:
-        original(self, *arguments)  # type: ignore[arg-type]
+    def smaller(self: Plan, *arguments: object, **keywords: object) -> None:
+        original(self, *arguments, **keywords)  # type: ignore[arg-type]
         object.__setattr__(self, "block", 2)
 
     monkeypatch.setattr(Plan, "__init__", smaller)

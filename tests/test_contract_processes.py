@@ -50,15 +50,22 @@ def together(answers: Answers, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def by_label(run: Path) -> dict[str, Tensor]:
-    """Every finished tensor by its place, without digests.
+def pairs(run: Path, other: Path) -> list[tuple[str, Tensor, Tensor]]:
+    """The finished tensors of two run directories, those of the same name, or else of the same label.
 
     Eigenvectors that several processes find differ in their last bits, and so do the digests of projections on them.
     """
-    found = results(run)
-    labels = {"/".join(labelled(part)[0] for part in key.split("/")): tensor for key, tensor in found.items()}
-    assert len(labels) == len(found)
-    return labels
+    found, expected = results(run), results(other)
+    unmatched = {unlabelled(key): key for key in expected.keys() - found.keys()}
+    assert len(unmatched) == len(expected.keys() - found.keys())
+    names = {key: key if key in expected else unmatched.pop(unlabelled(key)) for key in found}
+    assert not unmatched
+    return [(key, found[key], expected[name]) for key, name in names.items()]
+
+
+def unlabelled(key: str) -> str:
+    """A tensor's place without the digests of results."""
+    return "/".join(labelled(part)[0] for part in key.split("/"))
 
 
 @able("processes")
@@ -67,11 +74,9 @@ def test_several_processes_give_what_one_gives(name: str, answers: Answers, toge
     for rank in range(PROCESSES):
         assert "error" not in outcome(folder, rank), outcome(folder, rank)
         assert relative_error(scored_values(folder, rank), alone.values) < 1e-9
-    found, expected = by_label(folder / "run"), by_label(alone.run)
-    assert found.keys() == expected.keys()
-    for key in found:
+    for key, found, expected in pairs(folder / "run", alone.run):
         if "eigenbasis/" not in key:  # eigenvectors have no sign
-            assert torch.allclose(found[key].double(), expected[key].double(), rtol=1e-9, atol=1e-9), key
+            assert torch.allclose(found.double(), expected.double(), rtol=1e-9, atol=1e-9), key
     assert not [path for path in (folder / "run").rglob("*") if ".part" in path.name]
 
 

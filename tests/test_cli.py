@@ -148,15 +148,15 @@ Said = Callable[..., str]
 
 @pytest.fixture
 def said(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
-    """Runs the command in this process, with a terminal wide enough for any line; what it printed on either stream."""
+    """Runs the command in this process; what it printed on either stream, with a blank for each break of a line."""
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("COLUMNS", "1000")  # for tables; the log may have been opened before, for a narrower terminal
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["wherefrom", *arguments])
         main()
         captured = capsys.readouterr()
-        return captured.out + captured.err
+        return " ".join((captured.out + captured.err).split())
 
     return run
 
@@ -175,7 +175,7 @@ def test_scores_are_shown_with_the_texts_that_they_are_of(folder: Path, said: Sa
     first = only(folder / "two" / "scores", "diagonal").name
     before = said("top", "two", "--name", first)
     told = said(*fit, "b.txt", "--strategy", "diagonal")
-    assert f"{first} are of another training text or model than this fit. They stay" in " ".join(told.split())
+    assert f"{first} are of another training text or model than this fit. They stay" in told
     assert said("top", "two", "--name", first) == before
     assert OTHERS[2] not in before and TEXTS[4] in before
     said("report", "two", "--name", first, "--output", "two.html")

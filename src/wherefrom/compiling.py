@@ -15,6 +15,7 @@ from typing import Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from wherefrom.errors import first_line
 from wherefrom.memory import out_of_memory
 
 logger = logging.getLogger("wherefrom")
@@ -45,7 +46,7 @@ class CompiledOnGPU(Generic[_Parameters, _Result]):
             if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
                 raise
             self._failed = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error) or type(error).__name__
             logger.warning("%s runs without torch.compile, which failed: %s", self.function.__qualname__, reason)
         return self.function(*args, **kwargs)
 

@@ -19,7 +19,7 @@ import tyro
 from floor import Arguments, Sweeps
 from workload import save_results
 
-from wherefrom.machine import matmul_speed
+from wherefrom.planning.machine import matmul_speed
 
 
 @dataclass

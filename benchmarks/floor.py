@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from workload import Stopwatch, Workload, medians, save_results
 
 import wherefrom as wf
-from wherefrom.curvature import CovarianceCollector, EigenvalueCollector
-from wherefrom.gradients import GradientBank
-from wherefrom.scores import PairwiseCollector
-from wherefrom.sweep import Collector, Sweep
+from wherefrom.curvature.factors import CovarianceCollector, EigenvalueCollector
+from wherefrom.scoring.bank import GradientBank
+from wherefrom.scoring.results import PairwiseCollector
+from wherefrom.engine.sweep import Collector, Sweep
 
 
 @dataclass

@@ -23,7 +23,7 @@ from torch import Tensor
 from workload import ROOT, PeakMemory, Stopwatch, Workload, save_results
 
 import wherefrom as wf
-from wherefrom.report.plots import save_png
+from wherefrom.evaluate.plots import save_png
 
 BASE = Workload(layers=2, width=128, heads=4, vocabulary=1024, tokens=64, train=256, queries=64)
 SERIES = {"train": (256, 2048), "queries": (64, 512), "tokens": (64, 512), "width": (128, 1024)}

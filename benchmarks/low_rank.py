@@ -20,8 +20,8 @@ from torch import Tensor
 from workload import ROOT, save_results
 
 import wherefrom as wf
-from wherefrom.evaluate.precision import compare_scores
-from wherefrom.gradients import BankForm
+from wherefrom.evaluate.agreement import compare_scores
+from wherefrom.scoring.bank import BankForm
 
 sys.path.append(str(ROOT / "examples" / "wikitext"))
 

@@ -25,8 +25,8 @@ from leaderboard.setting import Setting, Size, record
 from leaderboard.subject import Subject
 from workload import RESULTS, ROOT, save_results
 
-from wherefrom.errors import MismatchError
-from wherefrom.files import read_json, write_text
+from wherefrom.runtime.errors import MismatchError
+from wherefrom.store.files import read_json, write_text
 
 
 @dataclass

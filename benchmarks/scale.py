@@ -15,9 +15,9 @@ from rich.console import Console
 from tables import rendered
 from workload import ROOT
 
-from wherefrom.calculator import Estimate, Stage
-from wherefrom.plan_command import PlanArguments
-from wherefrom.report.scale import duration, scale_text
+from wherefrom.cli.calculator import Estimate, Stage
+from wherefrom.cli.plan import PlanArguments
+from wherefrom.cli.scale import duration, scale_text
 
 DOCUMENT = ROOT / "docs" / "scale.md"
 _WIDTH = 100

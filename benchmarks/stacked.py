@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from wherefrom import CausalLM, Classification, Task
 from wherefrom.evaluate.retrain import Retraining
 from wherefrom.evaluate.stacked import StackedTraining
-from wherefrom.losses import IGNORED
+from wherefrom.tasks.losses import IGNORED
 
 REPEATS = 3
 console = Console()

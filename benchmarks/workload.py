@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from wherefrom.files import write_text
+from wherefrom.store.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 import wherefrom as wf
-from wherefrom.task import Task
+from wherefrom.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel

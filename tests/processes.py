@@ -21,7 +21,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 # Modules that take seconds to import, and those that import most of the others.
-_IMPORTED = ("torch._dynamo", "wherefrom.cli", "tests.reliability.kill_worker", "tests.rank_worker")
+_IMPORTED = ("torch._dynamo", "wherefrom.cli.main", "tests.reliability.kill_worker", "tests.rank_worker")
 
 
 def forking_context() -> ForkServerContext:
@@ -128,7 +128,7 @@ def _work(
 
 
 def _command(arguments: tuple[str, ...]) -> None:
-    from wherefrom.cli import main
+    from wherefrom.cli.main import main
 
     sys.argv = ["wherefrom", *arguments]
     main()

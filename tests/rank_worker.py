@@ -19,12 +19,12 @@ from torch.distributed.fsdp import fully_shard
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case
-from wherefrom import scoring
-from wherefrom.errors import WherefromError
-from wherefrom.gradients import GradientBank
-from wherefrom.placement import execution_device
-from wherefrom.ranks import Ranks, join_ranks
-from wherefrom.scores import PairwiseCollector
+from wherefrom.scoring import scoring
+from wherefrom.runtime.errors import WherefromError
+from wherefrom.scoring.bank import GradientBank
+from wherefrom.runtime.placement import execution_device
+from wherefrom.runtime.distributed import Ranks, join_ranks
+from wherefrom.scoring.results import PairwiseCollector
 
 # Of 12 training examples and 5 queries, processes get unequal shares; with fewer queries, some get none.
 TRAIN, QUERIES = 11, 5

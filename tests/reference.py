@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wherefrom.sampling import Sampler
-from wherefrom.task import Task
+from wherefrom.tasks.sampling import Sampler
+from wherefrom.tasks.task import Task
 
 AnyTask = Task[Any]
 

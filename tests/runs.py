@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wherefrom.names import labelled
+from wherefrom.store.names import labelled
 
 
 def results(run: Path) -> dict[str, Tensor]:

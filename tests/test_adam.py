@@ -14,8 +14,8 @@ from torch import Tensor
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.test_layers import CASES
-from wherefrom.errors import DamagedError, InputError
-from wherefrom.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
+from wherefrom.runtime.errors import DamagedError, InputError
+from wherefrom.store.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
 
 BETA, EPS, STEPS = 0.9, 1e-4, 3
 GROUP = ParameterGroup(0.01, (0.8, BETA), EPS, 0.0)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wherefrom.errors import InputError
-from wherefrom.evaluate.baselines import bm25_scores, random_scores
+from wherefrom.runtime.errors import InputError
+from wherefrom.methods.baselines import bm25_scores, random_scores
 
 WORDS = ["a", "The", "the", "7", "über", "naïve", "x2", "snake_case"]
 

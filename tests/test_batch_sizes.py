@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.models import mlp_case
-from wherefrom.sweep import Sweep
+from wherefrom.engine.sweep import Sweep
 
 
 def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(
@@ -17,8 +17,8 @@ def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(
     import torch
 
     import wherefrom as wf
-    from wherefrom.curvature import EigenvalueCollector
-    from wherefrom.errors import MemoryLimitError
+    from wherefrom.curvature.factors import EigenvalueCollector
+    from wherefrom.runtime.errors import MemoryLimitError
 
     case = mlp_case()
     expected = wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit("diagonal", batch_size=3)
@@ -40,13 +40,13 @@ def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(
 
 
 def test_batch_sizes_follow_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from wherefrom.layers import select_layers
+    from wherefrom.engine.layers import select_layers
 
     case = mlp_case()
     sweep = Sweep(case.model, case.task, select_layers(case.model))
 
     def suggest(free: int) -> int:
-        monkeypatch.setattr("wherefrom.memory.free_memory", lambda device: free)
+        monkeypatch.setattr("wherefrom.runtime.memory.free_memory", lambda device: free)
         footprint = sweep.footprint(case.train, lambda model, batch, rows: case.task.train_loss(model, batch))
         return footprint.batch_size(len(case.train), sweep.usable_memory(), sweep.device)
 

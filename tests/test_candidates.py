@@ -13,7 +13,7 @@ import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import labels
-from wherefrom.errors import DamagedError, InputError, MismatchError
+from wherefrom.runtime.errors import DamagedError, InputError, MismatchError
 
 
 def some_candidates(case: Case, count: int = 4) -> Tensor:

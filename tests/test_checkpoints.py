@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import Case, gpt2, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from wherefrom.checkpoints import load_weights
-from wherefrom.errors import InputError, LossError, MismatchError
-from wherefrom.layers import select_layers
-from wherefrom.recording import ParameterGroup, RecordedCheckpoint
+from wherefrom.methods.tracin import load_weights
+from wherefrom.runtime.errors import InputError, LossError, MismatchError
+from wherefrom.engine.layers import select_layers
+from wherefrom.store.recording import ParameterGroup, RecordedCheckpoint
 
 WEIGHTS = [0.3, 0.05]
 

@@ -16,9 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from tests.models import relative_error
 from tests.processes import run_command
 from tests.runs import labels, only
-from wherefrom.cli import _flags, main
-from wherefrom.commands import in_flags
-from wherefrom.scores import Scores, TopScores
+from wherefrom.cli.main import _flags, main
+from wherefrom.cli.shared import in_flags
+from wherefrom.scoring.results import Scores, TopScores
 
 TEXTS = [
     "the cat sat on the mat and the dog sat too",
@@ -267,7 +267,7 @@ def test_wrong_use_is_one_line_and_leaves_nothing(
 def test_torchrun_gives_the_scores_of_one_process(folder: Path) -> None:
     """The command that docs/how-to/many-gpus.md gives."""
     script = folder / "wherefrom_command"
-    script.write_text(f"#!{sys.executable}\nfrom wherefrom.cli import main\nmain()\n")
+    script.write_text(f"#!{sys.executable}\nfrom wherefrom.cli.main import main\nmain()\n")
     script.chmod(0o755)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     fit = ("fit", "ranks", "--model", "model", "--train", "train.txt")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import gpt2_case, relative_error
-from wherefrom.compiling import CompiledOnGPU, compiled_activations
-from wherefrom.layers import select_layers
-from wherefrom.sweep import Sweep
+from wherefrom.runtime.compiling import CompiledOnGPU, compiled_activations
+from wherefrom.engine.layers import select_layers
+from wherefrom.engine.sweep import Sweep
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 
@@ -67,7 +67,7 @@ def test_what_does_not_compile_runs_as_it_is(monkeypatch: pytest.MonkeyPatch, ca
     def doubled_and_one(tensor: Tensor) -> Tensor:
         return 2 * tensor + 1
 
-    monkeypatch.setattr("wherefrom.compiling._worth_compiling", lambda tensor: True)
+    monkeypatch.setattr("wherefrom.runtime.compiling._worth_compiling", lambda tensor: True)
     # By PyTorch's own means, which put the setting back; monkeypatch would delete it.
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         function = CompiledOnGPU(doubled_and_one)
@@ -86,7 +86,7 @@ def test_running_out_of_memory_is_no_failure_to_compile(monkeypatch: pytest.Monk
         calls.append(tensor)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("wherefrom.compiling._worth_compiling", lambda tensor: True)
+    monkeypatch.setattr("wherefrom.runtime.compiling._worth_compiling", lambda tensor: True)
     monkeypatch.setattr("torch.compile", lambda function, **options: function)
     with pytest.raises(torch.OutOfMemoryError):
         CompiledOnGPU(greedy)(torch.arange(3.0))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from wherefrom import containers
-from wherefrom.containers import memory_left
+from wherefrom.runtime import containers
+from wherefrom.runtime.containers import memory_left
 
 MIB = 2**20
 
@@ -73,7 +73,7 @@ def real_group(limit: int) -> Iterator[Path]:
 
 
 def test_a_process_in_a_group_plans_with_what_the_group_leaves() -> None:
-    code = "import torch\nfrom wherefrom.memory import free_memory\nprint(free_memory(torch.device('cpu')))"
+    code = "import torch\nfrom wherefrom.runtime.memory import free_memory\nprint(free_memory(torch.device('cpu')))"
     with real_group(2048 * MIB) as folder:
         child = subprocess.run(
             ["sh", "-c", f"echo $$ > {folder}/cgroup.procs && exec {sys.executable} -c \"{code}\""],

@@ -13,7 +13,7 @@ from tests.contract.answers import Answers, able
 from tests.contract.methods import METHODS, Method, values
 from tests.contract.settings import QUERIES, TRAIN, Setting, padded
 from tests.models import relative_error
-from wherefrom.errors import InputError
+from wherefrom.runtime.errors import InputError
 
 QUERY_ORDER, TRAIN_ORDER = [2, 0, 1], [4, 1, 5, 0, 3, 2]
 

@@ -18,8 +18,8 @@ from tests.contract.methods import METHODS, study_of, values
 from tests.contract.settings import Setting, Variation, tokens
 from tests.models import relative_error, token_rows
 from tests.runs import results
-from wherefrom.errors import DamagedError, InputError, MismatchError
-from wherefrom.scores import load_scores
+from wherefrom.runtime.errors import DamagedError, InputError, MismatchError
+from wherefrom.scoring.results import load_scores
 
 # What is said of a result that was made from something else.
 NAMED_BY: dict[Variation, str] = {

@@ -20,7 +20,7 @@ from tests.contract.settings import Setting
 from tests.models import relative_error
 from tests.processes import start, start_ranks
 from tests.runs import results
-from wherefrom.names import labelled
+from wherefrom.store.names import labelled
 
 PROCESSES = 2
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wherefrom.errors import InputError
+from wherefrom.runtime.errors import InputError
 from wherefrom.evaluate.counterfactual import Removal, counterfactual, removal_masks
 from wherefrom.evaluate.retrain import Retraining, retrain
 

@@ -15,8 +15,8 @@ import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error, widened
 from tests.reference import BruteForce
 from tests.runs import only
-from wherefrom.curvature import STRATEGIES
-from wherefrom.layers import select_layers
+from wherefrom.curvature.factors import STRATEGIES
+from wherefrom.engine.layers import select_layers
 
 CASES = {"mlp": mlp_case, "gpt2": gpt2_case}
 

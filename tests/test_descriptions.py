@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import gpt2, mlp_case, relative_error, token_rows
-from wherefrom.descriptions import described, described_class
-from wherefrom.errors import InputError, MismatchError
+from wherefrom.tasks.descriptions import described, described_class
+from wherefrom.runtime.errors import InputError, MismatchError
 
 Function = Callable[..., Any]
 SCALE = 1.0
@@ -137,7 +137,7 @@ def task_of(scale: float) -> Any:
 
 def test_classes_that_do_something_else_are_told_apart(tmp_path: Path) -> None:
     assert task_of(1.0).settings() == task_of(1.0).settings() != task_of(2.0).settings()
-    assert described_class(wf.CausalLM) == "wherefrom.language.CausalLM"  # a library's, whose version counts
+    assert described_class(wf.CausalLM) == "wherefrom.tasks.language.CausalLM"  # a library's, whose version counts
     case = mlp_case()
     studies = [wf.Study(tmp_path, case.model, task_of(scale), train=case.train) for scale in (1.0, 3.0)]
     once, thrice = (study.score(case.queries, study.fit("identity")).values for study in studies)

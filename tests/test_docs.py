@@ -26,7 +26,7 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import gpt2, token_rows
-from wherefrom import cli
+from wherefrom.cli import main as cli
 from wherefrom.evaluate import retrain
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.models import relative_error
-from wherefrom.damping import Side, damped_inverse
-from wherefrom.eigenvectors import Way, _own_stream, chosen_way, decomposed, eigenvectors
-from wherefrom.errors import LossError
+from wherefrom.curvature.damping import Side, damped_inverse
+from wherefrom.curvature.eigen import Way, _own_stream, chosen_way, decomposed, eigenvectors
+from wherefrom.runtime.errors import LossError
 
 WAYS: tuple[Way, ...] = ("batched", "looped", "streams")
 
@@ -33,7 +33,7 @@ def test_eigenvalues_below_zero_are_rounding() -> None:
 
 
 def test_every_way_of_decomposing_finds_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wherefrom.eigenvectors._EIGH_BYTES", 3 * 8 * 9**2)  # batches of three
+    monkeypatch.setattr("wherefrom.curvature.eigen._EIGH_BYTES", 3 * 8 * 9**2)  # batches of three
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(7, 20, 9, generator=generator)
     matrices = {f"{number}.activations": each.T @ each / 20 for number, each in enumerate(rows)}

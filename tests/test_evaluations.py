@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.style import Style
 from rich.text import Text
 
-from wherefrom.errors import DamagedError, InputError
+from wherefrom.runtime.errors import DamagedError, InputError
 from wherefrom.report.evaluations import load_figures, save_evaluation
 from wherefrom.report.passages import Figure
 from wherefrom.report.text import heat_map

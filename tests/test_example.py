@@ -11,7 +11,7 @@ import torch
 from training import TrainSettings, finetune, perplexity
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from wherefrom.errors import InputError
+from wherefrom.runtime.errors import InputError
 
 
 def test_no_title_straddles_the_parts() -> None:

@@ -20,7 +20,7 @@ from retraining import Retrained
 
 from tests.runs import labels
 from tests.small_model import cache_small_model
-from wherefrom.errors import InputError
+from wherefrom.runtime.errors import InputError
 
 TRAIN, QUERIES = 14, 4
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import gpt2_case
-from wherefrom import fingerprint
-from wherefrom.fingerprint import model_digest, tensors_digest
+from wherefrom.store import fingerprint
+from wherefrom.store.fingerprint import model_digest, tensors_digest
 
 
 def by_hand(tensors: dict[str, Tensor], piece: int) -> str:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.dense_gauss_newton import CASES, Logits, dense, gpt2_case, label_rows, study_of, system_of, token_logits
 from tests.models import Case, gpt2, mlp_case, relative_error
-from wherefrom import gauss_newton
-from wherefrom.curvature import EigenvalueCollector, Preconditioner
-from wherefrom.errors import LayerError, LossError
-from wherefrom.gauss_newton import DampedGaussNewton
-from wherefrom.language import LanguageTask
-from wherefrom.sampling import Sampler
-from wherefrom.task import Batch, Task
+from wherefrom.curvature import gauss_newton
+from wherefrom.curvature.factors import EigenvalueCollector, Preconditioner
+from wherefrom.runtime.errors import LayerError, LossError
+from wherefrom.curvature.gauss_newton import DampedGaussNewton
+from wherefrom.tasks.language import LanguageTask
+from wherefrom.tasks.sampling import Sampler
+from wherefrom.tasks.task import Batch, Task
 
 
 @pytest.mark.parametrize(("make", "logits"), CASES.values(), ids=CASES)

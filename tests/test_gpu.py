@@ -13,7 +13,7 @@ from torch import nn
 
 import wherefrom as wf
 from tests.models import gpt2, relative_error, token_rows
-from wherefrom.curvature import STRATEGIES
+from wherefrom.curvature.factors import STRATEGIES
 
 pytestmark = pytest.mark.gpu
 

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from tests.models import relative_error
-from wherefrom.capture import Captured
-from wherefrom.curvature import (
+from wherefrom.engine.capture import Captured
+from wherefrom.curvature.factors import (
     Basis,
     CovarianceCollector,
     EigenvalueCollector,
     Preconditioner,
 )
-from wherefrom.gradients import BankForm, GradientBank
-from wherefrom.layers import TrackedLayer, select_layers
-from wherefrom.moments import add_columns, upper_product
-from wherefrom.precision import product
-from wherefrom.scores import PairwiseCollector
+from wherefrom.scoring.bank import BankForm, GradientBank
+from wherefrom.engine.layers import TrackedLayer, select_layers
+from wherefrom.curvature.moments import add_columns, upper_product
+from wherefrom.runtime.precision import product
+from wherefrom.scoring.results import PairwiseCollector
 
 META = torch.device("meta")
 BATCH, TOKENS = 5, 7

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import gpt2_case, mlp_case, relative_error
 from tests.runs import labels
-from wherefrom.capture import Captured
-from wherefrom.curvature import Basis, Preconditioner
-from wherefrom.gradients import BankForm, GradientBank
-from wherefrom.layers import select_layers
-from wherefrom.precision import HalfPrecision, Precision, rounded
-from wherefrom.sweep import Collector, Sweep
+from wherefrom.engine.capture import Captured
+from wherefrom.curvature.factors import Basis, Preconditioner
+from wherefrom.scoring.bank import BankForm, GradientBank
+from wherefrom.engine.layers import select_layers
+from wherefrom.runtime.precision import HalfPrecision, Precision, rounded
+from wherefrom.engine.sweep import Collector, Sweep
 
 CPU = torch.device("cpu")
 BOTH = pytest.mark.parametrize("native", [False, True], ids=["rounding", "native"])
@@ -85,7 +85,7 @@ def test_layers_see_bfloat16_operands_and_sums_stay_float32(native: bool) -> Non
 def test_scores_in_half_precision_keep_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, native: bool
 ) -> None:
-    monkeypatch.setattr("wherefrom.precision.native_bfloat16", lambda device: native)
+    monkeypatch.setattr("wherefrom.runtime.precision.native_bfloat16", lambda device: native)
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     full = study.score(case.queries, study.fit(strategy)).values
@@ -173,7 +173,7 @@ def test_drawn_targets_keep_their_variance_around_a_large_mean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
     """A bfloat16 number near 3000 is a multiple of 16: noise of size 1 would vanish in it."""
-    monkeypatch.setattr("wherefrom.precision.native_bfloat16", lambda device: native)
+    monkeypatch.setattr("wherefrom.runtime.precision.native_bfloat16", lambda device: native)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 1))
     nn.init.constant_(model[0].bias, 3000.0)  # type: ignore[arg-type]

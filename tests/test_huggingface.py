@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 import wherefrom as wf
 from tests.models import relative_error
 from tests.test_language import configured
-from wherefrom.errors import InputError
-from wherefrom.preparation import Preparation
+from wherefrom.runtime.errors import InputError
+from wherefrom.hf.preparation import Preparation
 
 WORDS = ["<pad>", "<end>", "<mask>", "a", "b", "c", "d", "e", "user", "assistant", ":", "f", "g"]
 NUMBER = {word: number for number, word in enumerate(WORDS)}
@@ -198,7 +198,7 @@ def test_the_architecture_chooses_the_task(tmp_path: Path, kind: str, rows: list
     study = wf.study_from_pretrained(tmp_path, rows)
     scores = study.score(study.prepare(rows[:2]), study.fit("diagonal"))
     assert scores.values.shape == (2, 5)
-    assert f"wherefrom.language.{kind}" in scores.fingerprint["task"]
+    assert f"wherefrom.tasks.language.{kind}" in scores.fingerprint["task"]
     assert float(scores.values[0, 0]) > 0  # an example makes itself more likely
 
 

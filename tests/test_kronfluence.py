@@ -11,7 +11,7 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import VOCABULARY, gpt2, relative_error
-from wherefrom.curvature import STRATEGIES
+from wherefrom.curvature.factors import STRATEGIES
 
 pytest.importorskip("kronfluence", reason="kronfluence is optional: make compare installs it")
 from kronfluence.analyzer import Analyzer, prepare_model  # type: ignore[import-not-found,unused-ignore]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import wherefrom as wf
-from wherefrom.errors import InputError
+from wherefrom.runtime.errors import InputError
 from wherefrom.evaluate.labels import label_agreement
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import VOCABULARY, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
-from wherefrom.curvature import STRATEGIES
-from wherefrom.errors import LayerError
-from wherefrom.layers import coverage, mostly_left_out, select_layers, untracked
+from wherefrom.curvature.factors import STRATEGIES
+from wherefrom.runtime.errors import LayerError
+from wherefrom.engine.layers import coverage, mostly_left_out, select_layers, untracked
 
 
 def vectors() -> list[object]:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import VOCABULARY, Case, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
-from wherefrom.capture import Capture, Captured
-from wherefrom.curvature import STRATEGIES
-from wherefrom.example_gradients import weight_gradients
-from wherefrom.layers import select_layers
+from wherefrom.engine.capture import Capture, Captured
+from wherefrom.curvature.factors import STRATEGIES
+from wherefrom.engine.example_gradients import weight_gradients
+from wherefrom.engine.layers import select_layers
 
 SEED = 5
 
@@ -233,7 +233,7 @@ def test_factors_are_loaded_as_they_were_fitted_and_low_rank_is_exact_where_it_s
 def test_wide_sides_count_with_their_diagonal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, strategy: str
 ) -> None:
-    monkeypatch.setattr("wherefrom.layers.WIDEST", 9)
+    monkeypatch.setattr("wherefrom.engine.layers.WIDEST", 9)
     case = CASES[name]()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     assert any(any(layer.diagonal_sides) for layer in study.layers.values())
@@ -356,7 +356,7 @@ def test_embeddings_of_a_large_vocabulary_take_what_queries_touch(tmp_path: Path
 
 def test_a_bank_adds_up_from_parts(tmp_path: Path) -> None:
     """Queries collected by two banks, zeros elsewhere, and of more ids than there was room for."""
-    from wherefrom.gradients import BankForm, GradientBank
+    from wherefrom.scoring.bank import BankForm, GradientBank
 
     case = embedding_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)

@@ -22,8 +22,8 @@ from workload import RESULTS
 
 import wherefrom as wf
 from tests.small_model import cache_small_model
-from wherefrom.checkpoints import load_weights
-from wherefrom.errors import MismatchError
+from wherefrom.methods.tracin import load_weights
+from wherefrom.runtime.errors import MismatchError
 from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
 from wherefrom.evaluate.retrain import Retraining, half_subsets
 

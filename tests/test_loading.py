@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import wherefrom as wf
 from tests.models import token_rows
-from wherefrom.loading import Loader, mapped
+from wherefrom.engine.loading import Loader, mapped
 
 CPU = torch.device("cpu")
 

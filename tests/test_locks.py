@@ -16,9 +16,9 @@ from tests import lock_worker, resume_worker
 from tests.models import mlp_case
 from tests.processes import Running, start
 from tests.runs import lines, results, unprivileged
-from wherefrom.errors import StorageError
-from wherefrom.locks import run_lock
-from wherefrom.stopping import held_signals
+from wherefrom.runtime.errors import StorageError
+from wherefrom.store.locks import run_lock
+from wherefrom.runtime.signals import held_signals
 
 
 def wait_for(log: Path, count: int) -> None:

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from wherefrom.capture import Captured
-from wherefrom.curvature import STRATEGIES, Preconditioner
-from wherefrom.gradients import BankForm, GradientBank
-from wherefrom.layers import select_layers
-from wherefrom.low_rank import truncated
-from wherefrom.memory import Workspace
-from wherefrom.options import Options
-from wherefrom.rescoring import rescore
-from wherefrom.stages import BlockStages, Stages
+from wherefrom.engine.capture import Captured
+from wherefrom.curvature.factors import STRATEGIES, Preconditioner
+from wherefrom.scoring.bank import BankForm, GradientBank
+from wherefrom.engine.layers import select_layers
+from wherefrom.scoring.low_rank import truncated
+from wherefrom.runtime.memory import Workspace
+from wherefrom.scoring.options import Options
+from wherefrom.scoring.rescoring import rescore
+from wherefrom.store.cache import BlockStages, Stages
 
 CPU = torch.device("cpu")
 
@@ -122,8 +122,8 @@ def test_truncation_is_orthonormal_and_does_not_depend_on_the_batch(
 
 
 def test_the_highest_scores_are_computed_again_at_full_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 300)  # some examples of five queries
-    monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", 1)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 300)  # some examples of five queries
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 1)
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit("ekfac")

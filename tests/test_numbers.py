@@ -16,11 +16,11 @@ from torch.nn import functional
 import wherefrom as wf
 from tests.models import relative_error, widened
 from tests.reference import BruteForce
-from wherefrom.curvature import STRATEGIES, Factors
-from wherefrom.damping import damped_inverse
-from wherefrom.errors import LossError
-from wherefrom.losses import IGNORED, summed_cross_entropy
-from wherefrom.sampling import Sampler
+from wherefrom.curvature.factors import STRATEGIES, Factors
+from wherefrom.curvature.damping import damped_inverse
+from wherefrom.runtime.errors import LossError
+from wherefrom.tasks.losses import IGNORED, summed_cross_entropy
+from wherefrom.tasks.sampling import Sampler
 
 DAMPINGS = (None, 0.0, 1e-3)
 CURVED = [name for name in STRATEGIES if name != "identity"]
@@ -96,8 +96,8 @@ def test_a_training_example_is_named_by_its_place_in_the_dataset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores are computed in parts, each a sweep of its own over some positions."""
-    monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 1)
-    monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", 1)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 1)
     made = study(tmp_path, Hidden().double(), with_fault(2, 10))
     with pytest.raises(LossError, match=r"pairwise scores: the loss of examples 9 to 11 .* for example 10\."):
         made.score(vectors(2), made.fit("identity"), train_batch_size=3)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import mlp_case, relative_error
-from wherefrom.curvature import Factors
-from wherefrom.fitting import Fitting
-from wherefrom.profile import Profile
-from wherefrom.stages import Stages
-from wherefrom.sweep import Sweep
+from wherefrom.curvature.factors import Factors
+from wherefrom.curvature.fitting import Fitting
+from wherefrom.runtime.profile import Profile
+from wherefrom.store.cache import Stages
+from wherefrom.engine.sweep import Sweep
 
 
 @pytest.mark.parametrize("strategy", ["kfac", "ekfac", "shampoo", "diagonal"])

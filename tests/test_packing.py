@@ -16,9 +16,9 @@ import wherefrom as wf
 from tests.models import VOCABULARY, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from tests.test_language import bart, bert, configured, masked_rows, pair_rows
-from wherefrom.errors import InputError, MismatchError
-from wherefrom.loading import collated
-from wherefrom.task import Task
+from wherefrom.runtime.errors import InputError, MismatchError
+from wherefrom.engine.loading import collated
+from wherefrom.tasks.task import Task
 
 Row = dict[str, Any]
 

@@ -9,7 +9,7 @@ import torch
 
 import wherefrom as wf
 from tests.models import mlp_case
-from wherefrom.profile import Profile
+from wherefrom.runtime.profile import Profile
 
 
 @pytest.fixture

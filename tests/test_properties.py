@@ -15,13 +15,13 @@ from torch.nn import functional
 
 import wherefrom as wf
 from tests.reference import BruteForce
-from wherefrom.capture import Captured
-from wherefrom.curvature import STRATEGIES, Basis, Factors, Preconditioner
-from wherefrom.gradients import BankForm, GradientBank
-from wherefrom.layers import select_layers
-from wherefrom.losses import IGNORED, summed_cross_entropy
-from wherefrom.sampling import Sampler
-from wherefrom.scores import PairwiseCollector
+from wherefrom.engine.capture import Captured
+from wherefrom.curvature.factors import STRATEGIES, Basis, Factors, Preconditioner
+from wherefrom.scoring.bank import BankForm, GradientBank
+from wherefrom.engine.layers import select_layers
+from wherefrom.tasks.losses import IGNORED, summed_cross_entropy
+from wherefrom.tasks.sampling import Sampler
+from wherefrom.scoring.results import PairwiseCollector
 
 CLASSES = 3
 CPU = torch.device("cpu")

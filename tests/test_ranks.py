@@ -16,7 +16,7 @@ from tests import rank_worker
 from tests.models import mlp_case, relative_error
 from tests.processes import Running, start_ranks
 from tests.runs import results
-from wherefrom.ranks import Ranks
+from wherefrom.runtime.distributed import Ranks
 
 
 def start(job: str, run: Path, count: int, **variables: str) -> list[Running]:

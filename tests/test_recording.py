@@ -15,8 +15,8 @@ from tests import recording_worker
 from tests.models import gpt2, relative_error, token_rows
 from tests.processes import start
 from tests.recording_worker import two_linears, two_steps
-from wherefrom.errors import DamagedError, InputError
-from wherefrom.recording import MOMENTS, RECORDING, TrainingRecorder, read_recording
+from wherefrom.runtime.errors import DamagedError, InputError
+from wherefrom.store.recording import MOMENTS, RECORDING, TrainingRecorder, read_recording
 
 PEAK = 0.01
 STEPS = 6

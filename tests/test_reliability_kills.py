@@ -13,7 +13,7 @@ from tests.reliability import kills, stops
 from tests.reliability.kill_worker import End, log_batches
 from tests.runs import begun
 from tests.test_cli import folder  # noqa: F401  (a fixture)
-from wherefrom.cli import main
+from wherefrom.cli.main import main
 
 
 def stopped_command(log: Path, batch: int, number: signal.Signals, arguments: tuple[str, ...]) -> None:

@@ -16,8 +16,8 @@ import torch
 from markupsafe import Markup
 
 import wherefrom as wf
-from wherefrom.errors import InputError, StorageError
-from wherefrom.files import write_text
+from wherefrom.runtime.errors import InputError, StorageError
+from wherefrom.store.files import write_text
 from wherefrom.report.histogram import MINUS
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import Figure, Passage
@@ -349,7 +349,7 @@ def test_a_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.M
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wherefrom.files.os.fsync", full)
+    monkeypatch.setattr("wherefrom.store.files.os.fsync", full)
     with pytest.raises(StorageError, match=r"page\.html.*No space left"):
         write(path)
     assert path.read_bytes() == before

@@ -14,12 +14,12 @@ from rich.console import Console
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
-from wherefrom.errors import InputError, MismatchError
+from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.evaluate.counterfactual import counterfactual
 from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
-from wherefrom.evaluate.precision import compare_scores
+from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.evaluate.retrain import Retraining
-from wherefrom.names import found_result, result_name
+from wherefrom.store.names import found_result, result_name
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage
 from wherefrom.report.text import token_tables, top_tables

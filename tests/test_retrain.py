@@ -30,9 +30,9 @@ from tests.retrain_worker import (
     processes,
 )
 from tests.runs import begun
-from wherefrom.errors import DamagedError, InputError, LossError, MismatchError, TrainingError
+from wherefrom.runtime.errors import DamagedError, InputError, LossError, MismatchError, TrainingError
 from wherefrom.evaluate.retrain import Retraining, Retrainings, half_subsets, retrain
-from wherefrom.store import Artifact, read_manifest
+from wherefrom.store.artifacts import Artifact, read_manifest
 
 RUNS = SUBSETS * len(SEEDS)
 MASKS = half_subsets(EXAMPLES, SUBSETS)

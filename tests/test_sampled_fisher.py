@@ -11,7 +11,7 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
-from wherefrom.errors import InputError, MismatchError
+from wherefrom.runtime.errors import InputError, MismatchError
 
 SAMPLES, SEED = 2, 5
 

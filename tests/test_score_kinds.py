@@ -17,8 +17,8 @@ import wherefrom as wf
 from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.runs import labels, only
 from tests.test_layers import CASES as LAYER_CASES
-from wherefrom.errors import InputError, MismatchError
-from wherefrom.scores import extremes
+from wherefrom.runtime.errors import InputError, MismatchError
+from wherefrom.scoring.results import extremes
 
 STRATEGIES = ["identity", "diagonal", "kfac", "ekfac", "shampoo"]
 CASES: list[CaseMaker] = [mlp_case, gpt2_case]
@@ -143,8 +143,8 @@ def test_aggregation_in_blocks_shards_layers_ranks_and_half_precision(
     study = study_of(tmp_path, case)
     factors = study.fit("ekfac")
     plain = study.score(case.queries, factors, per_layer=True)
-    monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", 4)
-    monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 1)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 4)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
     small = study_of(tmp_path, case, memory_budget=1e-9)
     train = small.score(case.queries, factors, aggregate_train="sum", per_layer=True)
     assert relative_error(train.values, plain.values.sum(1, keepdim=True)) < 1e-4
@@ -184,8 +184,8 @@ def test_top_scores_are_the_extremes_of_the_matrix(
     values = study.score(case.queries, factors, train_batch_size=1).values
     highest, lowest = expected_extremes(values, 5)
     for shard, size, budget in ((512, 1, None), (7, 3, None), (4, 2, 1e-9)):
-        monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", shard)
-        monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 1)
+        monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", shard)
+        monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
         each = study_of(tmp_path, case, memory_budget=budget)
         top = each.score_top(case.queries, factors, k=5, train_batch_size=size, overwrite=True)
         assert relative_error(top.values, values.gather(1, torch.tensor(highest))) < 1e-9
@@ -230,15 +230,15 @@ def test_top_scores_are_merged_shard_by_shard(tmp_path: Path, monkeypatch: pytes
     """However many shards there are, the highest and lowest of two at most are in memory."""
     case = mlp_case()
     case.train = case.train * 8  # 96
-    monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", 12)
-    monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 1)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 12)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
     sizes: list[int] = []
 
     def watched(values: Tensor, train: Tensor, k: int) -> dict[str, Tensor]:
         sizes.append(values.shape[1])
         return extremes(values, train, k)
 
-    monkeypatch.setattr("wherefrom.scores.extremes", watched)
+    monkeypatch.setattr("wherefrom.scoring.results.extremes", watched)
     study = study_of(tmp_path, case)
     study.score_top(case.queries, study.fit("identity"), k=5, train_batch_size=4)
     assert len(sizes) > 7
@@ -247,12 +247,12 @@ def test_top_scores_are_merged_shard_by_shard(tmp_path: Path, monkeypatch: pytes
 
 def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file that is ever written holds fewer numbers than the matrix would; they are looked at as they appear."""
-    from wherefrom import files
+    from wherefrom.store import files
 
     case = mlp_case()
     case.train = case.train * 8  # 96
-    monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", 12)
-    monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 1)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 12)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
     study = study_of(tmp_path, case, checkpoint_seconds=0)
     factors = study.fit("identity")
     written: list[int] = []
@@ -267,7 +267,7 @@ def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pyt
 
     for module in ("files", "store"):
         monkeypatch.setattr(f"wherefrom.{module}.save_tensors", watched)
-    monkeypatch.setattr("wherefrom.scoring.scratch_matrix", refused)
+    monkeypatch.setattr("wherefrom.scoring.scoring.scratch_matrix", refused)
     study.score_top(case.queries, factors, k=3, train_batch_size=4)
     assert len(written) > 8
     assert max(written) == 12 * len(case.queries)  # the sums of a shard under way

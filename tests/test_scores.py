@@ -15,10 +15,10 @@ import wherefrom as wf
 from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import labels, only
-from wherefrom.curvature import STRATEGIES
-from wherefrom.errors import InputError, MismatchError
-from wherefrom.options import Options, PairwiseOptions
-from wherefrom.scores import extremes, merged_extremes
+from wherefrom.curvature.factors import STRATEGIES
+from wherefrom.runtime.errors import InputError, MismatchError
+from wherefrom.scoring.options import Options, PairwiseOptions
+from wherefrom.scoring.results import extremes, merged_extremes
 
 CASES: dict[str, CaseMaker] = {"mlp": mlp_case, "gpt2": gpt2_case}
 
@@ -121,7 +121,7 @@ def test_aggregated_scores_equal_sums_of_the_matrix(
 
 def test_summed_queries_may_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block's gradients are added to one before the next block's are made."""
-    from wherefrom.plan import Plan
+    from wherefrom.planning.plan import Plan
 
     case = mlp_case()
     study = study_of(case, tmp_path)
@@ -144,8 +144,8 @@ def test_the_highest_alone_equal_those_of_the_matrix(tmp_path: Path, monkeypatch
     study = study_of(case, tmp_path)
     factors = study.fit("ekfac")
     values = study.score(case.queries, factors, train_batch_size=1).values
-    monkeypatch.setattr("wherefrom.plan.SHARD_ROWS", 3)
-    monkeypatch.setattr("wherefrom.plan.SHARD_BYTES", 1)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 3)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
     top = study.score_top(case.queries, factors, k=5, train_batch_size=1)
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :5]
     assert torch.equal(top.train, order)

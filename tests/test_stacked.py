@@ -15,11 +15,11 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import wherefrom as wf
 from tests.models import Mlp, gpt2, mlp_case, relative_error, token_rows
-from wherefrom.errors import InputError
+from wherefrom.runtime.errors import InputError
 from wherefrom.evaluate.retrain import Retraining, half_subsets, retrain
 from wherefrom.evaluate.stacked import StackedTraining
-from wherefrom.losses import IGNORED
-from wherefrom.task import Task
+from wherefrom.tasks.losses import IGNORED
+from wherefrom.tasks.task import Task
 
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
     "AdamW": partial(AdamW, lr=1e-2, weight_decay=0.1),

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import wherefrom as wf
 from tests.models import Mlp, gpt2, gpt2_case, mlp_case, relative_error, token_rows
 from tests.runs import only
-from wherefrom.errors import DamagedError, InputError, LayerError, LossError, MismatchError, StorageError
-from wherefrom.files import scratch_matrix
+from wherefrom.runtime.errors import DamagedError, InputError, LayerError, LossError, MismatchError, StorageError
+from wherefrom.store.files import scratch_matrix
 
 
 def scores_of(path: Path, train: list[object], queries: list[object], **options: object) -> torch.Tensor:
@@ -232,7 +232,7 @@ def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: py
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("wherefrom.files.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("wherefrom.store.files.shutil.disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match="Not enough space .* MiB needed, 0.00 MiB free"):
         study.fit("diagonal")
 

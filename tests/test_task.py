@@ -8,7 +8,7 @@ from torch import nn
 
 import wherefrom as wf
 from tests.models import gpt2, relative_error, token_rows
-from wherefrom.errors import InputError
+from wherefrom.runtime.errors import InputError
 
 
 def test_causal_lm_loss_is_the_sum_of_hugging_face_losses() -> None:

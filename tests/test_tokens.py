@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from wherefrom.capture import Captured
-from wherefrom.errors import DamagedError, InputError, LayerError, MismatchError
-from wherefrom.layers import select_layers
-from wherefrom.tokens import TokenCollector, TokenScores, extreme_pairs, part_name, token_parts
+from wherefrom.engine.capture import Captured
+from wherefrom.runtime.errors import DamagedError, InputError, LayerError, MismatchError
+from wherefrom.engine.layers import select_layers
+from wherefrom.scoring.tokens import TokenCollector, TokenScores, extreme_pairs, part_name, token_parts
 
 
 def brute_force(make: CaseMaker, query: int, example: int) -> Tensor:
@@ -52,7 +52,7 @@ def test_tokens_sum_to_the_sequence_scores(
     factors = study.fit(strategy)
     scores = study.score(case.queries, factors).values
     tokens = study.score_tokens(case.queries, factors, top=top, name="one")
-    monkeypatch.setattr("wherefrom.tokens.PART_BYTES", 7 * 8 * int(tokens.lengths.max()))
+    monkeypatch.setattr("wherefrom.scoring.tokens.PART_BYTES", 7 * 8 * int(tokens.lengths.max()))
     small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-9)
     parts = small.score_tokens(case.queries, factors, top=top, name="many", train_batch_size=3)
     assert len(parts.shards) > len(tokens.shards) == 1

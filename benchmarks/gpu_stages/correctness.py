@@ -19,10 +19,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import wherefrom as wf
 from gpu_stages.report import Figures, Report, Setting, UnavailableError
-from wherefrom.curvature import STRATEGIES
-from wherefrom.machine import Machine
-from wherefrom.options import PairwiseOptions
-from wherefrom.plan import Plan
+from wherefrom.curvature.factors import STRATEGIES
+from wherefrom.planning.machine import Machine
+from wherefrom.scoring.options import PairwiseOptions
+from wherefrom.planning.plan import Plan
 
 # The largest difference in units of the largest score.
 FULL_LIMIT, HALF_LIMIT = 2e-5, 3e-2

@@ -22,7 +22,7 @@ from workload import Stopwatch, Workload, synchronize
 import wherefrom as wf
 from gpu_stages.micro import product_speed, tf32_products
 from gpu_stages.report import Figures, Report, Setting, UnavailableError
-from wherefrom.plan import Plan
+from wherefrom.planning.plan import Plan
 
 Study = wf.Study[dict[str, Tensor]]
 

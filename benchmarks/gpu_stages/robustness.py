@@ -21,7 +21,7 @@ from gpu_stages import correctness
 from gpu_stages.correctness import FULL_LIMIT, difference
 from gpu_stages.report import Figures, Report, Setting, UnavailableError, tail
 from gpu_stages.worker import work
-from wherefrom.errors import MemoryLimitError
+from wherefrom.runtime.errors import MemoryLimitError
 
 # How long a worker may take; the stage has a limit of its own.
 _PATIENCE = 600.0

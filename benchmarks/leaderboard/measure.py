@@ -23,8 +23,8 @@ import wherefrom as wf
 from leaderboard.methods import METHODS
 from leaderboard.setting import Setting, predicted_tokens
 from leaderboard.subject import Subject
-from wherefrom.errors import LossError
-from wherefrom.files import write_tensors, write_text
+from wherefrom.runtime.errors import LossError
+from wherefrom.store.files import write_tensors, write_text
 
 SCORES, COST = "scores.safetensors", "cost.json"
 

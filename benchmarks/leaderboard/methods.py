@@ -15,8 +15,8 @@ from typing_extensions import Unpack
 
 import wherefrom as wf
 from leaderboard.subject import Subject
-from wherefrom.evaluate.baselines import bm25_scores, random_scores
-from wherefrom.options import PairwiseOptions
+from wherefrom.methods.baselines import bm25_scores, random_scores
+from wherefrom.scoring.options import PairwiseOptions
 
 ALL = ("transformer.h.*", "transformer.ln_f", "transformer.wpe", "lm_head")  # the head is the embedding, too
 

@@ -20,9 +20,9 @@ from workload import ROOT
 
 import wherefrom as wf
 from wherefrom.evaluate.retrain import current_device
-from wherefrom.files import write_tensors
-from wherefrom.losses import IGNORED
-from wherefrom.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
+from wherefrom.store.files import write_tensors
+from wherefrom.tasks.losses import IGNORED
+from wherefrom.store.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
 
 sys.path.append(str(ROOT / "examples" / "wikitext"))
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 import wherefrom as wf
 from leaderboard.setting import Setting
-from wherefrom.checkpoints import load_weights
-from wherefrom.language import Measure
-from wherefrom.recording import RecordedCheckpoint
+from wherefrom.methods.tracin import load_weights
+from wherefrom.tasks.language import Measure
+from wherefrom.store.recording import RecordedCheckpoint
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import wherefrom as wf
-from wherefrom.commands import command_line
-from wherefrom.evaluate.precision import Correlations, compare_scores
+from wherefrom.cli.shared import command_line
+from wherefrom.evaluate.agreement import Correlations, compare_scores
 from wherefrom.report.evaluations import save_evaluation
 from wherefrom.report.passages import Figure
-from wherefrom.report.plots import BLUE, INK, RESOLUTION, png
-from wherefrom.sampling import Sampler
+from wherefrom.evaluate.plots import BLUE, INK, RESOLUTION, png
+from wherefrom.tasks.sampling import Sampler
 
 console = Console()
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import wherefrom as wf
-from wherefrom.commands import command_line
+from wherefrom.cli.shared import command_line
 from wherefrom.report.evaluations import save_evaluation
 from wherefrom.report.passages import Figure
-from wherefrom.report.plots import COLOURS, RESOLUTION, png
+from wherefrom.evaluate.plots import COLOURS, RESOLUTION, png
 
 console = Console()
 

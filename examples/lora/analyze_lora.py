@@ -34,12 +34,12 @@ from models import BLOCK_SIZES, load_base
 from training import TrainSettings, perplexity, train
 
 import wherefrom as wf
-from wherefrom.commands import command_line
+from wherefrom.cli.shared import command_line
 from wherefrom.evaluate.labels import label_agreement
-from wherefrom.evaluate.precision import compare_scores
+from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.report.evaluations import load_figures, save_evaluation
 from wherefrom.report.passages import Figure
-from wherefrom.report.plots import BLUE, INK, RESOLUTION, png
+from wherefrom.evaluate.plots import BLUE, INK, RESOLUTION, png
 
 console = Console()
 

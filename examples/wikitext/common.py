@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import wherefrom as wf
-from wherefrom.commands import command_line
-from wherefrom.plan import Plan
-from wherefrom.progress import show_log
+from wherefrom.cli.shared import command_line
+from wherefrom.planning.plan import Plan
+from wherefrom.runtime.progress import show_log
 
 console = Console()
 

@@ -29,10 +29,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from wherefrom.errors import InputError
+from wherefrom.runtime.errors import InputError
 from wherefrom.evaluate.retrain import current_device
-from wherefrom.files import write_text
-from wherefrom.text import as_blocks, load_model, load_tokenizer
+from wherefrom.store.files import write_text
+from wherefrom.hf.text import as_blocks, load_model, load_tokenizer
 
 ModelName = Literal["small", "gpt2", "smollm2"]
 

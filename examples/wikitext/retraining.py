@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from wherefrom.evaluate.retrain import Retraining, current_device
-from wherefrom.fingerprint import dataset_digest, model_digest
+from wherefrom.store.fingerprint import dataset_digest, model_digest
 
 
 @dataclass

@@ -17,8 +17,8 @@ from torch import nn
 from training import TrainSettings, console, finetune, perplexity
 from transformers.utils.logging import disable_progress_bar
 
-from wherefrom.commands import command_line
-from wherefrom.errors import InputError, WherefromError
+from wherefrom.cli.shared import command_line
+from wherefrom.runtime.errors import InputError, WherefromError
 from wherefrom.evaluate.retrain import current_device
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from wherefrom import CausalLM
-from wherefrom.losses import IGNORED
+from wherefrom.tasks.losses import IGNORED
 
 console = Console()
 

@@ -3,30 +3,30 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from wherefrom.adam import adam_conditioning
-from wherefrom.checkpoints import score_checkpoints
-from wherefrom.curvature import Factors
-from wherefrom.errors import WherefromError
-from wherefrom.index import GradientIndex
-from wherefrom.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
-from wherefrom.projected import logra_scores, trackstar_scores, trak_scores
-from wherefrom.ranks import join_ranks
-from wherefrom.sampled_fisher import fisher_scores
-from wherefrom.sampling import Sampler
-from wherefrom.scores import Hit, Scores, TopScores
-from wherefrom.solvers import Astra, ConjugateGradients
-from wherefrom.source import score_source
+from wherefrom.curvature.adam import adam_conditioning
+from wherefrom.methods.tracin import score_checkpoints
+from wherefrom.curvature.factors import Factors
+from wherefrom.runtime.errors import WherefromError
+from wherefrom.methods.index import GradientIndex
+from wherefrom.tasks.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
+from wherefrom.methods.projected import logra_scores, trackstar_scores, trak_scores
+from wherefrom.runtime.distributed import join_ranks
+from wherefrom.methods.sampled_fisher import fisher_scores
+from wherefrom.tasks.sampling import Sampler
+from wherefrom.scoring.results import Hit, Scores, TopScores
+from wherefrom.curvature.solvers import Astra, ConjugateGradients
+from wherefrom.methods.source import score_source
 from wherefrom.study import Study
-from wherefrom.task import Classification, Regression, Task
-from wherefrom.tokens import TokenScores
-from wherefrom.unrolled.magic import magic_scores, metasmoothness
-from wherefrom.unrolled.recipe import TrainingRecipe
-from wherefrom.unrolled.training import ReplayableTraining
+from wherefrom.tasks.task import Classification, Regression, Task
+from wherefrom.scoring.tokens import TokenScores
+from wherefrom.methods.magic.scores import magic_scores, metasmoothness
+from wherefrom.methods.magic.recipe import TrainingRecipe
+from wherefrom.methods.magic.training import ReplayableTraining
 from wherefrom.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
-    from wherefrom.huggingface import PretrainedStudy, study_from_pretrained
-    from wherefrom.recording import RecordedCheckpoint, TrainingRecorder, read_recording
+    from wherefrom.hf.pretrained import PretrainedStudy, study_from_pretrained
+    from wherefrom.store.recording import RecordedCheckpoint, TrainingRecorder, read_recording
 
 __all__ = [
     "Astra",

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from wherefrom.about import MODEL, check_about
-from wherefrom.compression import Compression, IndexOptions
-from wherefrom.conditioning import Conditioning, conditioning_digest, conditioning_roots
-from wherefrom.curvature import Factors, checked_strategy
-from wherefrom.errors import InputError
-from wherefrom.files import checked_name, within
-from wherefrom.fingerprint import (
+from wherefrom.store.about import MODEL, check_about
+from wherefrom.methods.projections import Compression, IndexOptions
+from wherefrom.curvature.conditioning import Conditioning, conditioning_digest, conditioning_roots
+from wherefrom.curvature.factors import Factors, checked_strategy
+from wherefrom.runtime.errors import InputError
+from wherefrom.store.files import checked_name, within
+from wherefrom.store.fingerprint import (
     LEFT_OUT,
     Dataset,
     checked_length,
@@ -29,25 +29,25 @@ from wherefrom.fingerprint import (
     model_digest,
     names_summary,
 )
-from wherefrom.fitting import Fitting
-from wherefrom.index import GradientIndex
-from wherefrom.kept_scores import KeptScores
-from wherefrom.layers import coverage, mostly_left_out, select_layers
-from wherefrom.locks import run_lock
-from wherefrom.memory import checked_batch_size, within_memory
-from wherefrom.names import log_others, result_name
-from wherefrom.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups
-from wherefrom.plan import Plan
-from wherefrom.precision import HalfPrecision
+from wherefrom.curvature.fitting import Fitting
+from wherefrom.methods.index import GradientIndex
+from wherefrom.scoring.kept_scores import KeptScores
+from wherefrom.engine.layers import coverage, mostly_left_out, select_layers
+from wherefrom.store.locks import run_lock
+from wherefrom.runtime.memory import checked_batch_size, within_memory
+from wherefrom.store.names import log_others, result_name
+from wherefrom.scoring.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups
+from wherefrom.planning.plan import Plan
+from wherefrom.runtime.precision import HalfPrecision
 from wherefrom.report.html import render_report, write_page
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, Tokenizer
-from wherefrom.rescoring import checked_candidates
-from wherefrom.scores import Scores, TopScores
-from wherefrom.scoring import Scoring, make_plan
-from wherefrom.stages import Stages
-from wherefrom.sweep import Sweep
-from wherefrom.task import Batch, Task, checked_settings
-from wherefrom.tokens import TokenScores
+from wherefrom.scoring.rescoring import checked_candidates
+from wherefrom.scoring.results import Scores, TopScores
+from wherefrom.scoring.scoring import Scoring, make_plan
+from wherefrom.store.cache import Stages
+from wherefrom.engine.sweep import Sweep
+from wherefrom.tasks.task import Batch, Task, checked_settings
+from wherefrom.scoring.tokens import TokenScores
 from wherefrom.version import VERSION
 
 logger = logging.getLogger("wherefrom")
@@ -177,7 +177,7 @@ class Study(Generic[Batch]):
                 without it goes on.
 
         Raises:
-            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+            WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
         """
         checked_strategy(strategy)
         sweep = self._precise_sweep(half_precision)
@@ -227,7 +227,7 @@ class Study(Generic[Batch]):
             options: those of `PairwiseOptions`; `damping` above all.
 
         Raises:
-            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+            WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
         """
         chosen = Options.of(PairwiseOptions.__optional_keys__, None, **options)
         return self._kept(_checked(queries), factors, chosen).scores()
@@ -245,7 +245,7 @@ class Study(Generic[Batch]):
             options: those of `ScoreOptions`.
 
         Raises:
-            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+            WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
         """
         chosen = Options.of(ScoreOptions.__optional_keys__, k, **options)
         return self._kept(_checked(queries), factors, chosen).highest(k)
@@ -268,7 +268,7 @@ class Study(Generic[Batch]):
             All of them, best first; `lowest_train` is the same the other way round.
 
         Raises:
-            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+            WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
         """
         chosen = Options.of(ScoreOptions.__optional_keys__ - {"query_rank", "query_bits"}, None, **options)
         positions = checked_candidates(candidates, len(_checked(queries)), len(self.train))
@@ -298,7 +298,7 @@ class Study(Generic[Batch]):
             [train], in dataset order; float32, or float64 for a float64 model.
 
         Raises:
-            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+            WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
         """
         options = Options(
             damping=damping, half_precision=half_precision, train_batch_size=batch_size, name=name, overwrite=overwrite
@@ -339,7 +339,7 @@ class Study(Generic[Batch]):
             options: those of `IndexOptions`.
 
         Raises:
-            WherefromError: see `wherefrom.errors`; what was finished before stays valid.
+            WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
         """
         chosen = Compression.of(**options)
         if factors.roots:

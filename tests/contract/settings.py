@@ -20,7 +20,7 @@ import wherefrom as wf
 from tests.models import Case, gpt2, token_rows
 from tests.test_checkpoints import moved
 from tests.test_source import recorded
-from wherefrom.recording import RecordedCheckpoint
+from wherefrom.store.recording import RecordedCheckpoint
 
 # What the longest sequence may have, and what padded ones are given.
 LENGTH = 12

@@ -27,8 +27,8 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from tests.reliability.drawing import drawn
 from tests.reliability.outcomes import Outcome
-from wherefrom.cli import main
-from wherefrom.scores import load_scores
+from wherefrom.cli.main import main
+from wherefrom.scoring.results import load_scores
 
 TEXTS = ["the cat sat on the mat", "a dog ran after the cat over the hill", "rain fell on the wet hill", "the sun"]
 

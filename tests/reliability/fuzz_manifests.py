@@ -21,15 +21,16 @@ from pathlib import Path
 import torch
 
 from tests.reliability.outcomes import Outcome
-from wherefrom import recording, run_sources, store
-from wherefrom.blueprint import model_without_weights
-from wherefrom.errors import WherefromError
-from wherefrom.recording import RECORDING, read_recording
+from wherefrom.cli import sources as run_sources
+from wherefrom.store import artifacts as store, recording
+from wherefrom.hf.blueprint import model_without_weights
+from wherefrom.runtime.errors import WherefromError
+from wherefrom.store.recording import RECORDING, read_recording
 from wherefrom.report import evaluations
 from wherefrom.report.evaluations import load_figures
-from wherefrom.run_sources import SOURCES, RunSources, TextSource
-from wherefrom.scores import Scores
-from wherefrom.store import Artifact, Partial, read_manifest
+from wherefrom.cli.sources import SOURCES, RunSources, TextSource
+from wherefrom.scoring.results import Scores
+from wherefrom.store.artifacts import Artifact, Partial, read_manifest
 
 FINGERPRINT = {"library": "1", "model": "a", "strategy": "identity"}
 

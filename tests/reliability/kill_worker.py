@@ -22,14 +22,14 @@ import torch
 from safetensors import serialize_file
 
 import wherefrom as wf
-import wherefrom.plan
-import wherefrom.tokens
+import wherefrom.planning.plan
+import wherefrom.scoring.tokens
 from tests.models import mlp_case
 from tests.processes import detach_resource_tracker
 from tests.retrain_worker import fill
-from wherefrom.commands import command_line
-from wherefrom.curvature import Factors
-from wherefrom.sweep import Sweep
+from wherefrom.cli.shared import command_line
+from wherefrom.curvature.factors import Factors
+from wherefrom.engine.sweep import Sweep
 
 # Twelve training examples in three shards of two batches; a token's score is a float32.
 SHARD_ROWS, TRAIN_BATCH, TOKENS_PER_PART = 4, 2, 5
@@ -139,8 +139,8 @@ def log_batches(log: Path, end: End) -> None:
 
 
 def _study_job(job: str, run: Path, checkpoint_seconds: float) -> None:
-    wherefrom.plan.SHARD_ROWS, wherefrom.plan.SHARD_BYTES = SHARD_ROWS, 1
-    wherefrom.tokens.PART_BYTES = TOKENS_PER_PART * torch.float32.itemsize
+    wherefrom.planning.plan.SHARD_ROWS, wherefrom.planning.plan.SHARD_BYTES = SHARD_ROWS, 1
+    wherefrom.scoring.tokens.PART_BYTES = TOKENS_PER_PART * torch.float32.itemsize
     case = mlp_case(torch.float32)
     study = wf.Study(
         run,

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.reliability.outcomes import Outcome
-from wherefrom.errors import MemoryLimitError
+from wherefrom.runtime.errors import MemoryLimitError
 
 _ROOT = Path(__file__).parents[2]
 # Threads take address space, which is what is limited.

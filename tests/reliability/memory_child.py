@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import relative_error
 from tests.reliability.outcomes import Outcome
-from wherefrom.curvature import Factors
-from wherefrom.errors import MemoryLimitError
+from wherefrom.curvature.factors import Factors
+from wherefrom.runtime.errors import MemoryLimitError
 
 _WIDTH, _TRAIN, _QUERIES = 300, 100, 50
 

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import mlp_case
 from tests.reliability.outcomes import Outcome
-from wherefrom.errors import StorageError
+from wherefrom.runtime.errors import StorageError
 from wherefrom.evaluate.retrain import Retraining, half_subsets, retrain
-from wherefrom.store import Artifact, read_manifest
+from wherefrom.store.artifacts import Artifact, read_manifest
 
 _ROOT = Path(__file__).parents[2]
 _DISK_MIB = 16
@@ -187,7 +187,7 @@ class _TrainerError(Exception):
 
 def _recorder(run: Path) -> None:
     """What a Trainer would call, at two checkpoints."""
-    from wherefrom.recording import TrainingRecorder, read_recording  # slow to import
+    from wherefrom.store.recording import TrainingRecorder, read_recording  # slow to import
 
     torch.manual_seed(0)
     model, recorder = nn.Linear(40, 30), TrainingRecorder()

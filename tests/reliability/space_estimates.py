@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import ManyExamples
 from tests.reliability.space import Disk, Moments
-from wherefrom.curvature import Factors
-from wherefrom.errors import StorageError
+from wherefrom.curvature.factors import Factors
+from wherefrom.runtime.errors import StorageError
 
 _TRAIN, _QUERIES = 2_000, 300
 # An estimate may be so much above what was used, and headers besides: 8 KiB a file, of which there are some dozens. It

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from wherefrom.about import QUERIES, TRAIN, check_about, subjects
-from wherefrom.scores import Scores
+from wherefrom.store.artifacts.about import QUERIES, TRAIN, check_about, subjects
+from wherefrom.scoring.scoring.results import Scores
 
 
 def matrices(scores: Mapping[str, Tensor | Scores]) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wherefrom.files import move, remove
-from wherefrom.fingerprint import Fingerprint
-from wherefrom.layouts import Layout, check_layout
-from wherefrom.stopping import held_signals
-from wherefrom.store import Artifact, check_same, read_manifest
+from wherefrom.store.artifacts.files import move, remove
+from wherefrom.store.artifacts.fingerprint import Fingerprint
+from wherefrom.store.artifacts.layouts import Layout, check_layout
+from wherefrom.runtime.signals import held_signals
+from wherefrom.store.artifacts.artifacts import Artifact, check_same, read_manifest
 from wherefrom.version import VERSION
 
 # The entries that a bank adds to the caller's fingerprint.

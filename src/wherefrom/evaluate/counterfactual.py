@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.errors import InputError
+from wherefrom.runtime.errors import InputError
 from wherefrom.evaluate.alike import matrices
 from wherefrom.evaluate.retrain import TrainFunction, permutation, retrain_pairs
-from wherefrom.fingerprint import Fingerprint
-from wherefrom.scores import Scores
+from wherefrom.store.artifacts.fingerprint import Fingerprint
+from wherefrom.scoring.scoring.results import Scores
 
 
 @dataclass(frozen=True)

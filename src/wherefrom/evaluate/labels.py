@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from wherefrom.errors import InputError
-from wherefrom.scores import Scores
+from wherefrom.runtime.errors import InputError
+from wherefrom.scoring.scoring.results import Scores
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wherefrom.errors import DamagedError, InputError
+from wherefrom.runtime.errors import DamagedError, InputError
 from wherefrom.evaluate.alike import matrices
-from wherefrom.precision import type_name
-from wherefrom.scores import Scores
+from wherefrom.runtime.precision import type_name
+from wherefrom.scoring.scoring.results import Scores
 
 Array: TypeAlias = NDArray[np.float64]
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from wherefrom.errors import InputError
+from wherefrom.runtime.errors import InputError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

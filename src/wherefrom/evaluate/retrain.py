@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.errors import InputError, LossError, TrainingError
+from wherefrom.runtime.errors import InputError, LossError, TrainingError
 from wherefrom.evaluate.bank import Bank, Row, retraining_key
 from wherefrom.evaluate.pool import JobError, default_workers, run_jobs
-from wherefrom.fingerprint import Fingerprint
-from wherefrom.locks import DirectoryLock
-from wherefrom.progress import progress_bar
+from wherefrom.store.artifacts.fingerprint import Fingerprint
+from wherefrom.store.artifacts.locks import DirectoryLock
+from wherefrom.runtime.progress import progress_bar
 
 logger = logging.getLogger("wherefrom")
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.optim import Optimizer
 
-from wherefrom.errors import InputError
+from wherefrom.runtime.errors import InputError
 from wherefrom.evaluate.retrain import Retraining, current_device
-from wherefrom.fingerprint import Dataset, checked_length
-from wherefrom.loading import mapped
-from wherefrom.task import Batch, Objective, Task
+from wherefrom.store.artifacts.fingerprint import Dataset, checked_length
+from wherefrom.engine.loading import mapped
+from wherefrom.tasks.task import Batch, Objective, Task
 
 Weights = dict[str, Tensor]
 Tree = TypeVar("Tree")

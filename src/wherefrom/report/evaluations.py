@@ -10,11 +10,11 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from wherefrom.about import subjects, unlike
-from wherefrom.errors import DamagedError
-from wherefrom.files import checked_name, read_bytes, read_json, write_bytes, write_text
-from wherefrom.fingerprint import Fingerprint
-from wherefrom.names import result_name
+from wherefrom.store.artifacts.about import subjects, unlike
+from wherefrom.runtime.errors import DamagedError
+from wherefrom.store.artifacts.files import checked_name, read_bytes, read_json, write_bytes, write_text
+from wherefrom.store.artifacts.fingerprint import Fingerprint
+from wherefrom.store.artifacts.names import result_name
 from wherefrom.report.passages import Figure
 
 logger = logging.getLogger("wherefrom")

@@ -1,0 +1,200 @@
+"""Which sweeps a fit takes: one for covariances, whose eigenvectors are the basis, and one for eigenvalues in it.
+
+This module brings collectors, sweeps and stages together; it does not know what factors are used for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Generic
+
+import torch
+from torch import Tensor, nn
+
+from wherefrom.curvature.factors import (
+    STRATEGIES,
+    Basis,
+    CovarianceCollector,
+    EigenvalueCollector,
+    Factors,
+    Strategy,
+    bases_from_tensors,
+    bases_to_tensors,
+)
+from wherefrom.curvature.damping import check_covariances, check_mean_squares
+from wherefrom.store.space import check_space, fit_steps, used_bytes
+from wherefrom.curvature.eigen import eigenvectors, finite_sum
+from wherefrom.runtime.errors import InputError
+from wherefrom.store.fingerprint import Dataset
+from wherefrom.curvature.gradient_covariance import GradientCovarianceCollector
+from wherefrom.store.layouts import Layout, check_layout
+from wherefrom.tasks.sampling import Sampler
+from wherefrom.store.cache import Stages
+from wherefrom.store.artifacts import Partial
+from wherefrom.engine.sweep import Sweep
+from wherefrom.tasks.task import Batch
+
+
+@dataclass(frozen=True)
+class Fitting(Generic[Batch]):
+    """Factors to fit on a training set.
+
+    Attributes:
+        stages: where they are kept.
+        seed: of targets drawn from the model; None takes the dataset's own.
+        batch_size: None finds one.
+        overwrite: begin anew, whatever is there.
+        roots: P^(1/2) [out, in] of every layer, to fit factors of gradients P^(1/2) * G; empty for those as they are.
+    """
+
+    sweep: Sweep[Batch]
+    train: Dataset[object]
+    stages: Stages
+    seed: int | None
+    batch_size: int | None
+    overwrite: bool = False
+    roots: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def factors(self, strategy: str) -> Factors:
+        """Those of a strategy; what strategies have in common is computed once.
+
+        Raises:
+            InputError: a basis of tokens' covariances is asked for of conditioned gradients.
+        """
+        if self.roots and STRATEGIES[strategy].basis == "covariances":
+            raise InputError(
+                f"strategy={strategy!r} with a conditioning: conditioned gradients are no products of activations and "
+                "output gradients, so their covariances have no basis for them. Use 'shampoo', 'diagonal' or "
+                "'identity'."
+            )
+        self.sweep.ranks.first(lambda: self._check_disk(strategy))
+        needed = STRATEGIES[strategy]
+        if self.overwrite:
+            # Eigenvalues, even where they are not asked for, belong to the basis that is being replaced, and go before
+            # it. All of it at once, so that an interrupted fit goes on when it is called without this.
+            self.stages.forget(*needed.stages)
+        bases = self.bases(needed, partial(self.covariances, needed)) if needed.basis else {}
+        eigenvalues: dict[str, Tensor] = {}
+        if needed.eigenvalues == "fitted":
+            eigenvalues = self.mean_squares(needed, bases)
+        elif needed.eigenvalues == "product":
+            eigenvalues = self.sweep.pinned({layer: each.eigenvalues() for layer, each in bases.items()})
+        return Factors(strategy, self.stages.fingerprint, bases, eigenvalues, self.roots)
+
+    def _check_disk(self, strategy: str) -> None:
+        """Refuse to begin what there is too little room for; what is there already needs none."""
+        sweep, stages = self.sweep, self.stages
+        needed = STRATEGIES[strategy]
+        steps = fit_steps(sweep.layers, needed, sweep.dtype, sweep.ranks.count)
+        there = set() if self.overwrite else {name for name in steps if (stages.folder / name).exists()}
+        if needed.basis and needed.stage("eigenbasis") in there:
+            there.add(needed.stage("covariance"))  # which is needed for nothing else
+        elif needed.basis:
+            there.discard(needed.stage("eigenvalues"))  # of another basis
+        missing = {name: step for name, step in steps.items() if name not in there}
+        if missing:
+            begun = [path for name in missing for path in (stages.folder / name, *stages.folder.glob(f"{name}.part*"))]
+            check_space(stages.folder, list(missing.values()), used_bytes(begun))
+
+    def covariances(self, strategy: Strategy) -> dict[str, Tensor]:
+        """Of every layer, `LAYER.activations` and `LAYER.gradients`: what the strategy's basis is made of."""
+        sweep = self.sweep
+
+        def covariance(sums: Partial) -> dict[str, Tensor]:
+            place = sweep.layers, sweep.dtype, sweep.factors_device
+            whole = strategy.basis == "gradients"
+            collector = GradientCovarianceCollector(*place, self.roots) if whole else CovarianceCollector(*place)
+            self._run("covariance", collector, sums)
+            means = collector.means()
+            check_covariances(means)
+            return means
+
+        return self.stages.load(strategy.stage("covariance"), covariance, sweep.factors_device)
+
+    def bases(self, strategy: Strategy, covariances: Callable[[], dict[str, Tensor]]) -> dict[str, Basis]:
+        """The eigenvectors of every layer's covariances, which are asked for where the basis is not there."""
+        sweep, stage = self.sweep, strategy.stage("eigenbasis")
+
+        def basis(_: Partial) -> dict[str, Tensor]:
+            self.stages.forget(strategy.stage("eigenvalues"))  # those that are there belong to a basis that is gone
+            means = covariances()
+            with sweep.profile.action("eigendecomposition"):
+                return self._diagonalized(means)
+
+        found = self.stages.load(stage, basis, sweep.factors_device)
+        check_layout(self.stages.folder / stage, found, self._basis_layout())
+        return bases_from_tensors(sweep.pinned(found))
+
+    def _basis_layout(self) -> Layout:
+        layout: dict[str, tuple[None, tuple[int, ...]]] = {}
+        for name, layer in self.sweep.layers.items():
+            sides = zip(("gradient", "activation"), layer.shape, layer.diagonal_sides, strict=True)
+            for side, size, diagonal in sides:
+                layout[f"{name}.{side}_eigenvalues"] = (None, (size,))
+                if not diagonal:
+                    layout[f"{name}.{side}s"] = (None, (size, size))
+        return layout
+
+    def _diagonalized(self, covariances: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every layer's basis; on several processes each finds a part of them, of neighbours that may be equal."""
+        ranks = self.sweep.ranks
+        mine = ranks.share_of({name: sum(size**3 for size in each.shape) for name, each in self.sweep.layers.items()})
+        with ranks.agreeing():
+            chosen = {name: each for name, each in covariances.items() if name.rpartition(".")[0] in mine}
+            bases = bases_to_tensors(diagonalize(chosen, mine, self.sweep.device))
+        return ranks.joined(bases, self.sweep.factors_device)
+
+    def mean_squares(self, strategy: Strategy, bases: dict[str, Basis]) -> dict[str, Tensor]:
+        """Lambda of every layer: mean squared gradients in these bases, or as they are without one."""
+        sweep = self.sweep
+
+        def mean_squares(sums: Partial) -> dict[str, Tensor]:
+            collector = EigenvalueCollector(
+                sweep.layers, bases, len(self.train), sweep.dtype, sweep.factors_device, self.roots
+            )
+            self._run("eigenvalues", collector, sums)
+            means = collector.means()
+            check_mean_squares(means)
+            return means
+
+        stage = strategy.stage("eigenvalues")
+        found = self.stages.load(stage, mean_squares, sweep.factors_device)
+        check_layout(
+            self.stages.folder / stage, found, {name: (None, layer.shape) for name, layer in sweep.layers.items()}
+        )
+        return sweep.pinned(found)
+
+    def _run(self, name: str, collector: CovarianceCollector | EigenvalueCollector, sums: Partial) -> None:
+        self.sweep.run(name, self.train, collector, self._loss, batch_size=self.batch_size, partial=sums)
+
+    def _loss(self, model: nn.Module, batch: Batch, rows: Sequence[int]) -> Tensor:
+        sampler = None if self.seed is None else Sampler(self.seed, rows)
+        return self.sweep.task.train_loss(model, batch, sampler)
+
+
+def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str], device: torch.device) -> dict[str, Basis]:
+    """The eigenvectors of every layer's covariances, found in float64 and kept in the covariances' dtype.
+
+    Args:
+        covariances: as `CovarianceCollector.means` gives them.
+        device: where eigenvectors are found; they are kept where the covariances are.
+
+    Raises:
+        LossError: a covariance is not finite.
+    """
+    diagonals = {name: each for name, each in covariances.items() if each.dim() == 1}
+    found: dict[str, tuple[Tensor, Tensor | None]] = {
+        **eigenvectors({name: each for name, each in covariances.items() if name not in diagonals}, device)
+    }
+    for name, each in diagonals.items():
+        finite_sum(each, name)
+        found[name] = (each, None)
+    bases = {}
+    for layer in layers:
+        (activation_values, activations), (gradient_values, gradients) = (
+            found[f"{layer}.{side}"] for side in ("activations", "gradients")
+        )
+        bases[layer] = Basis(activations, gradients, activation_values, gradient_values)
+    return bases

@@ -1,0 +1,362 @@
+"""Products with the Gauss-Newton matrix of a model's training loss, over the weights of tracked layers.
+
+H = mean over examples of J^T (d^2 loss / d z^2) J (Schraudolph 2002; Martens 2020, section 8), where z is all that the
+model returns, J the derivative of z by the weights, and the loss a function of z. For cross-entropy and half the
+squared error it is the Fisher information, which the factors' eigenvalues are sampled from. Of many vectors at once:
+J v in forward mode, where they share the pass itself; the loss's curvature by differentiating its gradient, which for
+cross-entropy is p * (u - p.u); and J^T in one batched backward pass. What a task does not count has no part in the
+loss, so it has none here. This module knows models, tasks and layers; it does not know what products are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Generic, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+
+from wherefrom.engine.capture import frozen
+from wherefrom.curvature.factors import Preconditioner
+from wherefrom.runtime.errors import InputError, LayerError, LossError
+from wherefrom.store.fingerprint import Dataset
+from wherefrom.engine.layers import TrackedLayer
+from wherefrom.engine.loading import Loader, Rows
+from wherefrom.runtime.memory import out_of_memory
+from wherefrom.runtime.signals import held_signals
+from wherefrom.engine.sweep import Sweep
+from wherefrom.tasks.task import Batch
+
+_NAME = "Gauss-Newton products"
+
+
+class WeightSpace:
+    """The weights of tracked layers as one vector: their gradient matrices [out, in (+1)], one after the other.
+
+    Raises:
+        LayerError: a layer has no place in it.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, TrackedLayer]) -> None:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._shapes = {name: layer.shape for name, layer in layers.items()}
+        self._layers = {name: _Places.of(layer, names) for name, layer in layers.items()}
+        self.parameters = {name: model.get_parameter(name) for each in self._layers.values() for name in each.names}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many weights each layer has."""
+        return {name: outputs * inputs for name, (outputs, inputs) in self._shapes.items()}
+
+    def split(self, vectors: Tensor) -> dict[str, Tensor]:
+        """[queries, weights] as each layer's matrices, [queries, out, in (+1)]: views."""
+        parts = vectors.split(list(self.sizes.values()), 1)
+        return {name: part.unflatten(1, shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+
+    def join(self, matrices: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `split`; matrices may have more columns, such as those for alignment."""
+        return torch.cat([matrices[name][..., : shape[1]].flatten(1) for name, shape in self._shapes.items()], 1)
+
+    def to_parameters(self, vectors: Tensor) -> dict[str, Tensor]:
+        """[queries, weights] as the model's parameters have them, [queries, *shape]."""
+        found: dict[str, Tensor] = {}
+        for layer, matrices in self.split(vectors).items():
+            found.update(self._layers[layer].parameters(matrices, self.parameters))
+        return found
+
+    def from_parameters(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `to_parameters`."""
+        return torch.cat([each.rows(values) for each in self._layers.values()], 1)
+
+
+class _Places(NamedTuple):
+    """Where a layer's matrix lies in the model's parameters.
+
+    Attributes:
+        inputs: columns of the matrix that are the weight's; the bias is the rest.
+        transposed: whether the matrix is the weight transposed.
+        elementwise: whether the matrix is one row, of the weight and of the bias.
+    """
+
+    weight: str
+    bias: str | None
+    inputs: int
+    transposed: bool
+    elementwise: bool
+
+    @classmethod
+    def of(cls, layer: TrackedLayer, names: Mapping[int, str]) -> _Places:
+        if layer.one_hot:
+            raise LayerError(
+                f"Layer {layer.name!r} is an embedding, of which solvers do not hold all columns. Leave it out with "
+                "`layers=[...]`, or score without a solver."
+            )
+        main = layer.main
+        weight = names.get(id(main.module.weight))
+        if weight is None:
+            raise LayerError(
+                f"Layer {layer.name!r}: its weight is computed from other parameters, which solvers cannot follow. "
+                "Leave it out with `layers=[...]`, or score without a solver."
+            )
+        bias = next((names[id(use.bias)] for use in layer.uses if use.bias is not None), None)
+        inputs = layer.shape[1] - (bias is not None)
+        if main.kind.elementwise:
+            inputs = layer.shape[1] // (2 if bias is not None else 1)
+        return cls(weight, bias, inputs, main.kind.transposed, main.kind.elementwise)
+
+    @property
+    def names(self) -> list[str]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def parameters(self, matrices: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Matrices [queries, out, in (+1)] as the weight and the bias, [queries, *shape]."""
+        weight, rest = matrices.split([self.inputs, matrices.shape[2] - self.inputs], 2)
+        parts = {self.weight: weight.transpose(1, 2) if self.transposed else weight}
+        if self.bias is not None:
+            parts[self.bias] = rest
+        return {name: part.reshape(len(matrices), *like[name].shape) for name, part in parts.items()}
+
+    def rows(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The weight and the bias as rows of the flattened matrix, [queries, out * in (+1)]."""
+        weight = values[self.weight]
+        if self.elementwise:
+            return torch.cat([values[name].flatten(1) for name in self.names], 1)
+        matrices = weight.transpose(1, 2) if self.transposed else weight.flatten(2)
+        if self.bias is not None:
+            matrices = torch.cat([matrices, values[self.bias].unsqueeze(2)], 2)
+        return matrices.flatten(1)
+
+
+class _Call(NamedTuple):
+    """One call of the model: what it was given, and what it returned.
+
+    Attributes:
+        outputs: the tensors of real numbers in what it returned that depend on the weights, with the graph that leads
+            there.
+        leaves: the same numbers, which the loss was computed from.
+        places: which of all its tensors of real numbers they are.
+    """
+
+    arguments: tuple[object, ...]
+    keywords: dict[str, object]
+    outputs: list[Tensor]
+    leaves: list[Tensor]
+    places: list[int]
+
+
+def batch_product(loss: Callable[[], Tensor], model: nn.Module, space: WeightSpace, vectors: Tensor) -> Tensor:
+    """The sum over a batch's examples of J^T (d^2 loss / d z^2) J v, for each row v of [queries, weights].
+
+    Args:
+        loss: computes the batch's summed loss by calling the model.
+        model: frozen but for the parameters of `space`.
+
+    Raises:
+        LossError: the loss is not a function, with a curvature, of what the model returns.
+    """
+    with _cut(model) as calls, torch.enable_grad():
+        value = loss()
+    leaves = [leaf for call in calls for leaf in call.leaves]
+    slopes = _slopes(value, leaves, list(space.parameters.values()))
+    weights = {name: parameter.detach() for name, parameter in space.parameters.items()}
+    tangents = space.to_parameters(vectors)
+    moved = [each for call in calls for each in _pushed(model, call, weights, tangents)]
+    seen = [(slope, u) for slope, u in zip(slopes, moved, strict=True) if slope is not None and slope.requires_grad]
+    if not seen:
+        raise LossError(
+            "The task's loss has no curvature in what the model returns, so there is no Gauss-Newton matrix. Let "
+            "train_loss compute the loss from the model's logits or predictions, rather than take a loss that the "
+            "model has computed itself."
+        )
+    curved = torch.autograd.grad(
+        [slope for slope, _ in seen],
+        leaves,
+        [u for _, u in seen],
+        is_grads_batched=True,
+        allow_unused=True,
+    )
+    outputs = [output for call in calls for output in call.outputs]
+    pulled = [(output, each) for output, each in zip(outputs, curved, strict=True) if each is not None]
+    found = torch.autograd.grad(
+        [output for output, _ in pulled],
+        list(space.parameters.values()),
+        [each for _, each in pulled],
+        is_grads_batched=True,
+        materialize_grads=True,
+        allow_unused=True,
+    )
+    return space.from_parameters(dict(zip(space.parameters, found, strict=True)))
+
+
+@contextmanager
+def _cut(model: nn.Module) -> Iterator[list[_Call]]:
+    """Note the model's calls, and cut the graph between what it returns and what is made of that."""
+    calls: list[_Call] = []
+
+    def hook(_: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object], output: object) -> object:
+        if any(each.requires_grad for each in _real(tree_leaves((arguments, keywords)))):
+            raise LossError("The task calls the model on what the model has returned, which solvers cannot follow.")
+        real = _real(tree_leaves(output))
+        places = [place for place, each in enumerate(real) if each.requires_grad]
+        call = _Call(arguments, keywords, [real[place] for place in places], [], places)
+
+        def leaf(each: object) -> object:
+            if not (isinstance(each, Tensor) and each.requires_grad):
+                return each
+            call.leaves.append(each.detach().requires_grad_())
+            return call.leaves[-1]
+
+        calls.append(call)
+        return tree_map(leaf, output)
+
+    handle = model.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _real(leaves: Sequence[object]) -> list[Tensor]:
+    return [each for each in leaves if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def _slopes(value: Tensor, leaves: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The loss's gradient by what the model has returned, with its graph; None where the loss does not look."""
+    if not leaves or not value.requires_grad:
+        raise LossError(
+            "The task's loss does not depend on what calling the model returns. Let train_loss call the model itself, "
+            "model(...), and none of its parts or methods alone."
+        )
+    beside = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+    if any(each is not None for each in beside):
+        raise LossError(
+            "The task's loss depends on tracked weights in another way than through what the model returns, such as a "
+            "penalty, of which the Gauss-Newton matrix knows nothing. Leave that out of train_loss."
+        )
+    return torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+
+
+def _pushed(
+    model: nn.Module, call: _Call, weights: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """J v of one call, [queries, *shape] for each of its outputs: in forward mode, the weights alone moving."""
+
+    def outputs(moving: dict[str, Tensor]) -> list[Tensor]:
+        real = _real(tree_leaves(functional_call(model, moving, call.arguments, call.keywords)))
+        return [real[place] for place in call.places]
+
+    def one(tangent: dict[str, Tensor]) -> list[Tensor]:
+        moved: list[Tensor] = jvp(outputs, (dict(weights),), (tangent,))[1]
+        return moved
+
+    with torch.no_grad():
+        found: list[Tensor] = vmap(one)(dict(tangents))
+    return found
+
+
+class DampedGaussNewton(Generic[Batch]):
+    """H + D over the training examples, and the filter that stands for its inverse: the `System` of a solver.
+
+    Args:
+        preconditioner: the filter; D is its damping of each layer.
+        damping: D of layers of which the filter has none.
+        pairs: examples x vectors of one pass; when memory runs out, half of them from then on.
+
+    Raises:
+        InputError: there is no damping, or the model or the factors are not all on the model's device.
+        LayerError: a layer cannot be followed.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep[Batch],
+        preconditioner: Preconditioner,
+        train: Dataset[object],
+        damping: float | None,
+        pairs: int,
+    ) -> None:
+        scattered = sweep.lockstep or any(each.is_meta for each in sweep.model.parameters())
+        if scattered or sweep.factors_device != sweep.device:
+            raise InputError("solver: the model and its factors are not all on one device. Score without a solver.")
+        self.examples = len(train)
+        self.space = WeightSpace(sweep.model, sweep.layers)
+        self._sweep, self._preconditioner, self._train, self._pairs = sweep, preconditioner, train, pairs
+        self._added = torch.cat([self._damping(*each, damping) for each in self.space.sizes.items()])
+
+    def _damping(self, layer: str, size: int, given: float | None) -> Tensor:
+        damping = self._preconditioner.damping.get(layer, given)
+        if not damping:
+            raise InputError(
+                f"damping={given} with a solver: layer {layer!r} would have none, and its curvature alone has no "
+                "inverse. Give a number above 0."
+            )
+        return torch.full((size,), damping, dtype=self._sweep.dtype, device=self._sweep.device)
+
+    def precondition(self, vectors: Tensor) -> Tensor:
+        """What the filter makes of each row of [queries, weights]."""
+        matrices = self.space.split(vectors)
+        return self.space.join({name: self._preconditioner.apply(name, each) for name, each in matrices.items()})
+
+    def product(self, vectors: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
+        """(H + D) v for each row of [queries, weights]; on several processes, each takes a share of the examples.
+
+        Args:
+            chosen: the examples that H is a mean over; None is all.
+        """
+        examples = Rows(self._train, range(self.examples) if chosen is None else chosen)
+        with self._sweep.profile.action(_NAME):
+            with self._sweep.ranks.agreeing():
+                total = self._sum(examples, vectors)
+            self._sweep.ranks.add_up([total])
+        return total.div_(len(examples)).addcmul_(vectors, self._added)
+
+    def _sum(self, examples: Rows, vectors: Tensor) -> Tensor:
+        """This process's part of the sum over examples of H v."""
+        sweep, total = self._sweep, torch.zeros_like(vectors)
+        share, together = sweep.ranks.share(len(examples)), self._pairs
+        with (
+            _following(sweep.model, self.space),
+            held_signals() as held,
+            Loader(sweep.task, examples, sweep.device, end=share.stop, model=sweep.model) as loader,
+        ):
+            for some, sums in zip(vectors.split(together), total.split(together), strict=True):
+                size = max(1, together // len(some))
+                for start in range(share.start, share.stop, size):
+                    self._add(loader, range(start, min(start + size, share.stop)), some, sums)
+                    if held.received:
+                        held.deliver()
+        return total
+
+    def _add(self, loader: Loader[Batch], rows: range, vectors: Tensor, total: Tensor) -> None:
+        """Add a batch's sum of H v; in halves when memory runs out."""
+        model, task = self._sweep.model, self._sweep.task
+        try:
+            batch = loader.load(rows).batch
+            total += batch_product(lambda: task.train_loss(model, batch), model, self.space, vectors)
+            return
+        except (RuntimeError, MemoryError) as error:
+            pairs = len(rows) * len(vectors)
+            if not out_of_memory(error) or pairs == 1:
+                raise
+        self._pairs = min(self._pairs, pairs // 2)
+        if len(rows) > 1:
+            middle = len(rows) // 2
+            for half in (rows[:middle], rows[middle:]):
+                self._add(loader, half, vectors, total)
+        else:
+            middle = len(vectors) // 2
+            for some, sums in ((vectors[:middle], total[:middle]), (vectors[middle:], total[middle:])):
+                self._add(loader, rows, some, sums)
+
+
+@contextmanager
+def _following(model: nn.Module, space: WeightSpace) -> Iterator[None]:
+    """Passes whose graph begins at the weights of `space`, without fused attention, which has no forward mode."""
+    with frozen(model), sdpa_kernel(SDPBackend.MATH):
+        for parameter in space.parameters.values():
+            parameter.requires_grad_()
+        yield

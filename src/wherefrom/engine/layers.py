@@ -1,0 +1,375 @@
+"""Which layers are tracked, and what a tracked layer's weight is as a matrix.
+
+A tracked layer is one weight with every module that uses it: usually one, several where weights are tied. Its gradient
+is `gradients^T activations` summed over the tokens of all of them. This module knows nothing of hooks, sweeps or
+curvature.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wherefrom.runtime.errors import LayerError
+from wherefrom.engine.layer_types import LayerType, elementwise_tensors, kind_names, layer_type, one_hot, weight_count
+from wherefrom.runtime.placement import tied_names
+
+# Matrix units want rows of a multiple of 16 bytes: a product with 769 columns takes up to twice as long as with 776.
+_ALIGNMENT = 8
+
+WIDEST = 16384
+"""Features of the widest side of a layer that gets a covariance matrix: in float32 one of these takes 1 GiB, and its
+eigenvectors another. Past that, as for one-hot inputs, only the matrix's diagonal is used."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One module that a weight is used by, under its name in the model."""
+
+    name: str
+    module: nn.Module
+    kind: LayerType
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The module's bias."""
+        return getattr(self.module, "bias", None)
+
+
+class TrackedLayer:
+    """One weight whose gradients are captured.
+
+    Args:
+        uses: the modules that use it, in the model's order.
+
+    Attributes:
+        name: the first module's name in the model.
+        shape: (outputs, inputs + 1 with a bias) of the gradient matrix; the bias is its last column. Of an
+            element-wise layer (1, features), or (1, 2 * features) with a bias.
+        width: how many columns activations have: those of `shape`, and with a bias some of zeros for alignment.
+        one_hot: whether activations are one-hot vectors, of which only columns that an example touches are captured.
+
+    Raises:
+        LayerError: the modules' parts of the gradient cannot be joined.
+    """
+
+    def __init__(self, uses: Sequence[Use]) -> None:
+        self.uses = tuple(uses)
+        self.name = uses[0].name
+        # Tied to another layer, an embedding is seen as that one, transposed: its one-hot vectors are gradients.
+        self.main = next((use for use in uses if not use.kind.one_hot), uses[0])
+        self.one_hot = self.main.kind.one_hot
+        self._check_uses()
+        outputs, inputs = self.main.kind.size(self.main.module)
+        self._biased = not self.main.kind.elementwise and any(use.bias is not None for use in uses)
+        self.shape = (outputs, inputs + int(self._biased))
+        self.width = -(-self.shape[1] // _ALIGNMENT) * _ALIGNMENT if self._biased else inputs
+
+    def _check_uses(self) -> None:
+        """Refuse uses whose gradients are not of one matrix."""
+        outputs, inputs = self.main.kind.size(self.main.module)
+        biased = [use for use in self.uses if use.bias is not None]
+        for use in self.uses:
+            flipped = self._flipped(use)
+            size = use.kind.size(use.module)
+            if size != ((inputs, outputs) if flipped else (outputs, inputs)):
+                raise _not_joined(self.main, use, "they see it as matrices of different shapes")
+            if use.bias is not None and flipped:
+                raise _not_joined(self.main, use, "one has a bias and sees the weight transposed")
+            if use.bias is not None and use.bias is not biased[0].bias:
+                raise _not_joined(biased[0], use, "they have biases of their own")
+
+    def _flipped(self, use: Use) -> bool:
+        return use.kind.transposed != self.main.kind.transposed
+
+    @property
+    def padded_shape(self) -> tuple[int, int]:
+        """(outputs, width): of a gradient matrix made of aligned activations; past `shape`, it is zero."""
+        return self.shape[0], self.width
+
+    @property
+    def diagonal_sides(self) -> tuple[bool, bool]:
+        """Whether only the diagonal of the covariance of (gradients, activations) is used.
+
+        That of one-hot vectors is diagonal; of more than `WIDEST` features, it is an approximation.
+        """
+        return self.shape[0] > WIDEST, self.one_hot or self.shape[1] > WIDEST
+
+    @property
+    def parameters(self) -> tuple[Tensor, nn.Parameter | None]:
+        """The weight and the bias, in their modules' own shapes."""
+        weight = self.main.module.weight
+        assert isinstance(weight, Tensor)
+        return weight, next((use.bias for use in self.uses if use.bias is not None), None)
+
+    def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """One number for each of a layer's `parameters`, laid out as its gradient matrix, `shape`."""
+        if self.main.kind.elementwise:
+            return torch.cat([each.flatten() for each in (weight, bias) if each is not None])[None]
+        matrix = weight.T if self.main.kind.transposed else weight.flatten(1)
+        return matrix if bias is None else torch.cat([matrix, bias[:, None]], 1)
+
+    def columns(self, tokens: int) -> int:
+        """How many columns of the gradient matrix are captured for an example of that many tokens."""
+        return tokens if self.one_hot else self.width
+
+    def shares_activations(self, use: Use) -> bool:
+        """Whether a use's activations depend on nothing but its input, and may be another layer's too."""
+        return use.kind.plain and not self._flipped(use)
+
+    def reads_as(self, use: Use, other: TrackedLayer, other_use: Use) -> bool:
+        """Whether both uses, which share activations, would make the same of the same input."""
+        same_kind = use.kind.inputs is other_use.kind.inputs
+        return same_kind and self.width == other.width and (use.bias is None) == (other_use.bias is None)
+
+    def read(self, use: Use, inputs: Tensor) -> Tensor:
+        """What a use's input comes to, before its output gradient is known.
+
+        Returns:
+            Activations [batch, tokens, width], with a bias a column of ones and the rest zeros; of a one-hot kind the
+            ids [batch, tokens], of an element-wise one f(x) [batch, tokens, features].
+        """
+        tokens = use.kind.inputs(use.module, inputs)
+        if not self._biased or use.kind.one_hot:
+            return tokens
+        features = tokens.shape[-1]
+        aligned = tokens.new_empty(*tokens.shape[:-1], self.width)
+        aligned[..., :features] = tokens
+        aligned[..., features:] = 0
+        aligned[..., features] = use.bias is not None
+        return aligned
+
+    def tensors(self, use: Use, read: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations and gradients of a use, [batch, tokens, width] and [batch, tokens, out].
+
+        Args:
+            read: what `read` made of its input; the activations of a `one_hot` layer stay ids [batch, tokens].
+            output_gradient: of the loss with respect to the module's output.
+        """
+        gradients = use.kind.outputs(use.module, output_gradient)
+        if use.kind.elementwise:
+            return elementwise_tensors(read, gradients, self.width)
+        if not self._flipped(use):
+            return read, gradients
+        flipped = functional.pad(gradients, (0, self.width - gradients.shape[-1]))
+        return flipped, one_hot(read, self.shape[0], gradients.dtype) if use.kind.one_hot else read
+
+
+def _not_joined(one: Use, other: Use, reason: str) -> LayerError:
+    return LayerError(
+        f"layers: {one.name!r} and {other.name!r} share one weight, and {reason}, so their parts of its gradient "
+        "cannot be joined. Leave both out with `layers=[...]` patterns, or untie them before training."
+    )
+
+
+def select_layers(
+    model: nn.Module, patterns: Sequence[str] | None = None, head: nn.Module | None = None
+) -> dict[str, TrackedLayer]:
+    """Find the layers to track, in the model's order.
+
+    Args:
+        patterns: names or glob patterns, which match layers of every supported kind. None means linear layers and
+            convolutions except `head`; of a model with LoRA adapters only those, and of a model with some frozen
+            weights only layers that are not.
+        head: the output head.
+
+    Raises:
+        LayerError: nothing matches a pattern (close names are listed), a named layer is of an unsupported kind, or
+            a tracked weight is shared with a module whose part of the gradient cannot be joined.
+    """
+    weights = list(_weights(model))
+    chosen = _by_default(model, weights, head) if patterns is None else _named(model, weights, patterns)
+    layers = [TrackedLayer(uses) for uses in chosen]
+    _refuse_unseen_uses(model, layers)
+    return {layer.name: layer for layer in layers}
+
+
+def _weights(model: nn.Module) -> list[list[Use]]:
+    """The modules of supported kinds, those that use one weight together."""
+    identities = _Identities(model)
+    groups: dict[int | str, list[Use]] = {}
+    for name, module in model.named_modules():
+        kind = layer_type(module)
+        if kind is not None and kind.refused(module) is None:
+            groups.setdefault(identities.of(name, module, "weight"), []).append(Use(name, module, kind))
+    return list(groups.values())
+
+
+class _Identities:
+    """Tells whether two parameters are one, also where offloading has made two tensors of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tied = tied_names(model)
+
+    def of(self, name: str, module: nn.Module, parameter: str) -> int | str:
+        found, full = module._parameters.get(parameter), f"{name}.{parameter}"
+        # None: it is computed from parameters, as by weight normalisation, and another tensor whenever it is read.
+        return self._tied.get(full, full) if found is None or found.is_meta else id(found)
+
+
+def _by_default(model: nn.Module, weights: Sequence[list[Use]], head: nn.Module | None) -> list[list[Use]]:
+    chosen = [uses for uses in weights if any(use.kind.by_default and use.module is not head for use in uses)]
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    if _has_adapters(model):
+        chosen = [uses for uses in chosen if any("lora_" in use.name for use in uses)]
+    elif any(trainable) and not all(trainable):
+        chosen = [uses for uses in chosen if uses[0].module.weight.requires_grad]
+    if not weights:
+        raise LayerError(f"{type(model).__name__} has no layer to track: supported kinds are {kind_names()}.")
+    if not chosen:
+        raise LayerError(
+            f"{type(model).__name__} has no layer that is tracked without being named: those are linear layers and "
+            "convolutions, but not the output head, not frozen layers beside trainable weights, and of a model with "
+            f"adapters these alone. Name some with `layers=[...]`, such as {weights[0][0].name!r}."
+        )
+    return chosen
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    return any(f"{base.__module__}.{base.__qualname__}" == "peft.peft_model.PeftModel" for base in type(model).__mro__)
+
+
+def _named(model: nn.Module, weights: Sequence[list[Use]], patterns: Sequence[str]) -> list[list[Use]]:
+    supported = [use.name for uses in weights for use in uses]
+    matched = {name for pattern in patterns for name in _matches(model, pattern, supported)}
+    return [uses for uses in weights if any(use.name in matched for use in uses)]
+
+
+def _matches(model: nn.Module, pattern: str, supported: Sequence[str]) -> list[str]:
+    """The supported layers that a pattern names; a pattern that reaches none is an error that says why."""
+    found = [name for name in supported if fnmatchcase(name, pattern)]
+    if found:
+        return found
+    every = [name for name, _ in model.named_modules() if name and fnmatchcase(name, pattern)]
+    if every:
+        raise LayerError(f"layers: {pattern!r} names {every[0]!r}, {_why_not(model.get_submodule(every[0]), pattern)}")
+    close = difflib.get_close_matches(pattern, list(supported), n=4, cutoff=0.3)
+    raise LayerError(f"layers: {pattern!r} matches no layer. Close names: {', '.join(close) or 'none'}.")
+
+
+def _why_not(module: nn.Module, pattern: str) -> str:
+    kind, own = layer_type(module), weight_count(module)
+    if kind is not None:
+        return f"a {type(module).__name__} that cannot be tracked: {kind.refused(module)}. Leave it out."
+    if own:
+        return (
+            f"a {type(module).__name__} with {own:,} weights of its own, which is not a layer of a supported kind "
+            f"({kind_names()}). Leave it out, build it of supported layers, or add its kind to LAYER_TYPES."
+        )
+    return (
+        f"which is not a layer of a supported kind ({kind_names()}); name the layers inside it with {pattern + '.*'!r}."
+    )
+
+
+def _refuse_unseen_uses(model: nn.Module, layers: Sequence[TrackedLayer]) -> None:
+    """A parameter used by other modules too has a gradient of which the layer's is only a part."""
+    identities = _Identities(model)
+    layer_of = {use.module: layer for layer in layers for use in layer.uses}
+    owner: dict[int | str, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        for parameter, _ in module.named_parameters(recurse=False):
+            first, other = owner.setdefault(identities.of(name, module, parameter), (name, module))
+            if layer_of.get(other) is not layer_of.get(module):
+                raise LayerError(
+                    f"layers: {first!r} and {name!r} share one {parameter}, and the gradient of one of them is only a "
+                    "part of its gradient. Leave both out with `layers=[...]` patterns, or untie them before training."
+                )
+
+
+class Untracked(NamedTuple):
+    """Weights that are left out: the module that owns them, its kind, and how many there are."""
+
+    name: str
+    kind: str
+    weights: int
+
+
+def untracked(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> list[Untracked]:
+    """The modules whose own weights are trainable and not tracked, in the model's order; tied weights count once.
+
+    Of a model that is frozen as a whole, every weight counts.
+    """
+    identities = _Identities(model)
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    tracked = {use.module for layer in layers.values() for use in layer.uses}
+    seen = {
+        identities.of(use.name, use.module, name)
+        for layer in layers.values()
+        for use in layer.uses
+        for name, _ in use.module.named_parameters(recurse=False)
+    }
+    found = []
+    for name, module in model.named_modules():
+        weights = 0
+        for parameter, value in module.named_parameters(recurse=False):
+            identity = identities.of(name, module, parameter)
+            if module not in tracked and identity not in seen and (value.requires_grad or not any(trainable)):
+                weights += math.prod(value.shape)
+            seen.add(identity)
+        if weights:
+            found.append(Untracked(name, type(module).__name__, weights))
+    return found
+
+
+def coverage(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> str:
+    """How much of a model is tracked, on one line."""
+    tracked, left = sum(math.prod(layer.shape) for layer in layers.values()), untracked(model, layers)
+    total = tracked + sum(each.weights for each in left)
+    kinds: dict[str, list[Untracked]] = {}
+    for each in left:
+        kinds.setdefault(each.kind, []).append(each)
+    parts = [
+        f"{same[0].name if len(same) == 1 else len(same)} {kind} ({_short(sum(each.weights for each in same))})"
+        for kind, same in kinds.items()
+    ]
+    rest = f"; not tracked: {', '.join(parts)}" if parts else ""
+    return f"Tracking {len(layers)} layer(s), {_short(tracked)} of {_short(total)} weights{rest}"
+
+
+def mostly_left_out(model: nn.Module, layers: Mapping[str, TrackedLayer], head: nn.Module | None) -> str | None:
+    """What is to be said where less than half of the trained weights are tracked; None otherwise.
+
+    Embeddings and the output head do not count, which are left out on purpose.
+    """
+    aside = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head}
+    left = [each for each in untracked(model, layers) if each.name not in aside]
+    own = [layer for layer in layers.values() if not any(use.name in aside for use in layer.uses)]
+    tracked, missing = sum(math.prod(layer.shape) for layer in own), sum(each.weights for each in left)
+    if tracked >= missing:
+        return None
+    kinds = {each.name: layer_type(model.get_submodule(each.name)) for each in left}
+    possible = [
+        each for each in left if (kind := kinds[each.name]) and kind.refused(model.get_submodule(each.name)) is None
+    ]
+    impossible = [each for each in left if each not in possible]
+    advice = []
+    if possible:
+        patterns = dict.fromkeys(re.sub(r"\b\d+\b", "*", each.name) for each in possible)
+        names = ", ".join(map(repr, list(patterns)[:8])) + (", ..." if len(patterns) > 8 else "")
+        advice.append(f"{_short(sum(each.weights for each in possible))} could be, with {names} among the `layers`")
+    if impossible:
+        count = _short(sum(each.weights for each in impossible))
+        kind_list = ", ".join(sorted({each.kind for each in impossible}))
+        advice.append(f"{count} cannot be, which are of no supported kind of layer ({kind_list})")
+    share = tracked / (tracked + missing)
+    return (
+        f"Only {share:.0%} of the {_short(tracked + missing)} weights that were trained, besides embeddings and output "
+        f"head, are tracked: scores say nothing of what the others have learned. Of these, {'; '.join(advice)}"
+    )
+
+
+def _short(count: int) -> str:
+    """A count with a unit: 85.1M."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)

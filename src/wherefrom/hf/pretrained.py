@@ -1,0 +1,192 @@
+"""From a Hugging Face checkpoint directory and a dataset to a study.
+
+This module is above `study`: it reads what a `Trainer` or TRL's `SFTTrainer` has saved, a whole model or an adapter,
+and chooses the task that its architecture was trained for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from wherefrom.runtime.errors import InputError
+from wherefrom.store.files import read_json
+from wherefrom.store.fingerprint import Dataset
+from wherefrom.tasks.language import CausalLM, MaskedLM, Seq2Seq, SequenceClassification, TokenBatch
+from wherefrom.hf.preparation import Preparation, Rows, Target
+from wherefrom.runtime.distributed import join_ranks
+from wherefrom.study import Study
+from wherefrom.tasks.task import Task
+from wherefrom.hf.text import load_config, load_model, load_tokenizer, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_ADAPTER = "adapter_config.json"
+# What LoRA trains; the layers that it adapts are frozen.
+_ADAPTER_LAYERS = ("*.lora_A.*", "*.lora_B.*")
+
+
+class PretrainedStudy(Study[TokenBatch]):
+    """A study that prepares queries as it has prepared its training examples."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        model: PreTrainedModel,
+        task: Task[TokenBatch],
+        *,
+        train: Rows,
+        preparation: Preparation,
+        **options: Any,
+    ) -> None:
+        super().__init__(path, model, task, train=preparation.examples(train), **options)
+        self._preparation = preparation
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, for `report`."""
+        return self._preparation.tokens
+
+    def prepare(self, rows: Rows, split: str = "train") -> Dataset[object]:
+        """Make queries of rows, in their order.
+
+        Args:
+            rows: what `study_from_pretrained` takes for training.
+            split: of a saved or hub dataset.
+
+        Raises:
+            InputError: there are no rows, or not the columns that the task needs.
+        """
+        return self._preparation.examples(rows, split)
+
+
+def study_from_pretrained(
+    folder: str | Path,
+    train: Rows,
+    *,
+    run: str | Path | None = None,
+    task: Task[TokenBatch] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    end_token: bool = True,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> PretrainedStudy:
+    """Make a study of a checkpoint and the dataset that it was trained on.
+
+    Args:
+        folder: what `save_pretrained`, a Trainer or TRL's SFTTrainer has written: a whole model, or a peft adapter, of
+            which the adapter's own layers are tracked unless the task names others.
+        train: rows, or the name of a file or saved dataset of them. Rows have `input_ids`, and stay as they are, or
+
+            - for a causal language model: `messages`; `prompt` and `completion`, of which the completion is counted;
+              or `text`. Of messages, the assistant's turns are counted if the chat template marks them;
+            - for a masked language model: `text`, of which 15% of the tokens are masked;
+            - for an encoder-decoder: `prompt` and `completion`;
+            - for a sequence classifier: `text` and `label`.
+
+            A list of strings is rows of `text`. Where the model was trained on other tokens than these columns give,
+            pass the tokenised rows.
+        run: the run directory; `folder/wherefrom` by default.
+        task: None chooses by the architecture: `CausalLM`, `MaskedLM`, `Seq2Seq` or `SequenceClassification`.
+        tokenizer: None loads that of the folder, or of the adapter's model.
+        max_length: texts are cut off after so many tokens; None is what the model can take.
+        end_token: put the end-of-sequence token after a text or completion, as TRL does.
+        device: None is a GPU if there is one, under torchrun this process's own.
+        **options: of `Study`: progress, checkpoint_seconds, memory_budget, compile_activations.
+
+    Raises:
+        InputError: the folder holds no model, the architecture has no task here, or the rows lack columns.
+        LayerError: no layer can be tracked.
+    """
+    folder = Path(folder)
+    base = _adapted_model(folder)
+    name = str(base or folder)
+    config = load_config(name)
+    kind = _kind(config)
+    tokenizer = tokenizer or _tokenizer([str(folder), *([base] if base else [])])
+    preparation = Preparation(kind.target, tokenizer, max_length or _longest(config, tokenizer), end_token)
+    model = load_model(name, kind.auto_class)
+    task = task or kind.task(config)
+    if base is not None:
+        model = require("peft", "lora").PeftModel.from_pretrained(model, str(folder)).eval()
+        if task.layers is None:
+            task = copy.copy(task)
+            task.layers = _ADAPTER_LAYERS
+    torch.nn.Module.to(model, device or join_ranks())
+    return PretrainedStudy(run or folder / "wherefrom", model, task, train=train, preparation=preparation, **options)
+
+
+class _Kind(NamedTuple):
+    """One kind of model: how it is loaded, the mapping of transformers that lists it, what it is asked.
+
+    Attributes:
+        architectures: the name of a mapping in `transformers.models.auto.modeling_auto`.
+    """
+
+    auto_class: str
+    architectures: str
+    target: Target
+    task: Callable[[PreTrainedConfig], Task[TokenBatch]]
+
+
+# Encoder-decoders come first: some of them can also fill masks.
+_KINDS = (
+    _Kind("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "seq2seq", lambda config: Seq2Seq()),
+    _Kind("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "causal", lambda config: CausalLM()),
+    _Kind("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "masked", lambda config: MaskedLM()),
+    _Kind(
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "classification",
+        lambda config: SequenceClassification(pad_token=getattr(config, "pad_token_id", None) or 0),
+    ),
+)
+
+
+def _kind(config: PreTrainedConfig) -> _Kind:
+    architecture = (config.architectures or ["none"])[0]
+    auto = require("transformers.models.auto.modeling_auto")
+    for kind in _KINDS:
+        if architecture in getattr(auto, kind.architectures).values():
+            return kind
+    raise InputError(
+        f"The model's architecture is {architecture}: expected a causal or masked language model, an "
+        "encoder-decoder or a sequence classifier. For others, load the model and give wherefrom.Study a Task of "
+        "your own."
+    )
+
+
+def _adapted_model(folder: Path) -> str | None:
+    """The model that an adapter belongs to; None where the folder holds no adapter."""
+    if not folder.is_dir():
+        raise InputError(f"folder={str(folder)!r}: no such directory; expected a checkpoint that a Trainer has saved.")
+    file = folder / _ADAPTER
+    if not file.is_file():
+        return None
+    base = read_json(file, "Save the adapter again.").get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{file}: does not name the model that the adapter belongs to (base_model_name_or_path).")
+    return str(base)
+
+
+def _tokenizer(names: list[str]) -> PreTrainedTokenizerBase | None:
+    """The first tokenizer that is there; without one, tokenised rows can still be studied."""
+    for name in names:
+        try:
+            return load_tokenizer(name)
+        except InputError:
+            continue
+    return None
+
+
+def _longest(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """How many tokens the model can take; None when nothing says so."""
+    # A tokenizer that knows no limit says 1e30.
+    known = [getattr(config, "max_position_embeddings", None), tokenizer and tokenizer.model_max_length]
+    return min((int(each) for each in known if each and each < 1e9), default=None)

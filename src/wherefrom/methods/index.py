@@ -1,0 +1,231 @@
+"""An index on disk: the compressed gradient of every training example, made once, that answers queries in one product.
+
+Rows are raw, so that any damping is free: a query's gradient is preconditioned, not theirs. This module knows how rows
+are made and kept only as `GradientRows`; it does not know what fingerprints are made of.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Generic
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wherefrom.methods.projections import Compression, inverse_curvature, preconditioned
+from wherefrom.curvature.factors import Factors, checked_strategy
+from wherefrom.runtime.errors import InputError, LossError, MismatchError
+from wherefrom.store.files import within
+from wherefrom.store.fingerprint import Dataset, Fingerprint, checked_length, dataset_digest, model_digest
+from wherefrom.methods.gradient_store import GradientRows
+from wherefrom.runtime.memory import within_memory
+from wherefrom.store.names import log_others, result_name
+from wherefrom.scoring.options import Options
+from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
+from wherefrom.scoring.rescoring import exact_scores
+from wherefrom.scoring.results import TopScores, extremes, merged_extremes
+from wherefrom.scoring.scoring import Scoring, measurement, training_loss
+from wherefrom.store.cache import BlockStages, Stages
+from wherefrom.engine.sweep import Sweep
+from wherefrom.tasks.task import Batch, checked_settings
+
+
+@dataclass(frozen=True)
+class GradientIndex(Generic[Batch]):
+    """Compressed gradients of the training examples of a `Study`, open for queries: what `Study.index` returns.
+
+    It answers for the model that it was made with, and refuses one whose weights have changed since.
+
+    Attributes:
+        rows: of the training examples.
+        factors: whose curvature queries are preconditioned with, and whose scores `query` approximates.
+    """
+
+    rows: GradientRows[Batch]
+    factors: Factors
+
+    @classmethod
+    def of(
+        cls,
+        sweep: Sweep[Batch],
+        train: Dataset[object],
+        factors: Factors,
+        compression: Compression,
+        run: Path,
+        study: Fingerprint,
+    ) -> GradientIndex[Batch]:
+        """The index of a run directory, made unless it is there.
+
+        Args:
+            study: what everything in the run depends on.
+
+        Raises:
+            WherefromError: see `wherefrom.runtime.errors`; finished shards stay valid.
+        """
+        factors.check_model(study)
+        projections = compression.projections(sweep.layers, factors)
+        fingerprint = {**study, "precision": str(sweep.precision), **compression.fingerprint(projections)}
+        name = result_name(compression.label, fingerprint, compression.name)
+        stages = Stages(within(run, "index", name), fingerprint, sweep.profile)
+        stages.ranks.first(lambda: log_others(stages.folder, fingerprint))
+        objective = training_loss(sweep.task)
+        return cls(GradientRows.kept(sweep, train, objective, compression, projections, stages), factors)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the index was made from."""
+        return self.rows.stages.fingerprint
+
+    @property
+    def path(self) -> Path:
+        """Its directory, in the run directory."""
+        return self.rows.stages.folder
+
+    @property
+    def bytes_per_example(self) -> int:
+        """What an example takes on disk."""
+        return self.rows.bytes_per_example
+
+    def __len__(self) -> int:
+        """How many training examples there are."""
+        return len(self.rows)
+
+    def query(
+        self, queries: Dataset[object], k: int = 10, *, damping: float | None = None, rerank: int = 0
+    ) -> TopScores:
+        """Each query's `k` highest and `k` lowest scores, from compressed gradients.
+
+        The first call reads the whole index once to check it; later ones read it as fast as the disk or the system's
+        cache gives it. Nothing is written.
+
+        Args:
+            queries: examples of the kind that the task measures.
+            damping: as in `Study.score`; above 0 with random directions.
+            rerank: how many of each query's highest, and as many of its lowest, are scored again with whole gradients
+                (a sweep over these training examples), and `k` of either taken from them; 0 is none.
+
+        Raises:
+            InputError: an argument is impossible, or there are several processes.
+            LossError: a layer without curvature has gradients.
+            MismatchError: the model, or what is on the disk, is not what the index was opened with.
+            DamagedError: a file is not what was written.
+            MemoryLimitError: the queries' compressed gradients, or the dense curvature, do not fit.
+        """
+        self._check_query(queries, k, rerank)
+        self._model.check()
+        advice = "Give fewer queries at once, or make an index of a smaller rank."
+        with within_memory("query does", self.rows.sweep.device, advice):
+            filters = self._filter(damping)
+            asked = self.rows.of("query gradients", queries, measurement(self.rows.sweep.task))
+            best = self.highest(preconditioned(asked, filters, self.rows.parts), max(k, rerank))
+            if rerank:
+                best = self._exact(queries, best, damping, k)
+        both = best["values"], best["train"], best["lowest_values"], best["lowest_train"]
+        return TopScores(*both, fingerprint=self._asked(queries, damping, k, rerank))
+
+    def _asked(self, queries: Dataset[object], damping: float | None, k: int, rerank: int) -> Fingerprint:
+        """What an answer depends on."""
+        options = Options(damping=damping, top=k, half_precision=self.rows.compression.half_precision)
+        return {
+            **options.fingerprint(self.fingerprint, self.factors, str(self.rows.sweep.precision)),
+            "queries": dataset_digest(queries),
+            "measured": checked_settings(self.rows.sweep.task).get("measure", "measurement"),
+            "re-ranked": str(rerank),
+        }
+
+    def _check_query(self, queries: Dataset[object], k: int, rerank: int) -> None:
+        checked_length("queries", queries)
+        if k < 1:
+            raise InputError(f"k={k}: expected at least 1.")
+        if rerank and rerank < k:
+            raise InputError(f"rerank={rerank} with k={k}: expected at least k, or 0.")
+        if self.rows.stages.ranks.count > 1:
+            raise InputError(f"query on {self.rows.stages.ranks.count} processes: expected one, which is enough.")
+
+    @cached_property
+    def _model(self) -> _Weights:
+        return _Weights(self.rows.sweep.model, self.fingerprint["model"], self.path)
+
+    @cached_property
+    def _filter(self) -> Callable[[float | None], dict[str, Tensor]]:
+        """The inverse curvature by damping; the latest is kept for the next query."""
+        return lru_cache(maxsize=1)(self._checked_filter)
+
+    def _checked_filter(self, damping: float | None) -> dict[str, Tensor]:
+        rows, sweep = self.rows, self.rows.sweep
+        found = inverse_curvature(self.factors, rows.projections, rows.compression.directions, damping)
+        for name, inverse in found.items():
+            if not bool(inverse.any()) and rows.any(name):
+                raise LossError(
+                    f"Layer {name!r}: its curvature is zero in all directions of the index, and training examples "
+                    "have gradients there. Give a damping above 0, or fit with empirical=True."
+                )
+        return {name: inverse.to(sweep.device, sweep.dtype) for name, inverse in found.items()}
+
+    def highest(self, asked: Tensor, k: int) -> dict[str, Tensor]:
+        """The fields of `TopScores` for preconditioned compressed gradients [queries, numbers]."""
+        best: dict[str, Tensor] = {}
+        for rows, block in self.rows.blocks():
+            part = extremes((asked @ block.T).cpu(), torch.arange(rows.start, rows.stop), k)
+            best = merged_extremes([best, part], k) if best else part
+        return best
+
+    def _exact(
+        self, queries: Dataset[object], best: Mapping[str, Tensor], damping: float | None, k: int
+    ) -> dict[str, Tensor]:
+        """The highest and the lowest of candidates, by whole gradients."""
+        sweep, preconditioner = self.rows.sweep, self.factors.preconditioner(damping)
+        options = Options(damping=damping, half_precision=self.rows.compression.half_precision)
+        strategy = checked_strategy(self.factors.strategy)
+        scoring = Scoring(sweep, strategy, preconditioner, queries, self.rows.dataset, options)
+        both = [best[name].sort(1).values for name in ("train", "lowest_train")]
+        with tempfile.TemporaryDirectory() as folder:
+            stages = Stages(Path(folder), self.fingerprint, sweep.profile)
+            scores = exact_scores(scoring, torch.cat(both, 1), BlockStages(stages, len(self)))
+        highest, lowest = (
+            extremes(each, train, k) for each, train in zip(scores["values"].chunk(2, 1), both, strict=True)
+        )
+        return {name: (lowest if name.startswith("lowest_") else highest)[name] for name in highest}
+
+
+class _Weights:
+    """The weights that an index answers for.
+
+    Args:
+        digest: of the model that the index was made with.
+        path: of the index.
+    """
+
+    def __init__(self, model: nn.Module, digest: str, path: Path) -> None:
+        self._model, self._digest, self._path = model, digest, path
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    def check(self) -> None:
+        """Refuse others. The digest is taken at first, and again when a tensor's sum or version is another.
+
+        Raises:
+            MismatchError: the model has changed.
+        """
+        state = {name: each for name, each in self._model.state_dict().items() if isinstance(each, Tensor)}
+        # A version alone does not count what fused optimizers write, nor what goes through `.data`.
+        seen = {name: (each._version, _sum(read_tensor(self._model, name, each))) for name, each in state.items()}
+        if seen == self._seen:
+            return
+        if model_digest(self._model) != self._digest:
+            raise MismatchError(
+                f"The model's weights have changed since {self._path} was opened. Put them back, or call Study.index "
+                "with another name to index the training set for these."
+            )
+        self._seen = seen
+
+
+def _sum(tensor: Tensor) -> int:
+    """The sum of a tensor's bytes, eight at a time as a whole number: quicker than a digest, where the tensor lies."""
+    own = tensor.full_tensor() if is_sharded_tensor(tensor) else tensor
+    read = own.detach().flatten().view(torch.uint8)
+    return int(functional.pad(read, (0, -len(read) % 8)).view(torch.int64).sum())

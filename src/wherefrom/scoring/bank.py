@@ -1,0 +1,420 @@
+"""Banks of per-example gradients, kept in memory while a training set is swept against them.
+
+A bank holds the preconditioned gradient of every query, whole, in 8-bit integers or as a product of two thin matrices,
+and multiplies it with training gradients. Of one-hot layers it holds the columns that a query touches. It does not
+decide how many queries there are room for (`plan` does).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from wherefrom.engine.capture import Captured
+from wherefrom.curvature.factors import Preconditioner
+from wherefrom.engine.example_gradients import Sides, brought_back, weight_gradients
+from wherefrom.engine.nonfinite import NotFiniteError
+from wherefrom.engine.layers import TrackedLayer
+from wherefrom.scoring.long_products import long_product
+from wherefrom.scoring.low_rank import thin_product_flop, truncated
+from wherefrom.runtime.memory import Workspace, out_of_memory
+from wherefrom.runtime.precision import product, rotated, widened, widened_dtype
+from wherefrom.scoring.quantization import dequantized, quantized
+from wherefrom.engine.sweep import Collector
+
+# What is moved to the device, widened or rebuilt from thin matrices at a time.
+PIECE_BYTES = 2**28
+# After a one-hot layer's name: which columns are held.
+_COLUMNS = ".columns"
+# After a quantized layer's name: what each row of its integers is multiplied with.
+_SCALES = ".scales"
+_SQUARED_NORM, _SQUARED_REST = "squared norm", "squared rest"
+
+
+@dataclass(frozen=True)
+class BankForm:
+    """How query gradients are kept.
+
+    Attributes:
+        dtype: of their numbers, or of products with those that are kept as integers.
+        place: the device that they lie on.
+        streamed: whether that is another than the model's, so that they are moved there piece by piece for every batch.
+        rank: of the two thin matrices; None keeps gradients whole, as do layers in which that takes less.
+        tokens: how many vectors the longest query has in a one-hot layer, of which it touches as many columns at most;
+            a bank makes room for more when they come.
+        rotated_back: for each layer, whether the preconditioned gradient is brought back from the eigenbasis on its
+            left and right side; otherwise each training gradient is brought there.
+        bits: 8 keeps whole gradients as integers of that size, with a scale for each row of each query's, but for
+            one-hot layers; None keeps numbers of `dtype`.
+    """
+
+    dtype: torch.dtype
+    place: torch.device
+    streamed: bool = False
+    rank: int | None = None
+    tokens: int = 0
+    rotated_back: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
+    bits: int | None = None
+
+    @property
+    def approximate(self) -> bool:
+        """Whether something is left out of gradients besides the rounding of `dtype`."""
+        return self.rank is not None or self.bits is not None
+
+    def quantized(self, layer: TrackedLayer) -> bool:
+        """Whether a layer's gradients are kept as integers."""
+        return self.bits is not None and not layer.one_hot and not self.thin(layer)
+
+    def thin(self, layer: TrackedLayer) -> bool:
+        """Whether a layer's gradients are kept as two thin matrices."""
+        outputs, width = layer.padded_shape
+        return not layer.one_hot and self.rank is not None and self.rank * (outputs + width) < outputs * width
+
+    def bytes_per_query(self, layers: Mapping[str, TrackedLayer]) -> int:
+        """What one query takes."""
+        taken = 0
+        for layer in layers.values():
+            outputs, width = layer.padded_shape
+            numbers = (self.rank or 0) * (outputs + width) if self.thin(layer) else outputs * layer.columns(self.tokens)
+            if self.quantized(layer):
+                taken += numbers * torch.int8.itemsize + outputs * widened_dtype(self.dtype).itemsize
+            else:
+                taken += numbers * self.dtype.itemsize + layer.one_hot * self.tokens * torch.int64.itemsize
+        return taken
+
+
+class GradientBank(Collector):
+    """The preconditioned gradient of every query, layer by layer.
+
+    Attributes:
+        sums: a tensor [queries, out, width] for each layer or, of low rank, `LAYER.left` [queries, out, rank] and
+            `LAYER.right` [queries, rank, width]. Of a one-hot layer only columns that a query touches, [queries, out,
+            columns], and which those are, `LAYER.columns` int64 [queries, columns]. Rows of 8-bit integers
+            are to be multiplied with a scale each, `LAYER.scales` [queries, out].
+        residuals: of the solves that the gradients come from, relative, [queries]; None without a solver.
+    """
+
+    residuals: Tensor | None = None
+
+    def __init__(
+        self,
+        layers: Mapping[str, TrackedLayer],
+        preconditioner: Preconditioner,
+        queries: int,
+        form: BankForm,
+    ) -> None:
+        self._queries = queries
+        self._form = form
+        self._preconditioner = preconditioner
+        self._sides, self._filters = preconditioner.sides(layers), preconditioner.aligned_filters(layers)
+        self._workspace, self._rebuilt = Workspace(), Workspace()
+        self.sums = {}
+        for name, layer in layers.items():
+            outputs, width = layer.padded_shape
+            if form.rank is not None and form.thin(layer):
+                self.sums[f"{name}.left"] = self._zeros(queries, outputs, form.rank)
+                self.sums[f"{name}.right"] = self._zeros(queries, form.rank, width)
+            elif form.quantized(layer):
+                self.sums[name] = self._zeros(queries, outputs, width, dtype=torch.int8)
+                self.sums[f"{name}{_SCALES}"] = self._zeros(queries, outputs, dtype=widened_dtype(form.dtype))
+            else:
+                self.sums[name] = self._zeros(queries, outputs, layer.columns(form.tokens))
+            if layer.one_hot:
+                self.sums[f"{name}{_COLUMNS}"] = self._zeros(queries, form.tokens, dtype=torch.int64)
+        if form.approximate:
+            self.sums[_SQUARED_NORM] = torch.zeros(queries, dtype=torch.float64, device=form.place)
+            self.sums[_SQUARED_REST] = torch.zeros(queries, dtype=torch.float64, device=form.place)
+
+    def __len__(self) -> int:
+        """How many queries there are."""
+        return self._queries
+
+    def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        form = self._form
+        return torch.zeros(shape, dtype=dtype or form.dtype, device=form.place, pin_memory=form.streamed)
+
+    def align(self, most: Callable[[int], int]) -> None:
+        for name in list(self.sums):
+            if name.endswith(_COLUMNS):
+                self.widen(name.removesuffix(_COLUMNS), most(self.sums[name].shape[1]))
+
+    def widen(self, layer: str, columns: int) -> None:
+        """Have room for that many columns of each query's gradient of a one-hot layer."""
+        for name in (layer, f"{layer}{_COLUMNS}"):
+            kept = self.sums[name]
+            if kept.shape[-1] < columns:
+                self.sums[name] = self._zeros(*kept.shape[:-1], columns, dtype=kept.dtype)
+                self.sums[name][..., : kept.shape[-1]] = kept
+
+    def release(self) -> None:
+        self._workspace.release()
+        self._rebuilt.release()
+
+    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+        sides = self._sides[layer]
+        gradients = weight_gradients(captured, sides, self._workspace)
+        if layer in self._filters:
+            gradients *= captured.selected(self._filters[layer])
+        if captured.columns is not None:
+            self._collect_columns(layer, self._back(layer, gradients, captured), captured.columns, rows)
+        elif f"{layer}{_SCALES}" in self.sums:
+            self._collect_quantized(layer, self._back(layer, gradients, captured), rows)
+        elif layer in self.sums:
+            self.sums[layer][rows] = self._back(layer, gradients, captured)
+        elif sides.roots is None:
+            self._collect_thin(layer, gradients, sides, rows)
+        else:  # two thin matrices cannot be conditioned
+            self._collect_thin(layer, self._back(layer, gradients, captured), Sides(), rows)
+
+    def _collect_columns(self, layer: str, gradients: Tensor, columns: Tensor, rows: slice) -> None:
+        count = columns.shape[1]
+        self.widen(layer, count)
+        self.sums[layer][rows, :, :count] = gradients.to(self._form.place)
+        self.sums[f"{layer}{_COLUMNS}"][rows, :count] = columns.to(self._form.place)
+
+    def _collect_quantized(self, layer: str, gradients: Tensor, rows: slice) -> None:
+        gradients = widened(gradients)
+        values, scales = quantized(gradients)
+        self.sums[layer][rows], self.sums[f"{layer}{_SCALES}"][rows] = values, scales
+        rest = gradients - dequantized(values, scales, torch.empty_like(gradients))
+        squared, left_out = (each.square().sum((1, 2), dtype=torch.float64) for each in (gradients, rest))
+        self.sums[_SQUARED_NORM][rows] += squared.to(self._form.place)
+        self.sums[_SQUARED_REST][rows] += left_out.to(self._form.place)
+
+    def _back(self, layer: str, gradients: Tensor, captured: Captured) -> Tensor:
+        """Preconditioned gradients out of the eigenbasis, on the sides that are to be, and conditioned again."""
+        sides, remaining = self._sides[layer], self._remaining(layer)
+        left, right = (side if kept is None else None for side, kept in zip(sides[:2], remaining[:2], strict=True))
+        return brought_back(captured, Sides(left, right, sides.roots), gradients)
+
+    def _remaining(self, layer: str) -> Sides:
+        """What training gradients of a layer are to be multiplied with, because the bank's are in the eigenbasis."""
+        left, right, roots = self._sides[layer]
+        back_left, back_right = self._form.rotated_back.get(layer, (True, True))
+        if roots is not None:  # only the bank's are conditioned, so they come all the way back
+            return Sides()
+        return Sides(None if back_left else left, None if back_right else right)
+
+    def _collect_thin(self, layer: str, gradients: Tensor, sides: Sides, rows: slice) -> None:
+        """Keep the largest singular directions; two thin matrices are rotated back at little cost."""
+        try:
+            left, right = truncated(gradients, self.sums[f"{layer}.left"].shape[2])
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise NotFiniteError(
+                f"Layer {layer!r}: a query gradient has no singular value decomposition ({error}). Leave query_rank "
+                "out, or load the model in float64."
+            ) from error
+        sides = sides.on(gradients.device)
+        squared = gradients.square().sum((1, 2), dtype=torch.float64)
+        kept = right.square().sum((1, 2), dtype=torch.float64)  # the left matrix is orthonormal
+        self.sums[_SQUARED_NORM][rows] += squared.to(self._form.place)
+        self.sums[_SQUARED_REST][rows] += (squared - kept).clamp_min(0).to(self._form.place)
+        self.sums[f"{layer}.left"][rows] = left if sides.left is None else sides.left @ left
+        self.sums[f"{layer}.right"][rows] = right if sides.right is None else right @ sides.right.T
+
+    def summed(self, total: GradientBank | None = None) -> GradientBank:
+        """One gradient, the sum of all queries', added to another such bank; only of whole gradients.
+
+        It is float32 or wider, whatever type the gradients are kept in, and so are its products.
+        """
+        if total is None:
+            total = copy.copy(self)
+            total._queries, total.sums = 1, {}
+            total._form = replace(self._form, dtype=widened_dtype(self._form.dtype))
+        if self.residuals is not None:
+            worst = [] if total is self or total.residuals is None else [total.residuals]
+            total.residuals = torch.cat([*worst, self.residuals]).amax(0, keepdim=True)
+        for name, each in self.sums.items():
+            if name.endswith(_COLUMNS):
+                continue
+            columns = self.sums.get(f"{name}{_COLUMNS}")
+            before = total.sums.get(name)
+            if columns is None:
+                added = each.sum(0, keepdim=True, dtype=widened_dtype(each.dtype))
+                total.sums[name] = added if before is None else before + added
+            else:
+                held = total.sums.get(f"{name}{_COLUMNS}")
+                joined = _joined(each, columns, before, held)
+                total.sums[name], total.sums[f"{name}{_COLUMNS}"] = joined
+        return total
+
+    def relative_errors(self) -> Tensor | None:
+        """How much of each query's preconditioned gradient a low rank or integers leave out, as a part of its norm.
+
+        Layers that are kept whole count in neither norm.
+
+        Returns:
+            [queries]; None when nothing is left out.
+        """
+        if not self._form.approximate:
+            return None
+        norm, rest = self.sums[_SQUARED_NORM], self.sums[_SQUARED_REST]
+        return torch.where(norm > 0, (rest / norm).sqrt(), 0.0)
+
+    def product(self, layer: str, captured: Captured) -> Tensor:
+        """Dot products of every query with each training gradient of a layer: [queries, batch].
+
+        Operands are rounded to the bank's type, products are summed in float32 or wider.
+
+        Raises:
+            LossError: the layer's curvature is zero, and a training gradient is not.
+        """
+        self._preconditioner.check_gradients(layer, captured)
+        if layer not in self.sums and self._tokens_are_cheaper(layer, captured):
+            return self._product_of_tokens(layer, captured)
+        dtype = self._form.dtype
+        gradients = weight_gradients(captured, self._remaining(layer), self._workspace, dtype)
+        if dtype == torch.bfloat16 and gradients.device.type == "cpu":
+            gradients = gradients.float()  # a product that most CPUs do by software; the numbers are the same
+        if captured.columns is not None:
+            return self._product_of_columns(layer, gradients, captured.columns)
+        gradients = gradients.flatten(1)
+        pieces = [long_product(piece.flatten(1), gradients) for piece in self._pieces(layer, gradients)]
+        return torch.cat(pieces)
+
+    def _product_of_columns(self, layer: str, gradients: Tensor, columns: Tensor) -> Tensor:
+        """Dot products with gradients [batch, out, columns], over the columns that both sides touch: [queries, batch].
+
+        Both are spread out over those columns, some columns and some queries at a time.
+        """
+        kept, touched = self.sums[layer], self.sums[f"{layer}{_COLUMNS}"].to(columns.device)
+        common = columns.unique()
+        common = common[torch.isin(common, touched)]
+        total = gradients.new_zeros(len(kept), len(gradients), dtype=widened_dtype(gradients.dtype))
+        each = kept.shape[1] * gradients.element_size()
+        if not len(common):
+            return total
+        for part in common.split(self._per_piece(len(gradients) * each)):
+            trained, start = _spread(gradients, columns, part).flatten(1), 0
+            for queries in kept.split(self._per_piece(len(part) * each)):
+                stop = start + len(queries)
+                here = queries.to(gradients.device, gradients.dtype, non_blocking=True)
+                total[start:stop] += product(_spread(here, touched[start:stop], part).flatten(1), trained.T)
+                start = stop
+        return total
+
+    def _pieces(self, layer: str, like: Tensor) -> Iterator[Tensor]:
+        """A layer's gradients [queries, out, width] of the type and on the device of `like`, some queries at a time."""
+        if f"{layer}{_SCALES}" in self.sums:
+            yield from self._dequantized(layer, like)
+            return
+        if layer in self.sums:
+            whole = self.sums[layer]
+            same = whole.dtype == like.dtype and whole.device == like.device
+            count = len(whole) if same else self._per_piece(whole[0].numel() * like.element_size())
+            for piece in whole.split(count):
+                yield piece.to(like.device, like.dtype, non_blocking=True)
+            return
+        left, right = self.sums[f"{layer}.left"], self.sums[f"{layer}.right"]
+        outputs, width = left.shape[1], right.shape[2]
+        count = self._per_piece(outputs * width * like.element_size())
+        for thin_left, thin_right in zip(left.split(count), right.split(count), strict=True):
+            out = self._rebuilt.empty((len(thin_left), outputs, width), like)
+            operands = (each.to(like.device, like.dtype, non_blocking=True) for each in (thin_left, thin_right))
+            yield torch.bmm(*operands, out=out)
+
+    def _dequantized(self, layer: str, like: Tensor) -> Iterator[Tensor]:
+        """A quantized layer's gradients, rounded to the bank's type, some queries at a time."""
+        values, scales = self.sums[layer], self.sums[f"{layer}{_SCALES}"]
+        rounded = like.new_empty(0, dtype=self._form.dtype)
+        count = self._per_piece(values[0].numel() * like.element_size())
+        for some, their_scales in zip(values.split(count), scales.split(count), strict=True):
+            here, factors = (each.to(like.device, non_blocking=True) for each in (some, their_scales))
+            yield dequantized(here, factors, self._rebuilt.empty(here.shape, rounded)).to(like.dtype)
+
+    @staticmethod
+    def _per_piece(bytes_each: int) -> int:
+        return max(1, PIECE_BYTES // bytes_each)
+
+    def _tokens_are_cheaper(self, layer: str, captured: Captured) -> bool:
+        """Whether to multiply thin matrices with each token, rather than rebuild the gradients they stand for."""
+        left, right = self.sums[f"{layer}.left"], self.sums[f"{layer}.right"]
+        batch, tokens = captured.activations.shape[:2]
+        by_tokens, rebuilt = thin_product_flop((left.shape[1], right.shape[2]), left.shape[2], tokens, batch)
+        return by_tokens < rebuilt
+
+    def _product_of_tokens(self, layer: str, captured: Captured) -> Tensor:
+        """sum_t (s_t^T left) (right a_t) for every query and training example: [queries, batch]."""
+        left, right = self.sums[f"{layer}.left"], self.sums[f"{layer}.right"]
+        batch, tokens = captured.activations.shape[:2]
+        count = self._per_piece(batch * tokens * left.shape[2] * captured.gradients.element_size())
+        found = []
+        for thin_left, thin_right in zip(left.split(count), right.split(count), strict=True):
+            columns, rows = (
+                each.to(captured.gradients.device, captured.gradients.dtype) for each in (thin_left, thin_right)
+            )
+            one = torch.einsum("bto,qor->qbtr", captured.gradients, columns)
+            two = torch.einsum("bti,qri->qbtr", captured.activations, rows)
+            found.append((one * two).sum((2, 3), dtype=widened_dtype(one.dtype)))
+        return torch.cat(found)
+
+    def in_basis(self, layer: str, captured: Captured) -> Captured:
+        """A training batch's tensors in the basis that the bank keeps a layer's gradients in, for `token_products`.
+
+        Raises:
+            LossError: the layer's curvature is zero, and a training gradient is not.
+        """
+        self._preconditioner.check_gradients(layer, captured)
+        remaining = self._remaining(layer) if layer in self.sums else Sides()
+        left, right, _ = remaining.on(captured.gradients.device)
+        return captured._replace(
+            activations=captured.activations if right is None else rotated(captured.activations, right),
+            gradients=captured.gradients if left is None else rotated(captured.gradients, left),
+        )
+
+    def token_products(self, layer: str, query: int, captured: Captured) -> Tensor:
+        """What each position adds to the dot product of one query with training gradients: s_t^T P a_t.
+
+        Args:
+            captured: of some training examples, `in_basis`.
+
+        Returns:
+            [batch, tokens]; over tokens, the sum is `product`.
+        """
+        names = [layer] if layer in self.sums else [f"{layer}.left", f"{layer}.right"]
+        wide = widened_dtype(captured.gradients.dtype)
+        projected = captured.gradients.to(wide)
+        for name in names:
+            matrix = self.sums[name][query].to(projected.device, wide)
+            if f"{name}{_SCALES}" in self.sums:
+                matrix = matrix * self.sums[f"{name}{_SCALES}"][query].to(projected.device, wide).unsqueeze(1)
+            if captured.columns is not None:
+                matrix = self._columns_of(layer, query, matrix, captured.columns)  # [batch, out, columns]
+            projected = projected @ matrix
+        return (projected * captured.activations).sum(-1)  # projected: [batch, tokens, columns]
+
+    def _columns_of(self, layer: str, query: int, matrix: Tensor, columns: Tensor) -> Tensor:
+        """The given columns [batch, columns] of one query's gradient [out, own columns]: [batch, out, columns]."""
+        chosen, places = columns.unique(return_inverse=True)
+        own = self.sums[f"{layer}{_COLUMNS}"][query].to(columns.device)
+        return _spread(matrix.unsqueeze(0), own.unsqueeze(0), chosen)[0][:, places].transpose(0, 1)
+
+
+def _joined(gradients: Tensor, columns: Tensor, before: Tensor | None, held: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum of gradients [n, out, columns], and of one before, with each column that any of them holds once."""
+    flat, places = gradients.movedim(0, 1).flatten(1), columns.flatten()  # [out, n * columns]
+    if before is not None and held is not None:
+        flat, places = torch.cat([before[0], flat.to(before.dtype)], 1), torch.cat([held[0], places])
+    chosen, where = places.unique(return_inverse=True)
+    total = flat.new_zeros(len(flat), len(chosen), dtype=widened_dtype(flat.dtype))
+    total.index_add_(1, where, flat.to(total.dtype))
+    return total.unsqueeze(0), chosen.unsqueeze(0)
+
+
+def _spread(gradients: Tensor, columns: Tensor, chosen: Tensor) -> Tensor:
+    """Gradients [n, out, columns] of which only some columns are held, as the chosen columns: [n, out, chosen].
+
+    Args:
+        columns: int64 [n, columns]: which they are; several that stand for one are added up.
+        chosen: int64, ascending.
+    """
+    places = torch.searchsorted(chosen, columns).clamp_max_(len(chosen) - 1)
+    held = (chosen[places] == columns).unsqueeze(1)  # [n, 1, columns]
+    spread = gradients.new_zeros(*gradients.shape[:2], len(chosen))
+    return spread.scatter_add_(2, places.unsqueeze(1).expand_as(gradients), gradients * held)

@@ -1,0 +1,217 @@
+"""The run directory: tensors in safetensors, metadata in JSON, nothing unpickled, nothing half-written.
+
+A finished artifact is a directory with `tensors.safetensors` and `manifest.json`; it appears under its name by one
+rename, so presence means completion. The partial sums of a sweep are one safetensors file whose header says where
+the sweep stood. A digest of tensors and header tells what has changed since it was written, by accident: whoever can
+write the directory can also write a digest that fits. This module knows names, bytes and fingerprints; it does not know
+what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from wherefrom.runtime.errors import MismatchError
+from wherefrom.store.files import (
+    checked_file,
+    damaged,
+    flush,
+    on_host,
+    parsed_object,
+    read_json,
+    remove,
+    save_tensors,
+    storing,
+    unreadable,
+    within,
+    write_tensors,
+    write_text,
+)
+from wherefrom.store.fingerprint import Fingerprint, differences, tensors_digest
+
+FORMAT = 3
+_HEADER, _DIGEST = "wherefrom", "sha256"  # metadata of a safetensors file
+_TENSORS, _MANIFEST = "tensors.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One finished result on disk.
+
+    Attributes:
+        path: its directory.
+        fingerprint: what it was computed from.
+    """
+
+    path: Path
+    fingerprint: Fingerprint
+
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors under a temporary name, flush, then rename.
+
+        Raises:
+            StorageError: the directory cannot be written or the disk is full; nothing is left behind.
+        """
+        part = self.path.with_name(self.path.name + ".part")
+        with storing(part, tensors):
+            remove(part)
+            part.mkdir(parents=True)
+            description, host = _description(self.path, self.fingerprint), on_host(tensors)
+            metadata = _signed(host, description)
+            save_tensors(part / _TENSORS, host, metadata)
+            manifest = {**description, "sha256": metadata[_DIGEST]}
+            write_text(part / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            flush(part)
+            remove(self.path)
+            part.rename(self.path)
+            flush(self.path.parent)
+
+    def load(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Read the tensors and check them against their digest.
+
+        Raises:
+            DamagedError: the files are not what was written.
+        """
+        # Copies: the file may change or vanish later, and its tensors are not aligned as fresh ones are.
+        return {name: tensor.to(device, copy=True) for name, tensor in self.mapped().items()}
+
+    def mapped(self) -> dict[str, Tensor]:
+        """As `load`, with tensors that stay on disk and are read, memory-mapped, where they are touched."""
+        tensors, digest, _ = _read_tensors(self.path / _TENSORS)
+        if digest != read_manifest(self.path)["sha256"]:
+            raise damaged(self.path / _TENSORS, "it belongs to another manifest")
+        return tensors
+
+    def available(self) -> bool:
+        """Whether a result with this fingerprint is there to be loaded.
+
+        Raises:
+            MismatchError: a result made from something else has this name.
+            DamagedError: what has this name is no result.
+        """
+        if not within(self.path.parent, self.path.name).exists():
+            return False
+        check_same(self.path, read_manifest(self.path)["fingerprint"], self.fingerprint)
+        return True
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The sums of a sweep that is under way, so that a killed one continues where it was."""
+
+    path: Path
+    fingerprint: Fingerprint
+
+    def save(self, sums: Mapping[str, Tensor], position: int, batch_size: int) -> None:
+        """Replace the stored sums by `sums`, which cover the examples before `position`."""
+        description = _description(self.path, self.fingerprint)
+        header = {**description, "position": position, "batch_size": batch_size}
+        host = on_host(sums)
+        write_tensors(self.path, host, _signed(host, header))
+
+    def load(self, sums: Mapping[str, Tensor]) -> tuple[int, int] | None:
+        """Copy the stored sums into `sums`; (position, batch size), or None when nothing is stored.
+
+        Raises:
+            MismatchError: the stored sums belong to something else.
+            DamagedError: the file cannot be read or does not fit `sums`.
+        """
+        if not within(self.path.parent, self.path.name).exists():
+            return None
+        tensors, _, header = _read_tensors(self.path)
+        _check_described(self.path, header)
+        position, batch_size = header.get("position"), header.get("batch_size")
+        if not isinstance(position, int) or not isinstance(batch_size, int) or min(position, batch_size - 1) < 0:
+            raise damaged(self.path, f"it stands at example {position!r} with batches of {batch_size!r}")
+        check_same(self.path, header["fingerprint"], self.fingerprint)
+        if _layout(tensors) != _layout(sums):
+            raise damaged(self.path, "it does not hold the expected tensors")
+        for name, tensor in tensors.items():
+            sums[name].copy_(tensor)
+        return position, batch_size
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a finished artifact.
+
+    Raises:
+        DamagedError: it is missing, is not JSON, or is of another format.
+        StorageError: it cannot be read.
+    """
+    file = path / _MANIFEST
+    manifest = read_json(file)
+    _check_described(path, manifest)
+    if not isinstance(manifest.get("sha256"), str):
+        raise damaged(file, "it has no digest")
+    return manifest
+
+
+def _description(path: Path, fingerprint: Fingerprint) -> dict[str, object]:
+    """What is written beside tensors: they must not be taken for others of the same shapes."""
+    return {"format": FORMAT, "name": path.name, "fingerprint": dict(fingerprint)}
+
+
+def _check_described(path: Path, entries: Mapping[str, Any]) -> None:
+    """Check what a manifest or header says of its own place and version."""
+    if entries.get("format") != FORMAT:
+        raise damaged(path, f"its format is {entries.get('format')!r}, and this version reads format {FORMAT}")
+    if entries.get("name") != path.name:
+        raise damaged(path, f"it was written as {entries.get('name')!r}. Give it that name again")
+    fingerprint = entries.get("fingerprint")
+    if not isinstance(fingerprint, dict) or not all(isinstance(each, str) for each in fingerprint.values()):
+        raise damaged(path, "it does not say what it was made from")
+
+
+def check_same(path: Path, stored: Fingerprint, current: Fingerprint) -> None:
+    """Refuse a stored result that was made from something else.
+
+    Raises:
+        MismatchError: names every difference and the ways out.
+    """
+    changed = differences(stored, current)
+    if changed:
+        raise MismatchError(
+            f"{path} was made from something else. " + "; ".join(changed) + ". "
+            "Pass overwrite=True (--overwrite) to replace it, or give the new result another name or directory."
+        )
+
+
+def _signed(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> dict[str, str]:
+    """The metadata of a safetensors file: a header, and the digest of it and the tensors."""
+    described = json.dumps(header, sort_keys=True)
+    return {_HEADER: described, _DIGEST: _digest(tensors, described)}
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """The checked content of a file with `_signed` metadata: tensors, memory-mapped, the digest and the header."""
+    within(file.parent.parent, file.parent.name)
+    try:
+        checked_file(file).open("rb").close()  # safe_open says "not found" where a permission is missing
+        with safe_open(file, framework="pt") as opened:
+            described, digest = (opened.metadata()[name] for name in (_HEADER, _DIGEST))
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        header = parsed_object(described)
+    except PermissionError as error:
+        raise unreadable(file, error) from error
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(file, f"it is not a safetensors file of this version ({error})") from error
+    if header is None or _digest(tensors, described) != digest:
+        raise damaged(file, "its content has changed since it was written")
+    return tensors, digest, header
+
+
+def _digest(tensors: Mapping[str, Tensor], described: str) -> str:
+    return hashlib.sha256(f"{tensors_digest(tensors)} {described}".encode()).hexdigest()
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -1,0 +1,290 @@
+"""Files of a run directory: written whole or not at all, read with care, and never through a link.
+
+Whoever made a file may have been killed, have had a full disk, or be a stranger. This module knows bytes, JSON and
+tensors by name; it does not know what a result is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wherefrom.runtime.errors import DamagedError, InputError, StorageError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_ADVICE = "Pass overwrite=True (--overwrite) to compute it again, or delete it."
+# More than any of our manifests, lists and plots has; what is longer is not read into memory.
+_MOST_BYTES = 2**24
+# What safetensors needs to write a file, with some to spare.
+_SAVING_BYTES = 2**22
+
+
+def checked_name(name: str) -> str:
+    """A name that is one plain path component.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"name={name!r}: expected at most 100 letters, digits, '.', '_' and '-', starting with a letter or digit."
+        )
+    return name
+
+
+def within(root: Path, *names: str) -> Path:
+    """A place inside a run directory, which itself may be a link to another disk.
+
+    Raises:
+        DamagedError: something on the way there is a link: what is written or deleted would lie elsewhere.
+        StorageError: the system cannot look there.
+    """
+    path = root
+    for name in names:
+        path = path / name
+        try:
+            link = path.is_symlink()
+        except OSError as error:
+            raise StorageError(f"Cannot use {path}: {error.strerror}. Choose another run directory.") from error
+        if link:
+            raise damaged(path, "it is a symbolic link, and leads out of the run directory")
+    return path
+
+
+def read_json(file: Path, advice: str = _ADVICE) -> dict[str, Any]:
+    """A JSON object from a file that somebody else may have written.
+
+    Args:
+        advice: what to do with one that is damaged.
+
+    Raises:
+        DamagedError: it is missing, too large, or anything but a JSON object.
+        StorageError: there is no permission to read it.
+    """
+    try:
+        found = parsed_object(read_bytes(file, advice))
+    except (ValueError, RecursionError) as error:
+        raise damaged(file, f"it is not readable JSON ({type(error).__name__})", advice) from error
+    if found is None:
+        raise damaged(file, "it does not hold a JSON object", advice)
+    return found
+
+
+def read_bytes(file: Path, advice: str = _ADVICE) -> bytes:
+    """The content of one of our small files.
+
+    Args:
+        advice: what to do with one that is damaged.
+
+    Raises:
+        DamagedError: it is missing, no file, or too large to be one of ours.
+        StorageError: there is no permission to read it.
+    """
+    try:
+        size = checked_file(file, advice).stat().st_size
+        if size > _MOST_BYTES:
+            raise damaged(file, f"it has {size:,} bytes, where {_MOST_BYTES:,} are the most", advice)
+        return file.read_bytes()
+    except PermissionError as error:
+        raise unreadable(file, error) from error
+    except OSError as error:
+        raise damaged(file, f"it is not readable ({error.strerror})", advice) from error
+
+
+def checked_file(file: Path, advice: str = _ADVICE) -> Path:
+    """A file of bytes: opening a pipe would wait for ever, and a link leads elsewhere.
+
+    Raises:
+        DamagedError: it is something else.
+    """
+    if not within(file.parent, file.name).is_file():
+        raise damaged(file, "it is not a file" if file.exists() else "it is not there", advice)
+    return file
+
+
+def parsed_object(text: str | bytes) -> dict[str, Any] | None:
+    """A JSON object; None where the text holds another value."""
+    found = json.loads(text)
+    return found if isinstance(found, dict) else None
+
+
+def unreadable(file: Path, error: OSError) -> StorageError:
+    """The error for a file that may not be read."""
+    return StorageError(f"Cannot read {file}: {error.strerror}. Check its permissions; it was left as it is.")
+
+
+def scratch_matrix(file: Path, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A new matrix that lies in a file, so that it takes no memory of its own.
+
+    The file has no name, and goes with the matrix, however the process ends.
+
+    Raises:
+        StorageError: there is not enough space for it.
+    """
+    count = rows * columns
+    size = count * dtype.itemsize
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        remove(file)
+        with file.open("xb") as stream:
+            # Writing into a mapped file that the disk has no room for would kill the process.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, size)
+        matrix = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(rows, columns)
+        remove(file)
+    except OSError as error:
+        with contextlib.suppress(StorageError):
+            remove(file)
+        raise _cannot_write(file, size, str(error.strerror)) from error
+    return matrix
+
+
+def write_text(file: Path, text: str) -> None:
+    """`write_bytes` for a text, in UTF-8."""
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk, then rename.
+
+    Raises:
+        StorageError: it cannot be written; nothing is left behind.
+    """
+    part = file.with_name(file.name + ".part")
+    try:
+        if file.exists() and not file.is_file():
+            raise OSError(errno.EEXIST, "it is no file but a directory or a device")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        remove(part)
+        with part.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise _cannot_write(file, len(content), str(error.strerror)) from error
+
+
+@contextlib.contextmanager
+def storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Check the space, and turn a failed write into an error that leaves no temporary file.
+
+    Args:
+        part: what is written before it gets its name, which is the same without the ending.
+
+    Raises:
+        StorageError: says how much was needed, and how much is free.
+    """
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if needed > free_space(part):
+        raise _cannot_write(part.with_suffix(""), needed, "not enough space")
+    try:
+        yield
+    except (OSError, SafetensorError, StorageError) as error:  # the last from a manifest
+        with contextlib.suppress(StorageError):
+            remove(part)
+        raise _cannot_write(part.with_suffix(""), needed, str(error)) from error
+
+
+def _cannot_write(file: Path, needed: int, reason: str) -> StorageError:
+    return StorageError(
+        f"Cannot write {file} ({needed / 2**20:,.2f} MiB needed, {free_space(file) / 2**20:,.2f} MiB free): {reason}. "
+        "Free some space, check quota and permissions, or choose another run directory; what is finished is safe."
+    )
+
+
+def free_space(path: Path) -> int:
+    """Bytes that can be written where a file or directory is to lie, which need not be there yet."""
+    return shutil.disk_usage(next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())).free
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file under a temporary name, flush it to disk, then rename.
+
+    Raises:
+        StorageError: it cannot be written; nothing is left behind.
+    """
+    # safetensors itself begins with a file of a random name, which a kill leaves there: in a directory to be deleted.
+    part = file.with_name(file.name + ".part")
+    with storing(part, tensors):
+        remove(part)
+        part.mkdir(parents=True)
+        save_tensors(part / file.name, tensors, metadata)
+        (part / file.name).replace(file)
+        part.rmdir()
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write and flush a safetensors file under its name, in a directory that is deleted as a whole after a kill."""
+    bytearray(_SAVING_BYTES)  # where this raises MemoryError, safetensors would end the process
+    save_file(on_host(tensors), file, dict(metadata))
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
+    flush(file)
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they are stored; those that lie so already are not copied."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def damaged(file: Path, reason: str, advice: str = _ADVICE) -> DamagedError:
+    """The error for a file that is not what it should be."""
+    return DamagedError(f"{file} cannot be used: {reason}. {advice}")
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a directory, if it is there; a link is deleted, never followed.
+
+    Raises:
+        StorageError: it cannot be deleted.
+    """
+    aside = path.with_name(f"{path.name}.removed.part")
+    try:
+        if aside.exists():  # left by a kill
+            shutil.rmtree(aside)
+        if path.is_dir() and not path.is_symlink():
+            path.rename(aside)  # or a kill would leave half of a result under its name
+            shutil.rmtree(aside)
+        elif path.exists() or path.is_symlink():  # a read-only file system refuses to delete even what is not there
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot delete {path}: {error.strerror}. Check permissions, or choose another run directory."
+        ) from error
+
+
+def move(path: Path, target: Path) -> None:
+    """Give a file or directory another place.
+
+    Raises:
+        StorageError: it cannot be moved.
+    """
+    try:
+        path.rename(target)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot move {path} to {target}: {error.strerror}. Check permissions, or choose another run directory."
+        ) from error
+
+
+def flush(path: Path) -> None:
+    """Have a file or directory on the disk rather than in the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,193 @@
+"""What makes two runs the same: digests of model weights and datasets, and the comparison of two descriptions.
+
+A fingerprint is a flat mapping of readable names to readable values or digests, so that a refusal can say what
+changed. This module knows nothing of files or of what is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
+
+Fingerprint = Mapping[str, str]
+
+Example_co = TypeVar("Example_co", covariant=True)
+
+
+class Dataset(Protocol[Example_co]):
+    """Anything with a length and integer positions: a list, a torch Dataset, a Hugging Face Dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> Example_co: ...
+
+
+# Bytes that one thread hashes at a time. SHA-256 of a whole is not made of those of its parts, so that a digest depends
+# on this number, and on nothing else: not on how many threads there are.
+_PIECE = 2**20
+
+
+def model_digest(model: nn.Module) -> str:
+    """The structure of a model and every byte of its parameters and buffers, sharded over processes or not."""
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    digest = hashlib.sha256()
+    known: dict[Hashable, str] = {}  # tied weights are read once
+    with _hashing() as pool:
+        # One by one: weights that were offloaded may not fit into memory together.
+        for name, value in sorted(state.items()):
+            same = _identity(value)
+            found = known.get(same) or _tensor_digest(read_tensor(model, name, value), pool)
+            if same is not None:
+                known[same] = found
+            digest.update(f"{name} {found}\n".encode())
+    structure = repr(model).replace("FSDP", "")  # what fully_shard puts before the names of classes
+    return _short(hashlib.sha256((structure + digest.hexdigest()).encode()).hexdigest())
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    """Equal for tensors, all alive, that are the same numbers in the same memory; None where that cannot be told."""
+    if tensor.is_meta or type(tensor) not in {Tensor, nn.Parameter}:  # sharded or quantized ones have no address
+        return None
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Names, dtypes, shapes and bytes of tensors, as a SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with _hashing() as pool:
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {_tensor_digest(tensor, pool)}\n".encode())
+    return digest.hexdigest()
+
+
+def _hashing() -> ThreadPoolExecutor:
+    """Threads to hash in, as many as PyTorch computes with; none is started before there is something to do."""
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="wherefrom-hashing")
+
+
+def _tensor_digest(tensor: Tensor, pool: ThreadPoolExecutor) -> str:
+    """The dtype, shape and bytes of a tensor: the SHA-256 of those of its pieces, which threads find side by side."""
+    data = _bytes(tensor)
+    pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
+    digests = pool.map(_sha256, pieces) if len(pieces) > 1 else map(_sha256, pieces)
+    described = f"{tensor.dtype} {list(tensor.shape)}\n".encode()
+    return hashlib.sha256(described + b"".join(digests)).hexdigest()
+
+
+def _sha256(data: memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def dataset_digest(dataset: Dataset[object]) -> str:
+    """Every example of a dataset, in order.
+
+    Raises:
+        InputError: the dataset is empty or holds values that have no bytes of their own.
+    """
+    count, digest = checked_length("The dataset", dataset), hashlib.sha256()
+    for position in range(count):
+        example = read_example(dataset, position)
+        try:
+            text = json.dumps(example, sort_keys=True, default=_describe)
+        except (TypeError, ValueError, RecursionError, RuntimeError, InputError) as error:
+            raise InputError(
+                f"Example {position} of the dataset cannot be fingerprinted ({error}). Expected numbers, strings, "
+                "tensors, arrays or images, in lists or dicts with names for keys."
+            ) from error
+        digest.update(text.encode() + b"\n")
+    return f"{count} examples {_short(digest.hexdigest())}"
+
+
+def checked_length(name: str, dataset: Dataset[object]) -> int:
+    """How many examples a dataset has.
+
+    Raises:
+        InputError: it is empty, or no dataset.
+    """
+    try:
+        count = len(dataset)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} is a {type(dataset).__name__} whose length cannot be told ({error}). Expected anything with len "
+            "and integer positions; make a list of what can only be gone through."
+        ) from error
+    if count == 0:
+        raise InputError(f"{name} is empty: expected at least one example. Check the path or the filter.")
+    return count
+
+
+def read_example(dataset: Dataset[object], position: int) -> object:
+    """One example; an error of the dataset's own code is raised as it is, with a note.
+
+    Raises:
+        InputError: the dataset has fewer examples than its length says, or no integer positions.
+    """
+    try:
+        return dataset[position]
+    except (IndexError, KeyError, TypeError) as error:
+        raise InputError(
+            f"Example {position} of the dataset, a {type(dataset).__name__} of length {len(dataset)}, cannot be read "
+            f"({type(error).__name__}: {error}). Expected examples at the positions 0 to {len(dataset) - 1}."
+        ) from error
+    except Exception as error:
+        error.add_note(
+            f"wherefrom was reading example {position} of a {type(dataset).__name__} of length {len(dataset)}."
+        )
+        raise
+
+
+def names_summary(names: Sequence[str]) -> str:
+    """A list of names on one short line that differs whenever the list does."""
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+    return f"{len(names)}, {names[0]} to {names[-1]} ({digest})"
+
+
+# An entry that tells a reader something and tells no two results apart.
+LEFT_OUT = "left out"
+
+
+def differences(stored: Fingerprint, current: Fingerprint) -> list[str]:
+    """What differs, a readable phrase for each name."""
+    return [
+        f"{name}: stored {stored.get(name, 'nothing')}, now {current.get(name, 'nothing')}"
+        for name in sorted({*stored, *current} - {LEFT_OUT})
+        if stored.get(name) != current.get(name)
+    ]
+
+
+def _describe(value: object) -> object:
+    """What json cannot write: tensors, arrays and images, as their kind, shape and bytes."""
+    if isinstance(value, Tensor):
+        data = _bytes(value)
+    elif str(getattr(value, "dtype", "")) == "object":
+        raise InputError("it holds an array of Python objects")  # whose bytes are addresses
+    elif callable(getattr(value, "tobytes", None)):
+        data = value.tobytes()  # type: ignore[attr-defined]  # numpy arrays and PIL images
+    elif isinstance(value, Mapping):
+        return dict(value)
+    elif isinstance(value, Sequence):
+        return list(value)
+    else:
+        raise InputError(f"it holds a {type(value).__name__}")
+    kind = f"{type(value).__name__} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}"
+    return [kind, hashlib.sha256(data).hexdigest()]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    if is_sharded_tensor(tensor):
+        tensor = tensor.full_tensor()
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def _short(digest: str) -> str:
+    return digest[:24]

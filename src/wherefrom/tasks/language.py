@@ -1,0 +1,396 @@
+"""Tasks of Hugging Face models of text: causal, masked and encoder-decoder language models, sequence classification.
+
+Batches are dicts of tensors with the names that these models use; a label of -100 is not counted. The training loss is
+always the summed cross-entropy of the counted labels; what is measured on queries may be something else. Every
+measurement is lower the more of it there is, as a loss is: a positive score says that training on the example made what
+was measured more likely. This module knows nothing of sweeps, curvature or scores, and does not import transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wherefrom.tasks import model_inputs, packing
+from wherefrom.tasks.columns import check_highest, check_length, check_mask, check_tokens, class_of, number, vector
+from wherefrom.runtime.errors import InputError
+from wherefrom.tasks.losses import IGNORED, drawn_cross_entropy, summed_cross_entropy
+from wherefrom.runtime.precision import widened
+from wherefrom.tasks.sampling import Sampler
+from wherefrom.tasks.task import Task
+
+TokenBatch = dict[str, Tensor]
+Measure = Literal["loss", "margin"]
+
+# Columns that say which tokens of an example are counted: 1 = counted. TRL calls them so.
+_COUNTING = ("completion_mask", "assistant_masks")
+# Columns of an encoder-decoder's decoder, with a number for each of its labels.
+_DECODED = ("labels", "decoder_input_ids", "decoder_attention_mask")
+
+
+@dataclass(frozen=True)
+class ChosenToken:
+    """Measure one token: minus its log-probability as the next one.
+
+    Attributes:
+        token: its number in the vocabulary.
+        position: after which of the query's real tokens; 0 is the first, -1 the last.
+    """
+
+    token: int
+    position: int = -1
+
+
+class LanguageTask(Task[TokenBatch]):
+    """What the tasks of this module have in common; a task is its `predictions`.
+
+    Other columns of examples, such as `token_type_ids`, `position_ids` or `pixel_values`, are given to a model whose
+    forward has an argument of that name, and left out if it has none, as a Trainer leaves them out.
+
+    Args:
+        layers: as in `Task`.
+        measure: of queries: "loss", the summed cross-entropy, or "margin", minus the sum over counted labels of their
+            log-odds: the label's logit less the logarithm of the summed exponentials of all others (as in
+            TRAK, Park et al. 2023).
+    """
+
+    padding: ClassVar[Mapping[str, int]] = {
+        "input_ids": 0, "token_type_ids": 0, "position_ids": 0, "attention_mask": 0, "labels": IGNORED
+    }  # fmt: skip
+    """The columns that have a whole number for each token, and what each is padded with."""
+
+    read: ClassVar[frozenset[str]] = frozenset({"input_ids", "attention_mask", "labels"})
+    """The columns that the task reads itself. All others are the model's: passed on if its forward takes them."""
+
+    labels_each_token: ClassVar[bool] = True
+    """Whether `labels` has one number for each of `input_ids`."""
+
+    def __init__(self, layers: Sequence[str] | None = None, measure: Measure = "loss") -> None:
+        super().__init__(layers)
+        if measure not in ("loss", "margin"):
+            raise InputError(f"measure={measure!r}: {type(self).__name__} has the measures 'loss' and 'margin'.")
+        self.measure: Measure | ChosenToken = measure
+
+    def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Logits [..., classes] of every prediction, and their labels [...], -100 where nothing is counted."""
+        raise NotImplementedError(f"{type(self).__name__} must define predictions(model, batch).")
+
+    def select(self, model: nn.Module, example: object) -> object:
+        return model_inputs.selected(model, example, self.read) if isinstance(example, Mapping) else example
+
+    def check(self, model: nn.Module, batch: TokenBatch) -> None:
+        """Refuse tokens, positions and labels that the model does not have.
+
+        Raises:
+            InputError: names the first, and what there is.
+        """
+        check_tokens(model, self.inputs(model, batch))
+        known = self.classes(model)
+        if known is not None and "labels" in batch:
+            check_highest("labels", batch["labels"], known, "classes")
+
+    def classes(self, model: nn.Module) -> int | None:
+        """How many classes a prediction has; None where the model does not say so."""
+        known = getattr(self.head(model), "out_features", None)
+        return known if isinstance(known, int) else None
+
+    def train_loss(self, model: nn.Module, batch: TokenBatch, sampler: Sampler | None = None) -> Tensor:
+        logits, labels = self.predictions(model, batch)
+        if sampler is not None:
+            return drawn_cross_entropy(logits, labels != IGNORED, sampler)
+        return summed_cross_entropy(logits, labels)
+
+    def measurement(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """What `measure` says, summed over the batch: a scalar; lower is more of it."""
+        if self.measure == "loss":
+            return self.train_loss(model, batch)
+        return -_summed_log_odds(*self.predictions(model, batch))
+
+    def mask(self, batch: TokenBatch) -> Tensor | None:
+        mask = batch.get("attention_mask")
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+    def head(self, model: nn.Module) -> nn.Module | None:
+        find = getattr(model, "get_output_embeddings", None)
+        head = find() if callable(find) else None
+        return head if isinstance(head, nn.Module) else None
+
+    def collate(self, examples: Sequence[object]) -> TokenBatch:
+        """Pad examples on the right to the longest: labels with -100, other columns with 0.
+
+        What is not a number for each token, such as images, is stacked. Without padding and positions there is no
+        attention_mask: a model that is given none can take its fast attention without a look at the values, also when
+        it is compiled.
+        """
+        batch = model_inputs.collated([self.row(example) for example in examples], self.padding)
+        if "position_ids" not in batch and bool((batch["attention_mask"] == 1).all()):
+            del batch["attention_mask"]
+        return batch
+
+    def row(self, example: object) -> TokenBatch:
+        """One example's columns, those of tokens as int64 vectors; the attention mask is filled in where it is missing.
+
+        Raises:
+            InputError: a column is missing, cannot be made a tensor, or has another length.
+        """
+        if not isinstance(example, Mapping) or example.get("input_ids") is None:
+            found = sorted(map(str, example)) if isinstance(example, Mapping) else type(example).__name__
+            raise InputError(
+                f"{type(self).__name__} needs examples that are dicts with 'input_ids'; found {found}. "
+                "Tokenise the dataset first, or write a Task with its own collate."
+            )
+        others = model_inputs.model_columns(example, self.read)
+        own = {name: example[name] for name in self.read & self.padding.keys() if example.get(name) is not None}
+        row = {name: vector(name, value) for name, value in {**own, **others}.items() if name in self.padding}
+        tokens = len(row["input_ids"])
+        if not tokens:
+            raise InputError("'input_ids' is empty: expected at least one token. Leave the example out.")
+        if bool((row["input_ids"] < 0).any()):
+            raise InputError(
+                f"'input_ids' holds {int(row['input_ids'].min())}, which is no token. Mark padding with an "
+                "attention_mask of 0, and what is not counted with labels of -100."
+            )
+        for name, values in row.items():
+            if self.labels_each_token or name not in _DECODED:
+                check_length(name, values, tokens)
+        check_mask(row.setdefault("attention_mask", torch.ones_like(row["input_ids"])))
+        return row | {name: model_inputs.tensor(name, others[name]) for name in others.keys() - self.padding.keys()}
+
+    def inputs(self, model: nn.Module, batch: TokenBatch) -> TokenBatch:
+        """What the model is called with: tokens, their mask, and the columns that its forward takes."""
+        taken = model_inputs.accepted(model)
+        always = ("input_ids", "attention_mask")
+        return {name: each for name, each in batch.items() if name in always or name in taken - self.read}
+
+    def _need_labels(self, row: TokenBatch, what: str) -> None:
+        if "labels" not in row:
+            raise InputError(f"{type(self).__name__} needs examples with 'labels': {what}; found {sorted(row)}.")
+
+
+class CausalLM(LanguageTask):
+    """Next-token prediction with a Hugging Face causal language model.
+
+    Batches are dicts with `input_ids` [batch, tokens] and, optionally, `attention_mask` (1 = real token) and `labels`
+    (-100 = not counted; the inputs themselves by default). The loss is the cross-entropy summed over counted tokens.
+    Examples of different lengths are padded on the right when they are collated.
+
+    To count only a completion, give examples `labels` that are -100 on the prompt, a `prompt_length`, or a
+    `completion_mask` or `assistant_masks` as TRL makes them (1 = counted).
+
+    An example may hold several documents, packed as TRL and transformers do, with `position_ids` that start from 0 in
+    each, or their `seq_lengths`. They do not see each other, and as in training a document's first token is not
+    predicted: losses and gradients are the sums of those of the documents alone.
+
+    Args:
+        layers: as in `Task`.
+        measure: of queries: "loss", "margin" (see `LanguageTask`), or a `ChosenToken`. Lower is more of each.
+    """
+
+    read: ClassVar[frozenset[str]] = LanguageTask.read.union(_COUNTING, ("prompt_length", "seq_lengths"))
+
+    def __init__(self, layers: Sequence[str] | None = None, measure: Measure | ChosenToken = "loss") -> None:
+        super().__init__(layers, "loss" if isinstance(measure, ChosenToken) else measure)
+        self.measure = measure
+
+    def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        # The labels are shifted, not the logits: a slice of those would be copied, and filled up again going back.
+        labels = functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED)
+        return self._logits(model, batch), _of_real_tokens(labels, batch)
+
+    def measurement(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        if not isinstance(self.measure, ChosenToken):
+            return super().measurement(model, batch)
+        logits = self._logits(model, batch)
+        mask = self.mask(batch)
+        assert mask is not None
+        places = _places(mask, self.measure.position)
+        after = logits[torch.arange(len(places), device=places.device), places]  # [batch, classes]
+        if not 0 <= self.measure.token < after.shape[1]:
+            raise InputError(f"measure={self.measure}: the model's vocabulary has tokens 0 to {after.shape[1] - 1}.")
+        return summed_cross_entropy(after, torch.full_like(places, self.measure.token))
+
+    def _logits(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """Logits [batch, tokens, classes] of what follows each token."""
+        inputs = self.inputs(model, batch)
+        # Models keep packed documents apart only without a mask, which tells them nothing: padding comes last.
+        mask = None if "position_ids" in inputs else inputs.get("attention_mask")
+        logits: Tensor = model(**{**inputs, "attention_mask": mask}, use_cache=False).logits
+        return logits
+
+    def select(self, model: nn.Module, example: object) -> object:
+        if isinstance(example, Mapping):
+            packing.check_positions_taken(model, example)
+        return super().select(model, example)
+
+    def verify(self, model: nn.Module, batch: TokenBatch) -> None:
+        if "position_ids" in self.inputs(model, batch):
+            packing.check_apart(model, batch)
+
+    def row(self, example: object) -> TokenBatch:
+        row = super().row(example)
+        assert isinstance(example, Mapping)
+        if example.get("seq_lengths") is not None and "position_ids" not in row:
+            row["position_ids"] = packing.positions_of(example["seq_lengths"], len(row["input_ids"]))
+        labels = _labels(row)
+        if "position_ids" in row:
+            packing.check_mask_of_packed(example, row["position_ids"], row["attention_mask"])
+            labels = labels.masked_fill(row["position_ids"] == 0, IGNORED)
+        for name in _COUNTING:
+            if example.get(name) is not None:
+                counted = vector(name, example[name])
+                check_length(name, counted, len(labels))
+                labels = labels.masked_fill(counted == 0, IGNORED)
+        if example.get("prompt_length") is not None:
+            prompt = (row["attention_mask"].cumsum(0) - 1) < number("prompt_length", example["prompt_length"])
+            labels = labels.masked_fill(prompt, IGNORED)
+        return {**row, "labels": labels}
+
+
+class MaskedLM(LanguageTask):
+    """Prediction of masked tokens with a Hugging Face masked language model, such as BERT.
+
+    Examples are dicts with `input_ids`, in which some tokens are masked, and `labels`, -100 everywhere else; optionally
+    `attention_mask`. Which tokens are masked is part of the example, so it must not be drawn anew
+    whenever the dataset is read.
+    """
+
+    def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        logits: Tensor = model(**self.inputs(model, batch)).logits
+        return logits, _of_real_tokens(batch["labels"], batch)
+
+    def row(self, example: object) -> TokenBatch:
+        row = super().row(example)
+        self._need_labels(row, "the masked tokens, and -100 for all others")
+        return row
+
+
+class Seq2Seq(LanguageTask):
+    """Next-token prediction with a Hugging Face encoder-decoder, such as T5 or BART.
+
+    Examples are dicts with `input_ids` of the encoder and `labels`, the decoder's targets (-100 = not counted; at the
+    end, -100 is padding); optionally `attention_mask` of the encoder. Without `decoder_input_ids`, the model makes the
+    decoder's inputs of the labels.
+
+    Layers see the encoder's tokens or the decoder's, and are told apart by how many there are: where both would be
+    equally many, the decoder's have one more of padding. Token scores are of the encoder's tokens; track only its
+    layers for them.
+    """
+
+    labels_each_token: ClassVar[bool] = False
+    padding: ClassVar[Mapping[str, int]] = {**LanguageTask.padding, "decoder_input_ids": 0, "decoder_attention_mask": 0}
+
+    def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        logits: Tensor = model(**self.inputs(model, batch), labels=batch["labels"], use_cache=False).logits
+        return logits, batch["labels"]
+
+    def masks(self, batch: TokenBatch) -> tuple[Tensor, ...]:
+        """The encoder's mask and the decoder's."""
+        encoder = self.mask(batch)
+        assert encoder is not None
+        counted = batch["labels"] != IGNORED
+        return encoder, counted.flip(1).cummax(1).values.flip(1)  # real: up to the last that is counted
+
+    def collate(self, examples: Sequence[object]) -> TokenBatch:
+        batch = super().collate(examples)
+        if batch["labels"].shape[1] == batch["input_ids"].shape[1]:
+            for name in batch.keys() & _DECODED:
+                batch[name] = functional.pad(batch[name], (0, 1), value=self.padding[name])
+        return batch
+
+    def row(self, example: object) -> TokenBatch:
+        row = super().row(example)
+        self._need_labels(row, "the tokens that the decoder is to write")
+        if not len(row["labels"]):
+            raise InputError("'labels' is empty: expected at least one token for the decoder. Leave the example out.")
+        for name in row.keys() & _DECODED:
+            check_length(name, row[name], len(row["labels"]), "labels")
+        return row
+
+
+class SequenceClassification(LanguageTask):
+    """Classification of token sequences with a Hugging Face model that has one label a sequence.
+
+    Examples are dicts with `input_ids` and an integer `labels` (or `label`); optionally `attention_mask`.
+
+    Args:
+        layers, measure: as in `LanguageTask`.
+        pad_token: what `input_ids` are padded with. Decoders that classify by their last token look for it
+            (`model.config.pad_token_id`); others do not care.
+    """
+
+    padding: ClassVar[Mapping[str, int]] = {
+        name: value for name, value in LanguageTask.padding.items() if name != "labels"
+    }
+    read: ClassVar[frozenset[str]] = LanguageTask.read.union(("label",))
+
+    def __init__(self, layers: Sequence[str] | None = None, measure: Measure = "loss", *, pad_token: int = 0) -> None:
+        super().__init__(layers, measure)
+        self.pad_token = pad_token
+
+    def classes(self, model: nn.Module) -> int | None:
+        known = getattr(getattr(model, "config", None), "num_labels", None)
+        return known if isinstance(known, int) else None
+
+    def check(self, model: nn.Module, batch: TokenBatch) -> None:
+        super().check(model, batch)
+        mask = batch.get("attention_mask")
+        # Decoders, whose head is called so, classify by the last token, and others by the first.
+        if mask is not None and not hasattr(model, "score") and bool((mask[:, 0] == 0).any()):
+            raise InputError("the first token, which the model classifies by, is masked. Pad on the right.")
+
+    def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        logits: Tensor = model(**self.inputs(model, batch)).logits
+        if logits.shape[-1] == 1:
+            raise InputError(
+                "SequenceClassification: the model has one output, which is no choice between classes. Write a Task "
+                "whose train_loss is what it was trained with."
+            )
+        return logits, batch["labels"]
+
+    def collate(self, examples: Sequence[object]) -> TokenBatch:
+        batch = super().collate(examples)
+        if "attention_mask" in batch:
+            batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, self.pad_token)
+        return {**batch, "labels": torch.tensor([class_of(example) for example in examples])}
+
+
+def _of_real_tokens(labels: Tensor, batch: TokenBatch) -> Tensor:
+    """Labels [batch, tokens] without those that are predicted from padding, such as the first token's behind it."""
+    mask = batch.get("attention_mask")
+    return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
+
+
+def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+    labels = batch.get("labels")
+    if labels is None:
+        labels = batch["input_ids"]
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            labels = labels.masked_fill(mask == 0, IGNORED)
+    return labels
+
+
+def _summed_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum over counted labels of their logit less the log-sum-exp of all other logits: a scalar."""
+    counted = labels != IGNORED
+    rows, chosen = widened(logits[counted]), labels[counted].unsqueeze(-1)  # [counted, classes], [counted, 1]
+    others = rows.scatter(-1, chosen, -torch.inf).logsumexp(-1)
+    return (rows.gather(-1, chosen).squeeze(-1) - others).sum()
+
+
+def _places(mask: Tensor, position: int) -> Tensor:
+    """Where in each row of `mask` [batch, tokens] its real token number `position` is: int64 [batch]."""
+    number = mask.cumsum(1)  # 1 at the first real token
+    wanted = position + (1 if position >= 0 else number[:, -1:] + 1)
+    found = mask & (number == wanted)
+    if not bool(found.any(1).all()):
+        raise InputError(
+            f"measure: position={position} of a query with {int(number[~found.any(1), -1][0])} tokens; expected a "
+            "position that every query has, counted from its first (0) or its last token (-1)."
+        )
+    return found.int().argmax(1)

@@ -1,0 +1,132 @@
+"""Rows of several documents, whose positions start again with each: what a model makes of them.
+
+TRL's packing and padding-free collators, and transformers' own, write such rows, and training with them keeps the
+documents apart. Whether a model does so depends on its kind, its attention and the version of transformers, so it is
+tried. This module knows columns and models; it knows nothing of losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from wherefrom.tasks.columns import vector
+from wherefrom.runtime.errors import InputError
+from wherefrom.tasks.model_inputs import accepted
+from wherefrom.tasks.task import evaluating
+
+# Tokens of each of the two documents that a model is tried with.
+_TRIED = 3
+# The part of what a document would see of the one before it, of which rounding stays below.
+_ROUNDING = 0.05
+
+_tried: WeakKeyDictionary[nn.Module, dict[str, tuple[bool, bool]]] = WeakKeyDictionary()
+
+
+def positions_of(lengths: object, tokens: int) -> Tensor:
+    """Positions that start from 0 in each document of a row, int64 [tokens], from the documents' lengths.
+
+    Raises:
+        InputError: the lengths are not those of documents that fill the row.
+    """
+    counts = vector("seq_lengths", lengths)
+    if int(counts.sum()) != tokens or bool((counts < 1).any()):
+        raise InputError(
+            f"'seq_lengths' adds up to {int(counts.sum())} in a row of {tokens} tokens: expected the lengths of the "
+            "documents in it, as TRL's packing writes them. Cut both in the same way, or rename the column."
+        )
+    return torch.cat([torch.arange(count) for count in counts.tolist()])
+
+
+def starts(positions: Tensor) -> Tensor:
+    """Where positions [..., tokens] do not go on by one from the token before: boolean [..., tokens - 1]."""
+    return positions[..., 1:] != positions[..., :-1] + 1
+
+
+def check_mask_of_packed(example: Mapping[str, object], positions: Tensor, mask: Tensor) -> None:
+    """Refuse an attention mask with which documents of one row would not be kept apart.
+
+    Args:
+        positions, mask: of the example, int64 [tokens].
+
+    Raises:
+        InputError: says what to do.
+    """
+    if bool((mask.diff() > 0).any()):
+        raise InputError(
+            "'attention_mask' leaves out tokens before others, and there are 'position_ids': of these two, models take "
+            "one. Cut the padding off, the positions with it."
+        )
+    if example.get("attention_mask") is None or not bool(starts(positions[mask.bool()]).any()):
+        return
+    if example.get("seq_lengths") is not None and bool(mask.all()):
+        return  # TRL's training passes no mask on
+    raise InputError(
+        "'position_ids' start again within the row, and there is an 'attention_mask', with which models let its "
+        "documents see each other. Leave out the mask if training kept them apart, as TRL's does, and the positions "
+        "if it did not."
+    )
+
+
+def check_apart(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Refuse a batch with rows of several documents for a model that lets them see each other.
+
+    Whether it does so is found out once, by passes of its own.
+
+    Args:
+        batch: with `position_ids`, on the model's device.
+
+    Raises:
+        InputError: names the model.
+    """
+    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+    known = _tried.setdefault(model, {})
+    if attention not in known:
+        known[attention] = _keeps_apart(model, batch["input_ids"], 1), _keeps_apart(model, batch["input_ids"], 2)
+    if known[attention][len(batch["input_ids"]) > 1]:
+        return
+    begun = starts(batch["position_ids"])
+    mask = batch.get("attention_mask")
+    if bool((begun if mask is None else begun & mask[:, 1:].bool()).any()):
+        alone = "a batch size of 1 keeps them apart, or give" if known[attention][0] else "give"
+        raise InputError(
+            f"'position_ids' start again within a row, and {type(model).__name__} lets the documents of one row see "
+            f"each other (attention: {attention or 'its own'}); {alone} each document a row of its own."
+        )
+
+
+@torch.no_grad()
+def _keeps_apart(model: nn.Module, tokens: Tensor, rows: int) -> bool:
+    """Whether a document's logits are the same whatever stands before it in its row."""
+    first = int(tokens[0, 0])
+    same = torch.full((rows, 2 * _TRIED), first, device=tokens.device)
+    other = same.clone()
+    other[:, :_TRIED] = int(first == 0)
+
+    def moved(positions: Sequence[int]) -> float:
+        """How far the second document's logits move with the tokens of the first."""
+        ids = torch.tensor([positions] * rows, device=tokens.device)
+        found = [
+            model(input_ids=each, attention_mask=None, position_ids=ids, use_cache=False).logits[:, _TRIED:]
+            for each in (same, other)
+        ]
+        return float((found[1] - found[0]).double().norm())
+
+    with evaluating(model):
+        return not moved([*range(_TRIED)] * 2) > _ROUNDING * moved(range(2 * _TRIED))
+
+
+def check_positions_taken(model: nn.Module, example: Mapping[str, object]) -> None:
+    """Refuse lengths of documents for a model that takes no positions.
+
+    Raises:
+        InputError: names the model.
+    """
+    if example.get("seq_lengths") is not None and "position_ids" not in accepted(model):
+        raise InputError(
+            f"'seq_lengths' says that rows hold several documents, and {type(model).__name__} takes no 'position_ids', "
+            "by which it could tell them apart. Give each document a row of its own."
+        )

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from workload import Stopwatch, Workload, medians, save_results
 
 import wherefrom as wf
-from wherefrom.curvature.factors import CovarianceCollector, EigenvalueCollector
+from wherefrom.curvature.collectors import CovarianceCollector, EigenvalueCollector
+from wherefrom.engine.sweep import Collector, Sweep
 from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.results import PairwiseCollector
-from wherefrom.engine.sweep import Collector, Sweep
 
 
 @dataclass

@@ -23,9 +23,9 @@ from torch import Tensor
 from workload import ROOT, save_results
 
 import wherefrom as wf
+from wherefrom.methods.gradient_store import shard_name
 from wherefrom.methods.projections import Directions, Numbers, packed
 from wherefrom.store.fingerprint import Dataset
-from wherefrom.methods.gradient_store import shard_name
 
 sys.path.append(str(ROOT / "examples" / "wikitext"))
 

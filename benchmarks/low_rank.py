@@ -21,7 +21,7 @@ from workload import ROOT, save_results
 
 import wherefrom as wf
 from wherefrom.evaluate.agreement import compare_scores
-from wherefrom.scoring.bank import BankForm
+from wherefrom.planning.forms import BankForm
 
 sys.path.append(str(ROOT / "examples" / "wikitext"))
 

@@ -22,11 +22,11 @@ from torch.nn import functional
 from workload import Workload, save_results
 
 import wherefrom as wf
-from wherefrom.curvature.factors import Preconditioner
-from wherefrom.runtime.errors import LossError
-from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.curvature.gauss_newton import DampedGaussNewton
+from wherefrom.curvature.operators import Preconditioner
 from wherefrom.curvature.solvers import Solver
+from wherefrom.evaluate.agreement import compare_scores
+from wherefrom.runtime.errors import LossError
 
 
 @dataclass

@@ -25,7 +25,7 @@ from torch import Tensor
 from workload import Stage, Stopwatch, Workload, medians, save_results
 
 import wherefrom as wf
-from wherefrom.scoring.bank import BankForm
+from wherefrom.planning.forms import BankForm
 
 Side = Literal["wherefrom", "kronfluence"]
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import Case, gpt2, mlp_case, token_rows
 from tests.reference import BruteForce
-from wherefrom.curvature.factors import Factors, Preconditioner
+from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.gauss_newton import DampedGaussNewton
+from wherefrom.curvature.operators import Preconditioner
 
 Logits = Callable[[nn.Module, object], Tensor]
 """The rows [outputs, classes] that one example's loss is a function of."""

@@ -6,8 +6,8 @@ import os
 import time
 from pathlib import Path
 
-from wherefrom.store.locks import run_lock
 from wherefrom.runtime.progress import show_log
+from wherefrom.store.locks import run_lock
 
 
 def main(run: Path, log: Path, seconds: float) -> None:

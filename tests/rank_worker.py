@@ -19,11 +19,11 @@ from torch.distributed.fsdp import fully_shard
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case
-from wherefrom.scoring import scoring
-from wherefrom.runtime.errors import WherefromError
-from wherefrom.scoring.bank import GradientBank
-from wherefrom.runtime.placement import execution_device
 from wherefrom.runtime.distributed import Ranks, join_ranks
+from wherefrom.runtime.errors import WherefromError
+from wherefrom.runtime.placement import execution_device
+from wherefrom.scoring import scoring
+from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.results import PairwiseCollector
 
 # Of 12 training examples and 5 queries, processes get unequal shares; with fewer queries, some get none.

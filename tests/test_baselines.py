@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wherefrom.runtime.errors import InputError
 from wherefrom.methods.baselines import bm25_scores, random_scores
+from wherefrom.runtime.errors import InputError
 
 WORDS = ["a", "The", "the", "7", "über", "naïve", "x2", "snake_case"]
 

@@ -17,7 +17,7 @@ def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(
     import torch
 
     import wherefrom as wf
-    from wherefrom.curvature.factors import EigenvalueCollector
+    from wherefrom.curvature.collectors import EigenvalueCollector
     from wherefrom.runtime.errors import MemoryLimitError
 
     case = mlp_case()

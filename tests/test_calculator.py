@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import wherefrom as wf
 from tests.models import TRANSFORMERS, gpt2
-from wherefrom.hf.blueprint import PRESETS, Blueprint, measure, model_without_weights
 from wherefrom.cli.calculator import Estimate, Hardware, Request
 from wherefrom.cli.main import main
-from wherefrom.runtime.errors import InputError, LayerError
 from wherefrom.cli.scale import sections
+from wherefrom.hf.blueprint import PRESETS, Blueprint, measure, model_without_weights
+from wherefrom.runtime.errors import InputError, LayerError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30

@@ -14,10 +14,10 @@ import wherefrom as wf
 from tests.models import Mlp, gpt2, gpt2_case, mlp_case, relative_error, token_rows, widened
 from tests.reference import BruteForce
 from wherefrom.curvature.factors import bases_to_tensors
-from wherefrom.runtime.errors import InputError, LayerError
-from wherefrom.store.fingerprint import model_digest
 from wherefrom.engine.layers import select_layers
+from wherefrom.runtime.errors import InputError, LayerError
 from wherefrom.runtime.placement import execution_device, tied_names
+from wherefrom.store.fingerprint import model_digest
 
 
 def examples(count: int = 6) -> list[object]:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import Case, gpt2, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from wherefrom.methods.tracin import load_weights
-from wherefrom.runtime.errors import InputError, LossError, MismatchError
 from wherefrom.engine.layers import select_layers
+from wherefrom.runtime.errors import InputError, LossError, MismatchError
 from wherefrom.store.recording import ParameterGroup, RecordedCheckpoint
+from wherefrom.store.weights import load_weights
 
 WEIGHTS = [0.3, 0.05]
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import gpt2_case, relative_error
-from wherefrom.runtime.compiling import CompiledOnGPU, compiled_activations
 from wherefrom.engine.layers import select_layers
 from wherefrom.engine.sweep import Sweep
+from wherefrom.runtime.compiling import CompiledOnGPU, compiled_activations
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 

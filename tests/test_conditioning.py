@@ -14,8 +14,8 @@ from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import labels
 from tests.test_layers import CASES
-from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.engine.layers import select_layers
+from wherefrom.runtime.errors import InputError, MismatchError
 
 SEED = 7
 STRATEGIES = ["identity", "diagonal", "shampoo"]

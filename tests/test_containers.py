@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from wherefrom.runtime import containers
-from wherefrom.runtime.containers import memory_left
+from wherefrom.runtime import memory as containers
+from wherefrom.runtime.memory import memory_left
 
 MIB = 2**20
 

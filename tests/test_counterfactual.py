@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from wherefrom.runtime.errors import InputError
 from wherefrom.evaluate.counterfactual import Removal, counterfactual, removal_masks
 from wherefrom.evaluate.retrain import Retraining, retrain
+from wherefrom.runtime.errors import InputError
 
 TRAIN, QUERIES = 9, 3
 GENERATOR = np.random.default_rng(0)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import gpt2, mlp_case, relative_error, token_rows
-from wherefrom.tasks.descriptions import described, described_class
 from wherefrom.runtime.errors import InputError, MismatchError
+from wherefrom.tasks.descriptions import described, described_class
 
 Function = Callable[..., Any]
 SCALE = 1.0

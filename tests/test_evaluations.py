@@ -10,10 +10,10 @@ from rich.console import Console, Group
 from rich.style import Style
 from rich.text import Text
 
-from wherefrom.runtime.errors import DamagedError, InputError
 from wherefrom.report.evaluations import load_figures, save_evaluation
 from wherefrom.report.passages import Figure
 from wherefrom.report.text import heat_map
+from wherefrom.runtime.errors import DamagedError, InputError
 
 PNG = b"\x89PNG\r\n\x1a\n of a sort"
 

@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import wherefrom as wf
-from wherefrom.curvature.factors import EigenvalueCollector
+from wherefrom.curvature.collectors import EigenvalueCollector
 from wherefrom.engine.layers import select_layers
-from wherefrom.tasks.losses import summed_cross_entropy
+from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.memory import SavedBytes
 from wherefrom.runtime.precision import HalfPrecision
-from wherefrom.engine.sweep import Sweep
+from wherefrom.tasks.losses import summed_cross_entropy
 
 CPU = torch.device("cpu")
 
@@ -98,7 +98,9 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("classes", [8, 2000])
 def test_a_batch_takes_what_is_estimated(monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
     """Against a count of all tensors that live at once, in a batch of eight; with few classes, layers take the most."""
-    monkeypatch.setattr("wherefrom.tasks.softmax._CHUNK_BYTES_PER_THREAD", 2**14)  # of which a few are no part of an example
+    monkeypatch.setattr(
+        "wherefrom.tasks.softmax._CHUNK_BYTES_PER_THREAD", 2**14
+    )  # of which a few are no part of an example
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.GELU()) for _ in range(6)]
     model = nn.Sequential(*blocks, nn.Linear(64, classes))

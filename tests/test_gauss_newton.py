@@ -15,9 +15,10 @@ import wherefrom as wf
 from tests.dense_gauss_newton import CASES, Logits, dense, gpt2_case, label_rows, study_of, system_of, token_logits
 from tests.models import Case, gpt2, mlp_case, relative_error
 from wherefrom.curvature import gauss_newton
-from wherefrom.curvature.factors import EigenvalueCollector, Preconditioner
-from wherefrom.runtime.errors import LayerError, LossError
+from wherefrom.curvature.collectors import EigenvalueCollector
 from wherefrom.curvature.gauss_newton import DampedGaussNewton
+from wherefrom.curvature.operators import Preconditioner
+from wherefrom.runtime.errors import LayerError, LossError
 from wherefrom.tasks.language import LanguageTask
 from wherefrom.tasks.sampling import Sampler
 from wherefrom.tasks.task import Batch, Task

@@ -7,17 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.models import relative_error
+from wherefrom.curvature.collectors import CovarianceCollector, EigenvalueCollector, add_columns, upper_product
+from wherefrom.curvature.operators import Basis, Preconditioner
 from wherefrom.engine.capture import Captured
-from wherefrom.curvature.factors import (
-    Basis,
-    CovarianceCollector,
-    EigenvalueCollector,
-    Preconditioner,
-)
-from wherefrom.scoring.bank import BankForm, GradientBank
 from wherefrom.engine.layers import TrackedLayer, select_layers
-from wherefrom.curvature.moments import add_columns, upper_product
+from wherefrom.planning.forms import BankForm
 from wherefrom.runtime.precision import product
+from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.results import PairwiseCollector
 
 META = torch.device("meta")

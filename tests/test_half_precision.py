@@ -13,12 +13,13 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import gpt2_case, mlp_case, relative_error
 from tests.runs import labels
+from wherefrom.curvature.operators import Basis, Preconditioner
 from wherefrom.engine.capture import Captured
-from wherefrom.curvature.factors import Basis, Preconditioner
-from wherefrom.scoring.bank import BankForm, GradientBank
 from wherefrom.engine.layers import select_layers
-from wherefrom.runtime.precision import HalfPrecision, Precision, rounded
 from wherefrom.engine.sweep import Collector, Sweep
+from wherefrom.planning.forms import BankForm
+from wherefrom.runtime.precision import HalfPrecision, Precision, rounded
+from wherefrom.scoring.bank import GradientBank
 
 CPU = torch.device("cpu")
 BOTH = pytest.mark.parametrize("native", [False, True], ids=["rounding", "native"])

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 import wherefrom as wf
 from tests.models import relative_error
 from tests.test_language import configured
-from wherefrom.runtime.errors import InputError
 from wherefrom.hf.preparation import Preparation
+from wherefrom.runtime.errors import InputError
 
 WORDS = ["<pad>", "<end>", "<mask>", "a", "b", "c", "d", "e", "user", "assistant", ":", "f", "g"]
 NUMBER = {word: number for number, word in enumerate(WORDS)}

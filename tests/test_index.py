@@ -14,9 +14,9 @@ import wherefrom as wf
 from tests.models import CaseMaker, Interrupted, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import results
+from wherefrom.methods.index import GradientIndex
 from wherefrom.methods.projections import packed, unpacked
 from wherefrom.runtime.errors import DamagedError, InputError, MismatchError, StorageError
-from wherefrom.methods.index import GradientIndex
 
 WHOLE = 99  # more than any side of the small models has
 each_case = pytest.mark.parametrize("make_case", [mlp_case, gpt2_case])

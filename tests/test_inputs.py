@@ -15,10 +15,10 @@ import wherefrom as wf
 from tests.models import VOCABULARY, Mlp, gpt2, mlp_case, relative_error, token_rows
 from tests.processes import start
 from tests.test_language import bert, classified_rows, masked_rows, pair_rows, t5
-from wherefrom.runtime.errors import InputError, LossError, WherefromError
-from wherefrom.report.html import write_page
 from wherefrom.cli.sources import checked_run
 from wherefrom.hf.text import local_path, read_texts
+from wherefrom.report.html import write_page
+from wherefrom.runtime.errors import InputError, LossError, WherefromError
 
 
 def scores(path: Path, model: Any, task: Any, train: Any, queries: Any, strategy: str = "identity") -> Tensor:

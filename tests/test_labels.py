@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import wherefrom as wf
-from wherefrom.runtime.errors import InputError
 from wherefrom.evaluate.labels import label_agreement
+from wherefrom.runtime.errors import InputError
 
 
 def test_agreement_is_counted() -> None:

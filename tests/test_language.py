@@ -15,10 +15,10 @@ from tests.models import VOCABULARY, Case, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from tests.runs import only
 from wherefrom.engine.capture import Capture
-from wherefrom.runtime.errors import InputError, LayerError, MismatchError
-from wherefrom.tasks.language import LanguageTask
 from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Loader
+from wherefrom.runtime.errors import InputError, LayerError, MismatchError
+from wherefrom.tasks.language import LanguageTask
 
 STRATEGIES = ["identity", "diagonal", "kfac", "ekfac", "shampoo"]
 

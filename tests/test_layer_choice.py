@@ -15,8 +15,8 @@ import wherefrom as wf
 from tests.models import VOCABULARY, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from wherefrom.curvature.factors import STRATEGIES
-from wherefrom.runtime.errors import LayerError
 from wherefrom.engine.layers import coverage, mostly_left_out, select_layers, untracked
+from wherefrom.runtime.errors import LayerError
 
 
 def vectors() -> list[object]:

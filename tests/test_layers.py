@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import VOCABULARY, Case, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
-from wherefrom.engine.capture import Capture, Captured
 from wherefrom.curvature.factors import STRATEGIES
+from wherefrom.engine.capture import Capture, Captured
 from wherefrom.engine.example_gradients import weight_gradients
 from wherefrom.engine.layers import select_layers
 
@@ -356,7 +356,8 @@ def test_embeddings_of_a_large_vocabulary_take_what_queries_touch(tmp_path: Path
 
 def test_a_bank_adds_up_from_parts(tmp_path: Path) -> None:
     """Queries collected by two banks, zeros elsewhere, and of more ids than there was room for."""
-    from wherefrom.scoring.bank import BankForm, GradientBank
+    from wherefrom.planning.forms import BankForm
+    from wherefrom.scoring.bank import GradientBank
 
     case = embedding_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from scipy import stats
 from torch import Tensor
 
-from wherefrom.runtime.errors import DamagedError, InputError
 from wherefrom.evaluate import lds
 from wherefrom.evaluate.lds import Estimate, GroundTruth, LdsReport, evaluate_lds, linear_datamodeling_scores
 from wherefrom.evaluate.summary import lds_tables
+from wherefrom.runtime.errors import DamagedError, InputError
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "ground_truth" / "gpt2-wikitext2-lds.npz"
 

@@ -22,10 +22,10 @@ from workload import RESULTS
 
 import wherefrom as wf
 from tests.small_model import cache_small_model
-from wherefrom.methods.tracin import load_weights
-from wherefrom.runtime.errors import MismatchError
 from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
 from wherefrom.evaluate.retrain import Retraining, half_subsets
+from wherefrom.runtime.errors import MismatchError
+from wherefrom.store.weights import load_weights
 
 SIZE = Size(train=30, queries=4, tokens=16, batch_size=5, epochs=2, checkpoints=3)
 CHOSEN = ("random", "ekfac", "magic")

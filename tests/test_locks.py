@@ -17,8 +17,8 @@ from tests.models import mlp_case
 from tests.processes import Running, start
 from tests.runs import lines, results, unprivileged
 from wherefrom.runtime.errors import StorageError
-from wherefrom.store.locks import run_lock
 from wherefrom.runtime.signals import held_signals
+from wherefrom.store.locks import run_lock
 
 
 def wait_for(log: Path, count: int) -> None:

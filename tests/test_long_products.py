@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.models import relative_error
-from wherefrom.scoring.long_products import long_product, parts_of_sum, split_product
+from wherefrom.scoring.bank import long_product, parts_of_sum, split_product
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7, 28])

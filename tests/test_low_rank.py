@@ -13,12 +13,13 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
+from wherefrom.curvature.factors import STRATEGIES
+from wherefrom.curvature.operators import Preconditioner
 from wherefrom.engine.capture import Captured
-from wherefrom.curvature.factors import STRATEGIES, Preconditioner
-from wherefrom.scoring.bank import BankForm, GradientBank
 from wherefrom.engine.layers import select_layers
-from wherefrom.scoring.low_rank import truncated
+from wherefrom.planning.forms import BankForm, truncated
 from wherefrom.runtime.memory import Workspace
+from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.options import Options
 from wherefrom.scoring.rescoring import rescore
 from wherefrom.store.cache import BlockStages, Stages

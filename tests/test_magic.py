@@ -16,10 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import wherefrom as wf
 from tests.models import Case, gpt2, mlp_case, relative_error, token_rows
 from tests.runs import labels
+from wherefrom.methods.magic.replay import KeptStates, Replay
+from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import InputError, LossError, MismatchError, RankError
 from wherefrom.tasks.losses import IGNORED
-from wherefrom.runtime.distributed import Ranks
-from wherefrom.methods.magic.replay import KeptStates, Replay
 
 Training = wf.ReplayableTraining[Any]
 

@@ -16,8 +16,8 @@ from torch.nn import functional
 import wherefrom as wf
 from tests.models import relative_error, widened
 from tests.reference import BruteForce
-from wherefrom.curvature.factors import STRATEGIES, Factors
 from wherefrom.curvature.damping import damped_inverse
+from wherefrom.curvature.factors import STRATEGIES, Factors
 from wherefrom.runtime.errors import LossError
 from wherefrom.tasks.losses import IGNORED, summed_cross_entropy
 from wherefrom.tasks.sampling import Sampler

@@ -12,9 +12,9 @@ import wherefrom as wf
 from tests.models import mlp_case, relative_error
 from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.fitting import Fitting
+from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.profile import Profile
 from wherefrom.store.cache import Stages
-from wherefrom.engine.sweep import Sweep
 
 
 @pytest.mark.parametrize("strategy", ["kfac", "ekfac", "shampoo", "diagonal"])

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from tests.models import TRANSFORMERS
+from wherefrom.engine.operation_count import operation_counter
 from wherefrom.hf.blueprint import measure
 from wherefrom.runtime.errors import InputError
-from wherefrom.engine.operation_count import operation_counter
 
 aten = torch.ops.aten
 BATCH, HEADS, QUERIES, KEYS, FEATURES, VALUES = 2, 6, 5, 7, 16, 8

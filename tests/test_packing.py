@@ -16,8 +16,8 @@ import wherefrom as wf
 from tests.models import VOCABULARY, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from tests.test_language import bart, bert, configured, masked_rows, pair_rows
-from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.engine.loading import collated
+from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.tasks.task import Task
 
 Row = dict[str, Any]

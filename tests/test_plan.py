@@ -20,19 +20,20 @@ from workload import PeakMemory
 
 import wherefrom as wf
 from tests.models import ManyExamples, gpt2_case, mlp_case, relative_error
-from wherefrom.engine.capture import Captured
 from wherefrom.curvature.factors import STRATEGIES
-from wherefrom.runtime.errors import InputError, MemoryLimitError
-from wherefrom.scoring.bank import BankForm, GradientBank
-from wherefrom.planning.job import Job, Wanted, factor_bytes
+from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
+from wherefrom.planning.forms import BankForm
+from wherefrom.planning.job import Job, Wanted, factor_bytes
 from wherefrom.planning.machine import Machine
-from wherefrom.runtime.memory import Footprint
 from wherefrom.planning.plan import SHARD_BYTES, SHARD_ROWS, Plan, plan_scores
+from wherefrom.runtime.errors import InputError, MemoryLimitError
+from wherefrom.runtime.memory import Footprint
 from wherefrom.runtime.profile import Profile
+from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.results import PairwiseCollector
-from wherefrom.store.cache import BlockStages, Stages
 from wherefrom.scoring.tokens import TokenCollector
+from wherefrom.store.cache import BlockStages, Stages
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,10 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
-from wherefrom.runtime.errors import InputError, StorageError
-from wherefrom.evaluate.lds import Estimate, LdsReport
-from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.evaluate import plots
+from wherefrom.evaluate.agreement import compare_scores
+from wherefrom.evaluate.lds import Estimate, LdsReport
+from wherefrom.runtime.errors import InputError, StorageError
 
 COUNTS = [0, 50, 100]
 

@@ -13,8 +13,8 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from scipy import stats
 
-from wherefrom.runtime.errors import InputError
 from wherefrom.evaluate.agreement import compare_scores
+from wherefrom.runtime.errors import InputError
 
 
 @st.composite

@@ -15,13 +15,15 @@ from torch.nn import functional
 
 import wherefrom as wf
 from tests.reference import BruteForce
+from wherefrom.curvature.factors import STRATEGIES, Factors
+from wherefrom.curvature.operators import Basis, Preconditioner
 from wherefrom.engine.capture import Captured
-from wherefrom.curvature.factors import STRATEGIES, Basis, Factors, Preconditioner
-from wherefrom.scoring.bank import BankForm, GradientBank
 from wherefrom.engine.layers import select_layers
+from wherefrom.planning.forms import BankForm
+from wherefrom.scoring.bank import GradientBank
+from wherefrom.scoring.results import PairwiseCollector
 from wherefrom.tasks.losses import IGNORED, summed_cross_entropy
 from wherefrom.tasks.sampling import Sampler
-from wherefrom.scoring.results import PairwiseCollector
 
 CLASSES = 3
 CPU = torch.device("cpu")

@@ -15,11 +15,11 @@ import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.runs import only
 from wherefrom.engine.capture import Captured
-from wherefrom.runtime.errors import InputError
-from wherefrom.scoring.bank import BankForm, GradientBank
 from wherefrom.engine.layers import select_layers
+from wherefrom.planning.forms import BankForm, dequantized, quantized
+from wherefrom.runtime.errors import InputError
+from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.options import Options
-from wherefrom.scoring.quantization import dequantized, quantized
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ def test_scores_move_by_no_more_than_the_rounding_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: bool, pieces: int
 ) -> None:
     """Half a scale for each number of a training gradient in the same row, all queries together or one by one."""
-    monkeypatch.setattr("wherefrom.scoring.bank.PIECE_BYTES", pieces)
+    monkeypatch.setattr("wherefrom.planning.forms.PIECE_BYTES", pieces)
     case = gpt2_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     layers = select_layers(case.model, case.task.layers)

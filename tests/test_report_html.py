@@ -16,12 +16,12 @@ import torch
 from markupsafe import Markup
 
 import wherefrom as wf
-from wherefrom.runtime.errors import InputError, StorageError
-from wherefrom.store.files import write_text
 from wherefrom.report.histogram import MINUS
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import Figure, Passage
 from wherefrom.report.shading import encode_lengths, encode_numbers, encode_shares, visible_pieces
+from wherefrom.runtime.errors import InputError, StorageError
+from wherefrom.store.files import write_text
 
 HOSTILE = [
     "<script>document.documentElement.dataset.broken = 1</script>",

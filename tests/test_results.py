@@ -14,15 +14,15 @@ from rich.console import Console
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
-from wherefrom.runtime.errors import InputError, MismatchError
+from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.evaluate.counterfactual import counterfactual
 from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
-from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.evaluate.retrain import Retraining
-from wherefrom.store.names import found_result, result_name
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage
 from wherefrom.report.text import token_tables, top_tables
+from wherefrom.runtime.errors import InputError, MismatchError
+from wherefrom.store.names import found_result, result_name
 
 RECIPE = wf.TrainingRecipe(batch_size=6, learning_rates=[0.1, 0.1])
 

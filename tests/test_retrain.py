@@ -30,8 +30,8 @@ from tests.retrain_worker import (
     processes,
 )
 from tests.runs import begun
-from wherefrom.runtime.errors import DamagedError, InputError, LossError, MismatchError, TrainingError
 from wherefrom.evaluate.retrain import Retraining, Retrainings, half_subsets, retrain
+from wherefrom.runtime.errors import DamagedError, InputError, LossError, MismatchError, TrainingError
 from wherefrom.store.artifacts import Artifact, read_manifest
 
 RUNS = SUBSETS * len(SEEDS)

@@ -16,10 +16,10 @@ from tests.models import Case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import labels
 from wherefrom.curvature.factors import Factors
+from wherefrom.curvature.solvers import CONVERGED, Solver
 from wherefrom.runtime.errors import InputError, LossError, MismatchError
 from wherefrom.scoring.options import ScoreOptions
 from wherefrom.scoring.results import Scores
-from wherefrom.curvature.solvers import CONVERGED, Solver
 
 
 def dense_scores(case: Case, study: wf.Study[object], logits: Logits, damping: Mapping[str, float]) -> Tensor:

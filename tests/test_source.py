@@ -20,10 +20,10 @@ from tests.reference import BruteForce, dense
 from tests.runs import only
 from tests.test_checkpoints import moved
 from tests.test_layers import CASES
-from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.engine.layers import select_layers
-from wherefrom.store.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
 from wherefrom.methods.source import response_filter
+from wherefrom.runtime.errors import InputError, MismatchError
+from wherefrom.store.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
 
 SEED = 3
 BETA, EPS = 0.99, 1e-3

@@ -15,9 +15,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import wherefrom as wf
 from tests.models import Mlp, gpt2, mlp_case, relative_error, token_rows
-from wherefrom.runtime.errors import InputError
 from wherefrom.evaluate.retrain import Retraining, half_subsets, retrain
 from wherefrom.evaluate.stacked import StackedTraining
+from wherefrom.runtime.errors import InputError
 from wherefrom.tasks.losses import IGNORED
 from wherefrom.tasks.task import Task
 

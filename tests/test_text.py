@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from wherefrom.runtime.errors import InputError
 from wherefrom.hf.text import as_blocks, as_documents, load_model, read_texts
+from wherefrom.runtime.errors import InputError
 
 WORDS = ["a", "b", "c", "d", "e"]
 

@@ -12,8 +12,8 @@ import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from wherefrom.engine.capture import Captured
-from wherefrom.runtime.errors import DamagedError, InputError, LayerError, MismatchError
 from wherefrom.engine.layers import select_layers
+from wherefrom.runtime.errors import DamagedError, InputError, LayerError, MismatchError
 from wherefrom.scoring.tokens import TokenCollector, TokenScores, extreme_pairs, part_name, token_parts
 
 

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.models import relative_error
+from wherefrom.curvature.collectors import second_moment, sum_of_squares
 from wherefrom.engine.capture import Capture, Captured, Padding
 from wherefrom.engine.layers import select_layers
-from wherefrom.curvature.moments import second_moment, sum_of_squares
 from wherefrom.runtime.precision import rotated
 
 
@@ -127,7 +127,7 @@ def test_squares_are_summed_without_being_written() -> None:
 def test_sums_of_squares_vanish_and_overflow_alike(
     monkeypatch: pytest.MonkeyPatch, devices: frozenset[str], scale: float
 ) -> None:
-    monkeypatch.setattr("wherefrom.curvature.moments._NORM_DEVICES", devices)
+    monkeypatch.setattr("wherefrom.curvature.collectors._NORM_DEVICES", devices)
     numbers = torch.randn(9, 4, 5, generator=torch.Generator().manual_seed(0)) * scale
     exact = numbers.double().square().sum(0)
     found = sum_of_squares(numbers.clone(), 0, overwrite=True)
@@ -143,7 +143,7 @@ def test_sums_of_squares_vanish_and_overflow_alike(
 
 @pytest.mark.parametrize("devices", [frozenset(), frozenset({"cpu"})], ids=["squares", "norm"])
 def test_sums_of_squares_of_bfloat16_numbers(monkeypatch: pytest.MonkeyPatch, devices: frozenset[str]) -> None:
-    monkeypatch.setattr("wherefrom.curvature.moments._NORM_DEVICES", devices)
+    monkeypatch.setattr("wherefrom.curvature.collectors._NORM_DEVICES", devices)
     vectors = torch.randn(4, 50, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     found, exact = second_moment(vectors, diagonal=True), vectors.double().square().sum((0, 1))
     assert found.dtype == torch.float32

@@ -21,8 +21,8 @@ import wherefrom as wf
 from gpu_stages.report import Figures, Report, Setting, UnavailableError
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.planning.machine import Machine
-from wherefrom.scoring.options import PairwiseOptions
 from wherefrom.planning.plan import Plan
+from wherefrom.scoring.options import PairwiseOptions
 
 # The largest difference in units of the largest score.
 FULL_LIMIT, HALF_LIMIT = 2e-5, 3e-2

@@ -16,8 +16,8 @@ from tables import README, rendered, with_block
 from workload import ROOT
 
 from leaderboard.methods import METHODS
-from wherefrom.evaluate.plots import BLUE, GREY, INK, RESOLUTION, save_png
 from wherefrom.curvature.solvers import CONVERGED
+from wherefrom.evaluate.plots import BLUE, GREY, INK, RESOLUTION, save_png
 
 DOCUMENT, PLOT = ROOT / "docs" / "leaderboard.md", ROOT / "docs" / "images" / "leaderboard.png"
 

@@ -21,8 +21,8 @@ from workload import ROOT
 import wherefrom as wf
 from wherefrom.evaluate.retrain import current_device
 from wherefrom.store.files import write_tensors
-from wherefrom.tasks.losses import IGNORED
 from wherefrom.store.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
+from wherefrom.tasks.losses import IGNORED
 
 sys.path.append(str(ROOT / "examples" / "wikitext"))
 

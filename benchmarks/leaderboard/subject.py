@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 import wherefrom as wf
 from leaderboard.setting import Setting
-from wherefrom.methods.tracin import load_weights
-from wherefrom.tasks.language import Measure
 from wherefrom.store.recording import RecordedCheckpoint
+from wherefrom.store.weights import load_weights
+from wherefrom.tasks.language import Measure
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import wherefrom as wf
 from wherefrom.cli.shared import command_line
 from wherefrom.evaluate.agreement import Correlations, compare_scores
+from wherefrom.evaluate.plots import BLUE, INK, RESOLUTION, png
 from wherefrom.report.evaluations import save_evaluation
 from wherefrom.report.passages import Figure
-from wherefrom.evaluate.plots import BLUE, INK, RESOLUTION, png
 from wherefrom.tasks.sampling import Sampler
 
 console = Console()

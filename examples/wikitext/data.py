@@ -23,8 +23,8 @@ from datasets import Dataset
 from mwparserfromhell.nodes import Heading
 from transformers import PreTrainedTokenizerBase
 
-from wherefrom.runtime.errors import InputError
 from wherefrom.hf.text import as_blocks, as_documents, read_texts
+from wherefrom.runtime.errors import InputError
 
 DatasetName = Literal["wikipedia", "wikitext"]
 Part = Literal["pretrain", "train", "query"]

@@ -12,11 +12,11 @@ from typing import Literal
 
 from common import Common, Example, console, run
 
-from wherefrom.runtime.errors import InputError
 from wherefrom.evaluate.agreement import compare_scores
+from wherefrom.evaluate.plots import correlation_histogram, png, scatter
 from wherefrom.report.evaluations import save_evaluation
 from wherefrom.report.passages import Figure
-from wherefrom.evaluate.plots import correlation_histogram, png, scatter
+from wherefrom.runtime.errors import InputError
 
 
 @dataclass

@@ -29,10 +29,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from wherefrom.runtime.errors import InputError
 from wherefrom.evaluate.retrain import current_device
-from wherefrom.store.files import write_text
 from wherefrom.hf.text import as_blocks, load_model, load_tokenizer
+from wherefrom.runtime.errors import InputError
+from wherefrom.store.files import write_text
 
 ModelName = Literal["small", "gpt2", "smollm2"]
 

@@ -16,11 +16,11 @@ from retraining import Finetuning, Retrained
 from rich.table import Table
 from training import predicted_tokens
 
-from wherefrom.methods.baselines import bm25_scores
 from wherefrom.evaluate.counterfactual import counterfactual
+from wherefrom.evaluate.plots import png, removal_curves
+from wherefrom.methods.baselines import bm25_scores
 from wherefrom.report.evaluations import save_evaluation
 from wherefrom.report.passages import Figure
-from wherefrom.evaluate.plots import png, removal_curves
 
 WIKITEXT_SEQUENCES = 4656  # the training set of which the published experiment removes 0, 50, 100, 150 and 200
 

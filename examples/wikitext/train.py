@@ -18,8 +18,8 @@ from training import TrainSettings, console, finetune, perplexity
 from transformers.utils.logging import disable_progress_bar
 
 from wherefrom.cli.shared import command_line
-from wherefrom.runtime.errors import InputError, WherefromError
 from wherefrom.evaluate.retrain import current_device
+from wherefrom.runtime.errors import InputError, WherefromError
 
 
 @dataclass

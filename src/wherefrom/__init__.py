@@ -3,25 +3,25 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from wherefrom.curvature.adam import adam_conditioning
-from wherefrom.methods.tracin import score_checkpoints
+from wherefrom.curvature.conditioning import adam_conditioning
 from wherefrom.curvature.factors import Factors
-from wherefrom.runtime.errors import WherefromError
-from wherefrom.methods.index import GradientIndex
-from wherefrom.tasks.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
-from wherefrom.methods.projected import logra_scores, trackstar_scores, trak_scores
-from wherefrom.runtime.distributed import join_ranks
-from wherefrom.methods.sampled_fisher import fisher_scores
-from wherefrom.tasks.sampling import Sampler
-from wherefrom.scoring.results import Hit, Scores, TopScores
 from wherefrom.curvature.solvers import Astra, ConjugateGradients
-from wherefrom.methods.source import score_source
-from wherefrom.study import Study
-from wherefrom.tasks.task import Classification, Regression, Task
-from wherefrom.scoring.tokens import TokenScores
-from wherefrom.methods.magic.scores import magic_scores, metasmoothness
+from wherefrom.methods.index import GradientIndex
 from wherefrom.methods.magic.recipe import TrainingRecipe
+from wherefrom.methods.magic.scores import magic_scores, metasmoothness
 from wherefrom.methods.magic.training import ReplayableTraining
+from wherefrom.methods.projected import logra_scores, trackstar_scores, trak_scores
+from wherefrom.methods.sampled_fisher import fisher_scores
+from wherefrom.methods.source import score_source
+from wherefrom.methods.tracin import score_checkpoints
+from wherefrom.runtime.distributed import join_ranks
+from wherefrom.runtime.errors import WherefromError
+from wherefrom.scoring.results import Hit, Scores, TopScores
+from wherefrom.scoring.tokens import TokenScores
+from wherefrom.study import Study
+from wherefrom.tasks.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
+from wherefrom.tasks.sampling import Sampler
+from wherefrom.tasks.task import Classification, Regression, Task
 from wherefrom.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ __all__ = [
 
 # What needs transformers is imported when it is first asked for, since the engine runs on torch alone.
 _LAZY = {
-    "PretrainedStudy": "huggingface",
-    "study_from_pretrained": "huggingface",
-    "RecordedCheckpoint": "recording",
-    "TrainingRecorder": "recording",
-    "read_recording": "recording",
+    "PretrainedStudy": "hf.pretrained",
+    "study_from_pretrained": "hf.pretrained",
+    "RecordedCheckpoint": "store.recording",
+    "TrainingRecorder": "store.recording",
+    "read_recording": "store.recording",
 }
 
 if not TYPE_CHECKING:  # a type checker would take any name for an attribute

@@ -15,39 +15,40 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from wherefrom.store.about import MODEL, check_about
-from wherefrom.methods.projections import Compression, IndexOptions
 from wherefrom.curvature.conditioning import Conditioning, conditioning_digest, conditioning_roots
 from wherefrom.curvature.factors import Factors, checked_strategy
+from wherefrom.curvature.fitting import Fitting
+from wherefrom.engine.layers import coverage, mostly_left_out, select_layers
+from wherefrom.engine.sweep import Sweep
+from wherefrom.methods.index import GradientIndex
+from wherefrom.methods.projections import Compression, IndexOptions
+from wherefrom.planning.plan import Plan
+from wherefrom.report.html import render_report, write_page
+from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, Tokenizer
 from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.memory import checked_batch_size, within_memory
+from wherefrom.runtime.precision import HalfPrecision
+from wherefrom.scoring.kept_scores import KeptScores
+from wherefrom.scoring.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups
+from wherefrom.scoring.rescoring import checked_candidates
+from wherefrom.scoring.results import Scores, TopScores
+from wherefrom.scoring.scoring import Scoring, make_plan
+from wherefrom.scoring.tokens import TokenScores
+from wherefrom.store.cache import Stages
 from wherefrom.store.files import checked_name, within
 from wherefrom.store.fingerprint import (
     LEFT_OUT,
+    MODEL,
     Dataset,
+    check_about,
     checked_length,
     dataset_digest,
     model_digest,
     names_summary,
 )
-from wherefrom.curvature.fitting import Fitting
-from wherefrom.methods.index import GradientIndex
-from wherefrom.scoring.kept_scores import KeptScores
-from wherefrom.engine.layers import coverage, mostly_left_out, select_layers
 from wherefrom.store.locks import run_lock
-from wherefrom.runtime.memory import checked_batch_size, within_memory
 from wherefrom.store.names import log_others, result_name
-from wherefrom.scoring.options import Options, PairwiseOptions, RescoredOptions, ScoreOptions, layer_groups
-from wherefrom.planning.plan import Plan
-from wherefrom.runtime.precision import HalfPrecision
-from wherefrom.report.html import render_report, write_page
-from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, Tokenizer
-from wherefrom.scoring.rescoring import checked_candidates
-from wherefrom.scoring.results import Scores, TopScores
-from wherefrom.scoring.scoring import Scoring, make_plan
-from wherefrom.store.cache import Stages
-from wherefrom.engine.sweep import Sweep
 from wherefrom.tasks.task import Batch, Task, checked_settings
-from wherefrom.scoring.tokens import TokenScores
 from wherefrom.version import VERSION
 
 logger = logging.getLogger("wherefrom")

@@ -20,8 +20,8 @@ from tests.contract import truth
 from tests.contract.settings import LENGTH, RATES, Setting, tokens
 from tests.test_conditioning import numbers
 from tests.test_magic import predicted_tokens
-from wherefrom.runtime.errors import InputError, RankError, WherefromError
 from wherefrom.methods.baselines import bm25_scores
+from wherefrom.runtime.errors import InputError, RankError, WherefromError
 
 Result = wf.Scores | wf.TopScores | wf.TokenScores | Tensor
 Property = Literal[

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from tests.contract.methods import METHODS, values
 from tests.contract.settings import Setting
-from wherefrom.runtime.errors import WherefromError
 from wherefrom.runtime.distributed import Ranks, join_ranks
+from wherefrom.runtime.errors import WherefromError
 
 OUTCOME = "outcome.json"
 

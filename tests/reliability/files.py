@@ -25,12 +25,12 @@ from tests.models import mlp_case
 from tests.reliability.outcomes import Outcome
 from tests.retrain_worker import fill
 from tests.runs import unprivileged
-from wherefrom.runtime.errors import WherefromError
-from wherefrom.store.files import remove
-from wherefrom.scoring.options import ScoreOptions
 from wherefrom.report.evaluations import load_figures, save_evaluation
 from wherefrom.report.passages import Figure
+from wherefrom.runtime.errors import WherefromError
+from wherefrom.scoring.options import ScoreOptions
 from wherefrom.store.artifacts import Artifact
+from wherefrom.store.files import remove
 
 Results = dict[str, Tensor]
 

@@ -22,15 +22,16 @@ import torch
 
 from tests.reliability.outcomes import Outcome
 from wherefrom.cli import sources as run_sources
-from wherefrom.store import artifacts as store, recording
+from wherefrom.cli.sources import SOURCES, RunSources, TextSource
 from wherefrom.hf.blueprint import model_without_weights
-from wherefrom.runtime.errors import WherefromError
-from wherefrom.store.recording import RECORDING, read_recording
 from wherefrom.report import evaluations
 from wherefrom.report.evaluations import load_figures
-from wherefrom.cli.sources import SOURCES, RunSources, TextSource
+from wherefrom.runtime.errors import WherefromError
 from wherefrom.scoring.results import Scores
+from wherefrom.store import artifacts as store
+from wherefrom.store import recording
 from wherefrom.store.artifacts import Artifact, Partial, read_manifest
+from wherefrom.store.recording import RECORDING, read_recording
 
 FINGERPRINT = {"library": "1", "model": "a", "strategy": "identity"}
 

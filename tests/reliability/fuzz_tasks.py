@@ -25,8 +25,8 @@ from tests.models import Mlp, gpt2, mlp_case, relative_error, token_rows
 from tests.reliability.drawing import drawn
 from tests.reliability.outcomes import Outcome
 from tests.test_language import bert, classified_rows, masked_rows, pair_rows, t5
-from wherefrom.runtime.errors import WherefromError
 from wherefrom.engine.loading import mapped
+from wherefrom.runtime.errors import WherefromError
 
 
 class OwnError(Exception):

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import mlp_case
 from tests.reliability.outcomes import Outcome
-from wherefrom.runtime.errors import StorageError
 from wherefrom.evaluate.retrain import Retraining, half_subsets, retrain
+from wherefrom.runtime.errors import StorageError
 from wherefrom.store.artifacts import Artifact, read_manifest
 
 _ROOT = Path(__file__).parents[2]

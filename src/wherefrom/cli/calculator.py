@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from wherefrom.hf.blueprint import Blueprint
 from wherefrom.curvature.factors import checked_strategy
-from wherefrom.store.space import Step
-from wherefrom.runtime.errors import InputError
+from wherefrom.hf.blueprint import Blueprint
 from wherefrom.planning.job import Job, Wanted, factor_bytes
 from wherefrom.planning.machine import Machine
-from wherefrom.runtime.memory import FREE_SHARE
-from wherefrom.scoring.options import Options
 from wherefrom.planning.plan import SHARD_BYTES, Cost, Plan, plan_scores
-from wherefrom.runtime.precision import widened_dtype
 from wherefrom.runtime.distributed import Ranks
+from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.memory import FREE_SHARE
+from wherefrom.runtime.precision import widened_dtype
+from wherefrom.scoring.options import Options
+from wherefrom.store.space import Step
 
 # The lowest of the parts that `benchmarks/efficiency.py` has measured, 0.56 to 0.66, rounded down.
 MEASURED_EFFICIENCY = 0.55

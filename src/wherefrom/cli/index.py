@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from wherefrom.cli.shared import Run, StrategyName
-from wherefrom.methods.projections import Compression, Directions, IndexOptions, Numbers
+from wherefrom.cli.sources import RunSources
 from wherefrom.methods.index import GradientIndex
-from wherefrom.runtime.distributed import Ranks
+from wherefrom.methods.projections import Compression, Directions, IndexOptions, Numbers
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.text import top_tables
-from wherefrom.cli.sources import RunSources
+from wherefrom.runtime.distributed import Ranks
 from wherefrom.study import Study
 
 console = Console()

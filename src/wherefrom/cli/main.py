@@ -18,23 +18,23 @@ import torch
 import tyro
 from rich.console import Console
 
-from wherefrom.cli.shared import Run, StrategyName, command_line
-from wherefrom.runtime.errors import InputError
 from wherefrom.cli.index import index, query
-from wherefrom.store.locks import run_lock
-from wherefrom.scoring.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
 from wherefrom.cli.plan import PlanArguments, plan
-from wherefrom.runtime.progress import show_log
-from wherefrom.runtime.distributed import Ranks
+from wherefrom.cli.shared import Run, StrategyName, command_line
+from wherefrom.cli.sources import SOURCES, RunSources, TextSource, checked_run, chosen_scores, log_other_scores
+from wherefrom.curvature.solvers import SOLVERS
 from wherefrom.report.evaluations import load_figures
 from wherefrom.report.html import render_report, write_page
 from wherefrom.report.passages import DatasetPassages, DatasetTokens
 from wherefrom.report.text import hits_table, top_tables
-from wherefrom.cli.sources import SOURCES, RunSources, TextSource, checked_run, chosen_scores, log_other_scores
+from wherefrom.runtime.distributed import Ranks
+from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.progress import show_log
+from wherefrom.scoring.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
 from wherefrom.scoring.results import Scores, TopScores, load_scores
-from wherefrom.curvature.solvers import SOLVERS
-from wherefrom.study import Study
 from wherefrom.scoring.tokens import INDEX, TokenScores
+from wherefrom.store.locks import run_lock
+from wherefrom.study import Study
 
 app = tyro.extras.SubcommandApp()
 app.command(plan)

@@ -14,12 +14,12 @@ import torch
 import tyro
 from rich.console import Console
 
-from wherefrom.hf.blueprint import Blueprint, measure
 from wherefrom.cli.calculator import MEASURED_EFFICIENCY, Estimate, Hardware, Request
-from wherefrom.planning.machine import matmul_speed
-from wherefrom.runtime.memory import free_memory
-from wherefrom.report.html import write_page
 from wherefrom.cli.scale import scale_page, scale_text
+from wherefrom.hf.blueprint import Blueprint, measure
+from wherefrom.planning.machine import matmul_speed
+from wherefrom.report.html import write_page
+from wherefrom.runtime.memory import free_memory
 
 
 @dataclass(frozen=True)

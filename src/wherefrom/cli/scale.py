@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from wherefrom.cli.calculator import REACHABLE, Estimate, Stage
-from wherefrom.store.space import peak
-from wherefrom.runtime.memory import FREE_SHARE
 from wherefrom.report.html import package_templates, security_policy
+from wherefrom.runtime.memory import FREE_SHARE
+from wherefrom.store.space import peak
 
 GIB = 2**30
 

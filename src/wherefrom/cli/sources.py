@@ -16,17 +16,25 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from wherefrom.store.about import MODEL, QUERIES, TRAIN, check_about, unlike
+from wherefrom.hf.text import as_blocks, as_documents, load_model, load_tokenizer, local_path, read_texts
+from wherefrom.report.passages import DatasetPassages
+from wherefrom.runtime.distributed import Ranks, join_ranks
 from wherefrom.runtime.errors import DamagedError, InputError, first_line
 from wherefrom.store.files import checked_name, read_json, within, write_text
-from wherefrom.store.fingerprint import Fingerprint, dataset_digest, model_digest
-from wherefrom.tasks.language import CausalLM
+from wherefrom.store.fingerprint import (
+    MODEL,
+    QUERIES,
+    TRAIN,
+    Fingerprint,
+    check_about,
+    dataset_digest,
+    model_digest,
+    unlike,
+)
 from wherefrom.store.locks import run_lock
 from wherefrom.store.names import finished, found_result, known_fingerprint
-from wherefrom.runtime.distributed import Ranks, join_ranks
-from wherefrom.report.passages import DatasetPassages
 from wherefrom.study import Study
-from wherefrom.hf.text import as_blocks, as_documents, load_model, load_tokenizer, local_path, read_texts
+from wherefrom.tasks.language import CausalLM
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -20,17 +20,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from wherefrom.engine.capture import Captured
-from wherefrom.curvature.damping import Side, added_damping, check_eigenvalues, damped_inverse
-from wherefrom.runtime.errors import InputError, LossError, MismatchError
-from wherefrom.engine.example_gradients import Sides, weight_gradients
-from wherefrom.store.fingerprint import Fingerprint, differences
+from wherefrom.curvature.damping import added_damping, check_eigenvalues, damped_inverse
+from wherefrom.curvature.operators import Basis, Preconditioner
 from wherefrom.engine.layers import TrackedLayer
-from wherefrom.runtime.memory import Workspace, pinned_as
-from wherefrom.curvature.moments import add_columns, second_moment, sum_of_squares
-from wherefrom.engine.sweep import Collector
+from wherefrom.runtime.errors import InputError, MismatchError
+from wherefrom.runtime.memory import pinned_as
+from wherefrom.store.fingerprint import Fingerprint, differences
+from wherefrom.store.space import Step, file_overhead
 
 
 @dataclass(frozen=True)
@@ -79,119 +76,6 @@ def checked_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
-@dataclass(frozen=True)
-class Basis:
-    """The eigenvectors of a layer's two covariances, as columns, with their eigenvalues.
-
-    Attributes:
-        activations: Q_A [in, in], of A = E[a a^T] over unmasked tokens (`shampoo`: of R = E[G^T G] over examples);
-            None for the axes themselves.
-        gradients: Q_S [out, out], of S = E[s s^T] (`shampoo`: of L = E[G G^T]), likewise.
-        activation_eigenvalues: [in], ascending; along the axes, the mean squares in their order.
-        gradient_eigenvalues: [out], likewise.
-    """
-
-    activations: Tensor | None
-    gradients: Tensor | None
-    activation_eigenvalues: Tensor
-    gradient_eigenvalues: Tensor
-
-    @property
-    def spectra(self) -> tuple[Side, Side]:
-        """The eigenvalues of S and of A, as their inverses need them."""
-        return (
-            Side(self.gradient_eigenvalues, self.gradients is not None),
-            Side(self.activation_eigenvalues, self.activations is not None),
-        )
-
-    def eigenvalues(self) -> Tensor:
-        """Those of S and A multiplied, [out, in]: the K-FAC eigenvalues."""
-        return torch.outer(self.gradient_eigenvalues, self.activation_eigenvalues)
-
-    def rotate(self, gradients: Tensor) -> Tensor:
-        """Q_S^T G Q_A for [..., out, in]."""
-        turned = gradients if self.gradients is None else self.gradients.T @ gradients
-        return turned if self.activations is None else turned @ self.activations
-
-    def rotate_back(self, gradients: Tensor) -> Tensor:
-        """Q_S G Q_A^T for [..., out, in]."""
-        turned = gradients if self.gradients is None else self.gradients @ gradients
-        return turned if self.activations is None else turned @ self.activations.T
-
-
-class CovarianceCollector(Collector):
-    """Sums a a^T and s s^T over unmasked tokens, and counts them.
-
-    The sums have no lower triangle, and where only the diagonal is used they are that alone. Layers that read the same
-    tensor, such as the three projections of an attention, share the product of it.
-    """
-
-    def __init__(self, layers: Mapping[str, TrackedLayer], dtype: torch.dtype, device: torch.device) -> None:
-        self._layers = layers
-        self._latest: tuple[Tensor, Tensor] | None = None
-        self.sums = {}
-        for name, layer in layers.items():
-            sides = zip(("gradients", "activations"), layer.padded_shape, layer.diagonal_sides, strict=True)
-            for side, size, diagonal in sides:
-                shape = (size,) if diagonal else (size, size)
-                self.sums[f"{name}.{side}"] = torch.zeros(shape, dtype=dtype, device=device)
-            self.sums[f"{name}.tokens"] = torch.zeros((), dtype=torch.int64, device=device)
-
-    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        activations, gradients = self.sums[f"{layer}.activations"], self.sums[f"{layer}.gradients"]
-        if captured.columns is None:
-            activations += self._activation_product(captured.activations, activations.dim() == 1).to(activations.device)
-        else:
-            add_columns(activations, sum_of_squares(captured.activations, 1), captured.columns)
-        gradients += second_moment(captured.gradients, gradients.dim() == 1).to(gradients.device)
-        self.sums[f"{layer}.tokens"] += captured.tokens
-
-    def release(self) -> None:
-        self._latest = None
-
-    def _activation_product(self, activations: Tensor, diagonal: bool) -> Tensor:
-        if self._latest is None or self._latest[0] is not activations:
-            self._latest = (activations, second_moment(activations, diagonal))
-        return self._latest[1]
-
-    def means(self) -> dict[str, Tensor]:
-        """A and S of every layer, `LAYER.activations` and `LAYER.gradients`; their diagonals where only those count."""
-        found = {}
-        for name, layer in self._layers.items():
-            outputs, inputs = layer.shape
-            tokens = self.sums[f"{name}.tokens"].clamp_min(1)  # none where no loss depends on the layer
-            for side, size in (("activations", inputs), ("gradients", outputs)):
-                total = self.sums[f"{name}.{side}"]
-                mean = total[(slice(size),) * total.dim()] / tokens
-                found[f"{name}.{side}"] = mean if mean.dim() == 1 else mean.triu() + mean.triu(1).T
-        return found
-
-
-def aligned(layer: TrackedLayer, matrix: Tensor) -> Tensor:
-    """Numbers [out, in] with a column for each of a captured gradient's, [out, width]; 0 past the layer's own."""
-    return pinned_as(functional.pad(matrix, (0, layer.width - matrix.shape[1])), matrix)
-
-
-def gradient_sides(
-    layers: Mapping[str, TrackedLayer], bases: Mapping[str, Basis], roots: Mapping[str, Tensor]
-) -> dict[str, Sides]:
-    """What turns each layer's captured gradients, with their aligned columns, into its basis, conditioned first.
-
-    Args:
-        bases: of layers that have one.
-        roots: P^(1/2) [out, in] of layers that are conditioned.
-    """
-    found = {}
-    for name, layer in layers.items():
-        basis, vectors = bases.get(name), None
-        if basis is not None and basis.activations is not None:
-            missing = layer.width - len(basis.activations)
-            vectors = pinned_as(functional.pad(basis.activations, (0, missing, 0, missing)), basis.activations)
-        conditioned = aligned(layer, roots[name]) if name in roots else None
-        found[name] = Sides(None if basis is None else basis.gradients, vectors, conditioned)
-    return found
-
-
 def bases_to_tensors(bases: Mapping[str, Basis]) -> dict[str, Tensor]:
     """Bases as the flat mapping that is stored: `LAYER.FIELD`."""
     named = {
@@ -212,45 +96,6 @@ def bases_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Basis]:
         )
         for layer in layers
     }
-
-
-class EigenvalueCollector(Collector):
-    """Sums squared per-example gradients, rotated where there is a basis: Lambda = E[(Q_S^T G Q_A)^2].
-
-    Args:
-        roots: P^(1/2) [out, in] of layers that are conditioned, of which P^(1/2) * G takes the place of G.
-    """
-
-    def __init__(
-        self,
-        layers: Mapping[str, TrackedLayer],
-        bases: Mapping[str, Basis],
-        examples: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        roots: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self._layers = layers
-        self._sides = gradient_sides(layers, bases, roots or {})
-        self._examples = examples
-        self._workspace = Workspace()
-        self.sums = {
-            name: torch.zeros(layer.padded_shape, dtype=dtype, device=device) for name, layer in layers.items()
-        }
-
-    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        gradients = weight_gradients(captured, self._sides[layer], self._workspace)
-        if captured.columns is None:
-            self.sums[layer] += sum_of_squares(gradients, 0, overwrite=True).to(self.sums[layer].device)
-        else:
-            add_columns(self.sums[layer], gradients.square_(), captured.columns)
-
-    def release(self) -> None:
-        self._workspace.release()
-
-    def means(self) -> dict[str, Tensor]:
-        """Lambda of every layer, a mean over examples."""
-        return {name: self.sums[name][:, : layer.shape[1]] / self._examples for name, layer in self._layers.items()}
 
 
 @dataclass(frozen=True)
@@ -313,51 +158,37 @@ class Factors:
         return Preconditioner(self.bases, filters, flat, added, self.roots)
 
 
-@dataclass(frozen=True)
-class Preconditioner:
-    """A filtered curvature, applied to gradients layer by layer.
+def fit_steps(
+    layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype, ranks: int
+) -> dict[str, Step]:
+    """The results of a fit by name, in the order in which they are made.
 
-    Attributes:
-        filters: f(Lambda) [out, in] of every layer; a layer without one is left as it is.
-        flat: layers without curvature in any direction, whose filter is 0.
-        damping: what was added to the eigenvalues of each layer with a filter.
-        roots: P^(1/2) [out, in] of layers that are conditioned: the filter stands between P^(1/2) and P^(1/2).
+    Args:
+        dtype: of factors.
+        ranks: processes, each of which keeps the partial sums of its own share.
     """
-
-    bases: Mapping[str, Basis]
-    filters: Mapping[str, Tensor]
-    flat: frozenset[str] = frozenset()
-    damping: Mapping[str, float] = field(default_factory=dict)
-    roots: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def check_gradients(self, layer: str, captured: Captured) -> None:
-        """Refuse training gradients of a layer without curvature, whose part of a score has no value.
-
-        Raises:
-            LossError: names the layer.
-        """
-        if layer not in self.flat or not bool(weight_gradients(captured).any()):
-            return
-        raise LossError(
-            f"Layer {layer!r}: its curvature is zero in all directions, and a training example has a gradient there of "
-            f"{float(captured.gradients.abs().max()):.3g}. Either squares of gradients this small vanish (scale the "
-            "loss up, or load the model in float64), or the fit's targets have no gradient: fit with empirical=True, "
-            "or give a damping above 0."
+    found = {}
+    if strategy.basis:
+        sides = [
+            (size, padded, diagonal)
+            for layer in layers.values()
+            for size, padded, diagonal in zip(layer.shape, layer.padded_shape, layer.diagonal_sides, strict=True)
+        ]
+        squares = sum(size * (1 if diagonal else size) for size, _, diagonal in sides) * dtype.itemsize
+        sums = sum(padded * (1 if diagonal else padded) for _, padded, diagonal in sides) * dtype.itemsize
+        vectors = sum(size + (0 if diagonal else size * size) for size, _, diagonal in sides) * dtype.itemsize
+        headers = file_overhead(3 * len(layers))
+        name = strategy.stage("covariance")
+        found[name] = Step.swept(name, squares + headers, sums + headers, ranks)
+        vectors += file_overhead(4 * len(layers))
+        name = strategy.stage("eigenbasis")
+        found[name] = Step(name, vectors, vectors)
+    if strategy.eigenvalues == "fitted":
+        name = strategy.stage("eigenvalues")
+        headers = file_overhead(len(layers))
+        kept, sums = (
+            sum(math.prod(shape) for shape in shapes) * dtype.itemsize + headers
+            for shapes in ([each.shape for each in layers.values()], [each.padded_shape for each in layers.values()])
         )
-
-    def sides(self, layers: Mapping[str, TrackedLayer]) -> dict[str, Sides]:
-        """What turns each layer's captured gradients, with their aligned columns, into where the filter is."""
-        return gradient_sides(layers, self.bases, self.roots)
-
-    def aligned_filters(self, layers: Mapping[str, TrackedLayer]) -> dict[str, Tensor]:
-        """The filters with a column for each of a captured gradient's, [out, width]."""
-        return {name: aligned(layers[name], each) for name, each in self.filters.items()}
-
-    def apply(self, layer: str, gradients: Tensor) -> Tensor:
-        """Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T for [..., out, in], conditioned before and after."""
-        basis, roots = self.bases.get(layer), self.roots.get(layer)
-        turned = gradients if roots is None else roots * gradients
-        turned = turned if basis is None else basis.rotate(turned)
-        turned = turned * self.filters[layer] if layer in self.filters else turned
-        turned = turned if basis is None else basis.rotate_back(turned)
-        return turned if roots is None else roots * turned
+        found[name] = Step.swept(name, kept, sums, ranks)
+    return found

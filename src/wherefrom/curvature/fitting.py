@@ -13,27 +13,18 @@ from typing import Generic
 import torch
 from torch import Tensor, nn
 
-from wherefrom.curvature.factors import (
-    STRATEGIES,
-    Basis,
-    CovarianceCollector,
-    EigenvalueCollector,
-    Factors,
-    Strategy,
-    bases_from_tensors,
-    bases_to_tensors,
-)
+from wherefrom.curvature.collectors import CovarianceCollector, EigenvalueCollector, GradientCovarianceCollector
 from wherefrom.curvature.damping import check_covariances, check_mean_squares
-from wherefrom.store.space import check_space, fit_steps, used_bytes
 from wherefrom.curvature.eigen import eigenvectors, finite_sum
-from wherefrom.runtime.errors import InputError
-from wherefrom.store.fingerprint import Dataset
-from wherefrom.curvature.gradient_covariance import GradientCovarianceCollector
-from wherefrom.store.layouts import Layout, check_layout
-from wherefrom.tasks.sampling import Sampler
-from wherefrom.store.cache import Stages
-from wherefrom.store.artifacts import Partial
+from wherefrom.curvature.factors import STRATEGIES, Factors, Strategy, bases_from_tensors, bases_to_tensors, fit_steps
+from wherefrom.curvature.operators import Basis
 from wherefrom.engine.sweep import Sweep
+from wherefrom.runtime.errors import InputError
+from wherefrom.store.artifacts import Layout, Partial, check_layout
+from wherefrom.store.cache import Stages
+from wherefrom.store.fingerprint import Dataset
+from wherefrom.store.space import check_space, used_bytes
+from wherefrom.tasks.sampling import Sampler
 from wherefrom.tasks.task import Batch
 
 

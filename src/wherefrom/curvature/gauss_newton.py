@@ -20,15 +20,15 @@ from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from wherefrom.curvature.operators import Preconditioner
 from wherefrom.engine.capture import frozen
-from wherefrom.curvature.factors import Preconditioner
-from wherefrom.runtime.errors import InputError, LayerError, LossError
-from wherefrom.store.fingerprint import Dataset
 from wherefrom.engine.layers import TrackedLayer
 from wherefrom.engine.loading import Loader, Rows
+from wherefrom.engine.sweep import Sweep
+from wherefrom.runtime.errors import InputError, LayerError, LossError
 from wherefrom.runtime.memory import out_of_memory
 from wherefrom.runtime.signals import held_signals
-from wherefrom.engine.sweep import Sweep
+from wherefrom.store.fingerprint import Dataset
 from wherefrom.tasks.task import Batch
 
 _NAME = "Gauss-Newton products"

@@ -17,9 +17,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from wherefrom.runtime.errors import LayerError, LossError
 from wherefrom.engine.layer_types import NO_COLUMN, distinct_one_hot
 from wherefrom.engine.layers import TrackedLayer, Use
+from wherefrom.runtime.errors import LayerError, LossError
 from wherefrom.runtime.precision import widened, widened_dtype
 from wherefrom.tasks.task import evaluating
 

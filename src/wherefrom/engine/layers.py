@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wherefrom.runtime.errors import LayerError
 from wherefrom.engine.layer_types import LayerType, elementwise_tensors, kind_names, layer_type, one_hot, weight_count
+from wherefrom.runtime.errors import LayerError
 from wherefrom.runtime.placement import tied_names
 
 # Matrix units want rows of a multiple of 16 bytes: a product with 769 columns takes up to twice as long as with 776.

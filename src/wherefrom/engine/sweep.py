@@ -18,21 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from wherefrom.engine.capture import Capture, Captured, Receiver
-from wherefrom.runtime.compiling import compiled_activations
-from wherefrom.runtime.errors import MemoryLimitError, WherefromError
-from wherefrom.store.fingerprint import Dataset
-from wherefrom.engine.nonfinite import NotFiniteError, Search, check_sums, named_examples
 from wherefrom.engine.layers import TrackedLayer
 from wherefrom.engine.loading import Loader, Rows, collated, positions
-from wherefrom.runtime.memory import Footprint, SavedBytes, halved, out_of_memory, shortage, usable_memory
+from wherefrom.engine.nonfinite import NotFiniteError, Search, check_sums, named_examples
 from wherefrom.engine.operation_count import operation_counter
+from wherefrom.runtime.compiling import compiled_activations
+from wherefrom.runtime.distributed import Ranks
+from wherefrom.runtime.errors import MemoryLimitError, WherefromError
+from wherefrom.runtime.memory import Footprint, SavedBytes, halved, out_of_memory, shortage, usable_memory
 from wherefrom.runtime.placement import execution_device, is_sharded_module
 from wherefrom.runtime.precision import Precision
 from wherefrom.runtime.profile import Profile
 from wherefrom.runtime.progress import progress_bar
-from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.signals import HeldSignals, held_signals
 from wherefrom.store.artifacts import Partial
+from wherefrom.store.fingerprint import Dataset
 from wherefrom.tasks.task import Batch, Task
 
 logger = logging.getLogger("wherefrom")

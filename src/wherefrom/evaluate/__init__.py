@@ -1,1 +1,1 @@
-"""Whether scores can be trusted: measures that look at scores and at something else that is known."""
+"""Whether scores are right: retraining, removal, agreement, and plots of these."""

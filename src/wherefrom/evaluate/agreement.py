@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from wherefrom.evaluate.lds import Estimate, matrices
 from wherefrom.runtime.errors import InputError
-from wherefrom.evaluate.alike import matrices
-from wherefrom.evaluate.lds import Estimate
 from wherefrom.scoring.results import Scores
 
 RESAMPLES = 1000

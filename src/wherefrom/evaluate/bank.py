@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wherefrom.store.artifacts.files import move, remove
-from wherefrom.store.artifacts.fingerprint import Fingerprint
-from wherefrom.store.artifacts.layouts import Layout, check_layout
 from wherefrom.runtime.signals import held_signals
-from wherefrom.store.artifacts.artifacts import Artifact, check_same, read_manifest
+from wherefrom.store.artifacts import Artifact, Layout, check_layout, check_same, read_manifest
+from wherefrom.store.files import move, remove
+from wherefrom.store.fingerprint import Fingerprint
 from wherefrom.version import VERSION
 
 # The entries that a bank adds to the caller's fingerprint.

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.runtime.errors import InputError
-from wherefrom.evaluate.alike import matrices
+from wherefrom.evaluate.lds import matrices
 from wherefrom.evaluate.retrain import TrainFunction, permutation, retrain_pairs
-from wherefrom.store.artifacts.fingerprint import Fingerprint
-from wherefrom.scoring.scoring.results import Scores
+from wherefrom.runtime.errors import InputError
+from wherefrom.scoring.results import Scores
+from wherefrom.store.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from wherefrom.runtime.errors import InputError
-from wherefrom.scoring.scoring.results import Scores
+from wherefrom.scoring.results import Scores
 
 
 @dataclass(frozen=True)

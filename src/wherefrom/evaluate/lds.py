@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wherefrom.runtime.errors import DamagedError, InputError
-from wherefrom.evaluate.alike import matrices
 from wherefrom.runtime.precision import type_name
-from wherefrom.scoring.scoring.results import Scores
+from wherefrom.scoring.results import Scores
+from wherefrom.store.fingerprint import QUERIES, TRAIN, check_about, subjects
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -368,3 +368,18 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 def _described(tensor: Tensor) -> str:
     return f"{type_name(tensor.dtype)} {list(tensor.shape)}"
+
+
+def matrices(scores: Mapping[str, Tensor | Scores]) -> dict[str, Tensor]:
+    """The values of scores by method; what is given as a bare matrix cannot be checked.
+
+    Raises:
+        MismatchError: some are about other queries or training examples than others.
+    """
+    about: dict[str, str] = {}
+    for name, each in scores.items():
+        if isinstance(each, Scores):
+            found = {kind: digest for kind, digest in subjects(each.fingerprint).items() if kind in (QUERIES, TRAIN)}
+            check_about(each.fingerprint, about, f"Give scores of the same to hold them side by side with {name!r}.")
+            about |= found
+    return {name: each.values if isinstance(each, Scores) else each for name, each in scores.items()}

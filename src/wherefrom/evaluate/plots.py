@@ -18,9 +18,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.runtime.errors import InputError
-from wherefrom.evaluate.lds import LdsReport
 from wherefrom.evaluate.agreement import Agreement, compare_scores
+from wherefrom.evaluate.lds import LdsReport
+from wherefrom.runtime.errors import InputError
 from wherefrom.store.files import write_bytes
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart, without its yellow (too pale on white).

@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.runtime.errors import InputError, LossError, TrainingError
 from wherefrom.evaluate.bank import Bank, Row, retraining_key
 from wherefrom.evaluate.pool import JobError, default_workers, run_jobs
-from wherefrom.store.artifacts.fingerprint import Fingerprint
-from wherefrom.store.artifacts.locks import DirectoryLock
+from wherefrom.runtime.errors import InputError, LossError, TrainingError
 from wherefrom.runtime.progress import progress_bar
+from wherefrom.store.fingerprint import Fingerprint
+from wherefrom.store.locks import DirectoryLock
 
 logger = logging.getLogger("wherefrom")
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.optim import Optimizer
 
-from wherefrom.runtime.errors import InputError
-from wherefrom.evaluate.retrain import Retraining, current_device
-from wherefrom.store.artifacts.fingerprint import Dataset, checked_length
 from wherefrom.engine.loading import mapped
+from wherefrom.evaluate.retrain import Retraining, current_device
+from wherefrom.runtime.errors import InputError
+from wherefrom.store.fingerprint import Dataset, checked_length
 from wherefrom.tasks.task import Batch, Objective, Task
 
 Weights = dict[str, Tensor]

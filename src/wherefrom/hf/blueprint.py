@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from wherefrom.runtime.errors import InputError, first_line
-from wherefrom.tasks.language import CausalLM
 from wherefrom.engine.layers import TrackedLayer, select_layers
-from wherefrom.runtime.memory import Footprint
 from wherefrom.engine.sweep import Sweep
-from wherefrom.hf.text import local_path, require
+from wherefrom.hf.text import local_path
+from wherefrom.runtime.errors import InputError, first_line, require
+from wherefrom.runtime.memory import Footprint
+from wherefrom.tasks.language import CausalLM
 
 # The shapes in the models' published configurations, by the names that transformers has for them.
 PRESETS: dict[str, dict[str, Any]] = {

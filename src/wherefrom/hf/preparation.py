@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from wherefrom.runtime.errors import InputError
+from wherefrom.hf.text import read_rows
+from wherefrom.runtime.errors import InputError, require
 from wherefrom.store.fingerprint import Dataset
 from wherefrom.tasks.losses import IGNORED
-from wherefrom.hf.text import read_rows, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from wherefrom.runtime.errors import InputError
+from wherefrom.hf.preparation import Preparation, Rows, Target
+from wherefrom.hf.text import load_config, load_model, load_tokenizer
+from wherefrom.runtime.distributed import join_ranks
+from wherefrom.runtime.errors import InputError, require
 from wherefrom.store.files import read_json
 from wherefrom.store.fingerprint import Dataset
-from wherefrom.tasks.language import CausalLM, MaskedLM, Seq2Seq, SequenceClassification, TokenBatch
-from wherefrom.hf.preparation import Preparation, Rows, Target
-from wherefrom.runtime.distributed import join_ranks
 from wherefrom.study import Study
+from wherefrom.tasks.language import CausalLM, MaskedLM, Seq2Seq, SequenceClassification, TokenBatch
 from wherefrom.tasks.task import Task
-from wherefrom.hf.text import load_config, load_model, load_tokenizer, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from wherefrom.runtime.errors import InputError, first_line
+from wherefrom.runtime.errors import InputError, first_line, require
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -162,14 +161,6 @@ def local_path(name: str) -> Path:
             f"{name[:80]!r} is no usable path ({reason}); expected the name of a file or directory."
         ) from error
     return path
-
-
-def require(module: str, extra: str = "text") -> Any:
-    """Import a library of one of our extras."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise InputError(f"{module} is needed here and not installed: pip install 'wherefrom[{extra}]'.") from error
 
 
 # Reading

@@ -15,6 +15,8 @@ from typing import Generic
 import torch
 from torch import Tensor
 
+from wherefrom.engine.loading import Rows
+from wherefrom.engine.sweep import Objective, Sweep
 from wherefrom.methods.projections import (
     ROWS,
     SCALES,
@@ -27,14 +29,11 @@ from wherefrom.methods.projections import (
     projections_to_tensors,
     unpacked,
 )
-from wherefrom.store.space import Step, check_space, used_bytes
 from wherefrom.runtime.errors import MismatchError
-from wherefrom.store.fingerprint import Dataset
-from wherefrom.store.layouts import Layout, check_layout
-from wherefrom.engine.loading import Rows
+from wherefrom.store.artifacts import Layout, Partial, check_layout
 from wherefrom.store.cache import Stages
-from wherefrom.store.artifacts import Partial
-from wherefrom.engine.sweep import Objective, Sweep
+from wherefrom.store.fingerprint import Dataset
+from wherefrom.store.space import Step, check_space, used_bytes
 from wherefrom.tasks.task import Batch
 
 # Compressed gradients of a shard while they are added up, and what is read and widened at a time.

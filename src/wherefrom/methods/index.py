@@ -17,21 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wherefrom.methods.projections import Compression, inverse_curvature, preconditioned
 from wherefrom.curvature.factors import Factors, checked_strategy
-from wherefrom.runtime.errors import InputError, LossError, MismatchError
-from wherefrom.store.files import within
-from wherefrom.store.fingerprint import Dataset, Fingerprint, checked_length, dataset_digest, model_digest
+from wherefrom.engine.sweep import Sweep
 from wherefrom.methods.gradient_store import GradientRows
+from wherefrom.methods.projections import Compression, inverse_curvature, preconditioned
+from wherefrom.runtime.errors import InputError, LossError, MismatchError
 from wherefrom.runtime.memory import within_memory
-from wherefrom.store.names import log_others, result_name
-from wherefrom.scoring.options import Options
 from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
+from wherefrom.scoring.options import Options
 from wherefrom.scoring.rescoring import exact_scores
 from wherefrom.scoring.results import TopScores, extremes, merged_extremes
 from wherefrom.scoring.scoring import Scoring, measurement, training_loss
 from wherefrom.store.cache import BlockStages, Stages
-from wherefrom.engine.sweep import Sweep
+from wherefrom.store.files import within
+from wherefrom.store.fingerprint import Dataset, Fingerprint, checked_length, dataset_digest, model_digest
+from wherefrom.store.names import log_others, result_name
 from wherefrom.tasks.task import Batch, checked_settings
 
 

@@ -20,25 +20,26 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import Unpack
 
-from wherefrom.methods.tracin import load_weights, named_paths, restored
-from wherefrom.methods.projections import Compression, Projection, damped_power, preconditioned
 from wherefrom.curvature.conditioning import Conditioning, conditioning_digest, conditioning_roots
-from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.damping import added_damping
-from wherefrom.runtime.errors import InputError
-from wherefrom.store.files import scratch_matrix
-from wherefrom.store.fingerprint import Dataset, checked_length, dataset_digest, model_digest
+from wherefrom.curvature.factors import Factors
+from wherefrom.engine.sweep import Objective, Sweep
 from wherefrom.methods.gradient_store import GradientRows
-from wherefrom.scoring.kept_scores import keep_scores
-from wherefrom.store.layouts import check_layout
+from wherefrom.methods.projections import Compression, Projection, damped_power, preconditioned
+from wherefrom.methods.tracin import named_paths
+from wherefrom.runtime.errors import InputError
 from wherefrom.runtime.memory import within_memory
-from wherefrom.store.names import result_name
+from wherefrom.scoring.kept_scores import keep_scores
 from wherefrom.scoring.options import check_names, checked_result_name
 from wherefrom.scoring.results import Scores
 from wherefrom.scoring.scoring import measurement, training_loss
+from wherefrom.store.artifacts import check_layout
 from wherefrom.store.cache import Stages
+from wherefrom.store.files import scratch_matrix
+from wherefrom.store.fingerprint import Dataset, checked_length, dataset_digest, model_digest
+from wherefrom.store.names import result_name
+from wherefrom.store.weights import load_weights, restored
 from wherefrom.study import Study
-from wherefrom.engine.sweep import Objective, Sweep
 from wherefrom.tasks.task import Batch, checked_settings
 
 if TYPE_CHECKING:

@@ -19,18 +19,18 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import Unpack
 
-from wherefrom.engine.capture import Captured
-from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.damping import added_damping
-from wherefrom.runtime.errors import InputError
+from wherefrom.curvature.factors import Factors
+from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import weight_gradients
+from wherefrom.engine.layers import TrackedLayer
+from wherefrom.engine.sweep import Collector
+from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.memory import checked_batch_size
+from wherefrom.runtime.precision import product
+from wherefrom.scoring.options import check_names
 from wherefrom.store.files import checked_name
 from wherefrom.store.fingerprint import tensors_digest
-from wherefrom.engine.layers import TrackedLayer
-from wherefrom.runtime.memory import checked_batch_size
-from wherefrom.scoring.options import check_names
-from wherefrom.runtime.precision import product
-from wherefrom.engine.sweep import Collector
 
 Directions = Literal["eigenvectors", "random"]
 Numbers = Literal["float32", "bfloat16", "int8"]

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from wherefrom.curvature.conditioning import Conditioning, conditioning_digest, conditioning_roots
 from wherefrom.runtime.errors import InputError
-from wherefrom.store.files import within
-from wherefrom.store.fingerprint import Dataset, checked_length, dataset_digest, read_example
 from wherefrom.scoring.kept_scores import keep_scores
-from wherefrom.store.names import result_name
 from wherefrom.scoring.options import checked_result_name
-from wherefrom.tasks.sampling import Sampler
 from wherefrom.scoring.results import Scores
 from wherefrom.store.cache import Stages
+from wherefrom.store.files import within
+from wherefrom.store.fingerprint import Dataset, checked_length, dataset_digest, read_example
+from wherefrom.store.names import result_name
 from wherefrom.study import Study
+from wherefrom.tasks.sampling import Sampler
 from wherefrom.tasks.task import Batch, Task, checked_settings
 
 # Of the mean eigenvalue in the space of samples.

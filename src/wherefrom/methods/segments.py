@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from wherefrom.methods.tracin import load_weights
-from wherefrom.curvature.factors import Preconditioner, aligned
+from wherefrom.curvature.operators import Preconditioner, aligned
 from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.scoring import Scoring
+from wherefrom.store.weights import load_weights
 from wherefrom.tasks.task import Batch
 
 # Query gradients that are filtered at a time.

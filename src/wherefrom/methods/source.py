@@ -28,20 +28,21 @@ from typing import TYPE_CHECKING, Generic
 import torch
 from torch import Tensor
 
-from wherefrom.curvature.adam import adam_conditioning
-from wherefrom.methods.tracin import kept_sum, load_weights, named_paths, restored, study_of
-from wherefrom.curvature.conditioning import conditioning_digest, conditioning_roots
-from wherefrom.curvature.factors import STRATEGIES, Basis, Preconditioner, checked_strategy
-from wherefrom.runtime.errors import InputError
-from wherefrom.store.files import within
-from wherefrom.store.fingerprint import Dataset, checked_length, dataset_digest, model_digest
+from wherefrom.curvature.conditioning import adam_conditioning, conditioning_digest, conditioning_roots
+from wherefrom.curvature.factors import STRATEGIES, checked_strategy
 from wherefrom.curvature.fitting import Fitting
+from wherefrom.curvature.operators import Basis, Preconditioner
+from wherefrom.methods.segments import SegmentScoring
+from wherefrom.methods.tracin import kept_sum, named_paths, study_of
+from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.kept_scores import KeptScores
-from wherefrom.store.names import result_name
 from wherefrom.scoring.options import Options, checked_result_name
 from wherefrom.scoring.results import Scores
-from wherefrom.methods.segments import SegmentScoring
 from wherefrom.store.cache import Stages
+from wherefrom.store.files import within
+from wherefrom.store.fingerprint import Dataset, checked_length, dataset_digest, model_digest
+from wherefrom.store.names import result_name
+from wherefrom.store.weights import load_weights, restored
 from wherefrom.study import Study
 from wherefrom.tasks.task import Batch, checked_settings
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from rich.table import Table
 
-from wherefrom.store.space import Blocks, Step, fit_steps, peak
-from wherefrom.scoring.bank import PIECE_BYTES, BankForm
-from wherefrom.planning.job import Job, PerExample, in_half, side_costs
+from wherefrom.curvature.factors import fit_steps
 from wherefrom.engine.layers import TrackedLayer
-from wherefrom.scoring.low_rank import thin_product_flop
+from wherefrom.planning.forms import PIECE_BYTES, BankForm, thin_product_flop
+from wherefrom.planning.job import Job, PerExample, in_half, side_costs
 from wherefrom.planning.machine import Machine, matmul_speed
+from wherefrom.planning.space import Blocks
 from wherefrom.runtime.precision import type_name, widened_dtype
+from wherefrom.store.space import Step, peak
 
 # How much of the score matrix is in memory at a time; more with very many queries, for shards of some batches.
 SHARD_BYTES, SHARD_ROWS = 2**24, 512

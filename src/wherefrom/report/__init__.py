@@ -1,1 +1,1 @@
-"""What a person looks at: pages and plots made from texts and scores."""
+"""Scores beside texts: tables, pages and what is drawn on them."""

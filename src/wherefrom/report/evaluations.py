@@ -10,12 +10,11 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from wherefrom.store.artifacts.about import subjects, unlike
-from wherefrom.runtime.errors import DamagedError
-from wherefrom.store.artifacts.files import checked_name, read_bytes, read_json, write_bytes, write_text
-from wherefrom.store.artifacts.fingerprint import Fingerprint
-from wherefrom.store.artifacts.names import result_name
 from wherefrom.report.passages import Figure
+from wherefrom.runtime.errors import DamagedError
+from wherefrom.store.files import checked_name, read_bytes, read_json, write_bytes, write_text
+from wherefrom.store.fingerprint import Fingerprint, subjects, unlike
+from wherefrom.store.names import result_name
 
 logger = logging.getLogger("wherefrom")
 

@@ -24,12 +24,12 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
-from wherefrom.runtime.errors import InputError
-from wherefrom.store.artifacts.files import write_text
 from wherefrom.report.histogram import HISTOGRAM_HEIGHT, Histogram, histogram, signed_number
 from wherefrom.report.passages import Figure, Passage, Passages, TokenContributions, checked_passages
 from wherefrom.report.shading import Shares, encode_lengths, encode_shares, visible_pieces
-from wherefrom.scoring.scoring.results import Scores, TopScores, extremes
+from wherefrom.runtime.errors import InputError
+from wherefrom.scoring.results import Scores, TopScores, extremes
+from wherefrom.store.files import write_text
 
 EXCERPT_LENGTH = 160
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -9,11 +9,10 @@ from itertools import takewhile
 from operator import eq
 from typing import Protocol
 
-from wherefrom.store.artifacts.about import QUERIES, TRAIN, check_about
 from wherefrom.runtime.errors import InputError, MismatchError
-from wherefrom.store.artifacts.fingerprint import Dataset, Fingerprint, dataset_digest
-from wherefrom.scoring.scoring.results import Scores, TopScores
-from wherefrom.scoring.scoring.tokens import TokenScores
+from wherefrom.scoring.results import Scores, TopScores
+from wherefrom.scoring.tokens import TokenScores
+from wherefrom.store.fingerprint import QUERIES, TRAIN, Dataset, Fingerprint, check_about, dataset_digest
 
 # How many tokens may wait for the text that they complete. A character has at most four bytes, and so at most four
 # tokens; the rest is for decoders that change text when the next word is known.

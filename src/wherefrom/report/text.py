@@ -11,9 +11,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from wherefrom.runtime.errors import InputError
 from wherefrom.report.passages import Passages, TokenContributions, checked_passages
-from wherefrom.scoring.scoring.results import Hit, Scores, TopScores
+from wherefrom.runtime.errors import InputError
+from wherefrom.scoring.results import Hit, Scores, TopScores
 
 
 def top_tables(

@@ -4,6 +4,12 @@ A message names the argument or file, the value found, what was expected and the
 nothing else of the library.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
 
 class WherefromError(Exception):
     """The base of every error that wherefrom raises on purpose."""
@@ -48,3 +54,11 @@ class RankError(WherefromError):
 def first_line(error: BaseException) -> str:
     """What another library says, without the pages that may follow."""
     return str(error).strip().partition("\n")[0]
+
+
+def require(module: str, extra: str = "text") -> Any:
+    """Import a library of one of our extras."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{module} is needed here and not installed: pip install 'wherefrom[{extra}]'.") from error

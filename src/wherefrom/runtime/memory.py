@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from wherefrom.runtime.containers import memory_left
 from wherefrom.runtime.errors import InputError, MemoryLimitError, first_line
 from wherefrom.runtime.placement import is_sharded_tensor
 
@@ -235,3 +236,43 @@ class Workspace:
     def release(self) -> None:
         """Give the memory back."""
         self._buffer = None
+
+
+_MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+_ROOT = Path("/sys/fs/cgroup")
+
+
+# Of each version: the limit, what is used, and the part of that which is given back when it is needed.
+_FILES = {
+    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def memory_left() -> float:
+    """Bytes until the first limit of a control group that this process is in; infinite without one."""
+    return min((_left(folder, version) for folder, version in _groups()), default=math.inf)
+
+
+def _groups() -> Iterator[tuple[Path, int]]:
+    """The groups that limit memory, each with its version: limits of those around it hold too."""
+    with contextlib.suppress(OSError):
+        for line in _MEMBERSHIP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                root, version = (_ROOT / "memory", 1) if controllers else (_ROOT, 2)
+                group = Path(path.lstrip("/"))
+                # In a container, its own group is what it sees as the root, whatever the path says.
+                yield from ((root / each, version) for each in (group, *group.parents))
+
+
+def _left(folder: Path, version: int) -> float:
+    limit_file, used_file, reclaimable = _FILES[version]
+    try:
+        limit, used = (folder / limit_file).read_text().strip(), int((folder / used_file).read_text())
+        entries = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:
+        return math.inf
+    return math.inf if limit == "max" else max(0, int(limit) - used + int(entries.get(reclaimable, 0)))

@@ -9,82 +9,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from wherefrom.curvature.operators import Preconditioner
 from wherefrom.engine.capture import Captured
-from wherefrom.curvature.factors import Preconditioner
 from wherefrom.engine.example_gradients import Sides, brought_back, weight_gradients
-from wherefrom.engine.nonfinite import NotFiniteError
 from wherefrom.engine.layers import TrackedLayer
-from wherefrom.scoring.long_products import long_product
-from wherefrom.scoring.low_rank import thin_product_flop, truncated
+from wherefrom.engine.nonfinite import NotFiniteError
+from wherefrom.engine.sweep import Collector
+from wherefrom.planning.forms import PIECE_BYTES, BankForm, dequantized, quantized, thin_product_flop, truncated
 from wherefrom.runtime.memory import Workspace, out_of_memory
 from wherefrom.runtime.precision import product, rotated, widened, widened_dtype
-from wherefrom.scoring.quantization import dequantized, quantized
-from wherefrom.engine.sweep import Collector
 
-# What is moved to the device, widened or rebuilt from thin matrices at a time.
-PIECE_BYTES = 2**28
 # After a one-hot layer's name: which columns are held.
 _COLUMNS = ".columns"
 # After a quantized layer's name: what each row of its integers is multiplied with.
 _SCALES = ".scales"
 _SQUARED_NORM, _SQUARED_REST = "squared norm", "squared rest"
-
-
-@dataclass(frozen=True)
-class BankForm:
-    """How query gradients are kept.
-
-    Attributes:
-        dtype: of their numbers, or of products with those that are kept as integers.
-        place: the device that they lie on.
-        streamed: whether that is another than the model's, so that they are moved there piece by piece for every batch.
-        rank: of the two thin matrices; None keeps gradients whole, as do layers in which that takes less.
-        tokens: how many vectors the longest query has in a one-hot layer, of which it touches as many columns at most;
-            a bank makes room for more when they come.
-        rotated_back: for each layer, whether the preconditioned gradient is brought back from the eigenbasis on its
-            left and right side; otherwise each training gradient is brought there.
-        bits: 8 keeps whole gradients as integers of that size, with a scale for each row of each query's, but for
-            one-hot layers; None keeps numbers of `dtype`.
-    """
-
-    dtype: torch.dtype
-    place: torch.device
-    streamed: bool = False
-    rank: int | None = None
-    tokens: int = 0
-    rotated_back: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
-    bits: int | None = None
-
-    @property
-    def approximate(self) -> bool:
-        """Whether something is left out of gradients besides the rounding of `dtype`."""
-        return self.rank is not None or self.bits is not None
-
-    def quantized(self, layer: TrackedLayer) -> bool:
-        """Whether a layer's gradients are kept as integers."""
-        return self.bits is not None and not layer.one_hot and not self.thin(layer)
-
-    def thin(self, layer: TrackedLayer) -> bool:
-        """Whether a layer's gradients are kept as two thin matrices."""
-        outputs, width = layer.padded_shape
-        return not layer.one_hot and self.rank is not None and self.rank * (outputs + width) < outputs * width
-
-    def bytes_per_query(self, layers: Mapping[str, TrackedLayer]) -> int:
-        """What one query takes."""
-        taken = 0
-        for layer in layers.values():
-            outputs, width = layer.padded_shape
-            numbers = (self.rank or 0) * (outputs + width) if self.thin(layer) else outputs * layer.columns(self.tokens)
-            if self.quantized(layer):
-                taken += numbers * torch.int8.itemsize + outputs * widened_dtype(self.dtype).itemsize
-            else:
-                taken += numbers * self.dtype.itemsize + layer.one_hot * self.tokens * torch.int64.itemsize
-        return taken
 
 
 class GradientBank(Collector):
@@ -418,3 +362,33 @@ def _spread(gradients: Tensor, columns: Tensor, chosen: Tensor) -> Tensor:
     held = (chosen[places] == columns).unsqueeze(1)  # [n, 1, columns]
     spread = gradients.new_zeros(*gradients.shape[:2], len(chosen))
     return spread.scatter_add_(2, places.unsqueeze(1).expand_as(gradients), gradients * held)
+
+
+# Rows and columns of a tile; tiles that fill a GPU, which has 108 (A100) to 132 (H100, H200) units; and a sum that is
+# worth a tile of its own.
+_TILE, _TILES, _SHORTEST = 128, 128, 4096
+
+
+# Matrix units read 16 bytes at a time.
+_ALIGNMENT = 8
+
+
+def long_product(left: Tensor, right: Tensor) -> Tensor:
+    """left [n, k] times right^T, of right [m, k], summed in float32 or wider: [n, m]."""
+    parts = parts_of_sum(len(left), len(right), left.shape[1]) if left.is_cuda else 1
+    return split_product(left, right, parts)
+
+
+def split_product(left: Tensor, right: Tensor, parts: int) -> Tensor:
+    """The same as so many products over equal parts of the sum, which are then added up."""
+    if parts == 1:
+        return product(left, right.T)
+    some = product(left.unflatten(1, (parts, -1)).transpose(0, 1), right.unflatten(1, (parts, -1)).permute(1, 2, 0))
+    return some.sum(0)
+
+
+def parts_of_sum(rows: int, columns: int, length: int) -> int:
+    """Into how many equal, aligned parts a sum is cut so that the device is filled; 1 where it is anyway."""
+    tiles = -(-rows // _TILE) * -(-columns // _TILE)
+    most = min(_TILES // tiles, length // _SHORTEST)
+    return next((parts for parts in range(most, 1, -1) if length % (parts * _ALIGNMENT) == 0), 1)

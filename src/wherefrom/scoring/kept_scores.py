@@ -14,22 +14,21 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from wherefrom.store.files import within
-from wherefrom.store.fingerprint import Fingerprint, tensors_digest
-from wherefrom.scoring.self_influence import SELF_INFLUENCE, SQUARED_NORM
-from wherefrom.store.layouts import Layout, check_layout
-from wherefrom.store.names import log_others, result_name
-from wherefrom.scoring.options import of_values
+from wherefrom.curvature.solvers import not_converged
 from wherefrom.runtime.profile import Profile
+from wherefrom.scoring.options import of_values
 from wherefrom.scoring.rescoring import exact_scores, rescore
 from wherefrom.scoring.results import Scores, TopScores, extremes
 from wherefrom.scoring.scoring import Scoring
-from wherefrom.curvature.solvers import not_converged
-from wherefrom.store.cache import BlockStages, Stages
-from wherefrom.store.artifacts import Partial, read_manifest
-from wherefrom.tasks.task import Batch
+from wherefrom.scoring.self_influence import SELF_INFLUENCE, SQUARED_NORM
 from wherefrom.scoring.token_scoring import TokenScoring
 from wherefrom.scoring.tokens import INDEX, TokenParts, TokenScores, extreme_pairs
+from wherefrom.store.artifacts import Layout, Partial, check_layout, read_manifest
+from wherefrom.store.cache import BlockStages, Stages
+from wherefrom.store.files import within
+from wherefrom.store.fingerprint import Fingerprint, tensors_digest
+from wherefrom.store.names import log_others, result_name
+from wherefrom.tasks.task import Batch
 
 logger = logging.getLogger("wherefrom")
 

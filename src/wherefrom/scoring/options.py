@@ -15,11 +15,11 @@ from typing import Literal, TypedDict
 from typing_extensions import Unpack
 
 from wherefrom.curvature.factors import Factors
+from wherefrom.curvature.solvers import Solver
 from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.memory import checked_batch_size
 from wherefrom.store.files import checked_name
 from wherefrom.store.fingerprint import Fingerprint
-from wherefrom.runtime.memory import checked_batch_size
-from wherefrom.curvature.solvers import Solver
 
 Aggregation = Literal["sum", "mean"]
 LayerGroups = Mapping[str, Sequence[str]]

@@ -12,12 +12,12 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from wherefrom.runtime.errors import InputError, first_line
-from wherefrom.store.fingerprint import tensors_digest
 from wherefrom.engine.loading import Rows
+from wherefrom.runtime.errors import InputError, first_line
 from wherefrom.runtime.precision import type_name
 from wherefrom.scoring.scoring import Scoring
 from wherefrom.store.cache import BlockStages
+from wherefrom.store.fingerprint import tensors_digest
 from wherefrom.tasks.task import Batch
 
 logger = logging.getLogger("wherefrom")

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from wherefrom.engine.capture import Captured
-from wherefrom.runtime.errors import InputError
-from wherefrom.store.fingerprint import Fingerprint
-from wherefrom.scoring.bank import GradientBank
-from wherefrom.store.layouts import Layout, check_layout
-from wherefrom.store.names import finished, found_result
-from wherefrom.store.artifacts import Artifact, read_manifest
 from wherefrom.engine.sweep import Collector
+from wherefrom.runtime.errors import InputError
+from wherefrom.scoring.bank import GradientBank
+from wherefrom.store.artifacts import Artifact, Layout, check_layout, read_manifest
+from wherefrom.store.fingerprint import Fingerprint
+from wherefrom.store.names import finished, found_result
 
 Normalization = Literal["cosine", "relatif", "theta-relatif"]
 

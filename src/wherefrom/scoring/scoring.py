@@ -17,24 +17,26 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from wherefrom.curvature.factors import Preconditioner, Strategy
-from wherefrom.store.space import Blocks, Step, check_space, used_bytes
+from wherefrom.curvature.factors import Strategy
+from wherefrom.curvature.gauss_newton import DampedGaussNewton
+from wherefrom.curvature.operators import Preconditioner
+from wherefrom.engine.loading import Rows
+from wherefrom.engine.sweep import Collector, Objective, Sweep
+from wherefrom.planning.job import Job, Wanted
+from wherefrom.planning.plan import Plan, plan_scores
+from wherefrom.planning.space import Blocks
+from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import MemoryLimitError
+from wherefrom.runtime.memory import within_memory
+from wherefrom.scoring.bank import GradientBank
+from wherefrom.scoring.options import Options
+from wherefrom.scoring.results import PairwiseCollector, extremes, merged_extremes
+from wherefrom.scoring.self_influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
+from wherefrom.store.artifacts import Partial
+from wherefrom.store.cache import BlockStages
 from wherefrom.store.files import scratch_matrix
 from wherefrom.store.fingerprint import Dataset
-from wherefrom.curvature.gauss_newton import DampedGaussNewton
-from wherefrom.scoring.bank import GradientBank
-from wherefrom.scoring.self_influence import SELF_INFLUENCE, SQUARED_NORM, SelfInfluenceCollector, Together
-from wherefrom.planning.job import Job, Wanted
-from wherefrom.engine.loading import Rows
-from wherefrom.runtime.memory import within_memory
-from wherefrom.scoring.options import Options
-from wherefrom.planning.plan import Plan, plan_scores
-from wherefrom.runtime.distributed import Ranks
-from wherefrom.scoring.results import PairwiseCollector, extremes, merged_extremes
-from wherefrom.store.cache import BlockStages
-from wherefrom.store.artifacts import Partial
-from wherefrom.engine.sweep import Collector, Objective, Sweep
+from wherefrom.store.space import Step, check_space, used_bytes
 from wherefrom.tasks.task import Batch, Task
 
 logger = logging.getLogger("wherefrom")

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from wherefrom.curvature.operators import Preconditioner
 from wherefrom.engine.capture import Captured
-from wherefrom.curvature.factors import Preconditioner
 from wherefrom.engine.example_gradients import brought_back, weight_gradients
 from wherefrom.engine.layers import TrackedLayer
-from wherefrom.runtime.memory import Workspace
 from wherefrom.engine.sweep import Collector
+from wherefrom.runtime.memory import Workspace
 
 SELF_INFLUENCE, SQUARED_NORM = "self_influence", "squared_norm"
 

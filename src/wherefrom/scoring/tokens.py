@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from wherefrom.engine.capture import Captured
+from wherefrom.engine.sweep import Collector
 from wherefrom.runtime.errors import DamagedError, InputError, LayerError
+from wherefrom.runtime.profile import Profile
+from wherefrom.scoring.bank import GradientBank
+from wherefrom.scoring.options import of_values
+from wherefrom.store.artifacts import Artifact, Layout, check_layout, check_same, read_manifest
+from wherefrom.store.cache import Compute, Stages
 from wherefrom.store.files import remove
 from wherefrom.store.fingerprint import Fingerprint, differences, tensors_digest
-from wherefrom.scoring.bank import GradientBank
-from wherefrom.store.layouts import Layout, check_layout
-from wherefrom.scoring.options import of_values
-from wherefrom.runtime.profile import Profile
-from wherefrom.store.cache import Compute, Stages
-from wherefrom.store.artifacts import Artifact, check_same, read_manifest
-from wherefrom.engine.sweep import Collector
 
 INDEX = "index"
 _INDEX: Layout = {

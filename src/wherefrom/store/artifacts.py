@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wherefrom.runtime.errors import MismatchError
+from wherefrom.runtime.errors import DamagedError, MismatchError
+from wherefrom.runtime.precision import type_name
 from wherefrom.store.files import (
     checked_file,
     damaged,
@@ -215,3 +216,34 @@ def _digest(tensors: Mapping[str, Tensor], described: str) -> str:
 
 def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+Layout = Mapping[str, tuple[torch.dtype | None, tuple[int | str, ...]]]
+"""By name: the type, None for float32 or float64, and the shape; equal words in shapes stand for equal sizes."""
+
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+def check_layout(path: Path, tensors: Mapping[str, Tensor], required: Layout, optional: Layout | None = None) -> None:
+    """Refuse tensors that are not those of a result.
+
+    Raises:
+        DamagedError: one is missing, unknown, or of another type or shape; it is named.
+    """
+    known = {**required, **(optional or {})}
+    sizes: dict[str, int] = {}
+    for name in sorted({*required, *tensors}):
+        if name not in tensors or name not in known:
+            problem = "is missing" if name not in tensors else "is not expected"
+            raise DamagedError(f"{path} cannot be used: {name!r} {problem}. Delete it, and compute it again.")
+        tensor, (dtype, shape) = tensors[name], known[name]
+        pairs = zip(shape, tensor.shape, strict=False)  # their number is compared below
+        expected = [sizes.setdefault(size, found) if isinstance(size, str) else size for size, found in pairs]
+        right_type = tensor.dtype in _FLOATS if dtype is None else tensor.dtype == dtype
+        if not right_type or len(shape) != tensor.dim() or expected != list(tensor.shape):
+            wanted = "float" if dtype is None else type_name(dtype)
+            raise DamagedError(
+                f"{path} cannot be used: {name!r} is {type_name(tensor.dtype)} {list(tensor.shape)}, "
+                f"expected {wanted} [{', '.join(map(str, shape))}]. Delete it, and compute it again."
+            )

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wherefrom.store.files import remove
-from wherefrom.store.fingerprint import Fingerprint
-from wherefrom.runtime.profile import Profile
 from wherefrom.runtime.distributed import Ranks
+from wherefrom.runtime.profile import Profile
 from wherefrom.runtime.signals import held_signals
 from wherefrom.store.artifacts import Artifact, Partial
+from wherefrom.store.files import remove
+from wherefrom.store.fingerprint import Fingerprint
 
 Compute = Callable[[Partial], dict[str, Tensor]]
 """Computes what is kept; the argument may hold sums of an interrupted sweep."""

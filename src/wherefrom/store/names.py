@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 
 from wherefrom.runtime.errors import InputError, WherefromError
-from wherefrom.store.fingerprint import Fingerprint, differences
 from wherefrom.store.artifacts import read_manifest
+from wherefrom.store.fingerprint import Fingerprint, differences
 
 logger = logging.getLogger("wherefrom")
 

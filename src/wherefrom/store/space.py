@@ -6,22 +6,15 @@ writes nothing, and does not know how anything is computed.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from wherefrom.curvature.factors import Strategy
 from wherefrom.runtime.errors import StorageError
 from wherefrom.store.files import free_space
-from wherefrom.engine.layers import TrackedLayer
 
 # The header of a file and the manifest beside it, and for each tensor its entry in the header; measured, rounded up.
 _FILE, _ENTRY = 2**13, 256
-# The float64 number that says what a low rank or integers leave out of a query's gradient.
-_ERROR_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ class Step:
     @classmethod
     def swept(cls, name: str, kept: int, sums: int, ranks: int) -> Step:
         """A result that is written once its sweep is over, after which the partial sums are deleted."""
-        return cls(name, kept, max(_replaced(sums, ranks), ranks * sums + kept))
+        return cls(name, kept, max(replaced_bytes(sums, ranks), ranks * sums + kept))
 
 
 def peak(steps: Iterable[Step]) -> int:
@@ -50,129 +43,6 @@ def peak(steps: Iterable[Step]) -> int:
         most = max(most, kept + step.peak)
         kept += step.kept
     return most
-
-
-def fit_steps(
-    layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype, ranks: int
-) -> dict[str, Step]:
-    """The results of a fit by name, in the order in which they are made.
-
-    Args:
-        dtype: of factors.
-        ranks: processes, each of which keeps the partial sums of its own share.
-    """
-    found = {}
-    if strategy.basis:
-        sides = [
-            (size, padded, diagonal)
-            for layer in layers.values()
-            for size, padded, diagonal in zip(layer.shape, layer.padded_shape, layer.diagonal_sides, strict=True)
-        ]
-        squares = sum(size * (1 if diagonal else size) for size, _, diagonal in sides) * dtype.itemsize
-        sums = sum(padded * (1 if diagonal else padded) for _, padded, diagonal in sides) * dtype.itemsize
-        vectors = sum(size + (0 if diagonal else size * size) for size, _, diagonal in sides) * dtype.itemsize
-        headers = _file(3 * len(layers))
-        name = strategy.stage("covariance")
-        found[name] = Step.swept(name, squares + headers, sums + headers, ranks)
-        vectors += _file(4 * len(layers))
-        name = strategy.stage("eigenbasis")
-        found[name] = Step(name, vectors, vectors)
-    if strategy.eigenvalues == "fitted":
-        name = strategy.stage("eigenvalues")
-        headers = _file(len(layers))
-        kept, sums = (
-            sum(math.prod(shape) for shape in shapes) * dtype.itemsize + headers
-            for shapes in ([each.shape for each in layers.values()], [each.padded_shape for each in layers.values()])
-        )
-        found[name] = Step.swept(name, kept, sums, ranks)
-    return found
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A matrix of scores that is computed block by block.
-
-    Attributes:
-        queries, train: its size.
-        itemsize: bytes of a score.
-        block: queries of a block, the most.
-        shard: training examples of a block, the most.
-        matrices: how many of one size there are, with parts of layers.
-        errors: whether each block says what a low rank or integers leave out.
-    """
-
-    queries: int
-    train: int
-    itemsize: int
-    block: int
-    shard: int
-    matrices: int = 1
-    errors: bool = False
-
-    @property
-    def _across(self) -> int:
-        """Blocks beside each other."""
-        return -(-self.train // self.shard)
-
-    @property
-    def _sums(self) -> int:
-        """What the sums of a sweep take, the most."""
-        return self.block * self.shard * self.itemsize * self.matrices
-
-    @property
-    def _overhead(self) -> int:
-        """What blocks take beside their scores."""
-        count = -(-self.queries // self.block) * self._across
-        return count * _file(self.matrices) + self.errors * self.queries * self._across * _ERROR_BYTES
-
-    def matrix_step(self, ranks: int, vectors: int = 0, rescored: int = 0) -> Step:
-        """Scores of all pairs: blocks, a file that they are put together in, and the result, all there at the end.
-
-        Args:
-            vectors: how many numbers of each training example are kept beside the scores.
-            rescored: how many of each query's scores are computed again.
-        """
-        whole = self.queries * self.train * self.itemsize * self.matrices
-        beside = vectors * self.train * self.itemsize
-        # Of a block of queries, their highest scores are of so many training examples at the most.
-        again = min(self.train, self.block * rescored)
-        better = self.queries * again * self.itemsize + bool(rescored) * self._overhead
-        kept = whole + beside + self.queries * (self.errors * _ERROR_BYTES + rescored * self.itemsize)
-        kept += _file(self.matrices + vectors + 2)
-        blocks, single = whole + beside + self._overhead, self._sums >= whole
-        sweeping = _replaced(self._sums + beside, ranks) + (0 if single else whole + blocks - self._sums)
-        return Step("scores", kept, max(sweeping, blocks + whole + better + kept))
-
-    def top_step(self, ranks: int, top: int) -> Step:
-        """The highest and lowest scores: those of every block, then the result beside them."""
-        each = 2 * (self.itemsize + torch.int64.itemsize)
-        kept = each * self.queries * min(top, self.train) + _file(5)
-        latest = each * self.block * min(top, self.shard)
-        blocks = each * self.queries * self._across * min(top, self.shard) + 2 * self._overhead
-        sweeping = max(blocks - latest + _replaced(self._sums, ranks), blocks + ranks * self._sums)
-        return Step("top scores", kept, max(sweeping, blocks + kept))
-
-    def summed_step(self, ranks: int) -> Step:
-        """Scores that are added up over queries, training examples or both: `queries` or `train` is then 1."""
-        kept = self.queries * self.train * self.itemsize * self.matrices + _file(self.matrices)
-        blocks = kept + self._overhead
-        return Step("scores", kept, blocks + max(kept, _replaced(self._sums, ranks)))
-
-
-def token_step(pairs: Sequence[int], longest: int, itemsize: int, part: int, train: int, ranks: int) -> Step:
-    """Scores of tokens: files of bounded size, all of which stay, and an index.
-
-    Args:
-        pairs: how many each block of queries has.
-        longest: tokens of the longest training example.
-        part: bytes of a file, the most.
-        train: training examples, whose lengths are kept.
-    """
-    blocks = [each * longest * itemsize for each in pairs]
-    files = sum(-(-block // part) for block in blocks)
-    largest = min(part, max(blocks))
-    kept = sum(blocks) + (2 * sum(pairs) + train + files) * torch.int64.itemsize + (files + 1) * _file(3)
-    return Step("token scores", kept, kept + _replaced(largest, ranks) - largest)
 
 
 def check_space(folder: Path, steps: Sequence[Step], existing: int = 0) -> None:
@@ -202,11 +72,11 @@ def used_bytes(paths: Iterable[Path]) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _file(tensors: int) -> int:
+def file_overhead(tensors: int) -> int:
     """What a result takes besides the numbers of its tensors."""
     return _FILE + _ENTRY * tensors
 
 
-def _replaced(sums: int, ranks: int) -> int:
+def replaced_bytes(sums: int, ranks: int) -> int:
     """The most that partial sums take, those of every process: each file is there twice while it is replaced."""
     return 2 * ranks * (sums + _FILE)

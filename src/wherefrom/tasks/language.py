@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.precision import widened
 from wherefrom.tasks import model_inputs, packing
 from wherefrom.tasks.columns import check_highest, check_length, check_mask, check_tokens, class_of, number, vector
-from wherefrom.runtime.errors import InputError
 from wherefrom.tasks.losses import IGNORED, drawn_cross_entropy, summed_cross_entropy
-from wherefrom.runtime.precision import widened
 from wherefrom.tasks.sampling import Sampler
 from wherefrom.tasks.task import Task
 

@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from wherefrom.tasks.columns import vector
 from wherefrom.runtime.errors import InputError
+from wherefrom.tasks.columns import vector
 from wherefrom.tasks.model_inputs import accepted
 from wherefrom.tasks.task import evaluating
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from wherefrom.tasks.descriptions import described, described_class
 from wherefrom.runtime.errors import InputError, first_line
 from wherefrom.runtime.memory import out_of_memory
 from wherefrom.runtime.precision import widened
+from wherefrom.tasks.descriptions import described, described_class
 from wherefrom.tasks.sampling import Sampler
 
 Batch = TypeVar("Batch")

@@ -17,24 +17,24 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from wherefrom.tasks.descriptions import described, described_class
+from wherefrom.methods.magic.replay import KeptStates, Replay
+from wherefrom.methods.magic.training import ReplayableTraining
+from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import InputError, RankError
+from wherefrom.runtime.memory import within_memory
+from wherefrom.runtime.profile import Profile
+from wherefrom.runtime.progress import progress_bar
+from wherefrom.runtime.signals import held_signals
+from wherefrom.scoring.options import checked_result_name
+from wherefrom.scoring.results import Scores
+from wherefrom.store.artifacts import Partial
+from wherefrom.store.cache import Stages
 from wherefrom.store.files import within
 from wherefrom.store.fingerprint import Dataset, checked_length, dataset_digest, model_digest
 from wherefrom.store.locks import run_lock
-from wherefrom.runtime.memory import within_memory
 from wherefrom.store.names import log_others, result_name
-from wherefrom.scoring.options import checked_result_name
-from wherefrom.runtime.profile import Profile
-from wherefrom.runtime.progress import progress_bar
-from wherefrom.runtime.distributed import Ranks
-from wherefrom.scoring.results import Scores
-from wherefrom.store.cache import Stages
-from wherefrom.runtime.signals import held_signals
-from wherefrom.store.artifacts import Partial
+from wherefrom.tasks.descriptions import described, described_class
 from wherefrom.tasks.task import Batch, checked_settings
-from wherefrom.methods.magic.replay import KeptStates, Replay
-from wherefrom.methods.magic.training import ReplayableTraining
 from wherefrom.version import VERSION
 
 logger = logging.getLogger("wherefrom")

@@ -19,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
+from wherefrom.engine.loading import collated, mapped
+from wherefrom.methods.magic.recipe import TrainingRecipe
 from wherefrom.runtime.errors import InputError, LossError
 from wherefrom.store.fingerprint import Dataset, checked_length
-from wherefrom.engine.loading import collated, mapped
 from wherefrom.tasks.task import Batch, Objective, Task, evaluating
-from wherefrom.methods.magic.recipe import TrainingRecipe
 
 _TOLERANCE = 1e-3  # of the check that weights act on examples; rounding in float32 is far below
 

@@ -1,0 +1,1 @@
+"""The command: arguments into calls of the library, and its errors into one line."""

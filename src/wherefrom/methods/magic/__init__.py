@@ -1,0 +1,1 @@
+"""MAGIC: the exact gradient through a training that can be replayed."""

@@ -1,0 +1,1 @@
+"""What a model is asked: losses, measurements, masks and columns of batches. It knows nothing of layers or sweeps."""

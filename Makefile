@@ -18,7 +18,7 @@ LOWEST_TESTS := $(patsubst %,tests/test_%.py,supply text huggingface recording c
 # The demo as `make wheel` runs it; DEMO= runs the whole.
 DEMO := --num_train_epochs 1 --max_train_examples 200 --max_query_examples 20
 
-.PHONY: demo test lowest lowest-torch newest newest-torch wheel lock audit examples check docs smollm2 compare bench gpu-day \
+.PHONY: demo test lowest lowest-torch newest newest-torch wheel lock audit examples check size docs smollm2 compare bench gpu-day \
 	leaderboard clean
 
 ## Fine-tune a small GPT-2 on Wikipedia prose and show where its predictions come from (a few minutes)
@@ -98,6 +98,10 @@ check: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+## Lines of every folder, and lines of code of the engine
+size: $(STAMP)
+	$(RUN) tests/test_house.py
 
 ## The documentation site, in site/; needs no network
 docs: $(STAMP)

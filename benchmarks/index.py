@@ -23,8 +23,8 @@ from torch import Tensor
 from workload import ROOT, save_results
 
 import wherefrom as wf
-from wherefrom.methods.gradient_store import shard_name
-from wherefrom.methods.projections import Directions, Numbers, packed
+from wherefrom.methods.projected.gradient_store import shard_name
+from wherefrom.methods.projected.projections import Directions, Numbers, packed
 from wherefrom.store.fingerprint import Dataset
 
 sys.path.append(str(ROOT / "examples" / "wikitext"))

@@ -23,7 +23,7 @@ from workload import Workload, save_results
 
 import wherefrom as wf
 from wherefrom.curvature.gauss_newton import DampedGaussNewton
-from wherefrom.curvature.operators import Preconditioner
+from wherefrom.curvature.operators import Operator
 from wherefrom.curvature.solvers import Solver
 from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.runtime.errors import LossError
@@ -67,7 +67,7 @@ def product_costs(arguments: Arguments) -> list[dict[str, float]]:
 
     floor = user_seconds(plain_pass, arguments.repeats)
     for count in arguments.vectors:
-        system = DampedGaussNewton(sweep, Preconditioner({}, {}), train, 1.0, pairs=max(count, work.train))
+        system = DampedGaussNewton(sweep, Operator({}, {}), train, 1.0, pairs=max(count, work.train))
         vectors = torch.randn(count, sum(system.space.sizes.values()))
         together = user_seconds(lambda: system.product(vectors), arguments.repeats)  # noqa: B023
         alone = user_seconds(lambda: [system.product(each) for each in vectors.split(1)], arguments.repeats)  # noqa: B023

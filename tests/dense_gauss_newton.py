@@ -13,7 +13,7 @@ from tests.models import Case, gpt2, mlp_case, token_rows
 from tests.reference import BruteForce
 from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.gauss_newton import DampedGaussNewton
-from wherefrom.curvature.operators import Preconditioner
+from wherefrom.curvature.operators import Operator
 
 Logits = Callable[[nn.Module, object], Tensor]
 """The rows [outputs, classes] that one example's loss is a function of."""
@@ -99,5 +99,5 @@ def dense(case: Case, study: wf.Study[object], logits: Logits) -> Tensor:
 def system_of(
     study: wf.Study[object], case: Case, damping: float = 0.1, pairs: int = 1000, factors: Factors | None = None
 ) -> DampedGaussNewton[object]:
-    preconditioner = Preconditioner({}, {}) if factors is None else factors.preconditioner(damping)
+    preconditioner = Operator({}, {}) if factors is None else factors.preconditioner(damping)
     return DampedGaussNewton(study._sweep, preconditioner, case.train, damping, pairs)

@@ -17,7 +17,7 @@ from tests.models import Case, gpt2, mlp_case, relative_error
 from wherefrom.curvature import gauss_newton
 from wherefrom.curvature.collectors import EigenvalueCollector
 from wherefrom.curvature.gauss_newton import DampedGaussNewton
-from wherefrom.curvature.operators import Preconditioner
+from wherefrom.curvature.operators import Operator
 from wherefrom.runtime.errors import LayerError, LossError
 from wherefrom.tasks.language import LanguageTask
 from wherefrom.tasks.sampling import Sampler
@@ -71,7 +71,7 @@ def test_products_are_how_fast_predictions_move_apart(
         {"input_ids": [1, 2, 3], "labels": [3, 7, -100]},
     ]
     study = wf.Study(tmp_path, model, task, train=train)
-    system = DampedGaussNewton(study._sweep, Preconditioner({}, {}), train, 1e-12, 3)
+    system = DampedGaussNewton(study._sweep, Operator({}, {}), train, 1e-12, 3)
     vectors = torch.randn(1, sum(system.space.sizes.values()), dtype=torch.float64)
     direction = system.space.to_parameters(vectors)
 

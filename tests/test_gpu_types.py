@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.models import relative_error
 from wherefrom.curvature.collectors import CovarianceCollector, EigenvalueCollector, add_columns, upper_product
-from wherefrom.curvature.operators import Basis, Preconditioner
+from wherefrom.curvature.operators import Basis, Operator
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import TrackedLayer, select_layers
 from wherefrom.planning.forms import BankForm
@@ -86,7 +86,7 @@ def test_scores_are_float32_whatever_the_operands(
     biased: bool, back: bool, rank: int | None, dtype: torch.dtype
 ) -> None:
     tracked = layer(biased)
-    preconditioner = Preconditioner({"0": basis(tracked)}, {"0": torch.empty(tracked.shape, device=META)})
+    preconditioner = Operator({"0": basis(tracked)}, {"0": torch.empty(tracked.shape, device=META)})
     bank = GradientBank(
         {"0": tracked}, preconditioner, BATCH, BankForm(dtype, META, rank=rank, rotated_back={"0": (back, back)})
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import gpt2_case, mlp_case, relative_error
 from tests.runs import labels
-from wherefrom.curvature.operators import Basis, Preconditioner
+from wherefrom.curvature.operators import Basis, Operator
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
 from wherefrom.engine.sweep import Collector, Sweep
@@ -101,7 +101,7 @@ def test_gradients_are_rounded_before_they_are_multiplied() -> None:
     """Both the bank's and the training batch's, each after it was summed over tokens."""
     torch.manual_seed(0)
     layers = select_layers(nn.Sequential(nn.Linear(24, 16, bias=False)))
-    bank = GradientBank(layers, Preconditioner({}, {}), 2, BankForm(torch.bfloat16, CPU))
+    bank = GradientBank(layers, Operator({}, {}), 2, BankForm(torch.bfloat16, CPU))
     queries = Captured(rounded(torch.randn(2, 5, 24)), rounded(torch.randn(2, 5, 16)), 10)
     train = Captured(rounded(torch.randn(3, 5, 24)), rounded(torch.randn(3, 5, 16)), 15)
     bank.collect("0", queries, slice(0, 2))
@@ -141,7 +141,7 @@ def test_query_gradients_are_rotated_back_with_little_more_than_their_own_roundi
     basis = Basis(right.float(), left.float(), spectra[1].float(), spectra[0].float())
     asked, trained = batch_of(queries), batch_of(batch)
     form = BankForm(torch.bfloat16, CPU, rotated_back={"0": (True, True)})
-    bank = GradientBank(layers, Preconditioner({"0": basis}, {"0": inverse.float()}), queries, form)
+    bank = GradientBank(layers, Operator({"0": basis}, {"0": inverse.float()}), queries, form)
     bank.collect("0", asked, slice(0, queries))
 
     def whole(captured: Captured) -> Tensor:
@@ -225,7 +225,7 @@ def test_the_sum_of_many_blocks_of_queries_stays_float32(layer: str) -> None:
     form = BankForm(torch.bfloat16, CPU, tokens=3)
     common, exact, total = torch.randn(3, 5), torch.zeros(5, 6, dtype=torch.float64), None
     for _ in range(200):
-        bank = GradientBank(layers, Preconditioner({}, {}), 2, form)
+        bank = GradientBank(layers, Operator({}, {}), 2, form)
         gradients = common + 0.1 * torch.randn(2, 3, 5)
         if layer == "linear":
             captured = Captured(1 + torch.rand(2, 3, 6), gradients, 6)

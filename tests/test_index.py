@@ -14,8 +14,8 @@ import wherefrom as wf
 from tests.models import CaseMaker, Interrupted, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import results
-from wherefrom.methods.index import GradientIndex
-from wherefrom.methods.projections import packed, unpacked
+from wherefrom.methods.projected.index import GradientIndex
+from wherefrom.methods.projected.projections import packed, unpacked
 from wherefrom.runtime.errors import DamagedError, InputError, MismatchError, StorageError
 
 WHOLE = 99  # more than any side of the small models has
@@ -95,8 +95,8 @@ def test_batches_and_shards_change_nothing_but_rounding(tmp_path: Path, monkeypa
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit("ekfac")
     whole = study.index(factors, rank=2, numbers="float32")
-    monkeypatch.setattr("wherefrom.methods.gradient_store._SHARD_BYTES", 5 * whole.rows.size * 8)
-    monkeypatch.setattr("wherefrom.methods.gradient_store._BLOCK_BYTES", 2 * whole.rows.size * 8)
+    monkeypatch.setattr("wherefrom.methods.projected.gradient_store._SHARD_BYTES", 5 * whole.rows.size * 8)
+    monkeypatch.setattr("wherefrom.methods.projected.gradient_store._BLOCK_BYTES", 2 * whole.rows.size * 8)
     parts = study.index(factors, rank=2, numbers="float32", batch_size=3, name="parts")
     assert len(shard_files(parts)) == 3
     assert relative_error(stored_rows(parts), stored_rows(whole)) < 1e-12
@@ -113,7 +113,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bits(
     case = gpt2_case(torch.float32)
     task = Interrupted(["transformer.h.*"])
     options: Any = {"rank": 3, "numbers": numbers, "batch_size": 2}
-    monkeypatch.setattr("wherefrom.methods.gradient_store._SHARD_BYTES", 6 * 8 * 9 * 4)  # six examples of eight layers
+    monkeypatch.setattr("wherefrom.methods.projected.gradient_store._SHARD_BYTES", 6 * 8 * 9 * 4)  # six examples of eight layers
     studies = [
         wf.Study(tmp_path / name, case.model, task, train=case.train, checkpoint_seconds=0) for name in ("one", "other")
     ]

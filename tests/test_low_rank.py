@@ -14,7 +14,7 @@ import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from wherefrom.curvature.factors import STRATEGIES
-from wherefrom.curvature.operators import Preconditioner
+from wherefrom.curvature.operators import Operator
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
 from wherefrom.planning.forms import BankForm, truncated
@@ -91,7 +91,7 @@ def test_products_are_those_of_the_rebuilt_gradients(
 ) -> None:
     """By tokens or by rebuilding, in pieces of one query or all: the same as with dense matrices."""
     layers = select_layers(nn.Sequential(nn.Linear(inputs, outputs, bias=False)))
-    bank = GradientBank(layers, Preconditioner({}, {}), queries, BankForm(torch.float64, CPU, rank=rank))
+    bank = GradientBank(layers, Operator({}, {}), queries, BankForm(torch.float64, CPU, rank=rank))
     bank.collect("0", captured(queries, 3, outputs, inputs, 0), slice(0, queries))
     dense = bank.sums["0"] if "0" in bank.sums else bank.sums["0.left"] @ bank.sums["0.right"]
     train = captured(batch, tokens, outputs, inputs, 1)

@@ -16,7 +16,7 @@ import wherefrom as wf
 from tests.models import Case, CaseMaker, Interrupted, Mlp, gpt2, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import results
-from wherefrom.methods.projections import Compression, Projection
+from wherefrom.methods.projected.projections import Compression, Projection
 from wherefrom.runtime.errors import InputError, MismatchError
 
 RANK = 3
@@ -216,8 +216,8 @@ def test_batches_shards_and_blocks_change_nothing_but_rounding(
     study = tiny_study(case, tmp_path)
     whole = METHODS[method](study, case.queries, rank=RANK)
     row = len(study.layers) * RANK**2 * 8
-    monkeypatch.setattr("wherefrom.methods.gradient_store._SHARD_BYTES", 5 * row)
-    monkeypatch.setattr("wherefrom.methods.gradient_store._BLOCK_BYTES", 2 * row)
+    monkeypatch.setattr("wherefrom.methods.projected.gradient_store._SHARD_BYTES", 5 * row)
+    monkeypatch.setattr("wherefrom.methods.projected.gradient_store._BLOCK_BYTES", 2 * row)
     parts = METHODS[method](study, case.queries, rank=RANK, batch_size=3, name="parts")
     assert relative_error(parts.values, whole.values) < 1e-9
 

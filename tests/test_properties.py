@@ -16,7 +16,7 @@ from torch.nn import functional
 import wherefrom as wf
 from tests.reference import BruteForce
 from wherefrom.curvature.factors import STRATEGIES, Factors
-from wherefrom.curvature.operators import Basis, Preconditioner
+from wherefrom.curvature.operators import Basis, Operator
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
 from wherefrom.planning.forms import BankForm
@@ -233,7 +233,7 @@ def test_products_of_a_bank_are_bilinear_and_add_up_over_tokens(
     )
     basis = Basis(right, left, torch.ones(inputs).double(), torch.ones(outputs).double())
     filters = torch.rand(outputs, inputs, generator=generator, dtype=torch.float64)
-    preconditioner = Preconditioner({"0": basis} if curved else {}, {"0": filters})
+    preconditioner = Operator({"0": basis} if curved else {}, {"0": filters})
     queries, train, more = (random_captured(generator, batch, tokens, (outputs, inputs)) for _ in range(3))
 
     def products(queries: Captured, train: Captured) -> Tensor:

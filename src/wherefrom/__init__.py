@@ -6,16 +6,24 @@ from typing import TYPE_CHECKING
 from wherefrom.curvature.conditioning import adam_conditioning
 from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.solvers import Astra, ConjugateGradients
-from wherefrom.methods.index import GradientIndex
+from wherefrom.engine.execution import Execution
+from wherefrom.methods import METHODS
+from wherefrom.methods.baselines import BM25, Random
+from wherefrom.methods.factored import EKFAC, KFAC, Cosine, Diagonal, Dot, Factored, Shampoo
 from wherefrom.methods.magic.recipe import TrainingRecipe
-from wherefrom.methods.magic.scores import magic_scores, metasmoothness
+from wherefrom.methods.magic.scores import Magic, metasmoothness
 from wherefrom.methods.magic.training import ReplayableTraining
-from wherefrom.methods.projected import logra_scores, trackstar_scores, trak_scores
-from wherefrom.methods.sampled_fisher import fisher_scores
-from wherefrom.methods.source import score_source
-from wherefrom.methods.tracin import score_checkpoints
+from wherefrom.methods.method import Method
+from wherefrom.methods.projected.index import GradientIndex
+from wherefrom.methods.projected.projections import Compression
+from wherefrom.methods.projected.scores import LoGra, TrackStar, Trak
+from wherefrom.methods.retrieval import TwoStage
+from wherefrom.methods.sampled_fisher import Fisher
+from wherefrom.methods.source import Source
+from wherefrom.methods.tracin import TracIn
 from wherefrom.runtime.distributed import join_ranks
 from wherefrom.runtime.errors import WherefromError
+from wherefrom.scoring.keep import Aggregated, Pairs, Tokens, Top
 from wherefrom.scoring.results import Hit, Scores, TopScores
 from wherefrom.scoring.tokens import TokenScores
 from wherefrom.study import Study
@@ -29,16 +37,33 @@ if TYPE_CHECKING:
     from wherefrom.store.recording import RecordedCheckpoint, TrainingRecorder, read_recording
 
 __all__ = [
+    "BM25",
+    "EKFAC",
+    "KFAC",
+    "METHODS",
+    "Aggregated",
     "Astra",
     "CausalLM",
     "ChosenToken",
     "Classification",
+    "Compression",
     "ConjugateGradients",
+    "Cosine",
+    "Diagonal",
+    "Dot",
+    "Execution",
+    "Factored",
     "Factors",
+    "Fisher",
     "GradientIndex",
     "Hit",
+    "LoGra",
+    "Magic",
     "MaskedLM",
+    "Method",
+    "Pairs",
     "PretrainedStudy",
+    "Random",
     "RecordedCheckpoint",
     "Regression",
     "ReplayableTraining",
@@ -46,26 +71,27 @@ __all__ = [
     "Scores",
     "Seq2Seq",
     "SequenceClassification",
+    "Shampoo",
+    "Source",
     "Study",
     "Task",
     "TokenScores",
+    "Tokens",
+    "Top",
     "TopScores",
+    "TracIn",
+    "TrackStar",
     "TrainingRecipe",
     "TrainingRecorder",
+    "Trak",
+    "TwoStage",
     "WherefromError",
     "__version__",
     "adam_conditioning",
-    "fisher_scores",
     "join_ranks",
-    "logra_scores",
-    "magic_scores",
     "metasmoothness",
     "read_recording",
-    "score_checkpoints",
-    "score_source",
     "study_from_pretrained",
-    "trackstar_scores",
-    "trak_scores",
 ]
 
 # What needs transformers is imported when it is first asked for, since the engine runs on torch alone.

@@ -7,7 +7,7 @@ what is tested.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ from tests.contract import truth
 from tests.contract.settings import LENGTH, RATES, Setting, tokens
 from tests.test_conditioning import numbers
 from tests.test_magic import predicted_tokens
-from wherefrom.methods.baselines import bm25_scores
 from wherefrom.runtime.errors import InputError, RankError, WherefromError
 
 Result = wf.Scores | wf.TopScores | wf.TokenScores | Tensor
@@ -82,51 +81,34 @@ def values(result: Result) -> Tensor:
 
 def study_of(run: Path, setting: Setting) -> wf.Study[Any]:
     """The study of a setting in a run directory."""
-    return wf.Study(
-        run,
-        setting.model,
-        setting.task,
-        train=setting.train,
-        progress=False,
-        checkpoint_seconds=setting.checkpoint_seconds,
-    )
-
-
-def fitted(study: wf.Study[Any], setting: Setting, strategy: str, **options: Any) -> wf.Factors:
-    """The setting's factors, fitted unless they are given or there."""
-    if setting.factors is not None:
-        return setting.factors
-    return study.fit(
-        strategy,
-        empirical=setting.empirical,
+    execution = wf.Execution(
         half_precision=setting.half_precision,
-        batch_size=setting.batch_size,
-        seed=setting.seed,
-        overwrite=setting.overwrite,
-        **options,
+        query_batch_size=setting.batch_size,
+        train_batch_size=setting.batch_size,
+        checkpoint_seconds=setting.checkpoint_seconds,
+        progress=False,
     )
+    history = setting.checkpoints
+    return wf.Study(run, setting.model, setting.task, train=setting.train, history=history, execution=execution)
 
 
-def common(setting: Setting) -> dict[str, Any]:
-    """The options of `Study.score` and most others."""
-    return {
-        "damping": setting.damping,
-        "half_precision": setting.half_precision,
-        "query_batch_size": setting.batch_size,
-        "train_batch_size": setting.batch_size,
-        "name": setting.name,
-        "overwrite": setting.overwrite,
-    }
+def result(run: Path, setting: Setting, method: wf.Method, keep: Any = None) -> Any:
+    """What a study of the setting returns."""
+    keep = wf.Pairs() if keep is None else keep
+    study = study_of(run, setting)
+    return study.score(setting.queries, method, keep=keep, name=setting.name, overwrite=setting.overwrite)
 
 
-def pairwise(strategy: str, **options: Any) -> Callable[[Path, Setting], Result]:
-    """`Study.score` with these options."""
+def factored(strategy: str, setting: Setting, **fields: Any) -> wf.Factored:
+    """A method with the setting's factors, which are fitted unless they are given or there."""
+    kinds = {kind.strategy: kind for kind in (wf.EKFAC, wf.KFAC, wf.Diagonal, wf.Shampoo, wf.Dot)}
+    chosen: dict[str, Any] = {"damping": setting.damping, "factors": setting.factors}
+    return kinds[strategy](empirical=setting.empirical, seed=setting.seed, **{**chosen, **fields})
 
-    def score(run: Path, setting: Setting) -> Result:
-        study = study_of(run, setting)
-        return study.score(setting.queries, fitted(study, setting, strategy), **{**common(setting), **options})
 
-    return score
+def pairwise(strategy: str, keep: Any = None, **fields: Any) -> Callable[[Path, Setting], Result]:
+    """With fitted factors."""
+    return lambda run, setting: result(run, setting, factored(strategy, setting, **fields), keep)
 
 
 def rescored(run: Path, setting: Setting) -> Result:
@@ -135,28 +117,23 @@ def rescored(run: Path, setting: Setting) -> Result:
 
 
 def solved(solver: Any) -> Callable[[Path, Setting], Result]:
-    """`Study.score` with a solver, and a damping with which it converges."""
+    """With a solver, and a damping with which it converges."""
 
     def score(run: Path, setting: Setting) -> Result:
-        study = study_of(run, setting)
-        factors = fitted(study, setting, "ekfac")
         damping = truth.SOLVER_DAMPING if setting.damping is None else setting.damping
-        return study.score(setting.queries, factors, **{**common(setting), "solver": solver, "damping": damping})
+        return result(run, setting, factored("ekfac", setting, solver=solver, damping=damping))
 
     return score
 
 
 def conditioned(run: Path, setting: Setting) -> Result:
     """In the coordinates of an optimizer."""
-    study = study_of(run, setting)
-    factors = fitted(study, setting, "shampoo", conditioning=numbers(setting.model))
-    return study.score(setting.queries, factors, **common(setting))
+    return result(run, setting, factored("shampoo", setting, conditioning=numbers(setting.model)))
 
 
 def highest(run: Path, setting: Setting) -> Result:
     """The highest and lowest of each query, which are all."""
-    study = study_of(run, setting)
-    return study.score_top(setting.queries, fitted(study, setting, "ekfac"), len(setting.train), **common(setting))
+    return result(run, setting, factored("ekfac", setting), wf.Top(len(setting.train)))
 
 
 def candidates(setting: Setting) -> Tensor:
@@ -166,104 +143,59 @@ def candidates(setting: Setting) -> Tensor:
 
 
 def of_candidates(run: Path, setting: Setting) -> Result:
-    study = study_of(run, setting)
-    factors = fitted(study, setting, "ekfac")
-    found = study.score_candidates(setting.queries, factors, candidates(setting), **common(setting))
+    method = wf.TwoStage(first=candidates(setting), then=factored("ekfac", setting))
+    found = result(run, setting, method, wf.Top(len(setting.train)))
     dense = torch.zeros(len(setting.queries), len(setting.train), dtype=found.values.dtype)
     assert torch.equal(found.values, found.values.sort(1, descending=True).values)
     return dense.scatter_(1, found.train, found.values)
 
 
 def of_tokens(run: Path, setting: Setting) -> Result:
-    study = study_of(run, setting)
-    return study.score_tokens(setting.queries, fitted(study, setting, "ekfac"), **common(setting))
+    found: wf.TokenScores = result(run, setting, factored("ekfac", setting), wf.Tokens())
+    return found
 
 
 def self_influence(run: Path, setting: Setting) -> Result:
-    study = study_of(run, setting)
-    return study.self_influence(
-        fitted(study, setting, "ekfac"),
-        damping=setting.damping,
-        half_precision=setting.half_precision,
-        batch_size=setting.batch_size,
-        name=setting.name,
-        overwrite=setting.overwrite,
-    )
+    study, method = study_of(run, setting), factored("ekfac", setting)
+    return study.self_influence(method, name=setting.name, overwrite=setting.overwrite)
 
 
 def over_checkpoints(run: Path, setting: Setting) -> Result:
-    return wf.score_checkpoints(
-        study_of(run, setting),
-        [each.path for each in setting.checkpoints],
-        setting.queries,
-        "diagonal",
-        RATES,
-        empirical=setting.empirical,
-        seed=setting.seed,
-        **common(setting),
-    )
+    scored = wf.Diagonal(damping=setting.damping, empirical=setting.empirical, seed=setting.seed)
+    method = wf.TracIn(scored=scored, checkpoints=[each.path for each in setting.checkpoints], weights=RATES)
+    return result(run, setting, method)
 
 
 def source(adam: bool) -> Callable[[Path, Setting], Result]:
     """SOURCE of two segments; its damping is weight decay's."""
 
     def score(run: Path, setting: Setting) -> Result:
-        named: dict[str, Any] = {} if setting.name is None else {"name": setting.name}
-        return wf.score_source(
-            study_of(run, setting),
-            setting.checkpoints,
-            setting.queries,
-            2,
+        method = wf.Source(
+            segments=2,
             adam=adam,
             weight_decay=setting.weight_decay,
             empirical=setting.empirical,
             seed=setting.seed,
-            query_batch_size=setting.batch_size,
-            train_batch_size=setting.batch_size,
-            overwrite=setting.overwrite,
-            **named,
-            **_if_asked(setting),
         )
+        return result(run, setting, method)
 
     return score
 
 
-def projected(call: Any, factors: str | None = None) -> Callable[[Path, Setting], Result]:
+def projected(kind: Any, **fields: Any) -> Callable[[Path, Setting], Result]:
     """LoGra, TRAK or TrackStar, on random directions or on those of factors."""
 
     def score(run: Path, setting: Setting) -> Result:
-        study = study_of(run, setting)
-        options: dict[str, Any] = {
-            "rank": truth.RANK,
-            "seed": setting.seed,
-            "damping": setting.damping,
-            "batch_size": setting.batch_size,
-            "name": setting.name,
-            "overwrite": setting.overwrite,
-        }
-        if factors is not None:
-            full = Setting(**{**vars(setting), "half_precision": False})
-            options["factors"] = fitted(study, full, factors)
-        found: wf.Scores = call(study, setting.queries, **options, **_if_asked(setting))
-        return found
+        method = kind(rank=truth.RANK, seed=setting.seed, damping=setting.damping, **fields)
+        if fields:
+            method = replace(method, factors=setting.factors or study_of(run, setting).fit(factored("kfac", setting)))
+        return result(run, setting, method)
 
     return score
 
 
 def sampled_fisher(run: Path, setting: Setting) -> Result:
-    named: dict[str, Any] = {} if setting.name is None else {"name": setting.name}
-    return wf.fisher_scores(
-        study_of(run, setting),
-        setting.queries,
-        truth.SAMPLES,
-        damping=setting.damping,
-        seed=setting.seed,
-        query_batch_size=setting.batch_size,
-        train_batch_size=setting.batch_size,
-        overwrite=setting.overwrite,
-        **named,
-        **_if_asked(setting),
-    )
+    return result(run, setting, wf.Fisher(samples=truth.SAMPLES, damping=setting.damping, seed=setting.seed))
 
 
 def training_of(setting: Setting) -> wf.ReplayableTraining[Any]:
@@ -273,49 +205,27 @@ def training_of(setting: Setting) -> wf.ReplayableTraining[Any]:
 
 
 def magic(run: Path, setting: Setting) -> Result:
-    named: dict[str, Any] = {} if setting.name is None else {"name": setting.name}
-    return wf.magic_scores(
-        run,
-        training_of(setting),
-        setting.queries,
-        queries_at_once=setting.batch_size,
-        checkpoint_seconds=setting.checkpoint_seconds,
-        progress=False,
-        overwrite=setting.overwrite,
-        **named,
-        **_if_asked(setting),
-    )
+    return result(run, setting, wf.Magic(training=training_of(setting)))
 
 
 def indexed(run: Path, setting: Setting) -> Result:
     """An index of so many directions that nothing is lost, and a query of it."""
-    study = study_of(run, setting)
-    index = study.index(
-        fitted(study, setting, "ekfac"),
-        directions="random",
-        rank=99,
-        numbers="float32",
-        half_precision=setting.half_precision,
-        batch_size=setting.batch_size,
-        name=setting.name,
-        overwrite=setting.overwrite,
-    )
+    compression = wf.Compression(directions="random", rank=99, quantization="float32")
+    method = factored("ekfac", setting, damping=None)
+    index = study_of(run, setting).index(method, compression, name=setting.name, overwrite=setting.overwrite)
     return index.query(setting.queries, k=len(setting.train), damping=setting.damping)
 
 
 def bm25(run: Path, setting: Setting) -> Result:
-    return bm25_scores(*setting.texts)
-
-
-def _if_asked(setting: Setting) -> dict[str, Any]:
-    """The argument for half precision, for what does not have it."""
-    return {"half_precision": True} if setting.half_precision else {}
+    queries, train = ([{"text": text} for text in texts] for texts in setting.texts)
+    study = wf.Study(run, setting.model, setting.task, train=train)
+    return study.score(queries, wf.BM25(), name=setting.name, overwrite=setting.overwrite)
 
 
 _NOTHING_DRAWN = Unsupported("nothing is drawn")
 _NO_DAMPING = Unsupported("there is no curvature to be damped")
-_FULL_PRECISION = Unsupported("there is no such argument")
-_UNKNOWN_OPTION = Unsupported("gradients are projected in full precision", InputError, "half_precision=True: expected")
+_FULL_PRECISION = Unsupported("filters are of full precision", InputError, "half_precision=True with")
+_UNKNOWN_OPTION = Unsupported("gradients are projected in full precision", InputError, "half_precision=True with")
 _ANY_FACTORS = Unsupported("a solution does not depend on the factors that it was found with")
 _WHOLE_SOLUTIONS = Unsupported("solutions are in the model's type", InputError, "half_precision=True with a solver")
 
@@ -331,15 +241,15 @@ METHODS: dict[str, Method] = {
         unsupported={"seed": _NOTHING_DRAWN, "damping": _NO_DAMPING},
     ),
     "parts and self-influence": Method(
-        pairwise("ekfac", per_layer=True, self_influence=True), truth.factored("ekfac"), takes_factors=True
+        pairwise("ekfac", wf.Pairs(layers=True, self_influence=True)), truth.factored("ekfac"), takes_factors=True
     ),
     "low rank, rescored": Method(rescored, truth.factored("ekfac"), takes_factors=True),
     "conditioned": Method(conditioned, truth.conditioned, takes_factors=True),
     "sum of queries": Method(
-        pairwise("ekfac", aggregate_queries="sum"), truth.summed(0), query_axis=None, takes_factors=True
+        pairwise("ekfac", wf.Aggregated(queries="sum")), truth.summed(0), query_axis=None, takes_factors=True
     ),
     "mean of training": Method(
-        pairwise("ekfac", aggregate_train="mean"), truth.mean_of_training, train_axis=None, takes_factors=True
+        pairwise("ekfac", wf.Aggregated(train="mean")), truth.mean_of_training, train_axis=None, takes_factors=True
     ),
     "conjugate gradients": Method(
         solved(wf.ConjugateGradients(iterations=100, tolerance=1e-11)),
@@ -355,7 +265,7 @@ METHODS: dict[str, Method] = {
     ),
     "highest": Method(highest, truth.factored("ekfac"), takes_factors=True),
     "candidates": Method(of_candidates, truth.of_candidates(candidates), takes_factors=True),
-    "tokens": Method(of_tokens, truth.of_tokens, folder="scores/{}.all.tokens", takes_factors=True),
+    "tokens": Method(of_tokens, truth.of_tokens, folder="tokens/{}", takes_factors=True),
     "self-influence": Method(
         self_influence,
         truth.self_influence,
@@ -370,17 +280,15 @@ METHODS: dict[str, Method] = {
     "SOURCE of Adam": Method(
         source(adam=True), truth.source(adam=True), unsupported={"half precision": _FULL_PRECISION}
     ),
-    "LoGra": Method(projected(wf.logra_scores), truth.logra, unsupported={"half precision": _UNKNOWN_OPTION}),
+    "LoGra": Method(projected(wf.LoGra), truth.logra, unsupported={"half precision": _UNKNOWN_OPTION}),
     "LoGra of eigenvectors": Method(
-        projected(wf.logra_scores, "kfac"),
+        projected(wf.LoGra, directions="eigenvectors"),
         truth.logra_of_eigenvectors,
         takes_factors=True,
         unsupported={"half precision": _UNKNOWN_OPTION},
     ),
-    "TRAK": Method(projected(wf.trak_scores), truth.trak, unsupported={"half precision": _UNKNOWN_OPTION}),
-    "TrackStar": Method(
-        projected(wf.trackstar_scores), truth.trackstar, unsupported={"half precision": _UNKNOWN_OPTION}
-    ),
+    "TRAK": Method(projected(wf.Trak), truth.trak, unsupported={"half precision": _UNKNOWN_OPTION}),
+    "TrackStar": Method(projected(wf.TrackStar), truth.trackstar, unsupported={"half precision": _UNKNOWN_OPTION}),
     "sampled Fisher": Method(
         sampled_fisher,
         truth.sampled_fisher,
@@ -397,7 +305,7 @@ METHODS: dict[str, Method] = {
             "order": Unsupported("an example's position decides in which steps it is trained on"),
             "damping": _NO_DAMPING,
             "half precision": _FULL_PRECISION,
-            "processes": Unsupported("a training is one chain of steps", RankError, "magic_scores in 2 processes"),
+            "processes": Unsupported("a training is one chain of steps", RankError, "Magic in 2 processes"),
         },
     ),
     "index": Method(

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from wherefrom.cli.shared import Run, StrategyName
 from wherefrom.cli.sources import RunSources
-from wherefrom.methods.index import GradientIndex
-from wherefrom.methods.projections import Compression, Directions, IndexOptions, Numbers
+from wherefrom.methods.projected.index import GradientIndex
+from wherefrom.methods.projected.projections import Compression, Directions, IndexOptions, Numbers
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.text import top_tables
 from wherefrom.runtime.distributed import Ranks

@@ -36,7 +36,7 @@ class CovarianceCollector(Collector):
                 self.sums[f"{name}.{side}"] = torch.zeros(shape, dtype=dtype, device=device)
             self.sums[f"{name}.tokens"] = torch.zeros((), dtype=torch.int64, device=device)
 
-    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+    def collect(self, layer: str, captured: Captured, batch: slice) -> None:
         activations, gradients = self.sums[f"{layer}.activations"], self.sums[f"{layer}.gradients"]
         if captured.columns is None:
             activations += self._activation_product(captured.activations, activations.dim() == 1).to(activations.device)
@@ -90,7 +90,7 @@ class EigenvalueCollector(Collector):
             name: torch.zeros(layer.padded_shape, dtype=dtype, device=device) for name, layer in layers.items()
         }
 
-    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+    def collect(self, layer: str, captured: Captured, batch: slice) -> None:
         gradients = weight_gradients(captured, self._sides[layer], self._workspace)
         if captured.columns is None:
             self.sums[layer] += sum_of_squares(gradients, 0, overwrite=True).to(self.sums[layer].device)
@@ -128,7 +128,7 @@ class GradientCovarianceCollector(CovarianceCollector):
         self._sides = gradient_sides(layers, {}, roots or {})
         self._workspace = Workspace()
 
-    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+    def collect(self, layer: str, captured: Captured, batch: slice) -> None:
         left, right = self.sums[f"{layer}.gradients"], self.sums[f"{layer}.activations"]
         matrices = weight_gradients(captured, self._sides[layer], self._workspace)  # [batch, out, columns]
         left += second_moment(matrices.transpose(1, 2), left.dim() == 1).to(left.device)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.curvature.damping import added_damping, check_eigenvalues, damped_inverse
-from wherefrom.curvature.operators import Basis, Preconditioner
+from wherefrom.curvature.operators import Basis, Operator
 from wherefrom.engine.layers import TrackedLayer
 from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.runtime.memory import pinned_as
@@ -135,7 +135,7 @@ class Factors:
                 "Study with the model that they belong to."
             )
 
-    def preconditioner(self, damping: float | None = None) -> Preconditioner:
+    def preconditioner(self, damping: float | None = None) -> Operator:
         """The damped inverse of the curvature.
 
         Args:
@@ -155,7 +155,7 @@ class Factors:
             added[name] = added_damping(values, damping)
             filters[name] = pinned_as(damped_inverse(values, added[name], sides), values)
         flat = frozenset(name for name, each in filters.items() if not bool(each.any()))
-        return Preconditioner(self.bases, filters, flat, added, self.roots)
+        return Operator(self.bases, filters, flat, added, self.roots)
 
 
 def fit_steps(

@@ -1,121 +1,116 @@
 """Which sweeps a fit takes: one for covariances, whose eigenvectors are the basis, and one for eigenvalues in it.
 
-This module brings collectors, sweeps and stages together; it does not know what factors are used for.
+This module brings collectors, sweeps and the cache together; it does not know what factors are used for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wherefrom.curvature.collectors import CovarianceCollector, EigenvalueCollector, GradientCovarianceCollector
 from wherefrom.curvature.damping import check_covariances, check_mean_squares
 from wherefrom.curvature.eigen import eigenvectors, finite_sum
 from wherefrom.curvature.factors import STRATEGIES, Factors, Strategy, bases_from_tensors, bases_to_tensors, fit_steps
 from wherefrom.curvature.operators import Basis
+from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.errors import InputError
-from wherefrom.store.artifacts import Layout, Partial, check_layout
-from wherefrom.store.cache import Stages
-from wherefrom.store.fingerprint import Dataset
+from wherefrom.store.artifacts import Layout
+from wherefrom.store.cache import Cache, Unfinished
 from wherefrom.store.space import check_space, used_bytes
-from wherefrom.tasks.sampling import Sampler
 from wherefrom.tasks.task import Batch
 
 
 @dataclass(frozen=True)
 class Fitting(Generic[Batch]):
-    """Factors to fit on a training set.
+    """Factors to fit on training examples.
 
     Attributes:
-        stages: where they are kept.
-        seed: of targets drawn from the model; None takes the dataset's own.
-        batch_size: None finds one.
+        examples: with the training loss, or with targets that are drawn from the model.
+        cache: where they are stored.
         overwrite: begin anew, whatever is there.
         roots: P^(1/2) [out, in] of every layer, to fit factors of gradients P^(1/2) * G; empty for those as they are.
     """
 
     sweep: Sweep[Batch]
-    train: Dataset[object]
-    stages: Stages
-    seed: int | None
-    batch_size: int | None
+    examples: Examples[Batch]
+    cache: Cache
     overwrite: bool = False
     roots: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def factors(self, strategy: str) -> Factors:
+    def factors(self, name: str) -> Factors:
         """Those of a strategy; what strategies have in common is computed once.
 
         Raises:
             InputError: a basis of tokens' covariances is asked for of conditioned gradients.
         """
-        if self.roots and STRATEGIES[strategy].basis == "covariances":
+        strategy = STRATEGIES[name]
+        if self.roots and strategy.basis == "covariances":
             raise InputError(
-                f"strategy={strategy!r} with a conditioning: conditioned gradients are no products of activations and "
+                f"strategy={name!r} with a conditioning: conditioned gradients are no products of activations and "
                 "output gradients, so their covariances have no basis for them. Use 'shampoo', 'diagonal' or "
                 "'identity'."
             )
         self.sweep.ranks.first(lambda: self._check_disk(strategy))
-        needed = STRATEGIES[strategy]
         if self.overwrite:
             # Eigenvalues, even where they are not asked for, belong to the basis that is being replaced, and go before
             # it. All of it at once, so that an interrupted fit goes on when it is called without this.
-            self.stages.forget(*needed.stages)
-        bases = self.bases(needed, partial(self.covariances, needed)) if needed.basis else {}
+            self.cache.forget(*strategy.stages)
+        bases = self.bases(strategy, partial(self.covariances, strategy)) if strategy.basis else {}
         eigenvalues: dict[str, Tensor] = {}
-        if needed.eigenvalues == "fitted":
-            eigenvalues = self.mean_squares(needed, bases)
-        elif needed.eigenvalues == "product":
+        if strategy.eigenvalues == "fitted":
+            eigenvalues = self.mean_squares(strategy, bases)
+        elif strategy.eigenvalues == "product":
             eigenvalues = self.sweep.pinned({layer: each.eigenvalues() for layer, each in bases.items()})
-        return Factors(strategy, self.stages.fingerprint, bases, eigenvalues, self.roots)
+        return Factors(name, self.cache.fingerprint, bases, eigenvalues, self.roots)
 
-    def _check_disk(self, strategy: str) -> None:
+    def _check_disk(self, strategy: Strategy) -> None:
         """Refuse to begin what there is too little room for; what is there already needs none."""
-        sweep, stages = self.sweep, self.stages
-        needed = STRATEGIES[strategy]
-        steps = fit_steps(sweep.layers, needed, sweep.dtype, sweep.ranks.count)
-        there = set() if self.overwrite else {name for name in steps if (stages.folder / name).exists()}
-        if needed.basis and needed.stage("eigenbasis") in there:
-            there.add(needed.stage("covariance"))  # which is needed for nothing else
-        elif needed.basis:
-            there.discard(needed.stage("eigenvalues"))  # of another basis
+        sweep, folder = self.sweep, self.cache.folder
+        steps = fit_steps(sweep.layers, strategy, sweep.dtype, sweep.ranks.count)
+        there = set() if self.overwrite else {name for name in steps if (folder / name).exists()}
+        if strategy.basis and strategy.stage("eigenbasis") in there:
+            there.add(strategy.stage("covariance"))  # which is needed for nothing else
+        elif strategy.basis:
+            there.discard(strategy.stage("eigenvalues"))  # of another basis
         missing = {name: step for name, step in steps.items() if name not in there}
         if missing:
-            begun = [path for name in missing for path in (stages.folder / name, *stages.folder.glob(f"{name}.part*"))]
-            check_space(stages.folder, list(missing.values()), used_bytes(begun))
+            begun = [path for name in missing for path in (folder / name, *folder.glob(f"{name}.part*"))]
+            check_space(folder, list(missing.values()), used_bytes(begun))
 
     def covariances(self, strategy: Strategy) -> dict[str, Tensor]:
         """Of every layer, `LAYER.activations` and `LAYER.gradients`: what the strategy's basis is made of."""
         sweep = self.sweep
 
-        def covariance(sums: Partial) -> dict[str, Tensor]:
-            place = sweep.layers, sweep.dtype, sweep.factors_device
+        def covariance(result: Unfinished) -> dict[str, Tensor]:
+            target = sweep.layers, sweep.dtype, sweep.factors_device
             whole = strategy.basis == "gradients"
-            collector = GradientCovarianceCollector(*place, self.roots) if whole else CovarianceCollector(*place)
-            self._run("covariance", collector, sums)
+            collector = GradientCovarianceCollector(*target, self.roots) if whole else CovarianceCollector(*target)
+            self._run("covariance", collector, result)
             means = collector.means()
             check_covariances(means)
             return means
 
-        return self.stages.load(strategy.stage("covariance"), covariance, sweep.factors_device)
+        return self.cache.get_or_compute(strategy.stage("covariance"), covariance, device=sweep.factors_device)
 
     def bases(self, strategy: Strategy, covariances: Callable[[], dict[str, Tensor]]) -> dict[str, Basis]:
         """The eigenvectors of every layer's covariances, which are asked for where the basis is not there."""
-        sweep, stage = self.sweep, strategy.stage("eigenbasis")
+        sweep = self.sweep
 
-        def basis(_: Partial) -> dict[str, Tensor]:
-            self.stages.forget(strategy.stage("eigenvalues"))  # those that are there belong to a basis that is gone
+        def basis(_: Unfinished) -> dict[str, Tensor]:
+            self.cache.forget(strategy.stage("eigenvalues"))  # those that are there belong to a basis that is gone
             means = covariances()
             with sweep.profile.action("eigendecomposition"):
                 return self._diagonalized(means)
 
-        found = self.stages.load(stage, basis, sweep.factors_device)
-        check_layout(self.stages.folder / stage, found, self._basis_layout())
+        stage, device = strategy.stage("eigenbasis"), sweep.factors_device
+        found = self.cache.get_or_compute(stage, basis, self._basis_layout(), device)
         return bases_from_tensors(sweep.pinned(found))
 
     def _basis_layout(self) -> Layout:
@@ -141,28 +136,22 @@ class Fitting(Generic[Batch]):
         """Lambda of every layer: mean squared gradients in these bases, or as they are without one."""
         sweep = self.sweep
 
-        def mean_squares(sums: Partial) -> dict[str, Tensor]:
+        def mean_squares(result: Unfinished) -> dict[str, Tensor]:
             collector = EigenvalueCollector(
-                sweep.layers, bases, len(self.train), sweep.dtype, sweep.factors_device, self.roots
+                sweep.layers, bases, len(self.examples), sweep.dtype, sweep.factors_device, self.roots
             )
-            self._run("eigenvalues", collector, sums)
+            self._run("eigenvalues", collector, result)
             means = collector.means()
             check_mean_squares(means)
             return means
 
+        layout: Layout = {name: (None, layer.shape) for name, layer in sweep.layers.items()}
         stage = strategy.stage("eigenvalues")
-        found = self.stages.load(stage, mean_squares, sweep.factors_device)
-        check_layout(
-            self.stages.folder / stage, found, {name: (None, layer.shape) for name, layer in sweep.layers.items()}
-        )
-        return sweep.pinned(found)
+        return sweep.pinned(self.cache.get_or_compute(stage, mean_squares, layout, sweep.factors_device))
 
-    def _run(self, name: str, collector: CovarianceCollector | EigenvalueCollector, sums: Partial) -> None:
-        self.sweep.run(name, self.train, collector, self._loss, batch_size=self.batch_size, partial=sums)
-
-    def _loss(self, model: nn.Module, batch: Batch, rows: Sequence[int]) -> Tensor:
-        sampler = None if self.seed is None else Sampler(self.seed, rows)
-        return self.sweep.task.train_loss(model, batch, sampler)
+    def _run(self, name: str, collector: CovarianceCollector | EigenvalueCollector, result: Unfinished) -> None:
+        size = self.sweep.execution.train_batch_size
+        self.sweep.run(name, self.examples, collector, batch_size=size, partial=result.sums)
 
 
 def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str], device: torch.device) -> dict[str, Basis]:

@@ -20,15 +20,14 @@ from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from wherefrom.curvature.operators import Preconditioner
+from wherefrom.curvature.operators import Operator
 from wherefrom.engine.capture import frozen
 from wherefrom.engine.layers import TrackedLayer
-from wherefrom.engine.loading import Loader, Rows
+from wherefrom.engine.loading import Examples, Loader
 from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.errors import InputError, LayerError, LossError
 from wherefrom.runtime.memory import out_of_memory
 from wherefrom.runtime.signals import held_signals
-from wherefrom.store.fingerprint import Dataset
 from wherefrom.tasks.task import Batch
 
 _NAME = "Gauss-Newton products"
@@ -274,8 +273,8 @@ class DampedGaussNewton(Generic[Batch]):
     def __init__(
         self,
         sweep: Sweep[Batch],
-        preconditioner: Preconditioner,
-        train: Dataset[object],
+        preconditioner: Operator,
+        train: Examples[Batch],
         damping: float | None,
         pairs: int,
     ) -> None:
@@ -307,21 +306,21 @@ class DampedGaussNewton(Generic[Batch]):
         Args:
             chosen: the examples that H is a mean over; None is all.
         """
-        examples = Rows(self._train, range(self.examples) if chosen is None else chosen)
+        examples = self._train if chosen is None else self._train.subset(chosen)
         with self._sweep.profile.action(_NAME):
             with self._sweep.ranks.agreeing():
                 total = self._sum(examples, vectors)
             self._sweep.ranks.add_up([total])
         return total.div_(len(examples)).addcmul_(vectors, self._added)
 
-    def _sum(self, examples: Rows, vectors: Tensor) -> Tensor:
+    def _sum(self, examples: Examples[Batch], vectors: Tensor) -> Tensor:
         """This process's part of the sum over examples of H v."""
         sweep, total = self._sweep, torch.zeros_like(vectors)
         share, together = sweep.ranks.share(len(examples)), self._pairs
         with (
             _following(sweep.model, self.space),
             held_signals() as held,
-            Loader(sweep.task, examples, sweep.device, end=share.stop, model=sweep.model) as loader,
+            Loader(examples, sweep.device, end=share.stop, model=sweep.model) as loader,
         ):
             for some, sums in zip(vectors.split(together), total.split(together), strict=True):
                 size = max(1, together // len(some))
@@ -331,26 +330,26 @@ class DampedGaussNewton(Generic[Batch]):
                         held.deliver()
         return total
 
-    def _add(self, loader: Loader[Batch], rows: range, vectors: Tensor, total: Tensor) -> None:
+    def _add(self, loader: Loader[Batch], indices: range, vectors: Tensor, total: Tensor) -> None:
         """Add a batch's sum of H v; in halves when memory runs out."""
         model, task = self._sweep.model, self._sweep.task
         try:
-            batch = loader.load(rows).batch
+            batch = loader.load(indices).batch
             total += batch_product(lambda: task.train_loss(model, batch), model, self.space, vectors)
             return
         except (RuntimeError, MemoryError) as error:
-            pairs = len(rows) * len(vectors)
+            pairs = len(indices) * len(vectors)
             if not out_of_memory(error) or pairs == 1:
                 raise
         self._pairs = min(self._pairs, pairs // 2)
-        if len(rows) > 1:
-            middle = len(rows) // 2
-            for half in (rows[:middle], rows[middle:]):
+        if len(indices) > 1:
+            middle = len(indices) // 2
+            for half in (indices[:middle], indices[middle:]):
                 self._add(loader, half, vectors, total)
         else:
             middle = len(vectors) // 2
             for some, sums in ((vectors[:middle], total[:middle]), (vectors[middle:], total[middle:])):
-                self._add(loader, rows, some, sums)
+                self._add(loader, indices, some, sums)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 `Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T`, layer by layer. A side whose covariance is diagonal, or taken to be (see
 `TrackedLayer.diagonal_sides`), has no eigenvectors: they are the axes. This module knows neither how a basis and
-eigenvalues are fitted nor what a filter is for."""
+eigenvalues are fitted nor what a filter is for.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +53,19 @@ class Basis:
 
     def rotate(self, gradients: Tensor) -> Tensor:
         """Q_S^T G Q_A for [..., out, in]."""
-        turned = gradients if self.gradients is None else self.gradients.T @ gradients
-        return turned if self.activations is None else turned @ self.activations
+        left, right = self._on(gradients.device)
+        turned = gradients if left is None else left.T @ gradients
+        return turned if right is None else turned @ right
 
     def rotate_back(self, gradients: Tensor) -> Tensor:
         """Q_S G Q_A^T for [..., out, in]."""
-        turned = gradients if self.gradients is None else self.gradients @ gradients
-        return turned if self.activations is None else turned @ self.activations.T
+        left, right = self._on(gradients.device)
+        turned = gradients if left is None else left @ gradients
+        return turned if right is None else turned @ right.T
+
+    def _on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        left, right = (None if each is None else each.to(device) for each in (self.gradients, self.activations))
+        return left, right
 
 
 def aligned(layer: TrackedLayer, matrix: Tensor) -> Tensor:
@@ -87,14 +94,15 @@ def gradient_sides(
 
 
 @dataclass(frozen=True)
-class Preconditioner:
-    """A filtered curvature, applied to gradients layer by layer.
+class Operator:
+    """A filter of curvature, applied to gradients layer by layer; with 1 / (Lambda + damping), a preconditioner.
 
     Attributes:
         filters: f(Lambda) [out, in] of every layer; a layer without one is left as it is.
         flat: layers without curvature in any direction, whose filter is 0.
         damping: what was added to the eigenvalues of each layer with a filter.
-        roots: P^(1/2) [out, in] of layers that are conditioned: the filter stands between P^(1/2) and P^(1/2).
+        roots: P^(1/2) [out, in] of layers that are conditioned: what stands right of the filter.
+        outer_roots: what stands left of it; None is the same.
     """
 
     bases: Mapping[str, Basis]
@@ -102,6 +110,7 @@ class Preconditioner:
     flat: frozenset[str] = frozenset()
     damping: Mapping[str, float] = field(default_factory=dict)
     roots: Mapping[str, Tensor] = field(default_factory=dict)
+    outer_roots: Mapping[str, Tensor] | None = None
 
     def check_gradients(self, layer: str, captured: Captured) -> None:
         """Refuse training gradients of a layer without curvature, whose part of a score has no value.
@@ -126,11 +135,23 @@ class Preconditioner:
         """The filters with a column for each of a captured gradient's, [out, width]."""
         return {name: aligned(layers[name], each) for name, each in self.filters.items()}
 
-    def apply(self, layer: str, gradients: Tensor) -> Tensor:
-        """Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T for [..., out, in], conditioned before and after."""
-        basis, roots = self.bases.get(layer), self.roots.get(layer)
-        turned = gradients if roots is None else roots * gradients
+    def apply(self, layer: str, gradients: Tensor, columns: Tensor | None = None) -> Tensor:
+        """roots * Q_S [ f(Lambda) * (Q_S^T (roots * G) Q_A) ] Q_A^T for G [..., out, in].
+
+        Args:
+            columns: of a one-hot layer, whose activations have no eigenvectors: which of its columns are there for each
+                of gradients [batch, out, columns], int64 [batch, columns].
+        """
+
+        def scaled(found: Tensor, matrices: Mapping[str, Tensor]) -> Tensor:
+            if layer not in matrices:
+                return found
+            matrix = matrices[layer].to(found.device)
+            return found * (matrix if columns is None else matrix[:, columns].transpose(0, 1))
+
+        basis = self.bases.get(layer)
+        turned = scaled(gradients, self.roots)
         turned = turned if basis is None else basis.rotate(turned)
-        turned = turned * self.filters[layer] if layer in self.filters else turned
+        turned = scaled(turned, self.filters)
         turned = turned if basis is None else basis.rotate_back(turned)
-        return turned if roots is None else roots * turned
+        return scaled(turned, self.roots if self.outer_roots is None else self.outer_roots)

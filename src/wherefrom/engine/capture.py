@@ -53,7 +53,7 @@ class Captured(NamedTuple):
         matrix = matrix.to(self.gradients.device, non_blocking=True)
         return matrix if self.columns is None else matrix[:, self.columns].transpose(0, 1)
 
-    def rows(self, chosen: Tensor) -> Captured:
+    def examples(self, chosen: Tensor) -> Captured:
         """Some examples of the batch; `tokens` stays the whole batch's."""
         columns = None if self.columns is None else self.columns[chosen]
         return self._replace(activations=self.activations[chosen], gradients=self.gradients[chosen], columns=columns)
@@ -196,9 +196,14 @@ class Capture(AbstractContextManager["Capture"]):
                 value = loss()
             self._check(value, current)
             current.backward = True
-            _backward(value)
+            leaves = _leaves(value)
+            with _gradients_dropped(leaves):
+                # Not by `autograd.grad`, with which PyTorch's counters of operations refuse modules that read a leaf.
+                torch.autograd.backward(value, inputs=leaves)
             for name in list(current.calls):  # layers of which only some calls have part in the loss
-                self._deliver(name, current)
+                captured = self._joined(name, current)
+                if captured is not None:
+                    self._receive(name, captured)
         finally:
             self._pass = None
         return value.detach()
@@ -273,9 +278,12 @@ class Capture(AbstractContextManager["Capture"]):
         assert current is not None
         call.gradient = gradient
         if all(each.gradient is not None for each in current.calls[name]):
-            self._deliver(name, current)
+            captured = self._joined(name, current)
+            if captured is not None:
+                self._receive(name, captured)
 
-    def _deliver(self, name: str, current: _Pass) -> None:
+    def _joined(self, name: str, current: _Pass) -> Captured | None:
+        """What a layer's calls of a pass make together; None where no call has part in the loss."""
         layer = self._layers[name]
         parts = [
             self._captured(layer, call, call.gradient, current)
@@ -283,7 +291,7 @@ class Capture(AbstractContextManager["Capture"]):
             if call.gradient is not None
         ]
         if not parts:
-            return
+            return None
         found = parts[0]
         if len(parts) > 1:
             activations, gradients, tokens, calls, _ = zip(*parts, strict=True)
@@ -293,7 +301,7 @@ class Capture(AbstractContextManager["Capture"]):
         if layer.one_hot:
             vectors, columns = distinct_one_hot(found.activations, found.gradients.dtype)
             found = found._replace(activations=vectors, columns=columns)
-        self._receive(name, found)
+        return found
 
     def _captured(self, layer: TrackedLayer, call: _Call, gradient: Tensor, current: _Pass) -> Captured:
         """One call's tensors; of a one-hot layer, ids [batch, tokens] stand for activations."""
@@ -371,17 +379,14 @@ class Capture(AbstractContextManager["Capture"]):
         return activations
 
 
-def _backward(value: Tensor) -> None:
-    """Go back to where the graph begins, and drop the gradients there: what counts arrives at hooks on the way.
-
-    Not by `autograd.grad`, with which PyTorch's counters of operations refuse modules that read a leaf.
-    """
-    leaves = _leaves(value)
+@contextmanager
+def _gradients_dropped(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Put gradients of these back in the end: what counts arrives at hooks on the way."""
     before = [leaf.grad for leaf in leaves]
     try:
         for leaf in leaves:
             leaf.grad = None
-        torch.autograd.backward(value, inputs=leaves)
+        yield
     finally:
         for leaf, gradient in zip(leaves, before, strict=True):
             leaf.grad = gradient

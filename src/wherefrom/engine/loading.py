@@ -1,4 +1,4 @@
-"""Batches on the model's device: collated, counted, and for a GPU prepared ahead while it works on the one before.
+"""Examples and the loss that is meant of them; batches on the model's device, for a GPU prepared ahead of their use.
 
 This module knows datasets and tasks; it does not know what is done with a batch.
 """
@@ -7,35 +7,102 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Generic, NamedTuple, cast
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Generic, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from wherefrom.engine.capture import Padding
 from wherefrom.runtime.errors import InputError, WherefromError
-from wherefrom.store.fingerprint import Dataset, read_example
+from wherefrom.store.fingerprint import Dataset, dataset_digest, read_example
+from wherefrom.tasks.sampling import Sampler
 from wherefrom.tasks.task import Batch, Task
+
+Loss = Literal["training", "drawn", "measurement"]
 
 
 @dataclass(frozen=True)
-class Rows:
+class Subset:
     """Some examples of a dataset, in a given order."""
 
     dataset: Dataset[object]
-    positions: Sequence[int]
+    indices: Sequence[int]
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.indices)
 
-    def __getitem__(self, row: int, /) -> object:
-        return read_example(self.dataset, self.positions[row])
+    def __getitem__(self, position: int, /) -> object:
+        return read_example(self.dataset, self.indices[position])
 
 
-def positions(dataset: Dataset[object]) -> Sequence[int]:
-    """Where each example stands in the dataset that a user knows."""
-    return dataset.positions if isinstance(dataset, Rows) else range(len(dataset))
+@dataclass(frozen=True)
+class Repeated:
+    """A dataset several times, one after another; a drawn loss has other targets each time."""
+
+    dataset: Dataset[object]
+    times: int
+
+    def __len__(self) -> int:
+        return len(self.dataset) * self.times
+
+    def __getitem__(self, position: int, /) -> object:
+        return read_example(self.dataset, position % len(self.dataset))
+
+
+@dataclass(frozen=True)
+class Examples(Generic[Batch]):
+    """A dataset, and which loss of it is meant.
+
+    Attributes:
+        loss: the "training" loss, the same with targets "drawn" from the model's predictions (the Fisher information),
+            or the "measurement" of queries.
+        seed: of drawn targets.
+    """
+
+    dataset: Dataset[object]
+    task: Task[Batch]
+    loss: Loss = "training"
+    seed: int = 0
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        return len(self.dataset)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of every example, in order; taken once for these examples, and anew for others of the same dataset."""
+        return dataset_digest(self.dataset)
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Where each example stands in the dataset that a user knows."""
+        return self.dataset.indices if isinstance(self.dataset, Subset) else range(len(self.dataset))
+
+    def subset(self, indices: Sequence[int]) -> Examples[Batch]:
+        """Some of them, with the same targets."""
+        if isinstance(self.dataset, Subset):
+            indices = [self.dataset.indices[each] for each in indices]
+            return replace(self, dataset=replace(self.dataset, indices=indices))
+        return replace(self, dataset=Subset(self.dataset, indices))
+
+    def summed_loss(self, model: nn.Module, batch: Batch, indices: range) -> Tensor:
+        """The loss of a batch, summed over the examples at `indices`.
+
+        An error of the task's or model's own code is raised as it is, with a note.
+        """
+        try:
+            if self.loss == "measurement":
+                return self.task.measurement(model, batch)
+            positions = self.positions[indices.start : indices.stop]
+            return self.task.train_loss(model, batch, Sampler(self.seed, positions) if self.loss == "drawn" else None)
+        except Exception as error:
+            if not isinstance(error, WherefromError):
+                error.add_note(
+                    f"wherefrom was computing the loss of {len(indices)} example(s) with {type(self.task).__name__}."
+                )
+            raise
 
 
 class Loaded(NamedTuple, Generic[Batch]):
@@ -46,7 +113,7 @@ class Loaded(NamedTuple, Generic[Batch]):
 
 
 class Loader(Generic[Batch]):
-    """Loads batches of a dataset; use it as a context, which ends its thread.
+    """Loads batches of examples; use it as a context, which ends its thread.
 
     Args:
         ahead: prepare the next batch in a thread; None does so for a GPU, whose work leaves the host idle.
@@ -56,15 +123,14 @@ class Loader(Generic[Batch]):
 
     def __init__(
         self,
-        task: Task[Batch],
-        dataset: Dataset[object],
+        examples: Examples[Batch],
         device: torch.device,
         ahead: bool | None = None,
         end: int | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        self._task, self._dataset, self._device, self._model = task, dataset, device, model
-        self._end = len(dataset) if end is None else end
+        self._examples, self._task, self._device, self._model = examples, examples.task, device, model
+        self._end = len(examples) if end is None else end
         ahead = device.type == "cuda" if ahead is None else ahead
         self._thread = ThreadPoolExecutor(1) if ahead else None
         self._coming: tuple[range, Future[Loaded[Batch]]] | None = None
@@ -76,10 +142,10 @@ class Loader(Generic[Batch]):
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
-    def load(self, rows: range) -> Loaded[Batch]:
-        """The examples at `rows` as a batch on the device; as many after them are prepared meanwhile."""
-        prepared = self._prepared(rows)
-        following = range(rows.stop, min(rows.stop + len(rows), self._end))
+    def load(self, batch_indices: range) -> Loaded[Batch]:
+        """The examples at these positions as a batch on the device; as many after them are prepared meanwhile."""
+        prepared = self._prepared(batch_indices)
+        following = range(batch_indices.stop, min(batch_indices.stop + len(batch_indices), self._end))
         if self._thread is not None and following:
             self._coming = (following, self._thread.submit(self._prepare, following))
         # From pinned memory, the host does not wait for the copy.
@@ -89,18 +155,18 @@ class Loader(Generic[Batch]):
         padding = (Padding(each.mask.to(self._device, non_blocking=True), each.tokens) for each in prepared.padding)
         return Loaded(batch, tuple(padding))
 
-    def _prepared(self, rows: range) -> Loaded[Batch]:
+    def _prepared(self, batch_indices: range) -> Loaded[Batch]:
         coming, self._coming = self._coming, None
         if coming is not None:
             expected, future = coming
-            if expected == rows:
+            if expected == batch_indices:
                 return future.result()
             future.cancel()  # another batch size after memory ran out
-        return self._prepare(rows)
+        return self._prepare(batch_indices)
 
-    def _prepare(self, rows: range) -> Loaded[Batch]:
+    def _prepare(self, batch_indices: range) -> Loaded[Batch]:
         """Collate on the host; what counts tokens is done here, so that nobody waits for the device to tell."""
-        batch, masks = collated(self._task, self._dataset, rows, self._model)
+        batch, masks = collated(self._examples, batch_indices, self._model)
         if all(bool(mask.all()) for mask in masks):
             masks = ()
         padding = tuple(Padding(self._pinned(mask.unsqueeze(-1)), int(mask.sum())) for mask in masks)
@@ -119,7 +185,7 @@ class Loader(Generic[Batch]):
 
 
 def collated(
-    task: Task[Batch], dataset: Dataset[object], rows: Sequence[int], model: nn.Module | None = None
+    source: Examples[Batch], batch_indices: Sequence[int], model: nn.Module | None = None
 ) -> tuple[Batch, Sequence[Tensor]]:
     """A batch of some examples on the host, and the masks of its tokens.
 
@@ -132,11 +198,12 @@ def collated(
     Raises:
         InputError: an example does not suit the task or the model, or the task's masks are none.
     """
-    examples = [read_example(dataset, row) for row in rows]
+    task = source.task
+    examples = [read_example(source.dataset, index) for index in batch_indices]
     try:
         return _batch(task, examples, model)
     except Exception as error:
-        known = [positions(dataset)[row] for row in rows]
+        known = [source.positions[index] for index in batch_indices]
         where, cause = f"examples {known[0]} to {known[-1]}", error
         for position, example in zip(known, examples, strict=True):
             alone = _failure(task, example, model)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from wherefrom.engine.layers import TrackedLayer, select_layers
+from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Sweep
 from wherefrom.hf.text import local_path
 from wherefrom.runtime.errors import InputError, first_line, require
@@ -101,9 +102,7 @@ def measure(
     sweep: Sweep[dict[str, Tensor]] = Sweep(model, task, layers)
     try:
         with _Assumptions(fused_attention=half_on_gpu):
-            example = sweep.footprint(
-                [{"input_ids": [0] * length}], lambda model, batch, _: task.train_loss(model, batch)
-            )
+            example = sweep.footprint(Examples([{"input_ids": [0] * length}], task))
     except RuntimeError as error:  # of the model's own code
         raise InputError(
             f"model={name!r}: its code does not run without weights ({first_line(error)}). Llama and its relatives do "

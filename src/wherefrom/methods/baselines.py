@@ -1,19 +1,76 @@
-"""Scores that cost next to nothing, which a method of attribution has to beat: chance, and shared words.
-
-This module knows counts and texts; it must not know models.
-"""
+"""Scores that cost next to nothing, which a method of attribution has to beat: chance, and shared words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import bm25s
 import torch
 from torch import Tensor
 
-from wherefrom.runtime.errors import InputError
+from wherefrom.engine.loading import Examples
+from wherefrom.methods.method import Context, Job, Method
+from wherefrom.runtime.errors import InputError, require
+from wherefrom.scoring.keep import Keep
+from wherefrom.store.cache import Unfinished
+from wherefrom.store.fingerprint import MODEL, Dataset, read_example
 
 WORD = r"(?u)\w+"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Method):
+    """Chance: independent standard normal numbers.
+
+    Attributes:
+        seed: of the numbers.
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+
+    def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
+        def compute(_: Unfinished) -> Mapping[str, Tensor]:
+            return {"values": random_scores(len(queries), len(context.train), self.seed)}
+
+        return Job("random", {"seed": str(self.seed)}, compute, without=[MODEL])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BM25(Method):
+    """Shared words of the examples' texts (see `bm25_scores`); of examples without a text, shared tokens.
+
+    Attributes:
+        column: of the text.
+    """
+
+    column: str = "text"
+
+    name: ClassVar[str] = "bm25"
+
+    def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
+        def compute(_: Unfinished) -> Mapping[str, Tensor]:
+            return {"values": bm25_scores(self._texts(queries.dataset), self._texts(context.train.dataset))}
+
+        return Job("bm25", {"column": self.column}, compute, without=[MODEL])
+
+    def _texts(self, dataset: Dataset[object]) -> list[str]:
+        found = []
+        for position in range(len(dataset)):
+            example = read_example(dataset, position)
+            columns = example if isinstance(example, Mapping) else {}
+            text = columns.get(self.column)
+            if text is None and "input_ids" in columns:
+                text = " ".join(map(str, torch.as_tensor(columns["input_ids"]).flatten().tolist()))
+            if not isinstance(text, str):
+                raise InputError(
+                    f"BM25: example {position} has no text in {self.column!r}; it has {sorted(map(str, columns))}. "
+                    "Give examples with a column of texts, and its name."
+                )
+            found.append(text)
+        return found
 
 
 def random_scores(queries: int, train: int, seed: int) -> Tensor:
@@ -51,14 +108,14 @@ def bm25_scores(queries: Sequence[str], train: Sequence[str]) -> Tensor:
     words = _words(train)  # [train] lists
     if not any(words):
         raise InputError(f"train: not one word in {len(train)} texts; expected texts, not their token numbers.")
-    index = bm25s.BM25(method="lucene", k1=1.5, b=0.75, dtype="float32")
+    index = require("bm25s", "evaluate").BM25(method="lucene", k1=1.5, b=0.75, dtype="float32")
     index.index(words, create_empty_token=False, show_progress=False)
     rows = [index.get_scores_from_ids(index.get_tokens_ids(query)) for query in _words(queries)]  # each [train]
     return torch.stack([torch.from_numpy(row) for row in rows])
 
 
 def _words(texts: Sequence[str]) -> list[list[str]]:
-    found: list[list[str]] = bm25s.tokenize(
+    found: list[list[str]] = require("bm25s", "evaluate").tokenize(
         list(texts), token_pattern=WORD, stopwords=[], return_ids=False, show_progress=False
     )
     return found

@@ -12,8 +12,8 @@ segment's checkpoints, are these in coordinates P^(-1/2) theta (see `conditionin
     S_l = P^(1/2) exp(-eta K H'_l) P^(-1/2)    r_l = P^(1/2) (1 - exp(-eta K H'_l)) H'_l^-1 P^(1/2) g_l
 
 Decoupled weight decay multiplies weights by 1 - eta omega in each step, in any coordinates, so it is omega added to the
-curvature in both exponentials and in the inverse: a damping. This module is above `checkpoints` and `adam`; it knows
-nothing of how checkpoints came about but learning rates, steps, weight decay and second moments.
+curvature in both exponentials and in the inverse: a damping. This module knows nothing of how checkpoints came about
+but learning rates, steps, weight decay and second moments.
 """
 
 from __future__ import annotations
@@ -21,37 +21,182 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal
 
 import torch
 from torch import Tensor
 
 from wherefrom.curvature.conditioning import adam_conditioning, conditioning_digest, conditioning_roots
-from wherefrom.curvature.factors import STRATEGIES, checked_strategy
+from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.curvature.fitting import Fitting
-from wherefrom.curvature.operators import Basis, Preconditioner
-from wherefrom.methods.segments import SegmentScoring
-from wherefrom.methods.tracin import kept_sum, named_paths, study_of
+from wherefrom.curvature.operators import Basis, Operator
+from wherefrom.engine.loading import Examples
+from wherefrom.methods.checkpoints import chosen_checkpoints, named_paths, sum_settings, weighted_sum, with_record
+from wherefrom.methods.method import Context, Job, Method
 from wherefrom.runtime.errors import InputError
-from wherefrom.scoring.kept_scores import KeptScores
-from wherefrom.scoring.options import Options, checked_result_name
+from wherefrom.scoring.keep import Keep
 from wherefrom.scoring.results import Scores
-from wherefrom.store.cache import Stages
-from wherefrom.store.files import within
-from wherefrom.store.fingerprint import Dataset, checked_length, dataset_digest, model_digest
+from wherefrom.scoring.scoring import Scoring
+from wherefrom.store.cache import Unfinished
+from wherefrom.store.fingerprint import MODEL
 from wherefrom.store.names import result_name
-from wherefrom.store.weights import load_weights, restored
-from wherefrom.study import Study
-from wherefrom.tasks.task import Batch, checked_settings
+from wherefrom.tasks.task import Batch
 
 if TYPE_CHECKING:
+    from wherefrom.methods.method import Checkpoint
     from wherefrom.store.recording import RecordedCheckpoint
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source(Method):
+    """SOURCE, approximate unrolled differentiation over segments of a training (Bae et al. 2024, arXiv 2405.12186).
+
+    Removing training example t of N from all of training raises the query's loss by about `values[q, t] / N`: values
+    are N times the paper's, with its sign. The query's gradient is that at the last checkpoint; training gradients are
+    those at every checkpoint, averaged in each segment. There is no damping but weight decay's: where an eigenvalue is
+    small against 1 / (eta K), training has not used it.
+
+    Steps are taken to be those of gradient descent, or with `adam` of AdamW. SGD's momentum makes steps larger: give
+    `times` divided by 1 - momentum. Adam's does not, since it is a running mean.
+
+    Attributes:
+        segments: into how many runs of checkpoints training is cut, of equal length or one longer.
+        adam: steps are -eta P g with Adam's P (`adam_conditioning`), averaged over a segment's checkpoints, which have
+            to be recorded ones. P is that of the checkpoints: what an example has done to second moments is left out.
+        strategy: whose curvature: "shampoo", "diagonal" or, without `adam`, "ekfac"; by default "shampoo" with `adam`,
+            "ekfac" without.
+        checkpoints: in the order of training, the last is the trained model; None is the study's history.
+        times: for each checkpoint, learning rate x optimizer steps since the one before of these; by default as
+            recorded, with the checkpoint's learning rate for all steps since the one before.
+        weight_decay: omega. A step multiplies weights by 1 - eta omega, as AdamW's does; for gradient descent, omega
+            may as well stand in the loss, as SGD has it. By default as recorded, the largest of the groups'
+            (a Trainer leaves out biases and normalisations; what is left out counts as the rest); 0 for paths. Adam's
+            own, which P divides, is not in here: give 0.
+        loss_scale: what training minimised, in units of the mean over examples of the task's loss, which is a sum over
+            tokens: 1 / tokens of a sequence for a Trainer that averages over tokens.
+        empirical: use the dataset's targets instead of targets drawn from the model.
+        seed: of the drawn targets.
+
+    Raises:
+        InputError: a field is impossible, or two do not go together.
+    """
+
+    segments: int = 3
+    adam: bool = False
+    strategy: Literal["ekfac", "shampoo", "diagonal"] | None = None
+    checkpoints: Sequence[Checkpoint] | None = None
+    times: Sequence[float] | None = None
+    weight_decay: float | None = None
+    loss_scale: float = 1.0
+    empirical: bool = False
+    seed: int = 0
+
+    name: ClassVar[str] = "source"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.loss_scale < math.inf:
+            raise InputError(f"loss_scale={self.loss_scale}: expected a number above 0.")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
+            raise InputError(
+                f"weight_decay={self.weight_decay}: expected a number >= 0, or None for what was recorded."
+            )
+        known = ("shampoo", "diagonal") if self.adam else ("ekfac", "shampoo", "diagonal")
+        if self.strategy not in (None, *known):
+            raise InputError(
+                f"strategy={self.strategy!r} with adam={self.adam}: expected {', '.join(map(repr, known))} or None."
+            )
+
+    def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
+        checkpoints = chosen_checkpoints(context, self.checkpoints)
+        paths = named_paths(checkpoints)
+        scaled = [time * self.loss_scale for time in self._times(checkpoints)]
+        if not 1 <= self.segments <= len(paths):
+            raise InputError(f"segments={self.segments}: expected 1 to {len(paths)}, as many as there are checkpoints.")
+        if context.sweep.execution.half_precision:
+            raise InputError("half_precision=True with Source: its filters are of full precision. Leave it out.")
+        unrolled = Unrolled(context, queries, self, self._weight_decay(checkpoints) / self.loss_scale)
+        cut = self._cut(context, checkpoints, paths, scaled)
+        weights = [1 / len(segment.paths) for segment in cut for _ in segment.paths]
+        parts = {
+            name: unrolled.settings(" | ".join(map(str, cut[number:]))) | {"models": context.states.digest(path)}
+            for number, segment in enumerate(cut)
+            for name, path in segment.paths.items()
+        }
+
+        def compute(result: Unfinished) -> Mapping[str, Tensor]:
+            return weighted_sum(unrolled.parts(cut), weights, result)
+
+        return Job("source", sum_settings(parts, weights), compute, without=[MODEL])
+
+    def _cut(
+        self,
+        context: Context[Any],
+        checkpoints: Sequence[Checkpoint],
+        paths: Mapping[str, Path],
+        times: Sequence[float],
+    ) -> list[Segment]:
+        """Runs of checkpoints, the first ones longer where they cannot be equal."""
+        advice = "Give what read_recording returns, or a RecordedCheckpoint."
+        recorded = _recorded(checkpoints, "adam=True", "Adam's second moments", advice) if self.adam else None
+        found, names, start = [], list(paths), 0
+        for number in range(self.segments):
+            stop = start + len(names) // self.segments + (number < len(names) % self.segments)
+            chosen = {name: paths[name] for name in names[start:stop]}
+            roots: dict[str, Tensor] = {}
+            if recorded is not None:
+                mean = _mean(map(adam_conditioning, recorded[start:stop]), stop - start)
+                roots = conditioning_roots(context.sweep, mean)
+            models = [context.states.digest(path) for path in chosen.values()]
+            found.append(Segment(chosen, sum(times[start:stop]), models, roots))
+            start = stop
+        return found
+
+    def _weight_decay(self, checkpoints: Sequence[Checkpoint]) -> float:
+        if self.weight_decay is not None:
+            return self.weight_decay
+        found = {max(group.weight_decay or 0.0 for group in each.groups) for each in with_record(checkpoints)}
+        if len(found) > 1:
+            raise InputError(
+                f"weight_decay=None, and {sorted(found)} were recorded. Give one number for all of training."
+            )
+        return found.pop() if found else 0.0
+
+    def _times(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
+        if self.times is None:
+            advice = (
+                "Give for each checkpoint its learning rate x the steps since the one before, or what read_recording "
+                "returns."
+            )
+            return _recorded_times(_recorded(checkpoints, "times=None", "learning rates", advice))
+        if len(self.times) != len(checkpoints) or not all(0 <= each < math.inf for each in self.times):
+            raise InputError(
+                f"times={list(self.times)}: expected {len(checkpoints)} numbers >= 0, one for each checkpoint."
+            )
+        return [float(each) for each in self.times]
+
+
+def _recorded(checkpoints: Sequence[Checkpoint], option: str, needed: str, advice: str) -> list[RecordedCheckpoint]:
+    """Checkpoints that have a record of what an option needs; paths are refused."""
+    for each in checkpoints:
+        if isinstance(each, str | Path):
+            raise InputError(f"{option} with the checkpoint {str(each)!r}: a path says nothing of {needed}. {advice}")
+    return with_record(checkpoints)
+
+
+def _recorded_times(checkpoints: Sequence[RecordedCheckpoint]) -> list[float]:
+    """By their own steps, since `RecordedCheckpoint.steps` counts from checkpoints that may not be among these."""
+    steps = [0, *(each.step for each in checkpoints)]
+    if any(after <= before for before, after in pairwise(steps)):
+        raise InputError(f"checkpoints: of the steps {steps[1:]}; expected them in the order of one training.")
+    since = [after - before for before, after in pairwise(steps)]
+    return [each.learning_rate * count for each, count in zip(checkpoints, since, strict=True)]
+
+
 @dataclass(frozen=True)
-class _Segment:
+class Segment:
     """Checkpoints that follow each other.
 
     Attributes:
@@ -71,153 +216,121 @@ class _Segment:
         return f"{' + '.join(self.paths)} ({', '.join(self.models)}) for {self.time!r}{conditioned}"
 
 
-def score_source(
-    study: Study[Batch],
-    checkpoints: Sequence[str | Path | RecordedCheckpoint],
-    queries: Dataset[object],
-    segments: int = 3,
-    *,
-    adam: bool = False,
-    strategy: str | None = None,
-    times: Sequence[float] | None = None,
-    weight_decay: float | None = None,
-    loss_scale: float = 1.0,
-    empirical: bool = False,
-    seed: int = 0,
-    query_batch_size: int | None = None,
-    train_batch_size: int | None = None,
-    name: str | None = None,
-    overwrite: bool = False,
-) -> Scores:
-    """Score every pair by SOURCE, approximate unrolled differentiation over segments of a training.
+@dataclass(frozen=True)
+class Unrolled(Generic[Batch]):
+    """What all segments of a training have in common.
 
-    Removing training example t of N from all of training raises the query's loss by about `values[q, t] / N`: values
-    are N times the paper's, with its sign. The query's gradient is that at the last checkpoint; training gradients are
-    those at every checkpoint, averaged in each segment. There is no damping but weight decay's: where an eigenvalue is
-    small against 1 / (eta K), training has not used it.
-
-    Steps are taken to be those of gradient descent, or with `adam` of AdamW. SGD's momentum makes steps larger: give
-    `times` divided by 1 - momentum. Adam's does not, since it is a running mean.
-
-    Args:
-        study, queries: as in `score_checkpoints`.
-        checkpoints: as in `score_checkpoints`, in the order of training; the last is the trained model.
-        segments: into how many runs of checkpoints training is cut, of equal length or one longer.
-        adam: steps are -eta P g with Adam's P (`adam_conditioning`), averaged over a segment's checkpoints, which have
-            to be recorded ones. P is that of the checkpoints: what an example has done to second moments is left out.
-        strategy: whose curvature: "shampoo", "diagonal" or, without `adam`, "ekfac"; by default "shampoo" with `adam`,
-            "ekfac" without.
-        times: for each checkpoint, learning rate x optimizer steps since the one before of these; by default as
-            recorded, with the checkpoint's learning rate for all steps since the one before.
-        weight_decay: omega. A step multiplies weights by 1 - eta omega, as AdamW's does; for gradient descent, omega
-            may as well stand in the loss, as SGD has it. By default as recorded, the largest of the groups'
-            (a Trainer leaves out biases and normalisations; what is left out counts as the rest); 0 for paths. Adam's
-            own, which P divides, is not in here: give 0.
-        loss_scale: what training minimised, in units of the mean over examples of the task's loss, which is a sum over
-            tokens: 1 / tokens of a sequence for a Trainer that averages over tokens.
-        empirical, seed: as in `Study.fit`.
-        query_batch_size, train_batch_size: None finds them.
-        name: of the sum in `RUN/scores`; by default "source", and a digest of all that it depends on.
-        overwrite: compute again and replace the sum, also where it has this name and was made from something else,
-            which is refused otherwise, and its parts; no curvature.
-
-    Returns:
-        The sum, stored as any scores; each part is in `RUN/checkpoints/CHECKPOINT/scores`, and the curvature of
-        segments in `factors` there and in the run directory, which serves other queries too.
-
-    Raises:
-        InputError: checkpoints, segments and times do not belong together, a checkpoint is not of this model, or lacks
-            the second moments that `adam` needs.
-        WherefromError: as `Study.fit` and `Study.score`; what was finished before stays valid.
+    Attributes:
+        damping: weight decay in the unit of the curvature, whose loss is `loss_scale` times too large.
     """
-    checked_length("queries", queries)
-    if name is not None:
-        checked_result_name(name)
-    options = Options(query_batch_size=query_batch_size, train_batch_size=train_batch_size, overwrite=overwrite)
-    paths = named_paths(checkpoints)
-    if not 0 < loss_scale < math.inf:
-        raise InputError(f"loss_scale={loss_scale}: expected a number above 0.")
-    strategy = _checked_strategy(strategy or ("shampoo" if adam else "ekfac"), adam)
-    scaled = [time * loss_scale for time in _times(checkpoints, times)]
-    advice = "Give what read_recording returns, or a RecordedCheckpoint."
-    recorded = _recorded(checkpoints, "adam=True", "Adam's second moments", advice) if adam else None
-    decay = _weight_decay(checkpoints, weight_decay)
-    if not 1 <= segments <= len(paths):
-        raise InputError(f"segments={segments}: expected 1 to {len(paths)}, as many as there are checkpoints.")
-    settings = _Settings(
-        strategy=strategy,
-        seed=None if empirical else seed,
-        damping=decay / loss_scale,
-        last=list(paths.values())[-1],
-    )
-    with study.alone(), restored(study._sweep.model):
-        source = _Source(study, queries, settings, options)
-        cut = source.segments(paths, scaled, segments, recorded)
-        parts: dict[str, Scores] = {}
-        later: list[Preconditioner] = []  # S of later segments, the last one first
+
+    context: Context[Batch]
+    queries: Examples[Batch]
+    source: Source
+    damping: float
+
+    @property
+    def strategy(self) -> str:
+        """Whose curvature is taken."""
+        return self.source.strategy or ("shampoo" if self.source.adam else "ekfac")
+
+    def parts(self, cut: Sequence[Segment]) -> list[Scores]:
+        """What each checkpoint adds, in the order of training, before averaging."""
+        found: dict[str, Scores] = {}
+        later: list[Operator] = []  # S of later segments, the last one first
+        last = list(cut[-1].paths.values())[-1]
         for number, segment in reversed(list(enumerate(cut))):
-            bases, eigenvalues = source.curvature(segment, number + 1)
+            bases, eigenvalues = self.curvature(segment, number + 1)
             response = {layer: response_filter(each, segment.time) for layer, each in eigenvalues.items()}
             decays = {layer: (-segment.time * each).exp() for layer, each in eigenvalues.items()}
-            here = Preconditioner(bases, response, roots=segment.roots)
-            parts |= source.scores(segment, list(later), here, " | ".join(map(str, cut[number:])))
-            later.append(replace(here, filters=decays))
-        weights = [1 / len(segment.paths) for segment in cut for _ in segment.paths]
-        return kept_sum(study, "source", name, {each: parts[each] for each in paths}, weights, overwrite)
+            here = Operator(bases, response, roots=segment.roots)
+            described = " | ".join(map(str, cut[number:]))
+            found |= self._scores(segment, [*later, here], last, described)
+            # From the left, S is its transpose: P^(-1/2) exp(-eta K H') P^(1/2).
+            outside = {name: roots.reciprocal() for name, roots in segment.roots.items()}
+            later.append(replace(here, filters=decays, outer_roots=outside))
+        return [found[name] for segment in cut for name in segment.paths]
 
+    def curvature(self, segment: Segment, number: int) -> tuple[dict[str, Basis], dict[str, Tensor]]:
+        """Of a segment: bases of averaged covariances, and eigenvalues there, averaged, with weight decay's part.
 
-def _checked_strategy(name: str, adam: bool) -> str:
-    strategy = checked_strategy(name)
-    if strategy.eigenvalues != "fitted" or (adam and strategy.basis == "covariances"):
-        expected = "'shampoo' or 'diagonal'" if adam else "'ekfac', 'shampoo' or 'diagonal'"
-        raise InputError(f"strategy={name!r} with adam={adam}: expected {expected}.")
-    return name
+        Args:
+            number: of the segment; parts are stored in `factors/source-NUMBER-DIGEST8` of the run and of each
+                checkpoint's.
+        """
+        strategy, context = STRATEGIES[self.strategy], self.context
 
+        def mean(part: Callable[[Fitting[Batch]], dict[str, Tensor]]) -> dict[str, Tensor]:
+            def of(name: str, path: Path) -> dict[str, Tensor]:
+                with context.states.entered(path):
+                    return part(self._fitting(context.at(name, path), segment, number))
 
-def _recorded(
-    checkpoints: Sequence[str | Path | RecordedCheckpoint], option: str, needed: str, advice: str
-) -> list[RecordedCheckpoint]:
-    """Checkpoints that have a record of what an option needs; paths are refused."""
-    for each in checkpoints:
-        if isinstance(each, str | Path):
-            raise InputError(f"{option} with the checkpoint {str(each)!r}: a path says nothing of {needed}. {advice}")
-    return _with_record(checkpoints)
+            return _mean((of(name, path) for name, path in segment.paths.items()), len(segment.paths))
 
+        def covariances(fitting: Fitting[Batch]) -> dict[str, Tensor]:
+            fitting.cache.forget(strategy.stage("eigenvalues"))  # of a basis that is gone
+            return fitting.covariances(strategy)
 
-def _with_record(checkpoints: Sequence[str | Path | RecordedCheckpoint]) -> list[RecordedCheckpoint]:
-    return [each for each in checkpoints if not isinstance(each, str | Path)]
+        together = replace(context, fingerprint={**context.fingerprint, MODEL: " + ".join(segment.models)})
+        whole = self._fitting(together, segment, number)
+        bases = whole.bases(strategy, lambda: mean(covariances)) if strategy.basis else {}
+        eigenvalues = mean(lambda fitting: fitting.mean_squares(strategy, bases))
+        return bases, {layer: each + self.damping for layer, each in eigenvalues.items()}
 
+    def _fitting(self, context: Context[Batch], segment: Segment, number: int) -> Fitting[Batch]:
+        source = self.source
+        fingerprint = {
+            **context.fingerprint,
+            "targets": "dataset" if source.empirical else f"sampled, seed {source.seed}",
+            "precision": str(context.sweep.precision),
+            "segment": " + ".join(segment.models),
+            **conditioning_digest(segment.roots),
+        }
+        cache = context.cache(context.folder("factors", result_name(f"source-{number}", fingerprint)), fingerprint)
+        examples = context.train if source.empirical else replace(context.train, loss="drawn", seed=source.seed)
+        return Fitting(context.sweep, examples, cache, roots=segment.roots)
 
-def _weight_decay(checkpoints: Sequence[str | Path | RecordedCheckpoint], given: float | None) -> float:
-    if given is not None:
-        if not 0 <= given < math.inf:
-            raise InputError(f"weight_decay={given}: expected a number >= 0, or None for what was recorded.")
-        return given
-    found = {max(group.weight_decay or 0.0 for group in each.groups) for each in _with_record(checkpoints)}
-    if len(found) > 1:
-        raise InputError(f"weight_decay=None, and {sorted(found)} were recorded. Give one number for all of training.")
-    return found.pop() if found else 0.0
+    def settings(self, described: str) -> dict[str, str]:
+        """What the scores of a checkpoint depend on.
 
+        Args:
+            described: its segment and the later ones.
+        """
+        source = self.source
+        return {
+            "targets": "dataset" if source.empirical else f"sampled, seed {source.seed}",
+            "precision": str(self.context.sweep.precision),
+            "segments": described,
+            "curvature": self.strategy,
+            "damping": repr(self.damping),
+        }
 
-def _times(checkpoints: Sequence[str | Path | RecordedCheckpoint], times: Sequence[float] | None) -> list[float]:
-    if times is None:
-        advice = (
-            "Give for each checkpoint its learning rate x the steps since the one before, or what read_recording "
-            "returns."
-        )
-        return _recorded_times(_recorded(checkpoints, "times=None", "learning rates", advice))
-    if len(times) != len(checkpoints) or not all(0 <= each < math.inf for each in times):
-        raise InputError(f"times={list(times)}: expected {len(checkpoints)} numbers >= 0, one for each checkpoint.")
-    return [float(each) for each in times]
+    def _scores(self, segment: Segment, operators: Sequence[Operator], last: Path, described: str) -> dict[str, Scores]:
+        """What each checkpoint of a segment adds, before averaging.
 
-
-def _recorded_times(checkpoints: Sequence[RecordedCheckpoint]) -> list[float]:
-    """By their own steps, since `RecordedCheckpoint.steps` counts from checkpoints that may not be among these."""
-    steps = [0, *(each.step for each in checkpoints)]
-    if any(after <= before for before, after in pairwise(steps)):
-        raise InputError(f"checkpoints: of the steps {steps[1:]}; expected them in the order of one training.")
-    since = [after - before for before, after in pairwise(steps)]
-    return [each.learning_rate * count for each, count in zip(checkpoints, since, strict=True)]
+        Args:
+            operators: what query gradients are multiplied with, one after another.
+            last: the checkpoint of which query gradients are.
+        """
+        found = {}
+        for name, path in segment.paths.items():
+            there = self.context.at(name, path)
+            fingerprint = {**there.fingerprint, "method": "source", **there.asked(self.queries)}
+            fingerprint |= self.settings(described)
+            with there.states.entered(path):
+                scoring = Scoring(
+                    there.sweep,
+                    STRATEGIES["identity"],
+                    Operator({}, {}),
+                    self.queries,
+                    there.train,
+                    later=operators,
+                    at_query_weights=partial(there.states.entered, last),
+                )
+                called, folder = result_name("source", fingerprint), there.folder("scores")
+                tensors = there.cache(folder, fingerprint).get_or_compute(called, scoring.pairwise)
+                found[name] = Scores.opened(folder / called, tensors)
+        return found
 
 
 def _mean(parts: Iterable[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
@@ -234,131 +347,3 @@ def response_filter(eigenvalues: Tensor, time: float) -> Tensor:
     scaled = time * eigenvalues  # 0 also where the product of two small numbers vanishes
     safe = torch.where(scaled > 0, scaled, 1.0)
     return time * torch.where(scaled > 0, -torch.expm1(-safe) / safe, 1.0)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What scores depend on, beside checkpoints and queries.
-
-    Attributes:
-        strategy: whose curvature.
-        seed: of targets drawn from the model; None takes the dataset's own.
-        damping: weight decay in the unit of the curvature, whose loss is `loss_scale` times too large.
-        last: the checkpoint of which query gradients are.
-    """
-
-    strategy: str
-    seed: int | None
-    damping: float
-    last: Path
-
-
-@dataclass(frozen=True)
-class _Source(Generic[Batch]):
-    """What all segments have in common."""
-
-    study: Study[Batch]
-    queries: Dataset[object]
-    settings: _Settings
-    options: Options
-
-    def segments(
-        self,
-        paths: Mapping[str, Path],
-        times: Sequence[float],
-        count: int,
-        recorded: Sequence[RecordedCheckpoint] | None,
-    ) -> list[_Segment]:
-        """Runs of checkpoints, the first ones longer where they cannot be equal.
-
-        Args:
-            recorded: the same checkpoints, where Adam's steps are taken.
-        """
-        models = {}
-        for name, path in paths.items():
-            load_weights(self.study._sweep.model, path)
-            models[name] = model_digest(self.study._sweep.model)
-        found, names, start = [], list(paths), 0
-        for number in range(count):
-            stop = start + len(names) // count + (number < len(names) % count)
-            chosen = {name: paths[name] for name in names[start:stop]}
-            roots = {} if recorded is None else self._roots(recorded[start:stop])
-            found.append(_Segment(chosen, sum(times[start:stop]), [models[name] for name in chosen], roots))
-            start = stop
-        return found
-
-    def _roots(self, checkpoints: Sequence[RecordedCheckpoint]) -> dict[str, Tensor]:
-        return conditioning_roots(self.study._sweep, _mean(map(adam_conditioning, checkpoints), len(checkpoints)))
-
-    def curvature(self, segment: _Segment, number: int) -> tuple[dict[str, Basis], dict[str, Tensor]]:
-        """Of a segment: bases of averaged covariances, and eigenvalues there, averaged, with weight decay's part.
-
-        Args:
-            number: of the segment; parts are kept in `factors/source-NUMBER-DIGEST8` of the run and of each
-                checkpoint's.
-        """
-        strategy = STRATEGIES[self.settings.strategy]
-
-        def mean(part: Callable[[Fitting[Batch]], dict[str, Tensor]]) -> dict[str, Tensor]:
-            def of(name: str) -> dict[str, Tensor]:
-                load_weights(self.study._sweep.model, segment.paths[name])
-                return part(self._fitting(study_of(self.study, name), segment, number))
-
-            return _mean(map(of, segment.paths), len(segment.paths))
-
-        def covariances(fitting: Fitting[Batch]) -> dict[str, Tensor]:
-            fitting.stages.forget(strategy.stage("eigenvalues"))  # of a basis that is gone
-            return fitting.covariances(strategy)
-
-        whole = self._fitting(self.study, segment, number, model=" + ".join(segment.models))
-        bases = whole.bases(strategy, lambda: mean(covariances)) if strategy.basis else {}
-        eigenvalues = mean(lambda fitting: fitting.mean_squares(strategy, bases))
-        return bases, {layer: each + self.settings.damping for layer, each in eigenvalues.items()}
-
-    def _fitting(self, study: Study[Batch], segment: _Segment, number: int, model: str | None = None) -> Fitting[Batch]:
-        fingerprint = self._fingerprint(study) | {"segment": " + ".join(segment.models)}
-        fingerprint |= conditioning_digest(segment.roots)
-        if model is not None:
-            fingerprint["model"] = model
-        folder = within(study.path, "factors", result_name(f"source-{number}", fingerprint))
-        stages = Stages(folder, fingerprint, study.profile)
-        batch_size = self.options.train_batch_size
-        return Fitting(study._sweep, study.train, stages, self.settings.seed, batch_size, roots=segment.roots)
-
-    def _fingerprint(self, study: Study[Batch]) -> dict[str, str]:
-        seed = self.settings.seed
-        targets = "dataset" if seed is None else f"sampled, seed {seed}"
-        return study._fingerprint() | {"targets": targets, "precision": str(study._sweep.precision)}
-
-    def scores(
-        self, segment: _Segment, later: Sequence[Preconditioner], response: Preconditioner, described: str
-    ) -> dict[str, Scores]:
-        """What each checkpoint of a segment adds, before averaging.
-
-        Args:
-            later: S of later segments, the last one first.
-            response: what makes r of gradients.
-            described: this segment and the later ones, on which both depend.
-        """
-        found = {}
-        measured = checked_settings(self.study._sweep.task).get("measure", "measurement")
-        for name, path in segment.paths.items():
-            load_weights(self.study._sweep.model, path)
-            there = study_of(self.study, name)
-            fingerprint = self._fingerprint(there) | {"strategy": "source", "segments": described}
-            fingerprint |= {"curvature": self.settings.strategy, "damping": repr(self.settings.damping)}
-            fingerprint |= {"queries": dataset_digest(self.queries), "measured": measured}
-            scoring = SegmentScoring(
-                there._sweep,
-                STRATEGIES["identity"],
-                Preconditioner({}, {}),
-                self.queries,
-                there.train,
-                self.options,
-                later=later,
-                response=response,
-                last=self.settings.last,
-                here=path,
-            )
-            found[name] = KeptScores(there.path, scoring, "source", fingerprint, there.profile).scores()
-        return found

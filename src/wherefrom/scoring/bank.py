@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wherefrom.curvature.operators import Preconditioner
+from wherefrom.curvature.operators import Operator
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import Sides, brought_back, weight_gradients
 from wherefrom.engine.layers import TrackedLayer
@@ -24,6 +24,8 @@ from wherefrom.planning.forms import PIECE_BYTES, BankForm, dequantized, quantiz
 from wherefrom.runtime.memory import Workspace, out_of_memory
 from wherefrom.runtime.precision import product, rotated, widened, widened_dtype
 
+# Query gradients that an operator is applied to at a time.
+_QUERIES = 16
 # After a one-hot layer's name: which columns are held.
 _COLUMNS = ".columns"
 # After a quantized layer's name: what each row of its integers is multiplied with.
@@ -47,7 +49,7 @@ class GradientBank(Collector):
     def __init__(
         self,
         layers: Mapping[str, TrackedLayer],
-        preconditioner: Preconditioner,
+        preconditioner: Operator,
         queries: int,
         form: BankForm,
     ) -> None:
@@ -98,36 +100,36 @@ class GradientBank(Collector):
         self._workspace.release()
         self._rebuilt.release()
 
-    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+    def collect(self, layer: str, captured: Captured, batch: slice) -> None:
         sides = self._sides[layer]
         gradients = weight_gradients(captured, sides, self._workspace)
         if layer in self._filters:
             gradients *= captured.selected(self._filters[layer])
         if captured.columns is not None:
-            self._collect_columns(layer, self._back(layer, gradients, captured), captured.columns, rows)
+            self._collect_columns(layer, self._back(layer, gradients, captured), captured.columns, batch)
         elif f"{layer}{_SCALES}" in self.sums:
-            self._collect_quantized(layer, self._back(layer, gradients, captured), rows)
+            self._collect_quantized(layer, self._back(layer, gradients, captured), batch)
         elif layer in self.sums:
-            self.sums[layer][rows] = self._back(layer, gradients, captured)
+            self.sums[layer][batch] = self._back(layer, gradients, captured)
         elif sides.roots is None:
-            self._collect_thin(layer, gradients, sides, rows)
+            self._collect_thin(layer, gradients, sides, batch)
         else:  # two thin matrices cannot be conditioned
-            self._collect_thin(layer, self._back(layer, gradients, captured), Sides(), rows)
+            self._collect_thin(layer, self._back(layer, gradients, captured), Sides(), batch)
 
-    def _collect_columns(self, layer: str, gradients: Tensor, columns: Tensor, rows: slice) -> None:
+    def _collect_columns(self, layer: str, gradients: Tensor, columns: Tensor, batch: slice) -> None:
         count = columns.shape[1]
         self.widen(layer, count)
-        self.sums[layer][rows, :, :count] = gradients.to(self._form.place)
-        self.sums[f"{layer}{_COLUMNS}"][rows, :count] = columns.to(self._form.place)
+        self.sums[layer][batch, :, :count] = gradients.to(self._form.place)
+        self.sums[f"{layer}{_COLUMNS}"][batch, :count] = columns.to(self._form.place)
 
-    def _collect_quantized(self, layer: str, gradients: Tensor, rows: slice) -> None:
+    def _collect_quantized(self, layer: str, gradients: Tensor, batch: slice) -> None:
         gradients = widened(gradients)
         values, scales = quantized(gradients)
-        self.sums[layer][rows], self.sums[f"{layer}{_SCALES}"][rows] = values, scales
+        self.sums[layer][batch], self.sums[f"{layer}{_SCALES}"][batch] = values, scales
         rest = gradients - dequantized(values, scales, torch.empty_like(gradients))
         squared, left_out = (each.square().sum((1, 2), dtype=torch.float64) for each in (gradients, rest))
-        self.sums[_SQUARED_NORM][rows] += squared.to(self._form.place)
-        self.sums[_SQUARED_REST][rows] += left_out.to(self._form.place)
+        self.sums[_SQUARED_NORM][batch] += squared.to(self._form.place)
+        self.sums[_SQUARED_REST][batch] += left_out.to(self._form.place)
 
     def _back(self, layer: str, gradients: Tensor, captured: Captured) -> Tensor:
         """Preconditioned gradients out of the eigenbasis, on the sides that are to be, and conditioned again."""
@@ -143,7 +145,7 @@ class GradientBank(Collector):
             return Sides()
         return Sides(None if back_left else left, None if back_right else right)
 
-    def _collect_thin(self, layer: str, gradients: Tensor, sides: Sides, rows: slice) -> None:
+    def _collect_thin(self, layer: str, gradients: Tensor, sides: Sides, batch: slice) -> None:
         """Keep the largest singular directions; two thin matrices are rotated back at little cost."""
         try:
             left, right = truncated(gradients, self.sums[f"{layer}.left"].shape[2])
@@ -157,10 +159,25 @@ class GradientBank(Collector):
         sides = sides.on(gradients.device)
         squared = gradients.square().sum((1, 2), dtype=torch.float64)
         kept = right.square().sum((1, 2), dtype=torch.float64)  # the left matrix is orthonormal
-        self.sums[_SQUARED_NORM][rows] += squared.to(self._form.place)
-        self.sums[_SQUARED_REST][rows] += (squared - kept).clamp_min(0).to(self._form.place)
-        self.sums[f"{layer}.left"][rows] = left if sides.left is None else sides.left @ left
-        self.sums[f"{layer}.right"][rows] = right if sides.right is None else right @ sides.right.T
+        self.sums[_SQUARED_NORM][batch] += squared.to(self._form.place)
+        self.sums[_SQUARED_REST][batch] += (squared - kept).clamp_min(0).to(self._form.place)
+        self.sums[f"{layer}.left"][batch] = left if sides.left is None else sides.left @ left
+        self.sums[f"{layer}.right"][batch] = right if sides.right is None else right @ sides.right.T
+
+    def apply(self, operator: Operator, layers: Mapping[str, TrackedLayer], device: torch.device) -> None:
+        """Multiply whole gradients with an operator, some queries at a time."""
+        for name, layer in layers.items():
+            gradients, columns, inputs = self.sums[name], self.sums.get(f"{name}{_COLUMNS}"), layer.shape[1]
+            for start in range(0, len(gradients), _QUERIES):
+                some = slice(start, start + _QUERIES)
+                here = gradients[some].to(device)  # [queries, out, width or columns]
+                if columns is None:
+                    here[..., :inputs] = operator.apply(name, here[..., :inputs])
+                else:
+                    touched = columns[some].to(device)
+                    # Columns that nobody touches stand for any, and are zero.
+                    here = operator.apply(name, here, touched.clamp_max(inputs - 1))
+                gradients[some] = here.to(gradients.device)
 
     def summed(self, total: GradientBank | None = None) -> GradientBank:
         """One gradient, the sum of all queries', added to another such bank; only of whole gradients.

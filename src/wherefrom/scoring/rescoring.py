@@ -1,6 +1,6 @@
 """Chosen scores, with whole query gradients: the highest of approximate ones once more, or those of given candidates.
 
-This module knows how scores are computed; it does not know where they are kept.
+This module knows how scores are computed; it does not know what results are called.
 """
 
 from __future__ import annotations
@@ -12,70 +12,78 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from wherefrom.engine.loading import Rows
 from wherefrom.runtime.errors import InputError, first_line
 from wherefrom.runtime.precision import type_name
-from wherefrom.scoring.scoring import Scoring
-from wherefrom.store.cache import BlockStages
-from wherefrom.store.fingerprint import tensors_digest
+from wherefrom.scoring.scoring import Resident, Scoring
+from wherefrom.store.artifacts import stored_matrices
+from wherefrom.store.cache import Blocks, Cache, Unfinished
 from wherefrom.tasks.task import Batch
 
 logger = logging.getLogger("wherefrom")
 
 
-def rescore(scoring: Scoring[Batch], values: Tensor | None, stages: BlockStages) -> Tensor:
-    """Replace each query's highest scores by those of whole query gradients.
+def rescored(scoring: Scoring[Batch], result: Unfinished) -> dict[str, Tensor]:
+    """The tensors of `Scores`, each query's highest with whole query gradients, and by how much these have changed."""
+    beside = scoring.pairwise(result)
+    before = result.parts.get_or_compute(
+        "highest", lambda _: result.ranks.first(lambda: _highest(result, scoring.approximation.rescore))
+    )
+    # Read once: the matrix changes below, also when it was killed in the middle of that.
+    positions, values = before["positions"].clone(), before["values"].clone()
+    exact = exact_scores(scoring, positions, result.parts.parts("whole"))["values"]
 
-    Args:
-        values: [queries, train], of low rank; changed. None in a process that does not write.
-        stages: keeps blocks.
+    def better(queries: range, columns: range, there: Tensor) -> Tensor:
+        chosen = positions[queries.start : queries.stop] - columns.start
+        inside = (chosen >= 0) & (chosen < len(columns))
+        changed = there.clone()
+        query = torch.arange(len(queries)).unsqueeze(1).expand_as(chosen)
+        changed[query[inside], chosen[inside]] = exact[queries.start : queries.stop][inside]
+        return changed
 
-    Returns:
-        By how much each has changed, [queries, rescored].
-    """
-    positions, before = scoring.ranks.first(lambda: _highest(values, scoring.options.rescore))
-    # From low-rank scores that were found anew, others may be the highest: equal ones differ by rounding.
-    folder = stages.stages.folder / tensors_digest({"positions": positions})[:16]
-    again = replace(stages, stages=replace(stages.stages, folder=folder))
-    better = exact_scores(scoring, positions, again)["values"]
-    if values is not None:
-        values.scatter_(1, positions, better)
-    changes = better - before
-    size = before.abs().mean()  # 0 where no query has a gradient
+    result.blocks(len(scoring.queries), len(scoring.train)).rewrite(better)
+    changes = exact - values
+    size = values.abs().mean()  # 0 where no query has a gradient
     moved = f"move by {changes.abs().mean() / size:.1%}" if size > 0 else "were all 0"
-    logger.info(f"At full rank, the {changes.shape[1]} highest scores {moved}.")
-    return changes
+    if result.ranks.writes:
+        logger.info(f"At full rank, the {changes.shape[1]} highest scores {moved}.")
+    return beside | {"changes": changes}
 
 
-def exact_scores(scoring: Scoring[Batch], positions: Tensor, stages: BlockStages) -> dict[str, Tensor]:
+def _highest(result: Unfinished, count: int) -> dict[str, Tensor]:
+    """Positions and values of each query's highest scores, [queries, count]."""
+    found = stored_matrices(result.part)["values"]
+    best = found.topk(min(count, found.shape[1]), dim=1)
+    return {"positions": best.indices, "values": best.values}
+
+
+def exact_scores(scoring: Scoring[Batch], positions: Tensor, parts: Cache) -> dict[str, Tensor]:
     """The scores of some training examples of each query, with whole query gradients.
 
     Args:
         positions: which, int64 [queries, chosen].
-        stages: keeps blocks.
+        parts: where blocks are stored.
 
     Returns:
         `values` [queries, chosen], and with a solver the `residuals` of its solves, [queries].
     """
     residuals: list[Tensor] = []
     scores = torch.zeros(positions.shape, dtype=scoring.sweep.dtype)
-    exact = replace(scoring.options, query_rank=None, query_bits=None, rescore=0, self_influence=False)
-    whole = replace(scoring, options=exact)
-
-    def work(rows: range) -> None:
-        wanted, places = positions[rows.start : rows.stop].unique(return_inverse=True)
-        bank = cache(partial(whole.bank, rows))
-        found = scores[rows.start : rows.stop]  # [rows, chosen]
-        for columns in whole.shards(rows, len(wanted)):
-            train = Rows(scoring.train, wanted[columns.start : columns.stop].tolist())
-            tensors = stages.mapped(rows, columns, partial(whole.block, bank, rows, train))
-            block = tensors["values"]
-            inside = (places >= columns.start) & (places < columns.stop)
-            found[inside] = block.gather(1, (places - columns.start).clamp(0, len(columns) - 1))[inside]
-        if "residuals" in tensors:
-            residuals.append(tensors["residuals"])
-
-    whole.each_block(work, stages)
+    whole = replace(scoring, approximation=scoring.approximation.whole(), self_influence=False, groups={})
+    blocks = Blocks(parts, len(scoring.queries), len(scoring.train))
+    resident = Resident(whole, blocks)
+    for queries in resident:
+        with resident.attempt(queries):
+            wanted, places = positions[queries.start : queries.stop].unique(return_inverse=True)
+            bank = cache(partial(whole.bank, queries))
+            found = scores[queries.start : queries.stop]  # [block, chosen]
+            for columns in whole.shards(queries, len(wanted)):
+                train = wanted[columns.start : columns.stop].tolist()
+                tensors = blocks.get_or_compute(queries, columns, partial(whole.block, bank, queries, train))
+                inside = (places >= columns.start) & (places < columns.stop)
+                local = (places - columns.start).clamp(0, len(columns) - 1)
+                found[inside] = tensors["values"].gather(1, local)[inside]
+            if "residuals" in tensors:
+                residuals.append(tensors["residuals"])
     return {"values": scores} | ({"residuals": torch.cat(residuals)} if residuals else {})
 
 
@@ -102,10 +110,3 @@ def checked_candidates(candidates: Tensor, queries: int, train: int) -> Tensor:
     if bool((found[:, 1:] == found[:, :-1]).any()):
         raise InputError("candidates: a query has a training position twice; expected each once in a row.")
     return found
-
-
-def _highest(values: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """Positions and values of each query's highest scores, [queries, count]."""
-    assert values is not None
-    found = values.topk(min(count, values.shape[1]), dim=1)
-    return found.indices, found.values

@@ -1,30 +1,34 @@
-"""Scores of (query, training example) pairs, and the collectors that add them up in one training sweep."""
+"""Results: scores of all pairs or the highest alone, what they are about, and how they leave as files and tables.
+
+This module knows what a stored result holds; it does not know how it is computed or shown.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import io
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from wherefrom.engine.capture import Captured
-from wherefrom.engine.sweep import Collector
-from wherefrom.runtime.errors import InputError
-from wherefrom.scoring.bank import GradientBank
+from wherefrom.runtime.errors import DamagedError, InputError, require
 from wherefrom.store.artifacts import Artifact, Layout, check_layout, read_manifest
-from wherefrom.store.fingerprint import Fingerprint
+from wherefrom.store.files import write_bytes, write_tensors
+from wherefrom.store.fingerprint import Dataset, Fingerprint
 from wherefrom.store.names import finished, found_result
+
+if TYPE_CHECKING:
+    import pandas
 
 Normalization = Literal["cosine", "relatif", "theta-relatif"]
 
-# Before the name of a layer or group, in what is stored; its number follows, since safetensors sorts by name.
-_LAYER = "layer:"
-
-_SCORES: Layout = {"values": (None, ("query", "train"))}
-_BESIDE_SCORES: Layout = {
+SCORES: Layout = {"values": (None, ("query", "train"))}
+# What may stand beside them. The first axis of a vector says what each of its numbers belongs to.
+BESIDE_SCORES: Layout = {
     "query_errors": (None, ("query",)),
     "residuals": (None, ("query",)),
     "changes": (None, ("query", "rescored")),
@@ -32,6 +36,7 @@ _BESIDE_SCORES: Layout = {
     "query_self_influence": (None, ("query",)),
     "preconditioned_norms": (None, ("train",)),
 }
+_LAYERS: Layout = {"layers": (None, ("group", "query", "train"))}
 _EXTREMES: Layout = {
     "values": (None, ("query", "k")),
     "train": (torch.int64, ("query", "k")),
@@ -55,9 +60,9 @@ class Scores:
 
     `values[q, t]` is the query's gradient, times the damped inverse curvature, times the training example's gradient:
     `g_q^T (H + damping)^-1 g_t` (Koh & Liang 2017, equation 2, with the sign turned). Positive: training on the example
-    lowers the query's loss. Both losses are sums over tokens. Where the curvature is a mean over examples (`diagonal`,
-    `ekfac`, `shampoo`), removing example t of N raises the query's loss by about `values[q, t] / N`; `kfac` and
-    `identity` have another scale, so compare scores of one strategy only.
+    lowers the query's loss. Both losses are sums over tokens. Where the curvature is a mean over examples (`Diagonal`,
+    `EKFAC`, `Shampoo`), removing example t of N raises the query's loss by about `values[q, t] / N`; `KFAC` and
+    `Dot` have another scale, so compare scores of one method only.
 
     Attributes:
         values: [query, train] in dataset order; float32, or float64 for a float64 model. What was stored stays on
@@ -65,8 +70,8 @@ class Scores:
         fingerprint: what the scores were computed from.
         query_errors: with a `query_rank` or `query_bits`, what it has left out of each query's preconditioned gradient,
             as a part of its norm, [query]; otherwise None.
-        layers: with `per_layer`, the part of each layer or group, by its name, as `values`, which is their sum.
-        self_influence: with `self_influence=True`, g_t^T (H + damping)^-1 g_t of each training example, [train].
+        layers: with `Pairs(layers=...)`, the part of each layer or group by its name, as `values`, which is their sum.
+        self_influence: with `Pairs(self_influence=True)`, g_t^T (H + damping)^-1 g_t of each training example, [train].
         query_self_influence: the same of each query, [query].
         preconditioned_norms: the norm of (H + damping)^-1 g_t of each training example, [train].
         changes: by how much re-scoring at full rank has changed each query's highest scores, [query, rescored], in
@@ -74,6 +79,7 @@ class Scores:
         residuals: with a `solver`, |g - (H + D) x| / |g| of each query's solve, [query]: 0 for a solution, 1 for no
             answer at all; above 0.1 it is said not to have converged. Of aggregated queries, the largest.
         name: what they are called in their run directory; empty for scores that are not stored.
+        queries: the examples that were scored, where they are at hand.
     """
 
     values: Tensor
@@ -86,6 +92,7 @@ class Scores:
     preconditioned_norms: Tensor | None = None
     residuals: Tensor | None = None
     name: str = ""
+    queries: Dataset[object] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: str | Path) -> Scores:
@@ -98,19 +105,26 @@ class Scores:
             InputError: there are no scores, or several of this label.
             DamagedError: the files are not what was written.
         """
-        folder, tensors, fingerprint = _stored(Path(folder))
+        return cls.opened(*_stored(Path(folder)))
+
+    @classmethod
+    def opened(cls, folder: Path, tensors: dict[str, Tensor]) -> Scores:
+        """The result of a folder, of the tensors that are stored there."""
         if "lowest_train" in tensors:
             raise InputError(f"{folder} holds only the highest and lowest scores: read them with TopScores.load.")
-        stored = sorted(name for name in tensors if name.startswith(_LAYER))
-        parts: Layout = dict.fromkeys(stored, _SCORES["values"])
-        check_layout(folder, tensors, _SCORES, {**_BESIDE_SCORES, **parts})
-        layers = {name.split(":", 2)[2]: tensors.pop(name) for name in stored}
-        return cls(fingerprint=fingerprint, layers=layers, name=folder.name, **tensors)
+        manifest = read_manifest(folder)
+        groups = manifest["details"].get("layers", [])
+        check_layout(folder, tensors, {**SCORES, **(_LAYERS if groups else {})}, BESIDE_SCORES)
+        parts = tensors.pop("layers", torch.empty(0))
+        if len(parts) != len(groups):
+            raise DamagedError(f"{folder} cannot be used: it has {len(parts)} parts and {len(groups)} names for them.")
+        layers = dict(zip(groups, parts, strict=True))
+        return cls(fingerprint=manifest["fingerprint"], layers=layers, name=folder.name, **tensors)
 
     @property
-    def strategy(self) -> str:
-        """The strategy of the factors behind the scores."""
-        return self.fingerprint["strategy"]
+    def method(self) -> str:
+        """The name of the method that made them."""
+        return self.fingerprint["method"]
 
     def top(self, k: int = 10) -> list[Hit]:
         """The k most influential training examples of each query, best first, query by query.
@@ -119,13 +133,11 @@ class Scores:
             InputError: k is less than 1, or training examples were added up.
         """
         if "aggregated training examples" in self.fingerprint:
-            raise InputError(
-                "These scores add up all training examples, so none is the top: leave aggregate_train out."
-            )
+            raise InputError("These scores add up all training examples, so none is the top: keep all pairs instead.")
         if k < 1:
             raise InputError(f"k={k}: expected at least 1.")
         best = self.values.topk(min(k, self.values.shape[1]), dim=1)
-        return _hits(best.indices, best.values)
+        return list(_hits(best.indices, best.values))
 
     def of_layers(self, name: str) -> Scores:
         """The part that one layer or group adds to every score; its norms are not known.
@@ -134,7 +146,7 @@ class Scores:
             InputError: there is no such part.
         """
         if name not in self.layers:
-            known = ", ".join(self.layers) or "none; score with per_layer=True, or with groups of layers"
+            known = ", ".join(self.layers) or "none; score with keep=Pairs(layers=True), or with groups of layers"
             raise InputError(f"name={name!r}: expected a layer or group whose part was kept: {known}.")
         return Scores(self.layers[name], {**self.fingerprint, "part": name})
 
@@ -151,7 +163,8 @@ class Scores:
         """
         if self.self_influence is None or self.query_self_influence is None or self.preconditioned_norms is None:
             raise InputError(
-                f"normalized({kind!r}) needs norms that these scores do not have: score with self_influence=True."
+                f"normalized({kind!r}) needs norms that these scores do not have: score with "
+                "keep=Pairs(self_influence=True)."
             )
         divisors = {
             "cosine": self.query_self_influence.sqrt().unsqueeze(1) * self.self_influence.sqrt(),
@@ -163,21 +176,24 @@ class Scores:
         values = torch.where(divisors[kind] > 0, self.values / divisors[kind], 0.0)
         return replace(self, values=values, layers={}, fingerprint={**self.fingerprint, "normalized": kind}, name="")
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """A table with a line for each pair, query by query, best first: query, rank, train and score.
 
-def load_scores(folder: str | Path) -> Scores | TopScores:
-    """Read finished scores of either kind, as `Scores.load` finds them."""
-    kind = TopScores if "kept" in _stored(Path(folder))[2] else Scores
-    return kind.load(folder)
+        Raises:
+            InputError: pandas is not installed, or training examples were added up.
+        """
+        return _frame(self.top(self.values.shape[1]))
 
+    def save(self, path: str | Path) -> None:
+        """Write them for other programs: as a table (.csv, .parquet, as `to_pandas`), or all tensors (.safetensors).
 
-def _stored(folder: Path) -> tuple[Path, dict[str, Tensor], Fingerprint]:
-    """Where a finished result is, its memory-mapped tensors, and what it was computed from."""
-    folder = found_result(folder)
-    if not folder.exists():
-        found = ", ".join(each.name for each in finished(folder.parent))
-        raise InputError(f"{folder}: no scores there; found {found or 'none'}. Compute them first.")
-    fingerprint = read_manifest(folder)["fingerprint"]
-    return folder, Artifact(folder, fingerprint).mapped(), fingerprint
+        Raises:
+            InputError: the name ends otherwise, a library is not installed, or training examples were added up.
+            StorageError: the file cannot be written; nothing is left behind.
+        """
+        beside = {name: getattr(self, name) for name in BESIDE_SCORES}
+        layers = {f"layers/{name}": each for name, each in self.layers.items()}
+        _save(self, {"values": self.values, **beside, **layers}, Path(path))
 
 
 @dataclass(frozen=True)
@@ -190,7 +206,7 @@ class TopScores:
         values, train: the highest scores, best first, and their training positions, [query, k].
         lowest_values, lowest_train: the lowest, lowest first.
         fingerprint: what they were computed from.
-        query_errors, residuals, name: as in `Scores`.
+        query_errors, residuals, name, queries: as in `Scores`.
     """
 
     values: Tensor
@@ -201,6 +217,7 @@ class TopScores:
     query_errors: Tensor | None = None
     residuals: Tensor | None = None
     name: str = ""
+    queries: Dataset[object] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: str | Path) -> TopScores:
@@ -210,17 +227,21 @@ class TopScores:
             InputError: there are none, several of this label, or they are of another kind.
             DamagedError: the files are not what was written.
         """
-        folder, tensors, fingerprint = _stored(Path(folder))
+        return cls.opened(*_stored(Path(folder)))
+
+    @classmethod
+    def opened(cls, folder: Path, tensors: dict[str, Tensor]) -> TopScores:
+        """The result of a folder, of the tensors that are stored there."""
         if "lowest_train" not in tensors:
             raise InputError(f"{folder} holds the scores of all pairs: read them with Scores.load.")
-        beside = {name: _BESIDE_SCORES[name] for name in ("query_errors", "residuals")}
+        beside = {name: BESIDE_SCORES[name] for name in ("query_errors", "residuals")}
         check_layout(folder, tensors, _EXTREMES, beside)
-        return cls(fingerprint=fingerprint, name=folder.name, **tensors)
+        return cls(fingerprint=read_manifest(folder)["fingerprint"], name=folder.name, **tensors)
 
     @property
-    def strategy(self) -> str:
-        """The strategy of the factors behind the scores."""
-        return self.fingerprint["strategy"]
+    def method(self) -> str:
+        """The name of the method that made them."""
+        return self.fingerprint["method"]
 
     def top(self, k: int = 10) -> list[Hit]:
         """The k most influential training examples of each query, best first, query by query.
@@ -229,16 +250,65 @@ class TopScores:
             InputError: k is less than 1, or more than was kept.
         """
         if not 1 <= k <= self.values.shape[1]:
-            raise InputError(f"k={k}: expected 1 to {self.values.shape[1]}, which were kept; score_top keeps more.")
-        return _hits(self.train[:, :k], self.values[:, :k])
+            raise InputError(f"k={k}: expected 1 to {self.values.shape[1]}, which were kept; keep=Top(k) keeps more.")
+        return list(_hits(self.train[:, :k], self.values[:, :k]))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The highest scores, as `Scores.to_pandas`."""
+        return _frame(self.top(self.values.shape[1]))
+
+    def save(self, path: str | Path) -> None:
+        """Write them for other programs, as `Scores.save`; a table has the highest alone."""
+        _save(self, {name: getattr(self, name) for name in (*_EXTREMES, "query_errors", "residuals")}, Path(path))
 
 
-def _hits(train: Tensor, values: Tensor) -> list[Hit]:
-    return [
-        Hit(query, rank, position, score)
-        for query, (row, scores) in enumerate(zip(train.tolist(), values.tolist(), strict=True))
-        for rank, (position, score) in enumerate(zip(row, scores, strict=True), start=1)
-    ]
+Result = Scores | TopScores
+
+
+def load_scores(folder: str | Path) -> Result:
+    """Read finished scores of either kind, as `Scores.load` finds them."""
+    folder, tensors = _stored(Path(folder))
+    kind = TopScores if "lowest_train" in tensors else Scores
+    return kind.opened(folder, tensors)
+
+
+def _stored(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Where a finished result is, and its memory-mapped tensors."""
+    folder = found_result(folder)
+    if not folder.exists():
+        found = ", ".join(each.name for each in finished(folder.parent))
+        raise InputError(f"{folder}: no scores there; found {found or 'none'}. Compute them first.")
+    return folder, Artifact(folder, read_manifest(folder)["fingerprint"]).mapped()
+
+
+def _hits(train: Tensor, values: Tensor) -> Iterator[Hit]:
+    for query, (positions, scores) in enumerate(zip(train.tolist(), values.tolist(), strict=True)):
+        for rank, (position, score) in enumerate(zip(positions, scores, strict=True), start=1):
+            yield Hit(query, rank, position, score)
+
+
+def _frame(hits: list[Hit]) -> pandas.DataFrame:
+    frame: pandas.DataFrame = require("pandas").DataFrame.from_records(hits, columns=list(Hit._fields))
+    return frame
+
+
+def _save(result: Result, tensors: Mapping[str, Tensor | None], path: Path) -> None:
+    if path.suffix == ".safetensors":
+        found = {name: each for name, each in tensors.items() if each is not None}
+        write_tensors(path, found, result.fingerprint)
+    elif path.suffix == ".csv":
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(Hit._fields)
+        table.writerows(result.top(result.values.shape[1]))
+        write_bytes(path, text.getvalue().encode())
+    elif path.suffix == ".parquet":
+        require("pyarrow")
+        content = io.BytesIO()
+        result.to_pandas().to_parquet(content, index=False)
+        write_bytes(path, content.getvalue())
+    else:
+        raise InputError(f"path={str(path)!r}: expected a name that ends in .csv, .parquet or .safetensors.")
 
 
 def extremes(values: Tensor, train: Tensor, k: int) -> dict[str, Tensor]:
@@ -262,49 +332,3 @@ def merged_extremes(parts: list[dict[str, Tensor]], k: int) -> dict[str, Tensor]
     values, train, lowest_values, lowest_train = (torch.cat([part[name] for part in parts], 1) for name in names)
     highest, lowest = extremes(values, train, k), extremes(lowest_values, lowest_train, k)
     return {name: (lowest if name.startswith("lowest_") else highest)[name] for name in names}
-
-
-class PairwiseCollector(Collector):
-    """Adds up, layer by layer, the products of resident query gradients with each training gradient.
-
-    Args:
-        groups: of layers whose part is kept, by layer; empty keeps none.
-        summed: add up over training examples too.
-
-    Attributes:
-        sums: `values` [queries, examples], or [queries, 1] when summed, and the like for each group.
-    """
-
-    def __init__(
-        self,
-        bank: GradientBank,
-        examples: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        groups: Mapping[str, str] | None = None,
-        summed: bool = False,
-    ) -> None:
-        self._bank, self._groups, self._summed = bank, groups or {}, summed
-        kept = list(dict.fromkeys(self._groups.values()))
-        self._parts = {group: f"{_LAYER}{number:06}:{group}" for number, group in enumerate(kept)}
-        names = ["values", *self._parts.values()]
-        shape = (len(bank), 1 if summed else examples)
-        self.sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name in names}
-
-    def release(self) -> None:
-        self._bank.release()
-
-    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        if self._summed:
-            rows = slice(0, 1)
-            # Gradients that hold different columns cannot be added up before the product.
-            captured = captured.as_one_example() if captured.columns is None else captured
-        products = self._bank.product(layer, captured)
-        if self._summed:
-            products = products.sum(1, keepdim=True)
-        self._add("values", products, rows)
-        if layer in self._groups:
-            self._add(self._parts[self._groups[layer]], products, rows)
-
-    def _add(self, name: str, products: Tensor, rows: slice) -> None:
-        self.sums[name][:, rows] += products.to(self.sums[name].device)

@@ -7,8 +7,8 @@ values lie on disk, since there are as many as training tokens times queries, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,13 +18,11 @@ from torch import Tensor
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.sweep import Collector
 from wherefrom.runtime.errors import DamagedError, InputError, LayerError
-from wherefrom.runtime.profile import Profile
 from wherefrom.scoring.bank import GradientBank
-from wherefrom.scoring.options import of_values
 from wherefrom.store.artifacts import Artifact, Layout, check_layout, check_same, read_manifest
-from wherefrom.store.cache import Compute, Stages
+from wherefrom.store.cache import Cache, Unfinished
 from wherefrom.store.files import remove
-from wherefrom.store.fingerprint import Fingerprint, differences, tensors_digest
+from wherefrom.store.fingerprint import Dataset, Fingerprint, differences, tensors_digest
 
 INDEX = "index"
 _INDEX: Layout = {
@@ -32,6 +30,9 @@ _INDEX: Layout = {
     "lengths": (torch.int64, ("train",)),
     "shards": (torch.int64, ("shard",)),
 }
+
+# Entries of fingerprints for what is kept, apart from the values.
+_KEPT = ("layers' parts", "self-influence", "kept", "tokens")
 
 # How large a file of token scores may be: what a sweep over it holds in memory.
 PART_BYTES = 2**28
@@ -96,15 +97,15 @@ class TokenCollector(Collector):
         self._queries, self._examples = pairs.T.contiguous()
         self.sums = {"values": torch.zeros(len(pairs), tokens, dtype=dtype, device=device)}
 
-    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
-        tokens = int(self._lengths[rows].max())
+    def collect(self, layer: str, captured: Captured, batch: slice) -> None:
+        tokens = int(self._lengths[batch].max())
         self._check(layer, captured, tokens)
-        first, last = torch.searchsorted(self._examples, torch.tensor([rows.start, rows.stop])).tolist()
-        queries, examples = self._queries[first:last], self._examples[first:last] - rows.start
+        first, last = torch.searchsorted(self._examples, torch.tensor([batch.start, batch.stop])).tolist()
+        queries, examples = self._queries[first:last], self._examples[first:last] - batch.start
         captured = self._bank.in_basis(layer, captured)
         for query in queries.unique().tolist():
             chosen = (queries == query).nonzero().squeeze(1)
-            products = self._bank.token_products(layer, query, captured.rows(examples[chosen]))
+            products = self._bank.token_products(layer, query, captured.examples(examples[chosen]))
             folded = products.view(len(chosen), captured.calls, tokens).sum(1)  # [chosen, tokens]
             self.sums["values"][first + chosen, :tokens] += folded
 
@@ -135,6 +136,7 @@ class TokenScores:
         lengths: int64 [train]: tokens of each training example.
         shards: how many pairs each file holds, in the order of `pairs`.
         fingerprint: what the scores were computed from.
+        queries: the examples that were scored, where they are at hand.
     """
 
     folder: Path
@@ -142,11 +144,17 @@ class TokenScores:
     lengths: Tensor
     shards: Sequence[int]
     fingerprint: Fingerprint
+    queries: Dataset[object] | None = field(default=None, repr=False, compare=False)
     _opened: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """What they are called in their run directory."""
+        return self.folder.name
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenScores:
-        """Read finished token scores, such as `RUN/scores/NAME.top10.tokens`, without the model or the data.
+        """Read finished token scores, `RUN/tokens/NAME`, without the model or the data.
 
         Raises:
             InputError: there are no token scores.
@@ -154,7 +162,7 @@ class TokenScores:
         """
         folder = Path(folder)
         if not (folder / INDEX).exists():
-            raise InputError(f"{folder}: no token scores there. Compute them first, with Study.score_tokens.")
+            raise InputError(f"{folder}: no token scores there. Compute them first, with keep=Tokens().")
         fingerprint = read_manifest(folder / INDEX)["fingerprint"]
         index = Artifact(folder / INDEX, fingerprint).load()
         check_layout(folder / INDEX, index, _INDEX)
@@ -168,8 +176,7 @@ class TokenScores:
 
     def differences(self, scores: Fingerprint) -> list[str]:
         """What these were computed from and sequence scores were not, or the other way round; empty if they match."""
-        values = (of_values({**each, "pairs": "", "kept": ""}) for each in (self.fingerprint, scores))
-        return differences(*values)
+        return differences(*(of_values(each) for each in (self.fingerprint, scores)))
 
     def __contains__(self, pair: tuple[int, int]) -> bool:
         """Whether (query, training position) is stored."""
@@ -186,7 +193,7 @@ class TokenScores:
         if place is None:
             raise InputError(
                 f"{self.folder} holds no token scores of query {pair[0]} and training example {pair[1]}: it has "
-                f"{self.fingerprint['pairs']}. Compute them with a larger `top`, or for all pairs."
+                f"{self.fingerprint['tokens']}. Compute them with a larger `top`, or for all pairs."
             )
         shard = 0
         while place >= self.shards[shard]:
@@ -235,24 +242,17 @@ class TokenScores:
         return self.pairs[start : start + self.shards[number]]
 
 
-@dataclass(frozen=True)
-class TokenParts:
-    """Keeps files of token scores, each named by its pairs: another memory cuts other parts."""
+def token_part(cache: Cache, pairs: Tensor, compute: Callable[[Unfinished], Mapping[str, Tensor]]) -> None:
+    """Have the file of some pairs, computed unless it is there; named by its pairs: another memory cuts other parts."""
+    replace(cache, fingerprint=part_fingerprint(cache.fingerprint, pairs)).get_or_compute(part_name(pairs), compute)
 
-    folder: Path
-    fingerprint: Fingerprint
-    profile: Profile
 
-    def keep(self, pairs: Tensor, compute: Compute) -> None:
-        """Have the file of some pairs, computed unless it is there."""
-        Stages(self.folder, part_fingerprint(self.fingerprint, pairs), self.profile).keep(part_name(pairs), compute)
-
-    def remove_others(self, parts: Sequence[Tensor]) -> None:
-        """Delete what an earlier run has cut otherwise."""
-        wanted = set(map(part_name, parts))
-        for path in list(self.folder.iterdir()):
-            if path.name.partition(".")[0] not in wanted:
-                remove(path)
+def remove_other_parts(folder: Path, parts: Sequence[Tensor]) -> None:
+    """Delete what an earlier run has cut otherwise."""
+    wanted = {INDEX, *map(part_name, parts)}
+    for path in list(folder.iterdir()):
+        if path.name.partition(".")[0] not in wanted:
+            remove(path)
 
 
 def part_name(pairs: Tensor) -> str:
@@ -263,3 +263,8 @@ def part_name(pairs: Tensor) -> str:
 def part_fingerprint(scores: Fingerprint, pairs: Tensor) -> Fingerprint:
     """What one file of token scores depends on: another memory may have cut other files."""
     return {**scores, "pairs": tensors_digest({"pairs": pairs})}
+
+
+def of_values(fingerprint: Fingerprint) -> dict[str, str]:
+    """What the values of scores depend on, without what is kept of them or beside them."""
+    return {name: value for name, value in fingerprint.items() if name not in _KEPT}

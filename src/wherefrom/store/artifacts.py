@@ -1,17 +1,19 @@
 """The run directory: tensors in safetensors, metadata in JSON, nothing unpickled, nothing half-written.
 
-A finished artifact is a directory with `tensors.safetensors` and `manifest.json`; it appears under its name by one
-rename, so presence means completion. The partial sums of a sweep are one safetensors file whose header says where
-the sweep stood. A digest of tensors and header tells what has changed since it was written, by accident: whoever can
-write the directory can also write a digest that fits. This module knows names, bytes and fingerprints; it does not know
-what the tensors mean.
+A finished artifact is a directory with `manifest.json`, `tensors.safetensors` and, where matrices were computed block
+by block, `matrices.safetensors`; it appears under its name by one rename, so presence means completion. The partial
+sums of a sweep are one safetensors file whose header says where the sweep stood. A digest of tensors and header tells
+what has changed since it was written, by accident: whoever can write the directory can also write a digest that fits.
+This module knows names, bytes and fingerprints; it does not know what the tensors mean.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from wherefrom.store.files import (
     flush,
     on_host,
     parsed_object,
+    preallocated,
     read_json,
     remove,
     save_tensors,
@@ -36,12 +39,18 @@ from wherefrom.store.files import (
     within,
     write_tensors,
     write_text,
+    writing,
 )
 from wherefrom.store.fingerprint import Fingerprint, differences, tensors_digest
 
-FORMAT = 3
+FORMAT = 4
 _HEADER, _DIGEST = "wherefrom", "sha256"  # metadata of a safetensors file
 _TENSORS, _MANIFEST = "tensors.safetensors", "manifest.json"
+_MATRICES = "matrices.safetensors"
+_TYPES = {torch.float32: "F32", torch.float64: "F64"}
+
+Block = tuple[range, range]
+"""Rows and columns of a matrix."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +65,30 @@ class Artifact:
     path: Path
     fingerprint: Fingerprint
 
-    def save(self, tensors: Mapping[str, Tensor]) -> None:
+    @property
+    def part(self) -> Path:
+        """Where it is written before it has its name."""
+        return self.path.with_name(self.path.name + ".part")
+
+    def save(
+        self, tensors: Mapping[str, Tensor], details: Mapping[str, object] | None = None, matrices: str = ""
+    ) -> None:
         """Write the tensors under a temporary name, flush, then rename.
+
+        Args:
+            details: what the manifest says beside the fingerprint.
+            matrices: the digest of matrices that are in `part` already; empty where there are none.
 
         Raises:
             StorageError: the directory cannot be written or the disk is full; nothing is left behind.
         """
-        part = self.path.with_name(self.path.name + ".part")
+        part, details = self.part, dict(details or {})
         with storing(part, tensors):
-            remove(part)
-            part.mkdir(parents=True)
+            if not matrices:
+                remove(part)
+            part.mkdir(parents=True, exist_ok=True)
             description, host = _description(self.path, self.fingerprint), on_host(tensors)
+            description |= {"details": details, "matrices": matrices}
             metadata = _signed(host, description)
             save_tensors(part / _TENSORS, host, metadata)
             manifest = {**description, "sha256": metadata[_DIGEST]}
@@ -85,11 +107,22 @@ class Artifact:
         # Copies: the file may change or vanish later, and its tensors are not aligned as fresh ones are.
         return {name: tensor.to(device, copy=True) for name, tensor in self.mapped().items()}
 
-    def mapped(self) -> dict[str, Tensor]:
-        """As `load`, with tensors that stay on disk and are read, memory-mapped, where they are touched."""
-        tensors, digest, _ = _read_tensors(self.path / _TENSORS)
-        if digest != read_manifest(self.path)["sha256"]:
+    def mapped(self, fresh: bool = False) -> dict[str, Tensor]:
+        """As `load`, with tensors that stay on disk and are read, memory-mapped, where they are touched.
+
+        Args:
+            fresh: this process has just written them, and knows their digest.
+        """
+        manifest = read_manifest(self.path)
+        tensors, digest, _ = _read_tensors(self.path / _TENSORS, fresh)
+        if digest != manifest["sha256"]:
             raise damaged(self.path / _TENSORS, "it belongs to another manifest")
+        if manifest["matrices"]:
+            found = stored_matrices(self.path)
+            blocks = _stored_blocks(self.path, manifest)
+            if not fresh and _matrices_digest(_block_digests(found, blocks)) != manifest["matrices"]:
+                raise damaged(self.path / _MATRICES, "its content has changed since it was written")
+            tensors |= found
         return tensors
 
     def available(self) -> bool:
@@ -103,6 +136,90 @@ class Artifact:
             return False
         check_same(self.path, read_manifest(self.path)["fingerprint"], self.fingerprint)
         return True
+
+
+class Matrices:
+    """Matrices of one size [..., rows, columns] that are written block by block into the file that they stay in.
+
+    Args:
+        folder: of the file.
+        shapes: their sizes and types, by name.
+
+    Raises:
+        StorageError: there is not enough space for them.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self._file, self._shapes = folder / _MATRICES, shapes
+        header, offset = dict[str, object](), 0
+        for name, (shape, dtype) in shapes.items():
+            size = math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        described = json.dumps(header).encode()
+        described += b" " * (-len(described) % 8)
+        self._start = 8 + len(described)
+        if not self.there(folder):
+            preallocated(self._file, struct.pack("<Q", len(described)) + described, self._start + offset)
+
+    @staticmethod
+    def there(folder: Path) -> bool:
+        """Whether a folder has such a file, begun or finished."""
+        return within(folder, _MATRICES).exists()
+
+    def write(self, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Put a block [..., rows, columns] of every matrix where it belongs, on the disk itself.
+
+        Returns:
+            A digest of each.
+        """
+        (rows, columns), offset = block, self._start
+        digests = {}
+        with writing(self._file) as stream:
+            for name, (shape, dtype) in self._shapes.items():
+                values = tensors[name].detach().cpu().contiguous()
+                for index, part in enumerate(values.reshape(-1, len(rows), len(columns))):
+                    for row, numbers in zip(rows, part, strict=True):
+                        stream.seek(offset + ((index * shape[-2] + row) * shape[-1] + columns.start) * dtype.itemsize)
+                        stream.write(numbers.view(torch.uint8).numpy().data)
+                digests[name] = tensors_digest({name: values})
+                offset += math.prod(shape) * dtype.itemsize
+        return digests
+
+
+def stored_matrices(folder: Path) -> dict[str, Tensor]:
+    """The matrices of a folder, memory-mapped, as they are now."""
+    return _opened(folder / _MATRICES)[0]
+
+
+def _block_digests(matrices: Mapping[str, Tensor], blocks: Sequence[Block]) -> list[dict[str, str]]:
+    """The digests of each block of stored matrices, as `Matrices.write` gives them."""
+
+    def part(matrix: Tensor, block: Block) -> Tensor:
+        rows, columns = block
+        return matrix[..., rows.start : rows.stop, columns.start : columns.stop].contiguous()
+
+    return [{name: tensors_digest({name: part(each, block)}) for name, each in matrices.items()} for block in blocks]
+
+
+def _matrices_digest(digests: Sequence[Mapping[str, str]]) -> str:
+    """Of the digests of all blocks, in order."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def block_details(digests: Mapping[Block, Mapping[str, str]]) -> tuple[dict[str, object], str]:
+    """What `Artifact.save` needs of blocks that were written: details, and the digest of all."""
+    ordered = sorted(digests, key=lambda block: (block[0].start, block[1].start))
+    bounds = [[rows.start, rows.stop, columns.start, columns.stop] for rows, columns in ordered]
+    return {"blocks": bounds}, _matrices_digest([digests[block] for block in ordered])
+
+
+def _stored_blocks(path: Path, manifest: Mapping[str, Any]) -> list[Block]:
+    bounds = manifest["details"].get("blocks")
+    try:
+        return [(range(first, last), range(left, right)) for first, last, left, right in bounds]
+    except (TypeError, ValueError) as error:
+        raise damaged(path / _MANIFEST, "it does not say which blocks its matrices have") from error
 
 
 @dataclass(frozen=True)
@@ -151,8 +268,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / _MANIFEST
     manifest = read_json(file)
     _check_described(path, manifest)
-    if not isinstance(manifest.get("sha256"), str):
+    if not isinstance(manifest.get("sha256"), str) or not isinstance(manifest.get("matrices"), str):
         raise damaged(file, "it has no digest")
+    if not isinstance(manifest.get("details"), dict):
+        raise damaged(file, "it has no details")
     return manifest
 
 
@@ -192,22 +311,30 @@ def _signed(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> dict
     return {_HEADER: described, _DIGEST: _digest(tensors, described)}
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+def _read_tensors(file: Path, fresh: bool = False) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     """The checked content of a file with `_signed` metadata: tensors, memory-mapped, the digest and the header."""
+    tensors, metadata = _opened(file)
+    described, digest = metadata.get(_HEADER, ""), metadata.get(_DIGEST, "")
+    try:
+        header = parsed_object(described)
+    except (ValueError, RecursionError) as error:
+        raise damaged(file, f"it is not a safetensors file of this version ({error})") from error
+    if header is None or (not fresh and _digest(tensors, described) != digest):
+        raise damaged(file, "its content has changed since it was written")
+    return tensors, digest, header
+
+
+def _opened(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors, memory-mapped, and its metadata."""
     within(file.parent.parent, file.parent.name)
     try:
         checked_file(file).open("rb").close()  # safe_open says "not found" where a permission is missing
         with safe_open(file, framework="pt") as opened:
-            described, digest = (opened.metadata()[name] for name in (_HEADER, _DIGEST))
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        header = parsed_object(described)
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except PermissionError as error:
         raise unreadable(file, error) from error
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(file, f"it is not a safetensors file of this version ({error})") from error
-    if header is None or _digest(tensors, described) != digest:
-        raise damaged(file, "its content has changed since it was written")
-    return tensors, digest, header
 
 
 def _digest(tensors: Mapping[str, Tensor], described: str) -> str:

@@ -1,4 +1,4 @@
-"""Stages: results of one directory that are each loaded, or computed and kept.
+"""The cache: results of a run directory that are each loaded, or computed and stored.
 
 On several processes all compute, and one looks at files and writes them. This module knows fingerprints and the
 profile; it does not know what is computed.
@@ -7,8 +7,8 @@ profile; it does not know what is computed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,18 +17,25 @@ from torch import Tensor
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.profile import Profile
 from wherefrom.runtime.signals import held_signals
-from wherefrom.store.artifacts import Artifact, Partial
+from wherefrom.store.artifacts import (
+    Artifact,
+    Block,
+    Layout,
+    Matrices,
+    Partial,
+    block_details,
+    check_layout,
+    read_manifest,
+    stored_matrices,
+)
 from wherefrom.store.files import remove
 from wherefrom.store.fingerprint import Fingerprint
-
-Compute = Callable[[Partial], dict[str, Tensor]]
-"""Computes what is kept; the argument may hold sums of an interrupted sweep."""
 
 _BLOCK = re.compile(r"(\d+)-(\d+)\.(\d+)-(\d+)")
 
 
 @dataclass(frozen=True)
-class Stages:
+class Cache:
     """Where results lie and what they depend on."""
 
     folder: Path
@@ -40,32 +47,62 @@ class Stages:
         """A result, there or not."""
         return Artifact(self.folder / name, self.fingerprint)
 
-    def keep(self, name: str, compute: Compute) -> Artifact:
-        """Have `folder/name`, computed unless it is there; `compute` may keep partial sums beside it."""
-        artifact = self.artifact(name)
-        sums = Partial(self.folder / f"{name}.partial{self.ranks.suffix}.safetensors", self.fingerprint)
+    def parts(self, name: str) -> Cache:
+        """Of what a result is made of, which goes when the result is there."""
+        return replace(self, folder=self.folder / f"{name}.blocks")
+
+    def get_or_compute(
+        self,
+        name: str,
+        compute: Callable[[Unfinished], Mapping[str, Tensor]],
+        layout: Layout | None = None,
+        device: torch.device | None = None,
+    ) -> dict[str, Tensor]:
+        """The tensors of `folder/name`, computed and stored unless they are there.
+
+        Args:
+            compute: makes them; its argument has what an interrupted run has left, and takes matrices block by block.
+            layout: what is expected of them.
+            device: where they are wanted; None leaves them on disk, memory-mapped.
+
+        Raises:
+            MismatchError: what has this name was made from something else.
+            DamagedError: it is not what was written, or has another layout.
+            StorageError: it cannot be written.
+        """
+        artifact, fresh = self.artifact(name), False
         if not self.ranks.first(artifact.available):
             # What a finished sweep has summed up is nowhere but in memory until this has saved it.
             with held_signals() as held:
-                tensors = compute(sums)
-                with self.profile.action(f"save {name}"):
-                    self.ranks.first(lambda: artifact.save(tensors))
+                unfinished = Unfinished(self, name)
+                self.save(unfinished, compute(unfinished))
+                fresh = unfinished.own
                 held.deliver()
-        self.ranks.first(lambda: self._discard_sums(name))
-        return artifact
+        self.ranks.first(lambda: self._discard_parts(name))
+        with self.profile.action(f"load {name}"):
+            found = artifact.mapped(fresh)
+            if layout is not None:
+                check_layout(artifact.path, found, layout)
+            # Copies: the file may change or vanish later, and its tensors are not aligned as fresh ones are.
+            return found if device is None else {key: each.to(device, copy=True) for key, each in found.items()}
 
-    def _discard_sums(self, name: str) -> None:
+    def save(self, unfinished: Unfinished, tensors: Mapping[str, Tensor]) -> None:
+        """Give a result that is computed its name."""
+        with self.profile.action(f"save {unfinished.name}"):
+            self.ranks.first(lambda: unfinished.save(tensors))
+
+    def _discard_parts(self, name: str) -> None:
         """Delete what is left of sweeps, on any number of processes: only now, until now it was all there was."""
-        for path in self.folder.glob(f"{name}.partial*"):
+        for path in (*self.folder.glob(f"{name}.partial*"), self.folder / f"{name}.blocks", self.artifact(name).part):
             remove(path)
 
     def forget(self, *names: str) -> None:
-        """Delete results and what sweeps for them have summed up, whatever they were made from."""
+        """Delete results and what there is of them, whatever they were made from."""
 
         def delete() -> None:
             for name in names:
                 remove(self.folder / name)
-                self._discard_sums(name)
+                self._discard_parts(name)
 
         self.ranks.first(delete)
 
@@ -73,47 +110,106 @@ class Stages:
         """Delete everything."""
         self.ranks.first(lambda: remove(self.folder))
 
-    def load(self, name: str, compute: Compute, device: torch.device) -> dict[str, Tensor]:
-        """`keep`, and its tensors in memory."""
-        computed: dict[str, Tensor] = {}
 
-        def computing(sums: Partial) -> dict[str, Tensor]:
-            # In the layout that loading gives: products of other layouts differ in the last bit.
-            computed.update((key, tensor.contiguous()) for key, tensor in compute(sums).items())
-            return computed
+@dataclass
+class Unfinished:
+    """A result that is being computed.
 
-        artifact = self.keep(name, computing)
-        if computed:
-            return computed
-        with self.profile.action(f"load {name}"):
-            return artifact.load(device)
+    Attributes:
+        digests: of the blocks of its matrices.
+        own: whether all that was written of it was written by this process.
+    """
 
-    def mapped(self, name: str, compute: Compute) -> dict[str, Tensor]:
-        """`keep`, and its tensors on disk, memory-mapped."""
-        return self.keep(name, compute).mapped()
+    cache: Cache
+    name: str
+    digests: dict[Block, Mapping[str, str]] = field(default_factory=dict)
+    own: bool = True
+    details: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that compute it."""
+        return self.cache.ranks
+
+    @property
+    def part(self) -> Path:
+        """Where its matrices are before it has its name."""
+        return self.cache.artifact(self.name).part
+
+    @property
+    def sums(self) -> Partial:
+        """Those of an interrupted sweep."""
+        file = self.cache.folder / f"{self.name}.partial{self.ranks.suffix}.safetensors"
+        return Partial(file, self.cache.fingerprint)
+
+    @property
+    def parts(self) -> Cache:
+        """Results that this one is made of."""
+        return self.cache.parts(self.name)
+
+    def blocks(self, rows: int, columns: int) -> Blocks:
+        """The blocks of its matrices [..., rows, columns]."""
+        part = self.part
+        # What says that blocks are there is worth nothing without them, and the other way round.
+        self.ranks.first(lambda: None if Matrices.there(part) else remove(self.parts.folder))
+        return Blocks(self.parts, rows, columns, self)
+
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give it its name."""
+        details, matrices = dict(self.details), ""
+        if self.digests:
+            blocks, matrices = block_details(self.digests)
+            details |= blocks
+        self.cache.artifact(self.name).save(tensors, details, matrices)
 
 
 @dataclass(frozen=True)
-class BlockStages:
-    """Stages that are blocks of one large matrix, each named by its rows and columns.
+class Blocks:
+    """Parts of a result, each of some rows and columns, such as queries and training examples.
 
     Attributes:
-        columns: how many the whole matrix has.
+        rows, columns: how many the whole has.
+        result: whose matrices they are; of None, each block is a small result of its own.
     """
 
-    stages: Stages
+    parts: Cache
+    rows: int
     columns: int
+    result: Unfinished | None = None
 
-    def mapped(self, rows: range, columns: range, compute: Compute) -> dict[str, Tensor]:
-        """One block's tensors, memory-mapped: `values` [rows, columns] and what comes with them."""
-        return self.stages.mapped(f"{rows.start}-{rows.stop}.{columns.start}-{columns.stop}", compute)
+    def get_or_compute(
+        self, rows: range, columns: range, compute: Callable[[Unfinished], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """One block's tensors in memory, but for matrices, which are put where they belong."""
+        name, result = f"{rows.start}-{rows.stop}.{columns.start}-{columns.stop}", self.result
+        if result is None:
+            return self.parts.get_or_compute(name, compute, device=torch.device("cpu"))
+        parts, artifact = self.parts, self.parts.artifact(name)
+        if parts.ranks.first(artifact.available):
+            result.own = False  # written by an earlier run
+        else:
+            parts.ranks.first(lambda: self._discard_overlapping(rows, columns))
+            with held_signals() as held:
+                block = Unfinished(parts, name)
+                tensors = compute(block)
+                matrices = {key: each for key, each in tensors.items() if each.dim() >= 2}
+                block.details["digests"] = parts.ranks.first(lambda: self._write(result, (rows, columns), matrices))
+                parts.save(block, {key: each for key, each in tensors.items() if key not in matrices})
+                del tensors, matrices
+                held.deliver()
+        result.digests[rows, columns] = parts.ranks.first(lambda: read_manifest(artifact.path)["details"]["digests"])
+        return parts.get_or_compute(name, compute, device=torch.device("cpu"))
+
+    def _write(self, result: Unfinished, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        whole = {key: ((*each.shape[:-2], self.rows, self.columns), each.dtype) for key, each in tensors.items()}
+        return Matrices(result.part, whole).write(block, tensors)
 
     def begun(self, rows: range) -> range:
         """The rows from the same start that an earlier run has begun with, since another memory cuts other blocks.
 
         A block of more rows is taken up only when all of it is there: with less memory now, it could not be finished.
         """
-        return self.stages.ranks.first(lambda: self._begun(rows))
+        return self.parts.ranks.first(lambda: self._begun(rows))
 
     def _begun(self, rows: range) -> range:
         for stop in {found.stop for _, found, _ in self._named() if found.start == rows.start}:
@@ -129,16 +225,43 @@ class BlockStages:
 
     def discard(self, rows: range) -> None:
         """Forget blocks of these rows."""
-        self.stages.ranks.first(lambda: self._discard(rows))
+        self.parts.ranks.first(lambda: self._discard(rows))
 
     def _discard(self, rows: range) -> None:
         for path, found, _ in self._named():
             if found == rows:
                 remove(path)
+        if self.result is not None:
+            self.result.digests = {block: each for block, each in self.result.digests.items() if block[0] != rows}
+
+    def _discard_overlapping(self, rows: range, columns: range) -> None:
+        """Forget blocks of an earlier run that this one writes over: it was cut otherwise."""
+        for path, other_rows, other_columns in self._named():
+            apart = min(rows.stop, other_rows.stop) <= max(rows.start, other_rows.start)
+            apart |= min(columns.stop, other_columns.stop) <= max(columns.start, other_columns.start)
+            if not apart and (rows, columns) != (other_rows, other_columns):
+                remove(path)
+
+    def rewrite(self, change: Callable[[range, range, Tensor], Tensor]) -> None:
+        """Replace the `values` of a result's matrices, block by block.
+
+        Args:
+            change: makes those of some rows and columns, [rows, columns], of those that are there.
+        """
+        assert self.result is not None
+        for block in list(self.result.digests):
+            changed = self.parts.ranks.first(lambda block=block: self._changed(block, change))  # type: ignore[misc]
+            self.result.digests[block] = changed
+
+    def _changed(self, block: Block, change: Callable[[range, range, Tensor], Tensor]) -> dict[str, str]:
+        assert self.result is not None
+        rows, columns = block
+        values = stored_matrices(self.result.part)["values"][rows.start : rows.stop, columns.start : columns.stop]
+        return self._write(self.result, block, {"values": change(rows, columns, values)})
 
     def _named(self) -> list[tuple[Path, range, range]]:
         """Everything that is there or begun, with its rows and columns."""
-        paths = self.stages.folder.iterdir() if self.stages.folder.exists() else ()
+        paths = self.parts.folder.iterdir() if self.parts.folder.exists() else ()
         matches = [(path, _BLOCK.match(path.name)) for path in paths]
         numbers = [(path, list(map(int, found.groups()))) for path, found in matches if found]
         return [(path, range(first, last), range(left, right)) for path, (first, last, left, right) in numbers]

@@ -14,9 +14,8 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -125,30 +124,42 @@ def unreadable(file: Path, error: OSError) -> StorageError:
     return StorageError(f"Cannot read {file}: {error.strerror}. Check its permissions; it was left as it is.")
 
 
-def scratch_matrix(file: Path, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A new matrix that lies in a file, so that it takes no memory of its own.
-
-    The file has no name, and goes with the matrix, however the process ends.
+def preallocated(file: Path, start: bytes, size: int) -> None:
+    """Make a file of a size, with what it starts with; the rest is written later, in any order.
 
     Raises:
         StorageError: there is not enough space for it.
     """
-    count = rows * columns
-    size = count * dtype.itemsize
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         remove(file)
         with file.open("xb") as stream:
-            # Writing into a mapped file that the disk has no room for would kill the process.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(stream.fileno(), 0, size)
-        matrix = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(rows, columns)
-        remove(file)
+            else:
+                stream.truncate(size)
+            stream.write(start)
+        file.chmod(file.parent.stat().st_mode & 0o666)
     except OSError as error:
         with contextlib.suppress(StorageError):
             remove(file)
         raise _cannot_write(file, size, str(error.strerror)) from error
-    return matrix
+
+
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[BinaryIO]:
+    """Open a file that is there to write into; in the end all of it is on the disk.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        with file.open("r+b") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise _cannot_write(file, 0, str(error.strerror)) from error
 
 
 def write_text(file: Path, text: str) -> None:

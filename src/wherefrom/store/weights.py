@@ -1,13 +1,13 @@
 """Weights of checkpoints: read from files of others, put into a model, and taken out again.
 
-This module knows files and state dicts; it does not know what a checkpoint is for."""
+This module knows files and state dicts; it does not know what a checkpoint is for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -16,10 +16,7 @@ from torch import Tensor, nn
 
 from wherefrom.runtime.errors import DamagedError, InputError, first_line, require
 from wherefrom.store.files import checked_name, read_json
-
-if TYPE_CHECKING:
-    pass
-
+from wherefrom.store.fingerprint import model_digest
 
 # What a checkpoint directory may hold, the first that is there; an index names the shards.
 _FILES = (
@@ -36,7 +33,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Put a checkpoint's weights into a model, in the model's own types.
 
     Args:
-        path: as in `score_checkpoints`.
+        path: a directory that `save_pretrained` or a Trainer wrote (of a whole model, or of the model's adapter), or a
+            single file of weights (safetensors or torch).
 
     Raises:
         InputError: there are no weights, or they are not those of this model.
@@ -86,18 +84,53 @@ def _check_shapes(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Ten
             )
 
 
-@contextmanager
-def restored(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, whose weights are put back in the end."""
-    before = {
-        name: tensor.detach().to("cpu", copy=True)
-        for name, tensor in model.state_dict().items()
-        if isinstance(tensor, Tensor)
-    }
-    try:
-        yield model
-    finally:
-        model.load_state_dict(before, strict=False)
+class ModelStates:
+    """The weights that a model can have: its own, and those of checkpoints, which are entered and left.
+
+    Args:
+        model: holds its own again after each, also after an error.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._entered: list[Path | None] = [None]
+        self._own: dict[str, Tensor] = {}
+        self._digests: dict[Path | None, str] = {}
+
+    @contextmanager
+    def entered(self, checkpoint: Path | None) -> Iterator[None]:
+        """Within it, the model has a checkpoint's weights; with None, its own.
+
+        Raises:
+            InputError: there are no weights, or they are not those of this model.
+            DamagedError: a file cannot be read.
+        """
+        if not self._own and checkpoint is not None:
+            state = self._model.state_dict().items()
+            self._own = {name: each.detach().to("cpu", copy=True) for name, each in state if isinstance(each, Tensor)}
+        before = self._entered[-1]
+        self._entered.append(checkpoint)
+        try:
+            self._load(checkpoint, before)
+            yield
+        finally:
+            self._entered.pop()
+            self._load(before, checkpoint)
+
+    def _load(self, wanted: Path | None, present: Path | None) -> None:
+        if wanted == present:
+            return
+        if wanted is None:
+            self._model.load_state_dict(self._own, strict=False)
+        else:
+            load_weights(self._model, wanted)
+
+    def digest(self, checkpoint: Path | None) -> str:
+        """What tells a model with these weights from others."""
+        if checkpoint not in self._digests:
+            with self.entered(checkpoint):
+                self._digests[checkpoint] = model_digest(self._model)
+        return self._digests[checkpoint]
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
 """MAGIC: the exact gradient of what is measured after a training by the weights of its examples; how smooth that is.
 
 Ilyas & Engstrom 2025 (arXiv 2504.16430), by the replay of Engstrom et al. 2025 (arXiv 2503.13751). All queries share
-one walk back through the training. This module is above `training` and `replay`; it knows nothing of how a step is
-taken or a state is kept.
+one walk back through the training. This module knows nothing of how a step is taken or where a state is.
 """
 
 from __future__ import annotations
@@ -10,50 +9,34 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Generic
+from typing import Any, ClassVar, Generic
 
 import torch
 from torch import Tensor
 
+from wherefrom.engine.loading import Examples
 from wherefrom.methods.magic.replay import KeptStates, Replay
 from wherefrom.methods.magic.training import ReplayableTraining
-from wherefrom.runtime.distributed import Ranks
+from wherefrom.methods.method import Context, Job, Method
 from wherefrom.runtime.errors import InputError, RankError
 from wherefrom.runtime.memory import within_memory
-from wherefrom.runtime.profile import Profile
 from wherefrom.runtime.progress import progress_bar
 from wherefrom.runtime.signals import held_signals
-from wherefrom.scoring.options import checked_result_name
-from wherefrom.scoring.results import Scores
+from wherefrom.scoring.keep import Keep
 from wherefrom.store.artifacts import Partial
-from wherefrom.store.cache import Stages
-from wherefrom.store.files import within
-from wherefrom.store.fingerprint import Dataset, checked_length, dataset_digest, model_digest
-from wherefrom.store.locks import run_lock
-from wherefrom.store.names import log_others, result_name
+from wherefrom.store.cache import Unfinished
+from wherefrom.store.fingerprint import LEFT_OUT, MODEL, Dataset, dataset_digest, model_digest
 from wherefrom.tasks.descriptions import described, described_class
 from wherefrom.tasks.task import Batch, checked_settings
-from wherefrom.version import VERSION
 
 logger = logging.getLogger("wherefrom")
 
 
-def magic_scores(
-    path: str | Path,
-    training: ReplayableTraining[Batch],
-    queries: Dataset[object],
-    *,
-    name: str | None = None,
-    branching: int | None = None,
-    states_on_disk: bool = False,
-    queries_at_once: int | None = None,
-    checkpoint_seconds: float = 60.0,
-    progress: bool | None = None,
-    overwrite: bool = False,
-) -> Scores:
-    """Scores of every pair by the exact gradient through the training, or load them when they are there.
+@dataclass(frozen=True, kw_only=True)
+class Magic(Method):
+    """MAGIC (Ilyas & Engstrom 2025, arXiv 2504.16430): the exact gradient through a training, with one seed.
 
     `values[q, t] = - d measurement_q / d weight_t` where all weights are 1 (MAGIC's equation for the influence, with
     our sign): to first order, leaving example t out of this very training raises the query's loss by `values[q, t]`,
@@ -62,50 +45,68 @@ def magic_scores(
     The training is run once, and then walked back: each step is taken again, with its derivatives, for all queries
     together. A walk that was killed goes on where it last saved, after the training has been run again up to there.
 
-    Args:
-        path: the run directory; scores are kept in its `scores`.
-        training: what made the model that is asked about.
-        queries: examples of the kind that the task measures.
-        name: of the scores in the run directory; by default "magic", and a digest of all that they depend on.
-        branching: None keeps about 2 sqrt(steps) states of three times the parameters, and takes each step once more;
-            k keeps about k log_k(steps), and takes each step log_k(steps) - 1 times more. Results are the same bits.
-        states_on_disk: keep them in the run directory instead of the host's memory.
-        queries_at_once: how many queries are taken back through a step together; None is all. Fewer take less memory.
-        checkpoint_seconds: how often the walk back may save where it is; 0 is after every step.
-        progress: show progress bars; None shows them when the standard error is a terminal.
-        overwrite: compute them again and replace them, also where they have this name and were made from something
-            else, which is refused otherwise. It replaces these scores alone.
+    Attributes:
+        training: what made the study's model, of its training examples.
+        branching: None holds about 2 sqrt(steps) states of three times the parameters, and takes each step once more;
+            k holds about k log_k(steps), and takes each step log_k(steps) - 1 times more. Results are the same bits.
+        states_on_disk: have them in the run directory instead of the host's memory.
 
-    Raises:
-        InputError: there are no queries, or an option is impossible.
-        LossError: the training diverged.
-        RankError: there are several processes.
-        MemoryLimitError: the derivatives of all queries do not fit: [queries, 3, parameters], and a step's own.
-        WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
+    How many queries are taken back through a step together is the study's `query_batch_size`: None is all, fewer take
+    less memory.
     """
-    checked_length("queries", queries)
-    if queries_at_once is not None and queries_at_once < 1:
-        raise InputError(f"queries_at_once={queries_at_once}: expected at least 1, or None.")
-    if Ranks.current().count > 1:
-        raise RankError(
-            f"magic_scores in {Ranks.current().count} processes: expected one, since a training is one chain of steps. "
-            "Start it without torchrun."
+
+    training: ReplayableTraining[Any]
+    branching: int | None = None
+    states_on_disk: bool = False
+
+    name: ClassVar[str] = "magic"
+
+    def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
+        if context.ranks.count > 1:
+            raise RankError(
+                f"Magic in {context.ranks.count} processes: expected one, since a training is one chain of steps. "
+                "Start it without torchrun."
+            )
+        execution, training = context.sweep.execution, self.training
+        if execution.half_precision:
+            raise InputError("half_precision=True with Magic: it repeats the training as it was. Leave it out.")
+        settings = self._settings(context)
+        walk = _Walk(
+            training,
+            queries.dataset,
+            self.branching,
+            execution.query_batch_size,
+            execution.checkpoint_seconds,
+            execution.progress,
         )
-    if name is not None:
-        checked_result_name(name)
-    folder = within(Path(path), "scores")
-    walk = _Walk(training, queries, branching, queries_at_once, checkpoint_seconds, progress)
-    device = training.start().device
-    with run_lock(Path(path)), within_memory("Derivatives of all queries do", device, "Give fewer queries at once."):
-        fingerprint = _fingerprint(training, queries)
-        called = result_name("magic", fingerprint, name)
-        stages = Stages(folder, fingerprint, Profile())
-        if overwrite:
-            stages.forget(called)
-        log_others(folder / called, fingerprint)
-        states = folder / f"{called}.partial.states" if states_on_disk else None
-        stages.keep(called, lambda partial: walk.scores(partial, KeptStates(states)))
-    return Scores.load(folder / called)
+
+        def compute(result: Unfinished) -> Mapping[str, Tensor]:
+            states = result.cache.folder / f"{result.name}.partial.states" if self.states_on_disk else None
+            advice = "Give a smaller query_batch_size."
+            with within_memory("Derivatives of all queries do", training.start().device, advice):
+                return walk.scores(result.sums, KeptStates(states))
+
+        return Job("magic", settings, compute, without=[MODEL, "layers", LEFT_OUT])
+
+    def _settings(self, context: Context[Any]) -> dict[str, str]:
+        """What the scores depend on.
+
+        Raises:
+            InputError: the training is of other examples than the study's.
+        """
+        training, count = self.training, self.training.count
+        if training.train is not context.train.dataset and dataset_digest(training.train) != context.train.digest:
+            raise InputError(
+                "training: its examples are not the study's. Make the Study with the training set that the model was "
+                "trained on."
+            )
+        return {
+            "model before training": model_digest(training.model),  # what is attributed is what came of it
+            "mode": "training" if any(module.training for module in training.model.modules()) else "evaluation",
+            "trained task": json.dumps(checked_settings(training.task), sort_keys=True),
+            "recipe": f"{described_class(type(training.recipe))} {json.dumps(asdict(training.recipe))}",
+            "count": "examples" if count is None else described("count", count),
+        }
 
 
 def metasmoothness(training: ReplayableTraining[Batch], step: float = 0.01, seed: int = 0) -> float:
@@ -182,21 +183,3 @@ class _Walk(Generic[Batch]):
                 if held.received:
                     logger.warning(f"replay: {held.received.name}; saved before step {step}. The same call goes on.")
                     held.deliver()
-
-
-def _fingerprint(training: ReplayableTraining[Batch], queries: Dataset[object]) -> dict[str, str]:
-    """What the scores depend on."""
-    task = checked_settings(training.task)
-    count = training.count
-    return {
-        "library": VERSION,
-        "strategy": "magic",
-        "model before training": model_digest(training.model),  # what is attributed is what came of it
-        "mode": "training" if any(module.training for module in training.model.modules()) else "evaluation",
-        "task": json.dumps(task, sort_keys=True),
-        "measured": task.get("measure", "measurement"),
-        "recipe": f"{described_class(type(training.recipe))} {json.dumps(asdict(training.recipe))}",
-        "count": "examples" if count is None else described("count", count),
-        "training data": dataset_digest(training.train),
-        "queries": dataset_digest(queries),
-    }

@@ -12,12 +12,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from typing_extensions import Unpack
 
 from wherefrom.curvature.damping import added_damping
 from wherefrom.curvature.factors import Factors
@@ -26,47 +25,16 @@ from wherefrom.engine.example_gradients import weight_gradients
 from wherefrom.engine.layers import TrackedLayer
 from wherefrom.engine.sweep import Collector
 from wherefrom.runtime.errors import InputError
-from wherefrom.runtime.memory import checked_batch_size
 from wherefrom.runtime.precision import product
-from wherefrom.scoring.options import check_names
-from wherefrom.store.files import checked_name
 from wherefrom.store.fingerprint import tensors_digest
 
 Directions = Literal["eigenvectors", "random"]
-Numbers = Literal["float32", "bfloat16", "int8"]
+Quantization = Literal["float32", "bfloat16", "int8"]
 
 # The largest whole number of an int8 that has a negative.
 _LARGEST = 127
-# What is kept of compressed gradients.
-ROWS, SCALES = "rows", "scales"
-
-
-class IndexOptions(TypedDict, total=False):
-    """Keyword arguments of `Study.index`.
-
-    Attributes:
-        directions: "random" ones, for any factors, are the default; "eigenvectors" keeps the leading ones of each
-            layer's covariances, for which factors need a basis (`kfac`, `ekfac`).
-        rank: how many on either side of a layer's gradient: a layer takes rank x rank numbers, less where it is
-            narrower.
-        numbers: how they are kept: "int8", with a scale for each layer of each example, is the default; "bfloat16", or
-            "float32" (float64 for a float64 model).
-        seed: of random directions.
-        half_precision: bfloat16 products in the model's passes.
-        batch_size: None finds one; results depend on it only by rounding.
-        name: of the index in the run directory; by default what was asked for, and a digest of all that it depends on.
-        overwrite: make it again and replace it, also where it has this name and was made from something else, which is
-            refused otherwise. It replaces this index alone. Where it is interrupted, the call without it goes on.
-    """
-
-    directions: Directions
-    rank: int
-    numbers: Numbers
-    seed: int
-    half_precision: bool
-    batch_size: int | None
-    name: str | None
-    overwrite: bool
+# What is stored of compressed gradients.
+GRADIENTS, SCALES = "gradients", "scales"
 
 
 class Projection(NamedTuple):
@@ -86,9 +54,18 @@ class Projection(NamedTuple):
         return self.left.shape[1] * self.right.shape[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compression:
-    """`IndexOptions` with their defaults, checked.
+    """How gradients are compressed.
+
+    Attributes:
+        directions: "random" ones, for any factors; or the leading "eigenvectors" of each layer's covariances, for which
+            factors need a basis (`KFAC`, `EKFAC`).
+        rank: how many on either side of a layer's gradient: a layer takes rank x rank numbers, less where it is
+            narrower.
+        quantization: "int8", with a scale for each layer of each example; "bfloat16"; or none, "float32" (float64 for
+            a float64 model).
+        seed: of random directions.
 
     Raises:
         InputError: one of them is impossible.
@@ -96,33 +73,20 @@ class Compression:
 
     directions: Directions = "random"
     rank: int = 16
-    numbers: Numbers = "int8"
+    quantization: Quantization = "int8"
     seed: int = 0
-    half_precision: bool = False
-    batch_size: int | None = None
-    name: str | None = None
-    overwrite: bool = False
-
-    @classmethod
-    def of(cls, **options: Unpack[IndexOptions]) -> Compression:
-        """The options of a call."""
-        check_names(options, IndexOptions.__optional_keys__)
-        return cls(**options)
 
     def __post_init__(self) -> None:
-        for argument, known in (("directions", get_args(Directions)), ("numbers", get_args(Numbers))):
+        for argument, known in (("directions", get_args(Directions)), ("quantization", get_args(Quantization))):
             if getattr(self, argument) not in known:
                 raise InputError(f"{argument}={getattr(self, argument)!r}: expected one of {', '.join(known)}.")
         if self.rank < 1:
             raise InputError(f"rank={self.rank}: expected at least 1.")
-        checked_batch_size(self.batch_size)
-        if self.name is not None:
-            checked_name(self.name)
 
     @property
     def label(self) -> str:
         """What was asked for, in a word: what the name of an index begins with."""
-        return f"{self.directions}-rank{self.rank}-{self.numbers}" + "-half" * self.half_precision
+        return f"{self.directions}-rank{self.rank}-{self.quantization}"
 
     def projections(self, layers: Mapping[str, TrackedLayer], factors: Factors | None) -> dict[str, Projection]:
         """Those of every layer.
@@ -165,7 +129,7 @@ class Compression:
         """
         random = self.directions == "random"
         of = f"seed {self.seed}" if random else tensors_digest(projections_to_tensors(projections))[:24]
-        return {"directions": f"{self.directions}, {of}", "rank": str(self.rank), "numbers": self.numbers}
+        return {"directions": f"{self.directions}, {of}", "rank": str(self.rank), "quantization": self.quantization}
 
 
 def _leading(vectors: Tensor | None, eigenvalues: Tensor, rank: int) -> Tensor:
@@ -209,7 +173,7 @@ class CompressedGradients(Collector):
         scales: what gradients are multiplied with before, element by element, [out, in] of each layer; None is nothing.
 
     Attributes:
-        sums: `rows` [examples, numbers], a layer's [rank, rank] flattened, layer after layer.
+        sums: `gradients` [examples, numbers], a layer's [rank, rank] flattened, layer after layer.
     """
 
     def __init__(
@@ -234,12 +198,12 @@ class CompressedGradients(Collector):
             for name, each in (scales or {}).items()
         }
         size = sum(each.size for each in projections.values())
-        self.sums = {ROWS: torch.zeros(examples, size, dtype=dtype, device=device)}
+        self.sums = {GRADIENTS: torch.zeros(examples, size, dtype=dtype, device=device)}
 
-    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+    def collect(self, layer: str, captured: Captured, batch: slice) -> None:
         compressed = compressed_gradients(captured, self._projections[layer], self._scales.get(layer))
-        total = self.sums[ROWS]
-        total[rows, self._parts[layer]] += compressed.flatten(1).to(total.device)
+        total = self.sums[GRADIENTS]
+        total[batch, self._parts[layer]] += compressed.flatten(1).to(total.device)
 
 
 def compressed_gradients(captured: Captured, projection: Projection, scale: Tensor | None = None) -> Tensor:
@@ -355,23 +319,23 @@ def damped_power(name: str, curvature: Tensor, damping: float, exponent: float) 
     return power
 
 
-def packed(rows: Tensor, numbers: Numbers, columns: Mapping[str, slice]) -> dict[str, Tensor]:
-    """Compressed gradients [examples, numbers] as they are kept: `rows`, and for int8 `scales` [examples, layers].
+def packed(rows: Tensor, quantization: Quantization, columns: Mapping[str, slice]) -> dict[str, Tensor]:
+    """Compressed gradients [examples, numbers] as they are stored: with int8, also `scales` [examples, layers].
 
     An int8 is a number over the scale of its layer and example, to which the largest number there is 127.
     """
-    if numbers != "int8":
-        return {ROWS: rows.bfloat16() if numbers == "bfloat16" else rows}
+    if quantization != "int8":
+        return {GRADIENTS: rows.bfloat16() if quantization == "bfloat16" else rows}
     scales = torch.stack([rows[:, part].abs().amax(1) / _LARGEST for part in columns.values()], 1)
     whole = torch.empty_like(rows, dtype=torch.int8)
     for scale, part in zip(scales.T, columns.values(), strict=True):
         whole[:, part] = (rows[:, part] / torch.where(scale > 0, scale, 1.0).unsqueeze(1)).round_()
-    return {ROWS: whole, SCALES: scales}
+    return {GRADIENTS: whole, SCALES: scales}
 
 
 def unpacked(tensors: Mapping[str, Tensor], dtype: torch.dtype, columns: Mapping[str, slice]) -> Tensor:
     """The inverse of `packed`, but for what rounding has lost: [examples, numbers]."""
-    rows = tensors[ROWS].to(dtype)
+    rows = tensors[GRADIENTS].to(dtype)
     if SCALES in tensors:
         for scale, part in zip(tensors[SCALES].T, columns.values(), strict=True):
             rows[:, part] *= scale.unsqueeze(1)

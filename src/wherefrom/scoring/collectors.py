@@ -1,7 +1,6 @@
-"""Self-influence: what training on an example does to its own loss, and the norms that normalised scores divide by.
+"""Collectors of scores: of pairs, layer by layer, and of examples with themselves.
 
-One sweep without resident gradients: an example's gradient is only multiplied with itself. This module knows curvature
-and sweeps, not where results are kept.
+This module knows banks, curvature and captured tensors, not where results are stored.
 """
 
 from __future__ import annotations
@@ -11,14 +10,59 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from wherefrom.curvature.operators import Preconditioner
+from wherefrom.curvature.operators import Operator
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import brought_back, weight_gradients
 from wherefrom.engine.layers import TrackedLayer
 from wherefrom.engine.sweep import Collector
 from wherefrom.runtime.memory import Workspace
+from wherefrom.scoring.bank import GradientBank
 
 SELF_INFLUENCE, SQUARED_NORM = "self_influence", "squared_norm"
+
+
+class PairwiseCollector(Collector):
+    """Adds up, layer by layer, the products of resident query gradients with each training gradient.
+
+    Args:
+        groups: of layers whose part is kept, by layer; empty keeps none.
+        summed: add up over training examples too.
+
+    Attributes:
+        sums: `values` [queries, examples], or [queries, 1] when summed, and `layers` [groups, queries, examples].
+    """
+
+    def __init__(
+        self,
+        bank: GradientBank,
+        examples: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        groups: Mapping[str, str] | None = None,
+        summed: bool = False,
+    ) -> None:
+        self._bank, self._groups, self._summed = bank, groups or {}, summed
+        self._numbers = {group: number for number, group in enumerate(dict.fromkeys(self._groups.values()))}
+        shape = (len(bank), 1 if summed else examples)
+        self.sums = {"values": torch.zeros(shape, dtype=dtype, device=device)}
+        if self._numbers:
+            self.sums["layers"] = torch.zeros(len(self._numbers), *shape, dtype=dtype, device=device)
+
+    def release(self) -> None:
+        self._bank.release()
+
+    def collect(self, layer: str, captured: Captured, batch: slice) -> None:
+        if self._summed:
+            batch = slice(0, 1)
+            # Gradients that hold different columns cannot be added up before the product.
+            captured = captured.as_one_example() if captured.columns is None else captured
+        products = self._bank.product(layer, captured)
+        if self._summed:
+            products = products.sum(1, keepdim=True)
+        self.sums["values"][:, batch] += products.to(self.sums["values"].device)
+        if layer in self._groups:
+            part = self.sums["layers"][self._numbers[self._groups[layer]]]
+            part[:, batch] += products.to(part.device)
 
 
 class SelfInfluenceCollector(Collector):
@@ -37,7 +81,7 @@ class SelfInfluenceCollector(Collector):
     def __init__(
         self,
         layers: Mapping[str, TrackedLayer],
-        preconditioner: Preconditioner,
+        preconditioner: Operator,
         examples: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -48,7 +92,7 @@ class SelfInfluenceCollector(Collector):
         self._workspace = Workspace()
         self.sums = {name: torch.zeros(examples, dtype=dtype, device=device) for name in (SELF_INFLUENCE, SQUARED_NORM)}
 
-    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+    def collect(self, layer: str, captured: Captured, batch: slice) -> None:
         if self._checked is not None:
             self._checked.check_gradients(layer, captured)
         sides = self._sides[layer]
@@ -59,11 +103,11 @@ class SelfInfluenceCollector(Collector):
         influence = gradients.mul_(filtered).sum((1, 2))
         conditioned = filtered if sides.roots is None else brought_back(captured, sides, filtered)
         norm = conditioned.square().sum((1, 2))
-        self._add(SELF_INFLUENCE, influence, rows)
-        self._add(SQUARED_NORM, norm, rows)
+        self._add(SELF_INFLUENCE, influence, batch)
+        self._add(SQUARED_NORM, norm, batch)
 
-    def _add(self, name: str, values: Tensor, rows: slice) -> None:
-        self.sums[name][rows] += values.to(self.sums[name].device)
+    def _add(self, name: str, values: Tensor, batch: slice) -> None:
+        self.sums[name][batch] += values.to(self.sums[name].device)
 
     def release(self) -> None:
         self._workspace.release()
@@ -76,9 +120,9 @@ class Together(Collector):
         self._collectors = collectors
         self.sums = {name: total for each in collectors for name, total in each.sums.items()}
 
-    def collect(self, layer: str, captured: Captured, rows: slice) -> None:
+    def collect(self, layer: str, captured: Captured, batch: slice) -> None:
         for each in self._collectors:
-            each.collect(layer, captured, rows)
+            each.collect(layer, captured, batch)
 
     def release(self) -> None:
         for each in self._collectors:

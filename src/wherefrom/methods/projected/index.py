@@ -1,38 +1,36 @@
 """An index on disk: the compressed gradient of every training example, made once, that answers queries in one product.
 
-Rows are raw, so that any damping is free: a query's gradient is preconditioned, not theirs. This module knows how rows
-are made and kept only as `GradientRows`; it does not know what fingerprints are made of.
+Stored gradients are raw, so that any damping is free: a query's gradient is preconditioned, not theirs. This module
+knows how they are made and stored only as `StoredGradients`; it does not know what fingerprints are made of.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wherefrom.curvature.factors import Factors, checked_strategy
-from wherefrom.engine.sweep import Sweep
-from wherefrom.methods.gradient_store import GradientRows
-from wherefrom.methods.projections import Compression, inverse_curvature, preconditioned
+from wherefrom.curvature.factors import Factors
+from wherefrom.engine.loading import Examples
+from wherefrom.methods.factored import Factored
+from wherefrom.methods.method import Context
+from wherefrom.methods.projected.gradient_store import StoredGradients
+from wherefrom.methods.projected.projections import Compression, inverse_curvature, preconditioned
 from wherefrom.runtime.errors import InputError, LossError, MismatchError
 from wherefrom.runtime.memory import within_memory
 from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
-from wherefrom.scoring.options import Options
 from wherefrom.scoring.rescoring import exact_scores
 from wherefrom.scoring.results import TopScores, extremes, merged_extremes
-from wherefrom.scoring.scoring import Scoring, measurement, training_loss
-from wherefrom.store.cache import BlockStages, Stages
-from wherefrom.store.files import within
-from wherefrom.store.fingerprint import Dataset, Fingerprint, checked_length, dataset_digest, model_digest
+from wherefrom.store.fingerprint import Dataset, Fingerprint, checked_length, model_digest
 from wherefrom.store.names import log_others, result_name
-from wherefrom.tasks.task import Batch, checked_settings
+from wherefrom.tasks.task import Batch
 
 
 @dataclass(frozen=True)
@@ -42,58 +40,59 @@ class GradientIndex(Generic[Batch]):
     It answers for the model that it was made with, and refuses one whose weights have changed since.
 
     Attributes:
-        rows: of the training examples.
-        factors: whose curvature queries are preconditioned with, and whose scores `query` approximates.
+        gradients: of the training examples.
+        method: whose scores `query` approximates; factors: with whose curvature.
     """
 
-    rows: GradientRows[Batch]
+    context: Context[Batch]
+    gradients: StoredGradients[Batch]
+    method: Factored
     factors: Factors
 
     @classmethod
     def of(
-        cls,
-        sweep: Sweep[Batch],
-        train: Dataset[object],
-        factors: Factors,
-        compression: Compression,
-        run: Path,
-        study: Fingerprint,
+        cls, context: Context[Batch], method: Factored, compression: Compression, name: str | None, overwrite: bool
     ) -> GradientIndex[Batch]:
         """The index of a run directory, made unless it is there.
-
-        Args:
-            study: what everything in the run depends on.
 
         Raises:
             WherefromError: see `wherefrom.runtime.errors`; finished shards stay valid.
         """
-        factors.check_model(study)
+        factors = method.fit(context)
+        if factors.roots:
+            raise InputError("factors are conditioned, and an index is not: fit factors without a conditioning.")
+        if method.solver is not None or method.compressed:
+            raise InputError(f"index of {method}: it compresses gradients itself. Leave all but the factors out.")
+        sweep = context.sweep
         projections = compression.projections(sweep.layers, factors)
-        fingerprint = {**study, "precision": str(sweep.precision), **compression.fingerprint(projections)}
-        name = result_name(compression.label, fingerprint, compression.name)
-        stages = Stages(within(run, "index", name), fingerprint, sweep.profile)
-        stages.ranks.first(lambda: log_others(stages.folder, fingerprint))
-        objective = training_loss(sweep.task)
-        return cls(GradientRows.kept(sweep, train, objective, compression, projections, stages), factors)
+        precision = {"precision": str(sweep.precision)}
+        fingerprint = {**context.fingerprint, **precision, **compression.fingerprint(projections)}
+        label = compression.label + "-half" * sweep.execution.half_precision
+        cache = context.cache(context.folder("index", result_name(label, fingerprint, name)), fingerprint)
+        context.ranks.first(lambda: log_others(cache.folder, fingerprint))
+        if overwrite:
+            cache.clear()
+        gradients = StoredGradients.made(sweep, context.train, compression, projections, cache)
+        return cls(context, gradients, method, factors)
 
     @property
     def fingerprint(self) -> Fingerprint:
         """What the index was made from."""
-        return self.rows.stages.fingerprint
+        return self.gradients.cache.fingerprint
 
     @property
     def path(self) -> Path:
         """Its directory, in the run directory."""
-        return self.rows.stages.folder
+        return self.gradients.cache.folder
 
     @property
     def bytes_per_example(self) -> int:
         """What an example takes on disk."""
-        return self.rows.bytes_per_example
+        return self.gradients.bytes_per_example
 
     def __len__(self) -> int:
         """How many training examples there are."""
-        return len(self.rows)
+        return len(self.gradients)
 
     def query(
         self, queries: Dataset[object], k: int = 10, *, damping: float | None = None, rerank: int = 0
@@ -105,7 +104,7 @@ class GradientIndex(Generic[Batch]):
 
         Args:
             queries: examples of the kind that the task measures.
-            damping: as in `Study.score`; above 0 with random directions.
+            damping: as in `EKFAC`; None is that of the index's method. Above 0 with random directions.
             rerank: how many of each query's highest, and as many of its lowest, are scored again with whole gradients
                 (a sweep over these training examples), and `k` of either taken from them; 0 is none.
 
@@ -118,25 +117,25 @@ class GradientIndex(Generic[Batch]):
         """
         self._check_query(queries, k, rerank)
         self._model.check()
+        method = self.method if damping is None else replace(self.method, damping=damping)
+        examples = self.context.measured(queries)
         advice = "Give fewer queries at once, or make an index of a smaller rank."
-        with within_memory("query does", self.rows.sweep.device, advice):
-            filters = self._filter(damping)
-            asked = self.rows.of("query gradients", queries, measurement(self.rows.sweep.task))
-            best = self.highest(preconditioned(asked, filters, self.rows.parts), max(k, rerank))
+        with within_memory("query does", self.gradients.sweep.device, advice):
+            filters = self._filter(method.damping)
+            projected = self.gradients.of("query gradients", examples)
+            best = self.highest(preconditioned(projected, filters, self.gradients.parts), max(k, rerank))
             if rerank:
-                best = self._exact(queries, best, damping, k)
-        both = best["values"], best["train"], best["lowest_values"], best["lowest_train"]
-        return TopScores(*both, fingerprint=self._asked(queries, damping, k, rerank))
-
-    def _asked(self, queries: Dataset[object], damping: float | None, k: int, rerank: int) -> Fingerprint:
-        """What an answer depends on."""
-        options = Options(damping=damping, top=k, half_precision=self.rows.compression.half_precision)
-        return {
-            **options.fingerprint(self.fingerprint, self.factors, str(self.rows.sweep.precision)),
-            "queries": dataset_digest(queries),
-            "measured": checked_settings(self.rows.sweep.task).get("measure", "measurement"),
+                best = self._exact(method, examples, best, k)
+        fingerprint = {
+            **self.fingerprint,
+            "method": method.name,
+            **method.settings(self.context, self.factors),
+            **self.context.asked(examples),
+            "kept": f"the {k} highest and lowest of each query",
             "re-ranked": str(rerank),
         }
+        both = best["values"], best["train"], best["lowest_values"], best["lowest_train"]
+        return TopScores(*both, fingerprint=fingerprint, queries=queries)
 
     def _check_query(self, queries: Dataset[object], k: int, rerank: int) -> None:
         checked_length("queries", queries)
@@ -144,49 +143,44 @@ class GradientIndex(Generic[Batch]):
             raise InputError(f"k={k}: expected at least 1.")
         if rerank and rerank < k:
             raise InputError(f"rerank={rerank} with k={k}: expected at least k, or 0.")
-        if self.rows.stages.ranks.count > 1:
-            raise InputError(f"query on {self.rows.stages.ranks.count} processes: expected one, which is enough.")
+        if self.context.ranks.count > 1:
+            raise InputError(f"query on {self.context.ranks.count} processes: expected one, which is enough.")
 
     @cached_property
     def _model(self) -> _Weights:
-        return _Weights(self.rows.sweep.model, self.fingerprint["model"], self.path)
+        return _Weights(self.gradients.sweep.model, self.fingerprint["model"], self.path)
 
     @cached_property
     def _filter(self) -> Callable[[float | None], dict[str, Tensor]]:
-        """The inverse curvature by damping; the latest is kept for the next query."""
+        """The inverse curvature by damping; the latest is held for the next query."""
         return lru_cache(maxsize=1)(self._checked_filter)
 
     def _checked_filter(self, damping: float | None) -> dict[str, Tensor]:
-        rows, sweep = self.rows, self.rows.sweep
-        found = inverse_curvature(self.factors, rows.projections, rows.compression.directions, damping)
+        gradients, sweep = self.gradients, self.gradients.sweep
+        found = inverse_curvature(self.factors, gradients.projections, gradients.compression.directions, damping)
         for name, inverse in found.items():
-            if not bool(inverse.any()) and rows.any(name):
+            if not bool(inverse.any()) and gradients.any(name):
                 raise LossError(
                     f"Layer {name!r}: its curvature is zero in all directions of the index, and training examples "
                     "have gradients there. Give a damping above 0, or fit with empirical=True."
                 )
         return {name: inverse.to(sweep.device, sweep.dtype) for name, inverse in found.items()}
 
-    def highest(self, asked: Tensor, k: int) -> dict[str, Tensor]:
+    def highest(self, queries: Tensor, k: int) -> dict[str, Tensor]:
         """The fields of `TopScores` for preconditioned compressed gradients [queries, numbers]."""
         best: dict[str, Tensor] = {}
-        for rows, block in self.rows.blocks():
-            part = extremes((asked @ block.T).cpu(), torch.arange(rows.start, rows.stop), k)
+        for examples, block in self.gradients.blocks():
+            part = extremes((queries @ block.T).cpu(), torch.arange(examples.start, examples.stop), k)
             best = merged_extremes([best, part], k) if best else part
         return best
 
-    def _exact(
-        self, queries: Dataset[object], best: Mapping[str, Tensor], damping: float | None, k: int
-    ) -> dict[str, Tensor]:
+    def _exact(self, method: Factored, queries: Examples[Any], best: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         """The highest and the lowest of candidates, by whole gradients."""
-        sweep, preconditioner = self.rows.sweep, self.factors.preconditioner(damping)
-        options = Options(damping=damping, half_precision=self.rows.compression.half_precision)
-        strategy = checked_strategy(self.factors.strategy)
-        scoring = Scoring(sweep, strategy, preconditioner, queries, self.rows.dataset, options)
+        scoring = method.scoring(self.context, queries, self.factors)
         both = [best[name].sort(1).values for name in ("train", "lowest_train")]
         with tempfile.TemporaryDirectory() as folder:
-            stages = Stages(Path(folder), self.fingerprint, sweep.profile)
-            scores = exact_scores(scoring, torch.cat(both, 1), BlockStages(stages, len(self)))
+            parts = self.context.cache(Path(folder), self.fingerprint)
+            scores = exact_scores(scoring, torch.cat(both, 1), parts)
         highest, lowest = (
             extremes(each, train, k) for each, train in zip(scores["values"].chunk(2, 1), both, strict=True)
         )

@@ -1,0 +1,84 @@
+"""Methods over several checkpoints of a training have these in common: which, and the sum of their scores.
+
+Each checkpoint's factors and scores are an ordinary run directory, `RUN/checkpoints/NAME`, so that what is finished is
+reused and what was interrupted goes on. This module knows checkpoint files, not how they came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wherefrom.methods.method import Context, dense
+from wherefrom.runtime.errors import InputError
+from wherefrom.scoring.results import Scores
+from wherefrom.store.cache import Unfinished
+from wherefrom.store.files import checked_name
+
+if TYPE_CHECKING:
+    from wherefrom.methods.method import Checkpoint
+    from wherefrom.store.recording import RecordedCheckpoint
+
+
+def chosen_checkpoints(context: Context[Any], given: Sequence[Checkpoint] | None) -> Sequence[Checkpoint]:
+    """Checkpoints that a method was given, or those of the study's history.
+
+    Raises:
+        InputError: there are none.
+    """
+    found = context.history if given is None else given
+    if isinstance(found, str | Path) or not found:
+        raise InputError(
+            f"checkpoints={given!r}: expected a list of at least one checkpoint, or None for the study's history, "
+            "Study(history=read_recording(folder))."
+        )
+    return found
+
+
+def named_paths(checkpoints: Sequence[Checkpoint]) -> dict[str, Path]:
+    """Where checkpoints are, by the names of their run directories."""
+    paths = [Path(each) if isinstance(each, str | Path) else each.path for each in checkpoints]
+    named = {checked_name(path.resolve().name): path for path in paths}
+    if len(named) < len(paths):
+        raise InputError(
+            f"checkpoints: {len(paths)} of them have {len(named)} names ({', '.join(named)}), by which their results "
+            "are stored. Give each a name of its own."
+        )
+    return named
+
+
+def with_record(checkpoints: Sequence[Checkpoint]) -> list[RecordedCheckpoint]:
+    """Those of which more than weights is known."""
+    return [each for each in checkpoints if not isinstance(each, str | Path)]
+
+
+def sum_settings(parts: Mapping[str, Mapping[str, str]], weights: Sequence[float]) -> dict[str, str]:
+    """What a sum of scores depends on: what all parts have in common as it is, the rest checkpoint by checkpoint.
+
+    Args:
+        parts: what the scores of each checkpoint depend on.
+    """
+    joined: dict[str, str] = {}
+    for name in sorted({name for part in parts.values() for name in part}):
+        values = {checkpoint: part.get(name, "nothing") for checkpoint, part in parts.items()}
+        alike = len(set(values.values())) == 1
+        joined[name] = next(iter(values.values())) if alike else "; ".join(f"{k}: {v}" for k, v in values.items())
+    joined["checkpoints"] = " + ".join(f"{weight!r} x {name}" for name, weight in zip(parts, weights, strict=True))
+    return joined
+
+
+def weighted_sum(parts: Sequence[Scores], weights: Sequence[float], result: Unfinished) -> dict[str, Tensor]:
+    """The sum of matrices that lie on disk and may be larger than the memory."""
+    (queries, train), itemsize = parts[0].values.shape, parts[0].values.element_size()
+
+    def some(chosen: range) -> Tensor:
+        total = torch.zeros(len(chosen), train, dtype=parts[0].values.dtype)
+        for weight, part in zip(weights, parts, strict=True):
+            total += weight * part.values[chosen.start : chosen.stop]
+        return total
+
+    return dense(result, queries, train, itemsize, some)

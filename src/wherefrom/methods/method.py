@@ -1,0 +1,249 @@
+"""What every way of scoring is: a frozen dataclass whose fields say what a result depends on.
+
+A method turns a study's `Context`, queries and what is to be kept of their scores into a stored result. To add one,
+write a subclass of `Method` in a file of its own (see CONTRIBUTING). This module knows the cache and results; it does
+not know which methods there are.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
+
+import torch
+from torch import Tensor
+
+from wherefrom.curvature.factors import Factors
+from wherefrom.engine.loading import Examples
+from wherefrom.engine.sweep import Sweep
+from wherefrom.planning.plan import Plan
+from wherefrom.runtime.distributed import Ranks
+from wherefrom.runtime.errors import InputError
+from wherefrom.scoring.keep import Keep, Kept_co, Pairs, Top
+from wherefrom.scoring.results import Result, extremes
+from wherefrom.scoring.tokens import TokenScores
+from wherefrom.store.cache import Cache, Unfinished
+from wherefrom.store.files import checked_name, within
+from wherefrom.store.fingerprint import MODEL, QUERIES, Dataset, Fingerprint
+from wherefrom.store.names import log_others, result_name
+from wherefrom.store.weights import ModelStates
+from wherefrom.tasks.task import Batch, checked_settings
+
+if TYPE_CHECKING:
+    from wherefrom.store.recording import RecordedCheckpoint
+
+    Checkpoint = str | Path | RecordedCheckpoint
+
+logger = logging.getLogger("wherefrom")
+
+# Bytes of a dense matrix that are put into its file at a time.
+_CHUNK_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Context(Generic[Batch]):
+    """What a study gives a method: where results lie, the model and its training examples, and how to compute.
+
+    Attributes:
+        path: the run directory.
+        history: checkpoints of the training, in order.
+        fingerprint: what everything in the study depends on.
+        states: enters the weights of checkpoints.
+    """
+
+    path: Path
+    sweep: Sweep[Batch]
+    train: Examples[Batch]
+    history: Sequence[Checkpoint]
+    fingerprint: Fingerprint
+    states: ModelStates
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the work."""
+        return self.sweep.ranks
+
+    def measured(self, queries: Dataset[object]) -> Examples[Batch]:
+        """Queries, of which the measurement is meant."""
+        return Examples(queries, self.sweep.task, "measurement")
+
+    def asked(self, queries: Examples[Batch]) -> dict[str, str]:
+        """What a fingerprint says of queries."""
+        return {
+            QUERIES: queries.digest,
+            "measured": checked_settings(self.sweep.task).get("measure", "measurement"),
+        }
+
+    def cache(self, folder: Path, fingerprint: Fingerprint) -> Cache:
+        """Results of a folder."""
+        return Cache(folder, fingerprint, self.sweep.profile)
+
+    def folder(self, *names: str) -> Path:
+        """A folder of the run directory."""
+        return within(self.path, *names)
+
+    def at(self, checkpoint: str, path: Path) -> Context[Batch]:
+        """The same for the weights of a checkpoint, whose results lie in `RUN/checkpoints/NAME`; enter them first."""
+        fingerprint = {**self.fingerprint, MODEL: self.states.digest(path)}
+        return replace(self, path=self.folder("checkpoints", checkpoint), fingerprint=fingerprint)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A score that a method is ready to compute.
+
+    Attributes:
+        label: what the result's name begins with.
+        settings: what it depends on, beside the study, the queries and what is kept.
+        compute: makes its tensors.
+        without: entries of the study's fingerprint that it does not depend on.
+    """
+
+    label: str
+    settings: Mapping[str, str]
+    compute: Callable[[Unfinished], Mapping[str, Tensor]]
+    without: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way of scoring; its fields are what a result depends on, and flags of `wherefrom score`.
+
+    Attributes:
+        name: what the command and results call it.
+        keeps: what can be kept of its scores.
+    """
+
+    name: ClassVar[str]
+    keeps: ClassVar[tuple[type[Keep[Any]], ...]] = (Pairs, Top)
+
+    @abstractmethod
+    def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
+        """The computation of a score: of all pairs, unless `keeps` says that it can do more."""
+
+    def check(self, keep: Keep[Any]) -> None:
+        """Refuse what this method cannot keep.
+
+        Raises:
+            InputError: names the method and what it can.
+        """
+        if not isinstance(keep, self.keeps):
+            known = ", ".join(f"{each.__name__}()" for each in self.keeps)
+            raise InputError(
+                f"keep={keep!r} with {type(self).__name__}: its scores cannot be had so; expected {known}, or another "
+                "method, such as EKFAC()."
+            )
+        if isinstance(keep, Pairs) and keep != Pairs() and not self.parts:
+            raise InputError(
+                f"keep={keep!r} with {type(self).__name__}, whose scores have no parts by layer and no norms: expected "
+                "Pairs(), or another method, such as EKFAC()."
+            )
+
+    # Whether scores are sums over layers whose parts can be kept.
+    parts: ClassVar[bool] = False
+    # Whether the highest scores are found without all of them.
+    streams: ClassVar[bool] = False
+
+    def score(
+        self,
+        context: Context[Any],
+        queries: Dataset[object],
+        keep: Keep[Kept_co],
+        name: str | None = None,
+        overwrite: bool = False,
+    ) -> Kept_co:
+        """A result of a study, loaded or computed and stored.
+
+        Raises:
+            WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
+        """
+        self.check(keep)
+        if name is not None:
+            checked_name(name)
+        examples = context.measured(queries)
+        if isinstance(keep, Top) and not self.streams:
+            job = self._highest_job(context, queries, examples, keep)
+        else:
+            job = self.job(context, examples, keep)
+        study = {key: each for key, each in context.fingerprint.items() if key not in job.without}
+        fingerprint = {**study, "method": self.name, **context.asked(examples), **job.settings, **keep.settings()}
+        called = result_name("-".join(filter(None, (job.label, keep.label))), fingerprint, name)
+        folder, item = keep.location(context.folder(keep.folder), called)
+        cache = context.cache(folder, fingerprint)
+        if overwrite:
+            keep.forget(cache, item)
+        context.ranks.first(lambda: log_others(context.folder(keep.folder, called), fingerprint))
+        tensors = cache.get_or_compute(item, job.compute)
+        result = keep.opened(folder / item, tensors, len(examples), len(context.train))
+        remark = self.remark(result)
+        if remark is not None and context.ranks.writes:
+            logger.warning(remark)
+        return replace(result, queries=queries)
+
+    def _highest_job(self, context: Context[Any], queries: Dataset[object], examples: Examples[Any], keep: Top) -> Job:
+        """The highest of scores that this method only knows how to compute together."""
+        job = self.job(context, examples, Pairs())
+
+        def compute(_: Unfinished) -> dict[str, Tensor]:
+            values = self.score(context, queries, Pairs()).values
+            return extremes(values, torch.arange(values.shape[1]), keep.k)
+
+        return replace(job, compute=compute)
+
+    def remark(self, result: Result | TokenScores) -> str | None:
+        """What has to be said whenever a result is handed out."""
+        return None
+
+    def fit(self, context: Context[Any], name: str | None = None, overwrite: bool = False) -> Factors:
+        """What is fitted before queries are known; most methods have nothing.
+
+        Raises:
+            InputError: there is nothing.
+        """
+        raise InputError(f"fit({self!r}): {type(self).__name__} has no factors to fit ahead; score with it directly.")
+
+    def plan(self, context: Context[Any], queries: Dataset[object], keep: Keep[Any]) -> Plan:
+        """What a score would cost.
+
+        Raises:
+            InputError: nobody has written that down for this method.
+        """
+        raise InputError(
+            f"plan of {type(self).__name__}: only methods with factors are planned; expected one such as EKFAC()."
+        )
+
+    def self_influence(self, context: Context[Any], name: str | None = None, overwrite: bool = False) -> Tensor:
+        """Each training example's score with itself, [train].
+
+        Raises:
+            InputError: this method has none.
+        """
+        raise InputError(
+            f"self_influence of {type(self).__name__}: expected a method whose scores are products of gradients, such "
+            "as EKFAC()."
+        )
+
+
+def dense(
+    result: Unfinished, queries: int, train: int, itemsize: int, values: Callable[[range], Tensor]
+) -> dict[str, Tensor]:
+    """Scores [queries, train] that are put into their file some queries at a time.
+
+    Args:
+        values: those of some queries, [some, train].
+    """
+    blocks, everything = result.blocks(queries, train), range(train)
+    some = max(1, _CHUNK_BYTES // (train * itemsize))
+    for start in range(0, queries, some):
+        chosen = range(start, min(start + some, queries))
+        blocks.get_or_compute(chosen, everything, partial(_values, values, chosen))
+    return {}
+
+
+def _values(values: Callable[[range], Tensor], chosen: range, _: Unfinished) -> dict[str, Tensor]:
+    return {"values": values(chosen)}

@@ -56,10 +56,15 @@ class Sweeps:
         self.model = self.work.model().to(self.device)  # type: ignore[arg-type]
         self.train, self.queries = self.work.sequences(self.work.train, 1), self.work.sequences(self.work.queries, 2)
         self.task = wf.CausalLM()
-        study = wf.Study(folder, self.model, self.task, train=self.train, progress=False)
-        self.layers, self.factors = study.layers, study.fit("ekfac", empirical=True, batch_size=self.batch)
+        study = wf.Study(folder, self.model, self.task, train=self.train, execution=wf.Execution(progress=False))
+        self.layers, self.factors = (
+            study.layers,
+            study.fit(wf.EKFAC(empirical=True), execution=replace(study.execution, train_batch_size=self.batch)),
+        )
         self.sweep: Sweep[Any] = Sweep(self.model, self.task, self.layers, progress=False)
-        self.plan = study.plan(self.queries, train_batch_size=self.batch)
+        self.plan = study.plan(
+            self.queries, wf.EKFAC(), execution=replace(study.execution, train_batch_size=self.batch)
+        )
 
     def plain(self) -> None:
         """Training steps without the optimiser."""

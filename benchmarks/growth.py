@@ -69,11 +69,11 @@ def take_turn(work: Workload, output: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         peak = PeakMemory()
         peak.start()
-        study = wf.Study(folder, model, wf.CausalLM(), train=train, progress=False)
+        study = wf.Study(folder, model, wf.CausalLM(), train=train, execution=wf.Execution(progress=False))
         with watch.stage("fit"):
-            factors = study.fit("ekfac", empirical=True)
+            factors = study.fit(wf.EKFAC(empirical=True))
         with watch.stage("score"):
-            study.score(queries, factors)
+            study.score(queries, with_factors(factors))
         watch.write(output, own_peak_bytes=peak.stop())
 
 

@@ -50,8 +50,8 @@ Study = wf.Study[dict[str, Tensor]]
 
 def recalls(study: Study, queries: Dataset[object], arguments: Arguments) -> list[dict[str, object]]:
     """The part of each query's exact top ten that an index finds, by rank, directions and type."""
-    factors = study.fit("ekfac")
-    exact = study.score(queries, factors).values
+    factors = study.fit(wf.EKFAC())
+    exact = study.score(queries, with_factors(factors)).values
     cases: list[tuple[Directions, int, Numbers]] = [
         *(("eigenvectors", rank, "bfloat16") for rank in arguments.ranks),
         *(("random", rank, "bfloat16") for rank in arguments.ranks if rank <= 32),  # a dense matrix of rank^4
@@ -61,7 +61,9 @@ def recalls(study: Study, queries: Dataset[object], arguments: Arguments) -> lis
     tokens = sum(len(example["input_ids"]) for example in study.train)  # type: ignore[misc, attr-defined]
     for directions, rank, numbers in cases:
         start = time.process_time()
-        index = study.index(factors, directions=directions, rank=rank, numbers=numbers)
+        index = study.index(
+            with_factors(factors), wf.Compression(directions=directions, rank=rank, quantization=numbers)
+        )
         built = time.process_time() - start
         plain = index.query(queries, k=len(study.train))
         scores = torch.zeros_like(plain.values).scatter_(1, plain.train, plain.values)
@@ -84,10 +86,10 @@ def recalls(study: Study, queries: Dataset[object], arguments: Arguments) -> lis
 
 def latencies(study: Study, arguments: Arguments, folder: Path) -> list[dict[str, object]]:
     """Seconds of the processor for the top ten of one query among rows of random numbers, by their count and type."""
-    factors = study.fit("ekfac")
+    factors = study.fit(wf.EKFAC())
     found: list[dict[str, object]] = []
     for numbers in TYPES:
-        real = study.index(factors, rank=arguments.latency_rank, numbers=numbers)
+        real = study.index(with_factors(factors), wf.Compression(rank=arguments.latency_rank, quantization=numbers))
         generator = torch.Generator().manual_seed(0)
         for count in arguments.rows:
             stages = replace(real.rows.stages, folder=folder / f"{numbers}-{count}")

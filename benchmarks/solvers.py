@@ -11,7 +11,7 @@ from __future__ import annotations
 import resource
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
@@ -103,13 +103,16 @@ def convergence(arguments: Arguments) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         study = wf.Study(folder, model.double(), wf.Classification(), train=[(x.double(), y) for x, y in train])
         asked = [(x.double(), y) for x, y in queries]
-        factors = {name: study.fit(name) for name in ("ekfac", "identity")}
+        factors = {name: study.fit(factored(name)) for name in ("ekfac", "identity")}
         damping = 0.1 * float(torch.cat([each.flatten() for each in factors["ekfac"].eigenvalues.values()]).mean())
 
         def scores(strategy: str, solver: Solver | None) -> Tensor:
             pairs = len(train) * len(asked)  # all in one pass
             return study.score(
-                asked, factors[strategy], solver=solver, damping=damping, train_batch_size=pairs, overwrite=True
+                asked,
+                with_factors(factors[strategy], solver=solver, damping=damping),
+                overwrite=True,
+                execution=replace(study.execution, train_batch_size=pairs),
             ).values
 
         expected = scores("ekfac", wf.ConjugateGradients(1000, 1e-7))

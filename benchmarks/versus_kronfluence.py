@@ -53,11 +53,11 @@ def ours(work: Workload, folder: Path, watch: Stopwatch, empirical: bool) -> Ten
     train, queries = work.sequences(work.train, 1), work.sequences(work.queries, 2)
     study = wf.Study(folder, model, wf.CausalLM(), train=train)
     with watch.stage("covariances and eigenbasis"):
-        study.fit("kfac", empirical=empirical)
+        study.fit(wf.KFAC(empirical=empirical))
     with watch.stage("eigenvalues"):
-        factors = study.fit("ekfac", empirical=empirical)
+        factors = study.fit(wf.EKFAC(empirical=empirical))
     with watch.stage("pairwise scores"):
-        scores = study.score(queries, factors)
+        scores = study.score(queries, with_factors(factors))
     return scores.values
 
 

@@ -14,6 +14,7 @@ from tests.reference import BruteForce
 from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.gauss_newton import DampedGaussNewton
 from wherefrom.curvature.operators import Operator
+from wherefrom.engine.loading import Examples
 
 Logits = Callable[[nn.Module, object], Tensor]
 """The rows [outputs, classes] that one example's loss is a function of."""
@@ -100,4 +101,4 @@ def system_of(
     study: wf.Study[object], case: Case, damping: float = 0.1, pairs: int = 1000, factors: Factors | None = None
 ) -> DampedGaussNewton[object]:
     preconditioner = Operator({}, {}) if factors is None else factors.preconditioner(damping)
-    return DampedGaussNewton(study._sweep, preconditioner, case.train, damping, pairs)
+    return DampedGaussNewton(study._sweep, preconditioner, Examples(case.train, case.task), damping, pairs)

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case
+from tests.runs import factored, with_factors
 from wherefrom.runtime.distributed import Ranks, join_ranks
 from wherefrom.runtime.errors import WherefromError
 from wherefrom.runtime.placement import execution_device
@@ -32,15 +34,23 @@ TRAIN, QUERIES = 11, 5
 
 def everything(case: Case, run: Path, queries: int = QUERIES) -> wf.Study[object]:
     """Every kind of result."""
-    study = wf.Study(run, case.model, case.task, train=case.train[:TRAIN], checkpoint_seconds=0)
+    study = wf.Study(run, case.model, case.task, train=case.train[:TRAIN], execution=wf.Execution(checkpoint_seconds=0))
     for strategy in ("identity", "diagonal", "kfac", "shampoo", "ekfac"):
-        factors = study.fit(strategy, batch_size=3)
-        study.score(case.queries[:queries], factors, damping=1e-3, train_batch_size=2)
-    study.score_tokens(case.queries[:queries], factors, damping=1e-3, name="tokens")
-    study.score(case.queries[:queries], factors, damping=1e-3, query_rank=2, rescore=3)
-    study.index(factors, directions="random", rank=2, numbers="float32")
-    study.score_candidates(case.queries[:queries], factors, torch.tensor([[1, 4]] * queries))
-    wf.trak_scores(study, case.queries[:queries], rank=2)
+        factors = study.fit(factored(strategy), execution=replace(study.execution, train_batch_size=3))
+        study.score(
+            case.queries[:queries],
+            with_factors(factors, damping=0.001),
+            execution=replace(study.execution, train_batch_size=2),
+        )
+    study.score(case.queries[:queries], with_factors(factors, damping=0.001), keep=wf.Tokens(), name="tokens")
+    study.score(case.queries[:queries], with_factors(factors, damping=0.001, query_rank=2, rescore=3))
+    study.index(with_factors(factors), wf.Compression(directions="random", rank=2, quantization="float32"))
+    study.score(
+        case.queries[:queries],
+        wf.TwoStage(first=torch.tensor([[1, 4]] * queries), then=with_factors(factors)),
+        keep=wf.Top(10000),
+    )
+    study.score(case.queries[:queries], wf.Trak(rank=2))
     return study
 
 
@@ -79,8 +89,8 @@ class Slow(wf.Classification):
 def slow(run: Path) -> None:
     """A job that dies where KILL=PROCESS:BATCH says."""
     case = mlp_case()
-    study = wf.Study(run, case.model, Slow(), train=case.train[:TRAIN], checkpoint_seconds=0)
-    study.score(case.queries, study.fit("ekfac", batch_size=1), train_batch_size=1, query_batch_size=2)
+    study = wf.Study(run, case.model, Slow(), train=case.train[:TRAIN], execution=wf.Execution(checkpoint_seconds=0))
+    study.score(case.queries, wf.EKFAC(), execution=replace(study.execution, train_batch_size=1, query_batch_size=2))
 
 
 class Poisoned(wf.Classification):
@@ -95,7 +105,7 @@ class Poisoned(wf.Classification):
 def poisoned(run: Path) -> None:
     """A job that cannot be done for the examples of one process."""
     case = mlp_case()
-    wf.Study(run, case.model, Poisoned(), train=case.train).fit("diagonal")
+    wf.Study(run, case.model, Poisoned(), train=case.train).fit(wf.Diagonal())
 
 
 def unlike(run: Path) -> None:
@@ -103,14 +113,14 @@ def unlike(run: Path) -> None:
     case = mlp_case()
     with torch.no_grad():
         next(case.model.parameters()).add_(Ranks.current().index)
-    wf.Study(run, case.model, case.task, train=case.train).fit("diagonal")
+    wf.Study(run, case.model, case.task, train=case.train).fit(wf.Diagonal())
 
 
 def unlike_queries(run: Path) -> None:
     """Processes with different queries."""
     case = mlp_case()
     study = wf.Study(run, case.model, case.task, train=case.train)
-    study.score(case.queries[Ranks.current().index :][:3], study.fit("identity"))
+    study.score(case.queries[Ranks.current().index :][:3], wf.Dot())
 
 
 class Full(wf.CausalLM):
@@ -130,7 +140,7 @@ def sharded_full(run: Path) -> None:
     case = gpt2_case()
     fully_shard(case.model)
     study = wf.Study(run, case.model, Full(), train=case.train[:TRAIN])
-    study.score(case.queries[:2], study.fit("identity"), train_batch_size=2)
+    study.score(case.queries[:2], wf.Dot(), execution=replace(study.execution, train_batch_size=2))
 
 
 class FullCollector(PairwiseCollector):
@@ -147,7 +157,7 @@ def full(run: Path) -> None:
     case = mlp_case()
     vars(scoring)["PairwiseCollector"] = FullCollector
     study = wf.Study(run, case.model, case.task, train=case.train[:TRAIN])
-    study.score(case.queries[:QUERIES], study.fit("identity"))
+    study.score(case.queries[:QUERIES], wf.Dot())
 
 
 def impatient(run: Path) -> None:
@@ -155,7 +165,7 @@ def impatient(run: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=1))
     case = mlp_case()
     study = wf.Study(run, case.model, Unequal(), train=case.train)
-    study.fit("diagonal", batch_size=1)
+    study.fit(wf.Diagonal(), execution=replace(study.execution, train_batch_size=1))
 
 
 class Unequal(wf.Classification):
@@ -172,7 +182,7 @@ def elsewhere(run: Path) -> None:
     if Ranks.current().index:
         add_hook_to_module(case.model, AlignDevicesHook(execution_device="cpu:0"))
     study = wf.Study(run, case.model, case.task, train=case.train)
-    plan = study.plan(case.queries, "identity")
+    plan = study.plan(case.queries, wf.Dot())
     assert plan.form.place == plan.job.device == execution_device(case.model), plan
 
 
@@ -182,7 +192,7 @@ def joined_later(run: Path) -> None:
     task = Counting()
     study = wf.Study(run, case.model, task, train=case.train)
     join_ranks()
-    study.fit("diagonal", batch_size=1)
+    study.fit(wf.Diagonal(), execution=replace(study.execution, train_batch_size=1))
     assert task.examples == len(case.train) // Ranks.current().count, task.examples
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import mlp_case
+from tests.runs import with_factors
 
 
 class Slow(wf.Classification):
@@ -29,6 +31,8 @@ def main(run: str, log: str) -> None:
     case = mlp_case(torch.float32)
     task = Slow()
     task._log = Path(log)
-    study = wf.Study(run, case.model, task, train=case.train, checkpoint_seconds=0)
-    factors = study.fit("ekfac", batch_size=2)
-    study.score(case.queries, factors, train_batch_size=2, query_batch_size=5)
+    study = wf.Study(run, case.model, task, train=case.train, execution=wf.Execution(checkpoint_seconds=0))
+    factors = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=2))
+    study.score(
+        case.queries, with_factors(factors), execution=replace(study.execution, train_batch_size=2, query_batch_size=5)
+    )

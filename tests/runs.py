@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+import wherefrom as wf
 from wherefrom.store.names import labelled
 
 
@@ -54,3 +56,14 @@ def unprivileged() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
+
+
+def factored(strategy: str, **fields: Any) -> wf.Factored:
+    """The method of a strategy of factors."""
+    kinds = (wf.EKFAC, wf.KFAC, wf.Diagonal, wf.Shampoo, wf.Dot)
+    return {kind.strategy: kind for kind in kinds}[strategy](**fields)
+
+
+def with_factors(factors: wf.Factors, **fields: Any) -> wf.Factored:
+    """The method that scores with factors which are there."""
+    return factored(factors.strategy, factors=factors, **fields)

@@ -59,7 +59,7 @@ def test_scores_are_products_of_gradients_over_adam_s_roots(tmp_path: Path, name
     case = makers[name]()
     checkpoint, optimizer = trained(case, tmp_path / "checkpoint-3")
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    scores = study.score(case.queries, study.fit("identity", conditioning=wf.adam_conditioning(checkpoint)))
+    scores = study.score(case.queries, wf.Dot(conditioning=wf.adam_conditioning(checkpoint)))
     tracked = {
         id(each) for layer in study.layers.values() for use in layer.uses for each in use.module.parameters(False)
     }
@@ -88,7 +88,7 @@ def test_the_preconditioner_is_that_of_a_real_step(tmp_path: Path) -> None:
     given = torch.cat([gradient["first.weight"], gradient["first.bias"][:, None]], 1)
     study = wf.Study(tmp_path / "run", model, case.task, train=case.train)
     conditioning = wf.adam_conditioning(replace(checkpoint, step=1, groups=(group,)))
-    factors = study.fit("identity", conditioning=conditioning)
+    factors = study.fit(wf.Dot(conditioning=conditioning))
     moved = {name: before[name] - each for name, each in model.named_parameters()}
     expected = torch.cat([moved["first.weight"], moved["first.bias"][:, None]], 1) / 0.01
     assert relative_error(factors.preconditioner().apply("first", given), expected) < 1e-9

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.models import mlp_case
+from wherefrom import Diagonal, Execution
 from wherefrom.engine.sweep import Sweep
 
 
@@ -21,7 +23,9 @@ def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(
     from wherefrom.runtime.errors import MemoryLimitError
 
     case = mlp_case()
-    expected = wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit("diagonal", batch_size=3)
+    expected = wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit(
+        Diagonal(), execution=Execution(train_batch_size=3)
+    )
     original = EigenvalueCollector.collect
     limit = 3
 
@@ -31,12 +35,14 @@ def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(
             raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(EigenvalueCollector, "collect", limited)
-    study = wf.Study(tmp_path / "two", case.model, case.task, train=case.train, checkpoint_seconds=0)
-    found = study.fit("diagonal", batch_size=12)
+    study = wf.Study(
+        tmp_path / "two", case.model, case.task, train=case.train, execution=Execution(checkpoint_seconds=0)
+    )
+    found = study.fit(Diagonal(), execution=replace(study.execution, train_batch_size=12))
     assert all(torch.equal(found.eigenvalues[name], each) for name, each in expected.eigenvalues.items())
     limit = 0
     with pytest.raises(MemoryLimitError, match="a single example does not fit"):
-        study.fit("diagonal", seed=1, name="other")
+        study.fit(Diagonal(seed=1), name="other")
 
 
 def test_batch_sizes_follow_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import wherefrom as wf
 from tests.models import TRANSFORMERS, gpt2
+from tests.runs import factored, with_factors
 from wherefrom.cli.calculator import Estimate, Hardware, Request
 from wherefrom.cli.main import main
 from wherefrom.cli.scale import sections
@@ -61,7 +62,7 @@ def test_the_plan_on_paper_is_that_of_the_real_model(
     rows: list[object] = [{"input_ids": list(range(10))}] * 14
     study = wf.Study(tmp_path, gpt2(torch.float32), wf.CausalLM(), train=rows)
     with sdpa_kernel(SDPBackend.MATH):  # without numbers there is no fused attention of a CPU
-        real = study.plan(rows[:5], strategy, query_rank=rank)
+        real = study.plan(rows[:5], factored(strategy, query_rank=rank))
     request = Request(strategy, train=14, fit_train=14, queries=5, query_rank=rank)
     paper = Estimate(measure(str(small), 10, device=CPU), request, replace(MACHINE, device=CPU))
     assert paper.plan.job.example == real.job.example
@@ -134,11 +135,19 @@ def test_the_operations_of_more_training_examples_are_those_that_run(tmp_path: P
     counted, planned = [], []
     for train in (rows, rows[:20]):
         study = wf.Study(tmp_path / str(len(train)), model, wf.Classification(), train=train)
-        factors = study.fit("identity")
+        factors = study.fit(wf.Dot())
         with FlopCounterMode(display=False) as counter:
-            study.score(rows[:10], factors, query_rank=rank, train_batch_size=20)
+            study.score(
+                rows[:10],
+                with_factors(factors, query_rank=rank),
+                execution=replace(study.execution, train_batch_size=20),
+            )
         counted.append(counter.get_total_flops())
-        planned.append(study.plan(rows[:10], "identity", query_rank=rank, train_batch_size=20).costs()[-1].flop)
+        planned.append(
+            study.plan(rows[:10], wf.Dot(query_rank=rank), execution=replace(study.execution, train_batch_size=20))
+            .costs()[-1]
+            .flop
+        )
     assert counted[0] - counted[1] == planned[0] - planned[1]
 
 

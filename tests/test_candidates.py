@@ -12,7 +12,7 @@ from torch import Tensor
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from tests.runs import labels
+from tests.runs import labels, with_factors
 from wherefrom.runtime.errors import DamagedError, InputError, MismatchError
 
 
@@ -27,8 +27,10 @@ def some_candidates(case: Case, count: int = 4) -> Tensor:
 def test_candidates_have_the_scores_of_the_whole_matrix(damping: float | None, tmp_path: Path) -> None:
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors, candidates = study.fit("ekfac"), some_candidates(case)
-    found = study.score_candidates(case.queries, factors, candidates, damping=damping)
+    factors, candidates = study.fit(wf.EKFAC()), some_candidates(case)
+    found = study.score(
+        case.queries, wf.TwoStage(first=candidates, then=with_factors(factors, damping=damping)), keep=wf.Top(10000)
+    )
     brute = BruteForce(case.model, case.task, list(study.layers), case.train, case.queries, seed=0)
     whole = brute.scores("ekfac", damping)
     assert torch.equal(found.train.sort(1).values, candidates.sort(1).values)
@@ -41,10 +43,10 @@ def test_candidates_have_the_scores_of_the_whole_matrix(damping: float | None, t
 def test_batches_and_blocks_of_queries_change_nothing_but_rounding(tmp_path: Path) -> None:
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors, candidates = study.fit("kfac"), some_candidates(case)
-    one = study.score_candidates(case.queries, factors, candidates)
+    factors, candidates = study.fit(wf.KFAC()), some_candidates(case)
+    one = study.score(case.queries, wf.TwoStage(first=candidates, then=with_factors(factors)), keep=wf.Top(10000))
     options: Any = {"train_batch_size": 3, "query_batch_size": 2, "name": "other"}
-    small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-4)
+    small = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=0.0001))
     assert small.plan(case.queries, "kfac", **options).block < len(case.queries)
     other = small.score_candidates(case.queries, factors, candidates, **options)
     assert relative_error(other.values, one.values) < 1e-12
@@ -54,10 +56,10 @@ def test_batches_and_blocks_of_queries_change_nothing_but_rounding(tmp_path: Pat
 def test_all_examples_as_candidates_are_the_top_scores(tmp_path: Path) -> None:
     case = mlp_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors, count = study.fit("ekfac"), len(case.train)
+    factors, count = study.fit(wf.EKFAC()), len(case.train)
     everything = torch.arange(count).expand(len(case.queries), count)
-    found = study.score_candidates(case.queries, factors, everything)
-    expected = study.score_top(case.queries, factors, k=count)
+    found = study.score(case.queries, wf.TwoStage(first=everything, then=with_factors(factors)), keep=wf.Top(10000))
+    expected = study.score(case.queries, with_factors(factors), keep=wf.Top(count))
     assert torch.equal(found.train, expected.train)
     assert relative_error(found.values, expected.values) < 1e-12
 
@@ -65,28 +67,35 @@ def test_all_examples_as_candidates_are_the_top_scores(tmp_path: Path) -> None:
 def test_candidates_are_kept_and_others_refused(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors, candidates = study.fit("identity"), some_candidates(case)
-    found = study.score_candidates(case.queries, factors, candidates)
+    factors, candidates = study.fit(wf.Dot()), some_candidates(case)
+    found = study.score(case.queries, wf.TwoStage(first=candidates, then=with_factors(factors)), keep=wf.Top(10000))
     swept = study.profile.text()
-    again = study.score_candidates(case.queries, factors, candidates.flip(1))
+    again = study.score(
+        case.queries, wf.TwoStage(first=candidates.flip(1), then=with_factors(factors)), keep=wf.Top(10000)
+    )
     assert "pairwise" in swept
     assert torch.equal(again.values, found.values)
     assert torch.equal(wf.TopScores.load(tmp_path / "scores" / "identity-candidates").train, found.train)
     assert labels(tmp_path / "scores") == ["identity-candidates"]
     with pytest.raises(MismatchError, match="kept: stored 4 candidates of each query"):
-        study.score_candidates(case.queries, factors, candidates[:, :3], name=found.name)
+        study.score(
+            case.queries,
+            wf.TwoStage(first=candidates[:, :3], then=with_factors(factors)),
+            keep=wf.Top(10000),
+            name=found.name,
+        )
     file = tmp_path / "scores" / found.name / "tensors.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(DamagedError, match="has changed"):
-        study.score_candidates(case.queries, factors, candidates)
+        study.score(case.queries, wf.TwoStage(first=candidates, then=with_factors(factors)), keep=wf.Top(10000))
 
 
 def test_impossible_candidates_are_refused(tmp_path: Path) -> None:
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("identity")
+    factors = study.fit(wf.Dot())
     five = len(case.queries)
     wrong: list[tuple[Any, str]] = [
         ([[1, 2], [3]], "candidates: no tensor .*; expected training positions"),
@@ -102,7 +111,11 @@ def test_impossible_candidates_are_refused(tmp_path: Path) -> None:
     ]
     for candidates, message in wrong:
         with pytest.raises(InputError, match=message):
-            study.score_candidates(case.queries, factors, candidates)
+            study.score(case.queries, wf.TwoStage(first=candidates, then=with_factors(factors)), keep=wf.Top(10000))
     with pytest.raises(InputError, match="query_rank=2: expected one of damping"):
-        study.score_candidates(case.queries, factors, torch.zeros(five, 1, dtype=torch.int64), query_rank=2)
+        study.score(
+            case.queries,
+            wf.TwoStage(first=torch.zeros(five, 1, dtype=torch.int64), then=with_factors(factors, query_rank=2)),
+            keep=wf.Top(10000),
+        )
     assert not (tmp_path / "scores").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import wherefrom as wf
 from tests.models import Mlp, gpt2, gpt2_case, mlp_case, relative_error, token_rows, widened
 from tests.reference import BruteForce
+from tests.runs import factored, with_factors
 from wherefrom.curvature.factors import bases_to_tensors
 from wherefrom.engine.layers import select_layers
 from wherefrom.runtime.errors import InputError, LayerError
@@ -38,7 +40,7 @@ def test_in_place_activations_are_harmless(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, rows = InPlaceActivation(), examples()
     study = wf.Study(tmp_path, model, wf.Classification(), train=rows)
-    found = study.score(rows, study.fit("identity")).values
+    found = study.score(rows, wf.Dot()).values
     plain = nn.Sequential(*(nn.ReLU() if isinstance(each, nn.ReLU) else each for each in model))
     wide = widened(rows)
     expected = BruteForce(plain, wf.Classification(), ["0", "2", "4"], wide, wide).scores("identity")
@@ -64,7 +66,7 @@ class OverwrittenInput(nn.Module):
 def test_an_overwritten_input_is_refused(tmp_path: Path) -> None:
     study = wf.Study(tmp_path, OverwrittenInput(), wf.Classification(), train=examples())
     with pytest.raises(LayerError, match="input of layer 'layer' was overwritten in place"):
-        study.fit("diagonal")
+        study.fit(wf.Diagonal())
 
 
 class Partly(nn.Module):
@@ -85,9 +87,9 @@ def test_unused_layers_are_named_and_unused_calls_add_nothing(tmp_path: Path) ->
     torch.manual_seed(0)
     model, rows = Partly(), examples()
     with pytest.raises(LayerError, match=r"1 tracked layer\(s\) never ran in a forward pass: idle"):
-        wf.Study(tmp_path, model, wf.Classification(), train=rows).fit("diagonal")
+        wf.Study(tmp_path, model, wf.Classification(), train=rows).fit(wf.Diagonal())
     study = wf.Study(tmp_path, model, wf.Classification(["used"]), train=rows)
-    found = study.score(rows, study.fit("identity")).values
+    found = study.score(rows, wf.Dot()).values
     wide = widened(rows)
     expected = BruteForce(model, wf.Classification(), ["used"], wide, wide).scores("identity")
     assert relative_error(found, expected) < 1e-5
@@ -112,7 +114,7 @@ def test_a_layer_without_part_in_the_loss_scores_nothing(tmp_path: Path, strateg
     scores = []
     for name, layers in (("all", None), ("used", used)):
         study = wf.Study(tmp_path / name, model, wf.Classification(layers), train=case.train)
-        scores.append(study.score(case.queries, study.fit(strategy)).values)
+        scores.append(study.score(case.queries, factored(strategy)).values)
     assert relative_error(scores[0], scores[1]) < 1e-12
 
 
@@ -132,7 +134,7 @@ def test_branches_may_begin_at_what_requires_gradients_itself(tmp_path: Path) ->
     torch.manual_seed(0)
     case, model = mlp_case(), Branches().double()
     study = wf.Study(tmp_path, model, wf.Classification(), train=case.train)
-    found = study.score(case.queries, study.fit("identity")).values
+    found = study.score(case.queries, wf.Dot()).values
     brute = BruteForce(model, wf.Classification(), ["left", "right"], case.train, case.queries)
     assert relative_error(found, brute.scores("identity")) < 1e-10
 
@@ -151,7 +153,7 @@ def test_embeddings_that_require_gradients_change_nothing(tmp_path: Path) -> Non
     scores = []
     for name in ("usual", "required"):
         study = wf.Study(tmp_path / name, model, wf.CausalLM(), train=token_rows(6))
-        scores.append(study.score(token_rows(3, seed=4), study.fit("kfac")).values)
+        scores.append(study.score(token_rows(3, seed=4), wf.KFAC()).values)
         model.enable_input_require_grads()
     assert relative_error(scores[1], scores[0]) < 1e-12
 
@@ -171,7 +173,7 @@ class Folded(nn.Module):
 def test_a_lost_batch_dimension_is_refused(tmp_path: Path) -> None:
     study = wf.Study(tmp_path, Folded(), wf.Classification(), train=examples())
     with pytest.raises(LayerError, match="saw 2 rows for 1 examples"):
-        study.fit("diagonal")
+        study.fit(wf.Diagonal())
 
 
 def test_the_head_is_left_out_unless_it_is_named() -> None:
@@ -193,7 +195,7 @@ def test_weights_get_no_gradient_and_the_graph_starts_at_the_first_layer(tmp_pat
     model.transformer.wte.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
     model.transformer.h[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
     study = wf.Study(tmp_path, model, wf.CausalLM(["transformer.h.1.mlp.*"]), train=token_rows(2))
-    study.fit("diagonal", batch_size=2)
+    study.fit(wf.Diagonal(), execution=replace(study.execution, train_batch_size=2))
     assert seen
     assert not any(seen)
 
@@ -216,12 +218,12 @@ def test_rows_for_all_examples_are_each_examples_own_or_refused(tmp_path: Path) 
     torch.manual_seed(0)
     model, rows, task = Positions(first=False).double(), widened(examples(9)), wf.Classification(["*"])
     study = wf.Study(tmp_path / "run", model, task, train=rows)
-    found = study.score(rows, study.fit("ekfac", empirical=True, batch_size=4), train_batch_size=5).values
+    found = study.score(rows, wf.EKFAC(empirical=True), execution=replace(study.execution, train_batch_size=5)).values
     expected = BruteForce(model, task, list(study.layers), rows, rows).scores("ekfac")
     assert relative_error(found, expected) < 1e-9
     refused = wf.Study(tmp_path / "refused", Positions(first=True).double(), task, train=rows)
     with pytest.raises(LayerError, match="'positions' reads one row for all 4 examples"):
-        refused.fit("diagonal", batch_size=4)
+        refused.fit(wf.Diagonal(), execution=replace(refused.execution, train_batch_size=4))
 
 
 def test_an_encoder_of_pytorch_is_tracked_without_its_attention(tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ def test_an_encoder_of_pytorch_is_tracked_without_its_attention(tmp_path: Path) 
     rows, task = widened(examples(9)), wf.Classification()
     study = wf.Study(tmp_path, model, task, train=rows)
     assert list(study.layers) == ["1", "2.linear1", "2.linear2", "4"]
-    found = study.score(rows, study.fit("ekfac", empirical=True)).values
+    found = study.score(rows, wf.EKFAC(empirical=True)).values
     expected = BruteForce(model, task, list(study.layers), rows, rows).scores("ekfac")
     assert relative_error(found, expected) < 1e-9
 
@@ -265,13 +267,13 @@ def test_layers_that_read_one_tensor_share_activations_and_are_stored_apart(tmp_
     study._sweep.probe(rows, 0, lambda model, batch, _: task.train_loss(model, batch), receive)
     assert seen["one"] is seen["two"]
     assert seen["other"] is not seen["one"]
-    factors = study.fit(strategy, empirical=True, batch_size=4)
+    factors = study.fit(factored(strategy, empirical=True), execution=replace(study.execution, train_batch_size=4))
     named = bases_to_tensors(factors.bases)
     assert torch.equal(named["one.activations"], named["two.activations"])
-    found = study.score(rows, factors, train_batch_size=2).values
+    found = study.score(rows, with_factors(factors), execution=replace(study.execution, train_batch_size=2)).values
     expected = BruteForce(model, task, list(study.layers), rows, rows).scores(strategy)
     assert relative_error(found, expected) < 1e-9
-    again = wf.Study(tmp_path, model, task, train=rows).fit(strategy, empirical=True)
+    again = wf.Study(tmp_path, model, task, train=rows).fit(factored(strategy, empirical=True))
     assert all(torch.equal(each, named[name]) for name, each in bases_to_tensors(again.bases).items())
 
 
@@ -288,7 +290,9 @@ def test_a_llama_is_scored_like_any_other(tmp_path: Path) -> None:
     nn.Module.to(model, torch.float64)
     train, queries, task = token_rows(8), token_rows(3, seed=4), wf.CausalLM()
     study = wf.Study(tmp_path, model, task, train=train)
-    found = study.score(queries, study.fit("ekfac", empirical=True, batch_size=3)).values
+    found = study.score(
+        queries, wf.EKFAC(empirical=True), execution=replace(study.execution, train_batch_size=3)
+    ).values
     expected = BruteForce(model, task, list(study.layers), train, queries).scores("ekfac")
     assert relative_error(found, expected) < 1e-8
 
@@ -322,11 +326,11 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model, rows = Checkpointed(use_reentrant).double(), widened(examples(9))
         study = wf.Study(tmp_path / str(use_reentrant), model, wf.Classification(), train=rows)
-        found.append(study.score(rows, study.fit("ekfac", batch_size=4), train_batch_size=5).values)
+        found.append(study.score(rows, wf.EKFAC(), execution=replace(study.execution, train_batch_size=5)).values)
     assert torch.equal(*found)
     plain = Checkpointed(None).double()
     plain.load_state_dict(model.state_dict())
-    scores = study.score(rows, study.fit("identity")).values
+    scores = study.score(rows, wf.Dot()).values
     expected = BruteForce(plain, wf.Classification(), ["first", "twice", "last"], rows, rows).scores("identity")
     assert relative_error(scores, expected) < 1e-10
 
@@ -334,7 +338,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 def test_reentrant_checkpointing_is_refused_by_name(tmp_path: Path) -> None:
     study = wf.Study(tmp_path, Checkpointed(True), wf.Classification(), train=examples())
     with pytest.raises(LayerError, match=r"gradients switched off: first, twice\. .* pass use_reentrant=False"):
-        study.fit("diagonal")
+        study.fit(wf.Diagonal())
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -355,7 +359,11 @@ def test_a_language_model_with_checkpointing_is_scored_alike(tmp_path: Path, tra
             runs[enabled] += 1
 
         model.transformer.h[0].mlp.c_fc.register_forward_hook(count)
-        found.append(study.score(case.queries, study.fit("ekfac", batch_size=5), query_batch_size=5).values)
+        found.append(
+            study.score(
+                case.queries, wf.EKFAC(), execution=replace(study.execution, train_batch_size=5, query_batch_size=5)
+            ).values
+        )
     assert relative_error(found[1], found[0]) < 1e-12
     assert runs[1] == (2 if training else 1) * runs[0]
 
@@ -368,7 +376,7 @@ def test_weights_in_bfloat16_are_scored_as_rounded_ones(tmp_path: Path) -> None:
     task = wf.CausalLM(["transformer.*"])
     study = wf.Study(tmp_path, model, task, train=train)
     for strategy in ("identity", "kfac"):
-        scores = study.score(queries, study.fit(strategy, empirical=True)).values
+        scores = study.score(queries, factored(strategy, empirical=True)).values
         assert scores.dtype == torch.float32
         expected = BruteForce(model, task, list(study.layers), train, queries).scores(strategy)
         assert relative_error(scores, expected) < 0.05
@@ -381,7 +389,7 @@ def test_offloaded_weights_are_scored_and_known_again(tmp_path: Path, kind: str)
 
     case = gpt2_case()
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    expected = study.score(case.queries, study.fit("ekfac")).values
+    expected = study.score(case.queries, wf.EKFAC()).values
     model = gpt2_case().model
     place = torch.device("cpu")
     if kind == "cpu":
@@ -392,12 +400,12 @@ def test_offloaded_weights_are_scored_and_known_again(tmp_path: Path, kind: str)
     assert execution_device(model) == place
     assert model_digest(model) == model_digest(case.model)
     again = wf.Study(tmp_path / "again", model, case.task, train=case.train)
-    found = again.score(case.queries, again.fit("ekfac")).values
+    found = again.score(case.queries, wf.EKFAC()).values
     assert relative_error(found, expected) < 1e-12
     assert all(each.requires_grad and each.is_meta for each in model.parameters())
     # The same model: what was fitted without offloading is used, not refused.
     same = wf.Study(tmp_path / "run", model, case.task, train=case.train)
-    assert torch.equal(same.score(case.queries, same.fit("ekfac")).values, expected)
+    assert torch.equal(same.score(case.queries, wf.EKFAC()).values, expected)
     assert list(select_layers(model, ["lm_head"])) == ["transformer.wte"]
 
 

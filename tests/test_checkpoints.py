@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import Case, gpt2, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
+from tests.runs import factored
 from wherefrom.engine.layers import select_layers
 from wherefrom.runtime.errors import InputError, LossError, MismatchError
 from wherefrom.store.recording import ParameterGroup, RecordedCheckpoint
@@ -55,11 +56,11 @@ def test_scores_are_the_weighted_sum_of_brute_force_at_each_checkpoint(tmp_path:
     paths, models = saved(case, tmp_path / "checkpoints")
     before = copy.deepcopy(case.model.state_dict())
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    scores = wf.score_checkpoints(study, paths, case.queries, strategy, WEIGHTS, seed=3)
+    scores = study.score(case.queries, wf.TracIn(checkpoints=paths, scored=factored(strategy, seed=3), weights=WEIGHTS))
     expected = expected_sum(case, models, strategy, None if strategy == "identity" else 3)
     assert relative_error(scores.values, expected) < 1e-9
     assert all(torch.equal(before[name], tensor) for name, tensor in case.model.state_dict().items())
-    assert scores.strategy == strategy
+    assert scores.method == strategy
     assert scores.fingerprint["checkpoints"] == "0.3 x one.safetensors + 0.05 x two"
     assert torch.equal(wf.Scores.load(tmp_path / "run" / "scores" / f"{strategy}-checkpoints").values, scores.values)
     parts = [wf.Scores.load(tmp_path / "run" / "checkpoints" / path.name / "scores" / strategy) for path in paths]
@@ -80,7 +81,7 @@ def test_a_transformer_with_recorded_rates(tmp_path: Path) -> None:
         for step, rate in enumerate(WEIGHTS, start=1)
     ]
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    scores = wf.score_checkpoints(study, records, case.queries)
+    scores = study.score(case.queries, wf.TracIn(checkpoints=records))
     assert relative_error(scores.values, expected_sum(case, models, "identity", None)) < 1e-9
 
 
@@ -104,16 +105,16 @@ def test_an_interrupted_sum_goes_on_and_gives_the_model_back(tmp_path: Path) -> 
     before = copy.deepcopy(case.model.state_dict())
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
     with pytest.raises(LossError):
-        wf.score_checkpoints(study, paths, case.queries, weights=WEIGHTS)
+        study.score(case.queries, wf.TracIn(checkpoints=paths, weights=WEIGHTS))
     assert all(torch.equal(before[name], tensor) for name, tensor in case.model.state_dict().items())
     Fragile._fails, Fragile._calls = False, 0
-    wf.score_checkpoints(study, paths[:1], case.queries, weights=WEIGHTS[:1], name="first")
+    study.score(case.queries, wf.TracIn(checkpoints=paths[:1], weights=WEIGHTS[:1]), name="first")
     assert Fragile._calls == 0  # it was finished before the second failed
-    scores = wf.score_checkpoints(study, paths, case.queries, weights=WEIGHTS)
+    scores = study.score(case.queries, wf.TracIn(checkpoints=paths, weights=WEIGHTS))
     assert Fragile._calls > 0
     assert relative_error(scores.values, expected_sum(plain, models, "identity", None)) < 1e-9
     Fragile._calls = 0
-    again = wf.score_checkpoints(study, paths, case.queries, weights=WEIGHTS)
+    again = study.score(case.queries, wf.TracIn(checkpoints=paths, weights=WEIGHTS))
     assert Fragile._calls == 0
     assert torch.equal(again.values, scores.values)
 
@@ -122,15 +123,15 @@ def test_other_weights_and_other_checkpoints_are_refused(tmp_path: Path) -> None
     case = mlp_case()
     paths, _ = saved(case, tmp_path / "checkpoints")
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    first = wf.score_checkpoints(study, paths, case.queries, name="mine")
+    first = study.score(case.queries, wf.TracIn(checkpoints=paths), name="mine")
     with pytest.raises(MismatchError, match=r"stored 1.0 x one.safetensors \+ 1.0 x two, now 2.0 x"):
-        wf.score_checkpoints(study, paths, case.queries, weights=[2, 2], name="mine")
-    twice = wf.score_checkpoints(study, paths, case.queries, weights=[2, 2])
+        study.score(case.queries, wf.TracIn(checkpoints=paths, weights=[2, 2]), name="mine")
+    twice = study.score(case.queries, wf.TracIn(checkpoints=paths, weights=[2, 2]))
     assert relative_error(twice.values, 2 * first.values) < 1e-12
     save_file(moved(case.model, 5).state_dict(), paths[0])
     with pytest.raises(MismatchError, match="models: stored"):
-        wf.score_checkpoints(study, paths, case.queries, name="mine")
-    changed = wf.score_checkpoints(study, paths, case.queries, name="mine", overwrite=True)
+        study.score(case.queries, wf.TracIn(checkpoints=paths), name="mine")
+    changed = study.score(case.queries, wf.TracIn(checkpoints=paths), name="mine", overwrite=True)
     assert relative_error(changed.values, first.values) > 1e-3
 
 
@@ -139,16 +140,16 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     paths, _ = saved(case, tmp_path / "checkpoints")
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
     with pytest.raises(InputError, match="weights: 1 for 2 checkpoints"):
-        wf.score_checkpoints(study, paths, case.queries, weights=[1])
+        study.score(case.queries, wf.TracIn(checkpoints=paths, weights=[1]))
     with pytest.raises(InputError, match="2 of them have 1 names"):
-        wf.score_checkpoints(study, [paths[0], paths[0]], case.queries)
+        study.score(case.queries, wf.TracIn(checkpoints=[paths[0], paths[0]]))
     with pytest.raises(InputError, match="expected a list"):
-        wf.score_checkpoints(study, str(paths[0]), case.queries)
+        study.score(case.queries, wf.TracIn(checkpoints=str(paths[0])))
     with pytest.raises(InputError, match="no weights there"):
-        wf.score_checkpoints(study, [tmp_path / "nowhere"], case.queries)
+        study.score(case.queries, wf.TracIn(checkpoints=[tmp_path / "nowhere"]))
     groups = (ParameterGroup(0.1), ParameterGroup(0.2))
     with pytest.raises(InputError, match=r"learning rates \[0.1, 0.2\]"):
-        wf.score_checkpoints(study, [RecordedCheckpoint(paths[0], 1, 0.0, 1, "SGD", groups)], case.queries)
+        study.score(case.queries, wf.TracIn(checkpoints=[RecordedCheckpoint(paths[0], 1, 0.0, 1, "SGD", groups)]))
 
 
 def test_weights_of_another_model_are_refused_and_nothing_is_executed(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_adapters_of_the_study_s_model(tmp_path: Path) -> None:
     case.model, case.task = adapted(3), wf.CausalLM(["*.lora_*"])
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
     paths = [tmp_path / "checkpoint-0", tmp_path / "checkpoint-1"]
-    scores = wf.score_checkpoints(study, paths, case.queries, weights=WEIGHTS)
+    scores = study.score(case.queries, wf.TracIn(checkpoints=paths, weights=WEIGHTS))
     assert relative_error(scores.values, expected_sum(case, models, "identity", None)) < 1e-9
     with pytest.raises(InputError, match="holds an adapter, and the study's model has none"):
         load_weights(gpt2(), paths[0])

@@ -24,9 +24,11 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 def test_scores_are_those_without(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     plain = wf.Study(tmp_path / "plain", case.model, case.task, train=case.train)
-    quick = wf.Study(tmp_path / "quick", case.model, case.task, train=case.train, compile_activations=True)
-    expected = plain.score(case.queries, plain.fit("ekfac")).values
-    found = quick.score(case.queries, quick.fit("ekfac", batch_size=5)).values
+    quick = wf.Study(
+        tmp_path / "quick", case.model, case.task, train=case.train, execution=wf.Execution(compile_activations=True)
+    )
+    expected = plain.score(case.queries, wf.EKFAC()).values
+    found = quick.score(case.queries, wf.EKFAC(), execution=replace(quick.execution, train_batch_size=5)).values
     assert relative_error(found, expected) < 1e-4
 
 

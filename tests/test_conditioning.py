@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from tests.runs import labels
+from tests.runs import factored, labels, with_factors
 from tests.test_layers import CASES
 from wherefrom.engine.layers import select_layers
 from wherefrom.runtime.errors import InputError, MismatchError
@@ -42,11 +43,16 @@ def test_scores_equal_brute_force(tmp_path: Path, name: str, strategy: str) -> N
     case = MAKERS[name]()
     conditioning = numbers(case.model)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(strategy, seed=SEED, conditioning=conditioning, batch_size=5)
+    factors = study.fit(
+        factored(strategy, seed=SEED, conditioning=conditioning), execution=replace(study.execution, train_batch_size=5)
+    )
     expected = brute_force(case, conditioning)
     for damping in (None, 0.01):
         scores = study.score(
-            case.queries, factors, damping=damping, query_batch_size=2, train_batch_size=4, name=f"damping-{damping}"
+            case.queries,
+            with_factors(factors, damping=damping),
+            name=f"damping-{damping}",
+            execution=replace(study.execution, query_batch_size=2, train_batch_size=4),
         )
         assert relative_error(scores.values, expected.scores(strategy, damping)) < 1e-8
 
@@ -56,16 +62,16 @@ def test_every_kind_of_score_says_the_same(tmp_path: Path, strategy: str) -> Non
     """Low rank that is no lower than the gradients', tokens' parts, self-influence and norms, from the same factors."""
     case = gpt2_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(strategy, seed=SEED, conditioning=numbers(case.model))
-    scores = study.score(case.queries, factors)
+    factors = study.fit(factored(strategy, seed=SEED, conditioning=numbers(case.model)))
+    scores = study.score(case.queries, with_factors(factors))
     assert labels(tmp_path / "scores") == [f"{strategy}-conditioned"]
-    low = study.score(case.queries, factors, query_rank=4, rescore=len(case.train))
+    low = study.score(case.queries, with_factors(factors, query_rank=4, rescore=len(case.train)))
     assert relative_error(low.values, scores.values) < 1e-9
-    tokens = study.score_tokens(case.queries, factors)
+    tokens = study.score(case.queries, with_factors(factors), keep=wf.Tokens())
     sums = torch.tensor([[float(tokens[query, row].sum()) for row in range(14)] for query in range(5)])
     assert relative_error(sums, scores.values) < 1e-5
-    among = study.score(case.train, factors, name="train")
-    assert relative_error(study.self_influence(factors), among.values.diagonal()) < 1e-9
+    among = study.score(case.train, with_factors(factors), name="train")
+    assert relative_error(study.self_influence(with_factors(factors)), among.values.diagonal()) < 1e-9
 
 
 def test_norms_are_of_preconditioned_gradients_in_the_weights_own_coordinates(tmp_path: Path) -> None:
@@ -73,7 +79,7 @@ def test_norms_are_of_preconditioned_gradients_in_the_weights_own_coordinates(tm
     conditioning = numbers(case.model)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     scores = study.score(
-        case.queries, study.fit("shampoo", seed=SEED, conditioning=conditioning), damping=0.1, self_influence=True
+        case.queries, wf.Shampoo(seed=SEED, conditioning=conditioning, damping=0.1), keep=wf.Pairs(self_influence=True)
     )
     brute, total = brute_force(case, conditioning), torch.zeros(len(case.train), dtype=torch.float64)
     for layer in brute.layers:
@@ -91,10 +97,12 @@ def test_one_number_for_all_weights_is_a_scale_of_damping(tmp_path: Path) -> Non
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     constant = {name: torch.full_like(each, 5.0) for name, each in case.model.named_parameters()}
-    plain, conditioned = study.fit("shampoo"), study.fit("shampoo", conditioning=constant)
+    plain, conditioned = study.fit(wf.Shampoo()), study.fit(wf.Shampoo(conditioning=constant))
     for damping, other in ((None, None), (0.1, 0.5)):
-        found = study.score(case.queries, conditioned, damping=other, name=f"conditioned-{damping}").values
-        expected = study.score(case.queries, plain, damping=damping, name=f"plain-{damping}").values
+        found = study.score(
+            case.queries, with_factors(conditioned, damping=other), name=f"conditioned-{damping}"
+        ).values
+        expected = study.score(case.queries, with_factors(plain, damping=damping), name=f"plain-{damping}").values
         assert relative_error(found, expected) < 1e-9
 
 
@@ -102,19 +110,19 @@ def test_a_fit_is_reused_and_another_conditioning_refused(tmp_path: Path) -> Non
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     conditioning = numbers(case.model)
-    plain, first = study.fit("shampoo"), study.fit("shampoo", conditioning=conditioning, name="mine")
+    plain, first = study.fit(wf.Shampoo()), study.fit(wf.Shampoo(conditioning=conditioning), name="mine")
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
-    again = study.fit("shampoo", conditioning=conditioning, name="mine")
+    again = study.fit(wf.Shampoo(conditioning=conditioning), name="mine")
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")} == files
-    values = study.score(case.queries, first).values
-    assert torch.equal(study.score(case.queries, again, name="again").values, values)
+    values = study.score(case.queries, with_factors(first)).values
+    assert torch.equal(study.score(case.queries, with_factors(again), name="again").values, values)
     with pytest.raises(MismatchError, match="conditioning: stored"):
-        study.fit("shampoo", conditioning=numbers(case.model, seed=1), name="mine")
+        study.fit(wf.Shampoo(conditioning=numbers(case.model, seed=1)), name="mine")
     with pytest.raises(MismatchError, match="conditioning: stored"):
-        study.score(case.queries, plain, name="again")
-    other = study.fit("shampoo", conditioning=numbers(case.model, seed=1))
-    assert relative_error(study.score(case.queries, other).values, values) > 1e-3
-    assert torch.equal(study.score(case.queries, first).values, values)
+        study.score(case.queries, with_factors(plain), name="again")
+    other = study.fit(wf.Shampoo(conditioning=numbers(case.model, seed=1)))
+    assert relative_error(study.score(case.queries, with_factors(other)).values, values) > 1e-3
+    assert torch.equal(study.score(case.queries, with_factors(first)).values, values)
 
 
 def test_what_cannot_be_conditioned_is_named(tmp_path: Path) -> None:
@@ -124,18 +132,18 @@ def test_what_cannot_be_conditioned_is_named(tmp_path: Path) -> None:
     conditioning = numbers(case.model)
     for strategy in ("kfac", "ekfac"):
         with pytest.raises(InputError, match=f"strategy='{strategy}' with a conditioning"):
-            study.fit(strategy, conditioning=conditioning)
+            study.fit(factored(strategy, conditioning=conditioning))
     lacking = {name: each for name, each in conditioning.items() if name != "first.bias"}
     with pytest.raises(InputError, match=r"has nothing for first.bias \[5\], which layer 'first' uses"):
-        study.fit("shampoo", conditioning=lacking)
+        study.fit(wf.Shampoo(conditioning=lacking))
     with pytest.raises(InputError, match=r"has nothing for first.bias \[5\]"):
-        study.fit("shampoo", conditioning={**conditioning, "first.bias": torch.ones(4)})
+        study.fit(wf.Shampoo(conditioning={**conditioning, "first.bias": torch.ones(4)}))
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(InputError, match="numbers of first.bias"):
-            study.fit("shampoo", conditioning={**conditioning, "first.bias": torch.full((5,), bad)})
+            study.fit(wf.Shampoo(conditioning={**conditioning, "first.bias": torch.full((5,), bad)}))
     assert not (run / "factors").exists()
-    factors = study.fit("shampoo", conditioning=conditioning)
+    factors = study.fit(wf.Shampoo(conditioning=conditioning))
     with pytest.raises(InputError, match="with conditioned factors"):
-        study.score(case.queries, factors, solver=wf.ConjugateGradients())
+        study.score(case.queries, with_factors(factors, solver=wf.ConjugateGradients()))
     with pytest.raises(InputError, match="an index is not"):
-        study.index(factors)
+        study.index(with_factors(factors))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error, widened
 from tests.reference import BruteForce
-from tests.runs import only
+from tests.runs import factored, only, with_factors
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.layers import select_layers
 
@@ -42,8 +43,14 @@ def test_scores_equal_brute_force(
 ) -> None:
     case = make(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(strategy, empirical=empirical, seed=SEED, batch_size=5)
-    scores = study.score(case.queries, factors, damping=damping, train_batch_size=4, query_batch_size=3)
+    factors = study.fit(
+        factored(strategy, empirical=empirical, seed=SEED), execution=replace(study.execution, train_batch_size=5)
+    )
+    scores = study.score(
+        case.queries,
+        with_factors(factors, damping=damping),
+        execution=replace(study.execution, train_batch_size=4, query_batch_size=3),
+    )
     expected = brute_force(make, torch.float64, None if empirical else SEED).scores(strategy, damping)
     assert scores.values.dtype == torch.float64
     assert relative_error(scores.values, expected) < 1e-8
@@ -54,7 +61,7 @@ def test_scores_equal_brute_force(
 def test_float32_scores_are_close_to_brute_force(tmp_path: Path, make: CaseMaker, strategy: str) -> None:
     case = make(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    scores = study.score(case.queries, study.fit(strategy, seed=SEED))
+    scores = study.score(case.queries, factored(strategy, seed=SEED))
     assert scores.values.dtype == torch.float32
     assert relative_error(scores.values, brute_force(make, torch.float32, SEED).scores(strategy)) < 1e-4
 
@@ -90,7 +97,7 @@ def test_kfac_is_the_hessian_where_it_should_be(
     model, task, examples = make()
     # One wrapper, so that the layer has a name.
     study = wf.Study(tmp_path, nn.Sequential(model), task, train=examples)
-    factors = study.fit(strategy, empirical=True)
+    factors = study.fit(factored(strategy, empirical=True))
     hessian = _hessian(model, task, examples)  # of the mean loss, [out * in, out * in]
     added = 0.1 * float(hessian.diagonal().mean()) if damping is None else damping
     gradients = torch.randn(7, *study.layers["0"].shape, dtype=torch.float64)
@@ -120,11 +127,11 @@ def test_damping_is_applied_after_the_fit(tmp_path: Path) -> None:
     """Raw factors are stored once; a zero eigenvalue without damping is a direction that is left out."""
     model, task, examples = exact_classification()
     study = wf.Study(tmp_path, nn.Sequential(model), task, train=examples)
-    factors = study.fit("kfac", empirical=True)
+    factors = study.fit(wf.KFAC(empirical=True))
     # Softmax gradients sum to zero over classes: one third of the eigenvalues is exactly or nearly zero.
     pseudo_inverse = torch.linalg.pinv(_hessian(model, task, examples), rtol=1e-10)
-    gradients = study.score(examples, study.fit("identity"), name="raw").values
-    scores = study.score(examples, factors, damping=1e-13).values
+    gradients = study.score(examples, wf.Dot(), name="raw").values
+    scores = study.score(examples, with_factors(factors, damping=1e-13)).values
     brute = BruteForce(nn.Sequential(model), task, ["0"], examples, [])
     flat = torch.stack([each["0"].flatten() for each in brute.train])
     assert relative_error(gradients, flat @ flat.T) < 1e-12
@@ -136,7 +143,7 @@ def test_impossible_damping_is_refused(tmp_path: Path, damping: float) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     with pytest.raises(wf.WherefromError, match="damping="):
-        study.score(case.queries, study.fit("diagonal"), damping=damping)
+        study.score(case.queries, wf.Diagonal(damping=damping))
 
 
 def test_unknown_strategy_is_refused(tmp_path: Path) -> None:
@@ -150,13 +157,13 @@ def test_strategies_lie_beside_each_other(tmp_path: Path) -> None:
     """Two bases in one folder: neither is taken for the other, and beginning one anew leaves the other."""
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    expected = {strategy: study.score(case.queries, study.fit(strategy)).values for strategy in ("ekfac", "shampoo")}
+    expected = {strategy: study.score(case.queries, factored(strategy)).values for strategy in ("ekfac", "shampoo")}
     folder = only(tmp_path / "factors", "sampled")
     assert relative_error(expected["shampoo"], expected["ekfac"]) > 1e-3
     shared = {"covariance", "eigenbasis", "eigenvalues"}
     assert {path.name for path in folder.iterdir()} == shared | {f"gradient-{name}" for name in shared}
     before = {name: (folder / name / "tensors.safetensors").stat().st_mtime_ns for name in shared}
-    study.fit("shampoo", overwrite=True)
+    study.fit(wf.Shampoo(), overwrite=True)
     assert before == {name: (folder / name / "tensors.safetensors").stat().st_mtime_ns for name in shared}
     for strategy, values in expected.items():
-        assert torch.equal(study.score(case.queries, study.fit(strategy), name=f"{strategy}-again").values, values)
+        assert torch.equal(study.score(case.queries, factored(strategy), name=f"{strategy}-again").values, values)

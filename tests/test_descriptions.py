@@ -140,11 +140,11 @@ def test_classes_that_do_something_else_are_told_apart(tmp_path: Path) -> None:
     assert described_class(wf.CausalLM) == "wherefrom.tasks.language.CausalLM"  # a library's, whose version counts
     case = mlp_case()
     studies = [wf.Study(tmp_path, case.model, task_of(scale), train=case.train) for scale in (1.0, 3.0)]
-    once, thrice = (study.score(case.queries, study.fit("identity")).values for study in studies)
+    once, thrice = (study.score(case.queries, wf.Dot()).values for study in studies)
     assert relative_error(thrice, 9 * once) < 1e-10  # and not the other task's scores
-    studies[0].score(case.queries, studies[0].fit("identity"), name="pinned")
+    studies[0].score(case.queries, wf.Dot(), name="pinned")
     with pytest.raises(MismatchError, match="task: stored"):
-        studies[1].score(case.queries, studies[1].fit("identity"), name="pinned")
+        studies[1].score(case.queries, wf.Dot(), name="pinned")
 
 
 def test_two_counts_are_two_results(tmp_path: Path) -> None:

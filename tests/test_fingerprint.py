@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import gpt2_case
+from tests.runs import with_factors
 from wherefrom.store import fingerprint
 from wherefrom.store.fingerprint import model_digest, tensors_digest
 
@@ -96,8 +97,8 @@ def test_every_call_reads_each_weight_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(fingerprint, "_bytes", counted)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     for _ in range(2):  # computed, and loaded
-        factors = study.fit("ekfac")
-        study.score(case.queries, factors)
+        factors = study.fit(wf.EKFAC())
+        study.score(case.queries, with_factors(factors))
     assert read == [4 * expected]
-    study.score_tokens(case.queries, factors, top=2)
+    study.score(case.queries, with_factors(factors), keep=wf.Tokens(2))
     assert read == [5 * expected]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_scores_do_not_depend_on_the_batch(
     for size in (1, 7):
         folder = tmp_path_factory.mktemp("run")
         study = wf.Study(folder, model, wf.CausalLM(), train=token_rows(14))
-        factors = study.fit("ekfac", batch_size=size, half_precision=half)
+        factors = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=size, half_precision=half))
         options = {"half_precision": half, "train_batch_size": size, "query_batch_size": size}
         found.append(study.score(token_rows(5, seed=4), factors, **options).values)  # type: ignore[arg-type]
     assert relative_error(*found) < tolerance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import gpt2_case, mlp_case, relative_error
-from tests.runs import labels
+from tests.runs import factored, labels
 from wherefrom.curvature.operators import Basis, Operator
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
@@ -89,8 +90,8 @@ def test_scores_in_half_precision_keep_their_order(
     monkeypatch.setattr("wherefrom.runtime.precision.native_bfloat16", lambda device: native)
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    full = study.score(case.queries, study.fit(strategy)).values
-    half = study.score(case.queries, study.fit(strategy, half_precision=True), half_precision=True).values
+    full = study.score(case.queries, factored(strategy)).values
+    half = study.score(case.queries, factored(strategy), execution=replace(study.execution, half_precision=True)).values
     assert half.dtype == torch.float32
     assert 0 < relative_error(half, full) < 0.1
     assert all(spearmanr(a, b).statistic > 0.95 for a, b in zip(full, half, strict=True))
@@ -158,15 +159,15 @@ def test_query_gradients_are_rotated_back_with_little_more_than_their_own_roundi
 def test_factors_in_half_precision_are_float32_and_say_so(tmp_path: Path) -> None:
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    full = study.fit("ekfac", name="mine")
-    half = study.fit("ekfac", half_precision=True)
+    full = study.fit(wf.EKFAC(), name="mine")
+    half = study.fit(wf.EKFAC(), execution=replace(study.execution, half_precision=True))
     assert full.fingerprint["precision"] == "full"
     assert half.fingerprint["precision"].startswith("half: bfloat16 products")
     for name, values in half.eigenvalues.items():
         assert values.dtype == torch.float32
         assert 0 < relative_error(values.sum(), full.eigenvalues[name].sum()) < 0.05
     with pytest.raises(wf.WherefromError, match="precision: stored full, now half"):
-        study.fit("ekfac", half_precision=True, name="mine")
+        study.fit(wf.EKFAC(), name="mine", execution=replace(study.execution, half_precision=True))
 
 
 @BOTH
@@ -180,7 +181,7 @@ def test_drawn_targets_keep_their_variance_around_a_large_mean(
     nn.init.constant_(model[0].bias, 3000.0)  # type: ignore[arg-type]
     rows = [(torch.randn(3), torch.zeros(1)) for _ in range(200)]
     study = wf.Study(tmp_path, model, wf.Regression(), train=rows)
-    eigenvalues = study.fit("diagonal", half_precision=True).eigenvalues["0"]
+    eigenvalues = study.fit(wf.Diagonal(), execution=replace(study.execution, half_precision=True)).eigenvalues["0"]
     assert 0.7 < float(eigenvalues[0, -1]) < 1.3  # of the bias: the variance of the noise
 
 
@@ -188,7 +189,7 @@ def test_half_precision_of_a_float64_model_is_refused(tmp_path: Path) -> None:
     case = mlp_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     with pytest.raises(wf.WherefromError, match="half_precision=True with a float64 model"):
-        study.fit("ekfac", half_precision=True)
+        study.fit(wf.EKFAC(), execution=replace(study.execution, half_precision=True))
     with pytest.raises(wf.WherefromError, match="half_precision=True on cuda, which does not multiply bfloat16"):
         HalfPrecision(torch.device("cuda"), native=False)
 

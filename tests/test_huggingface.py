@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import wherefrom as wf
 from tests.models import relative_error
+from tests.runs import with_factors
 from tests.test_language import configured
 from wherefrom.hf.preparation import Preparation
 from wherefrom.runtime.errors import InputError
@@ -65,13 +66,13 @@ def test_three_lines_give_the_scores_of_a_study_by_hand(tmp_path: Path) -> None:
     folder = saved_gpt2(tmp_path / "checkpoint-5")
     study = wf.study_from_pretrained(folder, TEXTS)
     factors = study.fit()
-    scores = study.score(study.prepare(["a b d", "c c"]), factors)
+    scores = study.score(study.prepare(["a b d", "c c"]), with_factors(factors))
 
     def rows(texts: list[str]) -> list[object]:
         return [{"input_ids": ids(text + " <end>")} for text in texts]
 
     hand = wf.Study(tmp_path / "hand", gpt2(), wf.CausalLM(), train=rows(TEXTS))
-    expected = hand.score(rows(["a b d", "c c"]), hand.fit())
+    expected = hand.score(rows(["a b d", "c c"]), wf.EKFAC())
     assert relative_error(scores.values, expected.values) < 1e-6
     assert study.path == folder / "wherefrom"
     assert study.prepare(TEXTS)[0]["text"] == "a b c d"  # type: ignore[index]
@@ -96,7 +97,7 @@ def test_datasets_of_every_kind_give_the_same_scores(tmp_path: Path, kind: str) 
         data = [{"input_ids": ids(text + " <end>")} for text in TEXTS]
     study = wf.study_from_pretrained(folder, data, run=tmp_path / "run")
     assert [row["input_ids"] for row in study.train] == [ids(text + " <end>") for text in TEXTS]  # type: ignore[attr-defined]
-    assert study.score(study.prepare(["a b"]), study.fit("identity")).values.shape == (1, 5)
+    assert study.score(study.prepare(["a b"]), wf.Dot()).values.shape == (1, 5)
 
 
 def prepared(rows: list[Any], template: str | None = None, **options: Any) -> list[dict[str, Any]]:
@@ -196,7 +197,7 @@ def saved_other(folder: Path, kind: str) -> None:
 def test_the_architecture_chooses_the_task(tmp_path: Path, kind: str, rows: list[dict[str, Any]]) -> None:
     saved_other(tmp_path, kind)
     study = wf.study_from_pretrained(tmp_path, rows)
-    scores = study.score(study.prepare(rows[:2]), study.fit("diagonal"))
+    scores = study.score(study.prepare(rows[:2]), wf.Diagonal())
     assert scores.values.shape == (2, 5)
     assert f"wherefrom.tasks.language.{kind}" in scores.fingerprint["task"]
     assert float(scores.values[0, 0]) > 0  # an example makes itself more likely
@@ -215,10 +216,10 @@ def test_adapters_are_put_on_their_model(tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "checkpoint-3")
     study = wf.study_from_pretrained(tmp_path / "checkpoint-3", TEXTS)
     assert [name.rsplit(".", 2)[1] for name in study.layers] == ["lora_A", "lora_B"]
-    scores = study.score(study.prepare(["a b"]), study.fit("ekfac"))
+    scores = study.score(study.prepare(["a b"]), wf.EKFAC())
     rows: list[object] = [{"input_ids": ids(text + " <end>")} for text in [*TEXTS, "a b"]]
     hand = wf.Study(tmp_path / "hand", adapted.eval(), wf.CausalLM(["*lora_*"]), train=rows[:5])
-    expected = hand.score(rows[5:], hand.fit("ekfac"))
+    expected = hand.score(rows[5:], wf.EKFAC())
     assert relative_error(scores.values, expected.values) < 1e-5
     chosen = wf.study_from_pretrained(
         tmp_path / "checkpoint-3", TEXTS, task=wf.CausalLM(["*.lora_A.*"], measure="margin"), run=tmp_path / "other"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 import wherefrom as wf
 from tests.models import CaseMaker, Interrupted, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from tests.runs import results
+from tests.runs import factored, results, with_factors
 from wherefrom.methods.projected.index import GradientIndex
 from wherefrom.methods.projected.projections import packed, unpacked
 from wherefrom.runtime.errors import DamagedError, InputError, MismatchError, StorageError
@@ -42,8 +43,8 @@ def shard_files(index: GradientIndex[Any]) -> list[Path]:
 def test_rows_are_projected_gradients(make_case: CaseMaker, directions: str, tmp_path: Path) -> None:
     case = make_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    index = study.index(factors, directions=directions, rank=3, numbers="float32")  # type: ignore[arg-type]
+    factors = study.fit(wf.EKFAC())
+    index = study.index(with_factors(factors), wf.Compression(directions=directions, rank=3, quantization="float32"))  # type: ignore[arg-type]
     brute = BruteForce(case.model, case.task, list(study.layers), case.train, [])
     expected = torch.stack(
         [
@@ -82,10 +83,12 @@ def test_at_full_rank_scores_are_those_of_whole_gradients(
 ) -> None:
     case = make_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(strategy)
-    index = study.index(factors, directions=directions, rank=WHOLE, numbers="float32")  # type: ignore[arg-type]
+    factors = study.fit(factored(strategy))
+    index = study.index(
+        with_factors(factors), wf.Compression(directions=directions, rank=WHOLE, quantization="float32")
+    )  # type: ignore[arg-type]
     found = index.query(case.queries, k=len(case.train), damping=damping)
-    expected = study.score(case.queries, factors, damping=damping).values
+    expected = study.score(case.queries, with_factors(factors, damping=damping)).values
     assert relative_error(all_scores(found), expected) < 1e-9
     assert torch.equal(found.lowest_train, found.train.flip(1))
 
@@ -93,11 +96,16 @@ def test_at_full_rank_scores_are_those_of_whole_gradients(
 def test_batches_and_shards_change_nothing_but_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    whole = study.index(factors, rank=2, numbers="float32")
+    factors = study.fit(wf.EKFAC())
+    whole = study.index(with_factors(factors), wf.Compression(rank=2, quantization="float32"))
     monkeypatch.setattr("wherefrom.methods.projected.gradient_store._SHARD_BYTES", 5 * whole.rows.size * 8)
     monkeypatch.setattr("wherefrom.methods.projected.gradient_store._BLOCK_BYTES", 2 * whole.rows.size * 8)
-    parts = study.index(factors, rank=2, numbers="float32", batch_size=3, name="parts")
+    parts = study.index(
+        with_factors(factors),
+        wf.Compression(rank=2, quantization="float32"),
+        name="parts",
+        execution=replace(study.execution, train_batch_size=3),
+    )
     assert len(shard_files(parts)) == 3
     assert relative_error(stored_rows(parts), stored_rows(whole)) < 1e-12
     one, other = (index.query(case.queries, k=4) for index in (whole, parts))
@@ -113,11 +121,14 @@ def test_an_interrupted_build_goes_on_to_the_same_bits(
     case = gpt2_case(torch.float32)
     task = Interrupted(["transformer.h.*"])
     options: Any = {"rank": 3, "numbers": numbers, "batch_size": 2}
-    monkeypatch.setattr("wherefrom.methods.projected.gradient_store._SHARD_BYTES", 6 * 8 * 9 * 4)  # six examples of eight layers
+    monkeypatch.setattr(
+        "wherefrom.methods.projected.gradient_store._SHARD_BYTES", 6 * 8 * 9 * 4
+    )  # six examples of eight layers
     studies = [
-        wf.Study(tmp_path / name, case.model, task, train=case.train, checkpoint_seconds=0) for name in ("one", "other")
+        wf.Study(tmp_path / name, case.model, task, train=case.train, execution=wf.Execution(checkpoint_seconds=0))
+        for name in ("one", "other")
     ]
-    factors = studies[0].fit("ekfac")
+    factors = studies[0].fit(wf.EKFAC())
     expected = studies[0].index(factors, **options)
     for allowed in (1, 2, 3):  # stops in the first shard, then in the second, then at its end
         task._left = allowed
@@ -135,7 +146,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bits(
 def test_what_was_made_from_something_else_is_refused(tmp_path: Path) -> None:
     case, other = gpt2_case(torch.float32), gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
+    factors = study.fit(wf.EKFAC())
     options: Any = {"directions": "eigenvectors", "name": "mine"}
     study.index(factors, rank=2, **options)
     with pytest.raises(MismatchError, match="rank: stored 2, now 3"):
@@ -145,11 +156,11 @@ def test_what_was_made_from_something_else_is_refused(tmp_path: Path) -> None:
     changed = wf.Study(tmp_path, other.model, case.task, train=case.train)
     with pytest.raises(MismatchError, match="model: stored"):
         changed.index(factors, rank=2, **options)
-    refitted = changed.fit("ekfac", name="changed")
+    refitted = changed.fit(wf.EKFAC(), name="changed")
     with pytest.raises(MismatchError, match="model: stored"):
         changed.index(refitted, rank=2, **options)
     # Factors of the same kind whose eigenvectors point elsewhere, as a fit on other targets gives.
-    seeded = study.fit("ekfac", seed=1, name="seed1")
+    seeded = study.fit(wf.EKFAC(seed=1), name="seed1")
     with pytest.raises(MismatchError, match="directions: stored eigenvectors"):
         study.index(seeded, rank=2, **options)
     assert study.index(seeded, rank=2, **options, overwrite=True).query(case.queries, k=1).train.shape == (5, 1)
@@ -162,30 +173,32 @@ def test_what_was_made_from_something_else_is_refused(tmp_path: Path) -> None:
 def test_damaged_files_are_refused(damaged: str, tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("identity")
-    file = next(study.index(factors).path.glob(f"{damaged}/tensors.safetensors"))
+    factors = study.fit(wf.Dot())
+    file = next(study.index(with_factors(factors)).path.glob(f"{damaged}/tensors.safetensors"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(DamagedError, match=f"{file.parent.name}.*has changed"):
-        study.index(factors).query(case.queries)
+        study.index(with_factors(factors)).query(case.queries)
 
 
 def test_an_index_that_is_there_needs_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("identity")
-    expected = study.index(factors, rank=2).query(case.queries)
+    factors = study.fit(wf.Dot())
+    expected = study.index(with_factors(factors), wf.Compression(rank=2)).query(case.queries)
     monkeypatch.setattr("wherefrom.store.space.free_space", lambda folder: 0)
-    assert torch.equal(study.index(factors, rank=2).query(case.queries).values, expected.values)
+    assert torch.equal(
+        study.index(with_factors(factors), wf.Compression(rank=2)).query(case.queries).values, expected.values
+    )
     with pytest.raises(StorageError, match="Not enough space for compressed gradients"):
-        study.index(factors, rank=2, name="other")
+        study.index(with_factors(factors), wf.Compression(rank=2), name="other")
 
 
 def test_what_changes_under_an_open_index_is_refused(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("identity")
+    factors = study.fit(wf.Dot())
     options: Any = {"rank": 2, "name": "mine"}
     index = study.index(factors, **options)
     study.index(factors, seed=1, **options, overwrite=True)  # rows of the same size
@@ -206,7 +219,7 @@ def test_a_step_of_a_fused_optimizer_is_a_change(tmp_path: Path) -> None:
     """It writes to weights without counting it as a new version of theirs."""
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    index = study.index(study.fit("identity"), rank=2)
+    index = study.index(wf.Dot(), wf.Compression(rank=2))
     index.query(case.queries)
     parameters = list(case.model.parameters())
     for each in parameters:
@@ -221,10 +234,11 @@ def test_answers_say_which_factors_they_are_of(tmp_path: Path) -> None:
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     asked: Any = {"queries": case.queries, "k": 3}
     found = [
-        study.index(study.fit("ekfac", seed=seed, name=f"seed{seed}")).query(**asked).fingerprint for seed in (0, 1)
+        study.index(with_factors(study.fit(wf.EKFAC(seed=seed), name=f"seed{seed}"))).query(**asked).fingerprint
+        for seed in (0, 1)
     ]
     assert [each["targets"] for each in found] == ["sampled, seed 0", "sampled, seed 1"]
-    whole = study.score_top(case.queries, study.fit("ekfac", name="seed0"), k=3).fingerprint
+    whole = study.score(case.queries, with_factors(study.fit(wf.EKFAC(), name="seed0")), keep=wf.Top(3)).fingerprint
     assert whole.items() <= found[0].items()  # and what the index adds
 
 
@@ -232,7 +246,9 @@ def test_random_directions_serve_any_factors(tmp_path: Path) -> None:
     case = mlp_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     found = [
-        study.index(study.fit(strategy), directions="random", rank=WHOLE, numbers="float32").query(case.queries, k=3)
+        study.index(factored(strategy), wf.Compression(directions="random", rank=WHOLE, quantization="float32")).query(
+            case.queries, k=3
+        )
         for strategy in ("ekfac", "identity")
     ]
     assert [each.strategy for each in found] == ["ekfac", "identity"]
@@ -243,16 +259,18 @@ def test_random_directions_serve_any_factors(tmp_path: Path) -> None:
 def test_without_curvature_random_directions_are_unbiased(tmp_path: Path) -> None:
     case = mlp_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors, count = study.fit("identity"), 200
+    factors, count = study.fit(wf.Dot()), 200
     total = sum(
         all_scores(
-            study.index(factors, directions="random", rank=2, seed=seed, numbers="float32", name=f"seed{seed}").query(
-                case.queries, k=len(case.train)
-            )
+            study.index(
+                with_factors(factors),
+                wf.Compression(directions="random", rank=2, quantization="float32", seed=seed),
+                name=f"seed{seed}",
+            ).query(case.queries, k=len(case.train))
         )
         for seed in range(count)
     )
-    expected = study.score(case.queries, factors).values
+    expected = study.score(case.queries, with_factors(factors)).values
     assert relative_error(torch.as_tensor(total) / count, expected) < 0.3  # one alone is off by more than this
 
 
@@ -273,9 +291,9 @@ def test_fewer_bits_are_off_by_their_rounding(numbers: str, tmp_path: Path) -> N
     assert bool((error[3] == 0).all())
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    few = study.index(factors, rank=4, numbers=numbers)  # type: ignore[arg-type]
-    many = study.index(factors, rank=4, numbers="float32")
+    factors = study.fit(wf.EKFAC())
+    few = study.index(with_factors(factors), wf.Compression(rank=4, quantization=numbers))  # type: ignore[arg-type]
+    many = study.index(with_factors(factors), wf.Compression(rank=4, quantization="float32"))
     one, other = (all_scores(each.query(case.queries, k=len(case.train))) for each in (few, many))
     assert 0 < relative_error(one, other) < 0.02
     assert few.bytes_per_example * (2 if numbers == "bfloat16" else 3) <= many.bytes_per_example
@@ -287,9 +305,9 @@ def test_fewer_bits_are_off_by_their_rounding(numbers: str, tmp_path: Path) -> N
 def test_reranked_scores_are_exact(tmp_path: Path) -> None:
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors, count = study.fit("ekfac"), len(case.train)
-    expected = study.score_top(case.queries, factors, k=10)
-    index = study.index(factors, rank=1, numbers="int8")
+    factors, count = study.fit(wf.EKFAC()), len(case.train)
+    expected = study.score(case.queries, with_factors(factors), keep=wf.Top(10))
+    index = study.index(with_factors(factors), wf.Compression(rank=1, quantization="int8"))
     plain = index.query(case.queries, k=10)
     assert not torch.equal(plain.train, expected.train)
     before = results(tmp_path)
@@ -300,7 +318,7 @@ def test_reranked_scores_are_exact(tmp_path: Path) -> None:
     assert relative_error(found.lowest_values, expected.lowest_values) < 1e-12
     assert results(tmp_path).keys() == before.keys()
     few = index.query(case.queries, k=2, rerank=5)
-    whole = study.score(case.queries, factors).values
+    whole = study.score(case.queries, with_factors(factors)).values
     assert relative_error(few.values, whole.gather(1, few.train)) < 1e-12
     candidates = index.query(case.queries, k=5)
     best = whole.gather(1, candidates.train).topk(2).values
@@ -310,7 +328,7 @@ def test_reranked_scores_are_exact(tmp_path: Path) -> None:
 def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
+    factors = study.fit(wf.EKFAC())
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"rank": 0}, "rank=0: expected at least 1"),
         ({"directions": "best"}, "directions='best': expected one of eigenvectors, random"),
@@ -322,9 +340,9 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             study.index(factors, **options)
     with pytest.raises(InputError, match="of 'diagonal' factors, which have none"):
-        study.index(study.fit("diagonal"), directions="eigenvectors")
+        study.index(wf.Diagonal(), wf.Compression(directions="eigenvectors"))
     assert not (tmp_path / "index").exists()
-    index = study.index(factors, directions="random")
+    index = study.index(with_factors(factors), wf.Compression(directions="random"))
     for query, message in [
         ({"k": 0}, "k=0: expected at least 1"),
         ({"rerank": 3}, "rerank=3 with k=10: expected at least k"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import VOCABULARY, Mlp, gpt2, mlp_case, relative_error, token_rows
 from tests.processes import start
+from tests.runs import factored
 from tests.test_language import bert, classified_rows, masked_rows, pair_rows, t5
 from wherefrom.cli.sources import checked_run
 from wherefrom.hf.text import local_path, read_texts
@@ -22,8 +23,8 @@ from wherefrom.runtime.errors import InputError, LossError, WherefromError
 
 
 def scores(path: Path, model: Any, task: Any, train: Any, queries: Any, strategy: str = "identity") -> Tensor:
-    study = wf.Study(path, model, task, train=train, progress=False)
-    return study.score(queries, study.fit(strategy)).values
+    study = wf.Study(path, model, task, train=train, execution=wf.Execution(progress=False))
+    return study.score(queries, factored(strategy)).values
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from kronfluence.analyzer import Analyzer, prepare_model  # type: ignore[import-
 from kronfluence.arguments import FactorArguments, ScoreArguments  # type: ignore[import-not-found,unused-ignore]
 from kronfluence_job import LanguageModelling, as_linear
 
+from tests.runs import factored
+
 
 def padded_rows(count: int, seed: int) -> list[dict[str, Tensor]]:
     """Rows of ten tokens, of which up to four are padding."""
@@ -37,7 +39,7 @@ def test_scores_agree_with_kronfluence(tmp_path: Path, strategy: str, record_pro
     model = gpt2(torch.float32).eval()
     train, queries = padded_rows(24, seed=5), padded_rows(6, seed=6)
     study = wf.Study(tmp_path / "ours", model, wf.CausalLM(), train=train)
-    ours = study.score(queries, study.fit(strategy, empirical=True)).values
+    ours = study.score(queries, factored(strategy, empirical=True)).values
 
     task = LanguageModelling(list(study.layers))
     analyzer = Analyzer(

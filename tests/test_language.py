@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import VOCABULARY, Case, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
-from tests.runs import only
+from tests.runs import factored, only, with_factors
 from wherefrom.engine.capture import Capture
 from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Loader
@@ -148,8 +149,15 @@ def test_scores_equal_brute_force_and_do_not_depend_on_the_batch(
         study = wf.Study(tmp_path / str(size), case.model, case.task, train=case.train)
         assert list(study.layers) == layers
         for strategy in STRATEGIES:
-            factors = study.fit(strategy, empirical=seed is None, seed=seed or 0, batch_size=size)
-            scores = study.score(case.queries, factors, train_batch_size=size, query_batch_size=min(size, 4))
+            factors = study.fit(
+                factored(strategy, empirical=seed is None, seed=seed or 0),
+                execution=replace(study.execution, train_batch_size=size),
+            )
+            scores = study.score(
+                case.queries,
+                with_factors(factors),
+                execution=replace(study.execution, train_batch_size=size, query_batch_size=min(size, 4)),
+            )
             assert relative_error(scores.values, brute.scores(strategy)) < 1e-6, (size, strategy)
 
 
@@ -185,13 +193,16 @@ def test_masks_that_cannot_be_told_apart_are_refused() -> None:
 def test_token_scores_of_an_encoder(tmp_path: Path) -> None:
     case = t5_case()
     study = wf.Study(tmp_path, case.model, wf.Seq2Seq(["encoder.*.[qkvo]", "encoder.*.w[io]"]), train=case.train)
-    factors = study.fit("identity")
-    tokens, scores = study.score_tokens(case.queries, factors), study.score(case.queries, factors)
+    factors = study.fit(wf.Dot())
+    tokens, scores = (
+        study.score(case.queries, with_factors(factors), keep=wf.Tokens()),
+        study.score(case.queries, with_factors(factors)),
+    )
     assert tokens.lengths.tolist() == [len(row["input_ids"]) for row in case.train]  # type: ignore[index]
     assert relative_error(tokens.values.sum(2), scores.values) < 1e-9
     whole = wf.Study(tmp_path / "whole", case.model, wf.Seq2Seq(), train=case.train)
     with pytest.raises(LayerError, match="belongs to no single token"):
-        whole.score_tokens(case.queries, whole.fit("identity"))
+        whole.score(case.queries, wf.Dot(), keep=wf.Tokens())
 
 
 def test_margin_is_minus_the_log_odds() -> None:
@@ -311,13 +322,15 @@ def test_factors_serve_every_measurement(tmp_path: Path) -> None:
     def study(measure: Any) -> wf.Study[Any]:
         return wf.Study(tmp_path, model, wf.CausalLM(measure=measure), train=train)
 
-    factors = study("loss").fit("ekfac")
-    loss = study("loss").score(queries, factors, name="mine")
+    factors = study("loss").fit(wf.EKFAC())
+    loss = study("loss").score(queries, with_factors(factors), name="mine")
     file = only(tmp_path / "factors", "sampled") / "eigenvalues" / "tensors.safetensors"
     before = file.stat().st_mtime_ns
     with pytest.raises(MismatchError, match="measured: stored 'loss', now 'margin'"):
-        study("margin").score(queries, study("margin").fit("ekfac"), name="mine")
-    margin = study("margin").score(queries, factors)
+        study("margin").score(queries, wf.EKFAC(), name="mine")
+    margin = study("margin").score(queries, with_factors(factors))
     assert file.stat().st_mtime_ns == before
     assert relative_error(margin.values, loss.values) > 1e-3
-    assert torch.equal(study("margin").self_influence(factors), study("loss").self_influence(factors))
+    assert torch.equal(
+        study("margin").self_influence(with_factors(factors)), study("loss").self_influence(with_factors(factors))
+    )

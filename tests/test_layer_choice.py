@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import VOCABULARY, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
+from tests.runs import factored
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.layers import coverage, mostly_left_out, select_layers, untracked
 from wherefrom.runtime.errors import LayerError
@@ -40,7 +42,7 @@ def test_of_a_model_with_adapters_only_these_are_tracked(tmp_path: Path) -> None
     assert all("lora_" in name for name in study.layers)
     assert untracked(model, study.layers) == []
     for strategy in STRATEGIES:
-        found = study.score(queries, study.fit(strategy, empirical=True)).values
+        found = study.score(queries, factored(strategy, empirical=True)).values
         expected = BruteForce(model, task, list(study.layers), train, queries).scores(strategy)
         assert relative_error(found, expected) < 1e-8
     named = select_layers(model, ["*.c_attn.base_layer"])
@@ -134,7 +136,7 @@ def test_linear_layers_of_one_weight_are_one_layer(tmp_path: Path, both: bool) -
     model, task, rows = Twins(both).double(), wf.Classification(), vectors()
     study = wf.Study(tmp_path, model, task, train=rows)
     assert list(study.layers) == ["one", "last"]
-    found = study.score(rows, study.fit("identity"), train_batch_size=5).values
+    found = study.score(rows, wf.Dot(), execution=replace(study.execution, train_batch_size=5)).values
     weights = [*model.one.parameters(), *model.last.parameters()]
     each = [
         torch.cat(
@@ -252,14 +254,14 @@ def test_weights_that_are_mostly_left_out_are_said_with_their_share_and_what_wou
     assert f"Only {share:.0%} of the " in caplog.text
     assert "'model.layers.*.self_attn.v_proj', 'model.layers.*.self_attn.o_proj'" in caplog.text
     assert "of no supported kind of layer (Mixtral" in caplog.text
-    scores = study.score(train[:1], study.fit("identity"))
+    scores = study.score(train[:1], wf.Dot())
     assert scores.fingerprint["left out"].startswith(f"Only {share:.0%} of the ")
     page = study.report(scores, train[:1], tokenizer=None, k=1).read_text()
     assert f"Only {share:.0%} of the " in page
     # The same result, whatever of the rest is said to be trained now.
     model.model.layers[0].requires_grad_(False)
     again = wf.Study(tmp_path, model, wf.CausalLM(["*.q_proj", "*.k_proj"]), train=train)
-    assert torch.equal(again.score(train[:1], again.fit("identity")).values, scores.values)
+    assert torch.equal(again.score(train[:1], wf.Dot()).values, scores.values)
 
 
 def test_models_that_are_tracked_for_the_most_part_are_no_warning() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import VOCABULARY, Case, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
+from tests.runs import factored, with_factors
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.capture import Capture, Captured
 from wherefrom.engine.example_gradients import weight_gradients
@@ -186,11 +188,16 @@ def test_scores_equal_brute_force(tmp_path: Path, name: str, strategy: str, empi
     """In batches and in one; with query gradients in one and in several blocks."""
     case = CASES[name]()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(strategy, empirical=empirical, seed=SEED, batch_size=4)
+    factors = study.fit(
+        factored(strategy, empirical=empirical, seed=SEED), execution=replace(study.execution, train_batch_size=4)
+    )
     expected = brute_force(name, None if empirical else SEED).scores(strategy)
     for sizes in ((4, 3), (9, 4)):
         scores = study.score(
-            case.queries, factors, train_batch_size=sizes[0], query_batch_size=sizes[1], name=f"{sizes[0]}"
+            case.queries,
+            with_factors(factors),
+            name=f"{sizes[0]}",
+            execution=replace(study.execution, train_batch_size=sizes[0], query_batch_size=sizes[1]),
         )
         assert relative_error(scores.values, expected) < 1e-8
 
@@ -201,7 +208,12 @@ def test_token_scores_equal_brute_force(tmp_path: Path, name: str, strategy: str
     """A tied weight's tokens are seen by both of its modules."""
     case, brute = CASES[name](), brute_force(name, None)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    tokens = study.score_tokens(case.queries, study.fit(strategy, empirical=True), damping=0.1, train_batch_size=4)
+    tokens = study.score(
+        case.queries,
+        factored(strategy, empirical=True, damping=0.1),
+        keep=wf.Tokens(),
+        execution=replace(study.execution, train_batch_size=4),
+    )
     for query, example in ((0, 0), (2, 7), (3, 8)):
         expected = torch.zeros(int(tokens.lengths[example]), dtype=torch.float64)
         for layer in brute.layers:
@@ -221,10 +233,10 @@ def test_factors_are_loaded_as_they_were_fitted_and_low_rank_is_exact_where_it_s
 ) -> None:
     case = CASES[name]()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    expected = study.score(case.queries, study.fit("ekfac")).values
+    expected = study.score(case.queries, wf.EKFAC()).values
     again = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    assert relative_error(again.score(case.queries, again.fit("ekfac"), name="again").values, expected) < 1e-12
-    low = again.score(case.queries, again.fit("ekfac"), query_rank=50)
+    assert relative_error(again.score(case.queries, wf.EKFAC(), name="again").values, expected) < 1e-12
+    low = again.score(case.queries, wf.EKFAC(query_rank=50))
     assert relative_error(low.values, expected) < 1e-9
 
 
@@ -237,7 +249,7 @@ def test_wide_sides_count_with_their_diagonal(
     case = CASES[name]()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     assert any(any(layer.diagonal_sides) for layer in study.layers.values())
-    found = study.score(case.queries, study.fit(strategy, empirical=True)).values
+    found = study.score(case.queries, factored(strategy, empirical=True)).values
     brute = BruteForce(case.model, case.task, list(study.layers), case.train, case.queries, widest=9)
     assert relative_error(found, brute.scores(strategy)) < 1e-8
 
@@ -254,7 +266,9 @@ def test_half_precision_is_close(tmp_path: Path, name: str) -> None:
         for each in (case.train, case.queries)
     ]
     study = wf.Study(tmp_path, floats, case.task, train=rows[0])
-    found = study.score(rows[1], study.fit("kfac", empirical=True, half_precision=True), half_precision=True).values
+    found = study.score(
+        rows[1], wf.KFAC(empirical=True), execution=replace(study.execution, half_precision=True)
+    ).values
     assert relative_error(found, brute_force(name, None).scores("kfac")) < 0.05
 
 
@@ -347,9 +361,9 @@ def test_embeddings_of_a_large_vocabulary_take_what_queries_touch(tmp_path: Path
     for strategy in ("identity", "kfac"):
         one = wf.Study(tmp_path / "few", few, small.task, train=small.train)
         other = wf.Study(tmp_path / "many", many, small.task, train=rows[0])
-        expected = one.score(small.queries, one.fit(strategy, empirical=True), damping=0.01).values
-        factors = other.fit(strategy, empirical=True)
-        assert relative_error(other.score(rows[1], factors, damping=0.01).values, expected) < 1e-9
+        expected = one.score(small.queries, factored(strategy, empirical=True, damping=0.01)).values
+        factors = other.fit(factored(strategy, empirical=True))
+        assert relative_error(other.score(rows[1], with_factors(factors, damping=0.01)).values, expected) < 1e-9
     plan = other.plan(rows[1])
     assert plan.form.bytes_per_query(other.layers) < 8 * (4 * 7 + 7 + 3 * 8) + 100  # 7 ids of 4 features, and the rest
 
@@ -361,7 +375,7 @@ def test_a_bank_adds_up_from_parts(tmp_path: Path) -> None:
 
     case = embedding_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    preconditioner = study.fit("ekfac").preconditioner()
+    preconditioner = study.fit(wf.EKFAC()).preconditioner()
     banks = [
         GradientBank(study.layers, preconditioner, 5, BankForm(torch.float64, torch.device("cpu"), tokens=tokens))
         for tokens in (7, 7, 2)

@@ -73,15 +73,15 @@ def test_finished_results_are_read_where_nothing_can_be_written() -> None:
         Path(folder).chmod(0o755)
         run = Path(folder) / "run"
         study = wf.Study(run, case.model, case.task, train=case.train)
-        expected = study.score(case.queries, study.fit("ekfac"))
+        expected = study.score(case.queries, wf.EKFAC())
         for path in (run / ".lock", run):
             path.chmod(0o555)
         with unprivileged():
             again = wf.Study(run, case.model, case.task, train=case.train)
-            found = again.score(case.queries, again.fit("ekfac"))
+            found = again.score(case.queries, wf.EKFAC())
             assert torch.equal(found.values, expected.values)
             with pytest.raises(StorageError, match="Cannot write .*Permission denied"):
-                again.fit("diagonal")
+                again.fit(wf.Diagonal())
         run.chmod(0o755)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from wherefrom.scoring.options import Options
 
 import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
+from tests.runs import factored, with_factors
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.curvature.operators import Operator
 from wherefrom.engine.capture import Captured
@@ -20,7 +23,6 @@ from wherefrom.engine.layers import select_layers
 from wherefrom.planning.forms import BankForm, truncated
 from wherefrom.runtime.memory import Workspace
 from wherefrom.scoring.bank import GradientBank
-from wherefrom.scoring.options import Options
 from wherefrom.scoring.rescoring import rescore
 from wherefrom.store.cache import BlockStages, Stages
 
@@ -33,9 +35,9 @@ def test_a_rank_that_is_enough_changes_nothing(tmp_path: Path, make: CaseMaker, 
     """Layers that would take more memory as two matrices stay whole; others have no more directions than the rank."""
     case = make(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(strategy)
-    expected = study.score(case.queries, factors).values
-    found = study.score(case.queries, factors, query_rank=100, name="low")
+    factors = study.fit(factored(strategy))
+    expected = study.score(case.queries, with_factors(factors)).values
+    found = study.score(case.queries, with_factors(factors, query_rank=100), name="low")
     assert relative_error(found.values, expected) < 1e-9
     assert found.query_errors is not None
     assert float(found.query_errors.max()) < 1e-6
@@ -46,8 +48,12 @@ def test_scores_of_low_rank_are_those_of_the_best_approximation(tmp_path: Path, 
     """numpy's singular value decomposition of each preconditioned gradient, found by brute force."""
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(strategy, empirical=True)
-    scores = study.score(case.queries, factors, query_rank=1, damping=0.1, train_batch_size=5)
+    factors = study.fit(factored(strategy, empirical=True))
+    scores = study.score(
+        case.queries,
+        with_factors(factors, query_rank=1, damping=0.1),
+        execution=replace(study.execution, train_batch_size=5),
+    )
     layers = list(select_layers(case.model, case.task.layers))
     brute = BruteForce(case.model, case.task, layers, case.train, case.queries)
     expected = torch.zeros(len(case.queries), len(case.train), dtype=torch.float64)
@@ -127,12 +133,14 @@ def test_the_highest_scores_are_computed_again_at_full_rank(tmp_path: Path, monk
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 1)
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    exact = study.score(case.queries, factors).values
-    low = study.score(case.queries, factors, query_rank=1, name="low").values
+    factors = study.fit(wf.EKFAC())
+    exact = study.score(case.queries, with_factors(factors)).values
+    low = study.score(case.queries, with_factors(factors, query_rank=1), name="low").values
     for budget, name in ((None, "again"), (1e-9, "query-by-query")):
-        small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=budget)
-        found = small.score(case.queries, factors, query_rank=1, rescore=4, name=name)
+        small = wf.Study(
+            tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=budget)
+        )
+        found = small.score(case.queries, with_factors(factors, query_rank=1, rescore=4), name=name)
         chosen = low.topk(4, dim=1).indices
         assert relative_error(found.values.gather(1, chosen), exact.gather(1, chosen)) < 1e-9
         rest = torch.ones_like(low).scatter(1, chosen, 0).bool()
@@ -143,15 +151,15 @@ def test_the_highest_scores_are_computed_again_at_full_rank(tmp_path: Path, monk
     loaded = wf.Scores.load(tmp_path / "scores" / "again")
     assert "rank" in loaded.fingerprint["query rank"] and loaded.changes is not None
     with pytest.raises(wf.WherefromError, match="query rank: stored 1, the top 4 at full rank, now full"):
-        study.score(case.queries, factors, name="again")
+        study.score(case.queries, with_factors(factors), name="again")
 
 
 def test_blocks_that_were_rescored_for_other_low_rank_scores_are_not_taken_up(tmp_path: Path) -> None:
     """After an interrupt low-rank scores may be found anew, by other batches, and rounding decides between equals."""
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    exact = study.score(case.queries, factors).values
+    factors = study.fit(wf.EKFAC())
+    exact = study.score(case.queries, with_factors(factors)).values
     scoring = study._kept(case.queries, factors, Options(query_rank=1, rescore=1)).scoring
     stages = BlockStages(Stages(tmp_path / "blocks", {}, study.profile), len(case.train))
     for best in (3, 5):
@@ -164,9 +172,11 @@ def test_blocks_that_were_rescored_for_other_low_rank_scores_are_not_taken_up(tm
 def test_low_rank_in_half_precision(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    full = study.score(case.queries, factors, query_rank=2).values
-    half = study.score(case.queries, factors, query_rank=2, half_precision=True).values
+    factors = study.fit(wf.EKFAC())
+    full = study.score(case.queries, with_factors(factors, query_rank=2)).values
+    half = study.score(
+        case.queries, with_factors(factors, query_rank=2), execution=replace(study.execution, half_precision=True)
+    ).values
     assert 0 < relative_error(half, full) < 0.1
 
 
@@ -184,7 +194,7 @@ def test_a_workspace_is_reused_and_grows() -> None:
 def test_errors_are_none_without_a_rank(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    scores = study.score(case.queries, study.fit("identity"))
+    scores = study.score(case.queries, wf.Dot())
     assert scores.query_errors is None
     assert scores.changes is None
     assert isinstance(scores.values, Tensor)
@@ -197,6 +207,6 @@ def test_a_rescore_of_scores_that_are_all_zero_is_no_share_of_nothing(
     ignored = [{**query, "labels": [-100] * len(query["input_ids"])} for query in case.queries]  # type: ignore[dict-item, index]
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     with caplog.at_level("INFO", "wherefrom"):
-        found = study.score(ignored, study.fit("identity"), query_rank=2, rescore=3)
+        found = study.score(ignored, wf.Dot(query_rank=2, rescore=3))
     assert not bool(found.values.any())
     assert "the 3 highest scores were all 0." in caplog.text and "nan" not in caplog.text

@@ -134,11 +134,28 @@ def loss_of(case: Case, parameters: dict[str, Tensor], example: object) -> Tenso
     return found
 
 
+def magic_scores(
+    path: Path,
+    training: wf.ReplayableTraining[Any],
+    queries: Sequence[object],
+    *,
+    queries_at_once: int | None = None,
+    checkpoint_seconds: float = 60.0,
+    name: str | None = None,
+    overwrite: bool = False,
+    **fields: Any,
+) -> wf.Scores:
+    """The scores of a training, of a study of it."""
+    execution = wf.Execution(query_batch_size=queries_at_once, checkpoint_seconds=checkpoint_seconds, progress=False)
+    study = wf.Study(path, training.model, training.task, train=training.train, execution=execution)
+    return study.score(queries, wf.Magic(training=training, **fields), name=name, overwrite=overwrite)
+
+
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 def test_scores_equal_finite_differences(make: Callable[[], tuple[Case, wf.TrainingRecipe]], tmp_path: Path) -> None:
     case, recipe = make()
     training = training_of(case, recipe)
-    scores = wf.magic_scores(tmp_path, training, case.queries)
+    scores = magic_scores(tmp_path, training, case.queries)
     expected = by_finite_differences(training, case.queries)
     assert expected.abs().max() > 1e-3
     assert relative_error(scores.values, expected) < 1e-6
@@ -149,7 +166,7 @@ def test_scores_equal_one_graph_of_all_steps(
     make: Callable[[], tuple[Case, wf.TrainingRecipe]], tmp_path: Path
 ) -> None:
     case, recipe = make()
-    scores = wf.magic_scores(tmp_path, training_of(case, recipe), case.queries)
+    scores = magic_scores(tmp_path, training_of(case, recipe), case.queries)
     assert relative_error(scores.values, by_one_graph(case, recipe)) < 1e-10
 
 
@@ -182,17 +199,17 @@ def test_trained_parameters_make_the_trained_model() -> None:
 
 def test_queries_together_are_as_one_at_a_time(tmp_path: Path) -> None:
     case = gpt2_case(dropout=0.2)
-    together = wf.magic_scores(tmp_path / "together", training_of(case), case.queries).values
+    together = magic_scores(tmp_path / "together", training_of(case), case.queries).values
     for number, query in enumerate(case.queries):
-        alone = wf.magic_scores(tmp_path / f"{number}", training_of(case), [query]).values
+        alone = magic_scores(tmp_path / f"{number}", training_of(case), [query]).values
         assert relative_error(alone[0], together[number]) < 1e-12
-    in_parts = wf.magic_scores(tmp_path / "parts", training_of(case), case.queries, queries_at_once=2).values
+    in_parts = magic_scores(tmp_path / "parts", training_of(case), case.queries, queries_at_once=2).values
     assert relative_error(in_parts, together) < 1e-12
 
 
 def test_float32_is_close_to_float64(tmp_path: Path) -> None:
     found, expected = (
-        wf.magic_scores(tmp_path / f"{dtype}", training_of(case := gpt2_case(dtype=dtype)), case.queries).values
+        magic_scores(tmp_path / f"{dtype}", training_of(case := gpt2_case(dtype=dtype)), case.queries).values
         for dtype in (torch.float32, torch.float64)
     )
     assert (found.dtype, expected.dtype) == (torch.float32, torch.float64)
@@ -203,8 +220,8 @@ def test_float32_is_close_to_float64(tmp_path: Path) -> None:
 @pytest.mark.parametrize("states_on_disk", [False, True])
 def test_results_are_the_same_bits_whatever_is_kept(tmp_path: Path, branching: int, states_on_disk: bool) -> None:
     case = gpt2_case(dropout=0.2, dtype=torch.float32)
-    usual = wf.magic_scores(tmp_path / "usual", training_of(case), case.queries)
-    other = wf.magic_scores(
+    usual = magic_scores(tmp_path / "usual", training_of(case), case.queries)
+    other = magic_scores(
         tmp_path / "other", training_of(case), case.queries, branching=branching, states_on_disk=states_on_disk
     )
     assert torch.equal(usual.values, other.values)
@@ -246,7 +263,7 @@ def test_few_states_are_kept_and_few_steps_taken_again(steps: int, branching: in
 
 def test_a_killed_walk_goes_on_where_it_has_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = gpt2_case(dropout=0.2, dtype=torch.float32)
-    whole = wf.magic_scores(tmp_path / "whole", training_of(case), case.queries)
+    whole = magic_scores(tmp_path / "whole", training_of(case), case.queries)
     pulled: list[int] = []
     pull_back = wf.ReplayableTraining.pull_back
 
@@ -258,22 +275,22 @@ def test_a_killed_walk_goes_on_where_it_has_saved(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(wf.ReplayableTraining, "pull_back", stopping)
     with pytest.raises(KeyboardInterrupt):
-        wf.magic_scores(tmp_path / "killed", training_of(case), case.queries, checkpoint_seconds=0)
-    again = wf.magic_scores(tmp_path / "killed", training_of(case), case.queries, branching=2)
+        magic_scores(tmp_path / "killed", training_of(case), case.queries, checkpoint_seconds=0)
+    again = magic_scores(tmp_path / "killed", training_of(case), case.queries, branching=2)
     assert pulled == [8, 7, 6, 5, 5, 4, 3, 2, 1, 0]
     assert torch.equal(whole.values, again.values)
-    wf.magic_scores(tmp_path / "killed", training_of(case), case.queries)
+    magic_scores(tmp_path / "killed", training_of(case), case.queries)
     assert len(pulled) == 10, "finished scores were computed again"
 
 
 def test_scores_of_another_training_are_refused(tmp_path: Path) -> None:
     case = mlp_case()
-    first = wf.magic_scores(tmp_path, training_of(case), case.queries, name="mine")
+    first = magic_scores(tmp_path, training_of(case), case.queries, name="mine")
     other = training_of(case, replace(RECIPE, seed=7))
     with pytest.raises(MismatchError, match="recipe"):
-        wf.magic_scores(tmp_path, other, case.queries, name="mine")
-    replaced = wf.magic_scores(tmp_path, other, case.queries, name="mine", overwrite=True)
-    beside = wf.magic_scores(tmp_path, training_of(case), case.queries)
+        magic_scores(tmp_path, other, case.queries, name="mine")
+    replaced = magic_scores(tmp_path, other, case.queries, name="mine", overwrite=True)
+    beside = magic_scores(tmp_path, training_of(case), case.queries)
     assert torch.equal(beside.values, first.values)
     assert replaced.strategy == "magic"
     assert not torch.equal(first.values, replaced.values)
@@ -283,7 +300,7 @@ def test_nothing_else_is_changed(tmp_path: Path) -> None:
     case = gpt2_case(dropout=0.2)
     before = {name: each.clone() for name, each in case.model.state_dict().items()}
     random_state = torch.get_rng_state()
-    wf.magic_scores(tmp_path, training_of(case), case.queries)
+    magic_scores(tmp_path, training_of(case), case.queries)
     assert all(torch.equal(each, before[name]) for name, each in case.model.state_dict().items())
     assert case.model.training
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -363,11 +380,11 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="step=0"):
         wf.metasmoothness(training, step=0)
     with pytest.raises(InputError, match="queries is empty"):
-        wf.magic_scores(tmp_path, training, [])
+        magic_scores(tmp_path, training, [])
     impossible = {"branching": 1, "queries_at_once": 0, "name": "../elsewhere"}
     for name, value in impossible.items():
         with pytest.raises(InputError, match=name):
-            wf.magic_scores(tmp_path, training, case.queries, **{name: value})
+            magic_scores(tmp_path, training, case.queries, **{name: value})
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,12 +392,12 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     training = training_of(case)
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 2))
     with pytest.raises(RankError, match="2 processes"):
-        wf.magic_scores(tmp_path, training, case.queries)
+        magic_scores(tmp_path, training, case.queries)
 
 
 def test_a_training_that_diverges_is_named(tmp_path: Path) -> None:
     case = replace(regression_case(), model=nn.Linear(4, 3).double())
     training = training_of(case, replace(RECIPE, learning_rates=[1e200] * 6))
     with pytest.raises(LossError, match="measurement of query 0"):
-        wf.magic_scores(tmp_path, training, case.queries)
+        magic_scores(tmp_path, training, case.queries)
     assert not list((tmp_path / "scores").glob("*/manifest.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional
 import wherefrom as wf
 from tests.models import relative_error, widened
 from tests.reference import BruteForce
+from tests.runs import factored, with_factors
 from wherefrom.curvature.damping import damped_inverse
 from wherefrom.curvature.factors import STRATEGIES, Factors
 from wherefrom.runtime.errors import LossError
@@ -79,7 +81,7 @@ def test_a_finite_loss_does_not_hide_what_is_not_finite(tmp_path: Path, kind: in
     made = study(tmp_path, Hidden().double(), with_fault(kind, 7), checkpoint_seconds=0)
     expected = rf"{stage}: the loss of examples 6 to 8 is finite, and its gradients are not\. {where} for example 7\."
     with pytest.raises(LossError, match=expected):
-        made.fit(strategy, empirical=True, batch_size=3)
+        made.fit(factored(strategy, empirical=True), execution=replace(made.execution, train_batch_size=3))
     assert not list(tmp_path.rglob("manifest.json"))
     for file in tmp_path.rglob("*.safetensors"):  # the sums of the batches before are good, and stay
         assert all(bool(each.isfinite().all()) for each in load_file(file).values())
@@ -89,7 +91,7 @@ def test_a_finite_loss_does_not_hide_what_is_not_finite(tmp_path: Path, kind: in
 def test_a_query_that_is_not_finite_is_named(tmp_path: Path, rank: int | None) -> None:
     made = study(tmp_path, Hidden().double(), vectors(6))
     with pytest.raises(LossError, match=r"query gradients: .*Activations of layer 'side' are inf for example 4\."):
-        made.score(with_fault(1, 4, 5), made.fit("identity"), query_batch_size=2, query_rank=rank)
+        made.score(with_fault(1, 4, 5), wf.Dot(query_rank=rank), execution=replace(made.execution, query_batch_size=2))
 
 
 def test_a_training_example_is_named_by_its_place_in_the_dataset(
@@ -100,9 +102,9 @@ def test_a_training_example_is_named_by_its_place_in_the_dataset(
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 1)
     made = study(tmp_path, Hidden().double(), with_fault(2, 10))
     with pytest.raises(LossError, match=r"pairwise scores: the loss of examples 9 to 11 .* for example 10\."):
-        made.score(vectors(2), made.fit("identity"), train_batch_size=3)
+        made.score(vectors(2), wf.Dot(), execution=replace(made.execution, train_batch_size=3))
     with pytest.raises(LossError, match=r"self-influence: .* for example 10\."):
-        made.self_influence(made.fit("identity"), batch_size=3)
+        made.self_influence(wf.Dot(), execution=replace(made.execution, train_batch_size=3))
 
 
 def test_a_loss_that_is_not_finite_names_the_layer_too(tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_a_loss_that_is_not_finite_names_the_layer_too(tmp_path: Path) -> None:
     train[5][0][2] = torch.nan
     expected = r"the loss of examples 4 to 5 is nan\. Activations of layer '0' are nan for example 5\."
     with pytest.raises(LossError, match=expected):
-        study(tmp_path, mlp(), train).fit("ekfac", empirical=True, batch_size=2)
+        study(tmp_path, mlp(), train).fit(wf.EKFAC(empirical=True), execution=wf.Execution(train_batch_size=2))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -125,7 +127,9 @@ def test_products_that_overflow_name_their_layer(tmp_path: Path, strategy: str) 
     made = study(tmp_path, model, train)
     expected = r"layer '0' are finite \(activations reach \d\.?\d*e\+25.*overflow with examples 4 to 5\."
     with pytest.raises(LossError, match=expected):
-        made.score(train[4:6], made.fit(strategy, batch_size=2), query_batch_size=2, train_batch_size=2)
+        made.score(
+            train[4:6], factored(strategy), execution=replace(made.execution, train_batch_size=2, query_batch_size=2)
+        )
 
 
 def test_a_float16_model_that_overflows_is_an_error(tmp_path: Path) -> None:
@@ -135,7 +139,7 @@ def test_a_float16_model_that_overflows_is_an_error(tmp_path: Path) -> None:
     model[1] = nn.ReLU()
     train = [(30 * features, label) for features, label in vectors(6, dtype=torch.float16)]
     with pytest.raises(LossError, match=r"Activations of layer '2' are inf for example"):
-        study(tmp_path, model, train).fit("ekfac", empirical=True)
+        study(tmp_path, model, train).fit(wf.EKFAC(empirical=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -143,7 +147,7 @@ def test_half_precision_models_score_in_float32(tmp_path: Path, dtype: torch.dty
     train, queries = vectors(12, dtype=dtype), vectors(3, seed=1, dtype=dtype)
     model = mlp(dtype)
     made = study(tmp_path, model, train)
-    scores = made.score(queries, made.fit("ekfac", empirical=True))
+    scores = made.score(queries, wf.EKFAC(empirical=True))
     reference = BruteForce(model, wf.Classification(), ["0", "2"], widened(train), widened(queries))
     assert scores.values.dtype == torch.float32
     assert relative_error(scores.values, reference.scores("ekfac")) < 20 * torch.finfo(dtype).eps
@@ -189,7 +193,7 @@ def sequences(count: int, seed: int) -> Any:
 def test_padding_may_hold_anything(tmp_path: Path, strategy: str, padding: float) -> None:
     train, queries = sequences(9, 1), sequences(4, 2)
     made = study(tmp_path, mlp(), train, Tagging(padding))
-    scores = made.score(queries, made.fit(strategy, batch_size=4), train_batch_size=5)
+    scores = made.score(queries, factored(strategy), execution=replace(made.execution, train_batch_size=5))
     expected = BruteForce(mlp(), Tagging(0.0), ["0", "2"], train, queries, seed=0).scores(strategy)
     assert relative_error(scores.values, expected) < 1e-9
 
@@ -214,7 +218,7 @@ def rank_deficient(dtype: torch.dtype) -> tuple[nn.Sequential, Any, Any]:
 def test_damping_zero_is_the_pseudo_inverse(tmp_path: Path, strategy: str, dtype: torch.dtype) -> None:
     model, train, queries = rank_deficient(dtype)
     made = study(tmp_path, model, train)
-    scores = made.score(queries, made.fit(strategy, empirical=True), damping=0.0)
+    scores = made.score(queries, factored(strategy, empirical=True, damping=0.0))
     reference = BruteForce(model, wf.Classification(), ["0", "2"], widened(train), widened(queries))
     expected = torch.zeros(4, 14, dtype=torch.float64)
     for layer in reference.layers:
@@ -264,9 +268,11 @@ def test_layers_without_gradients_have_no_part(
     model, train, queries = PartlyDead().double(), vectors(10), vectors(3, seed=1)
     made = study(tmp_path, model, train)
     with caplog.at_level(logging.WARNING, "wherefrom"):
-        factors = made.fit(strategy, empirical=True)
+        factors = made.fit(factored(strategy, empirical=True))
     assert ("3 layer(s) have no gradient" in caplog.text) == (STRATEGIES[strategy].eigenvalues == "fitted")
-    scores = made.score(queries, factors, damping=damping, per_layer=True, self_influence=True)
+    scores = made.score(
+        queries, with_factors(factors, damping=damping), keep=wf.Pairs(layers=True, self_influence=True)
+    )
     for layer in ("dead", "reads_zeros", "unused"):
         assert not scores.layers[layer].any()
     assert bool(scores.values.isfinite().all())
@@ -280,11 +286,13 @@ def test_layers_without_gradients_have_no_part(
     else:
         expected = alive.scores(strategy, damping)
     assert relative_error(scores.values, expected) < 1e-6
-    assert torch.allclose(made.self_influence(factors, damping=damping), _own(made, factors, train, damping))
+    assert torch.allclose(
+        made.self_influence(with_factors(factors, damping=damping)), _own(made, factors, train, damping)
+    )
 
 
 def _own(made: wf.Study[Any], factors: Factors, train: Any, damping: float | None) -> Tensor:
-    return made.score(train, factors, damping=damping, name="own").values.diagonal()
+    return made.score(train, with_factors(factors, damping=damping), name="own").values.diagonal()
 
 
 def test_nothing_to_learn_from_is_a_score_of_zero(tmp_path: Path) -> None:
@@ -296,8 +304,13 @@ def test_nothing_to_learn_from_is_a_score_of_zero(tmp_path: Path) -> None:
     made = study(tmp_path, model, train, wf.Regression())
     for strategy in STRATEGIES:
         for damping in DAMPINGS:
-            factors = made.fit(strategy, empirical=True)
-            scores = made.score(queries, factors, damping=damping, self_influence=True, name=f"{strategy}{damping}")
+            factors = made.fit(factored(strategy, empirical=True))
+            scores = made.score(
+                queries,
+                with_factors(factors, damping=damping),
+                keep=wf.Pairs(self_influence=True),
+                name=f"{strategy}{damping}",
+            )
             assert not scores.values.any()
             assert not scores.normalized("cosine").values.any()
 
@@ -311,7 +324,7 @@ def test_the_smallest_study(tmp_path: Path, strategy: str, damping: float | None
     model = nn.Sequential(nn.Linear(1, 1, bias=biased)).double()
     train, query = ([(torch.randn(1).double(), torch.randn(1).double())] for _ in range(2))
     made = study(tmp_path, model, train, wf.Regression())
-    scores = made.score(query, made.fit(strategy, empirical=True), damping=damping)
+    scores = made.score(query, factored(strategy, empirical=True, damping=damping))
     expected = BruteForce(model, wf.Regression(), ["0"], train, query).scores(strategy, damping)
     assert scores.values.shape == (1, 1)
     assert relative_error(scores.values, expected) < 1e-12
@@ -338,7 +351,7 @@ def scaled_scores(
     path: Path, strategy: str, dtype: torch.dtype, train: float = 1.0, query: float = 1.0, damping: float | None = None
 ) -> Tensor:
     made = study(path / f"{train} {query}", mlp(dtype), vectors(9, dtype=dtype), Scaled(train, query))
-    return made.score(vectors(4, seed=1, dtype=dtype), made.fit(strategy), damping=damping).values.double()
+    return made.score(vectors(4, seed=1, dtype=dtype), factored(strategy, damping=damping)).values.double()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -373,10 +386,13 @@ def test_squares_that_float32_does_not_hold_are_an_error(
 def test_factors_of_vanished_squares_have_no_self_influence_or_tokens(tmp_path: Path) -> None:
     train = vectors(5, dtype=torch.float32)
     made = study(tmp_path, mlp(torch.float32), train, Scaled(1e-30))
-    factors = made.fit("ekfac", empirical=True)
-    for asked in (lambda: made.self_influence(factors), lambda: made.score_tokens(train, factors, name="tokens")):
+    factors = made.fit(wf.EKFAC(empirical=True))
+    for asked in (
+        lambda: made.self_influence(with_factors(factors)),
+        lambda: made.score(train, with_factors(factors), keep=wf.Tokens(), name="tokens"),
+    ):
         with pytest.raises(LossError, match=r"Layer '2': its curvature is zero in all directions"):
             asked()
     # A damping above zero defines the scores: gradients over it.
-    scores = made.score(vectors(2, dtype=torch.float32), factors, damping=1.0)
+    scores = made.score(vectors(2, dtype=torch.float32), with_factors(factors, damping=1.0))
     assert bool(scores.values.isfinite().all())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import mlp_case, relative_error
+from tests.runs import factored
 from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.fitting import Fitting
 from wherefrom.engine.sweep import Sweep
@@ -23,8 +24,8 @@ def test_all_that_is_copied_for_a_batch_is_pinned_once(
 ) -> None:
     """Of finished factors, as a GPU's study would load them; without a GPU, a note of what was pinned stands for it."""
     case = mlp_case()
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train, offload_factors=True)
-    plain = study.fit(strategy)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(offload_factors=True))
+    plain = study.fit(factored(strategy))
     pinned: dict[int, Tensor] = {}
 
     def pin(self: Tensor) -> Tensor:
@@ -52,6 +53,8 @@ def test_offloaded_factors_give_the_same_scores(tmp_path: Path) -> None:
     found = []
     for offload in (False, True):
         folder = tmp_path / str(offload)
-        study = wf.Study(folder, case.model, case.task, train=case.train, offload_factors=offload)
-        found.append(study.score(case.queries, study.fit("ekfac")).values)
+        study = wf.Study(
+            folder, case.model, case.task, train=case.train, execution=wf.Execution(offload_factors=offload)
+        )
+        found.append(study.score(case.queries, wf.EKFAC()).values)
     assert torch.equal(*found)

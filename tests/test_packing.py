@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,12 @@ def test_scores_of_packed_rows_are_sums_of_their_documents(
     alone, asked = ([each for row in rows for each in documents(row)] for rows in (train, queries))
     brute = BruteForce(model, task, list(study.layers), alone, asked)
     found = {
-        size: study.score(queries, study.fit("identity"), train_batch_size=size, query_batch_size=size, name=str(size))
+        size: study.score(
+            queries,
+            wf.Dot(),
+            name=str(size),
+            execution=replace(study.execution, train_batch_size=size, query_batch_size=size),
+        )
         for size in (1, 3)
     }
     of_documents = brute.scores("identity")
@@ -140,10 +146,10 @@ def test_a_model_that_mixes_documents_is_refused_and_not_without_cause(tmp_path:
     rows = packed(token_rows(4), (2, 2))
     study = wf.Study(tmp_path / "mixing", Mixing(gpt2()), wf.CausalLM(), train=rows)
     with pytest.raises(InputError, match="Mixing lets the documents of one row see each other .* a row of its own"):
-        study.score(rows, study.fit("identity"))
+        study.score(rows, wf.Dot())
     single = packed(token_rows(2), (1, 1))
     study = wf.Study(tmp_path / "single", Mixing(gpt2()), wf.CausalLM(), train=single)
-    assert study.score(single, study.fit("identity")).values.isfinite().all()
+    assert study.score(single, wf.Dot()).values.isfinite().all()
     with pytest.raises(InputError, match="Mixing lets the documents"):
         wf.ReplayableTraining(Mixing(gpt2()), wf.CausalLM(), rows, wf.TrainingRecipe(1, [0.1]))
 
@@ -229,12 +235,14 @@ def test_images_are_stacked_and_numbers_of_tokens_padded(tmp_path: Path) -> None
     needed = [{name: row[name] for name in ("input_ids", "pixel_values", "weights")} for row in rows]
     expected = BruteForce(model, task, list(study.layers), needed, needed[:2]).scores("identity")
     for size in (1, 4):
-        found = study.score(rows[:2], study.fit("identity"), train_batch_size=size, name=str(size))
+        found = study.score(
+            rows[:2], wf.Dot(), name=str(size), execution=replace(study.execution, train_batch_size=size)
+        )
         assert relative_error(found.values, expected) < 1e-10
     changed = [{**row, "pixel_values": row["pixel_values"] + 1} for row in rows]
     other = wf.Study(tmp_path, model, task, train=changed)
     with pytest.raises(MismatchError, match="training data"):
-        other.score(rows[:2], other.fit("identity"), name="1")
+        other.score(rows[:2], wf.Dot(), name="1")
 
 
 def test_images_of_different_sizes_are_refused_by_name() -> None:

@@ -20,6 +20,7 @@ from workload import PeakMemory
 
 import wherefrom as wf
 from tests.models import ManyExamples, gpt2_case, mlp_case, relative_error
+from tests.runs import factored, with_factors
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
@@ -119,9 +120,9 @@ def test_the_estimated_operations_are_those_that_run(tmp_path: Path, strategy: s
     rows: list[object] = [(torch.randn(32), torch.tensor(row % 8)) for row in range(40)]
     study = wf.Study(tmp_path, model, wf.Classification(), train=rows)
     queries = rows[:20]
-    plan = study.plan(queries, strategy)
+    plan = study.plan(queries, factored(strategy))
     with FlopCounterMode(display=False) as counter:
-        study.score(queries, study.fit(strategy))
+        study.score(queries, factored(strategy))
     estimated = sum(cost.flop for cost in plan.costs())
     # Tiles round a covariance up to whole rows, and two examples are measured to plan. With one token an example, whole
     # gradients' covariances are most of the work; narrower than a tile, they take twice the products.
@@ -144,9 +145,9 @@ def test_the_estimate_of_other_kinds_of_layers(tmp_path: Path) -> None:
         for strategy in STRATEGIES:
             task = wf.Classification(["*"])
             study = wf.Study(tmp_path / name / strategy, model, task, train=rows)
-            plan = study.plan(rows[:9], strategy)
+            plan = study.plan(rows[:9], factored(strategy))
             with FlopCounterMode(display=False) as counter:
-                study.score(rows[:9], study.fit(strategy))
+                study.score(rows[:9], factored(strategy))
             estimated = sum(cost.flop for cost in plan.costs())
             assert 0.7 * estimated < counter.get_total_flops() < 1.4 * estimated
 
@@ -161,7 +162,7 @@ def test_one_hot_layers_have_no_matrix_of_the_vocabulary() -> None:
 def test_the_plan_says_what_it_chose(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    plan = study.plan(case.queries, query_rank=2, train_batch_size=4)
+    plan = study.plan(case.queries, wf.EKFAC(query_rank=2), execution=replace(study.execution, train_batch_size=4))
     assert re.match(
         r"Plan: 5 of 5 query gradients resident \(rank 2, float32, 0.00 GiB on cpu; .* GiB usable\), so 14 training "
         r"examples are swept once; batches of 5 queries, 4 training examples.",
@@ -171,10 +172,10 @@ def test_the_plan_says_what_it_chose(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert [str(cell) for cell in plan.table().columns[0].cells] == [cost.stage for cost in plan.costs()]
     assert not list(tmp_path.iterdir())
     with caplog.at_level(logging.INFO, "wherefrom"):
-        study.score(case.queries, study.fit("identity"))
+        study.score(case.queries, wf.Dot())
     assert sum("Plan: 5 of 5 query gradients resident (whole" in each for each in caplog.messages) == 1
     with caplog.at_level(logging.INFO, "wherefrom"):
-        study.score(case.queries, study.fit("identity"))
+        study.score(case.queries, wf.Dot())
     assert sum("Plan:" in each for each in caplog.messages) == 1  # nothing to compute, nothing to plan
 
 
@@ -208,10 +209,10 @@ def test_too_little_memory_means_smaller_blocks_and_the_same_scores(
 ) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    expected = study.score(case.queries, factors, name="expected").values
+    factors = study.fit(wf.EKFAC())
+    expected = study.score(case.queries, with_factors(factors), name="expected").values
     with little_memory(monkeypatch, queries, batch):
-        found = study.score(case.queries, factors, name="found").values
+        found = study.score(case.queries, with_factors(factors), name="found").values
     assert relative_error(found, expected) < 1e-12
     assert any("resident query gradients instead of 5" in each for each in caplog.messages)
 
@@ -219,16 +220,16 @@ def test_too_little_memory_means_smaller_blocks_and_the_same_scores(
 def test_a_single_query_that_does_not_fit_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("identity")
+    factors = study.fit(wf.Dot())
     with little_memory(monkeypatch, 0, 100), pytest.raises(MemoryLimitError, match="query gradients: a single example"):
-        study.score(case.queries, factors)
+        study.score(case.queries, with_factors(factors))
 
 
 def test_a_run_continues_with_the_blocks_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after its first block, and resumed on a machine with more memory."""
     case = mlp_case()
-    small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-9)
-    factors = small.fit("ekfac")
+    small = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09))
+    factors = small.fit(wf.EKFAC())
     done: list[str] = []
     original = PairwiseCollector.collect
 
@@ -241,7 +242,7 @@ def test_a_run_continues_with_the_blocks_that_it_has(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(PairwiseCollector, "collect", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            small.score(case.queries, factors, train_batch_size=12)
+            small.score(case.queries, with_factors(factors), execution=replace(small.execution, train_batch_size=12))
     (blocks,) = (tmp_path / "scores").glob("ekfac-*.blocks")
     kept = {path.name: path.stat().st_mtime_ns for path in blocks.iterdir() if path.is_dir()}
     assert list(kept) == ["0-1.0-12"]
@@ -254,9 +255,9 @@ def test_a_run_continues_with_the_blocks_that_it_has(tmp_path: Path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(PairwiseCollector, "collect", counted)
-        found = large.score(case.queries, factors).values
+        found = large.score(case.queries, with_factors(factors)).values
     assert set(seen) == {4}
-    assert relative_error(found, large.score(case.queries, factors, name="one").values) < 1e-12
+    assert relative_error(found, large.score(case.queries, with_factors(factors), name="one").values) < 1e-12
     assert not blocks.exists()
 
 
@@ -264,9 +265,9 @@ def test_a_run_with_less_memory_does_not_take_up_blocks_that_are_too_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = mlp_case()
-    large = wf.Study(tmp_path, case.model, case.task, train=case.train, checkpoint_seconds=0)
-    factors = large.fit("ekfac")
-    expected = large.score(case.queries, factors, name="expected").values
+    large = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(checkpoint_seconds=0))
+    factors = large.fit(wf.EKFAC())
+    expected = large.score(case.queries, with_factors(factors), name="expected").values
     sizes: list[int] = []
     original = PairwiseCollector.collect
 
@@ -278,11 +279,11 @@ def test_a_run_with_less_memory_does_not_take_up_blocks_that_are_too_large(
 
     monkeypatch.setattr(PairwiseCollector, "collect", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        large.score(case.queries, factors, train_batch_size=3)
+        large.score(case.queries, with_factors(factors), execution=replace(large.execution, train_batch_size=3))
     assert set(sizes) == {5}
     sizes.clear()
-    small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-9)
-    assert relative_error(small.score(case.queries, factors).values, expected) < 1e-12
+    small = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09))
+    assert relative_error(small.score(case.queries, with_factors(factors)).values, expected) < 1e-12
     assert set(sizes) == {1}
 
 
@@ -290,9 +291,9 @@ def test_a_run_with_less_memory_does_not_take_up_blocks_that_are_too_large(
 def test_token_scores_survive_another_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: bool) -> None:
     """After a checkpoint, memory runs out or the run is interrupted, and the pairs are cut into other parts."""
     case = mlp_case()
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train, checkpoint_seconds=0)
-    factors = study.fit("ekfac")
-    expected = study.score_tokens(case.queries, factors, name="expected").values
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(checkpoint_seconds=0))
+    factors = study.fit(wf.EKFAC())
+    expected = study.score(case.queries, with_factors(factors), keep=wf.Tokens(), name="expected").values
     original = TokenCollector.collect
     failed: list[str] = []
 
@@ -305,9 +306,16 @@ def test_token_scores_survive_another_cut(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(TokenCollector, "collect", failing)
     if interrupt:
         with pytest.raises(KeyboardInterrupt):
-            study.score_tokens(case.queries, factors, train_batch_size=3)
-        study = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-9)
-    tokens = study.score_tokens(case.queries, factors, train_batch_size=3)
+            study.score(
+                case.queries,
+                with_factors(factors),
+                keep=wf.Tokens(),
+                execution=replace(study.execution, train_batch_size=3),
+            )
+        study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09))
+    tokens = study.score(
+        case.queries, with_factors(factors), keep=wf.Tokens(), execution=replace(study.execution, train_batch_size=3)
+    )
     assert failed
     assert len(tokens.shards) > 1
     assert relative_error(tokens.values, expected) < 1e-12
@@ -333,7 +341,7 @@ def test_memory_does_not_grow_with_the_training_set(tmp_path: Path) -> None:
         study = wf.Study(tmp_path / str(train), model, wf.Classification(), train=ManyExamples(train))
         watch = PeakMemory()
         watch.start()
-        scores = study.score(queries, study.fit("identity"), train_batch_size=2000)
+        scores = study.score(queries, wf.Dot(), execution=replace(study.execution, train_batch_size=2000))
         hits = scores.top(1)
         peaks.append(watch.stop())
         assert scores.values.shape == (250, train)
@@ -346,15 +354,15 @@ def test_memory_does_not_grow_with_the_training_set(tmp_path: Path) -> None:
 def test_impossible_options_are_refused(tmp_path: Path) -> None:
     case = mlp_case()
     with pytest.raises(InputError, match="memory_budget=0: expected a number of GiB above 0"):
-        wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=0)
+        wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=0))
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("identity")
+    factors = study.fit(wf.Dot())
     with pytest.raises(InputError, match="query_rank=0: expected at least 1"):
-        study.score(case.queries, factors, query_rank=0)
+        study.score(case.queries, with_factors(factors, query_rank=0))
     with pytest.raises(InputError, match="rescore=3: expected at least 1 together with a query_rank or query_bits"):
-        study.score(case.queries, factors, rescore=3)
+        study.score(case.queries, with_factors(factors, rescore=3))
     with pytest.raises(InputError, match="queries is empty"):
-        study.plan([])
+        study.plan([], wf.EKFAC())
 
 
 def test_plans_are_values() -> None:

@@ -51,7 +51,7 @@ def measured(retrainings: Sequence[Retraining]) -> Tensor:
 def test_a_planted_query_ranks_first_and_its_removal_hurts_most(tmp_path: Path) -> None:
     train, queries = rows()
     study = wf.Study(tmp_path / "run", trained(range(len(train)), 0), TASK, train=train)
-    scores = study.score(queries, study.fit("ekfac"))
+    scores = study.score(queries, wf.EKFAC())
     assert scores.top(1)[0].train == PLANTED
     assert scores.top(1)[1].train != PLANTED  # the other query stands nowhere
 

@@ -9,6 +9,7 @@ import torch
 
 import wherefrom as wf
 from tests.models import mlp_case
+from tests.runs import with_factors
 from wherefrom.runtime.profile import Profile
 
 
@@ -33,10 +34,10 @@ def test_every_boundary_waits_for_the_gpus_in_use(waits: list[int]) -> None:
 def test_a_plain_run_waits_for_none(waits: list[int], tmp_path: Path) -> None:
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
+    factors = study.fit(wf.EKFAC())
     assert not waits
     study.profile.synchronize = True
-    study.score(case.queries, factors)
+    study.score(case.queries, with_factors(factors))
     assert waits
 
 

@@ -81,8 +81,8 @@ def measured(brute: BruteForce, examples: Sequence[object]) -> Gradients:
 def test_logra(make_case: CaseMaker, damping: float | None, initialisation: str, tmp_path: Path) -> None:
     case = make_case(torch.float64)
     study = tiny_study(case, tmp_path)
-    factors = study.fit("kfac") if initialisation == "eigenvectors" else None
-    found = wf.logra_scores(study, case.queries, factors, rank=RANK, damping=damping)
+    factors = study.fit(wf.KFAC()) if initialisation == "eigenvectors" else None
+    found = study.score(case.queries, wf.LoGra(factors=factors, rank=RANK, damping=damping, directions="eigenvectors"))
     brute, directions = brute_force(case, study), projections(study, factors)
     train, queries = (projected(each, directions) for each in (brute.train, brute.queries))
     expected = torch.zeros(len(case.queries), len(case.train), dtype=torch.float64)
@@ -116,7 +116,7 @@ def unlikelihoods(case: Case) -> Tensor:
 def test_trak_of_classifications(damping: float | None, tmp_path: Path) -> None:
     case = margins_case()
     study = tiny_study(case, tmp_path)
-    found = wf.trak_scores(study, case.queries, rank=RANK, damping=damping)
+    found = study.score(case.queries, wf.Trak(rank=RANK, damping=damping))
     products = trak_products(brute_force(case, study), case, study, damping)
     assert relative_error(found.values, products * unlikelihoods(case)) < 1e-8
 
@@ -133,20 +133,20 @@ def test_trak_of_several_models_multiplies_means(tmp_path: Path) -> None:
         torch.save(other.model.state_dict(), paths[-1])
         products.append(trak_products(brute_force(other, study), other, study, 1e-2))
         weights.append(unlikelihoods(other))
-    found = wf.trak_scores(study, case.queries, paths, rank=RANK, damping=1e-2)
+    found = study.score(case.queries, wf.Trak(checkpoints=paths, rank=RANK, damping=0.01))
     expected = torch.stack(products).mean(0) * torch.stack(weights).mean(0)
     assert relative_error(found.values, expected) < 1e-8
     assert all(torch.equal(each, before[name]) for name, each in case.model.state_dict().items())
     assert found.fingerprint["models"].count("model") == 2
     with pytest.raises(MismatchError, match="models: stored"):
-        wf.trak_scores(study, case.queries, paths[:1], rank=RANK, damping=1e-2, name=found.name)
+        study.score(case.queries, wf.Trak(checkpoints=paths[:1], rank=RANK, damping=0.01), name=found.name)
 
 
 def test_trak_of_sequences_has_the_least_squares_weight(tmp_path: Path) -> None:
     case = gpt2_case(torch.float64)
     case = Case(case.model, wf.CausalLM(["transformer.h.*"], measure="margin"), case.train, case.queries)
     study = tiny_study(case, tmp_path)
-    found = wf.trak_scores(study, case.queries, rank=RANK, damping=1e-2)
+    found = study.score(case.queries, wf.Trak(rank=RANK, damping=0.01))
     brute, directions = brute_force(case, study), projections(study)
     outputs = torch.cat(list(projected(measured(brute, case.train), directions).values()), 1)
     losses = torch.cat(list(projected(brute.train, directions).values()), 1)
@@ -176,7 +176,9 @@ def test_trackstar(make_case: CaseMaker, mixing: float, damping: float | None, d
     case = make_case(torch.float64)
     study = tiny_study(case, tmp_path)
     given, factors = conditioning(case, study)
-    found = wf.trackstar_scores(study, case.queries, given if divided else None, mixing, rank=RANK, damping=damping)
+    found = study.score(
+        case.queries, wf.TrackStar(conditioning=given if divided else None, mixing=mixing, rank=RANK, damping=damping)
+    )
     brute, directions = brute_force(case, study), projections(study)
 
     def rows(gradients: Gradients) -> dict[str, Tensor]:
@@ -201,9 +203,9 @@ def test_trackstar(make_case: CaseMaker, mixing: float, damping: float | None, d
 
 
 METHODS: dict[str, Any] = {
-    "logra": wf.logra_scores,
-    "trak": wf.trak_scores,
-    "trackstar": wf.trackstar_scores,
+    "logra": wf.LoGra,
+    "trak": wf.Trak,
+    "trackstar": wf.TrackStar,
 }
 each_method = pytest.mark.parametrize("method", list(METHODS))
 
@@ -214,11 +216,13 @@ def test_batches_shards_and_blocks_change_nothing_but_rounding(
 ) -> None:
     case = gpt2_case(torch.float64)
     study = tiny_study(case, tmp_path)
-    whole = METHODS[method](study, case.queries, rank=RANK)
+    whole = study.score(case.queries, METHODS[method](rank=RANK))
     row = len(study.layers) * RANK**2 * 8
     monkeypatch.setattr("wherefrom.methods.projected.gradient_store._SHARD_BYTES", 5 * row)
     monkeypatch.setattr("wherefrom.methods.projected.gradient_store._BLOCK_BYTES", 2 * row)
-    parts = METHODS[method](study, case.queries, rank=RANK, batch_size=3, name="parts")
+    parts = study.score(
+        case.queries, METHODS[method](rank=RANK), name="parts", execution=wf.Execution(train_batch_size=3)
+    )
     assert relative_error(parts.values, whole.values) < 1e-9
 
 
@@ -227,15 +231,16 @@ def test_an_interrupted_call_goes_on_to_the_same_bits(method: str, tmp_path: Pat
     case = gpt2_case(torch.float32)
     task = Interrupted(["transformer.h.*"])
     one, other = (
-        wf.Study(tmp_path / name, case.model, task, train=case.train, checkpoint_seconds=0) for name in ("one", "other")
+        wf.Study(tmp_path / name, case.model, task, train=case.train, execution=wf.Execution(checkpoint_seconds=0))
+        for name in ("one", "other")
     )
-    expected = METHODS[method](one, case.queries, rank=RANK, batch_size=2)
+    expected = one.score(case.queries, METHODS[method](rank=RANK), execution=wf.Execution(train_batch_size=2))
     for allowed in (2, 4, 3):
         task._left = allowed
         with pytest.raises(KeyboardInterrupt):
-            METHODS[method](other, case.queries, rank=RANK, batch_size=2)
+            other.score(case.queries, METHODS[method](rank=RANK), execution=wf.Execution(train_batch_size=2))
     task._left = 10**9
-    found = METHODS[method](other, case.queries, rank=RANK, batch_size=2)
+    found = other.score(case.queries, METHODS[method](rank=RANK), execution=wf.Execution(train_batch_size=2))
     assert torch.equal(found.values, expected.values)
     assert results(tmp_path / "other").keys() == {f"scores/{found.name}/values"}  # nothing is left beside them
     task._left = 0
@@ -247,7 +252,7 @@ def test_an_interrupted_call_goes_on_to_the_same_bits(method: str, tmp_path: Pat
 def test_other_settings_are_refused_unless_overwritten(method: str, tmp_path: Path) -> None:
     case = mlp_case(torch.float32)
     study = tiny_study(case, tmp_path)
-    first = METHODS[method](study, case.queries, rank=2, name="mine")
+    first = study.score(case.queries, METHODS[method](rank=2), name="mine")
     others: list[tuple[dict[str, Any], str]] = [
         ({"rank": 3}, "rank"),
         ({"rank": 2, "seed": 1}, "seed 1"),
@@ -255,13 +260,13 @@ def test_other_settings_are_refused_unless_overwritten(method: str, tmp_path: Pa
     ]
     for options, message in others:
         with pytest.raises(MismatchError, match=message):
-            METHODS[method](study, case.queries, **options, name="mine")
+            study.score(case.queries, METHODS[method](), name="mine")
     with pytest.raises(MismatchError, match="queries: stored"):
-        METHODS[method](study, case.queries[:2], rank=2, name="mine")
-    assert torch.equal(METHODS[method](study, case.queries, rank=2).values, first.values)
+        study.score(case.queries[:2], METHODS[method](rank=2), name="mine")
+    assert torch.equal(study.score(case.queries, METHODS[method](rank=2)).values, first.values)
     beside = [METHODS[method](study, case.queries, **options) for options, _ in others]  # without a name
     assert len({each.name for each in beside}) == len(others)
-    replaced = METHODS[method](study, case.queries, rank=2, damping=1.0, name="mine", overwrite=True)
+    replaced = study.score(case.queries, METHODS[method](rank=2, damping=1.0), name="mine", overwrite=True)
     assert not torch.equal(replaced.values, first.values)
 
 
@@ -270,7 +275,7 @@ def test_without_enough_examples_no_damping_is_refused(method: str, tmp_path: Pa
     case = mlp_case(torch.float64)
     study = tiny_study(case, tmp_path)
     with pytest.raises(InputError, match="damping=0: too small to invert the projected curvature"):
-        METHODS[method](study, case.queries, rank=5, damping=0.0)
+        study.score(case.queries, METHODS[method](rank=5, damping=0.0))
     assert not list((tmp_path / "scores").glob(f"{method}-????????/manifest.json"))
 
 
@@ -290,14 +295,16 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="queries is empty"):
             method(study, [])
     with pytest.raises(InputError, match="of 'diagonal' factors"):
-        wf.logra_scores(study, case.queries, study.fit("diagonal"))
+        study.score(case.queries, wf.LoGra(factors=study.fit(wf.Diagonal()), directions="eigenvectors"))
     constant = {name: torch.ones_like(each) for name, each in case.model.named_parameters()}
     with pytest.raises(InputError, match="factors are conditioned"):
-        wf.logra_scores(study, case.queries, study.fit("shampoo", conditioning=constant))
+        study.score(
+            case.queries, wf.LoGra(factors=study.fit(wf.Shampoo(conditioning=constant)), directions="eigenvectors")
+        )
     with pytest.raises(InputError, match=r"mixing=1\.5"):
-        wf.trackstar_scores(study, case.queries, None, 1.5)
+        study.score(case.queries, wf.TrackStar(conditioning=None, mixing=1.5))
     with pytest.raises(InputError, match="conditioning: has nothing for"):
-        wf.trackstar_scores(study, case.queries, {"elsewhere": torch.ones(5, 5)})
+        study.score(case.queries, wf.TrackStar(conditioning={"elsewhere": torch.ones(5, 5)}))
     assert not (tmp_path / "scores").exists()
 
 
@@ -307,7 +314,7 @@ def test_a_model_with_an_embedding_is_conditioned_column_by_column(tmp_path: Pat
     case = Case(model, wf.CausalLM(["transformer.wte", "transformer.h.0.*"]), gpt2_case().train, gpt2_case().queries)
     study = tiny_study(case, tmp_path)
     given, factors = conditioning(case, study)
-    found = wf.trackstar_scores(study, case.queries, given, rank=RANK)
+    found = study.score(case.queries, wf.TrackStar(conditioning=given, rank=RANK))
     brute, directions = brute_force(case, study), projections(study)
     sides = []
     curvature: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import wherefrom as wf
 from tests.reference import BruteForce
+from tests.runs import factored, with_factors
 from wherefrom.curvature.factors import STRATEGIES, Factors
 from wherefrom.curvature.operators import Basis, Operator
 from wherefrom.engine.capture import Captured
@@ -162,7 +163,13 @@ class Run:
     def __init__(self, case: Case, train: list[Any] | None = None, task: Weighted | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self.task = task or Weighted()
-        self.study = wf.Study(self._folder.name, case.model(), self.task, train=train or case.train_set, progress=False)
+        self.study = wf.Study(
+            self._folder.name,
+            case.model(),
+            self.task,
+            train=train or case.train_set,
+            execution=wf.Execution(progress=False),
+        )
 
     def fit(self, strategy: str, **options: Any) -> Factors:
         return self.study.fit(strategy, empirical=True, **options)
@@ -189,7 +196,7 @@ def weighted(examples: list[Any], weights: Tensor) -> list[Any]:
 def test_scores_are_linear_in_what_is_measured(
     case: Case, strategy: str, damping: float | None, mixture: tuple[float, float]
 ) -> None:
-    factors = Run(case).fit(strategy)
+    factors = Run(case).fit(factored(strategy))
     one, other, both = (
         Run(case, task=Weighted(each)).values(case.query_set, factors, damping=damping)
         for each in ((1.0, 0.0), (0.0, 1.0), mixture)
@@ -204,7 +211,7 @@ def test_scores_are_linear_in_training_gradients(
     case: Case, strategy: str, damping: float | None, first: float, second: float
 ) -> None:
     """The same factors, and training losses with weights of their own."""
-    factors, generator = Run(case).fit(strategy), torch.Generator().manual_seed(case.seed)
+    factors, generator = Run(case).fit(factored(strategy)), torch.Generator().manual_seed(case.seed)
     plain = Run(case).values(case.query_set, factors, damping=damping)
     one, other = torch.randn(2, case.train, generator=generator).double()
     mixed = first * one + second * other
@@ -260,9 +267,9 @@ def test_products_of_a_bank_are_bilinear_and_add_up_over_tokens(
 @FEW
 def test_scores_add_up_over_tokens(case: Case, strategy: str, damping: float | None) -> None:
     run = Run(case)
-    factors = run.fit(strategy)
+    factors = run.fit(factored(strategy))
     expected = run.values(case.query_set, factors, damping=damping)
-    tokens = run.study.score_tokens(case.query_set, factors, damping=damping)
+    tokens = run.study.score(case.query_set, with_factors(factors, damping=damping), keep=wf.Tokens())
     found = torch.stack(
         [torch.stack([tokens[query, row].sum() for row in range(case.train)]) for query in range(case.queries)]
     )
@@ -276,11 +283,11 @@ def test_scores_add_up_over_tokens(case: Case, strategy: str, damping: float | N
 def test_scores_add_up_over_layers(case: Case, strategy: str, damping: float | None) -> None:
     """And a layer's part is the score of a study that tracks it alone."""
     run = Run(case)
-    scores = run.score(case.query_set, run.fit(strategy), damping=damping, per_layer=True)
+    scores = run.score(case.query_set, factored(strategy, damping=damping), keep=wf.Pairs(layers=True))
     assert_alike(torch.stack(list(scores.layers.values())).sum(0), scores.values)
     for name, part in scores.layers.items():
         alone = Run(case, task=Weighted(layers=[name]))
-        assert_alike(alone.values(case.query_set, alone.fit(strategy), damping=damping), part)
+        assert_alike(alone.values(case.query_set, alone.fit(factored(strategy)), damping=damping), part)
 
 
 @given(cases(), STRATEGY, DAMPING, st.randoms(use_true_random=False), st.integers(1, 7), st.integers(1, 7))
@@ -290,12 +297,16 @@ def test_scores_follow_permutations_and_ignore_batch_sizes(
 ) -> None:
     rows, columns = list(range(case.queries)), list(range(case.train))
     run = Run(case)
-    expected = run.values(case.query_set, run.fit(strategy, batch_size=case.train), damping=damping)
+    expected = run.values(
+        case.query_set,
+        run.fit(factored(strategy), execution=replace(run.execution, train_batch_size=case.train)),
+        damping=damping,
+    )
     random.shuffle(rows)
     random.shuffle(columns)
     train, queries = case.train_set, case.query_set
     other = Run(case, [train[column] for column in columns])
-    factors = other.fit(strategy, batch_size=fitted)
+    factors = other.fit(factored(strategy), execution=replace(other.execution, train_batch_size=fitted))
     sizes = {"train_batch_size": swept, "query_batch_size": fitted}
     found = other.values([queries[row] for row in rows], factors, damping=damping, **sizes)
     assert_alike(found, expected[rows][:, columns])
@@ -305,11 +316,11 @@ def test_scores_follow_permutations_and_ignore_batch_sizes(
 @FEW
 def test_self_influence_is_the_diagonal(case: Case, strategy: str, damping: float | None) -> None:
     run = Run(case)
-    factors = run.fit(strategy)
-    scores = run.score(case.train_set, factors, damping=damping, self_influence=True)
+    factors = run.fit(factored(strategy))
+    scores = run.score(case.train_set, with_factors(factors, damping=damping), keep=wf.Pairs(self_influence=True))
     assert scores.self_influence is not None
     assert scores.query_self_influence is not None
-    found = run.study.self_influence(factors, damping=damping)
+    found = run.study.self_influence(with_factors(factors, damping=damping))
     for each in (scores.self_influence, scores.query_self_influence, found):
         assert_alike(each, scores.values.diagonal())
     assert_alike(scores.values, scores.values.T.clone())
@@ -322,7 +333,7 @@ def test_self_influence_is_the_diagonal(case: Case, strategy: str, damping: floa
 @FEW
 def test_identity_is_the_dot_product_of_gradients(case: Case) -> None:
     run = Run(case)
-    found = run.values(case.query_set, run.fit("identity"))
+    found = run.values(case.query_set, run.fit(wf.Dot()))
     reference = BruteForce(case.model(), run.task, list(run.study.layers), case.train_set, case.query_set)
     assert_alike(found, reference.scores("identity"))
 
@@ -331,7 +342,7 @@ def test_identity_is_the_dot_product_of_gradients(case: Case) -> None:
 @FEW
 def test_float32_scores_are_those_of_float64(case: Case, strategy: str) -> None:
     run = Run(case)
-    found = run.values(case.query_set, run.fit(strategy), damping=1.0)
+    found = run.values(case.query_set, run.fit(factored(strategy)), damping=1.0)
     train, queries = ([(x.double(), y, w.double()) for x, y, w in each] for each in (case.train_set, case.query_set))
     reference = BruteForce(case.model(), run.task, list(run.study.layers), train, queries)
     assert found.dtype == torch.float32
@@ -367,6 +378,6 @@ def test_of_a_kronecker_product_the_inverse_is_exact(
         inverse = torch.linalg.inv(curvature + added * torch.eye(len(curvature), dtype=torch.float64))
     with tempfile.TemporaryDirectory() as folder:
         study = wf.Study(folder, nn.Sequential(model), wf.Regression(), train=examples)
-        factors = study.fit(strategy, empirical=True)
-        found = study.score(examples, factors, damping=damping).values.clone()
+        factors = study.fit(factored(strategy, empirical=True))
+        found = study.score(examples, with_factors(factors, damping=damping)).values.clone()
     assert_alike(found, gradients @ inverse @ gradients.T, 1e-9 if damping != 0 else 1e-5)

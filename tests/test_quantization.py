@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from wherefrom.scoring.options import Options
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
-from tests.runs import only
+from tests.runs import only, with_factors
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
 from wherefrom.planning.forms import BankForm, dequantized, quantized
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.bank import GradientBank
-from wherefrom.scoring.options import Options
 
 CPU = torch.device("cpu")
 
@@ -67,7 +68,7 @@ def test_scores_move_by_no_more_than_the_rounding_allows(
     case = gpt2_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     layers = select_layers(case.model, case.task.layers)
-    preconditioner = study.fit("ekfac").preconditioner()
+    preconditioner = study.fit(wf.EKFAC()).preconditioner()
     rotated_back = dict.fromkeys(layers, (back, back))
     exact, rounded = (
         GradientBank(layers, preconditioner, 5, BankForm(torch.float64, CPU, rotated_back=rotated_back, bits=bits))
@@ -106,9 +107,11 @@ def test_scores_move_by_no_more_than_the_rounding_allows(
 def test_a_study_keeps_them_apart_and_computes_the_highest_again(tmp_path: Path, half: bool) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    exact = study.score(case.queries, factors, half_precision=half)
-    found = study.score(case.queries, factors, half_precision=half, query_bits=8)
+    factors = study.fit(wf.EKFAC())
+    exact = study.score(case.queries, with_factors(factors), execution=replace(study.execution, half_precision=half))
+    found = study.score(
+        case.queries, with_factors(factors, query_bits=8), execution=replace(study.execution, half_precision=half)
+    )
     assert found.query_errors is not None
     assert 0 < float(found.query_errors.max()) < 0.01
     assert 0 < relative_error(found.values, exact.values) < 0.02
@@ -116,13 +119,25 @@ def test_a_study_keeps_them_apart_and_computes_the_highest_again(tmp_path: Path,
     assert only(tmp_path / "scores", f"ekfac{ending}-8bit").name == found.name
     assert found.fingerprint["query bits"] == "8"
     assert "query bits" not in exact.fingerprint
-    again = study.score(case.queries, factors, half_precision=half, query_bits=8, rescore=3, name="again")
+    again = study.score(
+        case.queries,
+        with_factors(factors, query_bits=8, rescore=3),
+        name="again",
+        execution=replace(study.execution, half_precision=half),
+    )
     chosen = found.values.topk(3, dim=1).indices
     assert relative_error(again.values.gather(1, chosen), exact.values.gather(1, chosen)) < 1e-5
-    top = study.score_top(case.queries, factors, k=2, half_precision=half, query_bits=8)
+    top = study.score(
+        case.queries,
+        with_factors(factors, query_bits=8),
+        keep=wf.Top(2),
+        execution=replace(study.execution, half_precision=half),
+    )
     assert relative_error(top.values, found.values.topk(2, dim=1).values) < 1e-5
     with pytest.raises(wf.WherefromError, match="query bits: stored 8, the top 3 without, now nothing"):
-        study.score(case.queries, factors, half_precision=half, name="again")
+        study.score(
+            case.queries, with_factors(factors), name="again", execution=replace(study.execution, half_precision=half)
+        )
 
 
 def test_several_blocks_and_one_hot_layers(tmp_path: Path) -> None:
@@ -130,11 +145,17 @@ def test_several_blocks_and_one_hot_layers(tmp_path: Path) -> None:
     from tests.test_layers import embedding_case
 
     case = embedding_case()
-    factors = wf.Study(tmp_path / "0", case.model, case.task, train=case.train).fit("ekfac")
+    factors = wf.Study(tmp_path / "0", case.model, case.task, train=case.train).fit(wf.EKFAC())
     found = []
     for budget, bits in ((None, None), (None, 8), (1e-9, 8)):
-        study = wf.Study(tmp_path / f"{budget}{bits}", case.model, case.task, train=case.train, memory_budget=budget)
-        found.append(study.score(case.queries, factors, query_bits=bits).values)
+        study = wf.Study(
+            tmp_path / f"{budget}{bits}",
+            case.model,
+            case.task,
+            train=case.train,
+            execution=wf.Execution(memory_budget=budget),
+        )
+        found.append(study.score(case.queries, with_factors(factors, query_bits=bits)).values)
     assert 0 < relative_error(found[1], found[0]) < 0.02
     assert relative_error(found[2], found[1]) < 1e-9
 
@@ -157,4 +178,6 @@ def test_candidates_are_scored_without(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     with pytest.raises(InputError, match="query_bits=8: expected one of damping"):
-        study.score_candidates(case.queries, study.fit("identity"), torch.zeros(5, 1).long(), query_bits=8)
+        study.score(
+            case.queries, wf.TwoStage(first=torch.zeros(5, 1).long(), then=wf.Dot(query_bits=8)), keep=wf.Top(10000)
+        )

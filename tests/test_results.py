@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
+from tests.runs import factored, with_factors
 from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.evaluate.counterfactual import counterfactual
 from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
@@ -48,8 +50,13 @@ def other_model(model: torch.nn.Module) -> torch.nn.Module:
 def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[wf.Study[Any], Case, wf.Scores, wf.TokenScores]:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path_factory.mktemp("scored"), case.model, case.task, train=case.train)
-    factors = study.fit("identity")
-    return study, case, study.score(case.queries, factors), study.score_tokens(case.queries, factors)
+    factors = study.fit(wf.Dot())
+    return (
+        study,
+        case,
+        study.score(case.queries, with_factors(factors)),
+        study.score(case.queries, with_factors(factors), keep=wf.Tokens()),
+    )
 
 
 def printed(table: Any) -> str:
@@ -107,7 +114,7 @@ def test_texts_in_another_form_are_shown_where_they_are_as_many(scored: Scored) 
 
 def test_tokens_of_other_scores_are_not_shown_beside_these(scored: Scored) -> None:
     study, case, scores, tokens = scored
-    other = study.score(case.queries, study.fit("identity"), half_precision=True)
+    other = study.score(case.queries, wf.Dot(), execution=replace(study.execution, half_precision=True))
     pieces = DatasetTokens(tokens, case.train, Characters())
     queries, train = DatasetPassages(case.queries), DatasetPassages(case.train)
     with pytest.raises(MismatchError, match="tokens belong to other scores than these. precision: stored"):
@@ -120,7 +127,7 @@ def test_tokens_of_other_scores_are_not_shown_beside_these(scored: Scored) -> No
 def test_answers_of_an_index_are_not_shown_beside_other_texts(tmp_path: Path) -> None:
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    found = study.index(study.fit("identity"), rank=2).query(case.queries, k=2)
+    found = study.index(wf.Dot(), wf.Compression(rank=2)).query(case.queries, k=2)
     top_tables(found, DatasetPassages(case.queries), DatasetPassages(case.train), shown=[0], k=2)
     with pytest.raises(MismatchError, match="queries: scored"):
         top_tables(found, DatasetPassages(case.queries[::-1]), DatasetPassages(case.train), shown=[0], k=2)
@@ -135,8 +142,8 @@ def untrained(retrainings: Sequence[Retraining]) -> torch.Tensor:
 def test_scores_of_other_queries_are_not_evaluated_side_by_side(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    one = study.score(case.queries, study.fit("identity"))
-    two, other = (study.score(queries, study.fit("diagonal")) for queries in (case.queries, case.queries[::-1]))
+    one = study.score(case.queries, wf.Dot())
+    two, other = (study.score(queries, wf.Diagonal()) for queries in (case.queries, case.queries[::-1]))
     generator = torch.Generator().manual_seed(0)
     truth = GroundTruth(
         torch.rand(6, 12, generator=generator) < 0.5, torch.rand(6, 1, 5, generator=generator, dtype=torch.float64)
@@ -159,8 +166,11 @@ def test_scores_of_other_queries_are_not_evaluated_side_by_side(tmp_path: Path) 
 def test_top_scores_have_a_page_of_the_same_hits(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    top, scores = study.score_top(case.queries, factors, 3), study.score(case.queries, factors)
+    factors = study.fit(wf.EKFAC())
+    top, scores = (
+        study.score(case.queries, with_factors(factors), keep=wf.Top(3)),
+        study.score(case.queries, with_factors(factors)),
+    )
     page, whole = (study.report(each, case.queries, k=3).read_text() for each in (top, scores))
     assert {path.name for path in (tmp_path / "reports").iterdir()} == {f"{top.name}.html", f"{scores.name}.html"}
 
@@ -178,7 +188,9 @@ def test_top_scores_have_a_page_of_the_same_hits(tmp_path: Path) -> None:
 def test_candidates_have_a_page_that_says_that_the_others_were_not_scored(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    found = study.score_candidates(case.queries, study.fit("identity"), torch.tensor([[1, 4, 7]] * 5))
+    found = study.score(
+        case.queries, wf.TwoStage(first=torch.tensor([[1, 4, 7]] * 5), then=wf.Dot()), keep=wf.Top(10000)
+    )
     page = study.report(found, case.queries).read_text()
     assert page.count("only these were kept: 3 candidates of each query") == 5
     assert {line.split('"')[1] for line in page.split("<article ")[1:]} <= {"train-1", "train-4", "train-7"}
@@ -188,7 +200,7 @@ def test_candidates_have_a_page_that_says_that_the_others_were_not_scored(tmp_pa
 def test_aggregated_queries_have_a_page_of_one_row(tmp_path: Path, how: Any) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    scores = study.score(case.queries, study.fit("identity"), aggregate_queries=how)
+    scores = study.score(case.queries, wf.Dot(), keep=wf.Aggregated(queries=how))
     page = study.report(scores, case.queries).read_text()
     assert page.count('<section class="query') == 1
     assert f"The {how} of 5 queries." in page
@@ -199,7 +211,7 @@ def test_aggregated_queries_have_a_page_of_one_row(tmp_path: Path, how: Any) -> 
 def test_aggregated_training_examples_have_no_page(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    scores = study.score(case.queries, study.fit("identity"), aggregate_train="sum")
+    scores = study.score(case.queries, wf.Dot(), keep=wf.Aggregated(train="sum"))
     with pytest.raises(InputError, match="add up all training examples, so none stands beside its score"):
         study.report(scores, case.queries)
 
@@ -233,14 +245,14 @@ def test_a_result_is_found_by_its_label_but_not_by_that_of_another(tmp_path: Pat
 def test_what_is_new_beside_others_says_what_differs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("diagonal")
-    study.score(case.queries, factors)
+    factors = study.fit(wf.Diagonal())
+    study.score(case.queries, with_factors(factors))
     assert "is new" not in caplog.text
     with caplog.at_level("INFO", "wherefrom"):
-        study.fit("diagonal", seed=1)
-        study.score(case.queries, factors, damping=0.5)
-        study.fit("diagonal")
-        study.score(case.queries, factors)
+        study.fit(wf.Diagonal(seed=1))
+        study.score(case.queries, with_factors(factors, damping=0.5))
+        study.fit(wf.Diagonal())
+        study.score(case.queries, with_factors(factors))
     said = [record.message for record in caplog.records if "is new" in record.message]
     assert len(said) == 2  # what is loaded says nothing
     assert "targets: stored sampled, seed 0, now sampled, seed 1" in said[0]
@@ -283,7 +295,7 @@ METHODS: dict[str, Method] = {
     "trak": lambda study, queries, **options: wf.trak_scores(study, queries, rank=2, **options),
     "trackstar": lambda study, queries, **options: wf.trackstar_scores(study, queries, rank=2, **options),
     "magic": by_magic,
-    "score": lambda study, queries, **options: study.score(queries, study.fit("diagonal"), **options),
+    "score": lambda study, queries, **options: study.score(queries, study.fit(wf.Diagonal()), **options),
 }
 
 
@@ -312,20 +324,20 @@ def test_other_queries_and_training_examples_lie_side_by_side(tmp_path: Path, me
 def everything(study: wf.Study[Any], queries: list[object]) -> None:
     """Every kind of result, with every strategy's factors."""
     for strategy in ("identity", "diagonal", "ekfac", "shampoo"):
-        study.fit(strategy)
+        study.fit(factored(strategy))
     for act in (*DIRECT.values(), *(METHODS[name] for name in METHODS if name != "score")):
         act(study, queries)
 
 
 DIRECT: dict[str, Callable[..., object]] = {
     "score": METHODS["score"],
-    "score_top": lambda study, queries, **options: study.score_top(queries, study.fit("diagonal"), 2, **options),
+    "score_top": lambda study, queries, **options: study.score_top(queries, study.fit(wf.Diagonal()), 2, **options),
     "score_candidates": lambda study, queries, **options: study.score_candidates(
-        queries, study.fit("diagonal"), torch.tensor([[0, 1]] * len(queries)), **options
+        queries, study.fit(wf.Diagonal()), torch.tensor([[0, 1]] * len(queries)), **options
     ),
-    "score_tokens": lambda study, queries, **options: study.score_tokens(queries, study.fit("diagonal"), **options),
-    "self_influence": lambda study, queries, **options: study.self_influence(study.fit("diagonal"), **options),
-    "index": lambda study, queries, **options: study.index(study.fit("diagonal"), rank=2, **options),
+    "score_tokens": lambda study, queries, **options: study.score_tokens(queries, study.fit(wf.Diagonal()), **options),
+    "self_influence": lambda study, queries, **options: study.self_influence(study.fit(wf.Diagonal()), **options),
+    "index": lambda study, queries, **options: study.index(study.fit(wf.Diagonal()), rank=2, **options),
 }
 
 _SUM = "checkpoints/{}.pt/scores/{}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def dense(
 def test_scores_are_those_of_the_dense_matrix(make_case: Any, damping: float | None, tmp_path: Path) -> None:
     case = make_case(torch.float64)
     study = study_of(case, tmp_path)
-    found = wf.fisher_scores(study, case.queries, SAMPLES, damping=damping, seed=SEED)
+    found = study.score(case.queries, wf.Fisher(samples=SAMPLES, damping=damping, seed=SEED))
     assert relative_error(found.values, dense(case, study, damping)) < 1e-8
 
 
@@ -80,21 +81,25 @@ def test_scores_in_the_coordinates_of_an_optimizer(make_case: Any, tmp_path: Pat
     of_weights = {id(each): given[name] for name, each in case.model.named_parameters()}
     weights = [each for layer in study.layers.values() for each in layer.parameters if each is not None]
     scale = torch.cat([of_weights[id(each)].flatten() for each in weights])
-    found = wf.fisher_scores(study, case.queries, SAMPLES, conditioning=given, damping=1e-2, seed=SEED)
+    found = study.score(case.queries, wf.Fisher(samples=SAMPLES, conditioning=given, damping=0.01, seed=SEED))
     assert relative_error(found.values, dense(case, study, 1e-2, scale)) < 1e-8
 
 
 def test_batches_do_not_matter_and_products_serve_another_damping(tmp_path: Path) -> None:
     case = gpt2_case(torch.float64)
     study = study_of(case, tmp_path / "a")
-    first = wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-2)
+    first = study.score(case.queries, wf.Fisher(samples=SAMPLES, damping=0.01))
     other = study_of(case, tmp_path / "b")
-    small = wf.fisher_scores(other, case.queries, SAMPLES, damping=1e-2, query_batch_size=1, train_batch_size=2)
+    small = other.score(
+        case.queries,
+        wf.Fisher(samples=SAMPLES, damping=0.01),
+        execution=replace(other.execution, query_batch_size=1, train_batch_size=2),
+    )
     assert relative_error(small.values, first.values) < 1e-10
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "fisher").rglob("*.safetensors")}
     with pytest.raises(MismatchError, match="damping"):
-        wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3, name=first.name)
-    again = wf.fisher_scores(study, case.queries, SAMPLES, damping=1e-3)
+        study.score(case.queries, wf.Fisher(samples=SAMPLES, damping=0.001), name=first.name)
+    again = study.score(case.queries, wf.Fisher(samples=SAMPLES, damping=0.001))
     assert relative_error(again.values, first.values) > 1e-3
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "fisher").rglob("*.safetensors")} == kept
 
@@ -102,10 +107,10 @@ def test_batches_do_not_matter_and_products_serve_another_damping(tmp_path: Path
 def test_other_draws_are_refused_and_replaced(tmp_path: Path) -> None:
     case = mlp_case(torch.float64)
     study = study_of(case, tmp_path)
-    first = wf.fisher_scores(study, case.queries, SAMPLES, name="mine")
+    first = study.score(case.queries, wf.Fisher(samples=SAMPLES), name="mine")
     with pytest.raises(MismatchError, match="targets"):
-        wf.fisher_scores(study, case.queries, SAMPLES, seed=SEED, name="mine")
-    second = wf.fisher_scores(study, case.queries, SAMPLES, seed=SEED, name="mine", overwrite=True)
+        study.score(case.queries, wf.Fisher(samples=SAMPLES, seed=SEED), name="mine")
+    second = study.score(case.queries, wf.Fisher(samples=SAMPLES, seed=SEED), name="mine", overwrite=True)
     assert relative_error(second.values, first.values) > 1e-3
     assert relative_error(second.values, dense(case, study, None)) < 1e-8
 
@@ -121,5 +126,5 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             wf.fisher_scores(study, case.queries, **options)
     with pytest.raises(InputError, match="queries is empty"):
-        wf.fisher_scores(study, [])
+        study.score([], wf.Fisher())
     assert not (tmp_path / "scores").exists()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
-from tests.runs import labels, only
+from tests.runs import factored, labels, only, with_factors
 from tests.test_layers import CASES as LAYER_CASES
 from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.scoring.results import extremes
@@ -36,7 +37,7 @@ def study_of(path: Path, case: Case, **options: object) -> wf.Study[object]:
 def test_a_training_example_as_query_has_a_cosine_of_one(tmp_path: Path) -> None:
     case = gpt2_case()
     study = study_of(tmp_path, case)
-    cosine = study.score(case.train, study.fit("ekfac"), self_influence=True).normalized("cosine").values
+    cosine = study.score(case.train, wf.EKFAC(), keep=wf.Pairs(self_influence=True)).normalized("cosine").values
     assert relative_error(cosine.diagonal(), torch.ones(len(case.train))) < 1e-9
     assert int((cosine.argmax(1) == torch.arange(len(case.train))).sum()) == len(case.train)
 
@@ -44,17 +45,23 @@ def test_a_training_example_as_query_has_a_cosine_of_one(tmp_path: Path) -> None
 def test_self_influence_comes_with_pairwise_scores_and_changes_none(tmp_path: Path) -> None:
     case = gpt2_case()
     study = study_of(tmp_path, case)
-    factors = study.fit("ekfac")
-    plain = study.score(case.queries, factors)
+    factors = study.fit(wf.EKFAC())
+    plain = study.score(case.queries, with_factors(factors))
     small = study_of(tmp_path, case, memory_budget=1e-9)  # one resident query at a time
     for name, each in (("one-block", study), ("blocks", small)):
-        scores = each.score(case.queries, factors, self_influence=True, name=name, train_batch_size=3)
+        scores = each.score(
+            case.queries,
+            with_factors(factors),
+            keep=wf.Pairs(self_influence=True),
+            name=name,
+            execution=replace(each.execution, train_batch_size=3),
+        )
         assert scores.self_influence is not None
         assert scores.query_self_influence is not None
         assert relative_error(scores.values, plain.values) < 1e-9
-        assert relative_error(scores.self_influence, study.self_influence(factors)) < 1e-9
+        assert relative_error(scores.self_influence, study.self_influence(with_factors(factors))) < 1e-9
         as_train = wf.Study(tmp_path / f"queries-{name}", case.model, case.task, train=case.queries)
-        assert relative_error(scores.query_self_influence, as_train.self_influence(factors)) < 1e-9
+        assert relative_error(scores.query_self_influence, as_train.self_influence(with_factors(factors))) < 1e-9
 
 
 def test_an_example_without_a_gradient_has_normalized_scores_of_zero() -> None:
@@ -71,15 +78,23 @@ def test_an_example_without_a_gradient_has_normalized_scores_of_zero() -> None:
 def test_self_influence_is_kept_and_reused_and_half_precision_is_close(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = study_of(tmp_path, case)
-    factors = study.fit("ekfac")
-    found = [study.self_influence(factors, batch_size=size, name="mine", overwrite=True) for size in (1, 5, 14)]
+    factors = study.fit(wf.EKFAC())
+    found = [
+        study.self_influence(
+            with_factors(factors),
+            name="mine",
+            overwrite=True,
+            execution=replace(study.execution, train_batch_size=size),
+        )
+        for size in (1, 5, 14)
+    ]
     assert max(relative_error(each, found[0]) for each in found) < 1e-5
-    half = study.self_influence(factors, half_precision=True)
+    half = study.self_influence(with_factors(factors), execution=replace(study.execution, half_precision=True))
     assert 0 < relative_error(half, found[0]) < 0.05
-    assert torch.equal(study.self_influence(factors, name="mine"), found[-1])
+    assert torch.equal(study.self_influence(with_factors(factors), name="mine"), found[-1])
     with pytest.raises(MismatchError, match="damping: stored 0.1 x mean eigenvalue, now 1.0"):
-        study.self_influence(factors, damping=1.0, name="mine")
-    other = study.self_influence(factors, damping=1.0)
+        study.self_influence(with_factors(factors, damping=1.0), name="mine")
+    other = study.self_influence(with_factors(factors, damping=1.0))
     assert relative_error(other, found[0]) > 0.01
 
 
@@ -89,11 +104,11 @@ def test_self_influence_is_kept_and_reused_and_half_precision_is_close(tmp_path:
 def test_groups_sum_their_layers_in_every_block(tmp_path: Path) -> None:
     case = gpt2_case()
     study = study_of(tmp_path, case)
-    factors = study.fit("ekfac")
-    layers = study.score(case.queries, factors, per_layer=True).layers
+    factors = study.fit(wf.EKFAC())
+    layers = study.score(case.queries, with_factors(factors), keep=wf.Pairs(layers=True)).layers
     groups = {"attention": ["*.attn.*"], "mlp": ["*.0.mlp.c_fc", "*.0.mlp.c_proj"]}
     small = study_of(tmp_path, case, memory_budget=1e-9)
-    found = small.score(case.queries, factors, per_layer=groups)
+    found = small.score(case.queries, with_factors(factors), keep=wf.Pairs(layers=groups))
     assert set(found.layers) == {"attention", "mlp", "other"}
     expected = {
         "attention": [name for name in layers if ".attn." in name],
@@ -116,8 +131,8 @@ def test_groups_sum_their_layers_in_every_block(tmp_path: Path) -> None:
 def test_aggregated_scores_do_not_depend_on_the_batch(tmp_path: Path, strategy: str, how: str) -> None:
     case = gpt2_case()
     study = study_of(tmp_path, case)
-    factors = study.fit(strategy)
-    values = study.score(case.queries, factors).values
+    factors = study.fit(factored(strategy))
+    values = study.score(case.queries, with_factors(factors)).values
     reduce: Callable[[Tensor, int], Tensor] = {
         "sum": lambda tensor, axis: tensor.sum(axis, keepdim=True),
         "mean": lambda tensor, axis: tensor.mean(axis, keepdim=True),
@@ -141,22 +156,24 @@ def test_aggregation_in_blocks_shards_layers_ranks_and_half_precision(
 ) -> None:
     case = gpt2_case(torch.float32)
     study = study_of(tmp_path, case)
-    factors = study.fit("ekfac")
-    plain = study.score(case.queries, factors, per_layer=True)
+    factors = study.fit(wf.EKFAC())
+    plain = study.score(case.queries, with_factors(factors), keep=wf.Pairs(layers=True))
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 4)
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
     small = study_of(tmp_path, case, memory_budget=1e-9)
-    train = small.score(case.queries, factors, aggregate_train="sum", per_layer=True)
+    train = small.score(case.queries, with_factors(factors), keep=wf.Aggregated(train="sum", layers=True))
     assert relative_error(train.values, plain.values.sum(1, keepdim=True)) < 1e-4
-    queries = small.score(case.queries, factors, aggregate_queries="sum", per_layer=True)
+    queries = small.score(case.queries, with_factors(factors), keep=wf.Aggregated(queries="sum", layers=True))
     assert relative_error(queries.values, plain.values.sum(0, keepdim=True)) < 1e-4
     for layer, part in plain.layers.items():
         assert relative_error(train.layers[layer], part.sum(1, keepdim=True)) < 1e-4
         assert relative_error(queries.layers[layer], part.sum(0, keepdim=True)) < 1e-4
-    low = study.score(case.queries, factors, query_rank=2).values.sum(1, keepdim=True)
-    low_sum = study.score(case.queries, factors, query_rank=2, aggregate_train="sum").values
+    low = study.score(case.queries, with_factors(factors, query_rank=2)).values.sum(1, keepdim=True)
+    low_sum = study.score(case.queries, with_factors(factors, query_rank=2), keep=wf.Aggregated(train="sum")).values
     assert relative_error(low_sum, low) < 1e-4
-    half = study.score(case.queries, factors, half_precision=True).values
+    half = study.score(
+        case.queries, with_factors(factors), execution=replace(study.execution, half_precision=True)
+    ).values
     for argument, axis in (("aggregate_queries", 0), ("aggregate_train", 1)):
         found = study.score(case.queries, factors, half_precision=True, **{argument: "sum"})  # type: ignore[arg-type]
         assert relative_error(found.values, half.sum(axis, keepdim=True)) < 0.05
@@ -180,14 +197,22 @@ def test_top_scores_are_the_extremes_of_the_matrix(
     case = gpt2_case()
     case.train += case.train[:6]  # equal examples have equal scores
     study = study_of(tmp_path, case)
-    factors = study.fit(strategy)
-    values = study.score(case.queries, factors, train_batch_size=1).values
+    factors = study.fit(factored(strategy))
+    values = study.score(
+        case.queries, with_factors(factors), execution=replace(study.execution, train_batch_size=1)
+    ).values
     highest, lowest = expected_extremes(values, 5)
     for shard, size, budget in ((512, 1, None), (7, 3, None), (4, 2, 1e-9)):
         monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", shard)
         monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
         each = study_of(tmp_path, case, memory_budget=budget)
-        top = each.score_top(case.queries, factors, k=5, train_batch_size=size, overwrite=True)
+        top = each.score(
+            case.queries,
+            with_factors(factors),
+            keep=wf.Top(5),
+            overwrite=True,
+            execution=replace(each.execution, train_batch_size=size),
+        )
         assert relative_error(top.values, values.gather(1, torch.tensor(highest))) < 1e-9
         assert relative_error(top.lowest_values, values.gather(1, torch.tensor(lowest))) < 1e-9
         assert relative_error(values.gather(1, top.train), top.values) < 1e-9
@@ -205,21 +230,28 @@ def test_top_scores_are_the_extremes_of_the_matrix(
 def test_top_scores_of_few_examples_are_all_of_them(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(tmp_path, case)
-    factors = study.fit("ekfac")
-    top = study.score_top(case.queries, factors)
-    values = study.score(case.queries, factors).values
+    factors = study.fit(wf.EKFAC())
+    top = study.score(case.queries, with_factors(factors), keep=wf.Top())
+    values = study.score(case.queries, with_factors(factors)).values
     assert top.values.shape == values.shape
     assert [hit[:3] for hit in top.top(4)] == [hit[:3] for hit in wf.Scores(values, {}).top(4)]
     with pytest.raises(InputError, match="k=0"):
-        study.score_top(case.queries, factors, k=0)
+        study.score(case.queries, with_factors(factors), keep=wf.Top(0))
 
 
 def test_top_scores_of_low_rank_and_half_precision(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = study_of(tmp_path, case)
-    factors = study.fit("ekfac")
-    low = study.score(case.queries, factors, query_rank=2, half_precision=True)
-    top = study.score_top(case.queries, factors, k=3, query_rank=2, half_precision=True)
+    factors = study.fit(wf.EKFAC())
+    low = study.score(
+        case.queries, with_factors(factors, query_rank=2), execution=replace(study.execution, half_precision=True)
+    )
+    top = study.score(
+        case.queries,
+        with_factors(factors, query_rank=2),
+        keep=wf.Top(3),
+        execution=replace(study.execution, half_precision=True),
+    )
     assert torch.equal(top.values, low.values.topk(3, dim=1).values)
     assert top.query_errors is not None
     assert low.query_errors is not None
@@ -240,7 +272,7 @@ def test_top_scores_are_merged_shard_by_shard(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("wherefrom.scoring.results.extremes", watched)
     study = study_of(tmp_path, case)
-    study.score_top(case.queries, study.fit("identity"), k=5, train_batch_size=4)
+    study.score(case.queries, wf.Dot(), keep=wf.Top(5), execution=replace(study.execution, train_batch_size=4))
     assert len(sizes) > 7
     assert max(sizes) == 2 * 5
 
@@ -254,7 +286,7 @@ def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 12)
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
     study = study_of(tmp_path, case, checkpoint_seconds=0)
-    factors = study.fit("identity")
+    factors = study.fit(wf.Dot())
     written: list[int] = []
     original = files.save_tensors
 
@@ -268,7 +300,9 @@ def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pyt
     for module in ("files", "store"):
         monkeypatch.setattr(f"wherefrom.{module}.save_tensors", watched)
     monkeypatch.setattr("wherefrom.scoring.scoring.scratch_matrix", refused)
-    study.score_top(case.queries, factors, k=3, train_batch_size=4)
+    study.score(
+        case.queries, with_factors(factors), keep=wf.Top(3), execution=replace(study.execution, train_batch_size=4)
+    )
     assert len(written) > 8
     assert max(written) == 12 * len(case.queries)  # the sums of a shard under way
     assert labels(tmp_path / "scores") == ["identity-top3"]
@@ -284,19 +318,42 @@ def test_every_kind_of_score_of_every_kind_of_layer(tmp_path: Path, name: str) -
     """Against pairwise scores, which `test_layers` holds against brute force."""
     case = LAYER_CASES[name]()
     study = study_of(tmp_path, case)
-    factors = study.fit("ekfac")
-    values = study.score(case.queries, factors).values
-    itself = study.score(case.train, factors, name="train").values.diagonal()
-    assert relative_error(study.self_influence(factors, batch_size=4), itself) < 1e-9
-    groups = study.score(case.queries, factors, per_layer=True, self_influence=True, train_batch_size=3)
+    factors = study.fit(wf.EKFAC())
+    values = study.score(case.queries, with_factors(factors)).values
+    itself = study.score(case.train, with_factors(factors), name="train").values.diagonal()
+    assert (
+        relative_error(
+            study.self_influence(with_factors(factors), execution=replace(study.execution, train_batch_size=4)), itself
+        )
+        < 1e-9
+    )
+    groups = study.score(
+        case.queries,
+        with_factors(factors),
+        keep=wf.Pairs(layers=True, self_influence=True),
+        execution=replace(study.execution, train_batch_size=3),
+    )
     assert groups.self_influence is not None
     assert relative_error(groups.self_influence, itself) < 1e-9
     assert relative_error(torch.stack(list(groups.layers.values())).sum(0), values) < 1e-9
-    queries = study.score(case.queries, factors, aggregate_queries="sum", query_batch_size=2)
+    queries = study.score(
+        case.queries,
+        with_factors(factors),
+        keep=wf.Aggregated(queries="sum"),
+        execution=replace(study.execution, query_batch_size=2),
+    )
     assert relative_error(queries.values, values.sum(0, keepdim=True)) < 1e-9
-    train = study.score(case.queries, factors, aggregate_train="sum", train_batch_size=4)
+    train = study.score(
+        case.queries,
+        with_factors(factors),
+        keep=wf.Aggregated(train="sum"),
+        execution=replace(study.execution, train_batch_size=4),
+    )
     assert relative_error(train.values, values.sum(1, keepdim=True)) < 1e-9
-    assert relative_error(study.score_top(case.queries, factors, k=3).values, values.topk(3).values) < 1e-9
+    assert (
+        relative_error(study.score(case.queries, with_factors(factors), keep=wf.Top(3)).values, values.topk(3).values)
+        < 1e-9
+    )
 
 
 # Wrong use.
@@ -306,7 +363,7 @@ def test_each_call_refuses_the_options_of_another(tmp_path: Path) -> None:
     """A keyword that would change nothing must not be taken for one that did."""
     case = mlp_case()
     study = study_of(tmp_path, case)
-    factors = study.fit("identity")
+    factors = study.fit(wf.Dot())
     calls: list[tuple[Callable[..., object], dict[str, object]]] = [
         (study.score, {"top": 3}),
         (study.score, {"per_layers": True}),
@@ -325,9 +382,9 @@ def test_each_call_refuses_the_options_of_another(tmp_path: Path) -> None:
 def test_tokens_belong_to_scores_that_keep_more_beside_the_same_values(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(tmp_path, case)
-    factors = study.fit("ekfac")
-    tokens = study.score_tokens(case.queries, factors)
+    factors = study.fit(wf.EKFAC())
+    tokens = study.score(case.queries, with_factors(factors), keep=wf.Tokens())
     for options in ({"self_influence": True}, {"per_layer": True}):
         assert not tokens.differences(study.score(case.queries, factors, **options).fingerprint)  # type: ignore[arg-type]
-    aggregated = study.score(case.queries, factors, aggregate_train="sum")
+    aggregated = study.score(case.queries, with_factors(factors), keep=wf.Aggregated(train="sum"))
     assert tokens.differences(aggregated.fingerprint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -10,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from wherefrom.scoring.options import Options, PairwiseOptions
 
 import wherefrom as wf
 from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from tests.runs import labels, only
+from tests.runs import factored, labels, only, with_factors
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.runtime.errors import InputError, MismatchError
-from wherefrom.scoring.options import Options, PairwiseOptions
 from wherefrom.scoring.results import extremes, merged_extremes
 
 CASES: dict[str, CaseMaker] = {"mlp": mlp_case, "gpt2": gpt2_case}
@@ -58,11 +59,16 @@ def brute_force(case: Case, study: wf.Study[object], strategy: str) -> dict[str,
 def test_self_influence_and_norms_equal_brute_force(tmp_path: Path, make: CaseMaker, strategy: str) -> None:
     case = make(torch.float64)
     study = study_of(case, tmp_path)
-    factors = study.fit(strategy)
+    factors = study.fit(factored(strategy))
     expected = brute_force(case, study, strategy)
-    alone = study.self_influence(factors, batch_size=5)
+    alone = study.self_influence(with_factors(factors), execution=replace(study.execution, train_batch_size=5))
     assert relative_error(alone, expected["train"].diagonal()) < 1e-8
-    scores = study.score(case.queries, factors, self_influence=True, train_batch_size=4)
+    scores = study.score(
+        case.queries,
+        with_factors(factors),
+        keep=wf.Pairs(self_influence=True),
+        execution=replace(study.execution, train_batch_size=4),
+    )
     assert scores.self_influence is not None and scores.query_self_influence is not None
     assert relative_error(scores.values, expected["pairs"]) < 1e-8
     assert relative_error(scores.self_influence, expected["train"].diagonal()) < 1e-8
@@ -81,15 +87,20 @@ def test_self_influence_and_norms_equal_brute_force(tmp_path: Path, make: CaseMa
 def test_parts_of_layers_equal_brute_force_and_add_up(tmp_path: Path, strategy: str) -> None:
     case = gpt2_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(strategy)
+    factors = study.fit(factored(strategy))
     expected = brute_force(case, study, strategy)
-    scores = study.score(case.queries, factors, per_layer=True, train_batch_size=3)
+    scores = study.score(
+        case.queries,
+        with_factors(factors),
+        keep=wf.Pairs(layers=True),
+        execution=replace(study.execution, train_batch_size=3),
+    )
     assert list(scores.layers) == list(study.layers)
     for layer in study.layers:
         assert relative_error(scores.of_layers(layer).values, expected[f"pairs of {layer}"]) < 1e-8
     assert relative_error(sum(scores.layers.values(), torch.zeros(())), scores.values) < 1e-12
     groups = {"attention": ["*.attn.*"], "mlp": ["*.mlp.c_fc", "*.mlp.c_proj"]}
-    grouped = study.score(case.queries, factors, per_layer=groups)
+    grouped = study.score(case.queries, with_factors(factors), keep=wf.Pairs(layers=groups))
     attention = sum((each for name, each in scores.layers.items() if ".attn." in name), torch.zeros(()))
     assert relative_error(grouped.of_layers("attention").values, attention) < 1e-12
     with pytest.raises(InputError, match=r"expected a layer or group whose part was kept: other, attention, mlp"):
@@ -105,8 +116,8 @@ def test_aggregated_scores_equal_sums_of_the_matrix(
 ) -> None:
     case = make(torch.float64)
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
-    expected = study.score(case.queries, factors).values
+    factors = study.fit(wf.EKFAC())
+    expected = study.score(case.queries, with_factors(factors)).values
     if queries:
         expected = expected.sum(0, keepdim=True) / (len(case.queries) if queries == "mean" else 1)
     if train:
@@ -125,8 +136,8 @@ def test_summed_queries_may_come_in_blocks(tmp_path: Path, monkeypatch: pytest.M
 
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
-    expected = study.score(case.queries, factors).values.sum(0, keepdim=True)
+    factors = study.fit(wf.EKFAC())
+    expected = study.score(case.queries, with_factors(factors)).values.sum(0, keepdim=True)
     original = Plan.__init__
 
     def smaller(self: Plan, *arguments: object, **keywords: object) -> None:
@@ -134,7 +145,7 @@ def test_summed_queries_may_come_in_blocks(tmp_path: Path, monkeypatch: pytest.M
         object.__setattr__(self, "block", 2)
 
     monkeypatch.setattr(Plan, "__init__", smaller)
-    scores = study.score(case.queries, factors, aggregate_queries="sum")
+    scores = study.score(case.queries, with_factors(factors), keep=wf.Aggregated(queries="sum"))
     assert relative_error(scores.values, expected) < 1e-9
 
 
@@ -142,11 +153,15 @@ def test_the_highest_alone_equal_those_of_the_matrix(tmp_path: Path, monkeypatch
     case = gpt2_case()
     case.train += [case.train[3], case.train[3]]  # equal scores: the earlier comes first
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
-    values = study.score(case.queries, factors, train_batch_size=1).values
+    factors = study.fit(wf.EKFAC())
+    values = study.score(
+        case.queries, with_factors(factors), execution=replace(study.execution, train_batch_size=1)
+    ).values
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 3)
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
-    top = study.score_top(case.queries, factors, k=5, train_batch_size=1)
+    top = study.score(
+        case.queries, with_factors(factors), keep=wf.Top(5), execution=replace(study.execution, train_batch_size=1)
+    )
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :5]
     assert torch.equal(top.train, order)
     assert relative_error(top.values, values.gather(1, order)) < 1e-12
@@ -176,17 +191,17 @@ def test_merged_extremes_are_those_of_the_whole(values: list[int], k: int, cut: 
 def test_kinds_are_kept_apart_and_loaded(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
-    study.score(case.queries, factors)
-    study.score(case.queries, factors, self_influence=True, per_layer=True)
-    study.score_top(case.queries, factors, k=3)
-    study.self_influence(factors)
+    factors = study.fit(wf.EKFAC())
+    study.score(case.queries, with_factors(factors))
+    study.score(case.queries, with_factors(factors), keep=wf.Pairs(layers=True, self_influence=True))
+    study.score(case.queries, with_factors(factors), keep=wf.Top(3))
+    study.self_influence(with_factors(factors))
     assert labels(tmp_path / "scores") == ["ekfac", "ekfac-layers-self", "ekfac-top3"]
     again = wf.Scores.load(tmp_path / "scores" / "ekfac-layers-self")
     assert again.self_influence is not None and list(again.layers) == list(study.layers)
     file = only(tmp_path / "self_influence", "ekfac") / "tensors.safetensors"
     before = file.stat().st_mtime_ns
-    study.self_influence(factors)
+    study.self_influence(with_factors(factors))
     assert file.stat().st_mtime_ns == before
 
 
@@ -204,7 +219,7 @@ def test_kinds_are_kept_apart_and_loaded(tmp_path: Path) -> None:
 def test_impossible_options_are_refused(tmp_path: Path, options: PairwiseOptions, message: str) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit("identity")
+    factors = study.fit(wf.Dot())
     with pytest.raises(InputError, match=message):
         study.score(case.queries, factors, **options)
     assert not list((tmp_path / "scores").glob("*/tensors.safetensors"))
@@ -212,7 +227,7 @@ def test_impossible_options_are_refused(tmp_path: Path, options: PairwiseOptions
 
 def test_scores_without_norms_say_how_to_get_them(tmp_path: Path) -> None:
     case = mlp_case()
-    scores = study_of(case, tmp_path).score(case.queries, study_of(case, tmp_path).fit("identity"))
+    scores = study_of(case, tmp_path).score(case.queries, wf.Dot())
     with pytest.raises(InputError, match=r"score with self_influence=True"):
         scores.normalized("cosine")
 
@@ -220,11 +235,13 @@ def test_scores_without_norms_say_how_to_get_them(tmp_path: Path) -> None:
 def test_half_precision_and_low_rank_keep_what_they_are_asked_for(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = study_of(case, tmp_path)
-    exact = study.self_influence(study.fit("ekfac"))
-    factors = study.fit("ekfac", half_precision=True)
-    half = study.self_influence(factors, half_precision=True)
+    exact = study.self_influence(wf.EKFAC())
+    factors = study.fit(wf.EKFAC(), execution=replace(study.execution, half_precision=True))
+    half = study.self_influence(with_factors(factors), execution=replace(study.execution, half_precision=True))
     assert relative_error(half, exact) < 0.05
-    thin = study.score(case.queries, factors, query_rank=1, per_layer=True, self_influence=True)
+    thin = study.score(
+        case.queries, with_factors(factors, query_rank=1), keep=wf.Pairs(layers=True, self_influence=True)
+    )
     assert thin.query_errors is not None and thin.self_influence is not None
     assert relative_error(sum(thin.layers.values(), torch.zeros(())), thin.values) < 1e-5
 
@@ -233,11 +250,11 @@ def test_half_precision_and_low_rank_keep_what_they_are_asked_for(tmp_path: Path
 def test_names_of_what_is_deleted_in_the_end_are_refused(tmp_path: Path, name: str) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit("identity")
+    factors = study.fit(wf.Dot())
     with pytest.raises(InputError, match="expected another ending"):
-        study.score(case.queries, factors, name=name)
+        study.score(case.queries, with_factors(factors), name=name)
     with pytest.raises(InputError, match="expected another ending"):
-        wf.score_checkpoints(study, [tmp_path], case.queries, name=name)
+        study.score(case.queries, wf.TracIn(checkpoints=[tmp_path]), name=name)
 
 
 class Weighted(wf.Classification):
@@ -254,10 +271,10 @@ class Weighted(wf.Classification):
 def test_scores_with_factors_of_another_task_are_others(tmp_path: Path) -> None:
     case = mlp_case()
     studies = [wf.Study(tmp_path / str(w), case.model, Weighted(w), train=case.train) for w in (1.0, 3.0)]
-    own, other = (study.fit("diagonal") for study in studies)
-    studies[0].score(case.queries, own, name="mine")
+    own, other = (study.fit(wf.Diagonal()) for study in studies)
+    studies[0].score(case.queries, with_factors(own), name="mine")
     with pytest.raises(MismatchError, match="factors' task: stored .*1.0.* now .*3.0"):
-        studies[0].score(case.queries, other, name="mine")
+        studies[0].score(case.queries, with_factors(other), name="mine")
 
 
 def test_options_are_documented_once_and_have_defaults() -> None:

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from wherefrom.scoring.options import ScoreOptions
 
 import wherefrom as wf
 from tests.dense_gauss_newton import CASES, Logits, dense, label_rows, study_of, system_of
 from tests.models import Case, mlp_case, relative_error
 from tests.reference import BruteForce
-from tests.runs import labels
+from tests.runs import factored, labels, with_factors
 from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.solvers import CONVERGED, Solver
 from wherefrom.runtime.errors import InputError, LossError, MismatchError
-from wherefrom.scoring.options import ScoreOptions
 from wherefrom.scoring.results import Scores
 
 
@@ -46,26 +46,28 @@ def test_scores_by_conjugate_gradients_equal_dense_solves(tmp_path: Path, name: 
     make, logits = CASES[name]
     case = make()
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
+    factors = study.fit(wf.EKFAC())
     expected = dense_scores(case, study, logits, dict.fromkeys(study.layers, 1.0))
-    found = study.score(case.queries, factors, solver=EXACT, damping=1.0)
+    found = study.score(case.queries, with_factors(factors, solver=EXACT, damping=1.0))
     assert relative_error(found.values, expected) < 1e-8
-    assert relative_error(study.score(case.queries, factors, damping=1.0).values, expected) > 0.01  # another matrix
+    assert (
+        relative_error(study.score(case.queries, with_factors(factors, damping=1.0)).values, expected) > 0.01
+    )  # another matrix
 
 
 def test_without_a_damping_each_layer_has_that_of_its_factors(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
+    factors = study.fit(wf.EKFAC())
     expected = dense_scores(case, study, label_rows, dampings(factors))
-    assert relative_error(study.score(case.queries, factors, solver=EXACT).values, expected) < 1e-8
+    assert relative_error(study.score(case.queries, with_factors(factors, solver=EXACT)).values, expected) < 1e-8
 
 
 @pytest.mark.parametrize("strategy", ["identity", "diagonal", "kfac"])
 def test_any_preconditioner_leads_to_the_same_scores(tmp_path: Path, strategy: str) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    found = study.score(case.queries, study.fit(strategy), solver=EXACT, damping=0.3)
+    found = study.score(case.queries, factored(strategy, solver=EXACT, damping=0.3))
     expected = dense_scores(case, study, label_rows, dict.fromkeys(study.layers, 0.3))
     assert relative_error(found.values, expected) < 1e-8
 
@@ -73,25 +75,27 @@ def test_any_preconditioner_leads_to_the_same_scores(tmp_path: Path, strategy: s
 def test_other_kinds_of_scores_are_of_the_solutions_too(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
-    whole = study.score(case.queries, factors, solver=EXACT, damping=0.3, per_layer=True)
+    factors = study.fit(wf.EKFAC())
+    whole = study.score(case.queries, with_factors(factors, solver=EXACT, damping=0.3), keep=wf.Pairs(layers=True))
     assert relative_error(sum(whole.layers.values(), torch.zeros(())), whole.values) < 1e-12
-    total = study.score(case.queries, factors, solver=EXACT, damping=0.3, aggregate_queries="sum")
+    total = study.score(
+        case.queries, with_factors(factors, solver=EXACT, damping=0.3), keep=wf.Aggregated(queries="sum")
+    )
     assert relative_error(total.values[0], whole.values.sum(0)) < 1e-8
-    top = study.score_top(case.queries, factors, 2, solver=EXACT, damping=0.3)
+    top = study.score(case.queries, with_factors(factors, solver=EXACT, damping=0.3), keep=wf.Top(2))
     assert relative_error(top.values.max(1).values, whole.values.max(1).values) < 1e-10
 
 
 def test_astra_without_noise_converges_and_with_noise_comes_close(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
+    factors = study.fit(wf.EKFAC())
     expected = dense_scores(case, study, label_rows, dict.fromkeys(study.layers, 1.0))
     exact = wf.Astra(iterations=150, batch_size=None, learning_rate=0.5, momentum=0.5, decay=1.0)
-    found = study.score(case.queries, factors, solver=exact, damping=1.0, name="exact")
+    found = study.score(case.queries, with_factors(factors, solver=exact, damping=1.0), name="exact")
     assert relative_error(found.values, expected) < 1e-8
-    noisy = study.score(case.queries, factors, solver=wf.Astra(batch_size=6), damping=1.0)
-    begun = study.score(case.queries, factors, damping=1.0)  # where it starts
+    noisy = study.score(case.queries, with_factors(factors, solver=wf.Astra(batch_size=6), damping=1.0))
+    begun = study.score(case.queries, with_factors(factors, damping=1.0))  # where it starts
     distances = [float((each.values - expected).norm() / expected.norm()) for each in (noisy, begun)]
     assert 1e-8 < distances[0] < 0.25 * distances[1]
 
@@ -99,16 +103,16 @@ def test_astra_without_noise_converges_and_with_noise_comes_close(tmp_path: Path
 def test_the_first_iteration_is_the_filters_own_answer(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
-    first = study.score(case.queries, factors, solver=wf.ConjugateGradients(1)).values
-    plain = study.score(case.queries, factors).values
+    factors = study.fit(wf.EKFAC())
+    first = study.score(case.queries, with_factors(factors, solver=wf.ConjugateGradients(1))).values
+    plain = study.score(case.queries, with_factors(factors)).values
     assert relative_error(first / first.norm(dim=1, keepdim=True), plain / plain.norm(dim=1, keepdim=True)) < 1e-10
 
 
 def test_each_query_is_solved_as_if_it_were_alone(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    system = system_of(study, case, 0.1, factors=study.fit("ekfac"))
+    system = system_of(study, case, 0.1, factors=study.fit(wf.EKFAC()))
     gradients = torch.randn(4, sum(system.space.sizes.values()), dtype=torch.float64)
     gradients[1] *= 1e-6
     gradients[2] = 0
@@ -131,7 +135,7 @@ def test_factors_save_iterations_where_directions_differ(tmp_path: Path) -> None
     gradients = torch.randn(3, 63, generator=generator).double()
     solver, counts = wf.ConjugateGradients(2000, 1e-6), {}
     for strategy in ("ekfac", "identity"):
-        system = system_of(study, case, 1e-2, factors=study.fit(strategy))
+        system = system_of(study, case, 0.01, factors=study.fit(factored(strategy)))
         counts[strategy] = len(solver.solve(system, gradients).residuals)
     assert counts["ekfac"] < 0.5 * counts["identity"]
 
@@ -139,7 +143,7 @@ def test_factors_save_iterations_where_directions_differ(tmp_path: Path) -> None
 def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
+    factors = study.fit(wf.EKFAC())
     solvers = {
         "one": wf.ConjugateGradients(100, 1e-10, 6, seed=0),
         "same": wf.ConjugateGradients(100, 1e-10, 6, seed=0),
@@ -148,7 +152,7 @@ def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
         "whole": wf.ConjugateGradients(100, 1e-10),
     }
     found = {
-        name: study.score(case.queries, factors, name=name, solver=solver, damping=1.0).values
+        name: study.score(case.queries, with_factors(factors, solver=solver, damping=1.0), name=name).values
         for name, solver in solvers.items()
     }
     assert torch.equal(found["one"], found["same"]) and torch.equal(found["all"], found["whole"])
@@ -159,14 +163,16 @@ def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
 def test_scores_are_kept_under_the_solvers_name_and_reused(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
-    found = study.score(case.queries, factors, solver=wf.ConjugateGradients(3))
+    factors = study.fit(wf.EKFAC())
+    found = study.score(case.queries, with_factors(factors, solver=wf.ConjugateGradients(3)))
     assert found.fingerprint["solver"].startswith("ConjugateGradients(iterations=3")
     assert labels(tmp_path / "scores") == ["ekfac-cg"]
-    assert torch.equal(study.score(case.queries, factors, solver=wf.ConjugateGradients(3)).values, found.values)
+    assert torch.equal(
+        study.score(case.queries, with_factors(factors, solver=wf.ConjugateGradients(3))).values, found.values
+    )
     with pytest.raises(MismatchError, match="solver: stored .*iterations=3.* now .*iterations=4"):
-        study.score(case.queries, factors, solver=wf.ConjugateGradients(4), name=found.name)
-    study.score(case.queries, factors, solver=wf.ConjugateGradients(4))
+        study.score(case.queries, with_factors(factors, solver=wf.ConjugateGradients(4)), name=found.name)
+    study.score(case.queries, with_factors(factors, solver=wf.ConjugateGradients(4)))
     assert labels(tmp_path / "scores") == ["ekfac-cg", "ekfac-cg"]
 
 
@@ -183,7 +189,7 @@ def test_impossible_options_are_refused(tmp_path: Path, options: ScoreOptions, m
     case = mlp_case()
     study = study_of(case, tmp_path)
     with pytest.raises(InputError, match=message):
-        study.score(case.queries, study.fit("ekfac"), **options)
+        study.score(case.queries, study.fit(wf.EKFAC()), **options)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +212,7 @@ def test_divergence_is_an_error_and_nothing_is_kept(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
     with pytest.raises(LossError, match=r"Astra: the iterations diverge.* smaller learning_rate"):
-        study.score(case.queries, study.fit("ekfac"), solver=wf.Astra(learning_rate=50.0))
+        study.score(case.queries, wf.EKFAC(solver=wf.Astra(learning_rate=50.0)))
     assert not list((tmp_path / "scores").glob("*/tensors.safetensors"))
 
 
@@ -214,7 +220,7 @@ def test_factors_without_a_damping_need_a_number(tmp_path: Path) -> None:
     case = mlp_case()
     other = study_of(case, tmp_path)
     with pytest.raises(InputError, match=r"damping=None with a solver: layer 'first' would have none"):
-        other.score(case.queries, other.fit("identity"), solver=EXACT)
+        other.score(case.queries, wf.Dot(solver=EXACT))
 
 
 def exact_residuals(study: wf.Study[object], case: Case, solver: Solver, damping: float) -> Tensor:
@@ -223,7 +229,7 @@ def exact_residuals(study: wf.Study[object], case: Case, solver: Solver, damping
     matrix = matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
     brute = BruteForce(case.model, case.task, list(study.layers), case.train, case.queries)
     gradients = torch.stack([torch.cat([each[name].flatten() for name in brute.layers]) for each in brute.queries])
-    system = system_of(study, case, damping, factors=study.fit("ekfac"))
+    system = system_of(study, case, damping, factors=study.fit(wf.EKFAC()))
     found = solver.solve(system, gradients.detach()).vectors
     residuals: Tensor = (gradients - found @ matrix).norm(dim=1) / gradients.norm(dim=1)
     return residuals.detach()
@@ -237,11 +243,11 @@ def test_final_residuals_are_those_of_all_examples_and_part_of_every_result(
 ) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
+    factors = study.fit(wf.EKFAC())
     expected = exact_residuals(study, case, solver, 0.003)
     assert expected.max() > CONVERGED
     with caplog.at_level(logging.WARNING, "wherefrom"):
-        found = study.score(case.queries, factors, solver=solver, damping=0.003)
+        found = study.score(case.queries, with_factors(factors, solver=solver, damping=0.003))
     assert found.residuals is not None
     assert relative_error(found.residuals, expected) < 1e-6
     assert str(solver) in caplog.text
@@ -249,16 +255,24 @@ def test_final_residuals_are_those_of_all_examples_and_part_of_every_result(
     assert f"{count} of {len(expected)} solves have not converged" in caplog.text
     assert "larger damping than 0.003" in caplog.text
     caplog.clear()
-    small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-9)  # one query at a time
-    again = small.score(case.queries, factors, solver=solver, damping=0.003)
+    small = wf.Study(
+        tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09)
+    )  # one query at a time
+    again = small.score(case.queries, with_factors(factors, solver=solver, damping=0.003))
     stored = Scores.load(tmp_path / "scores" / f"ekfac-{solver.label}").residuals
     assert again.residuals is not None and stored is not None
     assert torch.equal(again.residuals, stored)
     assert "have not converged" in caplog.text  # also when they were there
-    top = small.score_top(case.queries, factors, 2, solver=solver, damping=0.003)
-    total = small.score(case.queries, factors, solver=solver, damping=0.003, aggregate_queries="sum")
+    top = small.score(case.queries, with_factors(factors, solver=solver, damping=0.003), keep=wf.Top(2))
+    total = small.score(
+        case.queries, with_factors(factors, solver=solver, damping=0.003), keep=wf.Aggregated(queries="sum")
+    )
     chosen = torch.arange(3).expand(len(expected), 3)
-    candidates = small.score_candidates(case.queries, factors, chosen, solver=solver, damping=0.003)
+    candidates = small.score(
+        case.queries,
+        wf.TwoStage(first=chosen, then=with_factors(factors, solver=solver, damping=0.003)),
+        keep=wf.Top(10000),
+    )
     for each in (top.residuals, candidates.residuals):
         assert each is not None and relative_error(each, expected) < 1e-6
     assert total.residuals is not None
@@ -268,9 +282,9 @@ def test_final_residuals_are_those_of_all_examples_and_part_of_every_result(
 def test_solves_that_have_converged_are_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit("ekfac")
+    factors = study.fit(wf.EKFAC())
     with caplog.at_level(logging.WARNING, "wherefrom"):
-        found = study.score(case.queries, factors, solver=EXACT, damping=1.0)
-        plain = study.score(case.queries, factors)
+        found = study.score(case.queries, with_factors(factors, solver=EXACT, damping=1.0))
+        plain = study.score(case.queries, with_factors(factors))
     assert found.residuals is not None and float(found.residuals.max()) <= EXACT.tolerance
     assert plain.residuals is None and "converged" not in caplog.text

@@ -100,8 +100,10 @@ def test_scores_equal_dense_matrix_exponentials(tmp_path: Path, name: str, segme
     paths, models = saved(case.model, tmp_path / "checkpoints")
     before = copy.deepcopy(case.model.state_dict())
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    scores = wf.score_source(
-        study, paths, case.queries, segments, times=TIMES, seed=SEED, query_batch_size=2, train_batch_size=5
+    scores = study.score(
+        case.queries,
+        wf.Source(checkpoints=paths, segments=segments, times=TIMES, seed=SEED),
+        execution=replace(study.execution, query_batch_size=2, train_batch_size=5),
     )
     layers = list(select_layers(case.model, case.task.layers))
     brutes = [BruteForce(model, case.task, layers, case.train, case.queries, SEED) for model in models]
@@ -110,8 +112,10 @@ def test_scores_equal_dense_matrix_exponentials(tmp_path: Path, name: str, segme
     assert relative_error(scores.values, by_matrix_exponentials(cuts, times)) < 1e-8
     assert all(torch.equal(before[name], tensor) for name, tensor in case.model.state_dict().items())
     # With one resident query at a time, query gradients are made anew for each.
-    small = wf.Study(tmp_path / "small", case.model, case.task, train=case.train, memory_budget=1e-9)
-    again = wf.score_source(small, paths, case.queries, segments, times=TIMES, seed=SEED)
+    small = wf.Study(
+        tmp_path / "small", case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09)
+    )
+    again = small.score(case.queries, wf.Source(checkpoints=paths, segments=segments, times=TIMES, seed=SEED))
     assert relative_error(again.values, scores.values) < 1e-9
 
 
@@ -155,8 +159,9 @@ def test_adams_steps_equal_dense_matrix_exponentials(tmp_path: Path, name: str, 
     paths, models = saved(case.model, tmp_path / "checkpoints")
     checkpoints = recorded(paths, models, TIMES)
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    scores = wf.score_source(
-        study, checkpoints, case.queries, 3, adam=True, strategy=strategy, loss_scale=0.5, seed=SEED
+    scores = study.score(
+        case.queries,
+        wf.Source(checkpoints=checkpoints, segments=3, adam=True, strategy=strategy, loss_scale=0.5, seed=SEED),
     )
     layers = list(select_layers(case.model, case.task.layers))
     brutes = [BruteForce(model, case.task, layers, case.train, case.queries, SEED) for model in models]
@@ -264,7 +269,7 @@ def sourced(
         records.append(RecordedCheckpoint(folder / f"checkpoint-{step}", step, 0.0, step - before, "any", groups))
         before = step
     study = wf.Study(folder / "run", model, UnitFisher(), train=train)
-    return wf.score_source(study, records, queries, segments, adam=multiplied is not None).values
+    return study.score(queries, wf.Source(checkpoints=records, segments=segments, adam=multiplied is not None)).values
 
 
 def test_at_the_minimum_it_is_unrolled_training(tmp_path: Path) -> None:
@@ -327,17 +332,22 @@ def test_what_is_finished_is_reused_and_what_differs_is_refused(tmp_path: Path) 
     paths, _ = saved(case.model, tmp_path / "checkpoints")
     run = tmp_path / "run"
     study = wf.Study(run, case.model, case.task, train=case.train)
-    first = wf.score_source(study, paths, case.queries, 2, times=TIMES, name="mine")
+    first = study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=TIMES), name="mine")
     files = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {path.name for path in paths}
-    assert torch.equal(wf.score_source(study, paths, case.queries, 2, times=TIMES, name="mine").values, first.values)
+    assert torch.equal(
+        study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=TIMES), name="mine").values,
+        first.values,
+    )
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == files
     with pytest.raises(MismatchError, match="made from something else"):
-        wf.score_source(study, paths, case.queries, 2, times=[1, *TIMES[1:]], name="mine")
+        study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=[1, *TIMES[1:]]), name="mine")
     with pytest.raises(MismatchError, match="made from something else"):
-        wf.score_source(study, paths, case.queries, 1, times=TIMES, name="mine")
-    changed = wf.score_source(study, paths, case.queries, 1, times=TIMES, name="mine", overwrite=True)
-    other = wf.score_source(study, paths, case.queries, 1, times=TIMES)
+        study.score(case.queries, wf.Source(checkpoints=paths, segments=1, times=TIMES), name="mine")
+    changed = study.score(
+        case.queries, wf.Source(checkpoints=paths, segments=1, times=TIMES), name="mine", overwrite=True
+    )
+    other = study.score(case.queries, wf.Source(checkpoints=paths, segments=1, times=TIMES))
     assert relative_error(changed.values, other.values) < 1e-12
     assert first.strategy == "source"
 
@@ -347,9 +357,9 @@ def test_other_second_moments_are_another_result(tmp_path: Path) -> None:
     checkpoints = recorded(*saved(case.model, tmp_path / "checkpoints"), TIMES)
     run = tmp_path / "run"
     study = wf.Study(run, case.model, case.task, train=case.train)
-    first = wf.score_source(study, checkpoints, case.queries, 2, adam=True, name="mine")
+    first = study.score(case.queries, wf.Source(checkpoints=checkpoints, segments=2, adam=True), name="mine")
     files = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
-    again = wf.score_source(study, checkpoints, case.queries, 2, adam=True, name="mine")
+    again = study.score(case.queries, wf.Source(checkpoints=checkpoints, segments=2, adam=True), name="mine")
     assert torch.equal(again.values, first.values)
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == files
     for other in ({"adam": False}, {"adam": True, "strategy": "diagonal"}, {"adam": True, "weight_decay": 0.0}):
@@ -358,7 +368,7 @@ def test_other_second_moments_are_another_result(tmp_path: Path) -> None:
     moments = {name: 2 * each for name, each in load_file(checkpoints[0].path / MOMENTS).items()}
     save_file(moments, checkpoints[0].path / MOMENTS)
     with pytest.raises(MismatchError, match="made from something else"):
-        wf.score_source(study, checkpoints, case.queries, 2, adam=True, name="mine")
+        study.score(case.queries, wf.Source(checkpoints=checkpoints, segments=2, adam=True), name="mine")
 
 
 def test_eigenvalues_of_a_basis_that_is_gone_are_computed_anew(tmp_path: Path) -> None:
@@ -366,11 +376,11 @@ def test_eigenvalues_of_a_basis_that_is_gone_are_computed_anew(tmp_path: Path) -
     case = mlp_case()
     paths, _ = saved(case.model, tmp_path / "checkpoints", 2)
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    wf.score_source(study, paths, case.queries, 1, times=TIMES[:2])
+    study.score(case.queries, wf.Source(checkpoints=paths, segments=1, times=TIMES[:2]))
     kept = sorted(tmp_path.rglob("eigenvalues/tensors.safetensors"))
     before = [file.stat().st_mtime_ns for file in kept]
     shutil.rmtree(only(tmp_path / "run" / "factors", "source-1") / "eigenbasis")
-    wf.score_source(study, paths, case.queries, 1, times=TIMES[:2])
+    study.score(case.queries, wf.Source(checkpoints=paths, segments=1, times=TIMES[:2]))
     assert len(kept) == 2
     assert all(file.stat().st_mtime_ns > time for file, time in zip(kept, before, strict=True))
 
@@ -380,14 +390,16 @@ def test_some_of_the_recorded_checkpoints_stand_for_all_of_the_training(tmp_path
     checkpoints = recorded(*saved(case.model, tmp_path / "checkpoints"), TIMES)
     chosen = [checkpoints[1], checkpoints[3]]
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    found = wf.score_source(study, chosen, case.queries, 2)
+    found = study.score(case.queries, wf.Source(checkpoints=chosen, segments=2))
     times = [2 * TIMES[1], 2 * TIMES[3]]
-    expected = wf.score_source(
-        study, [each.path for each in chosen], case.queries, 2, times=times, weight_decay=0.3, name="other"
+    expected = study.score(
+        case.queries,
+        wf.Source(checkpoints=[each.path for each in chosen], segments=2, times=times, weight_decay=0.3),
+        name="other",
     )
     assert relative_error(found.values, expected.values) < 1e-12
     with pytest.raises(InputError, match=r"of the steps \[4, 2\]; expected them in the order of one training"):
-        wf.score_source(study, chosen[::-1], case.queries, 2)
+        study.score(case.queries, wf.Source(checkpoints=chosen[::-1], segments=2))
 
 
 def test_the_response_to_curvature_that_vanishes_is_the_time() -> None:
@@ -399,8 +411,8 @@ def test_loss_scale_is_a_scale_of_times(tmp_path: Path) -> None:
     case = mlp_case()
     paths, _ = saved(case.model, tmp_path / "checkpoints", 2)
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    halved = wf.score_source(study, paths, case.queries, 2, times=[0.4, 0.2], loss_scale=0.5)
-    expected = wf.score_source(study, paths, case.queries, 2, times=[0.2, 0.1], name="other")
+    halved = study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=[0.4, 0.2], loss_scale=0.5))
+    expected = study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=[0.2, 0.1]), name="other")
     assert relative_error(halved.values, expected.values) < 1e-12
 
 
@@ -409,23 +421,27 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     paths, models = saved(case.model, tmp_path / "checkpoints", 2)
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
     with pytest.raises(InputError, match="segments=3: expected 1 to 2"):
-        wf.score_source(study, paths, case.queries, times=TIMES[:2])
+        study.score(case.queries, wf.Source(checkpoints=paths, times=TIMES[:2]))
     with pytest.raises(InputError, match="a path says nothing of learning rates"):
-        wf.score_source(study, paths, case.queries, 2)
+        study.score(case.queries, wf.Source(checkpoints=paths, segments=2))
     for times in ([1.0], [1.0, -1.0], [1.0, float("nan")]):
         with pytest.raises(InputError, match="times="):
-            wf.score_source(study, paths, case.queries, 2, times=times)
+            study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=times))
     with pytest.raises(InputError, match="loss_scale=0"):
-        wf.score_source(study, paths, case.queries, 2, times=TIMES[:2], loss_scale=0)
+        study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=TIMES[:2], loss_scale=0))
     for strategy, adam in (("kfac", False), ("identity", False), ("ekfac", True)):
         with pytest.raises(InputError, match=f"strategy='{strategy}' with adam={adam}: expected"):
-            wf.score_source(study, paths, case.queries, 2, times=TIMES[:2], strategy=strategy, adam=adam)
+            study.score(
+                case.queries, wf.Source(checkpoints=paths, segments=2, times=TIMES[:2], strategy=strategy, adam=adam)
+            )
     with pytest.raises(InputError, match="a path says nothing of Adam's second moments"):
-        wf.score_source(study, paths, case.queries, 2, times=TIMES[:2], adam=True)
+        study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=TIMES[:2], adam=True))
     with pytest.raises(InputError, match="weight_decay=-1"):
-        wf.score_source(study, paths, case.queries, 2, times=TIMES[:2], weight_decay=-1)
+        study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=TIMES[:2], weight_decay=-1))
     checkpoints = recorded(paths, models, TIMES[:2])
     group = replace(checkpoints[0].groups[0], weight_decay=0.1)
     with pytest.raises(InputError, match=r"weight_decay=None, and \[0.1, 0.3\] were recorded"):
-        wf.score_source(study, [replace(checkpoints[0], groups=(group,)), checkpoints[1]], case.queries, 2)
+        study.score(
+            case.queries, wf.Source(checkpoints=[replace(checkpoints[0], groups=(group,)), checkpoints[1]], segments=2)
+        )
     assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import wherefrom as wf
 from tests.models import Mlp, gpt2, gpt2_case, mlp_case, relative_error, token_rows
-from tests.runs import only
+from tests.runs import only, with_factors
 from wherefrom.runtime.errors import DamagedError, InputError, LayerError, LossError, MismatchError, StorageError
 from wherefrom.store.files import scratch_matrix
 
@@ -24,7 +25,9 @@ def scores_of(path: Path, train: list[object], queries: list[object], **options:
     study = wf.Study(path, gpt2(), wf.CausalLM(), train=train)
     factors = study.fit("ekfac", **fit)  # type: ignore[arg-type]
     size = options.get("batch_size")
-    return study.score(queries, factors, train_batch_size=size, query_batch_size=size).values  # type: ignore[arg-type]
+    return study.score(
+        queries, with_factors(factors), execution=replace(study.execution, train_batch_size=size, query_batch_size=size)
+    ).values  # type: ignore[arg-type]
 
 
 @given(batch_size=st.integers(1, 15), seed=st.integers(0, 100))
@@ -61,7 +64,7 @@ def test_sampled_factors_depend_on_the_seed_only(tmp_path: Path) -> None:
 
     def eigenvalues(name: str, seed: int, batch_size: int | None) -> torch.Tensor:
         study = wf.Study(tmp_path / name, case.model, case.task, train=case.train)
-        factors = study.fit("diagonal", seed=seed, batch_size=batch_size)
+        factors = study.fit(wf.Diagonal(seed=seed), execution=replace(study.execution, train_batch_size=batch_size))
         return torch.cat([each.flatten() for each in factors.eigenvalues.values()])
 
     expected = eigenvalues("one", seed=3, batch_size=1)
@@ -73,10 +76,12 @@ def test_sampled_factors_depend_on_the_seed_only(tmp_path: Path) -> None:
 def test_many_query_blocks_give_the_scores_of_one(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    expected = study.score(case.queries, factors, name="one-block").values
-    small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-9)  # one query at a time
-    found = small.score(case.queries, factors, name="many-blocks").values
+    factors = study.fit(wf.EKFAC())
+    expected = study.score(case.queries, with_factors(factors), name="one-block").values
+    small = wf.Study(
+        tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09)
+    )  # one query at a time
+    found = small.score(case.queries, with_factors(factors), name="many-blocks").values
     assert relative_error(found, expected) < 1e-12
     assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["many-blocks", "one-block"]
 
@@ -88,7 +93,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, model, case.task, train=case.train)
-    study.score(case.queries, study.fit("ekfac"))
+    study.score(case.queries, wf.EKFAC())
 
     class Failing(wf.Classification):
         def train_loss(self, *arguments: object) -> torch.Tensor:
@@ -96,7 +101,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        wf.Study(tmp_path / "failing", model, Failing(), train=case.train).fit("diagonal")
+        wf.Study(tmp_path / "failing", model, Failing(), train=case.train).fit(wf.Diagonal())
     assert [each.requires_grad for each in model.parameters()] == [False, True, True, True, True]
     assert [module.training for module in model.modules()] == [True, True, False, True]
     assert all(not module._forward_hooks for module in model.modules())
@@ -129,52 +134,52 @@ class Counting(wf.Classification):
 def test_a_second_fit_or_score_computes_nothing(tmp_path: Path) -> None:
     case = mlp_case()
     first = wf.Study(tmp_path, case.model, Counting(), train=case.train)
-    expected = first.score(case.queries, first.fit("ekfac"))
+    expected = first.score(case.queries, wf.EKFAC())
     Counting._calls = 0
     again = wf.Study(tmp_path, case.model, Counting(), train=case.train)
-    found = again.score(case.queries, again.fit("ekfac"))
+    found = again.score(case.queries, wf.EKFAC())
     assert Counting._calls == 0
     assert torch.equal(found.values, expected.values)
-    again.fit("kfac")  # shares the basis
+    again.fit(wf.KFAC())  # shares the basis
     assert Counting._calls == 0
-    again.fit("ekfac", overwrite=True)
+    again.fit(wf.EKFAC(), overwrite=True)
     assert Counting._calls > 0
 
 
 def test_a_changed_input_is_refused_by_name(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac", name="mine")
-    study.score(case.queries, factors, name="mine")
+    factors = study.fit(wf.EKFAC(), name="mine")
+    study.score(case.queries, with_factors(factors), name="mine")
     with pytest.raises(MismatchError, match=r"targets: stored sampled, seed 0, now sampled, seed 1.*overwrite"):
-        study.fit("ekfac", seed=1, name="mine")
+        study.fit(wf.EKFAC(seed=1), name="mine")
     with pytest.raises(MismatchError, match="damping: stored 0.1 x mean eigenvalue, now 0.5"):
-        study.score(case.queries, factors, damping=0.5, name="mine")
+        study.score(case.queries, with_factors(factors, damping=0.5), name="mine")
     with pytest.raises(MismatchError, match="queries: "):
-        study.score(case.queries[:2], factors, name="mine")
+        study.score(case.queries[:2], with_factors(factors), name="mine")
     with pytest.raises(MismatchError, match="training data: stored 12 examples .*, now 11 examples"):
-        wf.Study(tmp_path, case.model, case.task, train=case.train[:11]).fit("ekfac", name="mine")
-    study.score(case.queries, factors, damping=0.5, name="mine", overwrite=True)
-    study.score(case.queries, factors)
+        wf.Study(tmp_path, case.model, case.task, train=case.train[:11]).fit(wf.EKFAC(), name="mine")
+    study.score(case.queries, with_factors(factors, damping=0.5), name="mine", overwrite=True)
+    study.score(case.queries, with_factors(factors))
 
 
 def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
     case = mlp_case()
-    factors = wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit("ekfac", name="mine")
+    factors = wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit(wf.EKFAC(), name="mine")
     with torch.no_grad():
         next(case.model.parameters()).add_(1e-9)
     other = wf.Study(tmp_path / "two", case.model, case.task, train=case.train)
     with pytest.raises(MismatchError, match="factors were fitted on another model. model: stored"):
-        other.score(case.queries, factors)
+        other.score(case.queries, with_factors(factors))
     with pytest.raises(MismatchError, match="model: stored"):
-        wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit("ekfac", name="mine")
+        wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit(wf.EKFAC(), name="mine")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing", "manifest"])
 def test_damaged_files_are_named_and_not_used(tmp_path: Path, damage: str) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    expected = study.fit("diagonal")
+    expected = study.fit(wf.Diagonal())
     folder = only(tmp_path / "factors", "sampled") / "diagonal"
     file = folder / ("manifest.json" if damage == "manifest" else "tensors.safetensors")
     content = bytearray(file.read_bytes())
@@ -186,8 +191,8 @@ def test_damaged_files_are_named_and_not_used(tmp_path: Path, damage: str) -> No
     else:
         file.write_bytes(content[: 0 if damage == "empty" else len(content) // 2])
     with pytest.raises(DamagedError, match=str(file.name)):
-        study.fit("diagonal")
-    repaired = study.fit("diagonal", overwrite=True)
+        study.fit(wf.Diagonal())
+    repaired = study.fit(wf.Diagonal(), overwrite=True)
     assert all(torch.equal(repaired.eigenvalues[name], each) for name, each in expected.eigenvalues.items())
 
 
@@ -199,11 +204,11 @@ def test_a_write_that_fails_midway_leaves_nothing_behind(tmp_path: Path) -> None
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
     try:
         with pytest.raises(StorageError, match="Cannot write .*diagonal .*File too large.*what is finished is safe"):
-            study.fit("diagonal")
+            study.fit(wf.Diagonal())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]
-    study.fit("diagonal")
+    study.fit(wf.Diagonal())
 
 
 def test_a_matrix_without_room_on_the_disk_is_refused_before_it_is_written(tmp_path: Path) -> None:
@@ -225,7 +230,7 @@ def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     case = mlp_case()
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="Cannot lock .*file: File exists"):
-        wf.Study(tmp_path / "file", case.model, case.task, train=case.train).fit("diagonal")
+        wf.Study(tmp_path / "file", case.model, case.task, train=case.train).fit(wf.Diagonal())
 
 
 def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +239,7 @@ def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: py
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("wherefrom.store.files.shutil.disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match="Not enough space .* MiB needed, 0.00 MiB free"):
-        study.fit("diagonal")
+        study.fit(wf.Diagonal())
 
 
 # Wrong use.
@@ -252,11 +257,11 @@ def test_wrong_use_is_answered_well(tmp_path: Path) -> None:
         wf.Classification("twice")
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     with pytest.raises(InputError, match="batch size of 0"):
-        study.fit("ekfac", batch_size=0)
+        study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=0))
     with pytest.raises(InputError, match="queries is empty"):
-        study.score([], study.fit("identity"))
+        study.score([], wf.Dot())
     with pytest.raises(InputError, match="name='../up'"):
-        study.fit("ekfac", name="../up")
+        study.fit(wf.EKFAC(), name="../up")
     assert not (tmp_path / "factors").exists()
 
 
@@ -271,17 +276,19 @@ def test_a_loss_that_is_not_a_scalar_is_refused(tmp_path: Path) -> None:
 
     case = mlp_case()
     with pytest.raises(LossError, match=r"must be a scalar tensor.*returned \[4\].*reduction='sum'"):
-        wf.Study(tmp_path, case.model, Vector(), train=case.train).fit("ekfac", batch_size=4)
+        wf.Study(tmp_path, case.model, Vector(), train=case.train).fit(
+            wf.EKFAC(), execution=wf.Execution(train_batch_size=4)
+        )
     with pytest.raises(LossError, match="does not depend on any tracked layer"):
-        wf.Study(tmp_path, case.model, Detached(), train=case.train).fit("ekfac")
+        wf.Study(tmp_path, case.model, Detached(), train=case.train).fit(wf.EKFAC())
 
 
 def test_a_loss_that_is_not_finite_names_its_batch(tmp_path: Path) -> None:
     case = mlp_case()
     case.train[7] = (torch.full((4,), float("nan"), dtype=torch.float64), torch.tensor(0))
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train, checkpoint_seconds=0)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(checkpoint_seconds=0))
     with pytest.raises(LossError, match="covariance: the loss of examples 6 to 7 is nan"):
-        study.fit("ekfac", empirical=True, batch_size=2)
+        study.fit(wf.EKFAC(empirical=True), execution=replace(study.execution, train_batch_size=2))
 
 
 def test_float32_scores_do_not_depend_on_the_batch_with_fused_attention(tmp_path: Path) -> None:
@@ -298,8 +305,14 @@ def test_float32_scores_do_not_depend_on_the_batch_with_fused_attention(tmp_path
     found = []
     for size in (1, 7):
         study = wf.Study(tmp_path / str(size), model, wf.CausalLM(), train=rows)
-        factors = study.fit("ekfac", batch_size=size)
-        found.append(study.score(rows, factors, train_batch_size=size, query_batch_size=size).values)
+        factors = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=size))
+        found.append(
+            study.score(
+                rows,
+                with_factors(factors),
+                execution=replace(study.execution, train_batch_size=size, query_batch_size=size),
+            ).values
+        )
     assert relative_error(*found) < 2e-5
 
 
@@ -307,11 +320,13 @@ def test_a_replaced_basis_takes_its_eigenvalues_with_it(tmp_path: Path) -> None:
     """Another batch rounds covariances otherwise, and eigenvectors of nearly equal eigenvalues are then others."""
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    study.fit("ekfac")
-    study.fit("kfac", batch_size=1, overwrite=True)
+    study.fit(wf.EKFAC())
+    study.fit(wf.KFAC(), overwrite=True, execution=replace(study.execution, train_batch_size=1))
     assert not (only(tmp_path / "factors", "sampled") / "eigenvalues").exists()
-    expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit("ekfac", batch_size=1)
-    found = study.fit("ekfac", batch_size=1)
+    expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit(
+        wf.EKFAC(), execution=wf.Execution(train_batch_size=1)
+    )
+    found = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=1))
     assert all(torch.equal(found.eigenvalues[name], each) for name, each in expected.eigenvalues.items())
 
 
@@ -319,11 +334,13 @@ def test_a_lost_basis_takes_its_eigenvalues_with_it(tmp_path: Path) -> None:
     """As above, where somebody has deleted what was damaged."""
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    study.fit("ekfac")
+    study.fit(wf.EKFAC())
     for name in ("covariance", "eigenbasis"):
         shutil.rmtree(only(tmp_path / "factors", "sampled") / name)
-    study.fit("kfac", batch_size=1)
+    study.fit(wf.KFAC(), execution=replace(study.execution, train_batch_size=1))
     assert not (only(tmp_path / "factors", "sampled") / "eigenvalues").exists()
-    expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit("ekfac", batch_size=1)
-    found = study.fit("ekfac", batch_size=1)
+    expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit(
+        wf.EKFAC(), execution=wf.Execution(train_batch_size=1)
+    )
+    found = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=1))
     assert all(torch.equal(found.eigenvalues[name], each) for name, each in expected.eigenvalues.items())

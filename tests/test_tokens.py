@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
+from tests.runs import factored, with_factors
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
 from wherefrom.runtime.errors import DamagedError, InputError, LayerError, MismatchError
@@ -35,7 +37,9 @@ def brute_force(make: CaseMaker, query: int, example: int) -> Tensor:
 def test_token_scores_equal_brute_force(tmp_path: Path, make: CaseMaker) -> None:
     case = make(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    tokens = study.score_tokens(case.queries, study.fit("identity"), train_batch_size=4)
+    tokens = study.score(
+        case.queries, wf.Dot(), keep=wf.Tokens(), execution=replace(study.execution, train_batch_size=4)
+    )
     for pair in ((0, 0), (2, 7), (4, 11)):
         assert relative_error(tokens[pair], brute_force(make, *pair)) < 1e-9
 
@@ -49,12 +53,18 @@ def test_tokens_sum_to_the_sequence_scores(
     """With files of a few pairs and one query in memory at a time, too."""
     case = make(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(strategy)
-    scores = study.score(case.queries, factors).values
-    tokens = study.score_tokens(case.queries, factors, top=top, name="one")
+    factors = study.fit(factored(strategy))
+    scores = study.score(case.queries, with_factors(factors)).values
+    tokens = study.score(case.queries, with_factors(factors), keep=wf.Tokens(top), name="one")
     monkeypatch.setattr("wherefrom.scoring.tokens.PART_BYTES", 7 * 8 * int(tokens.lengths.max()))
-    small = wf.Study(tmp_path, case.model, case.task, train=case.train, memory_budget=1e-9)
-    parts = small.score_tokens(case.queries, factors, top=top, name="many", train_batch_size=3)
+    small = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09))
+    parts = small.score(
+        case.queries,
+        with_factors(factors),
+        keep=wf.Tokens(top),
+        name="many",
+        execution=replace(small.execution, train_batch_size=3),
+    )
     assert len(parts.shards) > len(tokens.shards) == 1
     expected = {(q, t) for q in range(5) for t in range(len(case.train))}
     if top:
@@ -72,7 +82,7 @@ def test_tokens_sum_to_the_sequence_scores(
 def test_lengths_and_padding(tmp_path: Path) -> None:
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    tokens = study.score_tokens(case.queries, study.fit("ekfac"))
+    tokens = study.score(case.queries, wf.EKFAC(), keep=wf.Tokens())
     lengths = [len(example["input_ids"]) for example in case.train]  # type: ignore[index]
     assert tokens.lengths.tolist() == lengths
     assert tokens.values.shape == (5, 14, max(lengths))
@@ -85,9 +95,9 @@ def test_lengths_and_padding(tmp_path: Path) -> None:
 def test_pairs_that_are_not_stored_are_named(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("diagonal")
-    tokens = study.score_tokens(case.queries, factors, top=1)
-    best = study.score(case.queries, factors).top(1)[0]
+    factors = study.fit(wf.Diagonal())
+    tokens = study.score(case.queries, with_factors(factors), keep=wf.Tokens(1))
+    best = study.score(case.queries, with_factors(factors)).top(1)[0]
     other = next(row for row in range(12) if (0, row) not in tokens)
     assert (0, best.train) in tokens
     assert (0, -1) not in tokens
@@ -95,7 +105,7 @@ def test_pairs_that_are_not_stored_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"query 0 and training example {other}: it has the 1 highest and lowest"):
         tokens[0, other]
     with pytest.raises(InputError, match="top=0: expected at least 1"):
-        study.score_tokens(case.queries, factors, top=0)
+        study.score(case.queries, with_factors(factors), keep=wf.Tokens(0))
     with pytest.raises(InputError, match="no token scores there"):
         TokenScores.load(tmp_path / "nowhere")
 
@@ -110,21 +120,21 @@ def test_token_scores_are_reused_refused_and_checked(tmp_path: Path) -> None:
 
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, Counting(), train=case.train)
-    factors = study.fit("ekfac")
-    first = study.score_tokens(case.queries, factors, name="mine")
+    factors = study.fit(wf.EKFAC())
+    first = study.score(case.queries, with_factors(factors), keep=wf.Tokens(), name="mine")
     expected = first.values
     Counting._calls = 0
-    assert torch.equal(study.score_tokens(case.queries, factors, name="mine").values, expected)
+    assert torch.equal(study.score(case.queries, with_factors(factors), keep=wf.Tokens(), name="mine").values, expected)
     assert Counting._calls == 0
     with pytest.raises(MismatchError, match=r"damping: stored 0.1 x mean eigenvalue, now 1.0"):
-        study.score_tokens(case.queries, factors, damping=1.0, name="mine")
+        study.score(case.queries, with_factors(factors, damping=1.0), keep=wf.Tokens(), name="mine")
     file = first.folder / part_name(first.pairs) / "tensors.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
     with pytest.raises(DamagedError, match="tensors.safetensors cannot be used"):
         TokenScores.load(first.folder)[0, 0]
-    repaired = study.score_tokens(case.queries, factors, name="mine", overwrite=True)
+    repaired = study.score(case.queries, with_factors(factors), keep=wf.Tokens(), name="mine", overwrite=True)
     assert torch.equal(repaired.values, expected)
 
 
@@ -144,12 +154,12 @@ def test_a_layer_that_sees_no_tokens_is_named(tmp_path: Path) -> None:
     rows: list[object] = [(torch.randn(6, 4), torch.tensor(row % 3)) for row in range(5)]
     study = wf.Study(tmp_path, Pooled(), wf.Classification(), train=rows)
     with pytest.raises(LayerError, match="belongs to no single token"):
-        study.score_tokens(rows, study.fit("identity"))
+        study.score(rows, wf.Dot(), keep=wf.Tokens())
     alone = wf.Study(tmp_path / "alone", Pooled(), wf.Classification(["tokenwise"]), train=rows)
-    factors = alone.fit("identity")
-    tokens = alone.score_tokens(rows, factors).values
+    factors = alone.fit(wf.Dot())
+    tokens = alone.score(rows, with_factors(factors), keep=wf.Tokens()).values
     assert tokens.shape == (5, 5, 6)
-    assert relative_error(tokens.sum(2), alone.score(rows, factors).values) < 1e-5
+    assert relative_error(tokens.sum(2), alone.score(rows, with_factors(factors)).values) < 1e-5
 
 
 def test_a_layer_behind_pooling_alone_is_refused_where_there_is_a_mask(tmp_path: Path) -> None:
@@ -165,7 +175,7 @@ def test_a_layer_behind_pooling_alone_is_refused_where_there_is_a_mask(tmp_path:
 
     study = wf.Study(tmp_path, case.model, FromLast(["head"]), train=case.train)
     with pytest.raises(LayerError, match="belongs to no single token"):
-        study.score_tokens(case.queries, study.fit("identity"))
+        study.score(case.queries, wf.Dot(), keep=wf.Tokens())
 
 
 def test_a_mask_that_is_none_where_nothing_is_padded(tmp_path: Path) -> None:
@@ -178,7 +188,9 @@ def test_a_mask_that_is_none_where_nothing_is_padded(tmp_path: Path) -> None:
     found = {}
     for name, task in (("always", case.task), ("sometimes", Sometimes(case.task.layers))):
         study = wf.Study(tmp_path / name, case.model, task, train=case.train)
-        found[name] = study.score_tokens(case.queries, study.fit("identity"), train_batch_size=4)
+        found[name] = study.score(
+            case.queries, wf.Dot(), keep=wf.Tokens(), execution=replace(study.execution, train_batch_size=4)
+        )
     assert torch.equal(found["always"].lengths, found["sometimes"].lengths)
     assert relative_error(found["sometimes"].values, found["always"].values) < 1e-12
 
@@ -188,8 +200,14 @@ def test_a_smaller_batch_after_running_out_of_memory(tmp_path: Path, monkeypatch
     case = gpt2_case()
     case.train.sort(key=lambda example: len(example["input_ids"]))  # type: ignore[index]
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("identity")
-    expected = study.score_tokens(case.queries, factors, name="one", train_batch_size=2).values
+    factors = study.fit(wf.Dot())
+    expected = study.score(
+        case.queries,
+        with_factors(factors),
+        keep=wf.Tokens(),
+        name="one",
+        execution=replace(study.execution, train_batch_size=2),
+    ).values
     original, seen = TokenCollector.collect, []
 
     def limited(self: TokenCollector, layer: str, captured: Captured, rows: slice) -> None:
@@ -199,7 +217,13 @@ def test_a_smaller_batch_after_running_out_of_memory(tmp_path: Path, monkeypatch
             raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(TokenCollector, "collect", limited)
-    found = study.score_tokens(case.queries, factors, name="two", train_batch_size=8).values
+    found = study.score(
+        case.queries,
+        with_factors(factors),
+        keep=wf.Tokens(),
+        name="two",
+        execution=replace(study.execution, train_batch_size=8),
+    ).values
     assert seen[:4] == [8, 8, 8, 4]
     assert relative_error(found, expected) < 1e-12
 
@@ -207,20 +231,23 @@ def test_a_smaller_batch_after_running_out_of_memory(tmp_path: Path, monkeypatch
 def test_tokens_of_other_scores_are_refused(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac")
-    scores, other = study.score(case.queries, factors), study.score(case.queries, factors, damping=1.0, name="other")
-    tokens = study.score_tokens(case.queries, factors)
+    factors = study.fit(wf.EKFAC())
+    scores, other = (
+        study.score(case.queries, with_factors(factors)),
+        study.score(case.queries, with_factors(factors, damping=1.0), name="other"),
+    )
+    tokens = study.score(case.queries, with_factors(factors), keep=wf.Tokens())
     assert tokens.differences(scores.fingerprint) == []
     with pytest.raises(MismatchError, match="tokens belong to other scores.*damping: stored 0.1 x mean.*now 1.0"):
         study.report(other, case.queries, tokenizer=Characters(), tokens=tokens)
-    again = study.score_tokens(case.queries, factors, damping=1.0, name="other")
+    again = study.score(case.queries, with_factors(factors, damping=1.0), keep=wf.Tokens(), name="other")
     part = part_name(tokens.pairs)
     for file in (again.folder / part).iterdir():  # a part of another run
         (tokens.folder / part / file.name).write_bytes(file.read_bytes())
     with pytest.raises(MismatchError, match="damping: stored 1.0, now 0.1 x mean eigenvalue"):
         TokenScores.load(tokens.folder)[0, 0]
     with pytest.raises(InputError, match="expected another ending"):
-        study.score(case.queries, factors, name="ekfac.tokens")
+        study.score(case.queries, with_factors(factors), name="ekfac.tokens")
 
 
 class Characters:
@@ -233,9 +260,13 @@ class Characters:
 def test_half_precision_tokens_sum_to_the_score_up_to_its_rounding(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit("ekfac", half_precision=True)
-    scores = study.score(case.queries, factors, half_precision=True).values
-    tokens = study.score_tokens(case.queries, factors, half_precision=True).values
+    factors = study.fit(wf.EKFAC(), execution=replace(study.execution, half_precision=True))
+    scores = study.score(
+        case.queries, with_factors(factors), execution=replace(study.execution, half_precision=True)
+    ).values
+    tokens = study.score(
+        case.queries, with_factors(factors), keep=wf.Tokens(), execution=replace(study.execution, half_precision=True)
+    ).values
     assert 0 < relative_error(tokens.sum(2), scores) < 2**-8  # of the gradient's two factors, one is rounded
 
 

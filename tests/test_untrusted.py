@@ -18,7 +18,6 @@ from tests.models import gpt2, mlp_case, token_rows
 from tests.processes import run_command
 from wherefrom.evaluate.lds import GroundTruth
 from wherefrom.hf.text import load_model, load_tokenizer
-from wherefrom.methods.tracin import score_checkpoints
 from wherefrom.runtime.errors import InputError, WherefromError
 
 SOURCE = Path(wf.__file__).parent
@@ -103,7 +102,7 @@ def test_malicious_checkpoints_are_refused(tmp_path: Path, name: str) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
     with pytest.raises(WherefromError, match=name):
-        score_checkpoints(study, [folder if name.startswith("pytorch") else folder / name], case.queries)
+        study.score(case.queries, wf.TracIn(checkpoints=[folder if name.startswith("pytorch") else folder / name]))
     assert not executed.exists()
 
 
@@ -112,14 +111,14 @@ def test_malicious_results_are_refused(tmp_path: Path) -> None:
     executed, run = tmp_path / "executed", tmp_path / "run"
     model, rows = gpt2(), token_rows(5)
     study = wf.Study(run, model, wf.CausalLM(), train=rows)
-    study.score(rows[:2], study.fit("ekfac"))
+    study.score(rows[:2], wf.EKFAC())
     for file in sorted(path for path in run.rglob("*") if path.suffix in (".json", ".safetensors")):
         copy = shutil.copytree(run, tmp_path / "copy")
         with (copy / file.relative_to(run)).open("wb") as stream:
             pickle.dump(Payload(executed), stream)
         again = wf.Study(copy, model, wf.CausalLM(), train=rows)
         try:
-            again.score(rows[:2], again.fit("ekfac"))
+            again.score(rows[:2], wf.EKFAC())
         except WherefromError as error:
             assert str(copy) in str(error)
         assert not executed.exists()

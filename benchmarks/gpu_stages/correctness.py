@@ -9,20 +9,20 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from wherefrom.scoring.options import PairwiseOptions
 
 import wherefrom as wf
 from gpu_stages.report import Figures, Report, Setting, UnavailableError
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.planning.machine import Machine
 from wherefrom.planning.plan import Plan
-from wherefrom.scoring.options import PairwiseOptions
 
 # The largest difference in units of the largest score.
 FULL_LIMIT, HALF_LIMIT = 2e-5, 3e-2
@@ -131,10 +131,16 @@ def scores(
     model = given.model.to(device)
     with tempfile.TemporaryDirectory() as folder:
         study = wf.Study(
-            folder, model, given.task, train=given.train, offload_factors=offload, memory_budget=memory_budget
+            folder,
+            model,
+            given.task,
+            train=given.train,
+            execution=wf.Execution(offload_factors=offload, memory_budget=memory_budget),
         )
         half = bool(options.get("half_precision", False))
-        factors = study.fit(strategy, empirical=empirical, half_precision=half)
+        factors = study.fit(
+            factored(strategy, empirical=empirical), execution=replace(study.execution, half_precision=half)
+        )
         return study.score(given.queries, factors, **options).values.clone()
 
 
@@ -233,8 +239,16 @@ def _planned_error(device: str, width: int, machine: Machine, wanted: Callable[[
     given.model.to(device)
     with patch.object(Machine, "measured", staticmethod(lambda *_: machine)), tempfile.TemporaryDirectory() as folder:
         for budget in [2.0**-step for step in range(24)]:
-            study = wf.Study(folder, given.model, given.task, train=given.train, memory_budget=budget)
-            if wanted(study.plan(given.queries, train_batch_size=6, query_batch_size=2)):
+            study = wf.Study(
+                folder, given.model, given.task, train=given.train, execution=wf.Execution(memory_budget=budget)
+            )
+            if wanted(
+                study.plan(
+                    given.queries,
+                    wf.EKFAC(),
+                    execution=replace(study.execution, train_batch_size=6, query_batch_size=2),
+                )
+            ):
                 found = scores(given, device, "ekfac", memory_budget=budget, **sizes)
                 return difference(found, expected("GPT-2", width, "ekfac", False))
     raise UnavailableError("no memory budget makes such a plan")

@@ -58,10 +58,7 @@ def new_study(work: Workload, setting: Setting) -> Iterator[Study]:
     """A study of the workload in a run directory that is deleted afterwards."""
     model = work.model().to(setting.device)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(dir=setting.scratch) as folder:
-        yield wf.Study(
-            folder, model, wf.CausalLM(), train=work.sequences(work.train, 1), progress=False,
-            compile_activations=setting.compiled, memory_budget=memory_budget(setting),
-        )  # fmt: skip
+        yield wf.Study(folder, model, wf.CausalLM(), train=work.sequences(work.train, 1), execution=wf.Execution(progress=False, compile_activations=setting.compiled, memory_budget=memory_budget(setting)))  # fmt: skip
 
 
 def scored(work: Workload, setting: Setting, half: bool, *, empirical: bool = False, profiled: bool = False) -> Scored:
@@ -69,13 +66,15 @@ def scored(work: Workload, setting: Setting, half: bool, *, empirical: bool = Fa
     queries, watch = work.sequences(work.queries, 2), Stopwatch()
     with new_study(work, setting) as study:
         study.profile.synchronize = profiled and setting.device != "cpu"
-        plan = study.plan(queries, half_precision=half)
+        plan = study.plan(queries, wf.EKFAC(), execution=replace(study.execution, half_precision=half))
         with watch.stage("covariances and eigenbasis"):
-            study.fit("kfac", half_precision=half, empirical=empirical)
+            study.fit(wf.KFAC(empirical=empirical), execution=replace(study.execution, half_precision=half))
         with watch.stage("eigenvalues"):
-            factors = study.fit("ekfac", half_precision=half, empirical=empirical)
+            factors = study.fit(wf.EKFAC(empirical=empirical), execution=replace(study.execution, half_precision=half))
         with watch.stage("pairwise scores"):
-            scores = study.score(queries, factors, half_precision=half)
+            scores = study.score(
+                queries, with_factors(factors), execution=replace(study.execution, half_precision=half)
+            )
         return Scored(watch, plan, scores.values.clone(), study.profile.text())
 
 
@@ -249,10 +248,15 @@ def _kernels(work: Workload, setting: Setting) -> Figures:
     queries, half = work.sequences(work.queries, 2), setting.half
     with new_study(work, setting) as study, tf32_products(not half):
         return {
-            "covariances and eigenbasis": _profiled(lambda: study.fit("kfac", half_precision=half), setting),
-            "eigenvalues": _profiled(lambda: study.fit("ekfac", half_precision=half), setting),
+            "covariances and eigenbasis": _profiled(
+                lambda: study.fit(wf.KFAC(), execution=replace(study.execution, half_precision=half)), setting
+            ),
+            "eigenvalues": _profiled(
+                lambda: study.fit(wf.EKFAC(), execution=replace(study.execution, half_precision=half)), setting
+            ),
             "pairwise scores": _profiled(
-                lambda: study.score(queries, study.fit("ekfac", half_precision=half), half_precision=half), setting
+                lambda: study.score(queries, wf.EKFAC(), execution=replace(study.execution, half_precision=half)),
+                setting,
             ),
         }
 

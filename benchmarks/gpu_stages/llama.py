@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -58,10 +59,7 @@ def _sequences(count: int, vocabulary: int, tokens: int, seed: int) -> list[dict
 def _study(
     folder: str, model: LlamaForCausalLM, setting: Setting, train: list[dict[str, Tensor]]
 ) -> wf.Study[dict[str, Tensor]]:
-    return wf.Study(
-        folder, model, wf.CausalLM(), train=train, progress=False, compile_activations=setting.compiled,
-        memory_budget=memory_budget(setting),
-    )  # fmt: skip
+    return wf.Study(folder, model, wf.CausalLM(), train=train, execution=wf.Execution(progress=False, compile_activations=setting.compiled, memory_budget=memory_budget(setting)))  # fmt: skip
 
 
 def _logra(
@@ -73,7 +71,7 @@ def _logra(
     with tempfile.TemporaryDirectory(dir=setting.scratch) as folder, tf32_products(True):
         study = _study(folder, model, setting, rows)
         start = time.perf_counter()
-        scores = wf.logra_scores(study, asked, rank=rank)
+        scores = study.score(asked, wf.LoGra(rank=rank))
         synchronize()
         return {"rank": rank, "seconds": time.perf_counter() - start, "finite": bool(scores.values.isfinite().all())}
 
@@ -86,9 +84,11 @@ def _ekfac(
     with tempfile.TemporaryDirectory(dir=setting.scratch) as folder, tf32_products(not setting.half):
         study = _study(folder, model, setting, rows)
         start = time.perf_counter()
-        factors = study.fit("ekfac", half_precision=setting.half)
+        factors = study.fit(wf.EKFAC(), execution=replace(study.execution, half_precision=setting.half))
         fitted = time.perf_counter()
-        scores = study.score(asked, factors, half_precision=setting.half)
+        scores = study.score(
+            asked, with_factors(factors), execution=replace(study.execution, half_precision=setting.half)
+        )
         return {
             "fit_seconds": fitted - start,
             "score_seconds": time.perf_counter() - fitted,

@@ -141,8 +141,10 @@ def _scores(work: Workload, setting: Setting) -> Tensor:
     """Scores with the dataset's own targets: a drawn one may change with the rounding of another batch size."""
     model = work.model().to(setting.device)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(dir=setting.scratch) as folder:
-        study = wf.Study(folder, model, wf.CausalLM(), train=work.sequences(work.train, 1), progress=False)
-        return study.score(work.sequences(work.queries, 2), study.fit("ekfac", empirical=True)).values.clone().cpu()
+        study = wf.Study(
+            folder, model, wf.CausalLM(), train=work.sequences(work.train, 1), execution=wf.Execution(progress=False)
+        )
+        return study.score(work.sequences(work.queries, 2), wf.EKFAC(empirical=True)).values.clone().cpu()
 
 
 def _refusal_figures(setting: Setting) -> Figures:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
+from wherefrom.scoring.options import PairwiseOptions
 
 import wherefrom as wf
 from leaderboard.subject import Subject
 from wherefrom.methods.baselines import bm25_scores, random_scores
-from wherefrom.scoring.options import PairwiseOptions
 
 ALL = ("transformer.h.*", "transformer.ln_f", "transformer.wpe", "lm_head")  # the head is the embedding, too
 
@@ -49,7 +49,7 @@ def influence(
 
     def scores(subject: Subject) -> wf.Scores:
         study = subject.study(layers)
-        factors = study.fit(strategy, conditioning=subject.conditioning if conditioned else None)
+        factors = study.fit(factored(strategy, conditioning=subject.conditioning if conditioned else None))
         return study.score(subject.setting.queries, factors, **options)
 
     return scores
@@ -60,7 +60,7 @@ def fisher(conditioned: bool) -> Scoring:
 
     def scores(subject: Subject) -> Tensor:
         conditioning = subject.conditioning if conditioned else None
-        return wf.fisher_scores(subject.study(ALL), subject.setting.queries, conditioning=conditioning).values
+        return subject.study(ALL).score(subject.setting.queries, wf.Fisher(conditioning=conditioning)).values
 
     return scores
 
@@ -72,7 +72,9 @@ def source(adam: bool, layers: tuple[str, ...] | None = None) -> Scoring:
         tokens = [len(each) - 1 for each in subject.setting.train["input_ids"]]
         scale = len(tokens) / sum(tokens)  # training minimised a mean over tokens
         queries = subject.setting.queries
-        found = wf.score_source(subject.study(layers), subject.checkpoints, queries, adam=adam, loss_scale=scale)
+        found = subject.study(layers).score(
+            queries, wf.Source(checkpoints=subject.checkpoints, adam=adam, loss_scale=scale)
+        )
         return found.values
 
     return scores
@@ -80,17 +82,17 @@ def source(adam: bool, layers: tuple[str, ...] | None = None) -> Scoring:
 
 def logra(subject: Subject) -> Tensor:
     """On random directions."""
-    return wf.logra_scores(subject.study(), subject.setting.queries).values
+    return subject.study().score(subject.setting.queries, wf.LoGra()).values
 
 
 def trak(subject: Subject) -> Tensor:
     """Of one model, with the log-odds of the labels."""
-    return wf.trak_scores(subject.study(measure="margin"), subject.setting.queries).values
+    return subject.study(measure="margin").score(subject.setting.queries, wf.Trak()).values
 
 
 def trackstar(subject: Subject) -> Tensor:
     """With Adam's second moments."""
-    return wf.trackstar_scores(subject.study(), subject.setting.queries, subject.conditioning).values
+    return subject.study().score(subject.setting.queries, wf.TrackStar(conditioning=subject.conditioning)).values
 
 
 def two_stages(subject: Subject) -> Tensor:
@@ -98,27 +100,27 @@ def two_stages(subject: Subject) -> Tensor:
     found = bm25(subject)
     candidates = found.topk(len(subject.setting.train) // 10).indices
     study = subject.study()
-    exact = study.score_candidates(subject.setting.queries, study.fit("ekfac"), candidates)
+    exact = study.score(subject.setting.queries, wf.TwoStage(first=candidates, then=wf.EKFAC()), keep=wf.Top(10000))
     return torch.zeros_like(found).scatter(1, exact.train, exact.values)
 
 
 def cosine(subject: Subject) -> Tensor:
     """Dot products of gradients of unit length."""
     study = subject.study()
-    scores = study.score(subject.setting.queries, study.fit("identity"), self_influence=True)
+    scores = study.score(subject.setting.queries, wf.Dot(), keep=wf.Pairs(self_influence=True))
     return scores.normalized("cosine").values
 
 
 def tracin(subject: Subject) -> Tensor:
     """Dot products at every checkpoint, times the learning rate."""
-    return wf.score_checkpoints(subject.study(), subject.checkpoints, subject.setting.queries).values
+    return subject.study().score(subject.setting.queries, wf.TracIn(checkpoints=subject.checkpoints)).values
 
 
 def last_checkpoints(subject: Subject) -> Tensor:
     """A mean of scores with factors of their own."""
     study, last = subject.study(), subject.checkpoints[-3:]
     weights = [1 / len(last)] * len(last)
-    return wf.score_checkpoints(study, last, subject.setting.queries, "ekfac", weights).values
+    return study.score(subject.setting.queries, wf.TracIn(checkpoints=last, scored=wf.EKFAC(), weights=weights)).values
 
 
 def bm25(subject: Subject) -> Tensor:

@@ -296,12 +296,14 @@ def library_scores(
 ) -> dict[str, Tensor]:
     """Scores [test, train] by strategy, with the weight decay as damping."""
     train, test = (list(zip(*part, strict=True)) for part in (data.train, data.test))
-    study = wf.Study(arguments.run_dir / name, model, task, train=train, progress=False)
+    study = wf.Study(arguments.run_dir / name, model, task, train=train, execution=wf.Execution(progress=False))
     found = {}
     for strategy in strategies:
-        factors = study.fit(strategy, overwrite=arguments.overwrite)
+        factors = study.fit(factored(strategy), overwrite=arguments.overwrite)
         damping = arguments.weight_decay
-        found[strategy] = study.score(test, factors, damping=damping, overwrite=arguments.overwrite).values.clone()
+        found[strategy] = study.score(
+            test, with_factors(factors, damping=damping), overwrite=arguments.overwrite
+        ).values.clone()
     return found
 
 

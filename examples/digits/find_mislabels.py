@@ -132,13 +132,15 @@ def trained(data: Data, seed: int, epochs: tuple[int, ...]) -> dict[int, nn.Modu
 
 def rankings(model: nn.Module, data: Data, run: Path, arguments: Arguments) -> dict[str, Tensor]:
     """How suspicious each way finds each example, [examples]."""
-    study = wf.Study(run, model, wf.Classification(), train=data.examples(), progress=False)
+    study = wf.Study(run, model, wf.Classification(), train=data.examples(), execution=wf.Execution(progress=False))
     with torch.no_grad():
         logits = model(data.images)
     found = {"loss": functional.cross_entropy(logits, data.labels, reduction="none")}
     for strategy in STRATEGIES:
-        factors = study.fit(strategy, empirical=arguments.empirical, overwrite=arguments.overwrite)
-        found[strategy] = study.self_influence(factors, damping=arguments.damping, overwrite=arguments.overwrite)
+        factors = study.fit(factored(strategy, empirical=arguments.empirical), overwrite=arguments.overwrite)
+        found[strategy] = study.self_influence(
+            with_factors(factors, damping=arguments.damping), overwrite=arguments.overwrite
+        )
     found["random"] = torch.rand(len(data.labels), generator=torch.Generator().manual_seed(0))
     return found
 

@@ -186,7 +186,7 @@ def analyze(arguments: Arguments, name: str, model: nn.Module, texts: Texts) -> 
     study = wf.Study(arguments.run_dir / name, model, wf.CausalLM(patterns), train=texts.train)
     began = time.process_time()
     factors = study.fit(arguments.strategy, overwrite=arguments.overwrite)
-    scores = study.score(texts.queries, factors, damping=arguments.damping, overwrite=arguments.overwrite)
+    scores = study.score(texts.queries, with_factors(factors, damping=arguments.damping), overwrite=arguments.overwrite)
     seconds = time.process_time() - began
     weights = sum(layer.shape[0] * layer.shape[1] for layer in study.layers.values())
     return Analysis(study, scores, weights, seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,8 +58,7 @@ class Example:
             model,
             wf.CausalLM(),
             train=self.train,
-            memory_budget=options.memory_budget,
-            compile_activations=options.use_compile,
+            execution=wf.Execution(memory_budget=options.memory_budget, compile_activations=options.use_compile),
         )
         self._factors: dict[tuple[str, bool], wf.Factors] = {}
 
@@ -69,7 +68,9 @@ class Example:
         if key not in self._factors:
             size, overwrite = self._options.train_batch_size, self._options.overwrite
             self._factors[key] = self.study.fit(
-                strategy, half_precision=half_precision, batch_size=size, overwrite=overwrite
+                factored(strategy),
+                overwrite=overwrite,
+                execution=replace(self.study.execution, half_precision=half_precision, train_batch_size=size),
             )
         return self._factors[key]
 
@@ -100,28 +101,30 @@ class Example:
         options = self._options
         return self.study.score(
             self.queries,
-            self.factors(strategy, half_precision),
-            damping=damping,
-            half_precision=half_precision,
-            query_rank=rank,
-            query_batch_size=options.query_batch_size,
-            train_batch_size=options.train_batch_size,
+            with_factors(self.factors(strategy, half_precision), damping=damping, query_rank=rank),
             overwrite=options.overwrite,
+            execution=replace(
+                self.study.execution,
+                half_precision=half_precision,
+                query_batch_size=options.query_batch_size,
+                train_batch_size=options.train_batch_size,
+            ),
         )
 
     def token_scores(self, strategy: str, half_precision: bool, top: int, rank: int | None = None) -> wf.TokenScores:
         """Score the tokens of each query's most positive and most negative sequences, or load those scores."""
         options = self._options
-        return self.study.score_tokens(
+        return self.study.score(
             self.queries,
-            self.factors(strategy, half_precision),
-            top=top,
-            damping=options.damping,
-            half_precision=half_precision,
-            query_rank=rank,
-            query_batch_size=options.query_batch_size,
-            train_batch_size=options.train_batch_size,
+            with_factors(self.factors(strategy, half_precision), damping=options.damping, query_rank=rank),
+            keep=wf.Tokens(top),
             overwrite=options.overwrite,
+            execution=replace(
+                self.study.execution,
+                half_precision=half_precision,
+                query_batch_size=options.query_batch_size,
+                train_batch_size=options.train_batch_size,
+            ),
         )
 
 

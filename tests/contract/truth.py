@@ -45,7 +45,7 @@ def brute_force(setting: Setting, model: Any = None) -> BruteForce:
 
 def study_of(setting: Setting, run: str) -> wf.Study[Any]:
     """For what knows layers by their study."""
-    return wf.Study(run, setting.model, setting.task, train=setting.train, progress=False)
+    return wf.Study(run, setting.model, setting.task, train=setting.train, execution=wf.Execution(progress=False))
 
 
 def factored(strategy: str) -> Truth:
@@ -171,7 +171,7 @@ def logra(setting: Setting, factors: wf.Factors | None = None) -> Tensor:
 
 def logra_of_eigenvectors(setting: Setting) -> Tensor:
     with tempfile.TemporaryDirectory() as run:
-        return logra(setting, study_of(setting, run).fit("kfac", seed=setting.seed, empirical=setting.empirical))
+        return logra(setting, study_of(setting, run).fit(wf.KFAC(seed=setting.seed, empirical=setting.empirical)))
 
 
 def trak(setting: Setting) -> Tensor:

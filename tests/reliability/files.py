@@ -11,7 +11,7 @@ import random
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from wherefrom.scoring.options import ScoreOptions
 
 import wherefrom as wf
 from tests.models import mlp_case
 from tests.reliability.outcomes import Outcome
 from tests.retrain_worker import fill
-from tests.runs import unprivileged
+from tests.runs import unprivileged, with_factors
 from wherefrom.report.evaluations import load_figures, save_evaluation
 from wherefrom.report.passages import Figure
 from wherefrom.runtime.errors import WherefromError
-from wherefrom.scoring.options import ScoreOptions
 from wherefrom.store.artifacts import Artifact
 from wherefrom.store.files import remove
 
@@ -66,14 +66,18 @@ class Workplace:
         task._left = batches
         for parameter in case.model.parameters():
             parameter.data *= self.scale
-        return wf.Study(run, case.model, task, train=case.train, checkpoint_seconds=0, progress=False), case.queries
+        return wf.Study(
+            run, case.model, task, train=case.train, execution=wf.Execution(checkpoint_seconds=0, progress=False)
+        ), case.queries
 
     def everything(self, run: Path, overwrite: bool = False) -> Results:
         """All that a study can be asked for, each under a name."""
         study, queries = self.study(run)
         found: Results = {}
         # Under given names, which another study's results have too: without, none of its files would be looked at.
-        factors = study.fit("ekfac", batch_size=3, name="factors", overwrite=overwrite)
+        factors = study.fit(
+            wf.EKFAC(), name="factors", overwrite=overwrite, execution=replace(study.execution, train_batch_size=3)
+        )
         for layer, basis in factors.bases.items():
             found |= {f"{layer}.{side}": getattr(basis, side) for side in ("activations", "gradients")}
         found |= factors.eigenvalues
@@ -82,7 +86,12 @@ class Workplace:
         highest: ScoreOptions = {**sizes, "name": "highest"}
         top = study.score_top(queries, factors, 3, **highest)
         found |= {"top": top.values, "top train": top.train}
-        found["self-influence"] = study.self_influence(factors, batch_size=3, name="all", overwrite=overwrite)
+        found["self-influence"] = study.self_influence(
+            with_factors(factors),
+            name="all",
+            overwrite=overwrite,
+            execution=replace(study.execution, train_batch_size=3),
+        )
         found["tokens"] = study.score_tokens(queries, factors, top=2, **sizes).values
         found["bank"] = fill(run / "bank", run / "log", 1, overwrite=overwrite).losses
         found["figures"] = torch.tensor([len(load_figures(run, {}))])
@@ -96,14 +105,19 @@ class Workplace:
         """A fit in the middle of its covariances, and a score in the middle of its last block."""
         study, _ = self.study(run, batches=3)
         try:
-            study.fit("ekfac", batch_size=3, name="factors")
+            study.fit(wf.EKFAC(), name="factors", execution=replace(study.execution, train_batch_size=3))
         except StopError:
             pass
         else:
             raise AssertionError("the fit was not interrupted")
         study, queries = self.study(run, batches=7)  # two to plan, three of queries
         try:
-            study.score(queries, study.fit("identity"), train_batch_size=3, query_batch_size=2, name="all")
+            study.score(
+                queries,
+                wf.Dot(),
+                name="all",
+                execution=replace(study.execution, train_batch_size=3, query_batch_size=2),
+            )
         except StopError:
             pass
         else:
@@ -112,8 +126,10 @@ class Workplace:
     def resumed(self, run: Path, overwrite: bool = False) -> Results:
         """What an interrupted run ends with."""
         study, queries = self.study(run)
-        factors = study.fit("ekfac", batch_size=3, name="factors", overwrite=overwrite)
-        plain = study.fit("identity")
+        factors = study.fit(
+            wf.EKFAC(), name="factors", overwrite=overwrite, execution=replace(study.execution, train_batch_size=3)
+        )
+        plain = study.fit(wf.Dot())
         sizes = ScoreOptions(train_batch_size=3, query_batch_size=2, name="all", overwrite=overwrite)
         scores = study.score(queries, plain, **sizes)
         return {**factors.eigenvalues, "scores": scores.values}

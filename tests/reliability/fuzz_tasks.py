@@ -80,8 +80,8 @@ class Case:
         """How it ends: "right", "refused" or "own"."""
         shutil.rmtree(path, ignore_errors=True)
         try:
-            study = wf.Study(path, self.model, self.task, train=self.train, progress=False)
-            found = study.score(self.queries, study.fit("identity")).values
+            study = wf.Study(path, self.model, self.task, train=self.train, execution=wf.Execution(progress=False))
+            found = study.score(self.queries, wf.Dot()).values
         except WherefromError as error:
             assert self.position is None or self._named(str(error)), (self, str(error))
             assert str(error).endswith("."), (self, str(error))

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import wherefrom.scoring.tokens
 from tests.models import mlp_case
 from tests.processes import detach_resource_tracker
 from tests.retrain_worker import fill
+from tests.runs import with_factors
 from wherefrom.cli.shared import command_line
 from wherefrom.curvature.factors import Factors
 from wherefrom.engine.sweep import Sweep
@@ -147,9 +148,7 @@ def _study_job(job: str, run: Path, checkpoint_seconds: float) -> None:
         case.model,
         case.task,
         train=case.train,
-        progress=False,
-        checkpoint_seconds=checkpoint_seconds,
-        memory_budget=2**-30,  # one query is resident at a time
+        execution=wf.Execution(progress=False, checkpoint_seconds=checkpoint_seconds, memory_budget=2 ** (-30)),
     )
     factors = study.fit(batch_size=TRAIN_BATCH)
     JOBS[job](study, case.queries[:QUERIES], factors)
@@ -170,7 +169,9 @@ JOBS: dict[str, Callable[[wf.Study[Any], list[object], Factors], object]] = {
         queries, factors, aggregate_queries="sum", **_BATCHES
     ),
     "the highest scores": lambda study, queries, factors: study.score_top(queries, factors, k=3, **_BATCHES),
-    "self-influence": lambda study, queries, factors: study.self_influence(factors, batch_size=TRAIN_BATCH),
+    "self-influence": lambda study, queries, factors: study.self_influence(
+        with_factors(factors), execution=replace(study.execution, train_batch_size=TRAIN_BATCH)
+    ),
     "token scores of the highest pairs": lambda study, queries, factors: study.score_tokens(
         queries, factors, top=4, **_BATCHES
     ),

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.reliability.outcomes import Outcome
+from tests.runs import with_factors
 from wherefrom.runtime.errors import MemoryLimitError
 
 _ROOT = Path(__file__).parents[2]
@@ -97,45 +98,45 @@ Flow = Callable[["wf.Study[Any]", Case], Results]
 
 
 def _factors(study: wf.Study[Any], case: Case) -> Results:
-    found = study.fit("ekfac")
+    found = study.fit(wf.EKFAC())
     return {**{f"eigenvalues {name}": each for name, each in found.eigenvalues.items()}}
 
 
 def _scores(study: wf.Study[Any], case: Case) -> Results:
-    scores = study.score(case.queries, study.fit("ekfac"), per_layer=True, self_influence=True)
+    scores = study.score(case.queries, wf.EKFAC(), keep=wf.Pairs(layers=True, self_influence=True))
     assert scores.self_influence is not None and scores.preconditioned_norms is not None
     norms = {"self-influence": scores.self_influence, "norms": scores.preconditioned_norms}
     return {"values": scores.values, **norms, **dict(scores.layers)}
 
 
 def _thin(study: wf.Study[Any], case: Case) -> Results:
-    scores = study.score(case.queries, study.fit("kfac"), query_rank=2, rescore=2)
+    scores = study.score(case.queries, wf.KFAC(query_rank=2, rescore=2))
     assert scores.query_errors is not None
     return {"values": scores.values, "errors": scores.query_errors}
 
 
 def _aggregated(study: wf.Study[Any], case: Case) -> Results:
-    factors = study.fit("diagonal")
+    factors = study.fit(wf.Diagonal())
     return {
-        "queries": study.score(case.queries, factors, aggregate_queries="mean").values,
-        "train": study.score(case.queries, factors, aggregate_train="sum").values,
+        "queries": study.score(case.queries, with_factors(factors), keep=wf.Aggregated(queries="mean")).values,
+        "train": study.score(case.queries, with_factors(factors), keep=wf.Aggregated(train="sum")).values,
     }
 
 
 def _top(study: wf.Study[Any], case: Case) -> Results:
-    found = study.score_top(case.queries, study.fit("identity"), 3)
+    found = study.score(case.queries, wf.Dot(), keep=wf.Top(3))
     return {"highest": found.values, "lowest": found.lowest_values}
 
 
 def _self_influence(study: wf.Study[Any], case: Case) -> Results:
-    return {"self-influence": study.self_influence(study.fit("ekfac"))}
+    return {"self-influence": study.self_influence(wf.EKFAC())}
 
 
 def _tokens(study: wf.Study[Any], case: Case) -> Results:
-    factors = study.fit("ekfac")
+    factors = study.fit(wf.EKFAC())
     return {
-        "all": study.score_tokens(case.queries, factors).values,
-        "top": study.score_tokens(case.queries, factors, top=2).values,
+        "all": study.score(case.queries, with_factors(factors), keep=wf.Tokens()).values,
+        "top": study.score(case.queries, with_factors(factors), keep=wf.Tokens(2)).values,
     }
 
 
@@ -192,7 +193,7 @@ class _Work:
 
 
 def _study(folder: Path, case: Case) -> wf.Study[Any]:
-    return wf.Study(folder, case.model, case.task, train=case.train, progress=False)
+    return wf.Study(folder, case.model, case.task, train=case.train, execution=wf.Execution(progress=False))
 
 
 def _check_same(found: Results, expected: Results) -> None:

@@ -14,7 +14,7 @@ import re
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import relative_error
 from tests.reliability.outcomes import Outcome
+from tests.runs import with_factors
 from wherefrom.curvature.factors import Factors
 from wherefrom.runtime.errors import MemoryLimitError
 
@@ -47,7 +48,11 @@ def _rows(count: int, width: int, dtype: torch.dtype, seed: int) -> list[object]
 def _study(folder: Path, width: int, dtype: torch.dtype, budget: float | None = None) -> wf.Study[Any]:
     train = _rows(_TRAIN, width, dtype, 1)
     return wf.Study(
-        folder, _model(width, dtype), wf.Classification(["*"]), train=train, memory_budget=budget, progress=False
+        folder,
+        _model(width, dtype),
+        wf.Classification(["*"]),
+        train=train,
+        execution=wf.Execution(memory_budget=budget, progress=False),
     )
 
 
@@ -56,9 +61,18 @@ def _study(folder: Path, width: int, dtype: torch.dtype, budget: float | None = 
 
 def _all(study: wf.Study[Any], queries: list[object]) -> dict[str, Tensor]:
     """A fit and a score in batches of everything at once."""
-    factors = study.fit("ekfac", batch_size=_TRAIN)
-    scores = study.score(queries, factors, train_batch_size=_TRAIN, query_batch_size=_QUERIES)
-    return {"values": scores.values.clone(), "self": study.self_influence(factors, batch_size=_TRAIN)}
+    factors = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=_TRAIN))
+    scores = study.score(
+        queries,
+        with_factors(factors),
+        execution=replace(study.execution, train_batch_size=_TRAIN, query_batch_size=_QUERIES),
+    )
+    return {
+        "values": scores.values.clone(),
+        "self": study.self_influence(
+            with_factors(factors), execution=replace(study.execution, train_batch_size=_TRAIN)
+        ),
+    }
 
 
 def limited(folder: str, count: str, seed: str) -> str:
@@ -94,14 +108,20 @@ def limited(folder: str, count: str, seed: str) -> str:
 # Memory that is measured.
 
 _STAGES: dict[str, Callable[[wf.Study[Any], list[object], Factors | None], object]] = {
-    "fit": lambda study, queries, _: study.fit("ekfac"),
-    "score": lambda study, queries, factors: study.score(queries, factors or study.fit("ekfac")),
-    "thin": lambda study, queries, factors: study.score(queries, factors or study.fit("ekfac"), query_rank=8),
-    "parts": lambda study, queries, factors: study.score(
-        queries, factors or study.fit("ekfac"), per_layer=True, self_influence=True
+    "fit": lambda study, queries, _: study.fit(wf.EKFAC()),
+    "score": lambda study, queries, factors: study.score(queries, with_factors(factors or study.fit(wf.EKFAC()))),
+    "thin": lambda study, queries, factors: study.score(
+        queries, with_factors(factors or study.fit(wf.EKFAC()), query_rank=8)
     ),
-    "self-influence": lambda study, queries, factors: study.self_influence(factors or study.fit("ekfac")),
-    "tokens": lambda study, queries, factors: study.score_tokens(queries, factors or study.fit("ekfac")),
+    "parts": lambda study, queries, factors: study.score(
+        queries, with_factors(factors or study.fit(wf.EKFAC())), keep=wf.Pairs(layers=True, self_influence=True)
+    ),
+    "self-influence": lambda study, queries, factors: study.self_influence(
+        with_factors(factors or study.fit(wf.EKFAC()))
+    ),
+    "tokens": lambda study, queries, factors: study.score(
+        queries, with_factors(factors or study.fit(wf.EKFAC())), keep=wf.Tokens()
+    ),
 }
 
 
@@ -112,7 +132,7 @@ def peak(folder: str, what: str, budget: str) -> str:
     stage(small, _rows(3, 16, dtype, 2), None)
     study = _study(Path(folder) / "large", _WIDTH, dtype, float(budget))
     queries = _rows(_QUERIES, _WIDTH, dtype, 2)
-    factors = None if what == "fit" else study.fit("ekfac")
+    factors = None if what == "fit" else study.fit(wf.EKFAC())
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")

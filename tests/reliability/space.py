@@ -22,7 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import mlp_case
 from tests.reliability.outcomes import Outcome
+from tests.runs import with_factors
 from wherefrom.evaluate.retrain import Retraining, half_subsets, retrain
 from wherefrom.runtime.errors import StorageError
 from wherefrom.store.artifacts import Artifact, read_manifest
@@ -152,8 +153,10 @@ class Moments:
 def _study(run: Path) -> None:
     """Everything that a study keeps, sums after every batch."""
     case = mlp_case(torch.float32)
-    study = wf.Study(run, case.model, case.task, train=case.train, checkpoint_seconds=0, progress=False)
-    factors = study.fit("ekfac", batch_size=5)
+    study = wf.Study(
+        run, case.model, case.task, train=case.train, execution=wf.Execution(checkpoint_seconds=0, progress=False)
+    )
+    factors = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=5))
     common: dict[str, Any] = {"train_batch_size": 5, "query_batch_size": 3}
     scores = study.score(case.queries, factors, per_layer=True, self_influence=True, **common)
     study.score(case.queries, factors, query_rank=1, rescore=2, **common)
@@ -161,7 +164,7 @@ def _study(run: Path) -> None:
     study.score_top(case.queries, factors, 3, **common)
     study.score_tokens(case.queries, factors, top=2, query_rank=1, rescore=2, **common)
     study.score_tokens(case.queries, factors, **common)
-    study.self_influence(factors, batch_size=5)
+    study.self_influence(with_factors(factors), execution=replace(study.execution, train_batch_size=5))
     study.report(scores, case.queries)
 
 

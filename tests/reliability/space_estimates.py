@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import ManyExamples
 from tests.reliability.space import Disk, Moments
+from tests.runs import factored
 from wherefrom.curvature.factors import Factors
 from wherefrom.runtime.errors import StorageError
 
@@ -46,14 +47,16 @@ class _Task(wf.Task[Any]):
 def _study(run: Path, width: int) -> wf.Study[Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
-    return wf.Study(run, model, _Task(), train=_examples(_TRAIN), progress=False, checkpoint_seconds=0)
+    return wf.Study(
+        run, model, _Task(), train=_examples(_TRAIN), execution=wf.Execution(progress=False, checkpoint_seconds=0)
+    )
 
 
 Flow = Callable[[Path], object]
 
 
 def _fit(strategy: str) -> Flow:
-    return lambda run: _study(run, 700).fit(strategy, batch_size=1000)
+    return lambda run: _study(run, 700).fit(factored(strategy), execution=wf.Execution(train_batch_size=1000))
 
 
 def _score(**options: Any) -> Flow:
@@ -62,7 +65,7 @@ def _score(**options: Any) -> Flow:
 
 def _on_factors(run: Path, act: Callable[[wf.Study[Any], Factors], object]) -> object:
     study = _study(run, 4)
-    return act(study, study.fit("identity"))
+    return act(study, study.fit(wf.Dot()))
 
 
 _BATCH: dict[str, Any] = {"train_batch_size": 500}

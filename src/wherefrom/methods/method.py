@@ -126,12 +126,16 @@ class Method(ABC):
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         """The computation of a score: of all pairs, unless `keeps` says that it can do more."""
 
-    def check(self, keep: Keep[Any]) -> None:
-        """Refuse what this method cannot keep.
+    def check(self, keep: Keep[Any], half_precision: bool) -> None:
+        """Refuse what this method cannot do.
 
         Raises:
             InputError: names the method and what it can.
         """
+        if half_precision and self.full_precision:
+            raise InputError(
+                f"half_precision=True with {type(self).__name__}, whose {self.full_precision}. Leave it out."
+            )
         if not isinstance(keep, self.keeps):
             known = ", ".join(f"{each.__name__}()" for each in self.keeps)
             raise InputError(
@@ -144,6 +148,8 @@ class Method(ABC):
                 "Pairs(), or another method, such as EKFAC()."
             )
 
+    # Why it has no half precision; empty where it has.
+    full_precision: ClassVar[str] = ""
     # Whether scores are sums over layers whose parts can be kept.
     parts: ClassVar[bool] = False
     # Whether the highest scores are found without all of them.
@@ -162,7 +168,7 @@ class Method(ABC):
         Raises:
             WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
         """
-        self.check(keep)
+        self.check(keep, context.sweep.execution.half_precision)
         if name is not None:
             checked_name(name)
         examples = context.measured(queries)

@@ -58,6 +58,7 @@ class Fisher(Coordinates, Method):
     seed: int = 0
 
     name: ClassVar[str] = "fisher"
+    full_precision: ClassVar[str] = "inverse would multiply what rounding leaves out"
 
     def __post_init__(self) -> None:
         if self.samples < 1:

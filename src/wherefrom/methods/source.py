@@ -95,6 +95,7 @@ class Source(Method):
     seed: int = 0
 
     name: ClassVar[str] = "source"
+    full_precision: ClassVar[str] = "filters are of full precision"
 
     def __post_init__(self) -> None:
         if not 0 < self.loss_scale < math.inf:
@@ -115,8 +116,6 @@ class Source(Method):
         scaled = [time * self.loss_scale for time in self._times(checkpoints)]
         if not 1 <= self.segments <= len(paths):
             raise InputError(f"segments={self.segments}: expected 1 to {len(paths)}, as many as there are checkpoints.")
-        if context.sweep.execution.half_precision:
-            raise InputError("half_precision=True with Source: its filters are of full precision. Leave it out.")
         unrolled = Unrolled(context, queries, self, self._weight_decay(checkpoints) / self.loss_scale)
         cut = self._cut(context, checkpoints, paths, scaled)
         weights = [1 / len(segment.paths) for segment in cut for _ in segment.paths]

@@ -60,6 +60,7 @@ class Magic(Method):
     states_on_disk: bool = False
 
     name: ClassVar[str] = "magic"
+    full_precision: ClassVar[str] = "training is repeated as it was"
 
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         if context.ranks.count > 1:
@@ -68,8 +69,6 @@ class Magic(Method):
                 "Start it without torchrun."
             )
         execution, training = context.sweep.execution, self.training
-        if execution.half_precision:
-            raise InputError("half_precision=True with Magic: it repeats the training as it was. Leave it out.")
         settings = self._settings(context)
         walk = _Walk(
             training,

@@ -53,6 +53,8 @@ class Projected(Method):
     seed: int = 0
     damping: float | None = None
 
+    full_precision: ClassVar[str] = "gradients are projected in full precision"
+
     def __post_init__(self) -> None:
         if self.damping is not None and not 0 <= self.damping < math.inf:
             raise InputError(f"damping={self.damping}: expected a number >= 0, or None for 0.1 x the mean eigenvalue.")
@@ -73,11 +75,6 @@ class Projected(Method):
         return found
 
     def _settings(self, projecting: Projecting) -> dict[str, str]:
-        if projecting.context.sweep.execution.half_precision:
-            raise InputError(
-                f"half_precision=True with {type(self).__name__}: its gradients are projected in full precision. Leave "
-                "it out."
-            )
         return {
             "damping": "0.1 x mean eigenvalue" if self.damping is None else repr(self.damping),
             "precision": str(projecting.context.sweep.precision),

@@ -31,14 +31,11 @@ class Subject:
 
     def study(self, layers: tuple[str, ...] | None = None, measure: Measure = "loss") -> wf.Study[dict[str, Tensor]]:
         """The trained model's study; all linear layers but the head by default."""
-        return wf.Study(self.folder, self.model(), wf.CausalLM(layers, measure), train=self.setting.train)
+        task, execution = wf.CausalLM(layers, measure), wf.Execution(query_batch_size=8)
+        history = self.checkpoints
+        return wf.Study(self.folder, self.model(), task, train=self.setting.train, history=history, execution=execution)
 
     def model(self) -> PreTrainedModel:
         """The trained model."""
         load_weights(self.setting.start, self.checkpoints[-1].path)
         return self.setting.start
-
-    @property
-    def conditioning(self) -> dict[str, Tensor]:
-        """What Adam has multiplied gradients with, at the end."""
-        return wf.adam_conditioning(self.checkpoints[-1])

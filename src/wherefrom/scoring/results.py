@@ -176,16 +176,22 @@ class Scores:
         values = torch.where(divisors[kind] > 0, self.values / divisors[kind], 0.0)
         return replace(self, values=values, layers={}, fingerprint={**self.fingerprint, "normalized": kind}, name="")
 
-    def to_pandas(self) -> pandas.DataFrame:
+    def to_pandas(self, k: int | None = None) -> pandas.DataFrame:
         """A table with a line for each pair, query by query, best first: query, rank, train and score.
+
+        Args:
+            k: only the highest of each query; None is every pair.
 
         Raises:
             InputError: pandas is not installed, or training examples were added up.
         """
-        return _frame(self.top(self.values.shape[1]))
+        return _frame(self.top(self.values.shape[1] if k is None else k))
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, k: int | None = None) -> None:
         """Write them for other programs: as a table (.csv, .parquet, as `to_pandas`), or all tensors (.safetensors).
+
+        Args:
+            k: of a table, as in `to_pandas`.
 
         Raises:
             InputError: the name ends otherwise, a library is not installed, or training examples were added up.
@@ -193,7 +199,7 @@ class Scores:
         """
         beside = {name: getattr(self, name) for name in BESIDE_SCORES}
         layers = {f"layers/{name}": each for name, each in self.layers.items()}
-        _save(self, {"values": self.values, **beside, **layers}, Path(path))
+        _save(self, {"values": self.values, **beside, **layers}, Path(path), k)
 
 
 @dataclass(frozen=True)
@@ -253,13 +259,14 @@ class TopScores:
             raise InputError(f"k={k}: expected 1 to {self.values.shape[1]}, which were kept; keep=Top(k) keeps more.")
         return list(_hits(self.train[:, :k], self.values[:, :k]))
 
-    def to_pandas(self) -> pandas.DataFrame:
+    def to_pandas(self, k: int | None = None) -> pandas.DataFrame:
         """The highest scores, as `Scores.to_pandas`."""
-        return _frame(self.top(self.values.shape[1]))
+        return _frame(self.top(self.values.shape[1] if k is None else k))
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, k: int | None = None) -> None:
         """Write them for other programs, as `Scores.save`; a table has the highest alone."""
-        _save(self, {name: getattr(self, name) for name in (*_EXTREMES, "query_errors", "residuals")}, Path(path))
+        tensors = {name: getattr(self, name) for name in (*_EXTREMES, "query_errors", "residuals")}
+        _save(self, tensors, Path(path), k)
 
 
 Result = Scores | TopScores
@@ -292,20 +299,22 @@ def _frame(hits: list[Hit]) -> pandas.DataFrame:
     return frame
 
 
-def _save(result: Result, tensors: Mapping[str, Tensor | None], path: Path) -> None:
+def _save(result: Result, tensors: Mapping[str, Tensor | None], path: Path, k: int | None) -> None:
     if path.suffix == ".safetensors":
+        if k is not None:
+            raise InputError(f"k={k} with {path.name}: a file of tensors has all scores. Leave k out, or write a table.")
         found = {name: each for name, each in tensors.items() if each is not None}
         write_tensors(path, found, result.fingerprint)
     elif path.suffix == ".csv":
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(Hit._fields)
-        table.writerows(result.top(result.values.shape[1]))
+        table.writerows(result.top(result.values.shape[1] if k is None else k))
         write_bytes(path, text.getvalue().encode())
     elif path.suffix == ".parquet":
         require("pyarrow")
         content = io.BytesIO()
-        result.to_pandas().to_parquet(content, index=False)
+        result.to_pandas(k).to_parquet(content, index=False)
         write_bytes(path, content.getvalue())
     else:
         raise InputError(f"path={str(path)!r}: expected a name that ends in .csv, .parquet or .safetensors.")

@@ -1,0 +1,129 @@
+"""Methods as subcommands: their fields are flags, with the words of their docstrings.
+
+What a shell cannot say, such as tensors or a training, is left out. This module knows dataclasses, not what they do.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from typing import Annotated, Any, ClassVar, Literal, Union
+
+import docstring_parser
+import tyro
+
+from wherefrom.curvature.solvers import SOLVERS
+from wherefrom.methods import METHODS
+from wherefrom.methods.factored import Factored
+from wherefrom.methods.magic.scores import Magic
+from wherefrom.methods.method import Method
+
+FACTORED = {name: kind for name, kind in METHODS.items() if issubclass(kind, Factored)}
+ALL = {name: kind for name, kind in METHODS.items() if kind is not Magic}  # a training cannot be said in a shell
+
+# Fields that are other objects, and the words for these; and fields that a shell cannot say.
+_WORDS: dict[str, Mapping[str, Callable[..., object]]] = {
+    "solver": SOLVERS,
+    "scored": FACTORED,
+    "then": FACTORED,
+    "first": {name: kind for name, kind in ALL.items() if name != "two-stage"},
+}
+_UNSPEAKABLE = ("conditioning", "factors", "training", "checkpoints")
+# What the run's factors were fitted with stands for these, where they are not given.
+_OF_THE_FIT = ("empirical", "seed")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A method as it was said on the command line; subclasses have its flags.
+
+    Attributes:
+        kind: the method's class.
+    """
+
+    kind: ClassVar[type[Method]]
+
+    def made(self, fitted: Mapping[str, object] | None = None) -> Method:
+        """The method.
+
+        Args:
+            fitted: what the run's factors were fitted with.
+
+        Raises:
+            InputError: a field is impossible.
+        """
+        said: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        for name in _OF_THE_FIT:
+            if name in said and said[name] is None:
+                said[name] = (fitted or {}).get(name)
+        words = {name: _meant(name, each, fitted or {}) for name, each in said.items() if name in _WORDS and each}
+        return self.kind(**{name: each for name, each in {**said, **words}.items() if each is not None})
+
+
+def _meant(name: str, word: str, fitted: Mapping[str, object]) -> object:
+    """The object that a word stands for; a method with factors takes those of the run."""
+    kind = _WORDS[name][word]
+    return kind(**fitted) if word in FACTORED else kind()
+
+
+def subcommands(kinds: Mapping[str, type[Method]], only: Collection[str] = (), of_the_fit: bool = False) -> Any:
+    """The type of an argument that is one of these methods, of which tyro makes subcommands.
+
+    Args:
+        only: the fields that are flags; all that a shell can say unless given.
+        of_the_fit: whether what the run was fitted with stands for flags that are not given.
+    """
+    chosen = [
+        Annotated[
+            _flags(kind, only, of_the_fit),
+            tyro.conf.subcommand(name=name, prefix_name=False, description=_summary(kind)),
+        ]
+        for name, kind in kinds.items()
+    ]
+    return Union[tuple(chosen)]  # noqa: UP007  (known when it runs)
+
+
+def default(kinds: Any) -> Any:
+    """The first of `subcommands`, with no flag given."""
+    return typing.get_args(typing.get_args(kinds)[0])[0]()
+
+
+def _flags(kind: type[Method], only: Collection[str], of_the_fit: bool) -> type[Chosen]:
+    inherits = of_the_fit and "empirical" in kind.__dataclass_fields__
+    hints = typing.get_type_hints(kind, localns={"Checkpoint": str})  # which only type checkers import
+    words, found = _documented(kind), []
+    for each in fields(kind):
+        if each.name in _UNSPEAKABLE or (only and each.name not in only):
+            continue
+        hint, start = hints[each.name], each.default
+        if each.name in _WORDS:
+            hint = Literal[tuple(_WORDS[each.name])] | None
+            start = None if each.default is None else each.default_factory().name  # type: ignore[misc, operator]
+        elif inherits and each.name in _OF_THE_FIT:
+            hint, start = hint | None, None
+        elif start is MISSING:
+            start = None
+        help_text = words.get(each.name, "")
+        flag = Annotated[hint, tyro.conf.arg(help=help_text[:1].upper() + help_text[1:])]  # type: ignore[valid-type]
+        found.append((each.name, flag, field(default=start)))
+    made: type[Chosen] = make_dataclass(
+        kind.__name__, found, bases=(Chosen,), namespace={"kind": kind}, frozen=True, kw_only=True
+    )
+    made.__doc__ = _summary(kind)
+    return made
+
+
+def _summary(kind: type[Method]) -> str:
+    return (kind.__doc__ or "").partition("\n\n")[0]
+
+
+def _documented(kind: type[Method]) -> dict[str, str]:
+    """What the docstrings of a method and its bases say of each field."""
+    return {
+        name.strip(): " ".join((each.description or "").split())
+        for base in reversed(kind.__mro__)
+        if is_dataclass(base)
+        for each in docstring_parser.parse(base.__doc__ or "").params
+        for name in each.arg_name.split(",")
+    }

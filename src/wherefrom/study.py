@@ -126,10 +126,10 @@ class Study(Generic[Batch]):
             offload_factors=offload_factors,
         )
         self.layers = layers
-        if self._sweep.ranks.writes:
+        if self._sweep.ranks.is_main:
             logger.info(f"{coverage(model, layers)}.")
         self._left_out = mostly_left_out(model, layers, task.head(model))
-        if self._left_out and self._sweep.ranks.writes:
+        if self._left_out and self._sweep.ranks.is_main:
             logger.warning(f"{self._left_out}.")
         self.profile = self._sweep.profile
         self._lock = run_lock(self.path)

@@ -311,7 +311,7 @@ class DampedGaussNewton(Generic[Batch]):
         with self._sweep.profile.action(_NAME):
             with self._sweep.ranks.agreeing():
                 total = self._sum(examples, vectors)
-            self._sweep.ranks.add_up([total])
+            self._sweep.ranks.all_reduce([total])
         return total.div_(len(examples)).addcmul_(vectors, self._added)
 
     def _sum(self, examples: Rows, vectors: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ class Sweep(Generic[Batch]):
             self._searched_pass(state, dataset, objective, stored or batch_size or 1, smallest_batch)
         with self.profile.action(f"{name}: sum over processes"):
             collector.align(self.ranks.most)
-            self.ranks.add_up(collector.sums.values())
+            self.ranks.all_reduce(collector.sums.values())
         if self.ranks.count > 1:
             check_sums(name, collector.sums)
 
@@ -190,7 +190,7 @@ class Sweep(Generic[Batch]):
         start, end = time.perf_counter(), state.share.stop
         batches = -(-(end - state.position) // size)
         idle = self.ranks.most(batches) - batches if self.lockstep else 0
-        shown = self.progress if self.ranks.writes else False
+        shown = self.progress if self.ranks.is_main else False
         with (
             progress_bar(state.name, len(state.share), shown) as show,
             self._loader(dataset, end) as loader,

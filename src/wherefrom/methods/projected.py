@@ -306,7 +306,7 @@ class _Method(Generic[Batch]):
 
     def matrix(self, blocks: Stages) -> Tensor | None:
         """Zeros [queries, train] in a file; None in a process that does not write."""
-        if not blocks.ranks.writes:
+        if not blocks.ranks.is_main:
             return None
         return scratch_matrix(blocks.folder / "values", len(self.queries), len(self.study.train), self.sweep.dtype)
 

@@ -107,7 +107,7 @@ def fisher_scores(
         drawn = _Examples(study.train, "drawn", samples)
         products = dots(asked, trained), dots(asked, drawn), dots(drawn, trained), dots(drawn, drawn)
         values = inverse_products(*products, damping)
-        return {"values": values.to(study._sweep.dtype)} if study._sweep.ranks.writes else {}
+        return {"values": values.to(study._sweep.dtype)} if study._sweep.ranks.is_main else {}
 
     with study.alone():
         called = result_name("fisher", fingerprint, name)

@@ -108,7 +108,7 @@ def kept_sum(
 
     def compute(blocks: Stages) -> dict[str, Tensor]:
         values = [part.values for part in parts.values()]
-        return {"values": _weighted_sum(values, weights, blocks.folder / "values")} if blocks.ranks.writes else {}
+        return {"values": _weighted_sum(values, weights, blocks.folder / "values")} if blocks.ranks.is_main else {}
 
     called = result_name(label, fingerprint, name)
     return Scores.load(keep_scores(study.path, called, fingerprint, study.profile, overwrite, compute))

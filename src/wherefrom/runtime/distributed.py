@@ -83,7 +83,7 @@ class Ranks:
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
-    def writes(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self.index == 0
 
@@ -104,7 +104,7 @@ class Ranks:
             name for name, middle in zip(costs, middles, strict=True) if int(self.count * middle / whole) == self.index
         ]
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors, which every process has in the same order, by their sums over all processes."""
         if self.count == 1:
             return
@@ -112,7 +112,7 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor, group=_group_of(tensor))
 
-    def joined(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    def all_gather(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Every process's named tensors together, on `device`."""
         if self.count == 1:
             return dict(tensors)
@@ -141,7 +141,7 @@ class Ranks:
         self._all(None)  # or it might delete what another still reads
         outcome: list[tuple[Result | None, Exception | None]] = [(None, None)]
         mine: Exception | None = None
-        if self.writes:
+        if self.is_main:
             try:
                 outcome = [(action(), None)]
             except Exception as error:

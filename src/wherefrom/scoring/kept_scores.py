@@ -133,7 +133,7 @@ class KeptScores(Generic[Batch]):
     def _convergence_said(self, found: Kind) -> Kind:
         """Scores, with a warning if they are of solves that are no solutions, also when they were there."""
         options = self.scoring.options
-        if options.solver is not None and found.residuals is not None and self.scoring.ranks.writes:
+        if options.solver is not None and found.residuals is not None and self.scoring.ranks.is_main:
             said = not_converged(found.residuals, options.solver, self.fingerprint["damping"])
             if said is not None:
                 logger.warning(said)

@@ -108,7 +108,7 @@ class Scoring(Generic[Batch]):
         plan = make_plan(self.sweep, self.strategy, self.queries, self.train, self.options)
         # Scores of tokens are planned as those of their sequences were, but for the memory that happens to be free.
         choice = str(replace(plan, job=replace(plan.job, usable=0)))
-        if self.ranks.writes and choice not in self.sweep.said:
+        if self.ranks.is_main and choice not in self.sweep.said:
             logger.info(str(plan))
             self.sweep.said.add(choice)
         return plan
@@ -127,7 +127,7 @@ class Scoring(Generic[Batch]):
         """
         vectors, options = 3 * self.options.self_influence, self.options
         self.check_disk(folder, self._blocks().matrix_step(self.ranks.count, vectors, options.rescore))
-        whole = _Assembled(folder, len(self.queries), len(self.train), self.ranks.writes)
+        whole = _Assembled(folder, len(self.queries), len(self.train), self.ranks.is_main)
 
         def work(rows: range) -> None:
             bank = cache(partial(self.bank, rows))  # not made when all of its blocks are there
@@ -136,7 +136,7 @@ class Scoring(Generic[Batch]):
                 whole.put(rows, columns, stages.mapped(rows, columns, partial(self.block, bank, rows, train)))
 
         self.each_block(work, stages)
-        if "query_errors" in whole.tensors and self.ranks.writes:
+        if "query_errors" in whole.tensors and self.ranks.is_main:
             errors = whole.tensors["query_errors"]
             rank, bits = self.options.query_rank, self.options.query_bits
             form = f"Rank {rank} leaves" if bits is None else f"{bits} bits leave"
@@ -313,7 +313,7 @@ class Scoring(Generic[Batch]):
         for name, matrices in system.space.split(solution.vectors).items():
             bank.sums[name][..., : matrices.shape[2]] = matrices
         bank.residuals = last = solution.final
-        if self.ranks.writes:
+        if self.ranks.is_main:
             logger.info(
                 f"{self.options.solver}: after {len(solution.residuals) - 1} iterations, the relative residual is "
                 f"{last.median():.2g} in the median of {len(last)} queries, {last.max():.2g} at most."

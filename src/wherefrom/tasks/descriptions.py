@@ -88,12 +88,9 @@ def _described_function(what: str, value: object) -> str | None:
     if isinstance(value, MethodType):
         return f"{_described_function(what, value.__func__)} of {described(what, value.__self__)}"
     if isinstance(value, FunctionType):
-        named = f"{value.__module__}.{value.__qualname__}"
-        if _goes_by_name(value):
-            return named
-        closed = [described(what, each) for each in _closure(value).values()]
+        closed = [] if _goes_by_name(value) else [described(what, each) for each in _closure(value).values()]
         digest = hashlib.sha256(f"{_described_code(value, frozenset())} {closed}".encode()).hexdigest()
-        return f"{named} {digest[:24]}"
+        return f"{value.__module__}.{value.__qualname__}{'' if _goes_by_name(value) else ' ' + digest[:24]}"
     name, owner = getattr(value, "__qualname__", ""), getattr(value, "__self__", None)
     if not callable(value) or not re.fullmatch(r"[\w.]+", name):
         return None

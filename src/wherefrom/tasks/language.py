@@ -111,7 +111,7 @@ class LanguageTask(Task[TokenBatch]):
             return self.train_loss(model, batch)
         return -_summed_log_odds(*self.predictions(model, batch))
 
-    def mask(self, batch: TokenBatch) -> Tensor:
+    def mask(self, batch: TokenBatch) -> Tensor | None:
         mask = batch.get("attention_mask")
         return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
@@ -204,7 +204,9 @@ class CausalLM(LanguageTask):
         if not isinstance(self.measure, ChosenToken):
             return super().measurement(model, batch)
         logits = self._logits(model, batch)
-        places = _places(self.mask(batch), self.measure.position)
+        mask = self.mask(batch)
+        assert mask is not None
+        places = _places(mask, self.measure.position)
         after = logits[torch.arange(len(places), device=places.device), places]  # [batch, classes]
         if not 0 <= self.measure.token < after.shape[1]:
             raise InputError(f"measure={self.measure}: the model's vocabulary has tokens 0 to {after.shape[1] - 1}.")
@@ -284,8 +286,10 @@ class Seq2Seq(LanguageTask):
 
     def masks(self, batch: TokenBatch) -> tuple[Tensor, ...]:
         """The encoder's mask and the decoder's."""
+        encoder = self.mask(batch)
+        assert encoder is not None
         counted = batch["labels"] != IGNORED
-        return self.mask(batch), counted.flip(1).cummax(1).values.flip(1)  # real: up to the last that is counted
+        return encoder, counted.flip(1).cummax(1).values.flip(1)  # real: up to the last that is counted
 
     def collate(self, examples: Sequence[object]) -> TokenBatch:
         batch = super().collate(examples)

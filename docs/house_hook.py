@@ -39,9 +39,11 @@ def picture() -> str:
 
 
 def _row(name: str, top: int) -> str:
-    files = sorted((PACKAGE / name).rglob("*.py")) if (PACKAGE / name).is_dir() else [PACKAGE / f"{name}.py"]
-    files = [file for file in files if file.stem != "__init__"]
-    sizes = {file.stem: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    folder = PACKAGE / name
+    parts = sorted(folder.iterdir()) if folder.is_dir() else [PACKAGE / f"{name}.py"]
+    sizes = {
+        part.stem + "/" * part.is_dir(): _lines(part) for part in parts if _lines(part) and part.stem != "__init__"
+    }
     boxes = [_box(module, lines, _NAME + column * _COLUMN, top) for column, (module, lines) in enumerate(sizes.items())]
     line = (
         f'<line x1="0" x2="{_WIDTH}" y1="{top + _ROW - 2}" y2="{top + _ROW - 2}" stroke="currentColor" opacity=".3"/>'
@@ -51,11 +53,17 @@ def _row(name: str, top: int) -> str:
     return title + total + "".join(boxes) + line
 
 
+def _lines(part: Path) -> int:
+    """How long a module is, or all of a folder."""
+    files = part.rglob("*.py") if part.is_dir() else [part] * (part.suffix == ".py")
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+
+
 def _box(module: str, lines: int, left: int, top: int) -> str:
-    height = max(4, 40 * lines / 450)
+    height = min(44, max(4, 40 * lines / 450))
     bottom = top + _ROW - 4
     return (
         f'<rect x="{left}" y="{bottom - height:.0f}" width="{_COLUMN - 6}" height="{height:.0f}" fill="#4878a8" '
-        f'opacity=".35"><title>{escape(module)}.py: {lines} lines</title></rect>'
+        f'opacity=".35"><title>{escape(module)}: {lines} lines</title></rect>'
         f'<text x="{left + 3}" y="{bottom - 4}" font-size="10.5">{escape(module[:15])}</text>'
     )

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from wherefrom.store.recording import second_moments
+from wherefrom.hf.recording import second_moments
 
 
 def two_linears() -> nn.Module:

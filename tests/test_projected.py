@@ -165,8 +165,7 @@ def conditioning(case: Case, study: wf.Study[Any]) -> tuple[dict[str, Tensor], d
     of_weights = {id(each): given[name] for name, each in case.model.named_parameters()}
     factors = {}
     for name, layer in study.layers.items():
-        weight, bias = layer.parameters
-        factors[name] = layer.matrix(of_weights[id(weight)], None if bias is None else of_weights[id(bias)])
+        factors[name] = layer.to_matrices(*(of_weights[id(each)][None] for each in layer.parameters))[0]
     return given, factors
 
 

@@ -15,8 +15,9 @@ from tests import recording_worker
 from tests.models import gpt2, relative_error, token_rows
 from tests.processes import start
 from tests.recording_worker import two_linears, two_steps
+from wherefrom.hf.recording import TrainingRecorder
 from wherefrom.runtime.errors import DamagedError, InputError
-from wherefrom.store.recording import MOMENTS, RECORDING, TrainingRecorder, read_recording
+from wherefrom.store.recording import MOMENTS, RECORDING, read_recording
 
 PEAK = 0.01
 STEPS = 6

@@ -26,6 +26,7 @@ from wherefrom.runtime.errors import WherefromError
 from wherefrom.scoring.keep import Aggregated, Pairs, Tokens, Top
 from wherefrom.scoring.results import Hit, Scores, TopScores
 from wherefrom.scoring.tokens import TokenScores
+from wherefrom.store.recording import RecordedCheckpoint, read_recording
 from wherefrom.study import Study
 from wherefrom.tasks.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
 from wherefrom.tasks.sampling import Sampler
@@ -34,7 +35,7 @@ from wherefrom.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
     from wherefrom.hf.pretrained import PretrainedStudy, study_from_pretrained
-    from wherefrom.store.recording import RecordedCheckpoint, TrainingRecorder, read_recording
+    from wherefrom.hf.recording import TrainingRecorder
 
 __all__ = [
     "BM25",
@@ -98,9 +99,7 @@ __all__ = [
 _LAZY = {
     "PretrainedStudy": "hf.pretrained",
     "study_from_pretrained": "hf.pretrained",
-    "RecordedCheckpoint": "store.recording",
-    "TrainingRecorder": "store.recording",
-    "read_recording": "store.recording",
+    "TrainingRecorder": "hf.recording",
 }
 
 if not TYPE_CHECKING:  # a type checker would take any name for an attribute

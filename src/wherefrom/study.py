@@ -88,7 +88,7 @@ class Study(Generic[Batch]):
         self.layers = select_layers(model, task.layers, task.head(model))
         self._sweep = Sweep(model, task, self.layers, execution or Execution())
         self._left_out = mostly_left_out(model, self.layers, task.head(model))
-        if self._sweep.ranks.writes:
+        if self._sweep.ranks.is_main:
             logger.info(f"{coverage(model, self.layers)}.")
             if self._left_out:
                 logger.warning(f"{self._left_out}.")

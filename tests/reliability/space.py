@@ -38,6 +38,7 @@ from tests.runs import with_factors
 from wherefrom.evaluate.retrain import Retraining, half_subsets, retrain
 from wherefrom.runtime.errors import StorageError
 from wherefrom.store.artifacts import Artifact, read_manifest
+from wherefrom.store.recording import read_recording
 
 _ROOT = Path(__file__).parents[2]
 _DISK_MIB = 16
@@ -190,7 +191,7 @@ class _TrainerError(Exception):
 
 def _recorder(run: Path) -> None:
     """What a Trainer would call, at two checkpoints."""
-    from wherefrom.store.recording import TrainingRecorder, read_recording  # slow to import
+    from wherefrom.hf.recording import TrainingRecorder  # slow to import
 
     torch.manual_seed(0)
     model, recorder = nn.Linear(40, 30), TrainingRecorder()

@@ -67,7 +67,7 @@ def index(
     sources = RunSources.load(run)
     study, _ = sources.study(run, device, memory_budget)
     found = _opened(study, sources, strategy, options)
-    if Ranks.current().writes:
+    if Ranks.current().is_main:
         size = len(found) * found.bytes_per_example / 2**20
         console.print(f"{len(found):,} gradients, {size:,.2f} MiB, are in {found.path}.", soft_wrap=True)
 

@@ -199,7 +199,7 @@ def score(
     sequences = text.sequences(tokenizer)
     if explain:
         plan = study.plan(sequences, strategy, **common)
-        if Ranks.current().writes:
+        if Ranks.current().is_main:
             console.print(plan.table())
         return
     factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
@@ -250,7 +250,7 @@ def self_influence(
         factors, damping=damping, half_precision=half_precision, batch_size=batch_size, overwrite=overwrite
     )
     hits = Scores(values.unsqueeze(0), {}).top(k)
-    if Ranks.current().writes:
+    if Ranks.current().is_main:
         console.print(hits_table("Highest self-influence", hits, DatasetPassages(study.train)))
 
 
@@ -347,7 +347,7 @@ def _token_scores(folder: Path, scores: Scores | TopScores) -> TokenScores | Non
 
 
 def _say(message: str, study: Study[dict[str, torch.Tensor]], profile: bool) -> None:
-    if not Ranks.current().writes:
+    if not Ranks.current().is_main:
         return
     if profile:
         console.print(*study.profile.tables())

@@ -192,7 +192,7 @@ def chosen_scores(run: Path, name: str | None) -> Path:
 def log_other_scores(study: Study[dict[str, torch.Tensor]]) -> None:
     """Say which scores of a run are about another training text or model than a study, and what happens with them."""
     there = {each.name: known_fingerprint(each) for each in finished(within(study.path, "scores"))}
-    if not there or not Ranks.current().writes:
+    if not there or not Ranks.current().is_main:
         return
     now = {TRAIN: dataset_digest(study.train), MODEL: model_digest(study._sweep.model)}
     others = [name for name, fingerprint in there.items() if fingerprint is not None and unlike(fingerprint, now)]

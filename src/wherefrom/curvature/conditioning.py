@@ -57,8 +57,7 @@ def conditioning_roots(sweep: Sweep[Batch], conditioning: Conditioning) -> dict[
 
     found = {}
     for name, layer in sweep.layers.items():
-        weight, bias = layer.parameters
-        matrix = layer.matrix(given(layer, weight), None if bias is None else given(layer, bias))
+        matrix = layer.to_matrices(*(given(layer, each).unsqueeze(0) for each in layer.parameters)).squeeze(0)
         found[name] = matrix.sqrt().contiguous()
     return found
 

@@ -130,7 +130,7 @@ class Fitting(Generic[Batch]):
         with ranks.agreeing():
             chosen = {name: each for name, each in covariances.items() if name.rpartition(".")[0] in mine}
             bases = bases_to_tensors(diagonalize(chosen, mine, self.sweep.device))
-        return ranks.joined(bases, self.sweep.factors_device)
+        return ranks.all_gather(bases, self.sweep.factors_device)
 
     def mean_squares(self, strategy: Strategy, bases: dict[str, Basis]) -> dict[str, Tensor]:
         """Lambda of every layer: mean squared gradients in these bases, or as they are without one."""

@@ -42,9 +42,10 @@ class WeightSpace:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, TrackedLayer]) -> None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._layers = layers
         self._shapes = {name: layer.shape for name, layer in layers.items()}
-        self._layers = {name: _Places.of(layer, names) for name, layer in layers.items()}
-        self.parameters = {name: model.get_parameter(name) for each in self._layers.values() for name in each.names}
+        self._names = {name: _parameter_names(layer, names) for name, layer in layers.items()}
+        self.parameters = {name: model.get_parameter(name) for each in self._names.values() for name in each}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -64,70 +65,29 @@ class WeightSpace:
         """[queries, weights] as the model's parameters have them, [queries, *shape]."""
         found: dict[str, Tensor] = {}
         for layer, matrices in self.split(vectors).items():
-            found.update(self._layers[layer].parameters(matrices, self.parameters))
+            found.update(zip(self._names[layer], self._layers[layer].from_matrices(matrices), strict=True))
         return found
 
     def from_parameters(self, values: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `to_parameters`."""
-        return torch.cat([each.rows(values) for each in self._layers.values()], 1)
+        of_layers = ((layer, [values[each] for each in self._names[name]]) for name, layer in self._layers.items())
+        return torch.cat([layer.to_matrices(*parts).flatten(1) for layer, parts in of_layers], 1)
 
 
-class _Places(NamedTuple):
-    """Where a layer's matrix lies in the model's parameters.
-
-    Attributes:
-        inputs: columns of the matrix that are the weight's; the bias is the rest.
-        transposed: whether the matrix is the weight transposed.
-        elementwise: whether the matrix is one row, of the weight and of the bias.
-    """
-
-    weight: str
-    bias: str | None
-    inputs: int
-    transposed: bool
-    elementwise: bool
-
-    @classmethod
-    def of(cls, layer: TrackedLayer, names: Mapping[int, str]) -> _Places:
-        if layer.one_hot:
-            raise LayerError(
-                f"Layer {layer.name!r} is an embedding, of which solvers do not hold all columns. Leave it out with "
-                "`layers=[...]`, or score without a solver."
-            )
-        main = layer.main
-        weight = names.get(id(main.module.weight))
-        if weight is None:
-            raise LayerError(
-                f"Layer {layer.name!r}: its weight is computed from other parameters, which solvers cannot follow. "
-                "Leave it out with `layers=[...]`, or score without a solver."
-            )
-        bias = next((names[id(use.bias)] for use in layer.uses if use.bias is not None), None)
-        inputs = layer.shape[1] - (bias is not None)
-        if main.kind.elementwise:
-            inputs = layer.shape[1] // (2 if bias is not None else 1)
-        return cls(weight, bias, inputs, main.kind.transposed, main.kind.elementwise)
-
-    @property
-    def names(self) -> list[str]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
-
-    def parameters(self, matrices: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Matrices [queries, out, in (+1)] as the weight and the bias, [queries, *shape]."""
-        weight, rest = matrices.split([self.inputs, matrices.shape[2] - self.inputs], 2)
-        parts = {self.weight: weight.transpose(1, 2) if self.transposed else weight}
-        if self.bias is not None:
-            parts[self.bias] = rest
-        return {name: part.reshape(len(matrices), *like[name].shape) for name, part in parts.items()}
-
-    def rows(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The weight and the bias as rows of the flattened matrix, [queries, out * in (+1)]."""
-        weight = values[self.weight]
-        if self.elementwise:
-            return torch.cat([values[name].flatten(1) for name in self.names], 1)
-        matrices = weight.transpose(1, 2) if self.transposed else weight.flatten(2)
-        if self.bias is not None:
-            matrices = torch.cat([matrices, values[self.bias].unsqueeze(2)], 2)
-        return matrices.flatten(1)
+def _parameter_names(layer: TrackedLayer, names: Mapping[int, str]) -> list[str]:
+    """The names in the model of a layer's weight and bias."""
+    if layer.one_hot:
+        raise LayerError(
+            f"Layer {layer.name!r} is an embedding, of which solvers do not hold all columns. Leave it out with "
+            "`layers=[...]`, or score without a solver."
+        )
+    found = [names[id(parameter)] for parameter in layer.parameters if id(parameter) in names]
+    if len(found) < len(layer.parameters):
+        raise LayerError(
+            f"Layer {layer.name!r}: its weight is computed from other parameters, which solvers cannot follow. "
+            "Leave it out with `layers=[...]`, or score without a solver."
+        )
+    return found
 
 
 class _Call(NamedTuple):
@@ -310,7 +270,7 @@ class DampedGaussNewton(Generic[Batch]):
         with self._sweep.profile.action(_NAME):
             with self._sweep.ranks.agreeing():
                 total = self._sum(examples, vectors)
-            self._sweep.ranks.add_up([total])
+            self._sweep.ranks.all_reduce([total])
         return total.div_(len(examples)).addcmul_(vectors, self._added)
 
     def _sum(self, examples: Examples[Batch], vectors: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -23,25 +23,16 @@ NO_COLUMN = -1
 """The id of a token that touches no column of a one-hot layer: padding."""
 
 
-def _single(module: nn.Module) -> int:
-    return 1
-
-
-def _nothing(module: nn.Module) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class LayerType:
     """How one kind of layer is read.
 
     Attributes:
-        size: (outputs, inputs) of the weight as a matrix, without a bias that is its last column.
         inputs: the layer's input as [batch, tokens, inputs]; of a `one_hot` kind the ids [batch, tokens] instead.
         outputs: the gradient of the layer's output as [batch, tokens, outputs].
         plain: whether `inputs` looks at the input alone, so that layers that read one tensor share what it makes.
         by_default: tracked without being named.
-        transposed: whether that matrix is the weight transposed.
+        transposed: whether the weight as a matrix [outputs, inputs] is transposed.
         one_hot: whether its inputs are one-hot vectors.
         elementwise: whether the layer is w * f(x) + b with one weight for each feature: `inputs` gives f(x), and
             `elementwise_tensors` does the rest.
@@ -49,7 +40,6 @@ class LayerType:
         refused: why a module of this kind cannot be tracked; None when it can.
     """
 
-    size: Callable[[nn.Module], tuple[int, int]]
     inputs: Callable[[nn.Module, Tensor], Tensor]
     outputs: Callable[[nn.Module, Tensor], Tensor]
     plain: bool = False
@@ -57,27 +47,22 @@ class LayerType:
     transposed: bool = False
     one_hot: bool = False
     elementwise: bool = False
-    copies: Callable[[nn.Module], int] = _single
-    refused: Callable[[nn.Module], str | None] = _nothing
+    copies: Callable[[nn.Module], int] = lambda module: 1
+    refused: Callable[[nn.Module], str | None] = lambda module: None
+
+    def size(self, module: nn.Module) -> tuple[int, int]:
+        """(outputs, inputs) of the weight as a matrix, without a bias that is its last column."""
+        weight = _weight(module)
+        if self.elementwise:
+            return 1, weight.numel() * (1 + int(getattr(module, "bias", None) is not None))
+        rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+        return (columns, rows) if self.transposed else (rows, columns)
 
 
 def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-# Linear layers.
-
-
-def _linear_size(module: nn.Module) -> tuple[int, int]:
-    outputs, inputs = _weight(module).shape
-    return outputs, inputs
-
-
-def _transposed_size(module: nn.Module) -> tuple[int, int]:
-    inputs, outputs = _weight(module).shape
-    return outputs, inputs
 
 
 def _as_tokens(module: nn.Module, tensor: Tensor) -> Tensor:
@@ -91,11 +76,6 @@ def _as_tokens(module: nn.Module, tensor: Tensor) -> Tensor:
 def _groups(module: nn.Module) -> int:
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return module.groups
-
-
-def _convolution_size(module: nn.Module) -> tuple[int, int]:
-    weight = _weight(module)  # [out, in / groups, *kernel]
-    return weight.shape[0], weight[0].numel()
 
 
 def _patches(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -142,10 +122,6 @@ def _convolution_outputs(module: nn.Module, gradient: Tensor) -> Tensor:
 
 
 # Normalisations: y = w * f(x) + b, feature by feature.
-
-
-def _elementwise_size(module: nn.Module) -> tuple[int, int]:
-    return 1, _weight(module).numel() * (1 + int(getattr(module, "bias", None) is not None))
 
 
 def _normalized(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -207,10 +183,6 @@ def _ids(module: nn.Module, inputs: Tensor) -> Tensor:
     return ids if padding is None else ids.masked_fill(ids == padding, NO_COLUMN)
 
 
-def _embedded(module: nn.Module, gradient: Tensor) -> Tensor:
-    return gradient.reshape(len(gradient), -1, gradient.shape[-1])
-
-
 def _changed_embedding(module: nn.Module) -> str | None:
     if getattr(module, "max_norm", None) is not None:
         return "max_norm changes its weights in every pass"
@@ -244,19 +216,15 @@ def distinct_one_hot(ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 # By qualified name or pattern, so that the engine does not import the libraries that define the layers. None marks a
 # class that derives from a supported one and is used in another way.
-_LINEAR = LayerType(_linear_size, _as_tokens, _as_tokens, plain=True)
-_CONVOLUTION = LayerType(_convolution_size, _patches, _convolution_outputs, copies=_groups)
-_ELEMENTWISE = LayerType(
-    _elementwise_size, _normalized, _features, by_default=False, elementwise=True, refused=_without_weight
-)
+_LINEAR = LayerType(_as_tokens, _as_tokens, plain=True)
+_CONVOLUTION = LayerType(_patches, _convolution_outputs, copies=_groups)
+_ELEMENTWISE = LayerType(_normalized, _features, by_default=False, elementwise=True, refused=_without_weight)
 LAYER_TYPES: dict[str, LayerType | None] = {
     "torch.nn.modules.linear.Linear": _LINEAR,
     "transformers.models.falcon.modeling_falcon.FalconLinear": _LINEAR,
     # The output projection inside nn.MultiheadAttention, which never calls it.
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": None,
-    "transformers.pytorch_utils.Conv1D": LayerType(
-        _transposed_size, _as_tokens, _as_tokens, plain=True, transposed=True
-    ),
+    "transformers.pytorch_utils.Conv1D": replace(_LINEAR, transposed=True),
     "torch.nn.modules.conv.Conv1d": _CONVOLUTION,
     "torch.nn.modules.conv.Conv2d": _CONVOLUTION,
     "torch.nn.modules.conv.Conv3d": _CONVOLUTION,
@@ -264,15 +232,15 @@ LAYER_TYPES: dict[str, LayerType | None] = {
     "torch.nn.modules.normalization.RMSNorm": _ELEMENTWISE,
     "transformers.models.*RMSNorm": _ELEMENTWISE,
     "torch.nn.modules.sparse.Embedding": LayerType(
-        _transposed_size,
-        _ids,
-        _embedded,
-        by_default=False,
-        transposed=True,
-        one_hot=True,
-        refused=_changed_embedding,
+        _ids, _as_tokens, by_default=False, transposed=True, one_hot=True, refused=_changed_embedding
     ),
 }
+
+
+def trackable(module: nn.Module) -> LayerType | None:
+    """The kind of a module that can be tracked; None of one that cannot."""
+    kind = layer_type(module)
+    return kind if kind is not None and kind.refused(module) is None else None
 
 
 def layer_type(module: nn.Module) -> LayerType | None:

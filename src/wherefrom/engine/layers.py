@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wherefrom.engine.layer_types import LayerType, elementwise_tensors, kind_names, layer_type, one_hot, weight_count
+from wherefrom.engine.layer_types import (
+    LayerType,
+    elementwise_tensors,
+    kind_names,
+    layer_type,
+    one_hot,
+    trackable,
+    weight_count,
+)
 from wherefrom.runtime.errors import LayerError
 from wherefrom.runtime.placement import tied_names
 
@@ -105,18 +113,24 @@ class TrackedLayer:
         return self.shape[0] > WIDEST, self.one_hot or self.shape[1] > WIDEST
 
     @property
-    def parameters(self) -> tuple[Tensor, nn.Parameter | None]:
-        """The weight and the bias, in their modules' own shapes."""
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The weight and, if there is one, the bias, in their modules' own shapes."""
         weight = self.main.module.weight
         assert isinstance(weight, Tensor)
-        return weight, next((use.bias for use in self.uses if use.bias is not None), None)
+        return weight, *[use.bias for use in self.uses if use.bias is not None][:1]
 
-    def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """One number for each of a layer's `parameters`, laid out as its gradient matrix, `shape`."""
+    def to_matrices(self, weight: Tensor, *bias: Tensor) -> Tensor:
+        """Numbers for each of the `parameters`, [n, ...], laid out as gradient matrices [n, *shape]."""
         if self.main.kind.elementwise:
-            return torch.cat([each.flatten() for each in (weight, bias) if each is not None])[None]
-        matrix = weight.T if self.main.kind.transposed else weight.flatten(1)
-        return matrix if bias is None else torch.cat([matrix, bias[:, None]], 1)
+            return torch.cat([each.flatten(1) for each in (weight, *bias)], 1).unsqueeze(1)
+        matrices = weight.transpose(1, 2) if self.main.kind.transposed else weight.flatten(2)
+        return torch.cat([matrices, *(each.unsqueeze(2) for each in bias)], 2)
+
+    def from_matrices(self, matrices: Tensor) -> list[Tensor]:
+        """The inverse: what gradient matrices [n, *shape] have for each of the `parameters`, [n, ...]."""
+        weight, bias = matrices.tensor_split([self.parameters[0].numel() // self.shape[0]], 2)
+        parts = (weight.transpose(1, 2) if self.main.kind.transposed else weight, bias)  # without a bias, it is empty
+        return [part.reshape(len(part), *each.shape) for part, each in zip(parts, self.parameters, strict=False)]
 
     def columns(self, tokens: int) -> int:
         """How many columns of the gradient matrix are captured for an example of that many tokens."""
@@ -198,8 +212,8 @@ def _weights(model: nn.Module) -> list[list[Use]]:
     identities = _Identities(model)
     groups: dict[int | str, list[Use]] = {}
     for name, module in model.named_modules():
-        kind = layer_type(module)
-        if kind is not None and kind.refused(module) is None:
+        kind = trackable(module)
+        if kind is not None:
             groups.setdefault(identities.of(name, module, "weight"), []).append(Use(name, module, kind))
     return list(groups.values())
 
@@ -346,10 +360,7 @@ def mostly_left_out(model: nn.Module, layers: Mapping[str, TrackedLayer], head: 
     tracked, missing = sum(math.prod(layer.shape) for layer in own), sum(each.weights for each in left)
     if tracked >= missing:
         return None
-    kinds = {each.name: layer_type(model.get_submodule(each.name)) for each in left}
-    possible = [
-        each for each in left if (kind := kinds[each.name]) and kind.refused(model.get_submodule(each.name)) is None
-    ]
+    possible = [each for each in left if trackable(model.get_submodule(each.name))]
     impossible = [each for each in left if each not in possible]
     advice = []
     if possible:

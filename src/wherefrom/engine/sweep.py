@@ -164,7 +164,7 @@ class Sweep(Generic[Batch]):
                 raise
         with self.profile.action(f"{name}: sum over processes"):
             collector.align(self.ranks.most)
-            self.ranks.add_up(collector.sums.values())
+            self.ranks.all_reduce(collector.sums.values())
         if self.ranks.count > 1:
             check_sums(name, collector.sums)
 
@@ -173,7 +173,7 @@ class Sweep(Generic[Batch]):
         start, end = time.perf_counter(), state.share.stop
         batches = -(-(end - state.position) // size)
         idle = self.ranks.most(batches) - batches if self.lockstep else 0
-        shown = self.execution.progress if self.ranks.writes else False
+        shown = self.execution.progress if self.ranks.is_main else False
         with (
             progress_bar(state.name, len(state.share), shown) as show,
             Loader(state.examples, self.device, end=end, model=self.model) as loader,

@@ -187,7 +187,7 @@ class Method(ABC):
         tensors = cache.get_or_compute(item, job.compute)
         result = keep.opened(folder / item, tensors, len(examples), len(context.train))
         remark = self.remark(result)
-        if remark is not None and context.ranks.writes:
+        if remark is not None and context.ranks.is_main:
             logger.warning(remark)
         return replace(result, queries=queries)
 

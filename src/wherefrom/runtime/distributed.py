@@ -83,7 +83,7 @@ class Ranks:
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
-    def writes(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self.index == 0
 
@@ -98,13 +98,12 @@ class Ranks:
 
     def share_of(self, costs: Mapping[str, float]) -> list[str]:
         """This process's part of things that cost unequally: neighbours stay together, sums are about equal."""
+        ends = accumulate(costs.values())
+        middles = {name: end - costs[name] / 2 for name, end in zip(costs, ends, strict=True)}
         whole = sum(costs.values())
-        middles = (end - cost / 2 for end, cost in zip(accumulate(costs.values()), costs.values(), strict=True))
-        return [
-            name for name, middle in zip(costs, middles, strict=True) if int(self.count * middle / whole) == self.index
-        ]
+        return [name for name, middle in middles.items() if int(self.count * middle / whole) == self.index]
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors, which every process has in the same order, by their sums over all processes."""
         if self.count == 1:
             return
@@ -112,7 +111,7 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor, group=_group_of(tensor))
 
-    def joined(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    def all_gather(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Every process's named tensors together, on `device`."""
         if self.count == 1:
             return dict(tensors)
@@ -135,23 +134,13 @@ class Ranks:
         return min(self._all(number))
 
     def first(self, action: Callable[[], Result]) -> Result:
-        """Once all have come so far, let the writing process act; what it returns or raises, all return or raise."""
-        if self.count == 1:
-            return action()
+        """Once all have come so far, let the main process act; what it returns or raises, all return or raise."""
         self._all(None)  # or it might delete what another still reads
-        outcome: list[tuple[Result | None, Exception | None]] = [(None, None)]
-        mine: Exception | None = None
-        if self.writes:
-            try:
-                outcome = [(action(), None)]
-            except Exception as error:
-                mine, outcome = error, [(None, _portable(error))]
-        with _collective():
-            dist.broadcast_object_list(outcome, src=0, group=_control_group())
-        result, theirs = outcome[0]
-        if mine is not None or theirs is not None:
-            raise mine or theirs or AssertionError
-        return cast(Result, result)
+        found: Result | None = None
+        with self.agreeing():
+            if self.is_main:
+                found = action()
+        return cast(Result, self._all(found)[0])
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
@@ -171,11 +160,7 @@ class Ranks:
                 raise type(theirs)(f"Process {index} of {self.count}: {theirs}")
 
     def check_alike(self, name: str, value: str) -> None:
-        """Refuse to go on with processes that differ.
-
-        Raises:
-            RankError: another process has another value.
-        """
+        """Raise a `RankError` if another process has another value."""
         values = self._all(value)
         other = next((index for index, each in enumerate(values) if each != values[0]), None)
         if other is not None:

@@ -5,10 +5,7 @@ nothing else of the library.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 class WherefromError(Exception):
@@ -49,6 +46,12 @@ class TrainingError(WherefromError):
 
 class RankError(WherefromError):
     """Another process of a run on several has stopped, or has another model or other data."""
+
+
+def check_argument(fine: bool, name: str, value: object, expected: str) -> None:
+    """Raise an `InputError` unless an argument is fine; it names the argument, its value and what was expected."""
+    if not fine:
+        raise InputError(f"{name}={value!r}: expected {expected}.")
 
 
 def first_line(error: BaseException) -> str:

@@ -21,8 +21,6 @@ from wherefrom.runtime.placement import is_sharded_tensor
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
 # The part of the free memory that is used without being asked, and of that what a batch may take.
 FREE_SHARE, _BATCH_SHARE = 0.8, 0.3
-
-
 # What PyTorch, CUDA's pinned memory, cuBLAS, cuSOLVER and the system (for a mapping) say in plain RuntimeErrors.
 _OUT_OF_MEMORY = (
     "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "Cannot allocate memory",
@@ -50,24 +48,17 @@ def pinned_as(tensor: Tensor, source: Tensor) -> Tensor:
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether an error says that an allocation failed.
-
-    Python and numpy raise MemoryError for it, PyTorch on the CPU a plain RuntimeError.
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in _OUT_OF_MEMORY)
+    """Whether an error says that an allocation failed: PyTorch on the CPU raises a plain RuntimeError for it."""
+    plainly = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return plainly or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 @contextmanager
 def within_memory(what: str, device: torch.device, advice: str) -> Iterator[None]:
-    """Say in our words, with the numbers, that an allocation has failed.
+    """Raise a `MemoryLimitError` with the numbers when an allocation has failed.
 
     Args:
         what: that does not fit, as the beginning of a sentence, such as "Gradients of 8 queries do".
-
-    Raises:
-        MemoryLimitError: it did.
     """
     try:
         yield
@@ -136,14 +127,10 @@ class Footprint:
 
 
 def halved(tried: Sequence[int], smallest: int, sweep: str, reason: str, device: torch.device) -> int:
-    """The next batch size to try after running out of memory.
+    """The next batch size to try after those that did not fit; a `MemoryLimitError` where the smallest did not.
 
     Args:
-        tried: those that did not fit, the last one last.
         reason: the `shortage`.
-
-    Raises:
-        MemoryLimitError: the smallest did not fit.
     """
     batch_size = tried[-1]
     if batch_size <= smallest:
@@ -195,20 +182,18 @@ class SavedBytes:
     def count(self, tensor: Tensor) -> Tensor:
         """Count a tensor that is kept until the backward pass, and hand it back."""
         storage = tensor.untyped_storage()
-        reference = StorageWeakRef(storage)
-        if reference not in self._seen:
-            self._seen.add(reference)
-            self._add(tensor, storage.nbytes())
-        return tensor
-
-    def _add(self, tensor: Tensor, size: int) -> None:
-        shape, cast = _any_order(tensor), tensor.is_floating_point() and tensor.dtype not in self._dtypes
+        reference, shape, size = StorageWeakRef(storage), _any_order(tensor), storage.nbytes()
+        if reference in self._seen:
+            return tensor
+        self._seen.add(reference)
+        cast = tensor.is_floating_point() and tensor.dtype not in self._dtypes
         # Weights are frozen, so that what is made of them alone requires no gradient, unlike activations.
         if cast and shape in self._cast and not tensor.requires_grad:
             self.shared += size
         elif shape not in self._gathered:
             self.total += size
             self.largest = max(self.largest, size)
+        return tensor
 
 
 def _any_order(tensor: Tensor) -> tuple[int, ...]:
@@ -239,11 +224,7 @@ class Workspace:
 
 
 _MEMBERSHIP = Path("/proc/self/cgroup")
-
-
 _ROOT = Path("/sys/fs/cgroup")
-
-
 # Of each version: the limit, what is used, and the part of that which is given back when it is needed.
 _FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),

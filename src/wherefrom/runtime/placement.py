@@ -7,8 +7,7 @@ has been offloaded with it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,31 +47,21 @@ def is_sharded_module(module: nn.Module) -> bool:
 
 
 def read_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of a model's `state_dict`, brought from where accelerate keeps it.
-
-    Raises:
-        InputError: the model has no values for it.
-    """
+    """A tensor of a model's `state_dict`, brought from where accelerate keeps it; refuses one that has no values."""
     if not tensor.is_meta:
         return tensor
     owner, _, attribute = name.rpartition(".")
-    with _present(model.get_submodule(owner)) as module:
+    module = model.get_submodule(owner)
+    with ExitStack() as stack:
+        if hasattr(module, "_hf_hook"):
+            from accelerate.utils import align_module_device  # noqa: PLC0415  (an optional package)
+
+            stack.enter_context(align_module_device(module))
         found = getattr(module, attribute)
         assert isinstance(found, Tensor)
         if found.is_meta:
             raise InputError(f"model: {name!r} is on the meta device and has no values. Load the weights first.")
         return found.detach().clone()
-
-
-@contextmanager
-def _present(module: nn.Module) -> Iterator[nn.Module]:
-    if not hasattr(module, "_hf_hook"):
-        yield module
-        return
-    from accelerate.utils import align_module_device  # noqa: PLC0415  (an optional package)
-
-    with align_module_device(module):
-        yield module
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -22,17 +22,8 @@ from wherefrom.runtime.errors import InputError
 
 # The products of a forward and a backward pass.
 _PRODUCTS = frozenset(
-    {
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten.bmm.default,
-        torch.ops.aten.baddbmm.default,
-        torch.ops.aten.mv.default,
-        torch.ops.aten.addmv.default,
-        torch.ops.aten.dot.default,
-        torch.ops.aten.convolution.default,
-        torch.ops.aten.convolution_backward.default,
-    }
+    getattr(torch.ops.aten, name).default
+    for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "convolution_backward")
 )
 # Fused attention also takes and returns logarithms of sums, which no kernel keeps in half precision: only its first
 # `count` arguments and results are rounded.

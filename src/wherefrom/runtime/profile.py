@@ -71,26 +71,18 @@ class Profile:
     def tables(self) -> list[Table]:
         """The actions, slowest first, and the throughput of each kind of sweep."""
         total = sum(action.seconds for action in self._actions.values())
-        actions = Table("Action", title="Profile", title_justify="left")
-        for heading in ("Mean duration (s)", "Calls", "Total time (s)", "Percentage (%)"):
-            actions.add_column(heading, justify="right")
+        actions = _table("Action", "Mean duration (s)", "Calls", "Total time (s)", "Percentage (%)")
+        actions.title, actions.title_justify = "Profile", "left"
         calls = sum(action.calls for action in self._actions.values())
         actions.add_row("Total", "-", str(calls), f"{total:.3f}", "100.0", end_section=True)
         for name, action in sorted(self._actions.items(), key=lambda item: -item[1].seconds):
             mean, share = action.seconds / action.calls, 100 * action.seconds / max(total, 1e-9)
             actions.add_row(name, f"{mean:.5f}", str(action.calls), f"{action.seconds:.3f}", f"{share:.1f}")
-        work = Table("Sweep", caption=f"Peak memory: {_peak_memory()}", caption_justify="left")
-        for heading in ("Examples", "Tokens", "Seconds", "Examples/s", "Tokens/s"):
-            work.add_column(heading, justify="right")
+        work = _table("Sweep", "Examples", "Tokens", "Seconds", "Examples/s", "Tokens/s")
+        work.caption, work.caption_justify = f"Peak memory: {_peak_memory()}", "left"
         for name, done in self._work.items():
-            rates = (done.examples / done.seconds, done.tokens / done.seconds)
-            work.add_row(
-                name,
-                f"{done.examples:,}",
-                f"{done.tokens:,}",
-                f"{done.seconds:.2f}",
-                *(f"{rate:,.0f}" for rate in rates),
-            )
+            rates = (f"{count / done.seconds:,.0f}" for count in (done.examples, done.tokens))
+            work.add_row(name, f"{done.examples:,}", f"{done.tokens:,}", f"{done.seconds:.2f}", *rates)
         return [actions, work]
 
     def text(self) -> str:
@@ -106,6 +98,13 @@ class Profile:
                 if torch.cuda.memory_reserved(device):  # of others, waiting would take memory
                     torch.cuda.synchronize(device)
         return time.perf_counter()
+
+
+def _table(name: str, *figures: str) -> Table:
+    table = Table(name)
+    for heading in figures:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _peak_memory() -> str:

@@ -12,14 +12,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 
 @contextmanager
@@ -34,13 +27,7 @@ def progress_bar(name: str, total: int, shown: bool | None = None) -> Iterator[C
     console = Console(stderr=True)
     if shown is None:
         shown = console.is_terminal
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     # The remaining time follows the speed of the last hour: with rich's half a minute, a stage whose steps take longer
     # would show none.
     with Progress(*columns, console=console, disable=not shown, speed_estimate_period=3600) as progress:

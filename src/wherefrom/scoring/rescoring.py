@@ -44,7 +44,7 @@ def rescored(scoring: Scoring[Batch], result: Unfinished) -> dict[str, Tensor]:
     changes = exact - values
     size = values.abs().mean()  # 0 where no query has a gradient
     moved = f"move by {changes.abs().mean() / size:.1%}" if size > 0 else "were all 0"
-    if result.ranks.writes:
+    if result.ranks.is_main:
         logger.info(f"At full rank, the {changes.shape[1]} highest scores {moved}.")
     return beside | {"changes": changes}
 

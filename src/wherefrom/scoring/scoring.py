@@ -122,7 +122,7 @@ class Scoring(Generic[Batch]):
         plan = make_plan(self.sweep, self.strategy, self.queries, self.train, self.approximation)
         # Scores of tokens are planned as those of their sequences were, but for the memory that happens to be free.
         choice = str(replace(plan, job=replace(plan.job, usable=0)))
-        if self.ranks.writes and choice not in self.sweep.logged:
+        if self.ranks.is_main and choice not in self.sweep.logged:
             logger.info(str(plan))
             self.sweep.logged.add(choice)
         return plan
@@ -163,7 +163,7 @@ class Scoring(Generic[Batch]):
         whole.setdefault(name, part.new_zeros(size))[where.start : where.stop] = part
 
     def _log_errors(self, errors: Tensor | None) -> None:
-        if errors is None or not self.ranks.writes:
+        if errors is None or not self.ranks.is_main:
             return
         rank, bits = self.approximation.query_rank, self.approximation.query_bits
         form = f"Rank {rank} leaves" if bits is None else f"{bits} bits leave"
@@ -314,7 +314,7 @@ class Scoring(Generic[Batch]):
         for name, matrices in system.space.split(solution.vectors).items():
             bank.sums[name][..., : matrices.shape[2]] = matrices
         bank.residuals = last = solution.final
-        if self.ranks.writes:
+        if self.ranks.is_main:
             logger.info(
                 f"{solver}: after {len(solution.residuals) - 1} iterations, the relative residual is "
                 f"{last.median():.2g} in the median of {len(last)} queries, {last.max():.2g} at most."

@@ -23,7 +23,9 @@ from torch import Tensor
 from wherefrom.runtime.errors import DamagedError, InputError, StorageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# What to do with a file that is damaged, or in a directory that cannot be used.
 _ADVICE = "Pass overwrite=True (--overwrite) to compute it again, or delete it."
+_ELSEWHERE = "Check permissions, or choose another run directory."
 # More than any of our manifests, lists and plots has; what is longer is not read into memory.
 _MOST_BYTES = 2**24
 # What safetensors needs to write a file, with some to spare.
@@ -31,11 +33,7 @@ _SAVING_BYTES = 2**22
 
 
 def checked_name(name: str) -> str:
-    """A name that is one plain path component.
-
-    Raises:
-        InputError: it is not.
-    """
+    """A name that is one plain path component; refuses others."""
     if not _NAME.fullmatch(name):
         raise InputError(
             f"name={name!r}: expected at most 100 letters, digits, '.', '_' and '-', starting with a letter or digit."
@@ -53,13 +51,20 @@ def within(root: Path, *names: str) -> Path:
     path = root
     for name in names:
         path = path / name
-        try:
+        with _trying(f"use {path}"):
             link = path.is_symlink()
-        except OSError as error:
-            raise StorageError(f"Cannot use {path}: {error.strerror}. Choose another run directory.") from error
         if link:
             raise damaged(path, "it is a symbolic link, and leads out of the run directory")
     return path
+
+
+@contextlib.contextmanager
+def _trying(what: str) -> Iterator[None]:
+    """Say in our words that the system refuses what is done with a file or directory."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"Cannot {what}: {error.strerror}. {_ELSEWHERE}") from error
 
 
 def read_json(file: Path, advice: str = _ADVICE) -> dict[str, Any]:
@@ -82,15 +87,7 @@ def read_json(file: Path, advice: str = _ADVICE) -> dict[str, Any]:
 
 
 def read_bytes(file: Path, advice: str = _ADVICE) -> bytes:
-    """The content of one of our small files.
-
-    Args:
-        advice: what to do with one that is damaged.
-
-    Raises:
-        DamagedError: it is missing, no file, or too large to be one of ours.
-        StorageError: there is no permission to read it.
-    """
+    """The content of one of our small files, with the errors of `read_json`."""
     try:
         size = checked_file(file, advice).stat().st_size
         if size > _MOST_BYTES:
@@ -103,11 +100,7 @@ def read_bytes(file: Path, advice: str = _ADVICE) -> bytes:
 
 
 def checked_file(file: Path, advice: str = _ADVICE) -> Path:
-    """A file of bytes: opening a pipe would wait for ever, and a link leads elsewhere.
-
-    Raises:
-        DamagedError: it is something else.
-    """
+    """A file, if it is one of bytes: opening a pipe would wait for ever, and a link leads elsewhere."""
     if not within(file.parent, file.name).is_file():
         raise damaged(file, "it is not a file" if file.exists() else "it is not there", advice)
     return file
@@ -130,20 +123,12 @@ def preallocated(file: Path, start: bytes, size: int) -> None:
     Raises:
         StorageError: there is not enough space for it.
     """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        remove(file)
-        with file.open("xb") as stream:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(stream.fileno(), 0, size)
-            else:
-                stream.truncate(size)
-            stream.write(start)
-        file.chmod(file.parent.stat().st_mode & 0o666)
-    except OSError as error:
-        with contextlib.suppress(StorageError):
-            remove(file)
-        raise _cannot_write(file, size, str(error.strerror)) from error
+    with _storing(file, size), _opened(file) as stream:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, size)
+        else:
+            stream.truncate(size)
+        stream.write(start)
 
 
 @contextlib.contextmanager
@@ -153,13 +138,10 @@ def writing(file: Path) -> Iterator[BinaryIO]:
     Raises:
         StorageError: it cannot be written.
     """
-    try:
-        with file.open("r+b") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise _cannot_write(file, 0, str(error.strerror)) from error
+    with _trying(f"write {file}"), file.open("r+b") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def write_text(file: Path, text: str) -> None:
@@ -173,25 +155,30 @@ def write_bytes(file: Path, content: bytes) -> None:
     Raises:
         StorageError: it cannot be written; nothing is left behind.
     """
-    part = file.with_name(file.name + ".part")
-    try:
+    part = _part(file)
+    with _storing(part, len(content)):
         if file.exists() and not file.is_file():
             raise OSError(errno.EEXIST, "it is no file but a directory or a device")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        remove(part)
-        with part.open("xb") as stream:
+        with _opened(part) as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise _cannot_write(file, len(content), str(error.strerror)) from error
 
 
-@contextlib.contextmanager
-def storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def _part(file: Path) -> Path:
+    """What is written before it gets its name."""
+    return file.with_name(f"{file.name}.part")
+
+
+def _opened(part: Path) -> BinaryIO:
+    """A new file to write into."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    remove(part)
+    return part.open("xb")
+
+
+def storing(part: Path, tensors: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
     """Check the space, and turn a failed write into an error that leaves no temporary file.
 
     Args:
@@ -200,22 +187,24 @@ def storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     Raises:
         StorageError: says how much was needed, and how much is free.
     """
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if needed > free_space(part):
-        raise _cannot_write(part.with_suffix(""), needed, "not enough space")
+    return _storing(part, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+@contextlib.contextmanager
+def _storing(part: Path, needed: int) -> Iterator[None]:
     try:
+        if needed > free_space(part):
+            raise OSError(errno.ENOSPC, "not enough space")
         yield
     except (OSError, SafetensorError, StorageError) as error:  # the last from a manifest
         with contextlib.suppress(StorageError):
             remove(part)
-        raise _cannot_write(part.with_suffix(""), needed, str(error)) from error
-
-
-def _cannot_write(file: Path, needed: int, reason: str) -> StorageError:
-    return StorageError(
-        f"Cannot write {file} ({needed / 2**20:,.2f} MiB needed, {free_space(file) / 2**20:,.2f} MiB free): {reason}. "
-        "Free some space, check quota and permissions, or choose another run directory; what is finished is safe."
-    )
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StorageError(
+            f"Cannot write {part.with_suffix('')} ({needed / 2**20:,.2f} MiB needed, {free_space(part) / 2**20:,.2f} "
+            f"MiB free): {reason}. Free some space, check quota and permissions, or choose another run directory; "
+            "what is finished is safe."
+        ) from error
 
 
 def free_space(path: Path) -> int:
@@ -224,13 +213,9 @@ def free_space(path: Path) -> int:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under a temporary name, flush it to disk, then rename.
-
-    Raises:
-        StorageError: it cannot be written; nothing is left behind.
-    """
+    """The same as `write_bytes` for a safetensors file."""
     # safetensors itself begins with a file of a random name, which a kill leaves there: in a directory to be deleted.
-    part = file.with_name(file.name + ".part")
+    part = _part(file)
     with storing(part, tensors):
         remove(part)
         part.mkdir(parents=True)
@@ -258,13 +243,9 @@ def damaged(file: Path, reason: str, advice: str = _ADVICE) -> DamagedError:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a directory, if it is there; a link is deleted, never followed.
-
-    Raises:
-        StorageError: it cannot be deleted.
-    """
+    """Delete a file or a directory, if it is there; a link is deleted, never followed."""
     aside = path.with_name(f"{path.name}.removed.part")
-    try:
+    with _trying(f"delete {path}"):
         if aside.exists():  # left by a kill
             shutil.rmtree(aside)
         if path.is_dir() and not path.is_symlink():
@@ -272,24 +253,12 @@ def remove(path: Path) -> None:
             shutil.rmtree(aside)
         elif path.exists() or path.is_symlink():  # a read-only file system refuses to delete even what is not there
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"Cannot delete {path}: {error.strerror}. Check permissions, or choose another run directory."
-        ) from error
 
 
 def move(path: Path, target: Path) -> None:
-    """Give a file or directory another place.
-
-    Raises:
-        StorageError: it cannot be moved.
-    """
-    try:
+    """Give a file or directory another place."""
+    with _trying(f"move {path} to {target}"):
         path.rename(target)
-    except OSError as error:
-        raise StorageError(
-            f"Cannot move {path} to {target}: {error.strerror}. Check permissions, or choose another run directory."
-        ) from error
 
 
 def flush(path: Path) -> None:

@@ -31,6 +31,10 @@ class Dataset(Protocol[Example_co]):
     def __getitem__(self, position: int, /) -> Example_co: ...
 
 
+# Entries that say what a result is about, and one that tells a reader something and tells no two results apart.
+QUERIES, TRAIN, MODEL, LEFT_OUT = "queries", "training data", "model", "left out"
+_ADVICE = "Give the queries, the training set and the model that were scored, or score these."
+_DIGITS = 24  # hexadecimal, of a digest in a fingerprint
 # Bytes that one thread hashes at a time. SHA-256 of a whole is not made of those of its parts, so that a digest depends
 # on this number, and on nothing else: not on how many threads there are.
 _PIECE = 2**20
@@ -50,7 +54,7 @@ def model_digest(model: nn.Module) -> str:
                 known[same] = found
             digest.update(f"{name} {found}\n".encode())
     structure = repr(model).replace("FSDP", "")  # what fully_shard puts before the names of classes
-    return _short(hashlib.sha256((structure + digest.hexdigest()).encode()).hexdigest())
+    return _sha256((structure + digest.hexdigest()).encode()).hex()[:_DIGITS]
 
 
 def _identity(tensor: Tensor) -> Hashable:
@@ -80,19 +84,15 @@ def _tensor_digest(tensor: Tensor, pool: ThreadPoolExecutor) -> str:
     pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
     digests = pool.map(_sha256, pieces) if len(pieces) > 1 else map(_sha256, pieces)
     described = f"{tensor.dtype} {list(tensor.shape)}\n".encode()
-    return hashlib.sha256(described + b"".join(digests)).hexdigest()
+    return _sha256(described + b"".join(digests)).hex()
 
 
-def _sha256(data: memoryview) -> bytes:
+def _sha256(data: bytes | memoryview) -> bytes:
     return hashlib.sha256(data).digest()
 
 
 def dataset_digest(dataset: Dataset[object]) -> str:
-    """Every example of a dataset, in order.
-
-    Raises:
-        InputError: the dataset is empty or holds values that have no bytes of their own.
-    """
+    """Every example of a dataset, in order; refuses an empty one, and values that have no bytes of their own."""
     count, digest = checked_length("The dataset", dataset), hashlib.sha256()
     for position in range(count):
         example = read_example(dataset, position)
@@ -104,15 +104,11 @@ def dataset_digest(dataset: Dataset[object]) -> str:
                 "tensors, arrays or images, in lists or dicts with names for keys."
             ) from error
         digest.update(text.encode() + b"\n")
-    return f"{count} examples {_short(digest.hexdigest())}"
+    return f"{count} examples {digest.hexdigest()[:_DIGITS]}"
 
 
 def checked_length(name: str, dataset: Dataset[object]) -> int:
-    """How many examples a dataset has.
-
-    Raises:
-        InputError: it is empty, or no dataset.
-    """
+    """How many examples a dataset has; refuses one that is empty, or no dataset."""
     try:
         count = len(dataset)
     except (TypeError, ValueError) as error:
@@ -147,12 +143,8 @@ def read_example(dataset: Dataset[object], position: int) -> object:
 
 def names_summary(names: Sequence[str]) -> str:
     """A list of names on one short line that differs whenever the list does."""
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+    digest = _sha256("\n".join(names).encode()).hex()[:8]
     return f"{len(names)}, {names[0]} to {names[-1]} ({digest})"
-
-
-# An entry that tells a reader something and tells no two results apart.
-LEFT_OUT = "left out"
 
 
 def differences(stored: Fingerprint, current: Fingerprint) -> list[str]:
@@ -179,7 +171,7 @@ def _describe(value: object) -> object:
     else:
         raise InputError(f"it holds a {type(value).__name__}")
     kind = f"{type(value).__name__} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}"
-    return [kind, hashlib.sha256(data).hexdigest()]
+    return [kind, _sha256(data).hex()]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -187,16 +179,6 @@ def _bytes(tensor: Tensor) -> memoryview:
         tensor = tensor.full_tensor()
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
-
-
-def _short(digest: str) -> str:
-    return digest[:24]
-
-
-QUERIES, TRAIN, MODEL = "queries", "training data", "model"
-
-
-_ADVICE = "Give the queries, the training set and the model that were scored, or score these."
 
 
 def subjects(fingerprint: Fingerprint) -> dict[str, str]:
@@ -221,15 +203,7 @@ def unlike(result: Fingerprint, shown: Mapping[str, str]) -> list[str]:
 
 
 def check_about(result: Fingerprint, shown: Mapping[str, str], advice: str = _ADVICE) -> None:
-    """Refuse to show a result beside anything but what it is about.
-
-    Args:
-        shown: as for `unlike`.
-        advice: the next step.
-
-    Raises:
-        MismatchError: names what differs.
-    """
+    """Raise a `MismatchError` where a result would be shown beside anything but what it is about, as by `unlike`."""
     found = unlike(result, shown)
     if found:
         raise MismatchError(f"The scores belong to something else. {'; '.join(found)}. {advice}")

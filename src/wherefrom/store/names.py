@@ -23,14 +23,13 @@ _DIGITS = 8
 _LABELLED = re.compile(rf"(.+)-([0-9a-f]{{{_DIGITS}}})")
 
 
-def short_digest(fingerprint: Fingerprint) -> str:
-    """Eight hexadecimal digits that tell fingerprints apart; where two share them, the second result is refused."""
-    return hashlib.sha256(json.dumps(dict(fingerprint), sort_keys=True).encode()).hexdigest()[:_DIGITS]
-
-
 def result_name(label: str, fingerprint: Fingerprint, name: str | None = None) -> str:
-    """The name that a result has in its folder: the one given, or LABEL-DIGEST8."""
-    return name or f"{label}-{short_digest(fingerprint)}"
+    """The name that a result has in its folder: the one given, or LABEL-DIGEST8.
+
+    Where two fingerprints share the digits, the second result is refused.
+    """
+    digest = hashlib.sha256(json.dumps(dict(fingerprint), sort_keys=True).encode()).hexdigest()
+    return name or f"{label}-{digest[:_DIGITS]}"
 
 
 def labelled(name: str) -> tuple[str, str]:

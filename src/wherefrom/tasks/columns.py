@@ -1,13 +1,12 @@
-"""Columns of tokenised examples: whole numbers, one for each token, that a model has vectors for.
+"""Columns of examples: what their values have to be, and how those of several examples make a batch.
 
-A GPU ends a process on a token beyond its embedding, and a CPU says "index out of range": so the numbers are looked at
-before. This module knows columns and Hugging Face models' sizes; it knows nothing of tasks or sweeps.
+This module knows columns; it knows nothing of models or tasks.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +15,22 @@ from wherefrom.runtime.errors import InputError, first_line
 from wherefrom.tasks.losses import IGNORED
 
 
-def vector(name: str, values: object) -> Tensor:
-    """A column of one example, int64 [tokens]."""
+def tensor(
+    name: str,
+    value: object,
+    problem: str = "cannot be made a tensor",
+    advice: str = "Expected numbers of one shape, as the model takes them; leave out what it was trained without.",
+) -> Tensor:
+    """A column of one example as a tensor; refuses what is none, nor numbers that fill one."""
     try:
-        found = torch.as_tensor(values)
+        return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{name!r} is not a row of whole numbers ({first_line(error)}). Tokenise the dataset first."
-        ) from error
+        raise InputError(f"{name!r} {problem} ({first_line(error)}). {advice}") from error
+
+
+def vector(name: str, values: object) -> Tensor:
+    """A column of one example that has a whole number for each token, int64 [tokens]; refuses others."""
+    found = tensor(name, values, "is not a row of whole numbers", "Tokenise the dataset first.")
     exact = not (found.is_floating_point() or found.is_complex()) or not found.numel()  # an empty list is of floats
     if found.dim() != 1 or not exact or found.is_meta:
         kind = "on the meta device, without values," if found.is_meta else f"{found.dtype} {list(found.shape)}"
@@ -32,11 +39,7 @@ def vector(name: str, values: object) -> Tensor:
 
 
 def number(name: str, value: object) -> int:
-    """A column of one example that is one whole number, of 64 bits.
-
-    Raises:
-        InputError: it is something else.
-    """
+    """A column of one example that is one whole number, of 64 bits; refuses others."""
     try:
         found = operator.index(value)  # type: ignore[arg-type]
     except (TypeError, RuntimeError) as error:
@@ -46,25 +49,8 @@ def number(name: str, value: object) -> int:
     return found
 
 
-def class_of(example: object) -> int:
-    """The label of an example that has one for the whole of it, called `labels` or `label`.
-
-    Raises:
-        InputError: there is none, or it is no whole number.
-    """
-    assert isinstance(example, Mapping)
-    for name in ("labels", "label"):
-        if example.get(name) is not None:
-            return number(name, example[name])
-    raise InputError(f"SequenceClassification needs examples with an integer 'labels'; found {sorted(example)}.")
-
-
 def check_length(name: str, values: Tensor, tokens: int, of: str = "input_ids") -> None:
-    """Refuse a column that has not one number for each token of another column.
-
-    Raises:
-        InputError: names the column and both lengths.
-    """
+    """Refuse a column that has not one number for each token of another column."""
     if len(values) != tokens:
         raise InputError(
             f"{name!r} has {len(values)} numbers and {of!r} {tokens} tokens: expected one for each. Cut both "
@@ -73,11 +59,7 @@ def check_length(name: str, values: Tensor, tokens: int, of: str = "input_ids") 
 
 
 def check_mask(mask: Tensor) -> None:
-    """Refuse an attention mask that is not of 0 and 1, or of 0 alone.
-
-    Raises:
-        InputError: names the value.
-    """
+    """Refuse an attention mask that is not of 0 and 1, or of 0 alone."""
     wrong = mask[(mask != 0) & (mask != 1)]
     if len(wrong):
         raise InputError(f"'attention_mask' holds {int(wrong[0])}: expected 1 for a real token and 0 for padding.")
@@ -85,64 +67,8 @@ def check_mask(mask: Tensor) -> None:
         raise InputError("'attention_mask' is 0 everywhere: expected at least one real token. Leave the example out.")
 
 
-def check_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-    """Refuse tokens and positions that a Hugging Face model has no vectors for, of a batch on the host.
-
-    Raises:
-        InputError: names the highest token, or the longest sequence, and what the model has.
-    """
-    find = getattr(model, "get_input_embeddings", None)
-    embedding = find() if callable(find) else None
-    known = getattr(embedding, "num_embeddings", None)
-    ids = batch["input_ids"]
-    if isinstance(known, int) and bool((ids >= known).any()):
-        raise InputError(
-            f"'input_ids' holds token {int(ids.max())}, and the model has tokens 0 to {known - 1}. Tokenise the "
-            "examples with the tokenizer that the model was trained with."
-        )
-    # Without segments of its own, as in GPT-2, a model looks for them among its tokens.
-    segments = getattr(getattr(model, "config", None), "type_vocab_size", known)
-    if isinstance(segments, int) and "token_type_ids" in batch:
-        check_highest("token_type_ids", batch["token_type_ids"], segments, "segments")
-    longest = _positions(model)
-    if "position_ids" in batch:
-        if longest is not None:
-            check_highest("position_ids", batch["position_ids"], longest + _first_position(model), "positions")
-    elif longest is not None and ids.shape[1] > longest:
-        raise InputError(
-            f"a sequence has {ids.shape[1]} tokens, and the model positions for {longest}. Cut the examples as they "
-            "were cut for training."
-        )
-
-
-def _positions(model: nn.Module) -> int | None:
-    """How many positions a model has vectors for; None where it has none of its own, as with rotary positions."""
-    found = [module.num_embeddings - _reserved(module) for module in _position_embeddings(model)]
-    stated = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min([*found, *([stated] if isinstance(stated, int) else [])]) if found else None
-
-
-def _first_position(model: nn.Module) -> int:
-    """The number of the first token's position: not 0 in models such as RoBERTa, which begin behind their padding's."""
-    return max(map(_reserved, _position_embeddings(model)), default=0)
-
-
-def _position_embeddings(model: nn.Module) -> list[nn.Embedding]:
-    ends = ("wpe", "position_embeddings", "embed_positions")
-    return [each for name, each in model.named_modules() if isinstance(each, nn.Embedding) and name.endswith(ends)]
-
-
-def _reserved(embedding: nn.Embedding) -> int:
-    """How many of its vectors are no token's position."""
-    return 0 if embedding.padding_idx is None else embedding.padding_idx + 1
-
-
 def check_highest(name: str, values: Tensor, known: int, what: str) -> None:
-    """Refuse numbers that are not from 0 up to `known`, or labels that are ignored, of a tensor on the host.
-
-    Raises:
-        InputError: names the first.
-    """
+    """Refuse numbers that are not from 0 up to `known`, or labels that are ignored, of a tensor on the host."""
     wrong = values[((values < 0) | (values >= known)) & (values != IGNORED if name == "labels" else True)]
     if len(wrong):
         ignored = f", and {IGNORED} for what is not counted" if name == "labels" else ""
@@ -150,3 +76,38 @@ def check_highest(name: str, values: Tensor, known: int, what: str) -> None:
             f"{name!r} holds {int(wrong[0])}, and the model has {what} 0 to {known - 1}{ignored}. Look whether the "
             "examples are those that the model was trained with."
         )
+
+
+def collated(examples: Sequence[Mapping[str, Tensor]], padding: Mapping[str, int]) -> dict[str, Tensor]:
+    """Columns of examples, `input_ids` among them, as those of a batch, [batch, ...].
+
+    Args:
+        padding: the columns that are padded on the right to the longest, and with what; they come first.
+
+    Raises:
+        InputError: the examples have different columns, or shapes that do not belong together.
+    """
+    columns = examples[0].keys()
+    lacking = next((each for each in examples if each.keys() != columns), None)
+    if lacking is not None:
+        raise InputError(
+            f"One example has the columns {sorted(columns)} and another of the same batch {sorted(lacking)}; give all "
+            "examples the same."
+        )
+    names = [*(name for name in padding if name in columns), *(name for name in columns if name not in padding)]
+    return {name: _joined(name, examples, padding.get(name)) for name in names}
+
+
+def _joined(name: str, examples: Sequence[Mapping[str, Tensor]], padding: int | None) -> Tensor:
+    """A column that is padded, or has a row for each token (then with 0), or else one shape in all examples."""
+    columns, tokens = [each[name] for each in examples], [len(each["input_ids"]) for each in examples]
+    each_token = all(column.dim() and len(column) == count for column, count in zip(columns, tokens, strict=True))
+    if padding is not None or (each_token and len({column.shape[1:] for column in columns}) == 1):
+        return nn.utils.rnn.pad_sequence(columns, True, padding or 0)
+    if len({column.shape for column in columns}) == 1:
+        return torch.stack(columns)
+    shapes = ", ".join(str(list(column.shape)) for column in columns[:4])
+    raise InputError(
+        f"{name!r} has the shapes {shapes} in examples of {', '.join(map(str, tokens[:4]))} tokens: expected one "
+        "shape, or a row for each token. Bring the examples to one shape, or give a batch size of 1."
+    )

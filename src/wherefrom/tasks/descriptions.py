@@ -14,6 +14,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 
@@ -25,13 +26,8 @@ from wherefrom.runtime.errors import InputError
 from wherefrom.store.fingerprint import model_digest, tensors_digest
 
 # Where code lies that goes by its name: installed libraries and this one.
-_LIBRARIES = tuple(
-    folder + os.sep
-    for folder in {
-        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-        str(Path(__file__).parent),
-    }
-)
+_INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+_LIBRARIES = tuple(folder + os.sep for folder in {*_INSTALLED, str(Path(__file__).parents[1])})
 # What a function takes from around it, of these types, cannot change without its name being bound anew.
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -47,8 +43,8 @@ def described(what: str, value: object) -> str:
     """
     if isinstance(value, np.ndarray):
         value = torch.as_tensor(value)
-    if isinstance(value, Tensor):  # which Python prints rounded, and without its middle
-        return f"Tensor {tensors_digest({'value': value})}"
+    if isinstance(value, Tensor):
+        return _described_tensor(value)
     if isinstance(value, list | tuple | set | frozenset):
         parts = [described(what, each) for each in value]
         return f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, set | frozenset) else parts)})"
@@ -71,17 +67,17 @@ def described_class(kind: type) -> str:
     code = hashlib.sha256()
     for each in kind.__mro__:
         for name, member in sorted(vars(each).items()) if not _goes_by_name(each) else ():
-            for function in _functions(member):
-                code.update(f"{name} {_described_code(function, frozenset())}".encode())
+            # Behind class methods, cached properties and properties.
+            behind = (getattr(member, attribute, None) for attribute in ("__func__", "func", "fget", "fset"))
+            for function in (member, *behind):
+                if isinstance(function, FunctionType):
+                    code.update(f"{name} {_described_code(function, frozenset())}".encode())
     named = f"{kind.__module__}.{kind.__qualname__}"
     return named if _goes_by_name(kind) else f"{named} {code.hexdigest()[:24]}"
 
 
-def _functions(member: object) -> list[FunctionType]:
-    """The functions behind a member of a class."""
-    wrapped = [member, getattr(member, "__func__", None), getattr(member, "func", None)]
-    wrapped += [getattr(member, name, None) for name in ("fget", "fset")]
-    return [each for each in wrapped if isinstance(each, FunctionType)]
+def _described_tensor(value: Tensor) -> str:
+    return f"Tensor {tensors_digest({'value': value})}"  # Python prints it rounded, and without its middle
 
 
 def _described_function(what: str, value: object) -> str | None:
@@ -104,17 +100,11 @@ def _described_function(what: str, value: object) -> str | None:
 
 
 def _goes_by_name(value: type | FunctionType) -> bool:
-    """Whether a class or function is of an installed library, or of this one."""
-    file = value.__code__.co_filename if isinstance(value, FunctionType) else _file_of(value.__module__)
-    return file is None or file.startswith(_LIBRARIES)
-
-
-def _file_of(module: str) -> str | None:
-    """Where a module is defined; None for those that are built in, "" for one that is typed in."""
-    found = sys.modules.get(module)
-    if module in sys.builtin_module_names:
-        return None
-    return str(getattr(found, "__file__", None) or "")
+    """Whether a class or function is built in, or of an installed library or of this one."""
+    if isinstance(value, FunctionType):
+        return value.__code__.co_filename.startswith(_LIBRARIES)
+    file = getattr(sys.modules.get(value.__module__), "__file__", None) or ""  # nothing where it is typed in
+    return value.__module__ in sys.builtin_module_names or file.startswith(_LIBRARIES)
 
 
 def _described_code(function: FunctionType, seen: frozenset[CodeType]) -> str:
@@ -134,26 +124,21 @@ def _described_code(function: FunctionType, seen: frozenset[CodeType]) -> str:
 
 def _code(code: CodeType, documentation: str | None) -> str:
     """Instructions, names and constants of a code object and of those within it; not where it stands."""
-    constants = [
-        _code(each, None) if isinstance(each, CodeType) else _constant(each)
-        for each in code.co_consts
-        if documentation is None or each != documentation
-    ]
+    constants = []
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            constants.append(_code(each, None))
+        elif documentation is None or each != documentation:
+            constants.append(str(sorted(map(repr, each))) if isinstance(each, frozenset) else repr(each))
     return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
-def _constant(value: object) -> str:
-    return str(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
-
-
 def _closure(function: FunctionType) -> dict[str, object]:
-    """What a function has taken along from the function around it."""
-    found = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
+    """What a function has taken along from the function around it; None for what is not bound yet."""
+    found: dict[str, object] = dict.fromkeys(function.__code__.co_freevars)
+    for name, cell in zip(found, function.__closure__ or (), strict=True):
+        with suppress(ValueError):
             found[name] = cell.cell_contents
-        except ValueError:  # not bound yet
-            found[name] = None
     return found
 
 
@@ -174,7 +159,7 @@ def _around(value: object, seen: frozenset[CodeType]) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(_around(each, seen) for each in value)})"
     if isinstance(value, Tensor):
-        return f"Tensor {tensors_digest({'value': value})}"
+        return _described_tensor(value)
     if isinstance(value, FunctionType):
         named = f"{value.__module__}.{value.__qualname__}"
         return named if _goes_by_name(value) else f"{named} {_described_code(value, seen)}"

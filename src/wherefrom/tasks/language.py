@@ -18,9 +18,10 @@ from torch.nn import functional
 
 from wherefrom.runtime.errors import InputError
 from wherefrom.runtime.precision import widened
-from wherefrom.tasks import model_inputs, packing
-from wherefrom.tasks.columns import check_highest, check_length, check_mask, check_tokens, class_of, number, vector
+from wherefrom.tasks import packing
+from wherefrom.tasks.columns import check_highest, check_length, check_mask, collated, number, tensor, vector
 from wherefrom.tasks.losses import IGNORED, drawn_cross_entropy, summed_cross_entropy
+from wherefrom.tasks.model_inputs import accepted, check_tokens, model_columns, selected
 from wherefrom.tasks.sampling import Sampler
 from wherefrom.tasks.task import Task
 
@@ -70,6 +71,9 @@ class LanguageTask(Task[TokenBatch]):
     labels_each_token: ClassVar[bool] = True
     """Whether `labels` has one number for each of `input_ids`."""
 
+    needed_labels: ClassVar[str | None] = None
+    """What `labels` are, of a task that cannot do without them."""
+
     def __init__(self, layers: Sequence[str] | None = None, measure: Measure = "loss") -> None:
         super().__init__(layers)
         if measure not in ("loss", "margin"):
@@ -81,14 +85,10 @@ class LanguageTask(Task[TokenBatch]):
         raise NotImplementedError(f"{type(self).__name__} must define predictions(model, batch).")
 
     def select(self, model: nn.Module, example: object) -> object:
-        return model_inputs.selected(model, example, self.read) if isinstance(example, Mapping) else example
+        return selected(model, example, self.read) if isinstance(example, Mapping) else example
 
     def check(self, model: nn.Module, batch: TokenBatch) -> None:
-        """Refuse tokens, positions and labels that the model does not have.
-
-        Raises:
-            InputError: names the first, and what there is.
-        """
+        """Refuse tokens, positions and labels that the model does not have, with an `InputError`."""
         check_tokens(model, self.inputs(model, batch))
         known = self.classes(model)
         if known is not None and "labels" in batch:
@@ -127,12 +127,12 @@ class LanguageTask(Task[TokenBatch]):
         attention_mask: a model that is given none can take its fast attention without a look at the values, also when
         it is compiled.
         """
-        batch = model_inputs.collated([self.row(example) for example in examples], self.padding)
+        batch = collated([self.columns(example) for example in examples], self.padding)
         if "position_ids" not in batch and bool((batch["attention_mask"] == 1).all()):
             del batch["attention_mask"]
         return batch
 
-    def row(self, example: object) -> TokenBatch:
+    def columns(self, example: object) -> TokenBatch:
         """One example's columns, those of tokens as int64 vectors; the attention mask is filled in where it is missing.
 
         Raises:
@@ -144,32 +144,30 @@ class LanguageTask(Task[TokenBatch]):
                 f"{type(self).__name__} needs examples that are dicts with 'input_ids'; found {found}. "
                 "Tokenise the dataset first, or write a Task with its own collate."
             )
-        others = model_inputs.model_columns(example, self.read)
+        others = model_columns(example, self.read)
         own = {name: example[name] for name in self.read & self.padding.keys() if example.get(name) is not None}
-        row = {name: vector(name, value) for name, value in {**own, **others}.items() if name in self.padding}
-        tokens = len(row["input_ids"])
+        columns = {name: vector(name, value) for name, value in {**own, **others}.items() if name in self.padding}
+        tokens = len(columns["input_ids"])
         if not tokens:
             raise InputError("'input_ids' is empty: expected at least one token. Leave the example out.")
-        if bool((row["input_ids"] < 0).any()):
+        if bool((columns["input_ids"] < 0).any()):
             raise InputError(
-                f"'input_ids' holds {int(row['input_ids'].min())}, which is no token. Mark padding with an "
+                f"'input_ids' holds {int(columns['input_ids'].min())}, which is no token. Mark padding with an "
                 "attention_mask of 0, and what is not counted with labels of -100."
             )
-        for name, values in row.items():
+        for name, values in columns.items():
             if self.labels_each_token or name not in _DECODED:
                 check_length(name, values, tokens)
-        check_mask(row.setdefault("attention_mask", torch.ones_like(row["input_ids"])))
-        return row | {name: model_inputs.tensor(name, others[name]) for name in others.keys() - self.padding.keys()}
+        check_mask(columns.setdefault("attention_mask", torch.ones_like(columns["input_ids"])))
+        if self.needed_labels is not None and "labels" not in columns:
+            name = type(self).__name__
+            raise InputError(f"{name} needs examples with 'labels': {self.needed_labels}; found {sorted(columns)}.")
+        return columns | {name: tensor(name, others[name]) for name in others.keys() - self.padding.keys()}
 
     def inputs(self, model: nn.Module, batch: TokenBatch) -> TokenBatch:
         """What the model is called with: tokens, their mask, and the columns that its forward takes."""
-        taken = model_inputs.accepted(model)
-        always = ("input_ids", "attention_mask")
-        return {name: each for name, each in batch.items() if name in always or name in taken - self.read}
-
-    def _need_labels(self, row: TokenBatch, what: str) -> None:
-        if "labels" not in row:
-            raise InputError(f"{type(self).__name__} needs examples with 'labels': {what}; found {sorted(row)}.")
+        taken = (accepted(model) - self.read) | {"input_ids", "attention_mask"}
+        return {name: each for name, each in batch.items() if name in taken}
 
 
 class CausalLM(LanguageTask):
@@ -231,24 +229,24 @@ class CausalLM(LanguageTask):
         if "position_ids" in self.inputs(model, batch):
             packing.check_apart(model, batch)
 
-    def row(self, example: object) -> TokenBatch:
-        row = super().row(example)
+    def columns(self, example: object) -> TokenBatch:
+        columns = super().columns(example)
         assert isinstance(example, Mapping)
-        if example.get("seq_lengths") is not None and "position_ids" not in row:
-            row["position_ids"] = packing.positions_of(example["seq_lengths"], len(row["input_ids"]))
-        labels = _labels(row)
-        if "position_ids" in row:
-            packing.check_mask_of_packed(example, row["position_ids"], row["attention_mask"])
-            labels = labels.masked_fill(row["position_ids"] == 0, IGNORED)
+        if example.get("seq_lengths") is not None and "position_ids" not in columns:
+            columns["position_ids"] = packing.positions_of(example["seq_lengths"], len(columns["input_ids"]))
+        labels = _labels(columns)
+        if "position_ids" in columns:
+            packing.check_mask_of_packed(example, columns["position_ids"], columns["attention_mask"])
+            labels = labels.masked_fill(columns["position_ids"] == 0, IGNORED)
         for name in _COUNTING:
             if example.get(name) is not None:
                 counted = vector(name, example[name])
                 check_length(name, counted, len(labels))
                 labels = labels.masked_fill(counted == 0, IGNORED)
         if example.get("prompt_length") is not None:
-            prompt = (row["attention_mask"].cumsum(0) - 1) < number("prompt_length", example["prompt_length"])
+            prompt = (columns["attention_mask"].cumsum(0) - 1) < number("prompt_length", example["prompt_length"])
             labels = labels.masked_fill(prompt, IGNORED)
-        return {**row, "labels": labels}
+        return {**columns, "labels": labels}
 
 
 class MaskedLM(LanguageTask):
@@ -259,14 +257,11 @@ class MaskedLM(LanguageTask):
     whenever the dataset is read.
     """
 
+    needed_labels = "the masked tokens, and -100 for all others"
+
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         logits: Tensor = model(**self.inputs(model, batch)).logits
         return logits, _of_real_tokens(batch["labels"], batch)
-
-    def row(self, example: object) -> TokenBatch:
-        row = super().row(example)
-        self._need_labels(row, "the masked tokens, and -100 for all others")
-        return row
 
 
 class Seq2Seq(LanguageTask):
@@ -281,7 +276,8 @@ class Seq2Seq(LanguageTask):
     layers for them.
     """
 
-    labels_each_token: ClassVar[bool] = False
+    labels_each_token = False
+    needed_labels = "the tokens that the decoder is to write"
     padding: ClassVar[Mapping[str, int]] = {**LanguageTask.padding, "decoder_input_ids": 0, "decoder_attention_mask": 0}
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
@@ -302,14 +298,13 @@ class Seq2Seq(LanguageTask):
                 batch[name] = functional.pad(batch[name], (0, 1), value=self.padding[name])
         return batch
 
-    def row(self, example: object) -> TokenBatch:
-        row = super().row(example)
-        self._need_labels(row, "the tokens that the decoder is to write")
-        if not len(row["labels"]):
+    def columns(self, example: object) -> TokenBatch:
+        columns = super().columns(example)
+        if not len(columns["labels"]):
             raise InputError("'labels' is empty: expected at least one token for the decoder. Leave the example out.")
-        for name in row.keys() & _DECODED:
-            check_length(name, row[name], len(row["labels"]), "labels")
-        return row
+        for name in columns.keys() & _DECODED:
+            check_length(name, columns[name], len(columns["labels"]), "labels")
+        return columns
 
 
 class SequenceClassification(LanguageTask):
@@ -356,7 +351,7 @@ class SequenceClassification(LanguageTask):
         batch = super().collate(examples)
         if "attention_mask" in batch:
             batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, self.pad_token)
-        return {**batch, "labels": torch.tensor([class_of(example) for example in examples])}
+        return {**batch, "labels": torch.tensor([_class_of(example) for example in examples])}
 
 
 def _of_real_tokens(labels: Tensor, batch: TokenBatch) -> Tensor:
@@ -365,22 +360,25 @@ def _of_real_tokens(labels: Tensor, batch: TokenBatch) -> Tensor:
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
 
 
-def _labels(batch: Mapping[str, Tensor]) -> Tensor:
-    labels = batch.get("labels")
-    if labels is None:
-        labels = batch["input_ids"]
-        mask = batch.get("attention_mask")
-        if mask is not None:
-            labels = labels.masked_fill(mask == 0, IGNORED)
-    return labels
+def _labels(batch: TokenBatch) -> Tensor:
+    return batch["labels"] if "labels" in batch else _of_real_tokens(batch["input_ids"], batch)
+
+
+def _class_of(example: object) -> int:
+    """The label of an example that has one for the whole of it."""
+    assert isinstance(example, Mapping)
+    for name in ("labels", "label"):
+        if example.get(name) is not None:
+            return number(name, example[name])
+    raise InputError(f"SequenceClassification needs examples with an integer 'labels'; found {sorted(example)}.")
 
 
 def _summed_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum over counted labels of their logit less the log-sum-exp of all other logits: a scalar."""
     counted = labels != IGNORED
-    rows, chosen = widened(logits[counted]), labels[counted].unsqueeze(-1)  # [counted, classes], [counted, 1]
-    others = rows.scatter(-1, chosen, -torch.inf).logsumexp(-1)
-    return (rows.gather(-1, chosen).squeeze(-1) - others).sum()
+    logits, chosen = widened(logits[counted]), labels[counted].unsqueeze(-1)  # [counted, classes], [counted, 1]
+    others = logits.scatter(-1, chosen, -torch.inf).logsumexp(-1)
+    return (logits.gather(-1, chosen).squeeze(-1) - others).sum()
 
 
 def _places(mask: Tensor, position: int) -> Tensor:

@@ -1,20 +1,22 @@
-"""Which columns of an example a model takes, as its forward's signature says, and how they make a batch.
+"""What a model takes: the columns that its forward's signature names, and the tokens and positions it has vectors for.
 
 A column that the model would use and that is not passed on changes the answer, and nobody would notice; one that it
-cannot take, such as a text or a number that tells where a row comes from, is nothing to it. This module knows models'
-signatures and columns; it knows nothing of tasks.
+cannot take, such as a text or a number that tells where a row comes from, is nothing to it. A GPU ends a process on a
+token beyond its embedding, and a CPU says "index out of range": so the numbers are looked at before. This module knows
+Hugging Face models' signatures and sizes; it knows nothing of tasks.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from wherefrom.runtime.errors import InputError, first_line
+from wherefrom.runtime.errors import InputError
+from wherefrom.tasks.columns import check_highest
 
 # Arguments of a forward that no column of a dataset can be, and what is to be done instead.
 _REFUSED = {
@@ -29,6 +31,7 @@ _REFUSED = {
 }
 # What collators for packed rows write besides positions, and models take among their **kwargs.
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 _known: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
@@ -42,13 +45,13 @@ def accepted(model: nn.Module) -> frozenset[str]:
         adapted = getattr(model, "get_base_model", None)  # peft's
         whole = adapted() if callable(adapted) else model
         named = (names for names in map(_arguments, whole.modules()) if "input_ids" in names)
-        _known[model] = frozenset(next(named, _arguments(model)))
+        _known[model] = next(named, _arguments(model))
     return _known[model]
 
 
-def _arguments(module: nn.Module) -> list[str]:
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [name for name, each in inspect.signature(module.forward).parameters.items() if each.kind in named]
+def _arguments(module: nn.Module) -> frozenset[str]:
+    parameters = inspect.signature(module.forward).parameters
+    return frozenset(name for name, each in parameters.items() if each.kind in _NAMED)
 
 
 class Selected(dict[str, object]):
@@ -66,11 +69,12 @@ def selected(model: nn.Module, example: Mapping[str, object], read: frozenset[st
     Raises:
         InputError: the model takes a column that cannot be passed on.
     """
-    taken = accepted(model) - read
+    found = Selected(example)
+    found.taken = accepted(model) - read
     for name, value in example.items():
         if value is None or name in read:
             continue
-        if name in taken and (name in _REFUSED or isinstance(value, str | bytes)):
+        if name in found.taken and (name in _REFUSED or isinstance(value, str | bytes)):
             reason = _REFUSED.get(name, f"it is a {type(value).__name__}: give numbers, or leave it out")
             raise InputError(f"{name!r} is an input of {type(model).__name__} that cannot be passed on; {reason}.")
         if name in _BOUNDARIES and example.get("position_ids") is None:
@@ -78,8 +82,6 @@ def selected(model: nn.Module, example: Mapping[str, object], read: frozenset[st
                 f"{name!r} says where documents of one row begin, and there are no 'position_ids', by which models "
                 "without flash attention tell them apart. Give these too, starting from 0 in each document."
             )
-    found = Selected(example)
-    found.taken = taken
     return found
 
 
@@ -97,51 +99,47 @@ def _is_tensor(value: object) -> bool:
         return False
 
 
-def tensor(name: str, value: object) -> Tensor:
-    """A column of one example as the model is given it, but for the batch dimension.
+def check_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Refuse tokens and positions that a Hugging Face model has no vectors for, of a batch on the host.
 
     Raises:
-        InputError: it is no tensor, nor numbers that fill one.
+        InputError: names the highest token, or the longest sequence, and what the model has.
     """
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    find = getattr(model, "get_input_embeddings", None)
+    known = getattr(find() if callable(find) else None, "num_embeddings", None)
+    ids = batch["input_ids"]
+    if isinstance(known, int) and bool((ids >= known).any()):
         raise InputError(
-            f"{name!r} cannot be made a tensor ({first_line(error)}): expected numbers of one shape, as the model "
-            "takes them. Leave the column out if the model was trained without it."
-        ) from error
-
-
-def collated(rows: Sequence[Mapping[str, Tensor]], padding: Mapping[str, int]) -> dict[str, Tensor]:
-    """Columns of examples as those of a batch, [batch, ...].
-
-    Args:
-        rows: of each example, `input_ids` among them.
-        padding: the columns that are padded on the right to the longest, and with what.
-
-    Raises:
-        InputError: the examples have different columns, or shapes that do not belong together.
-    """
-    names = [*(name for name in padding if name in rows[0]), *(name for name in rows[0] if name not in padding)]
-    lacking = next((row for row in rows if row.keys() != rows[0].keys()), None)
-    if lacking is not None:
-        raise InputError(
-            f"One example has the columns {sorted(rows[0])} and another of the same batch {sorted(lacking)}; give all "
-            "examples the same."
+            f"'input_ids' holds token {int(ids.max())}, and the model has tokens 0 to {known - 1}. Tokenise the "
+            "examples with the tokenizer that the model was trained with."
         )
-    return {name: _joined(name, rows, padding.get(name)) for name in names}
+    # Without segments of its own, as in GPT-2, a model looks for them among its tokens.
+    segments = getattr(getattr(model, "config", None), "type_vocab_size", known)
+    if isinstance(segments, int) and "token_type_ids" in batch:
+        check_highest("token_type_ids", batch["token_type_ids"], segments, "segments")
+    positions = _positions(model)
+    if positions is None:
+        return
+    if "position_ids" in batch:
+        check_highest("position_ids", batch["position_ids"], positions.stop, "positions")
+    elif ids.shape[1] > len(positions):
+        raise InputError(
+            f"a sequence has {ids.shape[1]} tokens, and the model positions for {len(positions)}. Cut the examples as "
+            "they were cut for training."
+        )
 
 
-def _joined(name: str, rows: Sequence[Mapping[str, Tensor]], padding: int | None) -> Tensor:
-    """A column that is padded, or has a row for each token (then with 0), or else one shape in all examples."""
-    columns, tokens = [row[name] for row in rows], [len(row["input_ids"]) for row in rows]
-    each_token = all(column.dim() and len(column) == count for column, count in zip(columns, tokens, strict=True))
-    if padding is not None or (each_token and len({column.shape[1:] for column in columns}) == 1):
-        return nn.utils.rnn.pad_sequence(columns, True, padding or 0)
-    if len({column.shape for column in columns}) == 1:
-        return torch.stack(columns)
-    shapes = ", ".join(str(list(column.shape)) for column in columns[:4])
-    raise InputError(
-        f"{name!r} has the shapes {shapes} in examples of {', '.join(map(str, tokens[:4]))} tokens: expected one "
-        "shape, or a row for each token. Bring the examples to one shape, or give a batch size of 1."
-    )
+def _positions(model: nn.Module) -> range | None:
+    """The positions of tokens that a model has vectors for; None where it has none of its own, as with rotary ones."""
+    ends = ("wpe", "position_embeddings", "embed_positions")
+    embeddings = [
+        each for name, each in model.named_modules() if isinstance(each, nn.Embedding) and name.endswith(ends)
+    ]
+    if not embeddings:
+        return None
+    # Models such as RoBERTa begin behind their padding's position.
+    first = [0 if each.padding_idx is None else each.padding_idx + 1 for each in embeddings]
+    counts = [each.num_embeddings - begin for each, begin in zip(embeddings, first, strict=True)]
+    stated = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    count = min([*counts, stated] if isinstance(stated, int) else counts)
+    return range(max(first), max(first) + count)

@@ -27,11 +27,7 @@ _tried: WeakKeyDictionary[nn.Module, dict[str, tuple[bool, bool]]] = WeakKeyDict
 
 
 def positions_of(lengths: object, tokens: int) -> Tensor:
-    """Positions that start from 0 in each document of a row, int64 [tokens], from the documents' lengths.
-
-    Raises:
-        InputError: the lengths are not those of documents that fill the row.
-    """
+    """Positions that start from 0 in each document of a row, int64 [tokens]; refuses lengths that do not fill it."""
     counts = vector("seq_lengths", lengths)
     if int(counts.sum()) != tokens or bool((counts < 1).any()):
         raise InputError(
@@ -47,14 +43,7 @@ def starts(positions: Tensor) -> Tensor:
 
 
 def check_mask_of_packed(example: Mapping[str, object], positions: Tensor, mask: Tensor) -> None:
-    """Refuse an attention mask with which documents of one row would not be kept apart.
-
-    Args:
-        positions, mask: of the example, int64 [tokens].
-
-    Raises:
-        InputError: says what to do.
-    """
+    """Refuse an attention mask [tokens] with which documents of one row, by its positions, would not be kept apart."""
     if bool((mask.diff() > 0).any()):
         raise InputError(
             "'attention_mask' leaves out tokens before others, and there are 'position_ids': of these two, models take "
@@ -78,9 +67,6 @@ def check_apart(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
 
     Args:
         batch: with `position_ids`, on the model's device.
-
-    Raises:
-        InputError: names the model.
     """
     attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
     known = _tried.setdefault(model, {})
@@ -120,11 +106,7 @@ def _keeps_apart(model: nn.Module, tokens: Tensor, rows: int) -> bool:
 
 
 def check_positions_taken(model: nn.Module, example: Mapping[str, object]) -> None:
-    """Refuse lengths of documents for a model that takes no positions.
-
-    Raises:
-        InputError: names the model.
-    """
+    """Refuse lengths of documents for a model that takes no positions."""
     if example.get("seq_lengths") is not None and "position_ids" not in accepted(model):
         raise InputError(
             f"'seq_lengths' says that rows hold several documents, and {type(model).__name__} takes no 'position_ids', "

@@ -44,8 +44,7 @@ def softmax_statistics(logits: Tensor) -> SoftmaxStatistics:
     """Read the logits [positions, classes] once; no gradient flows through the result."""
     size = 1 << tree_depth(logits.shape[1]) // 2
     with torch.no_grad():
-        summed = _sums_below_one_maximum if logits.device.type == "cpu" else _block_sums
-        parts = [summed(chunk, size) for chunk in logits.split(positions_at_once(logits))]
+        parts = [_block_sums(chunk, size) for chunk in logits.split(positions_at_once(logits))]
         maxima, sums = (torch.cat(each) for each in zip(*parts, strict=True))
         maximum = maxima.amax(1, keepdim=True)
         sums = sums * (maxima - maximum).exp()
@@ -76,26 +75,10 @@ def _block_sums(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
     A run is so short that a kernel needs to read it from memory once for both.
     """
-    runs = _runs(widened(logits), size)
-    maxima = [_above_infinity(run.amax(2)) for run in runs]
+    wide, whole = widened(logits), logits.shape[1] // size * size
+    views = (wide[:, :whole].unflatten(1, (-1, size)), wide[:, whole:].unsqueeze(1))  # whole runs, and the rest
+    runs = [view for view in views if view.shape[1:].numel()]
+    # Exponentials of logits that are all minus infinity are 0, and would not be less an infinite maximum.
+    maxima = [run.amax(2).clamp_min(torch.finfo(wide.dtype).min) for run in runs]
     sums = [(run - maximum.unsqueeze(2)).exp_().sum(2) for run, maximum in zip(runs, maxima, strict=True)]
     return torch.cat(maxima, 1), torch.cat(sums, 1)
-
-
-def _sums_below_one_maximum(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The same with one maximum for all, [positions, 1], which a CPU finds faster; the logits stay in its cache."""
-    wide = widened(logits)
-    maximum = _above_infinity(wide.amax(1, keepdim=True))
-    return maximum, torch.cat([run.sum(2) for run in _runs((wide - maximum).exp_(), size)], 1)
-
-
-def _runs(tensor: Tensor, size: int) -> list[Tensor]:
-    """Views [positions, blocks, size] of [positions, classes]: the whole blocks, and the rest if there is one."""
-    whole = tensor.shape[1] // size * size
-    views = (tensor[:, :whole].unflatten(1, (-1, size)), tensor[:, whole:].unsqueeze(1))
-    return [view for view in views if view.shape[1:].numel()]
-
-
-def _above_infinity(maximum: Tensor) -> Tensor:
-    """Exponentials of logits that are all minus infinity are 0, and would not be less an infinite maximum."""
-    return maximum.clamp_min(torch.finfo(maximum.dtype).min)

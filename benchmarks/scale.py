@@ -15,9 +15,9 @@ from rich.console import Console
 from tables import rendered
 from workload import ROOT
 
-from wherefrom.cli.calculator import Estimate, Stage
-from wherefrom.cli.plan import PlanArguments
-from wherefrom.cli.scale import duration, scale_text
+from wherefrom.cli.calculator import Estimate
+from wherefrom.cli.plan import PlanArguments, estimate_text
+from wherefrom.planning.stages import Stage, duration
 
 DOCUMENT = ROOT / "docs" / "scale.md"
 _WIDTH = 100
@@ -47,7 +47,7 @@ class Run:
         """What the command prints."""
         console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
         with console.capture() as capture:
-            console.print(scale_text(self.estimate, self.arguments.alternatives()))
+            console.print(estimate_text(self.estimate, self.arguments.alternatives()))
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     def stage(self, name: str) -> Stage:

@@ -19,17 +19,18 @@ import wherefrom as wf
 from tests.models import TRANSFORMERS, gpt2
 from wherefrom.cli.calculator import Estimate, Hardware, Request
 from wherefrom.cli.main import main
-from wherefrom.cli.scale import sections
+from wherefrom.cli.plan import sections
+from wherefrom.cli.shared import StrategyName
 from wherefrom.hf.blueprint import PRESETS, Blueprint, measure, model_without_weights
 from wherefrom.runtime.errors import InputError, LayerError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
 MACHINE = Hardware(
-    ranks=1, memory=1000 * GIB, host_memory=1000 * GIB, matmul=4e14, eigen=1e12, efficiency=0.5, link=1e11, copy=2.5e10,
+    ranks=1, memory=1000 * GIB, host=1000 * GIB, matmul=4e14, eigen=1e12, efficiency=0.5, link=1e11, copy=2.5e10,
     device=CUDA,
 )  # fmt: skip
-REQUEST = Request("ekfac", train=4656, fit_train=4656, queries=481)
+REQUEST = Request(train=4656, queries=481)
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +57,20 @@ def flop(estimate: Estimate) -> dict[str, float]:
 @pytest.mark.parametrize("strategy", ["identity", "kfac", "ekfac", "shampoo"])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_the_plan_on_paper_is_that_of_the_real_model(
-    tmp_path: Path, small: Path, strategy: str, rank: int | None
+    tmp_path: Path, small: Path, strategy: StrategyName, rank: int | None
 ) -> None:
     rows: list[object] = [{"input_ids": list(range(10))}] * 14
     study = wf.Study(tmp_path, gpt2(torch.float32), wf.CausalLM(), train=rows)
     with sdpa_kernel(SDPBackend.MATH):  # without numbers there is no fused attention of a CPU
         real = study.plan(rows[:5], strategy, query_rank=rank)
-    request = Request(strategy, train=14, fit_train=14, queries=5, query_rank=rank)
+    request = Request(train=14, queries=5, strategy=strategy, query_rank=rank)
     paper = Estimate(measure(str(small), 10, device=CPU), request, replace(MACHINE, device=CPU))
     assert paper.plan.job.example == real.job.example
     assert (paper.plan.train_batch, paper.plan.block, paper.plan.form) == (14, 5, real.form)
-    assert paper.plan.costs() == real.costs()
-    for cost in real.costs():
-        stage = next(each for each in paper.stages if each.name == cost.stage)
-        assert (stage.passes, stage.flop) == (cost.passes, cost.flop)
-        assert stage.bytes == paper.weight_bytes + cost.bytes
+    assert paper.plan.stages() == real.stages()
+    for stage, planned in zip(paper.stages, real.stages(), strict=True):
+        assert (stage.name, stage.passes, stage.flop) == (planned.name, planned.passes, planned.flop)
+        assert stage.bytes == paper.weight_bytes + planned.bytes
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_operations_of_more_training_examples_are_those_that_run(tmp_path: P
         with FlopCounterMode(display=False) as counter:
             study.score(rows[:10], factors, query_rank=rank, train_batch_size=20)
         counted.append(counter.get_total_flops())
-        planned.append(study.plan(rows[:10], "identity", query_rank=rank, train_batch_size=20).costs()[-1].flop)
+        planned.append(study.plan(rows[:10], "identity", query_rank=rank, train_batch_size=20).stages()[-1].flop)
     assert counted[0] - counted[1] == planned[0] - planned[1]
 
 
@@ -146,7 +146,7 @@ def test_the_operations_of_more_training_examples_are_those_that_run(tmp_path: P
 
 
 def test_ranks_share_the_work_and_exchange_their_sums(published: Blueprint) -> None:
-    one = Estimate(published, replace(REQUEST, train=4800, fit_train=4800, queries=480), MACHINE)
+    one = Estimate(published, replace(REQUEST, train=4800, queries=480), MACHINE)
     eight = replace(one, hardware=replace(MACHINE, ranks=8))
     squares = 12 * 4 * sum(out**2 + width**2 for out, width in [(2304, 776), (768, 776), (3072, 776), (768, 3080)])
     for single, shared in zip(one.stages, eight.stages, strict=True):
@@ -178,7 +178,7 @@ def test_eigendecompositions_are_spread_by_layer(published: Blueprint) -> None:
 
 def test_sharded_weights_are_gathered_for_every_batch(small: Path) -> None:
     whole = Estimate(
-        measure(str(small), 10), Request("identity", train=100, fit_train=100, queries=8), replace(MACHINE, ranks=4)
+        measure(str(small), 10), Request(train=100, queries=8, strategy="identity"), replace(MACHINE, ranks=4)
     )
     sharded = replace(whole, request=replace(whole.request, shard_model=True, batch_size=5))
     weights, blocks = gpt2().num_parameters(), gpt2().transformer.h
@@ -209,19 +209,19 @@ def test_what_does_not_fit_is_said_and_an_option_that_helps_is_found(published: 
     others = little.alternatives({False: published, True: measure("gpt2", 512, half_precision=True)})
     assert others["with --offload-factors"].lacking is None
     assert "with --shard-model" not in others  # one rank has nothing to share
-    starved = replace(others["with --offload-factors"], hardware=replace(little.hardware, host_memory=GIB))
+    starved = replace(others["with --offload-factors"], hardware=replace(little.hardware, host=GIB))
     assert starved.lacking == "host memory"
 
 
 def test_highest_scores_take_a_fixed_part_of_the_disk(published: Blueprint) -> None:
     matrix = Estimate(published, replace(REQUEST, train=10**7), MACHINE).disk
     top = Estimate(published, replace(REQUEST, train=10**7, top=1000), MACHINE).disk
-    assert matrix["scores"].kept == pytest.approx(4 * 481 * 10**7, rel=1e-3)
+    assert matrix["scores"].stored == pytest.approx(4 * 481 * 10**7, rel=1e-3)
     assert matrix["scores"].peak == pytest.approx(3 * 4 * 481 * 10**7, rel=1e-3)  # blocks, put together, the result
-    assert top["scores"].kept == pytest.approx(2 * 12 * 481 * 1000, rel=1e-3)  # the highest and the lowest
+    assert top["scores"].stored == pytest.approx(2 * 12 * 481 * 1000, rel=1e-3)  # the highest and the lowest
     exact = 12 * 4 * sum(out**2 + width**2 for out, width in [(2304, 769), (768, 769), (3072, 769), (768, 3073)])
-    assert matrix["covariance"].kept == pytest.approx(exact, rel=1e-3)
-    assert top["eigenbasis"].kept == pytest.approx(exact, rel=2e-3)  # and the eigenvalues of both sides
+    assert matrix["covariance"].stored == pytest.approx(exact, rel=1e-3)
+    assert top["eigenbasis"].stored == pytest.approx(exact, rel=2e-3)  # and the eigenvalues of both sides
 
 
 # Wrong use
@@ -231,9 +231,10 @@ def test_highest_scores_take_a_fixed_part_of_the_disk(published: Blueprint) -> N
     ("change", "message"),
     [({"queries": 0}, "queries=0: expected at least 1"), ({"fit_train": 10**6}, "at most the 4656 training sequences")],
 )
-def test_impossible_requests_are_refused(change: dict[str, int], message: str) -> None:
+def test_impossible_requests_are_refused(published: Blueprint, change: dict[str, int], message: str) -> None:
+    request = replace(REQUEST, **change)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=message):
-        replace(REQUEST, **change)  # type: ignore[arg-type]
+        Estimate(published, request, MACHINE)
 
 
 def test_impossible_machines_and_models_are_refused(small: Path) -> None:

@@ -22,9 +22,9 @@ from wherefrom.curvature.gauss_newton import DampedGaussNewton
 from wherefrom.curvature.operators import Preconditioner
 from wherefrom.engine.loading import Rows
 from wherefrom.engine.sweep import Collector, Objective, Sweep
-from wherefrom.planning.job import Job, Wanted
+from wherefrom.planning.disk import Blocks
+from wherefrom.planning.job import Job
 from wherefrom.planning.plan import Plan, plan_scores
-from wherefrom.planning.space import Blocks
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import MemoryLimitError
 from wherefrom.runtime.memory import within_memory
@@ -56,11 +56,9 @@ def make_plan(
     """The plan of a score, from what a query and a training example take.
 
     Args:
-        loaded: whether the factors are in memory already; otherwise room is left for them.
+        loaded: whether the factors are in memory already; otherwise memory is left for them.
     """
     dtype = torch.bfloat16 if options.half_precision else sweep.dtype
-    batches = options.query_batch_size, options.train_batch_size
-    wanted = Wanted(dtype, options.query_rank, *batches, options.query_bits)
     job = Job(
         layers=sweep.layers,
         strategy=strategy,
@@ -68,10 +66,14 @@ def make_plan(
         train=len(train),
         query=sweep.footprint(queries, measurement(sweep.task)),
         example=sweep.footprint(train, training_loss(sweep.task)),
-        wanted=wanted,
+        dtype=dtype,
         usable=sweep.ranks.least(sweep.usable_memory()),
         device=sweep.device,
-        factors_on_host=sweep.offload_factors,
+        query_rank=options.query_rank,
+        query_bits=options.query_bits,
+        query_batch=options.query_batch_size,
+        train_batch=options.train_batch_size,
+        offload_factors=sweep.offload_factors,
     )
     if not loaded and sweep.memory_budget is None:
         job = replace(job, usable=job.usable - job.factor_bytes)
@@ -82,7 +84,7 @@ def make_plan(
     choices = sweep.ranks.first(lambda: (plan.query_batch, plan.train_batch, plan.block, plan.form))
     query_batch, train_batch, block, form = choices
     # Each has a device of its own.
-    return Plan(job, query_batch, train_batch, block, form if form.streamed else replace(form, place=job.device))
+    return Plan(job, query_batch, train_batch, block, form if form.offloaded else replace(form, device=job.device))
 
 
 @dataclass(frozen=True)

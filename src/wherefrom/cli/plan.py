@@ -97,14 +97,14 @@ class PlanArguments(Request):
         )
 
 
-def plan(arguments: tyro.conf.OmitArgPrefixes[PlanArguments]) -> None:
+def plan(run: tyro.conf.OmitArgPrefixes[PlanArguments]) -> None:
     """Estimate time, memory and disk of a run that does not exist yet; needs neither weights nor data nor a GPU."""
-    estimate, alternatives = arguments.estimate, arguments.alternatives()
+    estimate, alternatives = run.estimate, run.alternatives()
     console = Console()
     console.print(estimate_text(estimate, alternatives))
-    if arguments.page is not None:
-        write_page(arguments.page, estimate_page(estimate, alternatives))
-        console.print(f"The page is {arguments.page}", soft_wrap=True)
+    if run.page is not None:
+        write_page(run.page, estimate_page(estimate, alternatives))
+        console.print(f"The page is {run.page}", soft_wrap=True)
 
 
 def estimate_text(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> RenderableType:

@@ -156,15 +156,15 @@ class Plan:
 
     def __str__(self) -> str:
         """What was chosen and why, on one line."""
-        job, form = self.job, self.form
+        job, form, bank = self.job, self.form, self.bank_bytes / GIB
         rank = f"rank {form.rank}" if form.rank else "whole"
         numbers = type_name(form.dtype) if form.bits is None else f"{form.bits}-bit integers"
         where = f"{form.device}, streamed to {job.device}" if form.offloaded else form.device
         times = "once" if self.sweeps == 1 else f"{self.sweeps} times"
         return (
             f"Plan: {self.block:,} of {job.queries:,} query gradients resident ({rank}, {numbers}, "
-            f"{self.bank_bytes / GIB:.2f} GiB on {where}; {job.usable / GIB:.2f} GiB usable), so {job.train:,} training "
-            f"examples are swept {times}; batches of {self.query_batch} queries, {self.train_batch} training examples."
+            f"{bank:.2f} GiB on {where}; {job.usable / GIB:.2f} GiB usable), so {job.train:,} training examples are "
+            f"swept {times}; batches of {self.query_batch} queries, {self.train_batch} training examples."
         )
 
     def table(self) -> Table:

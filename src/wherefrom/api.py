@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from wherefrom.curvature.conditioning import adam_conditioning
 from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.solvers import Astra, ConjugateGradients
+from wherefrom.hf.pretrained import PretrainedStudy, study_from_pretrained
 from wherefrom.methods.index import GradientIndex
 from wherefrom.methods.magic.recipe import TrainingRecipe
 from wherefrom.methods.magic.scores import magic_scores, metasmoothness
@@ -25,7 +26,6 @@ from wherefrom.tasks.task import Classification, Regression, Task
 from wherefrom.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
-    from wherefrom.hf.pretrained import PretrainedStudy, study_from_pretrained
     from wherefrom.store.recording import RecordedCheckpoint, TrainingRecorder, read_recording
 
 __all__ = [
@@ -68,10 +68,8 @@ __all__ = [
     "trak_scores",
 ]
 
-# What needs transformers is imported when it is first asked for, since the engine runs on torch alone.
+# What needs transformers is imported when it is first used, since the engine runs on torch alone.
 _LAZY = {
-    "PretrainedStudy": "wherefrom.hf.pretrained",
-    "study_from_pretrained": "wherefrom.hf.pretrained",
     "RecordedCheckpoint": "wherefrom.store.recording",
     "TrainingRecorder": "wherefrom.store.recording",
     "read_recording": "wherefrom.store.recording",

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 import tyro
 from rich.console import Console
 
 from wherefrom.cli.shared import Run, StrategyName
 from wherefrom.cli.sources import RunSources
+from wherefrom.hf.pretrained import PretrainedStudy
 from wherefrom.methods.index import GradientIndex
 from wherefrom.methods.projections import Compression, Directions, IndexOptions, Numbers
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.text import top_tables
 from wherefrom.runtime.distributed import Ranks
-from wherefrom.study import Study
+from wherefrom.tasks.language import TokenBatch
 
 console = Console()
 
@@ -81,7 +81,7 @@ def index(
     """
     options: IndexOptions = {**compression.options, "batch_size": batch_size, "overwrite": overwrite}
     sources = RunSources.load(run)
-    study, _ = sources.study(run, device, memory_budget)
+    study = sources.study(run, device, memory_budget)
     found = _opened(study, sources, compression, options)
     if Ranks.current().writes:
         size = len(found) * found.bytes_per_example / 2**20
@@ -116,8 +116,8 @@ def query(
         memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
     """
     options, sources = compression.options, RunSources.load(run)
-    study, tokenizer = sources.study(run, device, memory_budget)
-    sequences = replace(sources.train, source=queries, split=split, column=column).sequences(tokenizer)
+    study = sources.study(run, device, memory_budget)
+    sequences = replace(sources.train, source=queries, split=split, column=column).sequences(study.tokenizer)
     found = _opened(study, sources, compression, options)
     scores = found.query(sequences, k, damping=damping, rerank=rerank)
     shown = range(len(sequences))
@@ -125,8 +125,8 @@ def query(
 
 
 def _opened(
-    study: Study[dict[str, torch.Tensor]], sources: RunSources, compression: IndexArguments, options: IndexOptions
-) -> GradientIndex[dict[str, torch.Tensor]]:
+    study: PretrainedStudy, sources: RunSources, compression: IndexArguments, options: IndexOptions
+) -> GradientIndex[TokenBatch]:
     """The index of a run, made unless it is there."""
     factors = study.fit(
         compression.strategy, empirical=sources.empirical, half_precision=compression.half_precision, seed=sources.seed

@@ -9,19 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from rich.console import Console
 
 from wherefrom.cli.shared import Run, StrategyName
 from wherefrom.cli.sources import SOURCES, RunSources, TextSource, checked_run, log_other_scores
 from wherefrom.curvature.solvers import SOLVERS
+from wherefrom.hf.pretrained import PretrainedStudy
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.text import hits_table
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
 from wherefrom.scoring.results import Scores, TopScores
-from wherefrom.study import Study
 
 console = Console()
 
@@ -71,7 +70,7 @@ def fit(
         RunSources.load(run)  # or hours later it turns out that it cannot be read
     text = TextSource(train, split, column, unit, length)
     sources = RunSources(model, list(layers) or None, text, empirical, seed)
-    study, _ = sources.study(run, device, memory_budget)
+    study = sources.study(run, device, memory_budget)
     study.profile.synchronize = profile
     log_other_scores(study)
     study.fit(
@@ -174,10 +173,10 @@ def score(
     }
     Options(**pairwise, top=top_only)  # or the model would be loaded first
     sources = RunSources.load(run)
-    study, tokenizer = sources.study(run, device, memory_budget)
+    study = sources.study(run, device, memory_budget)
     study.profile.synchronize = profile
     text = replace(sources.train, source=queries, split=split, column=column)
-    sequences = text.sequences(tokenizer)
+    sequences = text.sequences(study.tokenizer)
     if explain:
         plan = study.plan(sequences, strategy, **common)
         if Ranks.current().writes:
@@ -224,7 +223,7 @@ def self_influence(
         overwrite: Replace what was made from something else.
     """
     sources = RunSources.load(run)
-    study, _ = sources.study(run, device, memory_budget)
+    study = sources.study(run, device, memory_budget)
     factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
     values = study.self_influence(
         factors, damping=damping, half_precision=half_precision, batch_size=batch_size, overwrite=overwrite
@@ -234,7 +233,7 @@ def self_influence(
         console.print(hits_table("Highest self-influence", hits, DatasetPassages(study.train)))
 
 
-def _say(message: str, study: Study[dict[str, torch.Tensor]], profile: bool) -> None:
+def _say(message: str, study: PretrainedStudy, profile: bool) -> None:
     if not Ranks.current().writes:
         return
     if profile:

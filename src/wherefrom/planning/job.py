@@ -57,6 +57,16 @@ class Job:
         return self.dtype == torch.bfloat16 and self.device.type == "cuda"
 
     @property
+    def basis_bytes(self) -> int:
+        """What the covariances of all layers take, or their eigenvectors."""
+        return basis_bytes(self.layers, self.strategy, self.dtype)
+
+    @property
+    def eigenvalue_bytes(self) -> int:
+        """What the eigenvalues of all layers take."""
+        return eigenvalue_bytes(self.layers, self.strategy, self.dtype)
+
+    @property
     def factor_bytes(self) -> int:
         """What bases and eigenvalues take on the device."""
         return self.on_device(factor_bytes)

@@ -36,7 +36,7 @@ def measure(arguments: Arguments) -> dict[str, Stage]:
     """Medians of every stage."""
     with tempfile.TemporaryDirectory() as folder:
         sweeps = Sweeps(arguments, Path(folder))
-    operations = {cost.stage: cost.flop for cost in sweeps.plan.costs()}
+    operations = {stage.name: stage.flop for stage in sweeps.plan.stages()}
     bank = sweeps.bank(None)
     stages = {
         "covariance": sweeps.fit_stages()["covariance sweep"],

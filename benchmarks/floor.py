@@ -142,7 +142,7 @@ def main(arguments: Arguments) -> None:
         bank = sweeps.bank(rotated_back)
         found[name] = measure(sweeps.score_stages(bank, name), arguments.repeats)[name]
         del bank
-    operations = {cost.stage: cost.flop for cost in sweeps.plan.costs()}
+    operations = {stage.name: stage.flop for stage in sweeps.plan.stages()}
     passes = sweeps.plan.job.example.flop * arguments.work.train
     save_results(
         "floor",

@@ -15,9 +15,9 @@ from rich.console import Console
 from tables import rendered
 from workload import ROOT
 
-from wherefrom.cli.calculator import Estimate, Stage
-from wherefrom.cli.plan import PlanArguments
-from wherefrom.cli.scale import duration, scale_text
+from wherefrom.cli.calculator import Estimate, PlanArguments
+from wherefrom.cli.plan import estimate_text
+from wherefrom.planning.stages import Stage, duration
 
 DOCUMENT = ROOT / "docs" / "scale.md"
 _WIDTH = 100
@@ -28,7 +28,7 @@ class Run:
 
     def __init__(self, arguments: str) -> None:
         self._given = arguments
-        self.arguments = tyro.cli(PlanArguments, args=shlex.split(arguments))
+        self.estimate = Estimate(tyro.cli(PlanArguments, args=shlex.split(arguments)))
 
     @property
     def command(self) -> str:
@@ -37,17 +37,12 @@ class Run:
         lines = [" ".join(options[start : start + 4]) for start in range(0, len(options), 4)]
         return "wherefrom plan " + " \\\n    ".join(lines)
 
-    @property
-    def estimate(self) -> Estimate:
-        """The numbers."""
-        return self.arguments.estimate
-
     @cached_property
     def text(self) -> str:
         """What the command prints."""
         console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
         with console.capture() as capture:
-            console.print(scale_text(self.estimate, self.arguments.alternatives()))
+            console.print(estimate_text(self.estimate, self.estimate.alternatives()))
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     def stage(self, name: str) -> Stage:

@@ -21,7 +21,15 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 # Modules that take seconds to import, and those that import most of the others.
-_IMPORTED = ("torch._dynamo", "wherefrom.cli.main", "tests.reliability.kill_worker", "tests.rank_worker")
+_IMPORTED = (
+    "torch._dynamo",
+    "wherefrom.cli.index",
+    "wherefrom.cli.main",
+    "wherefrom.cli.scoring",
+    "wherefrom.cli.showing",
+    "tests.reliability.kill_worker",
+    "tests.rank_worker",
+)
 
 
 def forking_context() -> ForkServerContext:

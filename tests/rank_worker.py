@@ -183,7 +183,7 @@ def elsewhere(run: Path) -> None:
         add_hook_to_module(case.model, AlignDevicesHook(execution_device="cpu:0"))
     study = wf.Study(run, case.model, case.task, train=case.train)
     plan = study.plan(case.queries, wf.Dot())
-    assert plan.form.place == plan.job.device == execution_device(case.model), plan
+    assert plan.form.device == plan.job.device == execution_device(case.model), plan
 
 
 def joined_later(run: Path) -> None:

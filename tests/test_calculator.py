@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scale
@@ -18,19 +19,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import wherefrom as wf
 from tests.models import TRANSFORMERS, gpt2
 from tests.runs import factored, with_factors
-from wherefrom.cli.calculator import Estimate, Hardware, Request
+from wherefrom.cli.calculator import Estimate, PlanArguments
 from wherefrom.cli.main import main
-from wherefrom.cli.scale import sections
-from wherefrom.hf.blueprint import PRESETS, Blueprint, measure, model_without_weights
+from wherefrom.cli.plan import sections
+from wherefrom.cli.shared import StrategyName
+from wherefrom.hf.blueprint import PRESETS, measure, model_without_weights
 from wherefrom.runtime.errors import InputError, LayerError
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
-MACHINE = Hardware(
-    ranks=1, memory=1000 * GIB, host_memory=1000 * GIB, matmul=4e14, eigen=1e12, efficiency=0.5, link=1e11, copy=2.5e10,
-    device=CUDA,
-)  # fmt: skip
-REQUEST = Request("ekfac", train=4656, fit_train=4656, queries=481)
+LINK, EIGEN = 1e11, 1e12  # bytes and operations a second, of `bandwidth` and `eigen_flops`
+PUBLISHED = PlanArguments(
+    "gpt2", train=4656, queries=481, device_memory=1000, host_memory=1000, flops=400, efficiency=0.5
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def published() -> Blueprint:
-    """GPT-2 on the published job's sequences of 512 tokens."""
-    return measure("gpt2", 512)
+def planned(**changes: Any) -> Estimate:
+    """GPT-2 on the published job's sequences of 512 tokens, with some arguments changed."""
+    return Estimate(replace(PUBLISHED, **changes))
 
 
 def flop(estimate: Estimate) -> dict[str, float]:
@@ -57,21 +56,21 @@ def flop(estimate: Estimate) -> dict[str, float]:
 @pytest.mark.parametrize("strategy", ["identity", "kfac", "ekfac", "shampoo"])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_the_plan_on_paper_is_that_of_the_real_model(
-    tmp_path: Path, small: Path, strategy: str, rank: int | None
+    tmp_path: Path, small: Path, strategy: StrategyName, rank: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the real model is on the CPU
     rows: list[object] = [{"input_ids": list(range(10))}] * 14
     study = wf.Study(tmp_path, gpt2(torch.float32), wf.CausalLM(), train=rows)
     with sdpa_kernel(SDPBackend.MATH):  # without numbers there is no fused attention of a CPU
         real = study.plan(rows[:5], factored(strategy, query_rank=rank))
-    request = Request(strategy, train=14, fit_train=14, queries=5, query_rank=rank)
-    paper = Estimate(measure(str(small), 10, device=CPU), request, replace(MACHINE, device=CPU))
+    arguments = PlanArguments(str(small), train=14, queries=5, length=10, strategy=strategy, query_rank=rank)
+    paper = Estimate(replace(arguments, device_memory=1000))
     assert paper.plan.job.example == real.job.example
     assert (paper.plan.train_batch, paper.plan.block, paper.plan.form) == (14, 5, real.form)
-    assert paper.plan.costs() == real.costs()
-    for cost in real.costs():
-        stage = next(each for each in paper.stages if each.name == cost.stage)
-        assert (stage.passes, stage.flop) == (cost.passes, cost.flop)
-        assert stage.bytes == paper.weight_bytes + cost.bytes
+    assert paper.plan.stages() == real.stages()
+    for stage, planned in zip(paper.stages, real.stages(), strict=True):
+        assert (stage.name, stage.passes, stage.flop) == (planned.name, planned.passes, planned.flop)
+        assert stage.bytes == paper.weight_bytes + planned.bytes
 
 
 @pytest.mark.parametrize(
@@ -103,13 +102,12 @@ def test_a_pass_through_gpt2_takes_what_its_products_take(half: bool, attention:
     assert found.example.tokens == tokens
 
 
-def test_the_published_job_takes_what_the_design_says(published: Blueprint) -> None:
+def test_the_published_job_takes_what_the_design_says() -> None:
     """DESIGN.md, section 4, to the two digits that it gives."""
-    train, queries = REQUEST.train, REQUEST.queries
+    train, queries = PUBLISHED.train, PUBLISHED.queries
     attention = 12 * 512**2 * 768 * 12
-    ekfac = flop(Estimate(published, REQUEST, MACHINE))
-    identity = flop(Estimate(published, replace(REQUEST, strategy="identity"), MACHINE))
-    passes = train * published.example.flop
+    ekfac, identity = flop(planned()), flop(planned(strategy="identity"))
+    passes = train * planned().blueprint.example.flop
     forming = train * identity["query gradients"] / queries - passes
     assert round((passes - train * attention) / 1e15, 1) == 1.2
     assert round(forming / 1e14) == 4
@@ -145,7 +143,7 @@ def test_the_operations_of_more_training_examples_are_those_that_run(tmp_path: P
         counted.append(counter.get_total_flops())
         planned.append(
             study.plan(rows[:10], wf.Dot(query_rank=rank), execution=replace(study.execution, train_batch_size=20))
-            .costs()[-1]
+            .stages()[-1]
             .flop
         )
     assert counted[0] - counted[1] == planned[0] - planned[1]
@@ -154,16 +152,15 @@ def test_the_operations_of_more_training_examples_are_those_that_run(tmp_path: P
 # The layout
 
 
-def test_ranks_share_the_work_and_exchange_their_sums(published: Blueprint) -> None:
-    one = Estimate(published, replace(REQUEST, train=4800, fit_train=4800, queries=480), MACHINE)
-    eight = replace(one, hardware=replace(MACHINE, ranks=8))
+def test_ranks_share_the_work_and_exchange_their_sums() -> None:
+    one, eight = (planned(train=4800, queries=480, ranks=ranks) for ranks in (1, 8))
     squares = 12 * 4 * sum(out**2 + width**2 for out, width in [(2304, 776), (768, 776), (3072, 776), (768, 3080)])
     for single, shared in zip(one.stages, eight.stages, strict=True):
         assert single.sent == 0
         assert shared.passes == single.passes
         if single.name != "eigendecomposition":
             assert shared.flop == single.flop
-            arithmetic = shared.seconds - shared.sent / MACHINE.link
+            arithmetic = shared.seconds - shared.sent / LINK
             assert arithmetic == pytest.approx(single.seconds / 8)
         assert shared.least_seconds <= shared.seconds
     sent = {stage.name: stage.sent for stage in eight.stages}
@@ -172,24 +169,22 @@ def test_ranks_share_the_work_and_exchange_their_sums(published: Blueprint) -> N
     assert sent["pairwise scores"] == 2 * 4 * 480 * 4800 * 7 / 8
 
 
-def test_eigendecompositions_are_spread_by_layer(published: Blueprint) -> None:
+def test_eigendecompositions_are_spread_by_layer() -> None:
     cubes = [9 * (out**3 + inputs**3) for out, inputs in [(2304, 769), (768, 769), (3072, 769), (768, 3073)]]
     seconds = []
     for ranks in (1, 12, 100):
-        stages = Estimate(published, REQUEST, replace(MACHINE, ranks=ranks)).stages
+        stages = planned(ranks=ranks).stages
         found = next(each for each in stages if each.name == "eigendecomposition")
         assert found.flop == 12 * sum(cubes)
-        seconds.append(found.seconds - found.sent / MACHINE.link)
-    assert seconds[0] == pytest.approx(12 * sum(cubes) / MACHINE.eigen)
-    assert sum(cubes) <= seconds[1] * MACHINE.eigen < sum(cubes) + max(cubes)
-    assert seconds[2] == pytest.approx(max(cubes) / MACHINE.eigen)
+        seconds.append(found.seconds - found.sent / LINK)
+    assert seconds[0] == pytest.approx(12 * sum(cubes) / EIGEN)
+    assert sum(cubes) <= seconds[1] * EIGEN < sum(cubes) + max(cubes)
+    assert seconds[2] == pytest.approx(max(cubes) / EIGEN)
 
 
 def test_sharded_weights_are_gathered_for_every_batch(small: Path) -> None:
-    whole = Estimate(
-        measure(str(small), 10), Request("identity", train=100, fit_train=100, queries=8), replace(MACHINE, ranks=4)
-    )
-    sharded = replace(whole, request=replace(whole.request, shard_model=True, batch_size=5))
+    given: dict[str, Any] = {"model": str(small), "length": 10, "train": 100, "queries": 8, "strategy": "identity"}
+    whole, sharded = planned(**given, ranks=4), planned(**given, ranks=4, shard_model=True, batch_size=5)
     weights, blocks = gpt2().num_parameters(), gpt2().transformer.h
     block = sum(each.numel() for each in blocks[0].parameters())
     assert whole.weight_bytes == 4 * weights
@@ -199,38 +194,37 @@ def test_sharded_weights_are_gathered_for_every_batch(small: Path) -> None:
     assert gathered == {name: 2 * count * 4 * weights * 3 / 4 for name, count in batches.items()}
 
 
-def test_factors_on_the_host_leave_one_layer_on_the_device(published: Blueprint) -> None:
-    resident = Estimate(published, REQUEST, MACHINE)
-    offloaded = replace(resident, request=replace(REQUEST, offload_factors=True))
+def test_factors_on_the_host_leave_one_layer_on_the_device() -> None:
+    resident, offloaded = planned(), planned(offload_factors=True)
+    basis_bytes = resident.plan.job.basis_bytes
     largest = 4 * (768**2 + 3080**2 + 768 * 3080)
     assert {stage.memory["factors"] for stage in offloaded.stages if stage.passes} == {2 * largest}
     assert resident.host_bytes == 0
-    assert offloaded.host_bytes == 2 * resident.basis_bytes
+    assert offloaded.host_bytes == 2 * basis_bytes
     assert all(stage.copied == 0 for stage in resident.stages)
     batches = -(-4656 // offloaded.plan.train_batch)
-    assert offloaded.stages[0].copied == batches * resident.basis_bytes
+    assert offloaded.stages[0].copied == batches * basis_bytes
     assert offloaded.stages[0].memory["factors"] < resident.stages[0].memory["factors"]
 
 
-def test_what_does_not_fit_is_said_and_an_option_that_helps_is_found(published: Blueprint) -> None:
-    little = Estimate(published, REQUEST, replace(MACHINE, memory=4 * GIB))
+def test_what_does_not_fit_is_said_and_an_option_that_helps_is_found() -> None:
+    little = planned(device_memory=4)
     assert little.lacking == "device memory"
-    others = little.alternatives({False: published, True: measure("gpt2", 512, half_precision=True)})
+    others = little.alternatives()
     assert others["with --offload-factors"].lacking is None
     assert "with --shard-model" not in others  # one rank has nothing to share
-    starved = replace(others["with --offload-factors"], hardware=replace(little.hardware, host_memory=GIB))
+    starved = planned(device_memory=4, offload_factors=True, host_memory=1)
     assert starved.lacking == "host memory"
 
 
-def test_highest_scores_take_a_fixed_part_of_the_disk(published: Blueprint) -> None:
-    matrix = Estimate(published, replace(REQUEST, train=10**7), MACHINE).disk
-    top = Estimate(published, replace(REQUEST, train=10**7, top=1000), MACHINE).disk
-    assert matrix["scores"].kept == pytest.approx(4 * 481 * 10**7, rel=1e-3)
+def test_highest_scores_take_a_fixed_part_of_the_disk() -> None:
+    matrix, top = planned(train=10**7).disk, planned(train=10**7, top=1000).disk
+    assert matrix["scores"].stored == pytest.approx(4 * 481 * 10**7, rel=1e-3)
     assert matrix["scores"].peak == pytest.approx(3 * 4 * 481 * 10**7, rel=1e-3)  # blocks, put together, the result
-    assert top["scores"].kept == pytest.approx(2 * 12 * 481 * 1000, rel=1e-3)  # the highest and the lowest
+    assert top["scores"].stored == pytest.approx(2 * 12 * 481 * 1000, rel=1e-3)  # the highest and the lowest
     exact = 12 * 4 * sum(out**2 + width**2 for out, width in [(2304, 769), (768, 769), (3072, 769), (768, 3073)])
-    assert matrix["covariance"].kept == pytest.approx(exact, rel=1e-3)
-    assert top["eigenbasis"].kept == pytest.approx(exact, rel=2e-3)  # and the eigenvalues of both sides
+    assert matrix["covariance"].stored == pytest.approx(exact, rel=1e-3)
+    assert top["eigenbasis"].stored == pytest.approx(exact, rel=2e-3)  # and the eigenvalues of both sides
 
 
 # Wrong use
@@ -238,20 +232,20 @@ def test_highest_scores_take_a_fixed_part_of_the_disk(published: Blueprint) -> N
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"queries": 0}, "queries=0: expected at least 1"), ({"fit_train": 10**6}, "at most the 4656 training sequences")],
+    [
+        ({"queries": 0}, "queries=0: expected at least 1"),
+        ({"fit_train": 10**6}, "at most the 4656 training sequences"),
+        ({"ranks": 0}, "ranks=0: expected at least 1"),
+        ({"flops": 0.0}, "flops=0.0: expected a number above 0"),
+        ({"efficiency": 1.5}, "efficiency=1.5: expected a part"),
+    ],
 )
-def test_impossible_requests_are_refused(change: dict[str, int], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        replace(REQUEST, **change)  # type: ignore[arg-type]
+def test_impossible_arguments_are_refused(change: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        planned(**change)
 
 
-def test_impossible_machines_and_models_are_refused(small: Path) -> None:
-    with pytest.raises(InputError, match="ranks=0: expected at least 1"):
-        replace(MACHINE, ranks=0)
-    with pytest.raises(InputError, match="matmul=0.0: expected a number above 0"):
-        replace(MACHINE, matmul=0.0)
-    with pytest.raises(InputError, match=re.escape("efficiency=1.5: expected a part")):
-        replace(MACHINE, efficiency=1.5)
+def test_impossible_models_are_refused(small: Path) -> None:
     with pytest.raises(InputError, match="length=13: expected 2 to 12 tokens"):
         measure(str(small), 13)
     with pytest.raises(InputError, match="model='gpt-5': expected one of gpt2, "):
@@ -281,7 +275,7 @@ def test_the_command_prints_and_writes_the_estimate(
     rows = [
         [html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>([^<]*)", row)] for row in re.findall(r"<tr>.*", page)
     ]
-    for section in sections(run.estimate, run.arguments.alternatives()):
+    for section in sections(run.estimate, run.estimate.alternatives()):
         for row in section.rows:
             assert list(row) in rows
             assert all(cell in printed for cell in row)
@@ -290,10 +284,10 @@ def test_the_command_prints_and_writes_the_estimate(
 
 
 def test_without_a_speed_it_is_measured_here(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = scale.Run(f"--model {small} --train 10 --queries 2 --length 12 --device-memory 1").estimate
+    found = scale.Run(f"--model {small} --train 10 --queries 2 --length 12 --device-memory 1").estimate.arguments
     if not torch.cuda.is_available():
-        assert found.hardware.device == CPU
-    assert 1e8 < found.hardware.matmul < 1e16
+        assert found.device == torch.device("cpu")
+    assert 1e8 < found.machine.matmul < 1e16
 
 
 def test_wrong_use_of_the_command_is_one_line(

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -312,6 +314,22 @@ def test_an_index_answers_queries(folder: Path) -> None:
     wrong = wherefrom(folder, "index", "indexed", "--rank", "0")
     assert wrong.returncode == 1
     assert wrong.stderr.strip().endswith("error: --rank 0: expected at least 1.")
+
+
+def test_an_adapter_is_fitted_on_its_own_layers(folder: Path, said: Said) -> None:
+    import peft
+
+    adapter: Any = peft.get_peft_model(
+        GPT2LMHeadModel.from_pretrained(folder / "model"),
+        peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"),
+    )
+    adapter.peft_config["default"].base_model_name_or_path = str(folder / "model")
+    adapter.save_pretrained(folder / "adapter")
+    PreTrainedTokenizerFast.from_pretrained(folder / "model").save_pretrained(folder / "adapter")
+    said("fit", "adapted", "--model", "adapter", "--train", "train.txt", "--strategy", "diagonal")
+    (values,) = (folder / "adapted" / "factors").rglob("*.safetensors")
+    layers = {name.rsplit(".", 2)[1] for name in load_file(values)}
+    assert layers == {"lora_A", "lora_B"}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-import tyro
 from torch import Tensor
 
 import wherefrom as wf
@@ -135,8 +134,9 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def known_flags(command: str) -> set[str]:
     """The flags that a subcommand's help lists."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-        cli.app.cli(args=[command, "--help"], prog="wherefrom", config=(tyro.conf.FlagCreatePairsOff,))
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(sys, "argv", ["wherefrom", command, "--help"])
+        cli.main()
     assert f"wherefrom {command} " in printed.getvalue(), f"wherefrom has no command {command!r}"
     return set(re.findall(r"--[a-z][\w-]*", printed.getvalue()))
 

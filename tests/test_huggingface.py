@@ -230,7 +230,11 @@ def test_adapters_are_put_on_their_model(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such directory"):
         wf.study_from_pretrained(tmp_path / "nowhere", TEXTS)
+    with pytest.raises(InputError, match="run=None with the model 'owner/name', which is no folder"):
+        wf.study_from_pretrained("owner/name", TEXTS)
     folder = saved_gpt2(tmp_path / "model")
+    with pytest.raises(InputError, match="device='cuda:99' is not available here"):
+        wf.study_from_pretrained(folder, TEXTS, device="cuda:99")
     with pytest.raises(
         InputError, match=r"columns \['words'\]: expected 'input_ids'.*'messages', or 'prompt' and 'com"
     ):

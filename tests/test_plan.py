@@ -25,7 +25,7 @@ from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
 from wherefrom.planning.forms import BankForm
-from wherefrom.planning.job import Job, Wanted, factor_bytes
+from wherefrom.planning.job import Job, factor_bytes
 from wherefrom.planning.machine import Machine
 from wherefrom.planning.plan import SHARD_BYTES, SHARD_ROWS, Plan, plan_scores
 from wherefrom.runtime.errors import InputError, MemoryLimitError
@@ -39,14 +39,12 @@ from wherefrom.store.cache import BlockStages, Stages
 CPU = torch.device("cpu")
 
 
-def job(usable: int, tokens: int = 100, queries: int = 50, train: int = 1000, **wanted: Any) -> Job:
+def job(usable: int, tokens: int = 100, queries: int = 50, train: int = 1000, **options: Any) -> Job:
     """An attention-like and an MLP-like layer under ek-fac, examples of `tokens` tokens."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 512), nn.Linear(512, 64))
     footprint = Footprint(tokens, 4 * 64 * tokens, 4 * 64 * 520, 6 * 70_000 * tokens)
-    wanted = {"dtype": torch.float32, **wanted}
-    return Job(
-        select_layers(model), STRATEGIES["ekfac"], queries, train, footprint, footprint, Wanted(**wanted), usable, CPU
-    )
+    sizes = (queries, train, footprint, footprint)
+    return Job(select_layers(model), STRATEGIES["ekfac"], *sizes, torch.float32, usable, CPU, **options)
 
 
 @given(
@@ -61,7 +59,7 @@ def test_a_plan_stays_within_its_memory_and_covers_everything(
     assert plan.sweeps * plan.block >= queries > (plan.sweeps - 1) * plan.block
     # Bases and eigenvalues are in memory when a plan is made; only the copies of them are its own.
     loaded = factor_bytes(plan.job.layers, STRATEGIES["ekfac"], torch.float32)
-    assert plan.block == 1 or max(cost.bytes for cost in plan.costs()[2:]) <= usable + loaded
+    assert plan.block == 1 or max(stage.bytes for stage in plan.stages()[-2:]) <= usable + loaded
     shards = plan.shards(plan.block, train)
     assert shards[0].start == 0 and shards[-1].stop == train
     assert all(one.stop == other.start for one, other in pairwise(shards))
@@ -72,7 +70,7 @@ def test_more_memory_means_fewer_sweeps_and_low_rank_stretches_it() -> None:
     sweeps = [plan_scores(job(usable)).sweeps for usable in (2**24, 2**24 + 2**25, 2**28)]
     assert sweeps == sorted(sweeps, reverse=True)
     assert sweeps[0] > sweeps[-1] == 1
-    assert plan_scores(job(2**24 + 2**25 + 2**28, rank=2)).bank_bytes < plan_scores(job(2**28)).bank_bytes / 10
+    assert plan_scores(job(2**24 + 2**25 + 2**28, query_rank=2)).bank_bytes < plan_scores(job(2**28)).bank_bytes / 10
     assert plan_scores(job(2**30, train_batch=7, query_batch=3)).train_batch == 7
 
 
@@ -95,7 +93,7 @@ def test_batches_become_smaller_before_the_training_set_is_swept_again() -> None
         (341 - 171) * (whole.bank_bytes // 341 + SHARD_ROWS * 4) // each + 1,
     )
     for batch, sweeps in ((100, 2), (150, 3)):
-        settled_batch = replace(little, wanted=replace(little.wanted, train_batch=batch, query_batch=batch))
+        settled_batch = replace(little, train_batch=batch, query_batch=batch)
         found = plan_scores(settled_batch, Machine(1e14, 1.0, 2**40))
         assert (found.sweeps, found.train_batch) == (sweeps, batch)
 
@@ -123,7 +121,7 @@ def test_the_estimated_operations_are_those_that_run(tmp_path: Path, strategy: s
     plan = study.plan(queries, factored(strategy))
     with FlopCounterMode(display=False) as counter:
         study.score(queries, factored(strategy))
-    estimated = sum(cost.flop for cost in plan.costs())
+    estimated = sum(stage.flop for stage in plan.stages() if stage.passes)
     # Tiles round a covariance up to whole rows, and two examples are measured to plan. With one token an example, whole
     # gradients' covariances are most of the work; narrower than a tile, they take twice the products.
     rounding = estimated if STRATEGIES[strategy].basis == "gradients" else 0.0
@@ -148,7 +146,7 @@ def test_the_estimate_of_other_kinds_of_layers(tmp_path: Path) -> None:
             plan = study.plan(rows[:9], factored(strategy))
             with FlopCounterMode(display=False) as counter:
                 study.score(rows[:9], factored(strategy))
-            estimated = sum(cost.flop for cost in plan.costs())
+            estimated = sum(stage.flop for stage in plan.stages() if stage.passes)
             assert 0.7 * estimated < counter.get_total_flops() < 1.4 * estimated
 
 
@@ -168,8 +166,9 @@ def test_the_plan_says_what_it_chose(tmp_path: Path, caplog: pytest.LogCaptureFi
         r"examples are swept once; batches of 5 queries, 4 training examples.",
         str(plan),
     )
-    assert [cost.stage for cost in plan.costs()] == ["covariance", "eigenvalues", "query gradients", "pairwise scores"]
-    assert [str(cell) for cell in plan.table().columns[0].cells] == [cost.stage for cost in plan.costs()]
+    names = ["covariance", "eigendecomposition", "eigenvalues", "query gradients", "pairwise scores"]
+    assert [stage.name for stage in plan.stages()] == names
+    assert [str(cell) for cell in plan.table().columns[0].cells] == names
     assert not list(tmp_path.iterdir())
     with caplog.at_level(logging.INFO, "wherefrom"):
         study.score(case.queries, wf.Dot())

@@ -230,7 +230,7 @@ def streamed_error(device: str, width: int = WIDTH) -> float:
     if device == "cpu":
         raise UnavailableError("there is no other memory than the host's")
     slow_sweeps = Machine(matmul=1e-9, copy=1e30, host=2**30)
-    return _planned_error(device, width, slow_sweeps, lambda plan: plan.form.streamed)
+    return _planned_error(device, width, slow_sweeps, lambda plan: plan.form.offloaded)
 
 
 def _planned_error(device: str, width: int, machine: Machine, wanted: Callable[[Plan], bool]) -> float:

@@ -114,7 +114,7 @@ def _timed(work: Workload, setting: Setting, half: bool) -> Figures:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     found = scored(work, setting, half)
-    operations = {cost.stage: cost.flop for cost in found.plan.costs()}
+    operations = {stage.name: stage.flop for stage in found.plan.stages()}
     counted = {
         "covariances and eigenbasis": operations["covariance"],
         "eigenvalues": operations["eigenvalues"],

@@ -3,108 +3,23 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from wherefrom.curvature.conditioning import adam_conditioning
-from wherefrom.curvature.factors import Factors
-from wherefrom.curvature.solvers import Astra, ConjugateGradients
-from wherefrom.engine.execution import Execution
-from wherefrom.methods import METHODS
-from wherefrom.methods.baselines import BM25, Random
-from wherefrom.methods.factored import EKFAC, KFAC, Cosine, Diagonal, Dot, Factored, Shampoo
-from wherefrom.methods.magic.recipe import TrainingRecipe
-from wherefrom.methods.magic.scores import Magic, metasmoothness
-from wherefrom.methods.magic.training import ReplayableTraining
-from wherefrom.methods.method import Method
-from wherefrom.methods.projected.index import GradientIndex
-from wherefrom.methods.projected.projections import Compression
-from wherefrom.methods.projected.scores import LoGra, TrackStar, Trak
-from wherefrom.methods.retrieval import TwoStage
-from wherefrom.methods.sampled_fisher import Fisher
-from wherefrom.methods.source import Source
-from wherefrom.methods.tracin import TracIn
-from wherefrom.runtime.distributed import join_ranks
-from wherefrom.runtime.errors import WherefromError
-from wherefrom.scoring.keep import Aggregated, Pairs, Tokens, Top
-from wherefrom.scoring.results import Hit, Scores, TopScores
-from wherefrom.scoring.tokens import TokenScores
-from wherefrom.store.recording import RecordedCheckpoint, read_recording
-from wherefrom.study import Study
-from wherefrom.tasks.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
-from wherefrom.tasks.sampling import Sampler
-from wherefrom.tasks.task import Classification, Regression, Task
-from wherefrom.version import VERSION as __version__  # noqa: N811
+from wherefrom.version import VERSION
+
+__version__ = VERSION
 
 if TYPE_CHECKING:
-    from wherefrom.hf.pretrained import PretrainedStudy, study_from_pretrained
-    from wherefrom.hf.recording import TrainingRecorder
-
-__all__ = [
-    "BM25",
-    "EKFAC",
-    "KFAC",
-    "METHODS",
-    "Aggregated",
-    "Astra",
-    "CausalLM",
-    "ChosenToken",
-    "Classification",
-    "Compression",
-    "ConjugateGradients",
-    "Cosine",
-    "Diagonal",
-    "Dot",
-    "Execution",
-    "Factored",
-    "Factors",
-    "Fisher",
-    "GradientIndex",
-    "Hit",
-    "LoGra",
-    "Magic",
-    "MaskedLM",
-    "Method",
-    "Pairs",
-    "PretrainedStudy",
-    "Random",
-    "RecordedCheckpoint",
-    "Regression",
-    "ReplayableTraining",
-    "Sampler",
-    "Scores",
-    "Seq2Seq",
-    "SequenceClassification",
-    "Shampoo",
-    "Source",
-    "Study",
-    "Task",
-    "TokenScores",
-    "Tokens",
-    "Top",
-    "TopScores",
-    "TracIn",
-    "TrackStar",
-    "TrainingRecipe",
-    "TrainingRecorder",
-    "Trak",
-    "TwoStage",
-    "WherefromError",
-    "__version__",
-    "adam_conditioning",
-    "join_ranks",
-    "metasmoothness",
-    "read_recording",
-    "study_from_pretrained",
-]
-
-# What needs transformers is imported when it is first asked for, since the engine runs on torch alone.
-_LAZY = {
-    "PretrainedStudy": "hf.pretrained",
-    "study_from_pretrained": "hf.pretrained",
-    "TrainingRecorder": "hf.recording",
-}
-
-if not TYPE_CHECKING:  # a type checker would take any name for an attribute
+    from wherefrom.api import *  # noqa: F403
+    from wherefrom.api import RecordedCheckpoint as RecordedCheckpoint  # of names under a condition, the
+    from wherefrom.api import TrainingRecorder as TrainingRecorder  # reference finds only those that are
+    from wherefrom.api import __all__ as __all__
+    from wherefrom.api import read_recording as read_recording  # imported one by one
+else:
 
     def __getattr__(name: str) -> object:
-        if name not in _LAZY:
+        """The public names, with everything that they need, are imported when the first is used: it takes seconds."""
+        if name.startswith("_") and name != "__all__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+        return getattr(import_module("wherefrom.api"), name)
+
+    def __dir__() -> list[str]:
+        return [*globals(), *import_module("wherefrom.api").__all__]

@@ -1,175 +1,189 @@
 """What a run that does not exist yet would take: operations, time, memory, traffic and disk, stage by stage.
 
-Arithmetic on a `Blueprint` and the plan that a real run would make with it (`plan_scores`). The layout that is counted
-is that of `ranks`: every rank sweeps its share of a dataset, what is collected is added up over the ranks, and every
-rank holds all factors and all resident query gradients. This module runs nothing
-and prints nothing.
+It is the plan that a real run would make (`plan_scores`), of a `Blueprint`, laid out over ranks: each sweeps its share
+of a dataset, what is collected is added up over the ranks, and each holds all factors and all resident query
+gradients. This module runs nothing and prints nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
+from wherefrom.cli.shared import StrategyName
 from wherefrom.curvature.factors import checked_strategy
-from wherefrom.hf.blueprint import Blueprint
-from wherefrom.planning.job import Job, Wanted, factor_bytes
-from wherefrom.planning.machine import Machine
-from wherefrom.planning.plan import SHARD_BYTES, Cost, Plan, plan_scores
+from wherefrom.hf.blueprint import Blueprint, measure
+from wherefrom.planning.job import Job
+from wherefrom.planning.machine import Machine, matmul_speed
+from wherefrom.planning.plan import Plan, plan_scores
+from wherefrom.planning.stages import GIB, Stage
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import InputError
-from wherefrom.runtime.memory import FREE_SHARE
+from wherefrom.runtime.memory import FREE_SHARE, free_memory
 from wherefrom.runtime.precision import widened_dtype
 from wherefrom.scoring.options import Options
 from wherefrom.store.space import Step
 
-# The lowest of the parts that `benchmarks/efficiency.py` has measured, 0.56 to 0.66, rounded down.
-MEASURED_EFFICIENCY = 0.55
-# Operations of a symmetric eigendecomposition with eigenvectors, a size cubed times this (Golub & Van Loan, 8.3).
-_EIGH_FLOP = 9.0
-# Matrices of a size that are there at once while one is decomposed: itself, its eigenvectors, and working room.
-_EIGH_COPIES = 4
 # The part of a memory that a run may reach; the rest is the runtime's, the communication's, and fragments.
 REACHABLE = 0.9
+# The lowest of the parts that `benchmarks/efficiency.py` has measured, 0.56 to 0.66, rounded down.
+_MEASURED_EFFICIENCY = 0.55
 # What is tried where an alternative needs a number.
-_FEW, _TOP = 100_000, 1000
+_FEW, _TOP, _RANK = 100_000, 1000, 32
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """What a run is planned for; all figures are those of one rank.
+class PlanArguments:
+    """A run and the machine for it.
 
     Attributes:
-        memory, host_memory: bytes.
-        matmul: floating-point operations a second of a large product.
-        eigen: operations a second of an eigendecomposition in float64.
-        efficiency: the part of `matmul` that the stages are expected to reach.
-        link, copy: bytes a second between ranks, and between a device and its host.
+        model: 'gpt2', 'smollm2-135m', 'llama-3-8b', 'llama-3-70b', a model directory or its config.json.
+        train: Training sequences.
+        queries: Query sequences.
+        length: Tokens of every sequence.
+        ranks: GPUs, each with a share of the training set.
+        device_memory: GiB of each; this machine's free memory by default.
+        flops: TFLOP/s that a large product reaches on each GPU; measured on this machine by default, on its GPU if it
+            has one.
+        strategy: The curvature.
+        layers: Names or patterns of the layers to track, such as '*.mlp.*'; linear ones but the head by default.
+        fit_train: Fit the factors on so many of the training sequences; on all by default.
+        half_precision: bfloat16 weights, products and query gradients.
+        query_rank: Make query gradients pairs of matrices of this rank.
+        query_bits: 8 makes query gradients integers of that size, with scales.
+        shard_model: Spread the weights over the ranks (FSDP), and gather them block by block; by default each has all.
+        offload_factors: Leave factors on the host, and move a layer's when it is its turn.
+        top: Store only so many of each query's highest and lowest scores instead of the matrix.
+        batch_size: Sequences a batch on each GPU; found by default.
+        efficiency: The part of a large product's speed that a stage reaches; by default the lowest that was measured,
+            on a CPU.
+        eigen_flops: TFLOP/s of eigendecompositions in float64.
+        bandwidth: GB/s between ranks.
+        host_bandwidth: GB/s between a device and its host.
+        host_memory: GiB of the host for each rank.
+        page: Also write an HTML page.
     """
 
-    ranks: int
-    memory: float
-    host_memory: float
-    matmul: float
-    eigen: float
-    efficiency: float
-    link: float
-    copy: float
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        """Refuse what no machine is: InputError names the figure."""
-        if self.ranks < 1:
-            raise InputError(f"ranks={self.ranks}: expected at least 1.")
-        for name in ("memory", "host_memory", "matmul", "eigen", "link", "copy"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name)}: expected a number above 0.")
-        if not 0 < self.efficiency <= 1:
-            raise InputError(f"efficiency={self.efficiency}: expected a part of the speed of products, 0 to 1.")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be computed, and how it is laid out.
-
-    Attributes:
-        fit_train: the training sequences that factors are fitted on.
-        shard_model: weights lie on the ranks in parts, and are gathered block by block (FSDP).
-        offload_factors: sums and factors lie on the host; a layer's are moved when it is its turn.
-        top: only the highest scores of each query are kept; None keeps the matrix.
-        batch_size: of queries and training sequences; None leaves it to the plan.
-    """
-
-    strategy: str
+    model: str
     train: int
-    fit_train: int
     queries: int
-    query_rank: int | None = None
+    length: int = 512
+    ranks: int = 1
+    device_memory: float | None = None
+    flops: float | Literal["measured"] = "measured"
+    strategy: StrategyName = "ekfac"
+    layers: tuple[str, ...] = ()
+    fit_train: int | None = None
     half_precision: bool = False
+    query_rank: int | None = None
+    query_bits: int | None = None
     shard_model: bool = False
     offload_factors: bool = False
     top: int | None = None
     batch_size: int | None = None
-    query_bits: int | None = None
+    efficiency: float = _MEASURED_EFFICIENCY
+    eigen_flops: float = 1.0
+    bandwidth: float = 100.0
+    host_bandwidth: float = 25.0
+    host_memory: float = 256.0
+    page: Path | None = None
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot be computed: InputError names the argument."""
+    def check(self) -> None:
+        """Refuse what cannot be computed, and what no machine is: InputError names the argument."""
         Options(query_rank=self.query_rank, query_bits=self.query_bits)
-        for name in ("train", "fit_train", "queries", "query_rank", "top", "batch_size"):
+        for name in ("train", "queries", "ranks", "fit_train", "top", "batch_size"):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise InputError(f"{name}={count}: expected at least 1.")
-        if self.fit_train > self.train:
+        if self.fit_train is not None and self.fit_train > self.train:
             raise InputError(f"fit_train={self.fit_train}: expected at most the {self.train} training sequences.")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one stage takes.
-
-    Attributes:
-        passes: sequences that go forward and backward, over all ranks.
-        flop: operations over all ranks.
-        memory: bytes on each rank's device, by what they are for.
-        sent: bytes that each rank sends.
-        copied: bytes between each device and its host.
-        seconds: arithmetic at the expected efficiency, then everything that is sent and copied.
-        least_seconds: all at full speed and at the same time; a lower bound.
-    """
-
-    name: str
-    passes: int
-    flop: float
-    memory: Mapping[str, float]
-    sent: float
-    copied: float
-    seconds: float
-    least_seconds: float
+        for name in ("device_memory", "flops", "eigen_flops", "bandwidth", "host_bandwidth", "host_memory"):
+            figure = getattr(self, name)
+            if isinstance(figure, float) and not 0 < figure < math.inf:
+                raise InputError(f"{name}={figure}: expected a number above 0.")
+        if not 0 < self.efficiency <= 1:
+            raise InputError(f"efficiency={self.efficiency}: expected a part of the speed of products, 0 to 1.")
 
     @property
-    def bytes(self) -> float:
-        """All that it takes on a rank's device."""
-        return sum(self.memory.values())
+    def device(self) -> torch.device:
+        """What the ranks have: this machine's, where its speed is to be measured."""
+        return _here() if self.flops == "measured" else torch.device("cuda")
+
+    @property
+    def memory(self) -> float:
+        """Bytes of each device."""
+        return free_memory(_here()) if self.device_memory is None else self.device_memory * GIB
+
+    @property
+    def machine(self) -> Machine:
+        """Speeds, and the host's memory."""
+        matmul = _measured_speed(_here(), self.dtype) if self.flops == "measured" else self.flops * 1e12
+        return Machine(matmul, self.host_bandwidth * 1e9, int(self.host_memory * GIB))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products and query gradients."""
+        return torch.bfloat16 if self.half_precision else torch.float32
+
+
+def _here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+_measured_speed, _measured = cache(matmul_speed), cache(measure)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run on paper.
+    """A run on paper."""
 
-    Attributes:
-        request, hardware: what was asked.
-        blueprint: the model's shape.
-    """
+    arguments: PlanArguments
 
-    blueprint: Blueprint
-    request: Request
-    hardware: Hardware
+    def __post_init__(self) -> None:
+        self.arguments.check()  # not where they are made: of what cannot be made, tyro says so in words of its own
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """The model's shape, and what a sequence takes."""
+        given = self.arguments
+        patterns = given.layers or None
+        return _measured(
+            given.model, given.length, half_precision=given.half_precision, patterns=patterns, device=given.device
+        )
 
     @cached_property
     def plan(self) -> Plan:
-        """What the scores would be planned as."""
-        return self._plan(self.request.train)
+        """What the fit and the scores would be planned as."""
+        given, blueprint = self.arguments, self.blueprint
+        job = Job(
+            layers=blueprint.layers,
+            strategy=checked_strategy(given.strategy),
+            queries=given.queries,
+            train=given.train,
+            query=blueprint.example,
+            example=blueprint.example,
+            dtype=given.dtype,
+            usable=0,
+            device=given.device,
+            query_rank=given.query_rank,
+            query_bits=given.query_bits,
+            query_batch=given.batch_size,
+            train_batch=given.batch_size,
+            fit_train=given.fit_train,
+            offload_factors=given.offload_factors,
+        )
+        usable = int(FREE_SHARE * (REACHABLE * given.memory - self.weight_bytes)) - job.factor_bytes
+        return plan_scores(replace(job, usable=usable), given.machine)
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """The stages of a fit and a score, in their order."""
-        costs = {cost.stage: cost for cost in self._plan(self.request.fit_train).costs()[:-2]}
-        costs |= {cost.stage: cost for cost in self.plan.costs()[-2:]}
-        makers: dict[str, Callable[[Cost], Stage]] = {
-            "covariance": self._covariance,
-            "eigenvalues": self._eigenvalues,
-            "query gradients": self._query_gradients,
-            "pairwise scores": self._pairwise_scores,
-        }
-        stages = [makers[name](cost) for name, cost in costs.items()]
-        if checked_strategy(self.request.strategy).basis:
-            stages.insert(1, self._eigendecomposition())
-        return stages
+        """The stages of the plan, each with its traffic and time, and the weights in memory."""
+        return [self._on_ranks(stage, *self._traffic[stage.name]) for stage in self.plan.stages()]
 
     @property
     def seconds(self) -> float:
@@ -184,180 +198,102 @@ class Estimate:
     @property
     def host_bytes(self) -> float:
         """What a rank takes on its host: covariances with the bases that are made of them, or the factors."""
-        fitting = max(2 * self.basis_bytes, self.basis_bytes + self.eigenvalue_bytes)
-        streamed = self.plan.bank_bytes if self.plan.form.streamed else 0
-        return fitting * self.request.offload_factors + streamed
+        job, plan = self.plan.job, self.plan
+        fitting = job.basis_bytes + max(job.basis_bytes, job.eigenvalue_bytes)
+        return fitting * job.offload_factors + plan.bank_bytes * plan.form.offloaded
 
     @property
     def lacking(self) -> str | None:
         """What there is too little of: "device memory" or "host memory"; None when all fits."""
-        if self.peak.bytes > REACHABLE * self.hardware.memory:
+        if self.peak.bytes > REACHABLE * self.arguments.memory:
             return "device memory"
-        return "host memory" if self.host_bytes > REACHABLE * self.hardware.host_memory else None
+        return "host memory" if self.host_bytes > REACHABLE * self.arguments.machine.host else None
 
     @property
     def weight_bytes(self) -> float:
         """Of the model on one rank."""
-        if not self.request.shard_model:
-            return self.blueprint.weight_bytes
-        return self.blueprint.weight_bytes / self.hardware.ranks + self.blueprint.gathered_bytes
+        blueprint, given = self.blueprint, self.arguments
+        sharded = blueprint.weight_bytes / given.ranks + blueprint.gathered_bytes
+        return sharded if given.shard_model else blueprint.weight_bytes
 
     @property
-    def basis_bytes(self) -> int:
-        """Of the covariances, or of their eigenvectors, of all layers."""
-        strategy = checked_strategy(self.request.strategy)
-        return factor_bytes(self.blueprint.layers, replace(strategy, eigenvalues="none"), self._dtype)
-
-    @property
-    def eigenvalue_bytes(self) -> int:
-        """Of the eigenvalues of all layers."""
-        strategy = checked_strategy(self.request.strategy)
-        return factor_bytes(self.blueprint.layers, replace(strategy, basis=None), self._dtype)
-
-    @cached_property
     def disk(self) -> dict[str, Step]:
         """What stays in the run directory, and the most that is there while it is made."""
-        ranks, top = self.hardware.ranks, self.request.top
-        steps = self.plan.disk(ranks)
-        return steps if top is None else {**steps, "scores": self.plan.blocks().top_step(ranks, top)}
+        return self.plan.disk(self.arguments.ranks, self.arguments.top)
 
-    def alternatives(self, measured: Mapping[bool, Blueprint]) -> dict[str, Estimate]:
-        """The same run with one option more or less, and with all that save something.
-
-        Args:
-            measured: the blueprints in half precision, and not.
-        """
-        asked = self.request
+    def alternatives(self) -> dict[str, Estimate]:
+        """The same run with one option more or less, and with all that save something."""
+        given, few = self.arguments, _FEW if self.plan.job.fitted > _FEW else self.arguments.fit_train
         savings: dict[str, dict[str, Any]] = {
             "--half-precision": {"half_precision": True},
-            "--query-rank 32": {"query_rank": asked.query_rank or 32, "query_bits": None},
-            "--offload-factors": {"offload_factors": self.basis_bytes + self.eigenvalue_bytes > 0},
-            "--shard-model": {"shard_model": self.hardware.ranks > 1},
-            f"--fit-train {_FEW}": {"fit_train": min(asked.fit_train, _FEW)},
-            f"--top {_TOP}": {"top": asked.top or min(_TOP, asked.train)},
+            f"--query-rank {_RANK}": {"query_rank": given.query_rank or _RANK, "query_bits": None},
+            "--offload-factors": {"offload_factors": self.plan.job.factor_bytes > 0},
+            "--shard-model": {"shard_model": given.ranks > 1},
+            f"--fit-train {_FEW}": {"fit_train": few},
+            f"--top {_TOP}": {"top": given.top or min(_TOP, given.train)},
         }
-        requests = {f"with {option}": replace(asked, **change) for option, change in savings.items()}
-        requests["with all of these"] = replace(asked, **{k: v for each in savings.values() for k, v in each.items()})
-        flags: dict[str, dict[str, Any]] = {
-            f"without --{name.replace('_', '-')}": {name: False}
-            for name in ("half_precision", "offload_factors", "shard_model")
-        }
-        requests |= {option: replace(asked, **change) for option, change in flags.items()}
+        changes = {f"with {option}": change for option, change in savings.items()}
+        changes["with all of these"] = {name: value for each in savings.values() for name, value in each.items()}
+        for name in ("half_precision", "offload_factors", "shard_model"):
+            changes[f"without --{name.replace('_', '-')}"] = {name: False}
+        others = {option: replace(given, **change) for option, change in changes.items()}
+        return {option: Estimate(other) for option, other in others.items() if other != given}
+
+    def parts(self, stage: Stage) -> dict[str, float]:
+        """The seconds that are expected of a stage, by what they are for."""
+        given, machine, flop = self.arguments, self.arguments.machine, self._slowest_flop(stage)
+        speed = given.efficiency * machine.matmul if stage.passes else given.eigen_flops * 1e12
         return {
-            name: replace(self, request=other, blueprint=measured[other.half_precision])
-            for name, other in requests.items()
-            if other != asked
+            "arithmetic": flop / speed,
+            "exchange between ranks": stage.sent / (given.bandwidth * 1e9),
+            "copies to and from the host": stage.copied / machine.copy,
         }
 
-    # A rank's share, and the plan
+    def _on_ranks(self, stage: Stage, sent: float, copied: float) -> Stage:
+        memory = {"weights": self.weight_bytes, **stage.memory}
+        stage = replace(stage, memory=memory, sent=sent, copied=copied)
+        arithmetic, *traffic = self.parts(stage).values()
+        full_speed = arithmetic * (self.arguments.efficiency if stage.passes else 1)
+        return replace(stage, seconds=arithmetic + sum(traffic), least_seconds=max(full_speed, *traffic))
 
-    def _share(self, examples: int) -> int:
-        """The largest share of a rank."""
-        return -(-examples // self.hardware.ranks)
+    def _slowest_flop(self, stage: Stage) -> float:
+        """Operations of the rank with the most of them: the most examples, or layers to decompose."""
+        ranks, job = self.arguments.ranks, self.plan.job
+        if stage.passes:
+            return stage.flop * -(-stage.passes // ranks) / stage.passes
+        costs = {name: job.eigendecomposition_flop(layer) for name, layer in job.layers.items()}
+        return max(sum(costs[name] for name in Ranks(rank, ranks).share_of(costs)) for rank in range(ranks))
+
+    @cached_property
+    def _traffic(self) -> dict[str, tuple[float, float]]:
+        """By stage, the bytes that each rank sends, and those between its device and its host."""
+        given, plan, form, job = self.arguments, self.plan, self.plan.form, self.plan.job
+        others, basis, factors = (
+            (given.ranks - 1) / given.ranks,
+            job.basis_bytes,
+            job.basis_bytes + job.eigenvalue_bytes,
+        )
+        bank = job.queries * form.bytes_per_query(job.layers)
+
+        def sent(total: float, batches: int) -> float:
+            """Sums that all ranks get, and sharded weights that are gathered forward and again backward."""
+            return 2 * others * (total + batches * self.blueprint.weight_bytes * given.shard_model)
+
+        fit, query = self._batches(job.fitted, plan.fit_batch), self._batches(job.queries, plan.query_batch)
+        train, offload = plan.sweeps * self._batches(job.train, plan.train_batch), job.offload_factors
+        rotating = self._rotating_bytes() * offload + plan.bank_bytes * form.offloaded
+        return {
+            "covariance": (sent(basis, fit), fit * basis * offload),
+            "eigendecomposition": (basis * others, 2 * basis / given.ranks * offload),
+            "eigenvalues": (sent(factors - basis, fit), fit * factors * offload),
+            "query gradients": (sent(bank, query), query * factors * offload + bank * form.offloaded),
+            "pairwise scores": (sent(4 * job.queries * job.train, train), train * rotating),
+        }
 
     def _batches(self, examples: int, size: int) -> int:
-        """How many a rank passes over."""
-        return -(-self._share(examples) // size)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.request.half_precision else torch.float32
-
-    def _plan(self, train: int) -> Plan:
-        asked, hardware = self.request, self.hardware
-        job = Job(
-            layers=self.blueprint.layers,
-            strategy=checked_strategy(asked.strategy),
-            queries=asked.queries,
-            train=train,
-            query=self.blueprint.example,
-            example=self.blueprint.example,
-            wanted=Wanted(self._dtype, asked.query_rank, asked.batch_size, asked.batch_size, asked.query_bits),
-            usable=0,
-            device=hardware.device,
-            factors_on_host=asked.offload_factors,
-        )
-        usable = int(FREE_SHARE * (REACHABLE * hardware.memory - self.weight_bytes)) - job.factor_bytes
-        machine = Machine(hardware.matmul, hardware.copy, int(hardware.host_memory))
-        return plan_scores(replace(job, usable=usable), machine)
-
-    # The stages
-
-    def _covariance(self, cost: Cost) -> Stage:
-        return self._fitted(cost, self.basis_bytes, self.basis_bytes)
-
-    def _eigenvalues(self, cost: Cost) -> Stage:
-        return self._fitted(cost, self.eigenvalue_bytes, self.basis_bytes + self.eigenvalue_bytes)
-
-    def _fitted(self, cost: Cost, sums: int, moved: int) -> Stage:
-        """A sweep of the fit, whose sums all ranks add up; with factors on the host, each batch moves some."""
-        batches = self._batches(self.request.fit_train, self.plan.fit_batch)
-        copied = batches * moved * self.request.offload_factors
-        return self._swept(cost, self.plan.fit_batch, self._reduced(sums) + self._gathered(batches), copied)
-
-    def _eigendecomposition(self) -> Stage:
-        """Of both covariances of every layer, the layers spread over the ranks."""
-        layers, ranks = self.blueprint.layers, self.hardware.ranks
-        costs = {name: _EIGH_FLOP * sum(size**3 for size in layer.shape) for name, layer in layers.items()}
-        most = max(sum(costs[name] for name in Ranks(index, ranks).share_of(costs)) for index in range(ranks))
-        memory = {"weights": self.weight_bytes, "factors": 2.0 * self._on_device(self.basis_bytes)}
-        memory["working room"] = 8.0 * _EIGH_COPIES * max(max(layer.shape) for layer in layers.values()) ** 2
-        sent = self.basis_bytes * (ranks - 1) / ranks
-        copied = 2 * self.basis_bytes / ranks * self.request.offload_factors
-        seconds = most / self.hardware.eigen
-        return self._timed("eigendecomposition", 0, sum(costs.values()), memory, sent, copied, seconds)
-
-    def _query_gradients(self, cost: Cost) -> Stage:
-        """Every rank's share of the queries, whose gradients all ranks then get."""
-        plan = self.plan
-        batches = self._batches(self.request.queries, plan.query_batch)
-        bank = self.request.queries * plan.form.bytes_per_query(plan.job.layers)
-        copied = batches * (self.basis_bytes + self.eigenvalue_bytes) * self.request.offload_factors
-        copied += bank * plan.form.streamed
-        return self._swept(cost, plan.query_batch, self._reduced(bank) + self._gathered(batches), copied, bank=True)
-
-    def _pairwise_scores(self, cost: Cost) -> Stage:
-        plan = self.plan
-        batches = plan.sweeps * self._batches(self.request.train, plan.train_batch)
-        copied = batches * self._rotating_bytes() * self.request.offload_factors
-        copied += batches * plan.bank_bytes * plan.form.streamed
-        sent = self._reduced(4 * self.request.queries * self.request.train) + self._gathered(batches)
-        return self._swept(cost, plan.train_batch, sent, copied, bank=True, room=SHARD_BYTES)
-
-    def _swept(self, cost: Cost, batch: int, sent: float, copied: float, bank: bool = False, room: float = 0) -> Stage:
-        """A sweep; the slowest rank has the largest share of its operations."""
-        plan = self.plan
-        memory = {
-            "weights": self.weight_bytes,
-            "a batch": 1.0 * self.blueprint.example.batch_bytes(batch),
-            "factors": 2.0 * plan.job.factor_bytes,
-            "query gradients": 1.0 * plan.bank_bytes * (bank and not plan.form.streamed),
-            "working room": room,
-        }
-        seconds = cost.flop * self._share(cost.passes) / cost.passes / self.hardware.matmul
-        return self._timed(cost.stage, cost.passes, cost.flop, memory, sent, copied, seconds, self.hardware.efficiency)
-
-    def _timed(
-        self,
-        name: str,
-        passes: int,
-        flop: float,
-        memory: Mapping[str, float],
-        sent: float,
-        copied: float,
-        arithmetic: float,
-        efficiency: float = 1.0,
-    ) -> Stage:
-        parts = (arithmetic, sent / self.hardware.link, copied / self.hardware.copy)
-        expected = arithmetic / efficiency + sum(parts[1:])
-        return Stage(name, passes, flop, memory, sent, copied, expected, max(parts))
-
-    # Bytes
-
-    def _on_device(self, total: float) -> float:
-        """All layers' bytes, or only the largest layer's part where the rest is on the host."""
-        largest = max(sum(size**2 for size in layer.padded_shape) for layer in self.blueprint.layers.values())
-        return 4.0 * largest if self.request.offload_factors else total
+        """Of the rank with the most examples."""
+        share = -(-examples // self.arguments.ranks)
+        return -(-share // size)
 
     def _rotating_bytes(self) -> float:
         """Of the eigenvectors that training gradients are multiplied with in every batch."""
@@ -365,14 +301,4 @@ class Estimate:
         for name, back in self.plan.form.rotated_back.items():
             shape = self.blueprint.layers[name].padded_shape
             found += sum(size**2 for size, chosen in zip(shape, back, strict=True) if not chosen)
-        return found * widened_dtype(self._dtype).itemsize
-
-    def _reduced(self, size: float) -> float:
-        """What a rank sends so that all have the sum of what each has."""
-        ranks = self.hardware.ranks
-        return 2 * size * (ranks - 1) / ranks
-
-    def _gathered(self, batches: int) -> float:
-        """What a rank receives of sharded weights: all of the others', forward and again backward."""
-        ranks = self.hardware.ranks
-        return 2.0 * batches * self.blueprint.weight_bytes * (ranks - 1) / ranks * self.request.shard_model
+        return found * widened_dtype(self.plan.job.dtype).itemsize

@@ -1,79 +1,96 @@
-"""The subcommands `wherefrom index` and `wherefrom query`: compress a training set once, ask it again and again.
+"""The subcommands `wherefrom index` and `wherefrom query`: compress a training set once, query it again and again.
 
 All work is the library's; this module turns arguments into its calls.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-import torch
+import tyro
 from rich.console import Console
 
 from wherefrom.cli.shared import Run, StrategyName
 from wherefrom.cli.sources import RunSources
-from wherefrom.methods.projected.index import GradientIndex
-from wherefrom.methods.projected.projections import Compression, Directions, IndexOptions, Numbers
+from wherefrom.hf.pretrained import PretrainedStudy
+from wherefrom.methods.index import GradientIndex
+from wherefrom.methods.projections import Compression, Directions, IndexOptions, Numbers
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.text import top_tables
 from wherefrom.runtime.distributed import Ranks
-from wherefrom.study import Study
+from wherefrom.tasks.language import TokenBatch
 
 console = Console()
 
 
+@dataclass(frozen=True)
+class IndexArguments:
+    """The index that is meant.
+
+    Attributes:
+        strategy: The curvature; fitted first if the run does not have it yet.
+        directions: What gradients are projected on: random directions, or leading eigenvectors of the curvature.
+        rank: How many directions on either side of a layer's gradient.
+        numbers: The type that compressed gradients are stored in.
+        seed: Of random directions.
+        half_precision: bfloat16 products in the model's passes.
+        name: Of the index in the run; by default directions, rank and numbers.
+    """
+
+    strategy: StrategyName = "ekfac"
+    directions: Directions = "random"
+    rank: int = 16
+    numbers: Numbers = "int8"
+    seed: int = 0
+    half_precision: bool = False
+    name: str | None = None
+
+    @property
+    def options(self) -> IndexOptions:
+        """As the library takes them, checked: a model that takes long to load is loaded after that."""
+        options: IndexOptions = {
+            "directions": self.directions,
+            "rank": self.rank,
+            "numbers": self.numbers,
+            "seed": self.seed,
+            "half_precision": self.half_precision,
+            "name": self.name,
+        }
+        Compression.of(**options)
+        return options
+
+
 def index(
     run: Run,
+    compression: tyro.conf.OmitArgPrefixes[IndexArguments],
     *,
-    strategy: StrategyName = "ekfac",
-    directions: Directions = "random",
-    rank: int = 16,
-    numbers: Numbers = "int8",
-    seed: int = 0,
-    half_precision: bool = False,
     batch_size: int | None = None,
-    name: str | None = None,
     device: str = "auto",
     memory_budget: float | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Keep the compressed gradient of every training sequence on disk, for `wherefrom query`.
+    """Store the compressed gradient of every training sequence, for `wherefrom query`.
 
     Args:
         run: A run directory that `wherefrom fit` made.
-        strategy: The curvature; fitted first if the run does not have it yet.
-        directions: What gradients are projected on: random directions, or leading eigenvectors of the curvature.
-        rank: How many directions on either side of a layer's gradient.
-        numbers: How the numbers are kept.
-        seed: Of random directions.
-        half_precision: bfloat16 products in the model's passes.
+        compression: The index.
         batch_size: Sequences a batch; found by default.
-        name: Of the index in the run; by default directions, rank and numbers.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
         memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
         overwrite: Replace an index that was made from something else.
     """
-    options: IndexOptions = {
-        "directions": directions,
-        "rank": rank,
-        "numbers": numbers,
-        "seed": seed,
-        "half_precision": half_precision,
-        "batch_size": batch_size,
-        "name": name,
-        "overwrite": overwrite,
-    }
-    Compression.of(**options)  # or the model would be loaded first
+    options: IndexOptions = {**compression.options, "batch_size": batch_size, "overwrite": overwrite}
     sources = RunSources.load(run)
-    study, _ = sources.study(run, device, memory_budget)
-    found = _opened(study, sources, strategy, options)
-    if Ranks.current().is_main:
+    study = sources.study(run, device, memory_budget)
+    found = _opened(study, sources, compression, options)
+    if Ranks.current().writes:
         size = len(found) * found.bytes_per_example / 2**20
         console.print(f"{len(found):,} gradients, {size:,.2f} MiB, are in {found.path}.", soft_wrap=True)
 
 
 def query(
     run: Run,
+    compression: tyro.conf.OmitArgPrefixes[IndexArguments],
     *,
     queries: str,
     k: int = 5,
@@ -81,13 +98,6 @@ def query(
     damping: float | None = None,
     split: str = "validation",
     column: str | None = None,
-    strategy: StrategyName = "ekfac",
-    directions: Directions = "random",
-    rank: int = 16,
-    numbers: Numbers = "int8",
-    seed: int = 0,
-    half_precision: bool = False,
-    name: str | None = None,
     device: str = "auto",
     memory_budget: float | None = None,
 ) -> None:
@@ -95,44 +105,30 @@ def query(
 
     Args:
         run: A run directory with an index; what of it is missing is made first.
+        compression: The index, as for `wherefrom index`.
         queries: The query text: a file, a saved dataset or a hub name, cut as the training text was.
         k: Sequences for each query.
         rerank: Score this many of each query's highest and lowest again with whole gradients.
         damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
         split: The split of a saved or hub dataset.
         column: The column that holds the text; found when there is only one.
-        strategy: The curvature, and of the index: as for `wherefrom index`.
-        directions: Of the index.
-        rank: Of the index.
-        numbers: Of the index.
-        seed: Of the index.
-        half_precision: Of the index.
-        name: Of the index.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
         memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
     """
-    options: IndexOptions = {
-        "directions": directions,
-        "rank": rank,
-        "numbers": numbers,
-        "seed": seed,
-        "half_precision": half_precision,
-        "name": name,
-    }
-    Compression.of(**options)
-    sources = RunSources.load(run)
-    study, tokenizer = sources.study(run, device, memory_budget)
-    sequences = replace(sources.train, source=queries, split=split, column=column).sequences(tokenizer)
-    found = _opened(study, sources, strategy, options)
+    options, sources = compression.options, RunSources.load(run)
+    study = sources.study(run, device, memory_budget)
+    sequences = replace(sources.train, source=queries, split=split, column=column).sequences(study.tokenizer)
+    found = _opened(study, sources, compression, options)
     scores = found.query(sequences, k, damping=damping, rerank=rerank)
     shown = range(len(sequences))
     console.print(top_tables(scores, DatasetPassages(sequences), DatasetPassages(study.train), shown=shown, k=k))
 
 
 def _opened(
-    study: Study[dict[str, torch.Tensor]], sources: RunSources, strategy: StrategyName, options: IndexOptions
-) -> GradientIndex[dict[str, torch.Tensor]]:
+    study: PretrainedStudy, sources: RunSources, compression: IndexArguments, options: IndexOptions
+) -> GradientIndex[TokenBatch]:
     """The index of a run, made unless it is there."""
-    half = options["half_precision"]
-    factors = study.fit(strategy, empirical=sources.empirical, half_precision=half, seed=sources.seed)
+    factors = study.fit(
+        compression.strategy, empirical=sources.empirical, half_precision=compression.half_precision, seed=sources.seed
+    )
     return study.index(factors, **options)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -57,11 +57,11 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def command_line(flags: Mapping[str, str] | None = None) -> Iterator[None]:
+def command_line(flags: Callable[[], Mapping[str, str]] = dict) -> Iterator[None]:
     """Run the work of a command; it leaves with the exit statuses of this module.
 
     Args:
-        flags: of the command, for `in_flags`; None leaves errors in the words of the library.
+        flags: gives those of the command, for `in_flags`; without, errors stay in the words of the library.
     """
     numbers = [signal.SIGTERM, signal.SIGHUP]
     # What is ignored stays so, as under nohup.
@@ -69,7 +69,7 @@ def command_line(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     try:
         yield
     except WherefromError as error:
-        _say(f"[bold red]error:[/bold red] {escape(in_flags(str(error), flags or {}))}")
+        _say(f"[bold red]error:[/bold red] {escape(in_flags(str(error), flags()))}")
         sys.exit(1)
     except KeyboardInterrupt:
         _say("Interrupted. The same command (without --overwrite) goes on from what is saved.")

@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from wherefrom.hf.text import as_blocks, as_documents, load_model, load_tokenizer, local_path, read_texts
+from wherefrom.hf.pretrained import PretrainedStudy, checked_device, study_from_pretrained
+from wherefrom.hf.text import as_blocks, as_documents, load_tokenizer, local_path, read_texts
 from wherefrom.report.passages import DatasetPassages
-from wherefrom.runtime.distributed import Ranks, join_ranks
-from wherefrom.runtime.errors import DamagedError, InputError, first_line
+from wherefrom.runtime.distributed import Ranks
+from wherefrom.runtime.errors import DamagedError, InputError
 from wherefrom.store.files import checked_name, read_json, within, write_text
 from wherefrom.store.fingerprint import (
     MODEL,
@@ -33,7 +32,6 @@ from wherefrom.store.fingerprint import (
 )
 from wherefrom.store.locks import run_lock
 from wherefrom.store.names import finished, found_result, known_fingerprint
-from wherefrom.study import Study
 from wherefrom.tasks.language import CausalLM
 
 if TYPE_CHECKING:
@@ -130,15 +128,21 @@ class RunSources:
         with run_lock(run):
             write_text(folder / SOURCES, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
 
-    def study(
-        self, run: Path, device: str, memory_budget: float | None
-    ) -> tuple[Study[dict[str, torch.Tensor]], PreTrainedTokenizerBase]:
-        """Load model, tokenizer and training sequences."""
+    def study(self, run: Path, device: str, memory_budget: float | None) -> PretrainedStudy:
+        """Load tokenizer, training sequences and model."""
+        if device != "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(f"device={device!r} under torchrun, where each process takes its own: leave it out.")
+        placed = checked_device(None if device == "auto" else device)  # or it turns out when all texts are read
         tokenizer = load_tokenizer(self.model)
-        model = load_model(self.model)
-        torch.nn.Module.to(model, _device(device))
-        train = self.train.sequences(tokenizer)
-        return Study(run, model, CausalLM(self.layers), train=train, memory_budget=memory_budget), tokenizer
+        return study_from_pretrained(
+            self.model,
+            self.train.sequences(tokenizer),
+            run=run,
+            task=CausalLM(self.layers),
+            tokenizer=tokenizer,
+            device=placed,
+            memory_budget=memory_budget,
+        )
 
     def described(self) -> dict[str, str]:
         """Where things came from, for a page."""
@@ -189,7 +193,7 @@ def chosen_scores(run: Path, name: str | None) -> Path:
     return latest
 
 
-def log_other_scores(study: Study[dict[str, torch.Tensor]]) -> None:
+def log_other_scores(study: PretrainedStudy) -> None:
     """Say which scores of a run are about another training text or model than a study, and what happens with them."""
     there = {each.name: known_fingerprint(each) for each in finished(within(study.path, "scores"))}
     if not there or not Ranks.current().is_main:
@@ -219,21 +223,3 @@ def checked_run(run: Path) -> Path:
     if local_path(str(run)).exists() and not run.is_dir():
         raise InputError(f"{run} is not a directory: expected a run directory, or the name of a new one.")
     return run
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return join_ranks()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"device={name!r} under torchrun, where each process takes its own: leave it out.")
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
-        raise InputError(
-            f"device={name!r} is not available here ({first_line(error)}). Give 'cpu' or 'cuda'."
-        ) from error
-    if device.type == "meta":
-        raise InputError(
-            "device='meta' holds no numbers. Give 'cpu' or 'cuda', or ask `wherefrom plan` what it would cost."
-        )
-    return device

@@ -7,16 +7,15 @@ and chooses the task that its architecture was trained for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from wherefrom.hf.preparation import Preparation, Rows, Target
-from wherefrom.hf.text import load_config, load_model, load_tokenizer
+from wherefrom.hf.text import load_config, load_model, load_tokenizer, local_path
 from wherefrom.runtime.distributed import join_ranks
-from wherefrom.runtime.errors import InputError, require
+from wherefrom.runtime.errors import InputError, first_line, require
 from wherefrom.store.files import read_json
 from wherefrom.store.fingerprint import Dataset
 from wherefrom.study import Study
@@ -77,11 +76,11 @@ def study_from_pretrained(
     device: str | torch.device | None = None,
     **options: Any,
 ) -> PretrainedStudy:
-    """Make a study of a checkpoint and the dataset that it was trained on.
+    """Make a study of a checkpoint, or of a model on the hub, and the dataset that it was trained on.
 
     Args:
         folder: what `save_pretrained`, a Trainer or TRL's SFTTrainer has written: a whole model, or a peft adapter, of
-            which the adapter's own layers are tracked unless the task names others.
+            which the adapter's own layers are tracked unless the task names others; or a hub name.
         train: rows, or the name of a file or saved dataset of them. Rows have `input_ids`, and stay as they are, or
 
             - for a causal language model: `messages`; `prompt` and `completion`, of which the completion is counted;
@@ -92,8 +91,9 @@ def study_from_pretrained(
 
             A list of strings is rows of `text`. Where the model was trained on other tokens than these columns give,
             pass the tokenised rows.
-        run: the run directory; `folder/wherefrom` by default.
-        task: None chooses by the architecture: `CausalLM`, `MaskedLM`, `Seq2Seq` or `SequenceClassification`.
+        run: the run directory; `folder/wherefrom` by default, where there is a folder.
+        task: `CausalLM`, `MaskedLM`, `Seq2Seq` or `SequenceClassification`, whose kind of model is loaded; None chooses
+            by the architecture.
         tokenizer: None loads that of the folder, or of the adapter's model.
         max_length: texts are cut off after so many tokens; None is what the model can take.
         end_token: put the end-of-sequence token after a text or completion, as TRL does.
@@ -104,52 +104,87 @@ def study_from_pretrained(
         InputError: the folder holds no model, the architecture has no task here, or the rows lack columns.
         LayerError: no layer can be tracked.
     """
-    folder = Path(folder)
-    base = _adapted_model(folder)
+    device, base = checked_device(device), _adapted_model(folder)
+    if run is None and not Path(folder).is_dir():
+        raise InputError(f"run=None with the model {str(folder)!r}, which is no folder: expected a run directory.")
     name = str(base or folder)
     config = load_config(name)
-    kind = _kind(config)
+    kind = _kind(config, task)
     tokenizer = tokenizer or _tokenizer([str(folder), *([base] if base else [])])
     preparation = Preparation(kind.target, tokenizer, max_length or _longest(config, tokenizer), end_token)
     model = load_model(name, kind.auto_class)
-    task = task or kind.task(config)
+    task = task or _default_task(kind, config)
     if base is not None:
         model = require("peft", "lora").PeftModel.from_pretrained(model, str(folder)).eval()
         if task.layers is None:
             task = copy.copy(task)
             task.layers = _ADAPTER_LAYERS
-    torch.nn.Module.to(model, device or join_ranks())
-    return PretrainedStudy(run or folder / "wherefrom", model, task, train=train, preparation=preparation, **options)
+    torch.nn.Module.to(model, device)
+    return PretrainedStudy(
+        run or Path(folder, "wherefrom"), model, task, train=train, preparation=preparation, **options
+    )
+
+
+def checked_device(device: str | torch.device | None) -> torch.device:
+    """A device that a model can be on; None is a GPU if there is one, under torchrun this process's own.
+
+    Raises:
+        InputError: it is not available, or holds no numbers.
+    """
+    if device is None:
+        return join_ranks()
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
+        raise InputError(
+            f"device={device!r} is not available here ({first_line(error)}). Give 'cpu' or 'cuda'."
+        ) from error
+    if found.type == "meta":
+        raise InputError(
+            "device='meta' holds no numbers. Give 'cpu' or 'cuda', or ask `wherefrom plan` what it would cost."
+        )
+    return found
 
 
 class _Kind(NamedTuple):
-    """One kind of model: how it is loaded, the mapping of transformers that lists it, what it is asked.
+    """One kind of model: how it is loaded, the mapping of transformers that lists it, what it predicts.
 
     Attributes:
         architectures: the name of a mapping in `transformers.models.auto.modeling_auto`.
+        task: what it was trained for.
     """
 
     auto_class: str
     architectures: str
     target: Target
-    task: Callable[[PreTrainedConfig], Task[TokenBatch]]
+    task: type[Task[TokenBatch]]
 
 
 # Encoder-decoders come first: some of them can also fill masks.
 _KINDS = (
-    _Kind("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "seq2seq", lambda config: Seq2Seq()),
-    _Kind("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "causal", lambda config: CausalLM()),
-    _Kind("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "masked", lambda config: MaskedLM()),
+    _Kind("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "seq2seq", Seq2Seq),
+    _Kind("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "causal", CausalLM),
+    _Kind("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "masked", MaskedLM),
     _Kind(
         "AutoModelForSequenceClassification",
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
         "classification",
-        lambda config: SequenceClassification(pad_token=getattr(config, "pad_token_id", None) or 0),
+        SequenceClassification,
     ),
 )
 
 
-def _kind(config: PreTrainedConfig) -> _Kind:
+def _default_task(kind: _Kind, config: PreTrainedConfig) -> Task[TokenBatch]:
+    if kind.task is SequenceClassification:
+        return SequenceClassification(pad_token=getattr(config, "pad_token_id", None) or 0)
+    return kind.task()
+
+
+def _kind(config: PreTrainedConfig, task: Task[TokenBatch] | None) -> _Kind:
+    """The kind of model that a task is for; of another task or none, the kind of the architecture."""
+    for kind in _KINDS:
+        if isinstance(task, kind.task):
+            return kind
     architecture = (config.architectures or ["none"])[0]
     auto = require("transformers.models.auto.modeling_auto")
     for kind in _KINDS:
@@ -162,11 +197,11 @@ def _kind(config: PreTrainedConfig) -> _Kind:
     )
 
 
-def _adapted_model(folder: Path) -> str | None:
-    """The model that an adapter belongs to; None where the folder holds no adapter."""
-    if not folder.is_dir():
+def _adapted_model(folder: str | Path) -> str | None:
+    """The model that an adapter belongs to; None where there is no folder with an adapter."""
+    if isinstance(folder, Path) and not folder.is_dir():
         raise InputError(f"folder={str(folder)!r}: no such directory; expected a checkpoint that a Trainer has saved.")
-    file = folder / _ADAPTER
+    file = local_path(str(folder)) / _ADAPTER
     if not file.is_file():
         return None
     base = read_json(file, "Save the adapter again.").get("base_model_name_or_path")

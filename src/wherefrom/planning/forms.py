@@ -16,24 +16,24 @@ from wherefrom.runtime.precision import widened_dtype
 
 @dataclass(frozen=True)
 class BankForm:
-    """How query gradients are kept.
+    """How query gradients are resident.
 
     Attributes:
-        dtype: of their numbers, or of products with those that are kept as integers.
-        place: the device that they lie on.
-        streamed: whether that is another than the model's, so that they are moved there piece by piece for every batch.
-        rank: of the two thin matrices; None keeps gradients whole, as do layers in which that takes less.
+        dtype: of their numbers, or of products with those that are integers.
+        device: that they lie on.
+        offloaded: whether that is another than the model's, which they are moved to piece by piece for every batch.
+        rank: of the two thin matrices; None leaves gradients whole, as do layers in which that takes less.
         tokens: how many vectors the longest query has in a one-hot layer, of which it touches as many columns at most;
-            a bank makes room for more when they come.
+            a bank grows when there are more.
         rotated_back: for each layer, whether the preconditioned gradient is brought back from the eigenbasis on its
             left and right side; otherwise each training gradient is brought there.
-        bits: 8 keeps whole gradients as integers of that size, with a scale for each row of each query's, but for
-            one-hot layers; None keeps numbers of `dtype`.
+        bits: 8 makes whole gradients integers of that size, with a scale for each row of each query's, but for
+            one-hot layers; None leaves numbers of `dtype`.
     """
 
     dtype: torch.dtype
-    place: torch.device
-    streamed: bool = False
+    device: torch.device
+    offloaded: bool = False
     rank: int | None = None
     tokens: int = 0
     rotated_back: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
@@ -45,32 +45,33 @@ class BankForm:
         return self.rank is not None or self.bits is not None
 
     def quantized(self, layer: TrackedLayer) -> bool:
-        """Whether a layer's gradients are kept as integers."""
-        return self.bits is not None and not layer.one_hot and not self.thin(layer)
+        """Whether a layer's gradients are integers."""
+        return self.bits is not None and not layer.one_hot and not self.low_rank(layer)
 
-    def thin(self, layer: TrackedLayer) -> bool:
-        """Whether a layer's gradients are kept as two thin matrices."""
+    def low_rank(self, layer: TrackedLayer) -> bool:
+        """Whether a layer's gradients are two thin matrices."""
         outputs, width = layer.padded_shape
         return not layer.one_hot and self.rank is not None and self.rank * (outputs + width) < outputs * width
 
     def bytes_per_query(self, layers: Mapping[str, TrackedLayer]) -> int:
         """What one query takes."""
-        taken = 0
-        for layer in layers.values():
-            outputs, width = layer.padded_shape
-            numbers = (self.rank or 0) * (outputs + width) if self.thin(layer) else outputs * layer.columns(self.tokens)
-            if self.quantized(layer):
-                taken += numbers * torch.int8.itemsize + outputs * widened_dtype(self.dtype).itemsize
-            else:
-                taken += numbers * self.dtype.itemsize + layer.one_hot * self.tokens * torch.int64.itemsize
-        return taken
+        return sum(self._layer_bytes(layer) for layer in layers.values())
+
+    def _layer_bytes(self, layer: TrackedLayer) -> int:
+        outputs, width = layer.padded_shape
+        if self.rank is not None and self.low_rank(layer):
+            return self.rank * (outputs + width) * self.dtype.itemsize
+        if self.quantized(layer):
+            return outputs * (width * torch.int8.itemsize + widened_dtype(self.dtype).itemsize)
+        columns = layer.one_hot * self.tokens * torch.int64.itemsize
+        return outputs * layer.columns(self.tokens) * self.dtype.itemsize + columns
 
 
 # Directions beyond the rank in a randomised decomposition, and its power iterations (Halko et al. 2011, section 4.5).
 _OVERSAMPLING, _ITERATIONS = 8, 2
 
 
-def thin_product_flop(shape: tuple[int, int], rank: int, tokens: int, batch: int) -> tuple[float, float]:
+def low_rank_product_flop(shape: tuple[int, int], rank: int, tokens: int, batch: int) -> tuple[float, float]:
     """Operations for a product of thin matrices with one training gradient: by tokens, and rebuilt once a batch."""
     outputs, width = shape
     return 2.0 * tokens * (outputs + width) * rank, 2.0 * outputs * width * (1 + rank / batch)

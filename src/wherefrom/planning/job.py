@@ -6,7 +6,7 @@ This module does not know how scores are planned.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,33 +16,23 @@ from wherefrom.engine.layers import TrackedLayer
 from wherefrom.runtime.memory import Footprint
 from wherefrom.runtime.precision import widened_dtype
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the caller has settled.
-
-    Attributes:
-        dtype: of resident query gradients.
-        rank: of the two thin matrices that stand for each; None keeps them whole.
-        bits: of the integers that stand for their numbers; None keeps the numbers.
-        query_batch, train_batch: None leaves the size to the plan.
-    """
-
-    dtype: torch.dtype
-    rank: int | None = None
-    query_batch: int | None = None
-    train_batch: int | None = None
-    bits: int | None = None
+# Operations of a symmetric eigendecomposition with eigenvectors, a size cubed times this (Golub & Van Loan, 8.3).
+_EIGH_FLOP = 9.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """What there is to do, and what it takes.
+    """What there is to do, and with what.
 
     Attributes:
+        queries, train: how many there are.
         query, example: what a query and a training example take.
+        dtype: of resident query gradients.
         usable: bytes to plan with on `device`, where the model is.
-        factors_on_host: only one layer's factors are on the device at a time.
+        query_rank, query_bits: of the smaller form that query gradients are resident in; None keeps them as they are.
+        query_batch, train_batch: None leaves the size to the plan.
+        fit_train: training examples that factors are fitted on; None is all.
+        offload_factors: only one layer's factors are on the device at a time.
     """
 
     layers: Mapping[str, TrackedLayer]
@@ -51,85 +41,115 @@ class Job:
     train: int
     query: Footprint
     example: Footprint
-    wanted: Wanted
+    dtype: torch.dtype
     usable: int
     device: torch.device
-    factors_on_host: bool = False
+    query_rank: int | None = None
+    query_bits: int | None = None
+    query_batch: int | None = None
+    train_batch: int | None = None
+    fit_train: int | None = None
+    offload_factors: bool = False
+
+    @property
+    def half(self) -> bool:
+        """Whether products take bfloat16 operands, rather than their values in float32."""
+        return self.dtype == torch.bfloat16 and self.device.type == "cuda"
+
+    @property
+    def basis_bytes(self) -> int:
+        """What the covariances of all layers take, or their eigenvectors."""
+        return basis_bytes(self.layers, self.strategy, self.dtype)
+
+    @property
+    def eigenvalue_bytes(self) -> int:
+        """What the eigenvalues of all layers take."""
+        return eigenvalue_bytes(self.layers, self.strategy, self.dtype)
 
     @property
     def factor_bytes(self) -> int:
         """What bases and eigenvalues take on the device."""
-        if not self.factors_on_host:
-            return factor_bytes(self.layers, self.strategy, self.wanted.dtype)
-        return max(factor_bytes({name: each}, self.strategy, self.wanted.dtype) for name, each in self.layers.items())
+        return self.on_device(factor_bytes)
+
+    def on_device(self, size: Callable[[Mapping[str, TrackedLayer], Strategy, torch.dtype], int]) -> int:
+        """What factors, or a part of them, take there: those of all layers, or of the largest if they are offloaded."""
+        parts = [{name: layer} for name, layer in self.layers.items()] if self.offload_factors else [self.layers]
+        return max(size(layers, self.strategy, self.dtype) for layers in parts)
+
+    @property
+    def fitted(self) -> int:
+        """Training examples that factors are fitted on."""
+        return self.train if self.fit_train is None else self.fit_train
+
+    # Operations for one layer
+
+    def gradient_flop(self, layer: TrackedLayer, tokens: int) -> float:
+        """To form one example's gradient, in the eigenbasis where there is one."""
+        return forming_flop(layer, tokens) + sum(self.rotation_flop(layer, tokens))
+
+    def rotation_flop(self, layer: TrackedLayer, tokens: int) -> tuple[float, float]:
+        """To bring one example's gradient into the basis, on its left and on its right.
+
+        Multiplied are its tokens or the gradient itself, whichever is less; in half precision always its tokens, by a
+        basis in two terms (see `precision.rotated`).
+        """
+        outputs, columns = layer.shape[0], layer.columns(tokens)
+        left, right = (2 * tokens, 2 * tokens) if self.half else (min(tokens, columns), min(tokens, outputs))
+        rotates = self._rotates(layer)
+        return 2.0 * outputs**2 * left * rotates[0], 2.0 * columns**2 * right * rotates[1]
+
+    def side_flop(self, name: str, sweeps: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        """To have all gradients in the same coordinates, on the left and on the right.
+
+        Returns:
+            For all query gradients out of the basis, and for all training gradients into it.
+        """
+        layer, terms = self.layers[name], 2 if self.half else 1
+        outputs, columns = layer.shape[0], layer.columns(self.query.tokens_of(name))
+        each, rotates = 2.0 * terms * self.queries * outputs * columns, self._rotates(layer)
+        left, right = self.rotation_flop(layer, self.example.tokens_of(name))
+        back = each * outputs * rotates[0], each * columns * rotates[1]
+        return back, (sweeps * self.train * left, sweeps * self.train * right)
+
+    def _rotates(self, layer: TrackedLayer) -> tuple[bool, bool]:
+        """Whether there are eigenvectors on the left and on the right."""
+        left, right = (self.strategy.basis is not None and not diagonal for diagonal in layer.diagonal_sides)
+        return left, right
+
+    def covariance_flop(self, layer: TrackedLayer, tokens: int) -> float:
+        """For one example's part of both covariances, of which only one triangle is computed."""
+        outputs, columns = layer.shape[0], layer.columns(tokens)
+        whole = self.strategy.basis == "gradients"
+        # Vectors whose outer products a side sums: tokens, or the columns and rows of the gradient.
+        vectors = (columns, outputs) if whole else (tokens, tokens)
+        sides = zip(vectors, (outputs, columns), layer.diagonal_sides, strict=True)
+        products = sum(count * (1 if diagonal else size) * size for count, size, diagonal in sides)
+        return products + forming_flop(layer, tokens) * whole
+
+    def eigendecomposition_flop(self, layer: TrackedLayer) -> float:
+        """For the eigenvectors of both covariances."""
+        sides = zip(layer.shape, layer.diagonal_sides, strict=True)
+        return _EIGH_FLOP * sum(size**3 for size, diagonal in sides if not diagonal)
 
 
-@dataclass(frozen=True)
-class PerExample:
-    """Operations for one example, over all layers.
+def forming_flop(layer: TrackedLayer, tokens: int) -> float:
+    """Operations that form one example's gradient of a layer."""
+    return 2.0 * tokens * layer.shape[0] * layer.columns(tokens)
 
-    Attributes:
-        forming: its gradients; gradient: the same in the eigenbasis, where there is one.
-        covariance: its part of both covariances, of which only one triangle is computed, with what they are made of.
-    """
 
-    forming: float
-    gradient: float
-    covariance: float
+def basis_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
+    """What the covariances of layers take, or their eigenvectors."""
+    sides = [side for each in layers.values() for side in zip(each.padded_shape, each.diagonal_sides, strict=True)]
+    numbers = sum(size * (1 if diagonal else size) for size, diagonal in sides)
+    return numbers * bool(strategy.basis) * widened_dtype(dtype).itemsize
 
-    @classmethod
-    def of(cls, job: Job, footprint: Footprint) -> PerExample:
-        forming = rotating = covariance = 0.0
-        for name, layer in job.layers.items():
-            tokens = footprint.tokens_of(name)
-            outputs, columns = layer.shape[0], layer.columns(tokens)
-            forming += 2.0 * tokens * outputs * columns
-            rotating += sum(_sides_flop(job, layer, tokens))
-            # Vectors whose outer products a side sums: tokens, or the columns and rows of the gradient.
-            vectors = (columns, outputs) if job.strategy.basis == "gradients" else (tokens, tokens)
-            covariance += sum(
-                count * (1 if diagonal else size) * size
-                for count, size, diagonal in zip(vectors, (outputs, columns), layer.diagonal_sides, strict=True)
-            )
-        covariance += forming * (job.strategy.basis == "gradients")
-        return cls(forming, forming + rotating * bool(job.strategy.basis), covariance)
+
+def eigenvalue_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
+    """What the eigenvalues of layers take."""
+    numbers = sum(math.prod(layer.padded_shape) for layer in layers.values())
+    return numbers * (strategy.eigenvalues != "none") * widened_dtype(dtype).itemsize
 
 
 def factor_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
     """What bases and eigenvalues take; while they are in use, they are there twice."""
-    numbers = 0
-    for layer in layers.values():
-        for size, diagonal in zip(layer.padded_shape, layer.diagonal_sides, strict=True):
-            numbers += size * (1 if diagonal else size) * bool(strategy.basis)
-        if strategy.eigenvalues != "none":
-            numbers += math.prod(layer.padded_shape)
-    return numbers * widened_dtype(dtype).itemsize
-
-
-def side_costs(job: Job, layer: str, sweeps: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Operations for the left and the right side: all query gradients back, or all training gradients there."""
-    tracked = job.layers[layer]
-    outputs, columns = tracked.shape[0], tracked.columns(job.query.tokens_of(layer))
-    terms = 2 if in_half(job) else 1  # see `precision.rotated`
-    back = [
-        0.0 if diagonal else 2.0 * terms * job.queries * outputs * columns * size
-        for size, diagonal in zip((outputs, columns), tracked.diagonal_sides, strict=True)
-    ]
-    left, right = _sides_flop(job, tracked, job.example.tokens_of(layer))
-    return (back[0], back[1]), (sweeps * job.train * left, sweeps * job.train * right)
-
-
-def in_half(job: Job) -> bool:
-    """Whether products take bfloat16 operands, rather than their values in float32."""
-    return job.wanted.dtype == torch.bfloat16 and job.device.type == "cuda"
-
-
-def _sides_flop(job: Job, layer: TrackedLayer, tokens: int) -> tuple[float, float]:
-    """Operations for one example's gradient into the basis, left and right: its tokens or its rows, whichever fewer."""
-    outputs, columns = layer.shape[0], layer.columns(tokens)
-    if in_half(job):
-        left, right = 4.0 * outputs**2 * tokens, 4.0 * columns**2 * tokens  # see `precision.rotated`
-    else:
-        left, right = 2.0 * outputs**2 * min(tokens, columns), 2.0 * columns**2 * min(tokens, outputs)
-    no_left, no_right = layer.diagonal_sides
-    return left * (not no_left), right * (not no_right)
+    return basis_bytes(layers, strategy, dtype) + eigenvalue_bytes(layers, strategy, dtype)

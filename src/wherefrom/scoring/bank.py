@@ -20,7 +20,7 @@ from wherefrom.engine.example_gradients import Sides, brought_back, weight_gradi
 from wherefrom.engine.layers import TrackedLayer
 from wherefrom.engine.nonfinite import NotFiniteError
 from wherefrom.engine.sweep import Collector
-from wherefrom.planning.forms import PIECE_BYTES, BankForm, dequantized, quantized, thin_product_flop, truncated
+from wherefrom.planning.forms import PIECE_BYTES, BankForm, dequantized, low_rank_product_flop, quantized, truncated
 from wherefrom.runtime.memory import Workspace, out_of_memory
 from wherefrom.runtime.precision import product, rotated, widened, widened_dtype
 
@@ -61,7 +61,7 @@ class GradientBank(Collector):
         self.sums = {}
         for name, layer in layers.items():
             outputs, width = layer.padded_shape
-            if form.rank is not None and form.thin(layer):
+            if form.rank is not None and form.low_rank(layer):
                 self.sums[f"{name}.left"] = self._zeros(queries, outputs, form.rank)
                 self.sums[f"{name}.right"] = self._zeros(queries, form.rank, width)
             elif form.quantized(layer):
@@ -72,8 +72,8 @@ class GradientBank(Collector):
             if layer.one_hot:
                 self.sums[f"{name}{_COLUMNS}"] = self._zeros(queries, form.tokens, dtype=torch.int64)
         if form.approximate:
-            self.sums[_SQUARED_NORM] = torch.zeros(queries, dtype=torch.float64, device=form.place)
-            self.sums[_SQUARED_REST] = torch.zeros(queries, dtype=torch.float64, device=form.place)
+            self.sums[_SQUARED_NORM] = torch.zeros(queries, dtype=torch.float64, device=form.device)
+            self.sums[_SQUARED_REST] = torch.zeros(queries, dtype=torch.float64, device=form.device)
 
     def __len__(self) -> int:
         """How many queries there are."""
@@ -81,7 +81,7 @@ class GradientBank(Collector):
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         form = self._form
-        return torch.zeros(shape, dtype=dtype or form.dtype, device=form.place, pin_memory=form.streamed)
+        return torch.zeros(shape, dtype=dtype or form.dtype, device=form.device, pin_memory=form.offloaded)
 
     def align(self, most: Callable[[int], int]) -> None:
         for name in list(self.sums):
@@ -119,8 +119,8 @@ class GradientBank(Collector):
     def _collect_columns(self, layer: str, gradients: Tensor, columns: Tensor, batch: slice) -> None:
         count = columns.shape[1]
         self.widen(layer, count)
-        self.sums[layer][batch, :, :count] = gradients.to(self._form.place)
-        self.sums[f"{layer}{_COLUMNS}"][batch, :count] = columns.to(self._form.place)
+        self.sums[layer][batch, :, :count] = gradients.to(self._form.device)
+        self.sums[f"{layer}{_COLUMNS}"][batch, :count] = columns.to(self._form.device)
 
     def _collect_quantized(self, layer: str, gradients: Tensor, batch: slice) -> None:
         gradients = widened(gradients)
@@ -128,8 +128,8 @@ class GradientBank(Collector):
         self.sums[layer][batch], self.sums[f"{layer}{_SCALES}"][batch] = values, scales
         rest = gradients - dequantized(values, scales, torch.empty_like(gradients))
         squared, left_out = (each.square().sum((1, 2), dtype=torch.float64) for each in (gradients, rest))
-        self.sums[_SQUARED_NORM][batch] += squared.to(self._form.place)
-        self.sums[_SQUARED_REST][batch] += left_out.to(self._form.place)
+        self.sums[_SQUARED_NORM][batch] += squared.to(self._form.device)
+        self.sums[_SQUARED_REST][batch] += left_out.to(self._form.device)
 
     def _back(self, layer: str, gradients: Tensor, captured: Captured) -> Tensor:
         """Preconditioned gradients out of the eigenbasis, on the sides that are to be, and conditioned again."""
@@ -159,8 +159,8 @@ class GradientBank(Collector):
         sides = sides.on(gradients.device)
         squared = gradients.square().sum((1, 2), dtype=torch.float64)
         kept = right.square().sum((1, 2), dtype=torch.float64)  # the left matrix is orthonormal
-        self.sums[_SQUARED_NORM][batch] += squared.to(self._form.place)
-        self.sums[_SQUARED_REST][batch] += (squared - kept).clamp_min(0).to(self._form.place)
+        self.sums[_SQUARED_NORM][batch] += squared.to(self._form.device)
+        self.sums[_SQUARED_REST][batch] += (squared - kept).clamp_min(0).to(self._form.device)
         self.sums[f"{layer}.left"][batch] = left if sides.left is None else sides.left @ left
         self.sums[f"{layer}.right"][batch] = right if sides.right is None else right @ sides.right.T
 
@@ -297,7 +297,7 @@ class GradientBank(Collector):
         """Whether to multiply thin matrices with each token, rather than rebuild the gradients they stand for."""
         left, right = self.sums[f"{layer}.left"], self.sums[f"{layer}.right"]
         batch, tokens = captured.activations.shape[:2]
-        by_tokens, rebuilt = thin_product_flop((left.shape[1], right.shape[2]), left.shape[2], tokens, batch)
+        by_tokens, rebuilt = low_rank_product_flop((left.shape[1], right.shape[2]), left.shape[2], tokens, batch)
         return by_tokens < rebuilt
 
     def _product_of_tokens(self, layer: str, captured: Captured) -> Tensor:

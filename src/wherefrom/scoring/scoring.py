@@ -22,9 +22,9 @@ from wherefrom.curvature.gauss_newton import DampedGaussNewton
 from wherefrom.curvature.operators import Operator
 from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Collector, Sweep
-from wherefrom.planning.job import Job, Wanted
+from wherefrom.planning.disk import Blocks as BlockSizes
+from wherefrom.planning.job import Job
 from wherefrom.planning.plan import Plan, plan_scores
-from wherefrom.planning.space import Blocks as BlockSizes
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import MemoryLimitError
 from wherefrom.runtime.memory import within_memory
@@ -64,7 +64,6 @@ def make_plan(
     """
     execution = sweep.execution
     dtype = torch.bfloat16 if execution.half_precision else sweep.dtype
-    batches = execution.query_batch_size, execution.train_batch_size
     job = Job(
         layers=sweep.layers,
         strategy=strategy,
@@ -72,10 +71,14 @@ def make_plan(
         train=len(train),
         query=sweep.footprint(queries),
         example=sweep.footprint(train),
-        wanted=Wanted(dtype, approximation.query_rank, *batches, approximation.query_bits),
+        dtype=dtype,
+        query_rank=approximation.query_rank,
+        query_bits=approximation.query_bits,
+        query_batch=execution.query_batch_size,
+        train_batch=execution.train_batch_size,
         usable=sweep.ranks.least(sweep.usable_memory()),
         device=sweep.device,
-        factors_on_host=execution.offload_factors,
+        offload_factors=execution.offload_factors,
     )
     if not loaded and execution.memory_budget is None:
         job = replace(job, usable=job.usable - job.factor_bytes)
@@ -86,7 +89,7 @@ def make_plan(
     choices = sweep.ranks.first(lambda: (plan.query_batch, plan.train_batch, plan.block, plan.form))
     query_batch, train_batch, block, form = choices
     # Each has a device of its own.
-    return Plan(job, query_batch, train_batch, block, form if form.streamed else replace(form, place=job.device))
+    return Plan(job, query_batch, train_batch, block, form if form.offloaded else replace(form, device=job.device))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.loading import collated
-from wherefrom.planning.space import token_step
+from wherefrom.planning.disk import token_step
 from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.scoring import Resident, Scoring
 from wherefrom.scoring.tokens import (

@@ -1,6 +1,7 @@
-"""What a fit and scores take on disk: what stays, and the most that is there at once.
+"""What scores take on the disk: what stays, and the most that is there at once.
 
-Arithmetic on the sizes of what is stored. This module writes nothing, and does not know how anything is computed."""
+Arithmetic on the sizes of what is stored. This module writes nothing, and does not know how anything is computed; what
+is done with a `Step` is `store.space`'s."""
 
 from __future__ import annotations
 
@@ -37,6 +38,11 @@ class Blocks:
     errors: bool = False
 
     @property
+    def _whole(self) -> int:
+        """What all scores take."""
+        return self.queries * self.train * self.itemsize * self.matrices
+
+    @property
     def _across(self) -> int:
         """Blocks beside each other."""
         return -(-self.train // self.shard)
@@ -56,34 +62,32 @@ class Blocks:
         """Scores of all pairs: blocks, a file that they are put together in, and the result, all there at the end.
 
         Args:
-            vectors: how many numbers of each training example are kept beside the scores.
+            vectors: how many numbers of each training example are stored beside the scores.
             rescored: how many of each query's scores are computed again.
         """
-        whole = self.queries * self.train * self.itemsize * self.matrices
-        beside = vectors * self.train * self.itemsize
+        whole, beside = self._whole, vectors * self.train * self.itemsize
         # Of a block of queries, their highest scores are of so many training examples at the most.
         again = min(self.train, self.block * rescored)
         better = self.queries * again * self.itemsize + bool(rescored) * self._overhead
-        kept = whole + beside + self.queries * (self.errors * _ERROR_BYTES + rescored * self.itemsize)
-        kept += file_overhead(self.matrices + vectors + 2)
+        stored = whole + beside + self.queries * (self.errors * _ERROR_BYTES + rescored * self.itemsize)
+        stored += file_overhead(self.matrices + vectors + 2)
         blocks, single = whole + beside + self._overhead, self._sums >= whole
         sweeping = replaced_bytes(self._sums + beside, ranks) + (0 if single else whole + blocks - self._sums)
-        return Step("scores", kept, max(sweeping, blocks + whole + better + kept))
+        return Step("scores", stored, max(sweeping, blocks + whole + better + stored))
 
     def top_step(self, ranks: int, top: int) -> Step:
         """The highest and lowest scores: those of every block, then the result beside them."""
         each = 2 * (self.itemsize + torch.int64.itemsize)
-        kept = each * self.queries * min(top, self.train) + file_overhead(5)
+        stored = each * self.queries * min(top, self.train) + file_overhead(5)
         latest = each * self.block * min(top, self.shard)
         blocks = each * self.queries * self._across * min(top, self.shard) + 2 * self._overhead
         sweeping = max(blocks - latest + replaced_bytes(self._sums, ranks), blocks + ranks * self._sums)
-        return Step("top scores", kept, max(sweeping, blocks + kept))
+        return Step("top scores", stored, max(sweeping, blocks + stored))
 
     def summed_step(self, ranks: int) -> Step:
         """Scores that are added up over queries, training examples or both: `queries` or `train` is then 1."""
-        kept = self.queries * self.train * self.itemsize * self.matrices + file_overhead(self.matrices)
-        blocks = kept + self._overhead
-        return Step("scores", kept, blocks + max(kept, replaced_bytes(self._sums, ranks)))
+        stored = self._whole + file_overhead(self.matrices)
+        return Step("scores", stored, stored + self._overhead + max(stored, replaced_bytes(self._sums, ranks)))
 
 
 def token_step(pairs: Sequence[int], longest: int, itemsize: int, part: int, train: int, ranks: int) -> Step:
@@ -93,10 +97,10 @@ def token_step(pairs: Sequence[int], longest: int, itemsize: int, part: int, tra
         pairs: how many each block of queries has.
         longest: tokens of the longest training example.
         part: bytes of a file, the most.
-        train: training examples, whose lengths are kept.
+        train: training examples, whose lengths are stored.
     """
     blocks = [each * longest * itemsize for each in pairs]
     files = sum(-(-block // part) for block in blocks)
     largest = min(part, max(blocks))
-    kept = sum(blocks) + (2 * sum(pairs) + train + files) * torch.int64.itemsize + (files + 1) * file_overhead(3)
-    return Step("token scores", kept, kept + replaced_bytes(largest, ranks) - largest)
+    stored = sum(blocks) + (2 * sum(pairs) + train + files) * torch.int64.itemsize + (files + 1) * file_overhead(3)
+    return Step("token scores", stored, stored + replaced_bytes(largest, ranks) - largest)

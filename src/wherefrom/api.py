@@ -1,0 +1,103 @@
+"""The public names, which `import wherefrom` gives; imported when the first of them is used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from wherefrom.curvature.conditioning import adam_conditioning
+from wherefrom.curvature.factors import Factors
+from wherefrom.curvature.solvers import Astra, ConjugateGradients
+from wherefrom.engine.execution import Execution
+from wherefrom.hf.pretrained import PretrainedStudy, study_from_pretrained
+from wherefrom.methods import METHODS
+from wherefrom.methods.baselines import BM25, Random
+from wherefrom.methods.factored import EKFAC, KFAC, Cosine, Diagonal, Dot, Factored, Shampoo
+from wherefrom.methods.magic.recipe import TrainingRecipe
+from wherefrom.methods.magic.scores import Magic, metasmoothness
+from wherefrom.methods.magic.training import ReplayableTraining
+from wherefrom.methods.method import Method
+from wherefrom.methods.projected.index import GradientIndex
+from wherefrom.methods.projected.projections import Compression
+from wherefrom.methods.projected.scores import LoGra, TrackStar, Trak
+from wherefrom.methods.retrieval import TwoStage
+from wherefrom.methods.sampled_fisher import Fisher
+from wherefrom.methods.source import Source
+from wherefrom.methods.tracin import TracIn
+from wherefrom.runtime.distributed import join_ranks
+from wherefrom.runtime.errors import WherefromError
+from wherefrom.scoring.keep import Aggregated, Pairs, Tokens, Top
+from wherefrom.scoring.results import Hit, Scores, TopScores
+from wherefrom.scoring.tokens import TokenScores
+from wherefrom.store.recording import RecordedCheckpoint, read_recording
+from wherefrom.study import Study
+from wherefrom.tasks.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
+from wherefrom.tasks.sampling import Sampler
+from wherefrom.tasks.task import Classification, Regression, Task
+from wherefrom.version import VERSION as __version__  # noqa: N811
+
+if TYPE_CHECKING:
+    from wherefrom.hf.recording import TrainingRecorder
+
+__all__ = [
+    "BM25",
+    "EKFAC",
+    "KFAC",
+    "METHODS",
+    "Aggregated",
+    "Astra",
+    "CausalLM",
+    "ChosenToken",
+    "Classification",
+    "Compression",
+    "ConjugateGradients",
+    "Cosine",
+    "Diagonal",
+    "Dot",
+    "Execution",
+    "Factored",
+    "Factors",
+    "Fisher",
+    "GradientIndex",
+    "Hit",
+    "LoGra",
+    "Magic",
+    "MaskedLM",
+    "Method",
+    "Pairs",
+    "PretrainedStudy",
+    "Random",
+    "RecordedCheckpoint",
+    "Regression",
+    "ReplayableTraining",
+    "Sampler",
+    "Scores",
+    "Seq2Seq",
+    "SequenceClassification",
+    "Shampoo",
+    "Source",
+    "Study",
+    "Task",
+    "TokenScores",
+    "Tokens",
+    "Top",
+    "TopScores",
+    "TracIn",
+    "TrackStar",
+    "TrainingRecipe",
+    "TrainingRecorder",
+    "Trak",
+    "TwoStage",
+    "WherefromError",
+    "__version__",
+    "adam_conditioning",
+    "join_ranks",
+    "metasmoothness",
+    "read_recording",
+    "study_from_pretrained",
+]
+
+if not TYPE_CHECKING:  # a type checker would take any name for an attribute
+
+    def __getattr__(name: str) -> object:
+        if name != "TrainingRecorder":  # which needs transformers as soon as it is imported
+            raise AttributeError(f"module 'wherefrom' has no attribute {name!r}")
+        return import_module("wherefrom.hf.recording").TrainingRecorder

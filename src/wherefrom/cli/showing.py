@@ -1,0 +1,83 @@
+"""The subcommands `wherefrom top` and `report`: scores beside the texts that they are of.
+
+All work is the library's; this module turns arguments into its calls.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from wherefrom.cli.shared import Run
+from wherefrom.cli.sources import RunSources, chosen_scores
+from wherefrom.report.evaluations import load_figures
+from wherefrom.report.html import render_report, write_page
+from wherefrom.report.passages import DatasetTokens
+from wherefrom.report.text import top_tables
+from wherefrom.runtime.errors import InputError
+from wherefrom.scoring.results import Scores, TopScores, load_scores
+from wherefrom.scoring.tokens import INDEX, TokenScores
+from wherefrom.store.locks import run_lock
+
+console = Console()
+
+
+def top(run: Run, *, name: str | None = None, k: int = 5, query: tuple[int, ...] = ()) -> None:
+    """Show the most influential training sequences of queries.
+
+    Args:
+        run: A run directory with scores.
+        name: Of the scores, or what it begins with before the digest; by default the latest.
+        k: Sequences for each query.
+        query: Which queries; the first three by default.
+    """
+    folder = chosen_scores(run, name)
+    scores = load_scores(folder)
+    count = len(scores.values)
+    if not all(0 <= each < count for each in query):
+        raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")
+    queries, train, _ = RunSources.of_result(folder).passages(scores.fingerprint)
+    shown = query or range(min(3, count))
+    k = min(k, scores.values.shape[1])  # no more were kept
+    console.print(top_tables(scores, queries, train, shown=shown, k=k))
+
+
+def report(run: Run, *, name: str | None = None, k: int = 10, output: Path | None = None) -> None:
+    """Write a self-contained HTML page of the most influential training sequences.
+
+    Args:
+        run: A run directory with scores.
+        name: Of the scores, or what it begins with before the digest; by default the latest.
+        k: Sequences of each sign for each query.
+        output: The page; RUN/reports/NAME.html by default.
+    """
+    folder = chosen_scores(run, name)
+    scores = load_scores(folder)
+    sources = RunSources.of_result(folder)
+    queries, train, tokenizer = sources.passages(scores.fingerprint)
+    tokens = _token_scores(folder, scores)
+    page = render_report(
+        title=f"Where from? {run.name}",
+        queries=queries,
+        train=train,
+        scores=scores,
+        settings=sources.described(),
+        tokens=None if tokens is None else DatasetTokens(tokens, train.dataset, tokenizer),
+        figures=load_figures(run, scores.fingerprint),
+        k=k,
+    )
+    output = output or run / "reports" / f"{folder.name}.html"
+    with run_lock(run):
+        write_page(output, page)
+    console.print(f"The report is {output}", soft_wrap=True)
+
+
+def _token_scores(folder: Path, scores: Scores | TopScores) -> TokenScores | None:
+    """Token scores that belong to these scores, of the most pairs, if there are any."""
+    found = [TokenScores.load(index.parent) for index in folder.parent.glob(f"{folder.name}.*.tokens/{INDEX}")]
+    return max(
+        (each for each in found if not each.differences(scores.fingerprint)),
+        key=lambda each: len(each.pairs),
+        default=None,
+    )

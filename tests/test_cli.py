@@ -114,18 +114,18 @@ def test_kinds_of_scores(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         main()
         return capsys.readouterr().out
 
-    said("fit", "kinds", "--model", "model", "--train", "train.txt", "--strategy", "identity")
-    options = ("score", "kinds", "--queries", "queries.jsonl", "--strategy", "identity")
+    said("fit", "kinds", "--model", "model", "--train", "train.txt", "dot")
+    options = ("score", "kinds", "--queries", "queries.jsonl", "dot")
     said(*options, "--per-layer", "--self-influence", "--tokens", "2")
-    scores = Scores.load(folder / "kinds" / "scores" / "identity-layers-self")
+    scores = Scores.load(folder / "kinds" / "scores" / "dot-layers-self")
     assert scores.normalized("cosine").values.shape == (2, 5)
     assert len(scores.layers) == 4
-    said("report", "kinds", "--name", "identity-layers-self", "--output", "kinds.html")
+    said("report", "kinds", "--name", "dot-layers-self", "--output", "kinds.html")
     assert 'data-shares="' in (folder / "kinds.html").read_text()
     few = said(*options, "--top-only", "3")
-    found = only(folder / "kinds" / "scores", "identity-top3").name
+    found = only(folder / "kinds" / "scores", "dot-top3").name
     assert f"Scores of 2 queries, the 3 highest and lowest each, are in kinds/scores/{found}." in few
-    names = ("identity-layers-self", "identity-top3")
+    names = ("dot-layers-self", "dot-top3")
     shown = [said("top", "kinds", "--name", name, "--k", "2") for name in names]
     assert "Query 1" in shown[0]
     assert shown[0] == shown[1]
@@ -136,12 +136,12 @@ def test_kinds_of_scores(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "The sum of 2 queries." in page
     assert page.count('<section class="query') == 1
     assert f"{TEXTS[0]}</div>" in page  # the first training text
-    said("report", "kinds", "--name", "identity-top3", "--output", "top.html")
+    said("report", "kinds", "--name", "dot-top3", "--output", "top.html")
     page = (folder / "top.html").read_text()
     assert "Of all scores only these were kept: the 3 highest and lowest of each query." in page
     assert "<svg role" not in page  # no histogram of what was not kept
     assert page.count('<li class="hit">') <= 2 * 2 * 3
-    said("report", "kinds", "--name", "identity-top3")
+    said("report", "kinds", "--name", "dot-top3")
     assert (folder / "kinds" / "reports" / f"{found}.html").exists()
 
 
@@ -171,12 +171,12 @@ def test_scores_are_shown_with_the_texts_that_they_are_of(folder: Path, said: Sa
     (folder / "a.txt").write_text("\n\n".join(TEXTS))
     (folder / "b.txt").write_text("\n\n".join([*OTHERS, TEXTS[0]]))  # as many
     fit = ("fit", "two", "--model", "model", "--train")
-    said(*fit, "a.txt", "--strategy", "diagonal")
-    score = ("score", "two", "--queries", "queries.jsonl", "--strategy", "diagonal")
+    said(*fit, "a.txt", "diagonal")
+    score = ("score", "two", "--queries", "queries.jsonl", "diagonal")
     said(*score)
     first = only(folder / "two" / "scores", "diagonal").name
     before = said("top", "two", "--name", first)
-    told = said(*fit, "b.txt", "--strategy", "diagonal")
+    told = said(*fit, "b.txt", "diagonal")
     assert f"{first} are of another training text or model than this fit. They stay" in told
     assert said("top", "two", "--name", first) == before
     assert OTHERS[2] not in before and TEXTS[4] in before
@@ -190,7 +190,7 @@ def test_scores_are_shown_with_the_texts_that_they_are_of(folder: Path, said: Sa
     assert f"choose others with --name: {first}." in latest
     with pytest.raises(SystemExit):
         said("top", "two", "--name", "diagonal")  # which of the two?
-    said(*fit, "a.txt", "--strategy", "diagonal")
+    said(*fit, "a.txt", "diagonal")
     said(*score)
     assert TEXTS[4] in said("top", "two")  # scored last again, out of what is there
 
@@ -203,8 +203,8 @@ def test_a_text_that_was_edited_after_scoring_is_noticed(
     files["train"].write_text("\n\n".join(TEXTS))
     files["queries"].write_text("\n\n".join(TEXTS[:2]))
     run = f"edited-{edited}"
-    said("fit", run, "--model", "model", "--train", files["train"].name, "--strategy", "identity")
-    said("score", run, "--queries", files["queries"].name, "--strategy", "identity")
+    said("fit", run, "--model", "model", "--train", files["train"].name, "dot")
+    said("score", run, "--queries", files["queries"].name, "dot")
     said("top", run)
     files[edited].write_text(files[edited].read_text().replace("cat", "dog"))
     for command in ("top", "report"):
@@ -218,13 +218,13 @@ def test_a_text_that_was_edited_after_scoring_is_noticed(
 
 
 def test_a_second_use_of_a_run_lies_beside_the_first(folder: Path, said: Said) -> None:
-    said("fit", "uses", "--model", "model", "--train", "train.txt", "--strategy", "diagonal")
-    score = ("score", "uses", "--queries", "queries.jsonl", "--strategy", "diagonal")
+    said("fit", "uses", "--model", "model", "--train", "train.txt", "diagonal")
+    score = ("score", "uses", "--queries", "queries.jsonl", "diagonal")
     said(*score)
     first = only(folder / "uses" / "scores", "diagonal").name
     said(*score, "--damping", "0.5")
     (folder / "more.jsonl").write_text(json.dumps({"text": TEXTS[3]}))
-    said("score", "uses", "--queries", "more.jsonl", "--strategy", "diagonal")
+    said("score", "uses", "--queries", "more.jsonl", "diagonal")
     assert labels(folder / "uses" / "scores") == ["diagonal"] * 3
     assert "Query 1" in said("top", "uses", "--name", first[:-3])  # the beginning of its digest is enough
     assert "Query 1" not in said("top", "uses")
@@ -290,9 +290,9 @@ def test_torchrun_gives_the_scores_of_one_process(folder: Path) -> None:
 
 
 def test_self_influence_is_shown_with_its_texts(folder: Path) -> None:
-    fit = wherefrom(folder, "fit", "self", "--model", "model", "--train", "train.txt", "--strategy", "identity")
+    fit = wherefrom(folder, "fit", "self", "--model", "model", "--train", "train.txt", "dot")
     assert fit.returncode == 0, fit.stderr
-    shown = wherefrom(folder, "self-influence", "self", "--strategy", "identity", "--k", "2")
+    shown = wherefrom(folder, "self-influence", "self", "identity", "--k", "2")
     assert shown.returncode == 0, shown.stderr
     assert sum(text in " ".join(shown.stdout.split()) for text in TEXTS) == 2
 
@@ -326,7 +326,7 @@ def test_an_adapter_is_fitted_on_its_own_layers(folder: Path, said: Said) -> Non
     adapter.peft_config["default"].base_model_name_or_path = str(folder / "model")
     adapter.save_pretrained(folder / "adapter")
     PreTrainedTokenizerFast.from_pretrained(folder / "model").save_pretrained(folder / "adapter")
-    said("fit", "adapted", "--model", "adapter", "--train", "train.txt", "--strategy", "diagonal")
+    said("fit", "adapted", "--model", "adapter", "--train", "train.txt", "diagonal")
     (values,) = (folder / "adapted" / "factors").rglob("*.safetensors")
     layers = {name.rsplit(".", 2)[1] for name in load_file(values)}
     assert layers == {"lora_A", "lora_B"}

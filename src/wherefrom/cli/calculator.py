@@ -26,7 +26,7 @@ from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import InputError
 from wherefrom.runtime.memory import FREE_SHARE, free_memory
 from wherefrom.runtime.precision import widened_dtype
-from wherefrom.scoring.options import Options
+from wherefrom.scoring.approximation import Approximation
 from wherefrom.store.space import Step
 
 # The part of a memory that a run may reach; the rest is the runtime's, the communication's, and fragments.
@@ -95,7 +95,7 @@ class PlanArguments:
 
     def check(self) -> None:
         """Refuse what cannot be computed, and what no machine is: InputError names the argument."""
-        Options(query_rank=self.query_rank, query_bits=self.query_bits)
+        Approximation(query_rank=self.query_rank, query_bits=self.query_bits)
         for name in ("train", "queries", "ranks", "fit_train", "top", "batch_size"):
             count = getattr(self, name)
             if count is not None and count < 1:

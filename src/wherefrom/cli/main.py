@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import tyro
 
@@ -29,10 +29,13 @@ COMMANDS = {
     "self-influence": "scoring",
     "top": "showing",
     "report": "showing",
+    "export": "showing",
     "index": "index",
     "query": "index",
     "plan": "plan",
 }
+# Those that take a method, a subcommand of theirs.
+_BY_METHOD = ("fit", "score", "self-influence", "index", "query")
 
 
 def main() -> None:
@@ -51,11 +54,18 @@ def main() -> None:
         # What tyro writes for a shell to complete has the arguments of all.
         loaded = name == chosen or first.startswith("--tyro-")
         app.command(name=name)(function(name) if loaded else _described(name))
+    arguments = sys.argv[1:]
+    if chosen in _BY_METHOD:
+        from wherefrom.cli.methods import with_method  # noqa: PLC0415  (needs torch)
+
+        arguments = with_method(arguments)
     with command_line(lambda: _flags(chosen)):
         app.cli(
+            args=arguments,
             prog="wherefrom",
             description=f"wherefrom {VERSION}: which training examples made the model say that?",
-            config=(tyro.conf.FlagCreatePairsOff,),
+            # A method's flags and the command's may be said in any order.
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.CascadeSubcommandArgs),
         )
 
 
@@ -89,7 +99,8 @@ def _flags(command: str) -> dict[str, str]:
     names: dict[str, str] = {}
     for each in COMMANDS:
         for name, kind in get_type_hints(function(each)).items():
-            flags = [field.name for field in fields(kind)] if is_dataclass(kind) else [name]
+            kinds = [part for part in (kind, *get_args(kind)) if is_dataclass(part)]
+            flags = [field.name for part in kinds for field in fields(part)] if kinds else [name]
             names |= dict(zip(flags, flags, strict=True))
     for name in ("run", "return"):
         names.pop(name, None)

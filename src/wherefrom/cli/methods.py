@@ -6,7 +6,7 @@ What a shell cannot say, such as tensors or a training, is left out. This module
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any, ClassVar, Literal, Union
 
@@ -67,6 +67,17 @@ def _meant(name: str, word: str, fitted: Mapping[str, object]) -> object:
     return kind(**fitted) if word in FACTORED else kind()
 
 
+def with_method(arguments: Sequence[str]) -> list[str]:
+    """What was said on the command line, with the first method where none is named, so that its flags are known.
+
+    Args:
+        arguments: the subcommand and what follows it.
+    """
+    command, *rest = arguments
+    named = any(each in ALL or each in ("-h", "--help") for each in rest)
+    return [command, *([] if named else [next(iter(ALL))]), *rest]
+
+
 def subcommands(kinds: Mapping[str, type[Method]], only: Collection[str] = (), of_the_fit: bool = False) -> Any:
     """The type of an argument that is one of these methods, of which tyro makes subcommands.
 
@@ -99,7 +110,7 @@ def _flags(kind: type[Method], only: Collection[str], of_the_fit: bool) -> type[
         hint, start = hints[each.name], each.default
         if each.name in _WORDS:
             hint = Literal[tuple(_WORDS[each.name])] | None
-            start = None if each.default is None else each.default_factory().name  # type: ignore[misc, operator]
+            start = None if each.default is None else each.default_factory().name  # type: ignore[operator]
         elif inherits and each.name in _OF_THE_FIT:
             hint, start = hint | None, None
         elif start is MISSING:

@@ -7,22 +7,29 @@ work is the library's; this module turns arguments into its calls.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
+import tyro
 from rich.console import Console
 
-from wherefrom.cli.shared import Run, StrategyName
+from wherefrom.cli.methods import ALL, FACTORED, default, subcommands
+from wherefrom.cli.shared import Run
 from wherefrom.cli.sources import SOURCES, RunSources, TextSource, checked_run, log_other_scores
-from wherefrom.curvature.solvers import SOLVERS
+from wherefrom.engine.execution import Execution
 from wherefrom.hf.pretrained import PretrainedStudy
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.text import hits_table
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import InputError
-from wherefrom.scoring.options import Aggregation, Options, PairwiseOptions, RescoredOptions, ScoreOptions
-from wherefrom.scoring.results import Scores, TopScores
+from wherefrom.scoring.keep import Aggregated, Aggregation, Keep, Pairs, Tokens, Top
+from wherefrom.scoring.results import Scores
 
 console = Console()
+
+FITTED: Any = subcommands(FACTORED, only=("empirical", "seed", "adam"))
+SCORED: Any = subcommands(ALL, of_the_fit=True)
+WITH_ITSELF: Any = subcommands(FACTORED, only=("empirical", "seed", "adam", "damping"), of_the_fit=True)
+Computed = tyro.conf.OmitArgPrefixes[Execution]
 
 
 def fit(
@@ -30,85 +37,65 @@ def fit(
     *,
     model: str,
     train: str,
-    strategy: StrategyName = "ekfac",
+    method: tyro.conf.OmitArgPrefixes[FITTED] = default(FITTED),  # noqa: B008  (a frozen value)
     layers: tuple[str, ...] = (),
     split: str = "train",
     column: str | None = None,
     unit: Literal["documents", "blocks"] = "documents",
     length: int = 512,
-    empirical: bool = False,
-    half_precision: bool = False,
-    batch_size: int | None = None,
-    seed: int = 0,
+    history: str | None = None,
+    execution: Computed = Execution(),  # noqa: B008
     device: str = "auto",
-    memory_budget: float | None = None,
     overwrite: bool = False,
     profile: bool = False,
 ) -> None:
     """Fit curvature factors of a model on its training text.
 
     Args:
-        run: The directory that keeps factors, scores and reports.
+        run: The directory for factors, scores and reports.
         model: A model directory or hub name.
         train: The training text: a .txt, .jsonl, .csv or .parquet file, a saved dataset or a hub name.
-        strategy: The curvature.
+        method: Whose factors; those of EK-FAC unless one is named.
         layers: Names or patterns of the layers to track, such as '*.mlp.*'; linear ones but the head by default.
         split: The split of a saved or hub dataset.
         column: The column that holds the text; found when there is only one.
         unit: One sequence a document, or all text joined and cut into blocks.
         length: The longest sequence (documents), or the length of each (blocks), in tokens.
-        empirical: Use the text's own tokens instead of tokens drawn from the model.
-        half_precision: bfloat16 products in the model's passes; factors stay float32.
-        batch_size: Sequences a batch; found by default.
-        seed: Of the drawn tokens.
+        history: A folder that `TrainingRecorder` has written, for methods that look at the training.
+        execution: How to compute.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
-        memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
         overwrite: Replace factors that were made from something else.
         profile: Print where the time went, and for that wait for a GPU after each action.
     """
     if (checked_run(run) / SOURCES).exists():
         RunSources.load(run)  # or hours later it turns out that it cannot be read
+    chosen = method.made()
     text = TextSource(train, split, column, unit, length)
-    sources = RunSources(model, list(layers) or None, text, empirical, seed)
-    study = sources.study(run, device, memory_budget)
+    sources = RunSources(model, list(layers) or None, text, chosen.empirical, chosen.seed, history)
+    study = sources.study(run, device, execution)
     study.profile.synchronize = profile
     log_other_scores(study)
-    study.fit(
-        strategy,
-        empirical=empirical,
-        half_precision=half_precision,
-        batch_size=batch_size,
-        seed=seed,
-        overwrite=overwrite,
-    )
+    study.fit(chosen, overwrite=overwrite)
     Ranks.current().first(lambda: sources.save(run))
-    _say(f"{strategy} factors of {len(study.train):,} sequences are in {run / 'factors'}.", study, profile)
+    _say(f"{chosen.name} factors of {len(study.train):,} sequences are in {run / 'factors'}.", study, profile)
 
 
 def score(
     run: Run,
     *,
     queries: str,
-    strategy: StrategyName = "ekfac",
+    method: tyro.conf.OmitArgPrefixes[SCORED] = default(SCORED),  # noqa: B008
     name: str | None = None,
     split: str = "validation",
     column: str | None = None,
-    damping: float | None = None,
-    half_precision: bool = False,
-    query_rank: int | None = None,
-    query_bits: int | None = None,
-    solver: Literal["cg", "astra"] | None = None,
-    rescore: int = 0,
     tokens: int | None = None,
     per_layer: bool = False,
     self_influence: bool = False,
     aggregate_queries: Aggregation | None = None,
     aggregate_train: Aggregation | None = None,
     top_only: int | None = None,
-    query_batch_size: int | None = None,
-    train_batch_size: int | None = None,
+    execution: Computed = Execution(),  # noqa: B008
     device: str = "auto",
-    memory_budget: float | None = None,
     explain: bool = False,
     overwrite: bool = False,
     profile: bool = False,
@@ -118,18 +105,11 @@ def score(
     Args:
         run: A run directory that `wherefrom fit` made.
         queries: The query text: a file, a saved dataset or a hub name, cut as the training text was.
-        strategy: The curvature; fitted first if the run does not have it yet.
-        name: Of the scores in the run; by default the strategy, what else was asked for, and a digest of all that
+        method: How; by EK-FAC unless one is named. What it needs is fitted first if the run does not have it yet.
+        name: Of the scores in the run; by default the method, what else was asked for, and a digest of all that
             they depend on, so that other queries or another damping lie side by side.
         split: The split of a saved or hub dataset.
         column: The column that holds the text; found when there is only one.
-        damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
-        half_precision: bfloat16 products in the model's passes, query gradients in bfloat16.
-        query_rank: Keep query gradients as pairs of matrices of this rank, so that more fit into memory.
-        query_bits: 8 keeps query gradients as integers of that size, with scales.
-        solver: Go on from the curvature's approximation to the damped Gauss-Newton matrix itself; slow.
-        rescore: With a query rank or query bits, compute this many of each query's highest scores again, with whole
-            gradients of the products' type.
         tokens: Also score the tokens of this many most positive and most negative sequences of each query; the report
             shades them.
         per_layer: Also keep each layer's part of every score.
@@ -137,104 +117,104 @@ def score(
         aggregate_queries: One score for all queries together: of the sum or the mean of their losses.
         aggregate_train: One score of each query for all training sequences together.
         top_only: Keep only this many of each query's highest and lowest scores, for very many training sequences.
-        query_batch_size: Queries a batch; found by default.
-        train_batch_size: Training sequences a batch; found by default.
+        execution: How to compute.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
-        memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
         explain: Print what would be done, and what it would cost with the fit, and stop.
         overwrite: Replace scores that were made from something else.
         profile: Print where the time went, and for that wait for a GPU after each action.
     """
-    if tokens is not None and tokens < 1:
-        raise InputError(f"tokens={tokens}: expected at least 1 sequence of each sign.")
-    if tokens is not None and (top_only or aggregate_queries or aggregate_train):
-        raise InputError(
-            f"tokens={tokens} needs every pair's score, which top_only, aggregate_queries and aggregate_train do not "
-            "keep: leave one of them out."
-        )
-    common: ScoreOptions = {
-        "damping": damping,
-        "half_precision": half_precision,
-        "query_rank": query_rank,
-        "query_bits": query_bits,
-        "solver": SOLVERS[solver]() if solver else None,
-        "query_batch_size": query_batch_size,
-        "train_batch_size": train_batch_size,
-        "name": name,
-        "overwrite": overwrite,
-    }
-    pairwise: PairwiseOptions = {
-        **common,
-        "rescore": rescore,
-        "per_layer": per_layer,
-        "self_influence": self_influence,
-        "aggregate_queries": aggregate_queries,
-        "aggregate_train": aggregate_train,
-    }
-    Options(**pairwise, top=top_only)  # or the model would be loaded first
+    keep = _kept(per_layer, self_influence, aggregate_queries, aggregate_train, top_only)
+    if tokens is not None:
+        Tokens(tokens)  # or the model would be loaded first
+        if not isinstance(keep, Pairs):
+            raise InputError(
+                f"tokens={tokens} needs every pair's score, which top_only, aggregate_queries and aggregate_train do "
+                "not keep: leave one of them out."
+            )
     sources = RunSources.load(run)
-    study = sources.study(run, device, memory_budget)
+    chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
+    chosen.check(keep, execution.half_precision)
+    study = sources.study(run, device, execution)
     study.profile.synchronize = profile
     text = replace(sources.train, source=queries, split=split, column=column)
     sequences = text.sequences(study.tokenizer)
     if explain:
-        plan = study.plan(sequences, strategy, **common)
-        if Ranks.current().writes:
+        plan = study.plan(sequences, chosen, keep=keep)
+        if Ranks.current().is_main:
             console.print(plan.table())
         return
-    factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
-    found: Scores | TopScores
-    if top_only is None:
-        found = study.score(sequences, factors, **pairwise)
-        shape = "{:,} queries x {:,} training sequences".format(*found.values.shape)
-    else:
-        found = study.score_top(sequences, factors, top_only, **common)
-        shape = f"{len(found.values):,} queries, the {found.values.shape[1]} highest and lowest each,"
+    found = study.score(sequences, chosen, keep=keep, name=name, overwrite=overwrite)
     Ranks.current().first(lambda: replace(sources, queries=text).save(run, found.name))
     if tokens is not None:
-        of_pairs: RescoredOptions = {**common, "rescore": rescore, "name": found.name}
-        study.score_tokens(sequences, factors, top=tokens, **of_pairs)
+        study.score(sequences, chosen, keep=Tokens(tokens), overwrite=overwrite)
+    if isinstance(found, Scores):
+        shape = "{:,} queries x {:,} training sequences".format(*found.values.shape)
+    else:
+        shape = f"{len(found.values):,} queries, the {found.values.shape[1]} highest and lowest each,"
     _say(f"Scores of {shape} are in {run / 'scores' / found.name}.", study, profile)
+
+
+def _kept(
+    per_layer: bool,
+    self_influence: bool,
+    aggregate_queries: Aggregation | None,
+    aggregate_train: Aggregation | None,
+    top_only: int | None,
+) -> Keep[Any]:
+    """What is kept of scores."""
+    given = {
+        "self_influence=True": self_influence,
+        f"aggregate_queries={aggregate_queries!r}": aggregate_queries,
+        f"aggregate_train={aggregate_train!r}": aggregate_train,
+    }
+    others = [name for name, said in {**given, "per_layer=True": per_layer}.items() if said]
+    if top_only is not None and others:
+        raise InputError(
+            f"{others[0]} with only the {top_only} highest and lowest scores: these are kept alone. Leave one of them "
+            "out."
+        )
+    if self_influence and (aggregate_queries or aggregate_train):
+        raise InputError(
+            "self_influence=True belongs to single examples, and aggregate_queries and aggregate_train sum over them. "
+            "Leave one of them out."
+        )
+    if top_only is not None:
+        return Top(top_only)
+    if aggregate_queries or aggregate_train:
+        return Aggregated(aggregate_queries, aggregate_train, layers=per_layer)
+    return Pairs(layers=per_layer, self_influence=self_influence)
 
 
 def self_influence(
     run: Run,
     *,
-    strategy: StrategyName = "ekfac",
-    damping: float | None = None,
-    half_precision: bool = False,
-    batch_size: int | None = None,
+    method: tyro.conf.OmitArgPrefixes[WITH_ITSELF] = default(WITH_ITSELF),  # noqa: B008
     k: int = 10,
+    execution: Computed = Execution(),  # noqa: B008
     device: str = "auto",
-    memory_budget: float | None = None,
     overwrite: bool = False,
 ) -> None:
     """Show the training sequences that the model could only learn by heart: those of the highest self-influence.
 
     Args:
         run: A run directory that `wherefrom fit` made.
-        strategy: The curvature; fitted first if the run does not have it yet.
-        damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
-        half_precision: bfloat16 products in the model's passes.
-        batch_size: Sequences a batch; found by default.
+        method: How; by EK-FAC unless one is named.
         k: How many sequences are shown.
+        execution: How to compute.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
-        memory_budget: GiB to take on the device beyond the model and its factors; most of what is free by default.
         overwrite: Replace what was made from something else.
     """
     sources = RunSources.load(run)
-    study = sources.study(run, device, memory_budget)
-    factors = study.fit(strategy, empirical=sources.empirical, half_precision=half_precision, seed=sources.seed)
-    values = study.self_influence(
-        factors, damping=damping, half_precision=half_precision, batch_size=batch_size, overwrite=overwrite
-    )
+    chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
+    study = sources.study(run, device, execution)
+    values = study.self_influence(chosen, overwrite=overwrite)
     hits = Scores(values.unsqueeze(0), {}).top(k)
-    if Ranks.current().writes:
+    if Ranks.current().is_main:
         console.print(hits_table("Highest self-influence", hits, DatasetPassages(study.train)))
 
 
 def _say(message: str, study: PretrainedStudy, profile: bool) -> None:
-    if not Ranks.current().writes:
+    if not Ranks.current().is_main:
         return
     if profile:
         console.print(*study.profile.tables())

@@ -1,4 +1,4 @@
-"""The subcommands `wherefrom top` and `report`: scores beside the texts that they are of.
+"""The subcommands `wherefrom top`, `report` and `export`: scores beside the texts that they are of, or as a file.
 
 All work is the library's; this module turns arguments into its calls.
 """
@@ -73,9 +73,23 @@ def report(run: Run, *, name: str | None = None, k: int = 10, output: Path | Non
     console.print(f"The report is {output}", soft_wrap=True)
 
 
+def export(run: Run, output: Path, *, name: str | None = None, k: int | None = None) -> None:
+    """Write scores for other programs: a table (.csv, .parquet) or all tensors (.safetensors).
+
+    Args:
+        run: A run directory with scores.
+        output: The file; its ending says what it is. A table has the columns query, rank, train and score.
+        name: Of the scores, or what it begins with before the digest; by default the latest.
+        k: Only the highest of each query; all that was kept by default.
+    """
+    scores = load_scores(chosen_scores(run, name))
+    scores.save(output, k)
+    console.print(f"The scores {scores.name} are in {output}", soft_wrap=True)
+
+
 def _token_scores(folder: Path, scores: Scores | TopScores) -> TokenScores | None:
     """Token scores that belong to these scores, of the most pairs, if there are any."""
-    found = [TokenScores.load(index.parent) for index in folder.parent.glob(f"{folder.name}.*.tokens/{INDEX}")]
+    found = [TokenScores.load(index.parent) for index in folder.parents[1].glob(f"tokens/*/{INDEX}")]
     return max(
         (each for each in found if not each.differences(scores.fingerprint)),
         key=lambda each: len(each.pairs),

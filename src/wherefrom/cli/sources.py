@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from wherefrom.engine.execution import Execution
 from wherefrom.hf.pretrained import PretrainedStudy, checked_device, study_from_pretrained
 from wherefrom.hf.text import as_blocks, as_documents, load_tokenizer, local_path, read_texts
 from wherefrom.report.passages import DatasetPassages
@@ -32,6 +33,7 @@ from wherefrom.store.fingerprint import (
 )
 from wherefrom.store.locks import run_lock
 from wherefrom.store.names import finished, found_result, known_fingerprint
+from wherefrom.store.recording import read_recording
 from wherefrom.tasks.language import CausalLM
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SOURCES = "sources.json"
-_FORMAT = 2
+_FORMAT = 3
 _FIT_AGAIN = "Delete it and run `wherefrom fit` again; it finds the factors that are there."
 _SCORE_AGAIN = "Delete it and run `wherefrom score` again; it finds the scores that are there."
 
@@ -68,6 +70,8 @@ class RunSources:
     """What a run directory, or one of its results, was made from.
 
     Attributes:
+        empirical, seed: what factors were fitted with.
+        history: a folder that `TrainingRecorder` has written.
         queries: of a result; None for the run.
     """
 
@@ -76,6 +80,7 @@ class RunSources:
     train: TextSource
     empirical: bool
     seed: int
+    history: str | None = None
     queries: TextSource | None = None
 
     @classmethod
@@ -128,7 +133,7 @@ class RunSources:
         with run_lock(run):
             write_text(folder / SOURCES, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
 
-    def study(self, run: Path, device: str, memory_budget: float | None) -> PretrainedStudy:
+    def study(self, run: Path, device: str, execution: Execution) -> PretrainedStudy:
         """Load tokenizer, training sequences and model."""
         if device != "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(f"device={device!r} under torchrun, where each process takes its own: leave it out.")
@@ -141,7 +146,8 @@ class RunSources:
             task=CausalLM(self.layers),
             tokenizer=tokenizer,
             device=placed,
-            memory_budget=memory_budget,
+            history=() if self.history is None else read_recording(self.history),
+            execution=execution,
         )
 
     def described(self) -> dict[str, str]:

@@ -130,8 +130,8 @@ def test_kinds_of_scores(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "Query 1" in shown[0]
     assert shown[0] == shown[1]
     said(*options, "--aggregate-queries", "sum")
-    assert "The sum of 2 queries." in said("top", "kinds", "--name", "identity-query-sum")
-    said("report", "kinds", "--name", "identity-query-sum", "--output", "sum.html")
+    assert "The sum of 2 queries." in said("top", "kinds", "--name", "dot-query-sum")
+    said("report", "kinds", "--name", "dot-query-sum", "--output", "sum.html")
     page = (folder / "sum.html").read_text()
     assert "The sum of 2 queries." in page
     assert page.count('<section class="query') == 1
@@ -292,7 +292,7 @@ def test_torchrun_gives_the_scores_of_one_process(folder: Path) -> None:
 def test_self_influence_is_shown_with_its_texts(folder: Path) -> None:
     fit = wherefrom(folder, "fit", "self", "--model", "model", "--train", "train.txt", "dot")
     assert fit.returncode == 0, fit.stderr
-    shown = wherefrom(folder, "self-influence", "self", "identity", "--k", "2")
+    shown = wherefrom(folder, "self-influence", "self", "dot", "--k", "2")
     assert shown.returncode == 0, shown.stderr
     assert sum(text in " ".join(shown.stdout.split()) for text in TEXTS) == 2
 
@@ -300,7 +300,7 @@ def test_self_influence_is_shown_with_its_texts(folder: Path) -> None:
 def test_an_index_answers_queries(folder: Path) -> None:
     fit = wherefrom(folder, "fit", "indexed", "--model", "model", "--train", "train.txt")
     assert fit.returncode == 0, fit.stderr
-    options = ("--rank", "99", "--numbers", "float32")
+    options = ("--rank", "99", "--quantization", "float32")
     index = wherefrom(folder, "index", "indexed", *options)
     assert index.returncode == 0, index.stderr
     found = only(folder / "indexed" / "index", "random-rank99-float32").name
@@ -348,7 +348,7 @@ def test_an_adapter_is_fitted_on_its_own_layers(folder: Path, said: Said) -> Non
         # Not the command's: a call's own settings, a path, a name that is quoted, an argument of the library alone.
         ("score", "Astra(seed=0, damping=3): diverged.", "Astra(seed=0, damping=3): diverged."),
         ("score", "run/self_influence/query_rank: damaged.", "run/self_influence/query_rank: damaged."),
-        ("score", "compile_activations=True: no.", "compile_activations=True: no."),
+        ("score", "compile_activations=True: no.", "--compile-activations: no."),
         ("fit", "layers=['*.mlp']: matches none.", "--layers ['*.mlp']: matches none."),
     ],
 )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from wherefrom.cli.methods import FACTORED, default, subcommands
+from wherefrom.cli.methods import FACTORED, default, flags, subcommands
 from wherefrom.cli.shared import Run
 from wherefrom.cli.sources import RunSources
 from wherefrom.engine.execution import Execution
@@ -22,17 +22,18 @@ from wherefrom.runtime.distributed import Ranks
 
 console = Console()
 
-INDEXED: Any = subcommands(FACTORED, only=("empirical", "seed"), of_the_fit=True)
-Computed = tyro.conf.OmitArgPrefixes[Execution]
+INDEXED: Any = subcommands(FACTORED, only=("empirical",), of_the_fit=True)
+COMPRESSED: Any = flags(Compression)
+EXECUTED: Any = flags(Execution)
 
 
 def index(
     run: Run,
-    compression: tyro.conf.OmitArgPrefixes[Compression] = Compression(),  # noqa: B008  (a frozen value)
+    compression: tyro.conf.OmitArgPrefixes[COMPRESSED] = COMPRESSED(),  # noqa: B008  (a frozen value)
     *,
     method: tyro.conf.OmitArgPrefixes[INDEXED] = default(INDEXED),  # noqa: B008
     name: str | None = None,
-    execution: Computed = Execution(),  # noqa: B008
+    execution: tyro.conf.OmitArgPrefixes[EXECUTED] = EXECUTED(),  # noqa: B008
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
@@ -47,9 +48,11 @@ def index(
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
         overwrite: Replace an index that was made from something else.
     """
+    compressed, executed = compression.made(), execution.made()
     sources = RunSources.load(run)
     chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
-    found = sources.study(run, device, execution).index(chosen, compression, name=name, overwrite=overwrite)
+    study = sources.study(run, device, executed)
+    found = study.index(chosen, compressed, name=name, overwrite=overwrite)
     if Ranks.current().is_main:
         size = len(found) * found.bytes_per_example / 2**20
         console.print(f"{len(found):,} gradients, {size:,.2f} MiB, are in {found.path}.", soft_wrap=True)
@@ -57,7 +60,7 @@ def index(
 
 def query(
     run: Run,
-    compression: tyro.conf.OmitArgPrefixes[Compression] = Compression(),  # noqa: B008
+    compression: tyro.conf.OmitArgPrefixes[COMPRESSED] = COMPRESSED(),  # noqa: B008
     *,
     queries: str,
     method: tyro.conf.OmitArgPrefixes[INDEXED] = default(INDEXED),  # noqa: B008
@@ -67,7 +70,7 @@ def query(
     damping: float | None = None,
     split: str = "validation",
     column: str | None = None,
-    execution: Computed = Execution(),  # noqa: B008
+    execution: tyro.conf.OmitArgPrefixes[EXECUTED] = EXECUTED(),  # noqa: B008
     device: str = "auto",
 ) -> None:
     """Show the most influential training sequences of new queries, from an index.
@@ -86,10 +89,11 @@ def query(
         execution: How to compute.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
     """
+    compressed, executed = compression.made(), execution.made()
     sources = RunSources.load(run)
     chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
-    study = sources.study(run, device, execution)
+    study = sources.study(run, device, executed)
     sequences = replace(sources.train, source=queries, split=split, column=column).sequences(study.tokenizer)
-    scores = study.index(chosen, compression, name=name).query(sequences, k, damping=damping, rerank=rerank)
+    scores = study.index(chosen, compressed, name=name).query(sequences, k, damping=damping, rerank=rerank)
     shown = range(len(sequences))
     console.print(top_tables(scores, DatasetPassages(sequences), DatasetPassages(study.train), shown=shown, k=k))

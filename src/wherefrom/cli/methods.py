@@ -1,4 +1,5 @@
-"""Methods as subcommands: their fields are flags, with the words of their docstrings.
+"""The library's dataclasses as arguments: their fields are flags, with the words of their docstrings; methods are
+subcommands.
 
 What a shell cannot say, such as tensors or a training, is left out. This module knows dataclasses, not what they do.
 """
@@ -22,30 +23,33 @@ from wherefrom.methods.method import Method
 FACTORED = {name: kind for name, kind in METHODS.items() if issubclass(kind, Factored)}
 ALL = {name: kind for name, kind in METHODS.items() if kind is not Magic}  # a training cannot be said in a shell
 
-# Fields that are other objects, and the words for these; and fields that a shell cannot say.
+# Fields that are other objects, and the words for these; and fields that a shell cannot say, or need not: what the
+# command makes of texts has their column.
 _WORDS: dict[str, Mapping[str, Callable[..., object]]] = {
     "solver": SOLVERS,
     "scored": FACTORED,
     "then": FACTORED,
     "first": {name: kind for name, kind in ALL.items() if name != "two-stage"},
 }
-_UNSPEAKABLE = ("conditioning", "factors", "training", "checkpoints")
+_UNSPEAKABLE = ("conditioning", "factors", "training", "checkpoints", "column")
 # What the run's factors were fitted with stands for these, where they are not given.
 _OF_THE_FIT = ("empirical", "seed")
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A method as it was said on the command line; subclasses have its flags.
+    """A method, or another dataclass of the library, as it was said on the command line; subclasses have its flags.
+
+    Not the dataclass itself, whose errors tyro would report in words of its own.
 
     Attributes:
-        kind: the method's class.
+        kind: the class.
     """
 
-    kind: ClassVar[type[Method]]
+    kind: ClassVar[type[Any]]
 
-    def made(self, fitted: Mapping[str, object] | None = None) -> Method:
-        """The method.
+    def made(self, fitted: Mapping[str, object] | None = None) -> Any:
+        """What was said.
 
         Args:
             fitted: what the run's factors were fitted with.
@@ -54,9 +58,8 @@ class Chosen:
             InputError: a field is impossible.
         """
         said: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
-        for name in _OF_THE_FIT:
-            if name in said and said[name] is None:
-                said[name] = (fitted or {}).get(name)
+        if issubclass(self.kind, Factored) or "empirical" in said:
+            said |= {name: each for name, each in (fitted or {}).items() if said.get(name) is None}
         words = {name: _meant(name, each, fitted or {}) for name, each in said.items() if name in _WORDS and each}
         return self.kind(**{name: each for name, each in {**said, **words}.items() if each is not None})
 
@@ -87,7 +90,7 @@ def subcommands(kinds: Mapping[str, type[Method]], only: Collection[str] = (), o
     """
     chosen = [
         Annotated[
-            _flags(kind, only, of_the_fit),
+            flags(kind, only, of_the_fit),
             tyro.conf.subcommand(name=name, prefix_name=False, description=_summary(kind)),
         ]
         for name, kind in kinds.items()
@@ -100,7 +103,8 @@ def default(kinds: Any) -> Any:
     return typing.get_args(typing.get_args(kinds)[0])[0]()
 
 
-def _flags(kind: type[Method], only: Collection[str], of_the_fit: bool) -> type[Chosen]:
+def flags(kind: type[Any], only: Collection[str] = (), of_the_fit: bool = False) -> Any:
+    """The type of an argument that is this dataclass; as for `subcommands`."""
     inherits = of_the_fit and "empirical" in kind.__dataclass_fields__
     hints = typing.get_type_hints(kind, localns={"Checkpoint": str})  # which only type checkers import
     words, found = _documented(kind), []
@@ -118,18 +122,16 @@ def _flags(kind: type[Method], only: Collection[str], of_the_fit: bool) -> type[
         help_text = words.get(each.name, "")
         flag = Annotated[hint, tyro.conf.arg(help=help_text[:1].upper() + help_text[1:])]  # type: ignore[valid-type]
         found.append((each.name, flag, field(default=start)))
-    made: type[Chosen] = make_dataclass(
-        kind.__name__, found, bases=(Chosen,), namespace={"kind": kind}, frozen=True, kw_only=True
-    )
+    made = make_dataclass(kind.__name__, found, bases=(Chosen,), namespace={"kind": kind}, frozen=True, kw_only=True)
     made.__doc__ = _summary(kind)
     return made
 
 
-def _summary(kind: type[Method]) -> str:
+def _summary(kind: type[Any]) -> str:
     return (kind.__doc__ or "").partition("\n\n")[0]
 
 
-def _documented(kind: type[Method]) -> dict[str, str]:
+def _documented(kind: type[Any]) -> dict[str, str]:
     """What the docstrings of a method and its bases say of each field."""
     return {
         name.strip(): " ".join((each.description or "").split())

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from wherefrom.cli.methods import ALL, FACTORED, default, subcommands
+from wherefrom.cli.methods import ALL, FACTORED, default, flags, subcommands
 from wherefrom.cli.shared import Run
 from wherefrom.cli.sources import SOURCES, RunSources, TextSource, checked_run, log_other_scores
 from wherefrom.engine.execution import Execution
@@ -29,7 +29,7 @@ console = Console()
 FITTED: Any = subcommands(FACTORED, only=("empirical", "seed", "adam"))
 SCORED: Any = subcommands(ALL, of_the_fit=True)
 WITH_ITSELF: Any = subcommands(FACTORED, only=("empirical", "seed", "adam", "damping"), of_the_fit=True)
-Computed = tyro.conf.OmitArgPrefixes[Execution]
+EXECUTED: Any = flags(Execution)
 
 
 def fit(
@@ -44,7 +44,7 @@ def fit(
     unit: Literal["documents", "blocks"] = "documents",
     length: int = 512,
     history: str | None = None,
-    execution: Computed = Execution(),  # noqa: B008
+    execution: tyro.conf.OmitArgPrefixes[EXECUTED] = EXECUTED(),  # noqa: B008
     device: str = "auto",
     overwrite: bool = False,
     profile: bool = False,
@@ -69,10 +69,10 @@ def fit(
     """
     if (checked_run(run) / SOURCES).exists():
         RunSources.load(run)  # or hours later it turns out that it cannot be read
-    chosen = method.made()
+    chosen, executed = method.made(), execution.made()
     text = TextSource(train, split, column, unit, length)
     sources = RunSources(model, list(layers) or None, text, chosen.empirical, chosen.seed, history)
-    study = sources.study(run, device, execution)
+    study = sources.study(run, device, executed)
     study.profile.synchronize = profile
     log_other_scores(study)
     study.fit(chosen, overwrite=overwrite)
@@ -94,7 +94,7 @@ def score(
     aggregate_queries: Aggregation | None = None,
     aggregate_train: Aggregation | None = None,
     top_only: int | None = None,
-    execution: Computed = Execution(),  # noqa: B008
+    execution: tyro.conf.OmitArgPrefixes[EXECUTED] = EXECUTED(),  # noqa: B008
     device: str = "auto",
     explain: bool = False,
     overwrite: bool = False,
@@ -123,7 +123,7 @@ def score(
         overwrite: Replace scores that were made from something else.
         profile: Print where the time went, and for that wait for a GPU after each action.
     """
-    keep = _kept(per_layer, self_influence, aggregate_queries, aggregate_train, top_only)
+    executed, keep = execution.made(), _kept(per_layer, self_influence, aggregate_queries, aggregate_train, top_only)
     if tokens is not None:
         Tokens(tokens)  # or the model would be loaded first
         if not isinstance(keep, Pairs):
@@ -133,8 +133,8 @@ def score(
             )
     sources = RunSources.load(run)
     chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
-    chosen.check(keep, execution.half_precision)
-    study = sources.study(run, device, execution)
+    chosen.check(keep, executed.half_precision)
+    study = sources.study(run, device, executed)
     study.profile.synchronize = profile
     text = replace(sources.train, source=queries, split=split, column=column)
     sequences = text.sequences(study.tokenizer)
@@ -190,7 +190,7 @@ def self_influence(
     *,
     method: tyro.conf.OmitArgPrefixes[WITH_ITSELF] = default(WITH_ITSELF),  # noqa: B008
     k: int = 10,
-    execution: Computed = Execution(),  # noqa: B008
+    execution: tyro.conf.OmitArgPrefixes[EXECUTED] = EXECUTED(),  # noqa: B008
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
@@ -204,9 +204,9 @@ def self_influence(
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
         overwrite: Replace what was made from something else.
     """
-    sources = RunSources.load(run)
+    executed, sources = execution.made(), RunSources.load(run)
     chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
-    study = sources.study(run, device, execution)
+    study = sources.study(run, device, executed)
     values = study.self_influence(chosen, overwrite=overwrite)
     hits = Scores(values.unsqueeze(0), {}).top(k)
     if Ranks.current().is_main:

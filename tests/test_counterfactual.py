@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wherefrom.evaluate.counterfactual import Removal, counterfactual, removal_masks
+from wherefrom.evaluate.removal import Removal, evaluate_removal, removal_masks
 from wherefrom.evaluate.retrain import Retraining, retrain
 from wherefrom.runtime.errors import InputError
 
@@ -40,7 +40,7 @@ class Ridge:
 
     def __call__(self, retrainings: Sequence[Retraining]) -> Tensor:
         self.trained += retrainings
-        return torch.stack([self._losses(list(each.kept), each.seed) for each in retrainings])
+        return torch.stack([self._losses(list(each.subset), each.seed) for each in retrainings])
 
     def _losses(self, kept: list[int], seed: int) -> Tensor:
         inputs = torch.cat([torch.tensor(INPUTS[kept]), 0.1**0.5 * torch.eye(2, dtype=torch.float64)])
@@ -65,7 +65,7 @@ def run(path: Path, model: Ridge, **changes: Any) -> Removal:
     arguments: dict[str, Any] = {
         "scores": scores, "counts": (0, 1, 3), "seeds": (5, 2), "fingerprint": FINGERPRINT, "workers": 1, **changes,
     }  # fmt: skip
-    return counterfactual(path, model, **arguments)
+    return evaluate_removal(path, model, **arguments)
 
 
 def test_removal_masks_leave_out_the_highest_sums() -> None:
@@ -131,7 +131,7 @@ def test_equal_removals_are_trained_once_and_nothing_twice(tmp_path: Path) -> No
     found = run(tmp_path / "bank", model, scores=scores)
     assert torch.equal(found.losses[0], found.losses[1])
     assert len(model.trained) == len(set(model.trained))
-    assert len([each for each in model.trained if each.kept == without()]) == 2  # count 0, once for each seed
+    assert len([each for each in model.trained if each.subset == without()]) == 2  # count 0, once for each seed
     assert len(model.trained) <= 2 * (1 + 2 + 2)
     before = len(model.trained)
     again = run(tmp_path / "bank", model, scores=dict(reversed(scores.items())), counts=(3, 0), seeds=(2,))
@@ -145,7 +145,7 @@ def test_a_bank_of_subsets_can_be_shared(tmp_path: Path) -> None:
     bank = retrain(tmp_path / "bank", model, everything, (5, 2), fingerprint=FINGERPRINT, workers=1)
     found = run(tmp_path / "bank", model)
     assert torch.equal(found.losses[0, 0], bank.losses[0])
-    assert len([each for each in model.trained if each.kept == without()]) == 2
+    assert len([each for each in model.trained if each.subset == without()]) == 2
 
 
 def test_summary_and_json_hold_the_numbers(tmp_path: Path) -> None:

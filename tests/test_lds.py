@@ -18,9 +18,15 @@ from safetensors.torch import save_file
 from scipy import stats
 from torch import Tensor
 
-from wherefrom.evaluate import lds
-from wherefrom.evaluate.lds import Estimate, GroundTruth, LdsReport, evaluate_lds, linear_datamodeling_scores
-from wherefrom.evaluate.summary import lds_tables
+from wherefrom.evaluate import datamodels
+from wherefrom.evaluate.datamodels import (
+    GroundTruth,
+    IntervalEstimate,
+    LdsReport,
+    evaluate_lds,
+    linear_datamodeling_scores,
+)
+from wherefrom.evaluate.plots import lds_tables
 from wherefrom.runtime.errors import DamagedError, InputError
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "ground_truth" / "gpt2-wikitext2-lds.npz"
@@ -68,7 +74,7 @@ def test_resamples_are_scipys_spearman_of_the_subsets_drawn(
     subsets = pair[0].shape[1]
     drawn = np.random.default_rng(seed).integers(subsets, size=(5, subsets))
     counts = np.stack([np.bincount(row, minlength=subsets) for row in drawn], axis=1).astype(np.float64)
-    found = lds._spearman(pair[0][None], pair[1][None], counts)[0]  # [queries, resamples]
+    found = datamodels._spearman(pair[0][None], pair[1][None], counts)[0]  # [queries, resamples]
     for query, (left, right) in enumerate(zip(*pair, strict=True)):
         expected = [scipy_spearman(left[row], right[row]) for row in drawn]
         assert found[query].tolist() == pytest.approx(expected, abs=1e-12)
@@ -143,14 +149,14 @@ def test_differences_are_paired() -> None:
     assert set(report.differences) == {
         ("good", "same"), ("good", "near"), ("good", "noise"), ("same", "near"), ("same", "noise"), ("near", "noise"),
     }  # fmt: skip
-    assert report.differences["good", "same"] == Estimate(0.0, 0.0, 0.0)
+    assert report.differences["good", "same"] == IntervalEstimate(0.0, 0.0, 0.0)
     near, mean = report.differences["good", "near"], report.means["good"]
     assert near.high - near.low < 0.2 * (mean.high - mean.low)
     apart = report.differences["good", "noise"]
     assert apart.value == pytest.approx(mean.value - report.means["noise"].value)
     assert apart.low > 0
     assert report.difference("good", "noise") == apart
-    assert report.difference("noise", "good") == Estimate(-apart.value, -apart.high, -apart.low)
+    assert report.difference("noise", "good") == IntervalEstimate(-apart.value, -apart.high, -apart.low)
     for name, scores in methods.items():
         assert torch.equal(report.queries[name], linear_datamodeling_scores(scores, truth))
         assert report.means[name].value == pytest.approx(report.queries[name].mean().item())

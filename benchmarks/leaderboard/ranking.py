@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wherefrom.evaluate.lds import Estimate, GroundTruth, evaluate_lds
+from wherefrom.evaluate.datamodels import GroundTruth, IntervalEstimate, evaluate_lds
 
 REFERENCE = "ekfac"
 
@@ -34,5 +34,5 @@ def ranking(scores: Mapping[str, Tensor], truth: GroundTruth) -> dict[str, Any]:
     }
 
 
-def _includes_zero(difference: Estimate) -> bool:
+def _includes_zero(difference: IntervalEstimate) -> bool:
     return difference.low <= 0 <= difference.high

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import wherefrom as wf
 from leaderboard.setting import Setting
-from wherefrom.evaluate.counterfactual import removal_masks
-from wherefrom.evaluate.lds import GroundTruth
+from wherefrom.evaluate.datamodels import GroundTruth
+from wherefrom.evaluate.removal import removal_masks
 from wherefrom.evaluate.retrain import Retraining, half_subsets, permutation, retrain, retrain_pairs
 
 
@@ -28,7 +28,7 @@ class OnHalves:
 
     def __call__(self, retrainings: Sequence[Retraining]) -> Tensor:
         """[retrainings, queries]."""
-        trained = (self.setting.training(each.kept, each.seed) for each in retrainings)
+        trained = (self.setting.training(each.subset, each.seed) for each in retrainings)
         return torch.stack([_measured(training, training.parameters(), self.setting) for training in trained])
 
 
@@ -44,7 +44,7 @@ class WithoutSome:
         for each in retrainings:
             training = self.setting.training(seed=each.seed)
             weights = torch.zeros(len(training.train))
-            weights[list(each.kept)] = 1
+            weights[list(each.subset)] = 1
             found.append(_measured(training, training.parameters(weights), self.setting))
         return torch.stack(found)
 

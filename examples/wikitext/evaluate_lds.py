@@ -19,14 +19,12 @@ from rich.table import Table
 from torch import Tensor
 
 import wherefrom as wf
-from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
-from wherefrom.evaluate.plots import lds_bars, png
+from wherefrom.evaluate.datamodels import GroundTruth, evaluate_lds
+from wherefrom.evaluate.plots import lds_bars, lds_tables, png
 from wherefrom.evaluate.retrain import half_subsets, retrain
-from wherefrom.evaluate.summary import lds_tables
 from wherefrom.methods.baselines import bm25_scores, random_scores
-from wherefrom.report.evaluations import save_evaluation
-from wherefrom.report.passages import DatasetPassages, Figure, checked_passages
-from wherefrom.report.text import excerpt
+from wherefrom.report.figures import Figure, save_evaluation
+from wherefrom.report.passages import DatasetPassages, checked_passages, excerpt
 from wherefrom.runtime.errors import InputError
 
 STRATEGIES = ("identity", "diagonal", "kfac", "ekfac", "shampoo")

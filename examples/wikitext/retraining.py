@@ -47,7 +47,7 @@ class Finetuning:
         """Each query's loss after each fine-tuning, [retrainings, queries]."""
         model, train, queries = self._start
         settings = self.recipe.settings
-        tuned = (finetune(model, train.select(each.kept), settings, each.seed) for each in retrainings)
+        tuned = (finetune(model, train.select(each.subset), settings, each.seed) for each in retrainings)
         return torch.stack([measured_losses(each, queries) for each in tuned])
 
     def fingerprint(self) -> dict[str, str]:

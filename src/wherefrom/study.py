@@ -23,8 +23,9 @@ from wherefrom.engine.sweep import Sweep
 from wherefrom.methods.index import GradientIndex
 from wherefrom.methods.projections import Compression, IndexOptions
 from wherefrom.planning.plan import Plan
+from wherefrom.report.figures import Figure
 from wherefrom.report.html import render_report, write_page
-from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, Tokenizer
+from wherefrom.report.passages import DatasetPassages, DatasetTokens, Tokenizer
 from wherefrom.runtime.errors import InputError
 from wherefrom.runtime.memory import checked_batch_size, within_memory
 from wherefrom.runtime.precision import HalfPrecision
@@ -369,7 +370,7 @@ class Study(Generic[Batch]):
                 any.
             tokenizer: decodes `input_ids` of examples without `text`, and the tokens that are shaded.
             tokens: what `score_tokens` returned for these queries; shades the tokens of the pairs that it has.
-            figures: plots to show, such as those of `report.evaluations.load_figures`.
+            figures: plots to show, such as those of `report.figures.load_figures`.
             path: the page; `reports/NAME.html` in the run directory by default, with the name of the scores, or the
                 strategy and a digest for scores that are not stored.
             summary: a line below the title.

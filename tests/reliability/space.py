@@ -167,7 +167,7 @@ def _study(run: Path) -> None:
 
 def _losses(retrainings: Sequence[Retraining]) -> Tensor:
     """Stands for training: a number of the subset and the seed."""
-    return torch.stack([torch.tensor(each.kept[-3:]).double() * (each.seed + 1) for each in retrainings])
+    return torch.stack([torch.tensor(each.subset[-3:]).double() * (each.seed + 1) for each in retrainings])
 
 
 def _bank(run: Path) -> None:
@@ -177,7 +177,7 @@ def _bank(run: Path) -> None:
         bank = retrain(
             run / "retrainings", _losses, masks, seeds, fingerprint={"recipe": "1"}, workers=1, progress=False
         )
-    # The order of rows in the table is that in which they were finished; this one is not.
+    # What is stored beside them says how long they have taken.
     Artifact(run / "losses", {}).save({"losses": bank.losses})
 
 

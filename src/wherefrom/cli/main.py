@@ -23,7 +23,7 @@ from wherefrom.cli.plan import PlanArguments, plan
 from wherefrom.cli.shared import Run, StrategyName, command_line
 from wherefrom.cli.sources import SOURCES, RunSources, TextSource, checked_run, chosen_scores, log_other_scores
 from wherefrom.curvature.solvers import SOLVERS
-from wherefrom.report.evaluations import load_figures
+from wherefrom.report.figures import load_figures
 from wherefrom.report.html import render_report, write_page
 from wherefrom.report.passages import DatasetPassages, DatasetTokens
 from wherefrom.report.text import hits_table, top_tables

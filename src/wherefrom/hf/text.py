@@ -34,7 +34,7 @@ def read_texts(source: str, *, split: str = "train", column: str | None = None) 
     Args:
         source: one of
             - a `.txt` file in UTF-8, whose texts are separated by blank lines;
-            - a `.jsonl`, `.json`, `.parquet` or `.csv` file, one text a row;
+            - a `.jsonl`, `.json`, `.parquet` or `.csv` file, one text an example;
             - a directory written by `save_to_disk` of the `datasets` library;
             - a hub name, with or without a configuration: `owner/name`, `owner/name/config`, or `name/config` as in
               `wikitext/wikitext-2-raw-v1`.
@@ -42,12 +42,12 @@ def read_texts(source: str, *, split: str = "train", column: str | None = None) 
         column: the column that holds the text. None takes `text`, or else the only column of strings.
 
     Returns:
-        The texts in their order. Empty rows stay, as empty strings: `as_blocks` counts them.
+        The texts in their order. Empty ones stay, as empty strings: `as_blocks` counts them.
     """
-    return _texts_of(read_rows(source, split), source, column)
+    return _texts_of(read_dataset(source, split), source, column)
 
 
-def read_rows(source: str, split: str = "train") -> Dataset:
+def read_dataset(source: str, split: str = "train") -> Dataset:
     """Read a file, a saved dataset or a dataset on the Hugging Face hub, as `read_texts` does, with all its columns."""
     path = local_path(source)
     if path.is_dir():
@@ -72,17 +72,17 @@ def as_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_l
     gradient; `document` tells which texts are left.
 
     Returns:
-        A dataset with columns `input_ids`, `attention_mask`, `text` (what is kept, decoded) and `document` (the
+        A dataset with columns `input_ids`, `attention_mask`, `text` (of these tokens, decoded) and `document` (the
         position in `texts`).
     """
     _check_length("max_length", max_length)
     limit = min(max_length, 2**31)  # what tokenizers can count to
     encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"] if texts else []
-    kept = [index for index, ids in enumerate(encoded) if len(ids) >= 2 and texts[index].strip()]
-    if not kept:
+    chosen = [index for index, ids in enumerate(encoded) if len(ids) >= 2 and texts[index].strip()]
+    if not chosen:
         raise InputError(f"texts: none of the {len(texts)} has two tokens or more; check the source and the column.")
-    dataset = _sequences([encoded[index] for index in kept], tokenizer)
-    return dataset.add_column("document", kept)
+    dataset = _sequences([encoded[index] for index in chosen], tokenizer)
+    return dataset.add_column("document", chosen)
 
 
 def as_blocks(
@@ -94,7 +94,7 @@ def as_blocks(
     """Join the texts and cut them into blocks of exactly `block_size` tokens, as is usual for GPT-2 and WikiText.
 
     Texts are joined in groups of `texts_per_group` and the remainder of each group is dropped. With the default that
-    makes the published 4656 training and 481 validation blocks of 512 tokens out of WikiText-2 (whose rows are lines,
+    makes the published 4656 training and 481 validation blocks of 512 tokens out of WikiText-2 (whose texts are lines,
     empty ones included); with `len(texts)` only one remainder is lost.
 
     Returns:
@@ -184,7 +184,7 @@ def _file_dataset(path: Path) -> Dataset:
     if not path.stat().st_size:
         raise InputError(f"{path}: the file is empty; expected {builder} rows with a column of text.")
     if builder == "json":
-        _refuse_null_rows(path)
+        _refuse_null(path)
     datasets = require("datasets")
     try:
         return datasets.load_dataset(builder, data_files=str(path), split="train")
@@ -195,8 +195,8 @@ def _file_dataset(path: Path) -> Dataset:
         ) from error
 
 
-def _refuse_null_rows(path: Path) -> None:
-    """Refuse null in the place of a row, which pyarrow ends the process on (apache/arrow, issue 47409)."""
+def _refuse_null(path: Path) -> None:
+    """Refuse null instead of an object, which pyarrow ends the process on (apache/arrow, issue 47409)."""
     with path.open("rb") as stream:
         if stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one array, which is read in another way
             return

@@ -11,7 +11,7 @@ import itertools
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,10 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wherefrom.evaluate.matrices import Method, Scorer, finite, matrices, score_all
 from wherefrom.runtime.errors import DamagedError, InputError
 from wherefrom.runtime.precision import type_name
 from wherefrom.scoring.results import Scores
-from wherefrom.store.fingerprint import QUERIES, TRAIN, check_about, subjects
+from wherefrom.store.fingerprint import Dataset
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -35,7 +36,7 @@ SIDE = 2.5  # percent of the resamples left out on either side of a 95% interval
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """A number and its 95% interval, in the number's own unit."""
 
     value: float
@@ -46,7 +47,7 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     @classmethod
-    def of_resamples(cls, value: float, resamples: Array) -> Estimate:
+    def of_resamples(cls, value: float, resamples: Array) -> IntervalEstimate:
         """A value with the middle 95% of its bootstrap resamples [resamples], moved so that their mean is the value."""
         low, high = np.percentile(resamples, [SIDE, 100 - SIDE]) + value - float(resamples.mean())
         return cls(value, float(low), float(high))
@@ -60,7 +61,7 @@ class GroundTruth:
     """What retraining on subsets of the training set did to each query's loss.
 
     Attributes:
-        masks: [subsets, train] bool: the examples kept in each subset.
+        masks: [subsets, train] bool: true for the examples of each subset.
         losses: [subsets, repeats, queries] float64: each query's measured loss after retraining on the subset with
             each of `repeats` seeds; any unit, the same throughout.
 
@@ -97,7 +98,7 @@ class GroundTruth:
     def load(cls, file: str | Path) -> GroundTruth:
         """Read `masks` (bool [subsets, train]) and `losses` from a .npz or .safetensors file; nothing is unpickled.
 
-        `losses` is [subsets, repeats, queries], or [subsets, queries] where the mean over repeats was kept.
+        `losses` is [subsets, repeats, queries], or [subsets, queries] where there is only the mean over repeats.
 
         Raises:
             InputError: there is no such file, its ending is another, or its arrays are not those described.
@@ -119,7 +120,7 @@ class GroundTruth:
 
     @property
     def outcomes(self) -> Tensor:
-        """Minus the mean loss over repeats, [queries, subsets]: what summed scores of kept examples should predict."""
+        """Minus the mean loss over repeats, [queries, subsets]: what the summed scores of the subset should predict."""
         return -self.losses.mean(1).T
 
 
@@ -139,20 +140,20 @@ class LdsReport:
     """
 
     queries: Mapping[str, Tensor]
-    means: Mapping[str, Estimate]
-    differences: Mapping[tuple[str, str], Estimate]
-    ceiling: Estimate | None
+    means: Mapping[str, IntervalEstimate]
+    differences: Mapping[tuple[str, str], IntervalEstimate]
+    ceiling: IntervalEstimate | None
     subsets: int
     repeats: int
     train: int
     resamples: int
 
-    def difference(self, first: str, second: str) -> Estimate:
+    def difference(self, first: str, second: str) -> IntervalEstimate:
         """The mean of the first less that of the second; `differences` has each pair in one order only."""
         if (first, second) in self.differences:
             return self.differences[first, second]
         other = self.differences[second, first]
-        return Estimate(-other.value, -other.high, -other.low)
+        return IntervalEstimate(-other.value, -other.high, -other.low)
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, as json writes them."""
@@ -175,7 +176,7 @@ class LdsReport:
 def linear_datamodeling_scores(values: Tensor, truth: GroundTruth) -> Tensor:
     """How well scores predict, query by query, the order of the retrained losses (Park et al. 2023, section 2).
 
-    For each query: Spearman's correlation, over subsets, of the summed scores of the kept examples with minus the
+    For each query: Spearman's correlation, over subsets, of the summed scores of the subset's examples with minus the
     mean loss over repeats (protocol A: Bae et al. 2024). Ties get average ranks. A query whose sums or whose losses
     are all equal gets 0, not NaN: a score that does not vary predicts nothing, and a method must not gain from the
     queries on which it is silent.
@@ -192,6 +193,28 @@ def linear_datamodeling_scores(values: Tensor, truth: GroundTruth) -> Tensor:
     """
     predicted = _subset_sums("values", values, truth)
     return torch.from_numpy(_spearman(predicted[None], truth.outcomes.numpy()[None], _once(truth))[0, :, 0])
+
+
+def lds(
+    study: Scorer[Method],
+    queries: Dataset[object],
+    methods: Sequence[Method],
+    truth: GroundTruth,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> LdsReport:
+    """Score queries by each method, and hold the scores against the same retrainings.
+
+    Args:
+        queries: those of the ground truth, in its order; so are the study's training examples.
+        methods: what `study.score` takes; in the report they are called what `str` makes of them.
+        truth, resamples, seed: as in `evaluate_lds`.
+
+    Raises:
+        WherefromError: what `study.score` and `evaluate_lds` raise.
+    """
+    return evaluate_lds(score_all(study, queries, methods), truth, resamples=resamples, seed=seed)
 
 
 def evaluate_lds(
@@ -241,9 +264,9 @@ def evaluate_lds(
     by_name = dict(zip(scores, zip(measured.mean(1).tolist(), drawn, strict=True), strict=True))
     return LdsReport(
         queries=dict(zip(scores, torch.from_numpy(measured), strict=True)),
-        means={name: Estimate.of_resamples(*found) for name, found in by_name.items()},
+        means={name: IntervalEstimate.of_resamples(*found) for name, found in by_name.items()},
         differences={
-            (first, second): Estimate.of_resamples(
+            (first, second): IntervalEstimate.of_resamples(
                 by_name[first][0] - by_name[second][0], by_name[first][1] - by_name[second][1]
             )
             for first, second in itertools.combinations(scores, 2)
@@ -256,12 +279,16 @@ def evaluate_lds(
     )
 
 
-def _ceiling(truth: GroundTruth, subset_counts: Array, weights: Array, generator: np.random.Generator) -> Estimate:
+def _ceiling(
+    truth: GroundTruth, subset_counts: Array, weights: Array, generator: np.random.Generator
+) -> IntervalEstimate:
     """The score of a perfect predictor of the expected loss, on the resamples of the methods."""
     halves = _seed_halves(truth.losses.numpy(), generator)
     agreements = (_spearman(*halves, subset_counts).mean(0) * weights).sum(0)  # [resamples]
-    agreement = Estimate.of_resamples(float(_spearman(*halves, _once(truth)).mean()), agreements)
-    return Estimate(*(_reachable(r, truth.losses.shape[1]) for r in (agreement.value, agreement.low, agreement.high)))
+    agreement = IntervalEstimate.of_resamples(float(_spearman(*halves, _once(truth)).mean()), agreements)
+    return IntervalEstimate(
+        *(_reachable(r, truth.losses.shape[1]) for r in (agreement.value, agreement.low, agreement.high))
+    )
 
 
 def _seed_halves(losses: Array, generator: np.random.Generator) -> tuple[Array, Array]:
@@ -323,17 +350,14 @@ def _centred_ranks(values: Array, counts: Array) -> Array:
 
 
 def _subset_sums(name: str, values: Tensor, truth: GroundTruth) -> Array:
-    """The summed scores of the kept examples, [queries, subsets]."""
+    """The summed scores of each subset's examples, [queries, subsets]."""
     expected = (truth.losses.shape[2], truth.masks.shape[1])
     if tuple(values.shape) != expected:
         raise InputError(
             f"{name}: scores of shape {tuple(values.shape)}; the ground truth has {expected[0]} queries and "
             f"{expected[1]} training examples. Score the same ones in the same order."
         )
-    values = values.detach().to("cpu", torch.float64)
-    if not values.isfinite().all():
-        query, example = (~values.isfinite()).nonzero()[0].tolist()
-        raise InputError(f"{name}[{query}, {example}] is {values[query, example].item()}; expected finite scores.")
+    values = finite(name, values)
     # Scores that are mostly one number (a constant, or BM25's zeros) must tie where they should, but sums of many equal
     # numbers differ in their last bits. So that number, the median, is counted and not summed.
     common = values.median(1, keepdim=True).values  # [queries, 1]
@@ -368,18 +392,3 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 def _described(tensor: Tensor) -> str:
     return f"{type_name(tensor.dtype)} {list(tensor.shape)}"
-
-
-def matrices(scores: Mapping[str, Tensor | Scores]) -> dict[str, Tensor]:
-    """The values of scores by method; what is given as a bare matrix cannot be checked.
-
-    Raises:
-        MismatchError: some are about other queries or training examples than others.
-    """
-    about: dict[str, str] = {}
-    for name, each in scores.items():
-        if isinstance(each, Scores):
-            found = {kind: digest for kind, digest in subjects(each.fingerprint).items() if kind in (QUERIES, TRAIN)}
-            check_about(each.fingerprint, about, f"Give scores of the same to hold them side by side with {name!r}.")
-            about |= found
-    return {name: each.values if isinstance(each, Scores) else each for name, each in scores.items()}

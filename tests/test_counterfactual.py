@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import wherefrom as wf
 from wherefrom.evaluate.removal import Removal, evaluate_removal, removal_masks
 from wherefrom.evaluate.retrain import Retraining, retrain
 from wherefrom.runtime.errors import InputError
@@ -137,6 +138,28 @@ def test_equal_removals_are_trained_once_and_nothing_twice(tmp_path: Path) -> No
     again = run(tmp_path / "bank", model, scores=dict(reversed(scores.items())), counts=(3, 0), seeds=(2,))
     assert len(model.trained) == before
     assert torch.equal(again.losses.flip(0), found.losses[:, [2, 0]][:, :, [1]])
+
+
+class Effects:
+    """Stands for a study: its methods are factors of the exact effects."""
+
+    def score(self, queries: object, factor: float) -> wf.Scores:
+        return wf.Scores(factor * exact_effects(), {})
+
+
+def test_methods_are_scored_and_removed_in_one_call(tmp_path: Path) -> None:
+    found = wf.evaluate.counterfactual(
+        Effects(), [0, 1, 2], [1.0, None, -1.0], Ridge(), (0, 1), (5, 2), path=tmp_path / "bank", chosen=[2, 0],
+        fingerprint=FINGERPRINT, workers=1,
+    )  # fmt: skip
+    assert (found.methods, found.queries) == (("1.0", "-1.0", "random"), (2, 0))
+    order = np.argsort(-exact_effects()[[2, 0]].sum(0).numpy())
+    for losses, removed in ((found.losses[0], order[0]), (found.losses[1], order[-1])):
+        for repeat, seed in enumerate((5, 2)):
+            np.testing.assert_allclose(losses[0, repeat], ridge_losses(without(), seed)[[2, 0]], rtol=1e-11)
+            np.testing.assert_allclose(losses[1, repeat], ridge_losses(without(removed), seed)[[2, 0]], rtol=1e-11)
+    again = run(tmp_path / "bank", Ridge(), counts=(0, 1), queries=[2, 0])
+    assert torch.equal(found.losses, again.losses)  # random removals too
 
 
 def test_a_bank_of_subsets_can_be_shared(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from safetensors.torch import save_file
 from scipy import stats
 from torch import Tensor
 
+import wherefrom as wf
+from tests.models import mlp_case
 from wherefrom.evaluate import datamodels
 from wherefrom.evaluate.datamodels import (
     GroundTruth,
@@ -28,6 +32,7 @@ from wherefrom.evaluate.datamodels import (
 )
 from wherefrom.evaluate.plots import lds_tables
 from wherefrom.runtime.errors import DamagedError, InputError
+from wherefrom.store.fingerprint import Dataset
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "ground_truth" / "gpt2-wikitext2-lds.npz"
 
@@ -218,6 +223,67 @@ def test_report_as_json_and_in_the_terminal() -> None:
     # The table has the better method first, whichever way round the report has the pair.
     difference = abs(report.means[best].value - report.means[other].value)
     assert any(best in line and other in line and f"+{difference:.3f}" in line for line in lines)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A method whose scores are there already."""
+
+    name: str
+    values: Tensor
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Precomputed:
+    """Stands for a study that can score these queries alone."""
+
+    def __init__(self, queries: Sequence[object]) -> None:
+        self.queries = queries
+
+    def score(self, queries: object, method: Given) -> wf.Scores:
+        assert queries is self.queries
+        return wf.Scores(method.values, {})
+
+
+def test_methods_are_scored_and_named_in_one_call() -> None:
+    values, truth = world(20, 6, torch.Generator().manual_seed(3))
+    methods = [Given("EKFAC()", values), Given("BM25()", -values), Given("EKFAC()", values + 1)]
+    queries = [object()] * 6
+    found = wf.evaluate.lds(Precomputed(queries), queries, methods, truth, resamples=30, seed=2)
+    names = ["EKFAC()", "BM25()", "EKFAC() (2)"]
+    assert list(found.means) == names
+    expected = evaluate_lds(
+        {name: each.values for name, each in zip(names, methods, strict=True)}, truth, resamples=30, seed=2
+    )
+    assert found.to_json() == expected.to_json()
+    # Of the opposite scores every rank is the opposite.
+    assert torch.equal(found.queries["BM25()"], -found.queries["EKFAC()"])
+    with pytest.raises(InputError, match="no methods"):
+        wf.evaluate.lds(Precomputed(queries), queries, [], truth)
+
+
+class OfStrategies:
+    """A study whose methods are strategies by name."""
+
+    def __init__(self, study: wf.Study[Sequence[Tensor]]) -> None:
+        self.study = study
+
+    def score(self, queries: Dataset[object], strategy: str) -> wf.Scores:
+        return self.study.score(queries, self.study.fit(strategy))
+
+
+def test_scores_of_a_study_predict_what_they_add_up_to(tmp_path: Path) -> None:
+    """Losses that are made of one method's own scores are predicted by it without an error, and worse by another."""
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, progress=False)
+    own = study.score(case.queries, study.fit("identity")).values.double()
+    masks = half_subsets(12, len(case.train), torch.Generator().manual_seed(0))
+    truth = GroundTruth(masks, -(masks.double() @ own.T)[:, None])
+    found = wf.evaluate.lds(OfStrategies(study), case.queries, ["identity", "ekfac"], truth, resamples=30)
+    assert found.means["identity"].value == pytest.approx(1)
+    assert found.difference("identity", "ekfac").low > 0
 
 
 def test_ground_truth_is_read_from_both_kinds_of_file(tmp_path: Path) -> None:

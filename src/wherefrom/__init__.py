@@ -25,6 +25,7 @@ from wherefrom.tasks.task import Classification, Regression, Task
 from wherefrom.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
+    from wherefrom import evaluate as evaluate
     from wherefrom.hf.pretrained import PretrainedStudy, study_from_pretrained
     from wherefrom.store.recording import RecordedCheckpoint, TrainingRecorder, read_recording
 
@@ -80,6 +81,8 @@ _LAZY = {
 if not TYPE_CHECKING:  # a type checker would take any name for an attribute
 
     def __getattr__(name: str) -> object:
+        if name == "evaluate":  # which also does without scipy, until one of its functions is asked for
+            return import_module(f"{__name__}.evaluate")
         if name not in _LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

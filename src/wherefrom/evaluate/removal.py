@@ -96,11 +96,11 @@ def counterfactual(
     chosen: Sequence[int] | None = None,
     **options: Unpack[RetrainOptions],
 ) -> Removal:
-    """Score queries by each method and retrain without its top examples, once with each seed.
+    """Score queries by each method, and retrain without its top examples, once with each seed.
 
     Args:
         queries: all those that `train` measures.
-        methods: what `study.score` takes; None removes at random, as in `evaluate_removal`.
+        methods: what `study.score` takes; None removes at random, as in `evaluate_removal`, and comes last.
         chosen: positions of the queries to add up and to look at; None is all.
         train, counts, seeds, path, options: as in `evaluate_removal`.
 

@@ -23,7 +23,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from wherefrom.evaluate.pool import WorkerError, default_workers, run_jobs
-from wherefrom.evaluate.retrainings import Finished, FinishedRetrainings, retraining_key
+from wherefrom.evaluate.retrainings import (
+    Finished,
+    retraining_fingerprint,
+    retraining_key,
+    store_retraining,
+    stored_retrainings,
+)
 from wherefrom.runtime.errors import InputError, LossError, TrainingError
 from wherefrom.runtime.progress import progress_bar
 from wherefrom.store.files import remove
@@ -198,12 +204,12 @@ def retrain_pairs(
     with DirectoryLock(path.with_name(f".{path.name}.lock")):
         if overwrite:
             remove(path)
-        stored = FinishedRetrainings(path, fingerprint, masks.shape[1])
-        missing = [key for key in wanted if key not in stored.found]
+        fingerprint = retraining_fingerprint(fingerprint, masks.shape[1])
+        missing = [key for key in wanted if not (path / key).exists()]
+        finished = stored_retrainings(path, fingerprint, adding=bool(missing))
         if missing:
-            stored.check_machine()
-            _Work(stored, masks, wanted).run(train, missing, together, workers, progress)
-    found = [stored.found[key] for key in keys]
+            _Work(path, fingerprint, masks, wanted, finished).run(train, missing, together, workers, progress)
+    found = [finished[key] for key in keys]
     return torch.stack([each.losses for each in found]), torch.stack([each.seconds for each in found])
 
 
@@ -241,11 +247,14 @@ class _Work:
 
     Attributes:
         wanted: their subsets and seeds, by `retraining_key`.
+        finished: all that are in the folder, which becomes more.
     """
 
-    stored: FinishedRetrainings
+    folder: Path
+    fingerprint: Fingerprint
     masks: Tensor
     wanted: dict[str, tuple[int, int]]
+    finished: dict[str, Finished]
 
     def run(
         self, train: TrainFunction, missing: Sequence[str], together: int, workers: int, progress: bool | None
@@ -258,9 +267,9 @@ class _Work:
 
                 def receive(position: int, outcome: _Timed | Exception) -> None:
                     self._store(groups[position], outcome)
-                    show(self._finished())
+                    show(self._count())
 
-                show(self._finished())
+                show(self._count())
                 run_jobs(_Timing(train), jobs, min(workers, len(groups)), receive)
         except WorkerError as error:
             raise TrainingError(
@@ -294,7 +303,7 @@ class _Work:
             reason = f"{type(outcome).__name__}: {outcome}".rstrip(".")
             raise TrainingError(f"Training on {self._named(group)} failed: {reason}.") from outcome
         losses, seconds = outcome
-        known = next(iter(self.stored.found.values()), None)
+        known = next(iter(self.finished.values()), None)
         queries = len(known.losses) if known else losses.shape[-1] if losses.ndim else 0
         if losses.shape != (len(group), queries) or queries == 0:
             raise InputError(
@@ -305,7 +314,9 @@ class _Work:
         diverged = [key for key, each in measured.items() if not each.isfinite().all()]
         for key in (each for each in group if each not in diverged):
             mask = self.masks[self.wanted[key][0]]
-            self.stored.add(key, Finished(mask, measured[key], torch.tensor(seconds, dtype=torch.float64)))
+            done = Finished(mask, measured[key], torch.tensor(seconds, dtype=torch.float64))
+            store_retraining(self.folder, self.fingerprint, key, done)
+            self.finished[key] = done
         if diverged:
             found = measured[diverged[0]]
             query = int((~found.isfinite()).nonzero()[0])
@@ -314,12 +325,12 @@ class _Work:
                 f"Look at the training function: did the training diverge? {self._standing()}"
             )
 
-    def _finished(self) -> int:
-        return sum(key in self.stored.found for key in self.wanted)
+    def _count(self) -> int:
+        return sum(key in self.finished for key in self.wanted)
 
     def _standing(self) -> str:
         return (
-            f"{self._finished()} of {len(self.wanted)} retrainings are finished and kept; the same call goes on "
+            f"{self._count()} of {len(self.wanted)} retrainings are finished and kept; the same call goes on "
             "from there."
         )
 

@@ -18,8 +18,7 @@ from wherefrom.store.fingerprint import Fingerprint
 from wherefrom.store.names import finished
 from wherefrom.version import VERSION
 
-# The entries that are added to the caller's fingerprint.
-_MACHINE, _EXAMPLES = "trained with", "training examples"
+_MACHINE = "trained with"
 _LAYOUT: Layout = {
     "mask": (torch.bool, ("train",)),
     "losses": (torch.float64, ("query",)),
@@ -41,61 +40,43 @@ def retraining_key(mask: Tensor, seed: int) -> str:
     return f"{hashlib.sha256(mask.numpy().tobytes()).hexdigest()[:24]}-{seed}"
 
 
-class FinishedRetrainings:
-    """All finished retrainings of a folder.
-
-    Args:
-        folder: holds one folder for each.
-        fingerprint: what the retrainings are made from.
-        examples: how many training examples there are.
-
-    Attributes:
-        found: by `retraining_key`.
-
-    Raises:
-        MismatchError: what is stored was made from something else.
-        DamagedError: a stored file is not what was written.
-    """
-
-    def __init__(self, folder: Path, fingerprint: Fingerprint, examples: int) -> None:
-        self._folder = folder
-        self._fingerprint = {**fingerprint, _EXAMPLES: str(examples), _MACHINE: _machine()}
-        self._artifacts = [
-            Artifact(each, read_manifest(each)["fingerprint"]) for each in finished(folder) if each.suffix != ".part"
-        ]
-        self.found = {each.path.name: self._load(each) for each in self._artifacts}
-
-    def check_machine(self) -> None:
-        """Refuse to add to what was trained with another machine or version.
-
-        Raises:
-            MismatchError: names both.
-        """
-        for each in self._artifacts:
-            check_same(each.path, each.fingerprint, self._fingerprint)
-
-    def add(self, key: str, retraining: Finished) -> None:
-        """Store a finished retraining.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
-        with held_signals():
-            Artifact(self._folder / key, self._fingerprint).save(vars(retraining))
-        self.found[key] = retraining
-
-    def _load(self, artifact: Artifact) -> Finished:
-        check_same(artifact.path, {**artifact.fingerprint, _MACHINE: self._fingerprint[_MACHINE]}, self._fingerprint)
-        tensors = artifact.load()
-        check_layout(artifact.path, tensors, _LAYOUT)
-        return Finished(**tensors)
-
-
-def _machine() -> str:
-    """What decides how results are rounded."""
+def retraining_fingerprint(fingerprint: Fingerprint, examples: int) -> dict[str, str]:
+    """What results depend on: what the caller says, the number of examples, and what decides the rounding."""
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
         device = ", ".join(sorted(names))
     else:
         device = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
-    return f"wherefrom {VERSION}, torch {torch.__version__}, {device}, 1 CPU thread"
+    machine = f"wherefrom {VERSION}, torch {torch.__version__}, {device}, 1 CPU thread"
+    return {**fingerprint, "training examples": str(examples), _MACHINE: machine}
+
+
+def store_retraining(folder: Path, fingerprint: Fingerprint, key: str, retraining: Finished) -> None:
+    """Store a finished retraining.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with held_signals():
+        Artifact(folder / key, fingerprint).save(vars(retraining))
+
+
+def stored_retrainings(folder: Path, fingerprint: Fingerprint, adding: bool) -> dict[str, Finished]:
+    """All finished retrainings of a folder, by `retraining_key`.
+
+    Args:
+        adding: refuse to add to what was trained with another machine or version.
+
+    Raises:
+        MismatchError: what is stored was made from something else.
+        DamagedError: a stored file is not what was written.
+    """
+    found = {}
+    for path in (each for each in finished(folder) if each.suffix != ".part"):
+        artifact = Artifact(path, read_manifest(path)["fingerprint"])
+        same_machine = {} if adding else {_MACHINE: fingerprint[_MACHINE]}
+        check_same(path, {**artifact.fingerprint, **same_machine}, fingerprint)
+        tensors = artifact.load()
+        check_layout(path, tensors, _LAYOUT)
+        found[path.name] = Finished(**tensors)
+    return found

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 FILES = (".txt", *BUILDERS)
 
+_STRING_TYPES = ("string", "large_string")
+
 TEXTS_PER_GROUP = 1000  # the `datasets` library's batch size, which the published blocks were cut with
 
 
@@ -44,7 +46,24 @@ def read_texts(source: str, *, split: str = "train", column: str | None = None) 
     Returns:
         The texts in their order. Empty ones stay, as empty strings: `as_blocks` counts them.
     """
-    return _texts_of(read_dataset(source, split), source, column)
+    dataset = read_dataset(source, split)
+    strings = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in _STRING_TYPES]
+    if column is None:
+        column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+    if column not in strings:
+        wanted = "no column named text" if column is None else f"column={column!r} is not a column of strings"
+        raise InputError(
+            f"{source}: {wanted}; columns of strings: {strings}, all columns: {dataset.column_names}. Pass column=NAME."
+        )
+    try:
+        texts = [text or "" for text in dataset[column]]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source}: column {column!r} is not UTF-8 text ({error}); convert the file to UTF-8."
+        ) from error
+    if not any(texts):
+        raise InputError(f"{source}: column {column!r} holds no text in {len(texts)} rows.")
+    return texts
 
 
 def read_dataset(source: str, split: str = "train") -> Dataset:
@@ -105,8 +124,10 @@ def as_blocks(
         raise InputError(f"texts_per_group={texts_per_group}: expected a positive number; the default is 1000.")
     # verbose=False: a text longer than the model's context is no mistake here, it is cut below.
     encoded = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
-    groups = (encoded[start : start + texts_per_group] for start in range(0, len(encoded), texts_per_group))
-    blocks = [block for group in groups for block in _cut(list(chain.from_iterable(group)), block_size)]
+    blocks: list[list[int]] = []
+    for start in range(0, len(encoded), texts_per_group):
+        tokens = list(chain.from_iterable(encoded[start : start + texts_per_group]))
+        blocks += [tokens[at : at + block_size] for at in range(0, len(tokens) - block_size + 1, block_size)]
     if not blocks:
         raise InputError(
             f"block_size={block_size}: the {len(texts)} texts have {sum(map(len, encoded))} tokens, which fill no "
@@ -244,35 +265,7 @@ def _hub_dataset(source: str, split: str) -> Dataset:
     raise InputError(f"source={source!r}: neither a file here nor a dataset on the hub; check the name.")
 
 
-def _texts_of(dataset: Dataset, source: str, column: str | None) -> list[str]:
-    strings = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in _STRING_TYPES]
-    if column is None:
-        column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-    if column not in strings:
-        wanted = "no column named text" if column is None else f"column={column!r} is not a column of strings"
-        raise InputError(
-            f"{source}: {wanted}; columns of strings: {strings}, all columns: {dataset.column_names}. Pass column=NAME."
-        )
-    try:
-        texts = [text or "" for text in dataset[column]]
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{source}: column {column!r} is not UTF-8 text ({error}); convert the file to UTF-8."
-        ) from error
-    if not any(texts):
-        raise InputError(f"{source}: column {column!r} holds no text in {len(texts)} rows.")
-    return texts
-
-
-_STRING_TYPES = ("string", "large_string")
-
-
 # Cutting
-
-
-def _cut(tokens: list[int], block_size: int) -> Iterator[list[int]]:
-    for start in range(0, len(tokens) - block_size + 1, block_size):
-        yield tokens[start : start + block_size]
 
 
 def _sequences(sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Dataset:

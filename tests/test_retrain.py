@@ -218,6 +218,22 @@ def test_a_dead_worker_is_reported_and_the_rest_kept(tmp_path: Path) -> None:
     assert len(begun(log)) == before + RUNS - stored
 
 
+def test_a_script_that_starts_itself_again_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\nfrom tests.retrain_worker import fill\n"
+        f"fill(Path({str(tmp_path / 'bank')!r}), Path({str(tmp_path / 'log')!r}), 2)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    found = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert found.returncode == 1
+    message = found.stderr.splitlines()[-1]
+    assert "A training process died" in message and "0 of 8 retrainings are finished" in message
+    assert 'under `if __name__ == "__main__":`' in message
+
+
 def test_a_damaged_retraining_is_found_and_can_be_replaced(tmp_path: Path) -> None:
     bank, log = tmp_path / "bank", tmp_path / "log"
     model = MeanModel(log, fail=kept(MASKS[3]))

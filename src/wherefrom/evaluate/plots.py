@@ -104,27 +104,17 @@ def lds_bars(report: LdsReport) -> Figure:
     axes.errorbar([each.value for each in found], names, xerr=spans, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
     for name, each in zip(names, found, strict=True):
         axes.annotate(
-            f"{each.value:.3f}",
-            (max(each.high, 0), name),
-            (6, 0),
-            textcoords="offset points",
-            va="center",
-            color=INK,
+            f"{each.value:.3f}", (max(each.high, 0), name), (6, 0), textcoords="offset points", va="center", color=INK,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},  # the ceiling may run behind it
-        )
+        )  # fmt: skip
     axes.axvline(0, color=INK, linewidth=0.8)
     if report.ceiling:
         axes.axvspan(report.ceiling.low, report.ceiling.high, color=GREY, alpha=0.15, linewidth=0)
         axes.axvline(report.ceiling.value, color=INK, linewidth=1.1, dashes=(5, 3))
         axes.annotate(
-            f"ceiling {report.ceiling.value:.3f}",
-            (report.ceiling.value, 1),
-            (0, 4),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="center",
-            color=INK,
-        )
+            f"ceiling {report.ceiling.value:.3f}", (report.ceiling.value, 1), (0, 4),
+            xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", color=INK,
+        )  # fmt: skip
     axes.margins(x=0.14)
     queries = len(next(iter(report.queries.values())))
     axes.set_xlabel(f"Linear datamodeling score, 95% interval ({report.subsets:,} subsets, {queries:,} queries)")
@@ -160,16 +150,9 @@ def removal_curves(counts: Sequence[int], curves: Mapping[str, NDArray[np.float6
         where = np.asarray(counts) + step * (number - (len(curves) - 1) / 2)
         spread = curve.std(1, ddof=1) if curve.shape[1] > 1 else None  # [counts]
         axes.errorbar(
-            where,
-            curve.mean(1),
-            spread,
-            color=colour,
-            marker=marker,
-            markersize=6,
-            linewidth=1.5,
-            capsize=3,
-            label=name,
-        )
+            where, curve.mean(1), spread, label=name,
+            color=colour, marker=marker, markersize=6, linewidth=1.5, capsize=3,
+        )  # fmt: skip
     axes.set_xticks(list(counts))
     xlabel = "Training examples removed"
     repeats = sorted({curve.shape[1] for curve in curves.values()})
@@ -228,13 +211,9 @@ def lds_tables(report: LdsReport) -> RenderableType:
 
 def _table(title: str, names: list[str], number: str, caption: str) -> Table:
     table = Table(
-        *names,
-        title=f"[bold]{title}[/bold]",
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        min_width=48,
-    )
+        *names, min_width=48,
+        title=f"[bold]{title}[/bold]", title_justify="left", caption=caption, caption_justify="left",
+    )  # fmt: skip
     table.add_column(number, justify="right")
     table.add_column("95% interval", justify="right")
     return table

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from multiprocessing.spawn import get_preparation_data
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -34,6 +35,15 @@ def default_workers() -> int:
     if torch.cuda.is_available():
         return torch.cuda.device_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_may_start_workers() -> None:
+    """Refuse to go on in a worker that is importing the script, before it waits for a lock that its parent has.
+
+    Raises:
+        RuntimeError: the script asks for workers outside of `if __name__ == "__main__":`.
+    """
+    get_preparation_data("worker")  # which raises it
 
 
 def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, receive: Receive[Result]) -> None:

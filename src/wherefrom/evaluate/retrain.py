@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Unpack
 
-from wherefrom.evaluate.pool import WorkerError, default_workers, run_jobs
+from wherefrom.evaluate.pool import WorkerError, check_may_start_workers, default_workers, run_jobs
 from wherefrom.evaluate.retrainings import (
     Finished,
     retraining_fingerprint,
@@ -196,6 +196,8 @@ def retrain_pairs(
     wrong = [seed for _, seed in pairs if not isinstance(seed, int) or not -(2**63) <= seed < 2**63]
     if wrong:
         raise InputError(f"seed {wrong[0]!r} is a {type(wrong[0]).__name__}: expected integers of 64 bits.")
+    if workers > 1:
+        check_may_start_workers()
     masks, path = masks.detach().cpu(), Path(path)
     keys = [retraining_key(masks[subset], seed) for subset, seed in pairs]
     wanted: dict[str, tuple[int, int]] = {}

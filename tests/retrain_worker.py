@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.evaluate.retrain import Retraining, Retrainings, half_subsets, retrain
+from wherefrom.evaluate.retrain import Retraining, half_subsets, retrain
+from wherefrom.evaluate.retrainings import GroundTruth
 
 EXAMPLES, SUBSETS, SEEDS = 10, 4, (7, 3)
 FINGERPRINT = {"model": "the mean"}
@@ -86,7 +87,7 @@ def fill(
     hold: int = 0,
     meet: int = 1,
     overwrite: bool = False,
-) -> Retrainings:
+) -> GroundTruth:
     """The bank that every run of this module makes."""
     masks = half_subsets(EXAMPLES, SUBSETS)
     return retrain(

@@ -24,13 +24,13 @@ import wherefrom as wf
 from tests.models import mlp_case
 from wherefrom.evaluate import datamodels
 from wherefrom.evaluate.datamodels import (
-    GroundTruth,
     IntervalEstimate,
     LdsReport,
     evaluate_lds,
     linear_datamodeling_scores,
 )
 from wherefrom.evaluate.plots import lds_tables
+from wherefrom.evaluate.retrainings import GroundTruth
 from wherefrom.runtime.errors import DamagedError, InputError
 from wherefrom.store.fingerprint import Dataset
 
@@ -305,7 +305,6 @@ def test_ground_truth_is_read_from_both_kinds_of_file(tmp_path: Path) -> None:
         ({"masks": np.ones((5, 6), bool), "losses": np.ones((4, 3))}, "4 subsets, but 5 in masks"),
         ({"masks": np.ones((5, 6), bool), "losses": np.ones(5)}, r"losses: float64 \[5\]"),
         ({"masks": np.ones((5, 6), bool), "losses": np.ones((5, 0))}, "none of them empty"),
-        ({"masks": np.ones((2, 6), bool), "losses": np.ones((2, 3))}, "2 subsets"),
         ({"masks": np.ones((5, 6), bool), "losses": np.full((5, 3), np.nan)}, r"losses\[0, 0, 0\] is nan"),
     ],
 )
@@ -348,6 +347,11 @@ def test_scores_that_do_not_fit_are_named() -> None:
         evaluate_lds({}, truth)
     with pytest.raises(InputError, match="resamples=1"):
         evaluate_lds({"mine": values}, truth, resamples=1)
+    few = GroundTruth(truth.masks[:2], truth.losses[:2])
+    with pytest.raises(InputError, match="2 subsets"):
+        evaluate_lds({"mine": values}, few)
+    with pytest.raises(InputError, match="2 subsets"):
+        linear_datamodeling_scores(values, few)
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="no ../shared/ground_truth beside the repository")

@@ -15,9 +15,10 @@ from rich.console import Console
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from wherefrom.evaluate.agreement import compare_scores
-from wherefrom.evaluate.datamodels import GroundTruth, evaluate_lds
+from wherefrom.evaluate.datamodels import evaluate_lds
 from wherefrom.evaluate.removal import evaluate_removal
 from wherefrom.evaluate.retrain import Retraining
+from wherefrom.evaluate.retrainings import GroundTruth
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage
 from wherefrom.report.text import token_tables, top_tables

@@ -16,7 +16,7 @@ import torch
 import wherefrom as wf
 from tests.models import gpt2, mlp_case, token_rows
 from tests.processes import run_command
-from wherefrom.evaluate.datamodels import GroundTruth
+from wherefrom.evaluate.retrainings import GroundTruth
 from wherefrom.hf.text import load_model, load_tokenizer
 from wherefrom.methods.tracin import score_checkpoints
 from wherefrom.runtime.errors import InputError, WherefromError

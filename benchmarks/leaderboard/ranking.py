@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from wherefrom.evaluate.datamodels import GroundTruth, IntervalEstimate, evaluate_lds
+from wherefrom.evaluate.datamodels import IntervalEstimate, evaluate_lds
+from wherefrom.evaluate.retrainings import GroundTruth
 
 REFERENCE = "ekfac"
 

@@ -180,6 +180,6 @@ def _names(run: Path) -> set[str]:
 
 
 def _bits(run: Path) -> dict[str, bytes]:
-    """Every finished tensor, but for the seconds that a retraining has taken."""
-    found = {name: each for name, each in results(run).items() if not name.endswith("/seconds")}
+    """Every finished tensor."""
+    found = results(run)
     return {name: f"{each.dtype} {list(each.shape)} ".encode() + each.numpy().tobytes() for name, each in found.items()}

@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from wherefrom.evaluate.matrices import Method, Scorer, finite, matrices, score_all
-from wherefrom.runtime.errors import DamagedError, InputError
-from wherefrom.runtime.precision import type_name
+from wherefrom.evaluate.retrainings import GroundTruth
+from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.results import Scores
 from wherefrom.store.fingerprint import Dataset
 
@@ -54,74 +49,6 @@ class IntervalEstimate:
 
     def to_json(self) -> dict[str, float]:
         return {"value": self.value, "low": self.low, "high": self.high}
-
-
-@dataclass(frozen=True)
-class GroundTruth:
-    """What retraining on subsets of the training set did to each query's loss.
-
-    Attributes:
-        masks: [subsets, train] bool: true for the examples of each subset.
-        losses: [subsets, repeats, queries] float64: each query's measured loss after retraining on the subset with
-            each of `repeats` seeds; any unit, the same throughout.
-
-    Raises:
-        InputError: the shapes or types do not fit, or a loss is not finite.
-    """
-
-    masks: Tensor
-    losses: Tensor
-
-    def __post_init__(self) -> None:
-        if self.masks.ndim != 2 or self.masks.dtype != torch.bool:
-            raise InputError(
-                f"masks: {_described(self.masks)}; expected bool [subsets, train], true where an example was kept."
-            )
-        if self.losses.ndim != 3 or self.losses.dtype != torch.float64 or 0 in self.losses.shape:
-            raise InputError(
-                f"losses: {_described(self.losses)}; expected float64 [subsets, repeats, queries], none of them empty."
-            )
-        if len(self.losses) != len(self.masks):
-            raise InputError(
-                f"losses: {len(self.losses)} subsets, but {len(self.masks)} in masks; give a retraining for each mask."
-            )
-        if len(self.masks) < 3:
-            raise InputError(f"masks: {len(self.masks)} subsets; a rank correlation needs at least 3. Retrain on more.")
-        if not self.losses.isfinite().all():
-            subset, repeat, query = (~self.losses.isfinite()).nonzero()[0].tolist()
-            raise InputError(
-                f"losses[{subset}, {repeat}, {query}] is {self.losses[subset, repeat, query].item()}; expected finite "
-                "losses. Leave out the retrainings that diverged."
-            )
-
-    @classmethod
-    def load(cls, file: str | Path) -> GroundTruth:
-        """Read `masks` (bool [subsets, train]) and `losses` from a .npz or .safetensors file; nothing is unpickled.
-
-        `losses` is [subsets, repeats, queries], or [subsets, queries] where there is only the mean over repeats.
-
-        Raises:
-            InputError: there is no such file, its ending is another, or its arrays are not those described.
-            DamagedError: it cannot be read.
-        """
-        file = Path(file)
-        arrays = _read(file)
-        missing = {"masks", "losses"} - arrays.keys()
-        if missing:
-            raise InputError(
-                f"{file}: no {' and no '.join(sorted(missing))}; it holds {', '.join(sorted(arrays)) or 'nothing'}. "
-                "Expected masks [subsets, train] and losses [subsets, repeats, queries]."
-            )
-        losses = arrays["losses"].double()
-        try:
-            return cls(arrays["masks"], losses[:, None] if losses.ndim == 2 else losses)
-        except InputError as error:
-            raise InputError(f"{file}: {error}") from error
-
-    @property
-    def outcomes(self) -> Tensor:
-        """Minus the mean loss over repeats, [queries, subsets]: what the summed scores of the subset should predict."""
-        return -self.losses.mean(1).T
 
 
 @dataclass(frozen=True)
@@ -357,6 +284,8 @@ def _subset_sums(name: str, values: Tensor, truth: GroundTruth) -> Array:
             f"{name}: scores of shape {tuple(values.shape)}; the ground truth has {expected[0]} queries and "
             f"{expected[1]} training examples. Score the same ones in the same order."
         )
+    if len(truth.masks) < 3:
+        raise InputError(f"masks: {len(truth.masks)} subsets; a rank correlation needs at least 3. Retrain on more.")
     values = finite(name, values)
     # Scores that are mostly one number (a constant, or BM25's zeros) must tie where they should, but sums of many equal
     # numbers differ in their last bits. So that number, the median, is counted and not summed.
@@ -374,21 +303,3 @@ def _draws(generator: np.random.Generator, size: int, resamples: int) -> Array:
 def _once(truth: GroundTruth) -> Array:
     """Counts of the subsets as they are: one "resample" with each subset once, [subsets, 1]."""
     return np.ones((len(truth.masks), 1))
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    if file.suffix not in {".npz", ".safetensors"}:
-        raise InputError(f"{file}: ends in {file.suffix or 'nothing'!r}; expected a .npz or a .safetensors file.")
-    if not file.exists():
-        raise InputError(f"{file}: no such file. Check the path.")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
-        raise DamagedError(f"{file} cannot be read: {error}. Get it again, or write it anew.") from error
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{type_name(tensor.dtype)} {list(tensor.shape)}"

@@ -146,7 +146,7 @@ def evaluate_removal(
     chosen = _checked_queries(queries, available)
     masks = torch.stack([_masks(given.get(name), counts, seeds, chosen, examples) for name in scores])
     pairs = list(enumerate(list(seeds) * (len(scores) * len(counts))))
-    losses, _ = retrain_pairs(path, train, masks.view(-1, examples), pairs, **options)
+    losses = retrain_pairs(path, train, masks.view(-1, examples), pairs, **options)
     if losses.shape[1] != available:
         raise InputError(
             f"train measures {losses.shape[1]} queries, but the scores have {available}: expected the same queries in "

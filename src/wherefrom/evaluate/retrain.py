@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Required, TypeAlias, TypedDict
+from typing import Required, TypedDict
 
 import numpy as np
 import torch
@@ -24,11 +23,11 @@ from typing_extensions import Unpack
 
 from wherefrom.evaluate.pool import WorkerError, check_may_start_workers, default_workers, run_jobs
 from wherefrom.evaluate.retrainings import (
-    Finished,
+    GroundTruth,
     retraining_fingerprint,
     retraining_key,
     store_retraining,
-    stored_retrainings,
+    stored_losses,
 )
 from wherefrom.runtime.errors import InputError, LossError, TrainingError
 from wherefrom.runtime.progress import progress_bar
@@ -82,24 +81,6 @@ class RetrainOptions(TypedDict, total=False):
     overwrite: bool
 
 
-@dataclass(frozen=True)
-class Retrainings:
-    """What retraining on subsets did to each query's loss.
-
-    Attributes:
-        masks: bool [subsets, train], true for the examples of the subset.
-        seeds: one for each repeat.
-        losses: float64 [subsets, repeats, queries], in the unit of the training function.
-        seconds: float64 [subsets, repeats]: how long each training took; an even share of its group's time where
-            several were trained together.
-    """
-
-    masks: Tensor
-    seeds: tuple[int, ...]
-    losses: Tensor
-    seconds: Tensor
-
-
 def half_subsets(train: int, count: int, seed: int = 0) -> Tensor:
     """Random subsets of `floor(train / 2)` examples each: bool [count, train].
 
@@ -130,7 +111,7 @@ def current_device() -> torch.device:
 
 def retrain(
     path: str | Path, train: TrainFunction, masks: Tensor, seeds: Sequence[int], **options: Unpack[RetrainOptions]
-) -> Retrainings:
+) -> GroundTruth:
     """Train on every subset once with each seed, or load what is there.
 
     The same subset and seed give the same result on the same kind of machine, whatever the workers and the order,
@@ -158,10 +139,8 @@ def retrain(
     _check_masks(masks)
     # Every subset once before any twice: where it is stopped early there are whole repeats.
     pairs = [(subset, seed) for seed, subset in product(seeds, range(len(masks)))]
-    losses, seconds = retrain_pairs(path, train, masks, pairs, **options)
-    shape = (len(seeds), len(masks))
-    losses, seconds = losses.view(*shape, -1).transpose(0, 1), seconds.view(shape).T
-    return Retrainings(masks, tuple(seeds), losses.contiguous(), seconds.contiguous())
+    losses = retrain_pairs(path, train, masks, pairs, **options).view(len(seeds), len(masks), -1)
+    return GroundTruth(masks, losses.transpose(0, 1).contiguous())
 
 
 def retrain_pairs(
@@ -175,14 +154,14 @@ def retrain_pairs(
     together: int = 1,
     progress: bool | None = None,
     overwrite: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """`retrain` for chosen pairs of a subset and a seed; equal pairs are trained once.
 
     Args:
         pairs: (position in `masks`, seed) of each retraining.
 
     Returns:
-        The losses, float64 [pairs, queries], and the seconds, float64 [pairs].
+        The losses, float64 [pairs, queries].
 
     Raises:
         WherefromError: see `retrain`.
@@ -208,11 +187,10 @@ def retrain_pairs(
             remove(path)
         fingerprint = retraining_fingerprint(fingerprint, masks.shape[1])
         missing = [key for key in wanted if not (path / key).exists()]
-        finished = stored_retrainings(path, fingerprint, adding=bool(missing))
+        finished = stored_losses(path, fingerprint, adding=bool(missing))
         if missing:
             _Work(path, fingerprint, masks, wanted, finished).run(train, missing, together, workers, progress)
-    found = [finished[key] for key in keys]
-    return torch.stack([each.losses for each in found]), torch.stack([each.seconds for each in found])
+    return torch.stack([finished[key] for key in keys])
 
 
 def _check_masks(masks: Tensor) -> None:
@@ -226,21 +204,16 @@ def _check_masks(masks: Tensor) -> None:
         raise InputError(f"masks: subset {empty[0]} keeps no example; there is nothing to train on. Leave it out.")
 
 
-_Timed: TypeAlias = tuple[NDArray[np.float64], float]
-"""The losses as an array, which goes from process to process by itself, and the seconds that each training took."""
-
-
 @dataclass(frozen=True)
-class _Timing:
-    """The training function as the workers run it."""
+class _AsArray:
+    """The training function as the workers run it: an array goes from process to process by itself."""
 
     train: TrainFunction
 
-    def __call__(self, retrainings: Sequence[Retraining]) -> _Timed:
-        start = time.perf_counter()
+    def __call__(self, retrainings: Sequence[Retraining]) -> NDArray[np.float64]:
         # A copy: the function may use its tensor again.
         losses = torch.as_tensor(self.train(retrainings)).detach().to("cpu", torch.float64, copy=True)
-        return losses.numpy(), (time.perf_counter() - start) / len(retrainings)
+        return losses.numpy()
 
 
 @dataclass(frozen=True)
@@ -249,14 +222,14 @@ class _Work:
 
     Attributes:
         wanted: their subsets and seeds, by `retraining_key`.
-        finished: all that are in the folder, which becomes more.
+        finished: the losses of all that are in the folder, which become more.
     """
 
     folder: Path
     fingerprint: Fingerprint
     masks: Tensor
     wanted: dict[str, tuple[int, int]]
-    finished: dict[str, Finished]
+    finished: dict[str, Tensor]
 
     def run(
         self, train: TrainFunction, missing: Sequence[str], together: int, workers: int, progress: bool | None
@@ -267,12 +240,12 @@ class _Work:
         try:
             with progress_bar("retraining", len(self.wanted), progress) as show:
 
-                def receive(position: int, outcome: _Timed | Exception) -> None:
+                def receive(position: int, outcome: NDArray[np.float64] | Exception) -> None:
                     self._store(groups[position], outcome)
                     show(self._count())
 
                 show(self._count())
-                run_jobs(_Timing(train), jobs, min(workers, len(groups)), receive)
+                run_jobs(_AsArray(train), jobs, min(workers, len(groups)), receive)
         except WorkerError as error:
             raise TrainingError(
                 f"A training process died: it was killed, ran out of memory, or could not start. {self._standing()} "
@@ -299,32 +272,31 @@ class _Work:
         subset, seed = self.wanted[key]
         return Retraining(tuple(self.masks[subset].nonzero().flatten().tolist()), seed)
 
-    def _store(self, group: Sequence[str], outcome: _Timed | Exception) -> None:
+    def _store(self, group: Sequence[str], outcome: NDArray[np.float64] | Exception) -> None:
         """Store what a group's training gave, and refuse what it should not have given."""
         if isinstance(outcome, Exception):
             reason = f"{type(outcome).__name__}: {outcome}".rstrip(".")
             raise TrainingError(f"Training on {self._named(group)} failed: {reason}.") from outcome
-        losses, seconds = outcome
         known = next(iter(self.finished.values()), None)
-        queries = len(known.losses) if known else losses.shape[-1] if losses.ndim else 0
-        if losses.shape != (len(group), queries) or queries == 0:
+        queries = len(known) if known is not None else outcome.shape[-1] if outcome.ndim else 0
+        if outcome.shape != (len(group), queries) or queries == 0:
             raise InputError(
-                f"train returned {list(losses.shape)} losses for {self._named(group)}: expected "
+                f"train returned {list(outcome.shape)} losses for {self._named(group)}: expected "
                 f"[{len(group)}, {queries or 'queries'}], one row for each retraining and one column for each query."
             )
-        measured = dict(zip(group, torch.from_numpy(losses), strict=True))
-        diverged = [key for key, each in measured.items() if not each.isfinite().all()]
-        for key in (each for each in group if each not in diverged):
-            mask = self.masks[self.wanted[key][0]]
-            done = Finished(mask, measured[key], torch.tensor(seconds, dtype=torch.float64))
-            store_retraining(self.folder, self.fingerprint, key, done)
-            self.finished[key] = done
+        diverged = []
+        for key, losses in zip(group, torch.from_numpy(outcome), strict=True):
+            if losses.isfinite().all():
+                store_retraining(self.folder, self.fingerprint, key, self.masks[self.wanted[key][0]], losses)
+                self.finished[key] = losses
+            else:
+                diverged.append((key, losses))
         if diverged:
-            found = measured[diverged[0]]
-            query = int((~found.isfinite()).nonzero()[0])
+            key, losses = diverged[0]
+            query = int((~losses.isfinite()).nonzero()[0])
             raise LossError(
-                f"After training on {self._named(diverged[:1])} the loss of query {query} is {float(found[query])}. "
-                f"Look at the training function: did the training diverge? {self._standing()}"
+                f"After training on {self._named([key])} the loss of query {query} is {float(losses[query])}. Look at "
+                f"the training function: did the training diverge? {self._standing()}"
             )
 
     def _count(self) -> int:

@@ -1,4 +1,4 @@
-"""Finished retrainings on disk, a folder for each, so that an interrupted call goes on and a longer one adds to them.
+"""Finished retrainings: together as a ground truth, and one by one in a folder, where interrupted calls go on.
 
 This module knows subsets, seeds and losses; it must not know how the losses came about.
 """
@@ -6,12 +6,19 @@ This module knows subsets, seeds and losses; it must not know how the losses cam
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from wherefrom.runtime.errors import DamagedError, InputError
+from wherefrom.runtime.precision import type_name
 from wherefrom.runtime.signals import held_signals
 from wherefrom.store.artifacts import Artifact, Layout, check_layout, check_same, read_manifest
 from wherefrom.store.fingerprint import Fingerprint
@@ -19,20 +26,91 @@ from wherefrom.store.names import finished
 from wherefrom.version import VERSION
 
 _MACHINE = "trained with"
-_LAYOUT: Layout = {
-    "mask": (torch.bool, ("train",)),
-    "losses": (torch.float64, ("query",)),
-    "seconds": (torch.float64, ()),
-}
+_LAYOUT: Layout = {"mask": (torch.bool, ("train",)), "losses": (torch.float64, ("query",))}
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A finished retraining: its subset, bool [train], the measured losses, float64 [queries], and the time it took."""
+class GroundTruth:
+    """What retraining on subsets of the training set did to each query's loss.
 
-    mask: Tensor
+    Attributes:
+        masks: [subsets, train] bool: true for the examples of each subset.
+        losses: [subsets, repeats, queries] float64: each query's measured loss after retraining on the subset with
+            each of `repeats` seeds; any unit, the same throughout.
+
+    Raises:
+        InputError: the shapes or types do not fit, or a loss is not finite.
+    """
+
+    masks: Tensor
     losses: Tensor
-    seconds: Tensor
+
+    def __post_init__(self) -> None:
+        if self.masks.ndim != 2 or self.masks.dtype != torch.bool:
+            raise InputError(
+                f"masks: {_described(self.masks)}; expected bool [subsets, train], true where an example was kept."
+            )
+        if self.losses.ndim != 3 or self.losses.dtype != torch.float64 or 0 in self.losses.shape:
+            raise InputError(
+                f"losses: {_described(self.losses)}; expected float64 [subsets, repeats, queries], none of them empty."
+            )
+        if len(self.losses) != len(self.masks):
+            raise InputError(
+                f"losses: {len(self.losses)} subsets, but {len(self.masks)} in masks; give a retraining for each mask."
+            )
+        if not self.losses.isfinite().all():
+            subset, repeat, query = (~self.losses.isfinite()).nonzero()[0].tolist()
+            raise InputError(
+                f"losses[{subset}, {repeat}, {query}] is {self.losses[subset, repeat, query].item()}; expected finite "
+                "losses. Leave out the retrainings that diverged."
+            )
+
+    @classmethod
+    def load(cls, file: str | Path) -> GroundTruth:
+        """Read `masks` (bool [subsets, train]) and `losses` from a .npz or .safetensors file; nothing is unpickled.
+
+        `losses` is [subsets, repeats, queries], or [subsets, queries] where there is only the mean over repeats.
+
+        Raises:
+            InputError: there is no such file, its ending is another, or its arrays are not those described.
+            DamagedError: it cannot be read.
+        """
+        file = Path(file)
+        arrays = _read(file)
+        missing = {"masks", "losses"} - arrays.keys()
+        if missing:
+            raise InputError(
+                f"{file}: no {' and no '.join(sorted(missing))}; it holds {', '.join(sorted(arrays)) or 'nothing'}. "
+                "Expected masks [subsets, train] and losses [subsets, repeats, queries]."
+            )
+        losses = arrays["losses"].double()
+        try:
+            return cls(arrays["masks"], losses[:, None] if losses.ndim == 2 else losses)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+
+    @property
+    def outcomes(self) -> Tensor:
+        """Minus the mean loss over repeats, [queries, subsets]: what the summed scores of the subset should predict."""
+        return -self.losses.mean(1).T
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix not in {".npz", ".safetensors"}:
+        raise InputError(f"{file}: ends in {file.suffix or 'nothing'!r}; expected a .npz or a .safetensors file.")
+    if not file.exists():
+        raise InputError(f"{file}: no such file. Check the path.")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
+        raise DamagedError(f"{file} cannot be read: {error}. Get it again, or write it anew.") from error
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{type_name(tensor.dtype)} {list(tensor.shape)}"
 
 
 def retraining_key(mask: Tensor, seed: int) -> str:
@@ -51,18 +129,18 @@ def retraining_fingerprint(fingerprint: Fingerprint, examples: int) -> dict[str,
     return {**fingerprint, "training examples": str(examples), _MACHINE: machine}
 
 
-def store_retraining(folder: Path, fingerprint: Fingerprint, key: str, retraining: Finished) -> None:
-    """Store a finished retraining.
+def store_retraining(folder: Path, fingerprint: Fingerprint, key: str, mask: Tensor, losses: Tensor) -> None:
+    """Store a finished retraining: its subset, bool [train], and the measured losses, float64 [queries].
 
     Raises:
         StorageError: it cannot be written.
     """
     with held_signals():
-        Artifact(folder / key, fingerprint).save(vars(retraining))
+        Artifact(folder / key, fingerprint).save({"mask": mask, "losses": losses})
 
 
-def stored_retrainings(folder: Path, fingerprint: Fingerprint, adding: bool) -> dict[str, Finished]:
-    """All finished retrainings of a folder, by `retraining_key`.
+def stored_losses(folder: Path, fingerprint: Fingerprint, adding: bool) -> dict[str, Tensor]:
+    """The losses, float64 [queries], of all finished retrainings of a folder, by `retraining_key`.
 
     Args:
         adding: refuse to add to what was trained with another machine or version.
@@ -78,5 +156,5 @@ def stored_retrainings(folder: Path, fingerprint: Fingerprint, adding: bool) -> 
         check_same(path, {**artifact.fingerprint, **same_machine}, fingerprint)
         tensors = artifact.load()
         check_layout(path, tensors, _LAYOUT)
-        found[path.name] = Finished(**tensors)
+        found[path.name] = tensors["losses"]
     return found

@@ -63,7 +63,8 @@ class StackedTraining(Generic[Batch]):
     ) -> None:
         if batch_size < 1 or epochs < 1:
             raise InputError(f"batch_size={batch_size}, epochs={epochs}: expected at least 1 of each.")
-        self._objectives = _Objectives(copy.deepcopy(model).train(False), task, count or _size)
+        self._objective = Objective(copy.deepcopy(model).train(False), task)
+        self._count = count or _size
         self._examples = len(train)
         self._train, self._queries = (
             _collated(model, task, each, name) for each, name in ((train, "train"), (queries, "queries"))
@@ -78,15 +79,15 @@ class StackedTraining(Generic[Batch]):
         """
         self._check(retrainings)
         device = current_device()
-        objectives = self._objectives.to(device)
+        self._objective.to(device)
         train, queries = (_on_each(lambda values: values.to(device), each) for each in (self._train, self._queries))
         stacked = {
             name: weight.detach().expand(len(retrainings), *weight.shape).clone()
-            for name, weight in objectives.named_parameters()
+            for name, weight in self._objective.named_parameters()
             if weight.requires_grad
         }
         optimizer = self._optimizer(list(stacked.values()))
-        gradients = vmap(grad(objectives.mean_loss))
+        gradients = vmap(grad(self._mean_loss))
         for batch_indices in self._steps(retrainings):
             for name, gradient in gradients(stacked, _picked(train, batch_indices)).items():
                 stacked[name].grad = gradient
@@ -115,29 +116,21 @@ class StackedTraining(Generic[Batch]):
             orders = [torch.randperm(subsets.shape[1], generator=generator) for generator in generators]
             yield from subsets.gather(1, torch.stack(orders)).split(self._batch_size, dim=1)
 
+    def _mean_loss(self, weights: Weights, batch: Batch) -> Tensor:
+        """The loss of one batch for given weights, divided by the count: a scalar."""
+        return cast(Tensor, functional_call(self._objective, weights, (batch, False))) / self._count(batch)
+
+    def _measurement(self, weights: Weights, batch: Batch) -> Tensor:
+        """The measurement of one batch for given weights: a scalar."""
+        return cast(Tensor, functional_call(self._objective, weights, (batch, True)))
+
     @torch.no_grad()
     def _measure(self, stacked: Weights, queries: Batch) -> Tensor:
         """Each model's measurement of each query alone: [models, queries]."""
-        measure = vmap(vmap(self._objectives.measurement, in_dims=(None, 0)), in_dims=(0, None))
+        measure = vmap(vmap(self._measurement, in_dims=(None, 0)), in_dims=(0, None))
         # As many queries at once as a training step has examples, for the memory's sake; each is a batch of one.
         blocks = torch.arange(_size(queries))[:, None].split(self._batch_size)
         return torch.cat([measure(stacked, _picked(queries, block)) for block in blocks], dim=1)
-
-
-class _Objectives(Objective[Batch]):
-    """Losses and measurements of models that differ in their weights."""
-
-    def __init__(self, model: nn.Module, task: Task[Batch], count: Callable[[Batch], Tensor | int]) -> None:
-        super().__init__(model, task)
-        self._count = count
-
-    def mean_loss(self, weights: Weights, batch: Batch) -> Tensor:
-        """The loss of one batch for given weights, divided by the count: a scalar."""
-        return cast(Tensor, functional_call(self, weights, (batch, False))) / self._count(batch)
-
-    def measurement(self, weights: Weights, batch: Batch) -> Tensor:
-        """The measurement of one batch for given weights: a scalar."""
-        return cast(Tensor, functional_call(self, weights, (batch, True)))
 
 
 def _collated(model: nn.Module, task: Task[Batch], dataset: Dataset[object], name: str) -> Batch:

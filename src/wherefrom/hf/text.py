@@ -105,10 +105,7 @@ def as_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_l
 
 
 def as_blocks(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
-    texts_per_group: int = TEXTS_PER_GROUP,
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: int, texts_per_group: int = TEXTS_PER_GROUP
 ) -> Dataset:
     """Join the texts and cut them into blocks of exactly `block_size` tokens, as is usual for GPT-2 and WikiText.
 

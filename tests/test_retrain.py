@@ -246,6 +246,10 @@ def test_a_damaged_retraining_is_found_and_can_be_replaced(tmp_path: Path) -> No
     file.write_bytes(content)
     with pytest.raises(DamagedError, match=str(file)):
         fill(bank, log, 1)
+    manifest = damaged / "manifest.json"
+    manifest.unlink()
+    with pytest.raises(DamagedError, match=str(manifest)):
+        fill(bank, log, 1)
     shutil.rmtree(damaged)
     before = len(begun(log))
     found = fill(bank, log, 1)

@@ -22,7 +22,6 @@ from wherefrom.runtime.precision import type_name
 from wherefrom.runtime.signals import held_signals
 from wherefrom.store.artifacts import Artifact, Layout, check_layout, check_same, read_manifest
 from wherefrom.store.fingerprint import Fingerprint
-from wherefrom.store.names import finished
 from wherefrom.version import VERSION
 
 _MACHINE = "trained with"
@@ -150,7 +149,9 @@ def stored_losses(folder: Path, fingerprint: Fingerprint, adding: bool) -> dict[
         DamagedError: a stored file is not what was written.
     """
     found = {}
-    for path in (each for each in finished(folder) if each.suffix != ".part"):
+    for path in sorted(folder.iterdir()) if folder.exists() else []:
+        if path.suffix == ".part":  # a kill came while it was written
+            continue
         artifact = Artifact(path, read_manifest(path)["fingerprint"])
         same_machine = {} if adding else {_MACHINE: fingerprint[_MACHINE]}
         check_same(path, {**artifact.fingerprint, **same_machine}, fingerprint)

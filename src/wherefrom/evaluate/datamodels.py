@@ -268,10 +268,10 @@ def _centred_ranks(values: Array, counts: Array) -> Array:
     """
     ranks = np.empty((len(values), *counts.shape))
     running = np.zeros((len(counts) + 1, counts.shape[1]))  # [subsets + 1, resamples]
-    for side, row in enumerate(values):
-        order = row.argsort()
+    for side, ranked in enumerate(values):
+        order = ranked.argsort()
         np.cumsum(counts[order], axis=0, out=running[1:])
-        below, not_above = (np.searchsorted(row[order], row, where) for where in ("left", "right"))  # each [subsets]
+        below, not_above = (np.searchsorted(ranked[order], ranked, end) for end in ("left", "right"))  # each [subsets]
         ranks[side] = (running[below] + running[not_above] - len(counts)) / 2
     return ranks
 

@@ -1,4 +1,4 @@
-"""Scores by method as matrices that may be held side by side: asked of a study, of the same pairs, and finite.
+"""Scores by method as matrices that may be held side by side: from a study, of the same pairs, and finite.
 
 This module must not know what the matrices are compared with.
 """

@@ -122,7 +122,7 @@ def study_from_pretrained(
 
 
 class _Kind(NamedTuple):
-    """One kind of model: how it is loaded, the mapping of transformers that lists it, what it is asked.
+    """One kind of model: how it is loaded, the mapping of transformers that lists it, what it predicts.
 
     Attributes:
         architectures: the name of a mapping in `transformers.models.auto.modeling_auto`.

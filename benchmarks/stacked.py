@@ -91,7 +91,7 @@ def _train_alone(case: Case, retraining: Retraining, pick: Callable[[Tensor], An
     model = copy.deepcopy(case.model).eval()
     optimizer = AdamW(model.parameters(), lr=case.learning_rate)
     generator = torch.Generator().manual_seed(retraining.seed)
-    kept = torch.tensor(retraining.kept)
+    kept = torch.tensor(retraining.subset)
     for _ in range(case.epochs):
         for rows in kept[torch.randperm(len(kept), generator=generator)].split(case.batch_size):
             batch = pick(rows)

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.evaluate.retrain import Retraining, Retrainings, half_subsets, retrain
+from wherefrom.evaluate.retrain import Retraining, half_subsets, retrain
+from wherefrom.evaluate.retrainings import GroundTruth
 
 EXAMPLES, SUBSETS, SEEDS = 10, 4, (7, 3)
 FINGERPRINT = {"model": "the mean"}
@@ -57,7 +58,7 @@ class MeanModel:
         return torch.stack([self._train(each) for each in retrainings])
 
     def _train(self, retraining: Retraining) -> Tensor:
-        kept = list(retraining.kept)
+        kept = list(retraining.subset)
         with self.log.open("a") as stream:
             stream.write(f"{kept} {retraining.seed} | {torch.get_num_threads()} | {os.getpid()}\n")
         deadline = time.monotonic() + 300  # then the test's own count says what was missing
@@ -65,9 +66,9 @@ class MeanModel:
             time.sleep(0.01)
         held = self.hold and len(self.log.read_text().splitlines()) >= self.hold
         time.sleep(600 if held else self.seconds)
-        if retraining.kept == self.kill:
+        if retraining.subset == self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
-        if retraining.kept == self.fail:
+        if retraining.subset == self.fail:
             raise ArithmeticError("no such model")
         output = torch.tensor(TARGETS)[kept].mean() + retraining.seed
         return (output - torch.tensor(QUERIES)).square()
@@ -86,7 +87,7 @@ def fill(
     hold: int = 0,
     meet: int = 1,
     overwrite: bool = False,
-) -> Retrainings:
+) -> GroundTruth:
     """The bank that every run of this module makes."""
     masks = half_subsets(EXAMPLES, SUBSETS)
     return retrain(

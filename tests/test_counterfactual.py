@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wherefrom.evaluate.counterfactual import Removal, counterfactual, removal_masks
+import wherefrom as wf
+from wherefrom.evaluate.removal import Removal, evaluate_removal, removal_masks
 from wherefrom.evaluate.retrain import Retraining, retrain
 from wherefrom.runtime.errors import InputError
 
@@ -40,7 +41,7 @@ class Ridge:
 
     def __call__(self, retrainings: Sequence[Retraining]) -> Tensor:
         self.trained += retrainings
-        return torch.stack([self._losses(list(each.kept), each.seed) for each in retrainings])
+        return torch.stack([self._losses(list(each.subset), each.seed) for each in retrainings])
 
     def _losses(self, kept: list[int], seed: int) -> Tensor:
         inputs = torch.cat([torch.tensor(INPUTS[kept]), 0.1**0.5 * torch.eye(2, dtype=torch.float64)])
@@ -65,7 +66,7 @@ def run(path: Path, model: Ridge, **changes: Any) -> Removal:
     arguments: dict[str, Any] = {
         "scores": scores, "counts": (0, 1, 3), "seeds": (5, 2), "fingerprint": FINGERPRINT, "workers": 1, **changes,
     }  # fmt: skip
-    return counterfactual(path, model, **arguments)
+    return evaluate_removal(path, model, **arguments)
 
 
 def test_removal_masks_leave_out_the_highest_sums() -> None:
@@ -131,12 +132,34 @@ def test_equal_removals_are_trained_once_and_nothing_twice(tmp_path: Path) -> No
     found = run(tmp_path / "bank", model, scores=scores)
     assert torch.equal(found.losses[0], found.losses[1])
     assert len(model.trained) == len(set(model.trained))
-    assert len([each for each in model.trained if each.kept == without()]) == 2  # count 0, once for each seed
+    assert len([each for each in model.trained if each.subset == without()]) == 2  # count 0, once for each seed
     assert len(model.trained) <= 2 * (1 + 2 + 2)
     before = len(model.trained)
     again = run(tmp_path / "bank", model, scores=dict(reversed(scores.items())), counts=(3, 0), seeds=(2,))
     assert len(model.trained) == before
     assert torch.equal(again.losses.flip(0), found.losses[:, [2, 0]][:, :, [1]])
+
+
+class Effects:
+    """Stands for a study: its methods are factors of the exact effects."""
+
+    def score(self, queries: object, factor: float) -> wf.Scores:
+        return wf.Scores(factor * exact_effects(), {})
+
+
+def test_methods_are_scored_and_removed_in_one_call(tmp_path: Path) -> None:
+    found = wf.evaluate.counterfactual(
+        Effects(), [0, 1, 2], [1.0, None, -1.0], Ridge(), (0, 1), (5, 2), path=tmp_path / "bank", chosen=[2, 0],
+        fingerprint=FINGERPRINT, workers=1,
+    )  # fmt: skip
+    assert (found.methods, found.queries) == (("1.0", "-1.0", "random"), (2, 0))
+    order = np.argsort(-exact_effects()[[2, 0]].sum(0).numpy())
+    for losses, removed in ((found.losses[0], order[0]), (found.losses[1], order[-1])):
+        for repeat, seed in enumerate((5, 2)):
+            np.testing.assert_allclose(losses[0, repeat], ridge_losses(without(), seed)[[2, 0]], rtol=1e-11)
+            np.testing.assert_allclose(losses[1, repeat], ridge_losses(without(removed), seed)[[2, 0]], rtol=1e-11)
+    again = run(tmp_path / "bank", Ridge(), counts=(0, 1), queries=[2, 0])
+    assert torch.equal(found.losses, again.losses)  # random removals too
 
 
 def test_a_bank_of_subsets_can_be_shared(tmp_path: Path) -> None:
@@ -145,7 +168,7 @@ def test_a_bank_of_subsets_can_be_shared(tmp_path: Path) -> None:
     bank = retrain(tmp_path / "bank", model, everything, (5, 2), fingerprint=FINGERPRINT, workers=1)
     found = run(tmp_path / "bank", model)
     assert torch.equal(found.losses[0, 0], bank.losses[0])
-    assert len([each for each in model.trained if each.kept == without()]) == 2
+    assert len([each for each in model.trained if each.subset == without()]) == 2
 
 
 def test_summary_and_json_hold_the_numbers(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from rich.console import Console, Group
 from rich.style import Style
 from rich.text import Text
 
-from wherefrom.report.evaluations import load_figures, save_evaluation
-from wherefrom.report.passages import Figure
+from wherefrom.report.figures import Figure, load_figures, save_evaluation
 from wherefrom.report.text import heat_map
 from wherefrom.runtime.errors import DamagedError, InputError
 

@@ -102,7 +102,7 @@ def test_datasets_of_every_kind_give_the_same_scores(tmp_path: Path, kind: str) 
 
 def prepared(rows: list[Any], template: str | None = None, **options: Any) -> list[dict[str, Any]]:
     options = {"target": "causal", "tokenizer": tokenizer(template), **options}
-    return list(Preparation(**options).examples(rows))  # type: ignore[call-overload, no-any-return]
+    return list(Preparation(**options).prepare(rows))  # type: ignore[call-overload, no-any-return]
 
 
 def counted(row: dict[str, Any]) -> list[str]:

@@ -33,7 +33,7 @@ def run(program: str, *arguments: str) -> tuple[str, set[str]]:
 
 def test_importing_the_library_imports_nothing_heavy() -> None:
     assert "torch" not in run("import wherefrom")[1]
-    public = run("from wherefrom import Study")[1]
+    public = run("import wherefrom; wherefrom.evaluate, wherefrom.Study")[1]
     assert "wherefrom.study" in public
     assert not public.intersection(HEAVY)
 

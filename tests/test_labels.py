@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import wherefrom as wf
-from wherefrom.evaluate.labels import label_agreement
+from wherefrom.evaluate.agreement import label_agreement
 from wherefrom.runtime.errors import InputError
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,19 @@ from safetensors.torch import save_file
 from scipy import stats
 from torch import Tensor
 
-from wherefrom.evaluate import lds
-from wherefrom.evaluate.lds import Estimate, GroundTruth, LdsReport, evaluate_lds, linear_datamodeling_scores
-from wherefrom.evaluate.summary import lds_tables
+import wherefrom as wf
+from tests.models import mlp_case
+from wherefrom.evaluate import datamodels
+from wherefrom.evaluate.datamodels import (
+    IntervalEstimate,
+    LdsReport,
+    evaluate_lds,
+    linear_datamodeling_scores,
+)
+from wherefrom.evaluate.plots import lds_tables
+from wherefrom.evaluate.retrainings import GroundTruth
 from wherefrom.runtime.errors import DamagedError, InputError
+from wherefrom.store.fingerprint import Dataset
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "ground_truth" / "gpt2-wikitext2-lds.npz"
 
@@ -68,7 +79,7 @@ def test_resamples_are_scipys_spearman_of_the_subsets_drawn(
     subsets = pair[0].shape[1]
     drawn = np.random.default_rng(seed).integers(subsets, size=(5, subsets))
     counts = np.stack([np.bincount(row, minlength=subsets) for row in drawn], axis=1).astype(np.float64)
-    found = lds._spearman(pair[0][None], pair[1][None], counts)[0]  # [queries, resamples]
+    found = datamodels._spearman(pair[0][None], pair[1][None], counts)[0]  # [queries, resamples]
     for query, (left, right) in enumerate(zip(*pair, strict=True)):
         expected = [scipy_spearman(left[row], right[row]) for row in drawn]
         assert found[query].tolist() == pytest.approx(expected, abs=1e-12)
@@ -143,14 +154,14 @@ def test_differences_are_paired() -> None:
     assert set(report.differences) == {
         ("good", "same"), ("good", "near"), ("good", "noise"), ("same", "near"), ("same", "noise"), ("near", "noise"),
     }  # fmt: skip
-    assert report.differences["good", "same"] == Estimate(0.0, 0.0, 0.0)
+    assert report.differences["good", "same"] == IntervalEstimate(0.0, 0.0, 0.0)
     near, mean = report.differences["good", "near"], report.means["good"]
     assert near.high - near.low < 0.2 * (mean.high - mean.low)
     apart = report.differences["good", "noise"]
     assert apart.value == pytest.approx(mean.value - report.means["noise"].value)
     assert apart.low > 0
     assert report.difference("good", "noise") == apart
-    assert report.difference("noise", "good") == Estimate(-apart.value, -apart.high, -apart.low)
+    assert report.difference("noise", "good") == IntervalEstimate(-apart.value, -apart.high, -apart.low)
     for name, scores in methods.items():
         assert torch.equal(report.queries[name], linear_datamodeling_scores(scores, truth))
         assert report.means[name].value == pytest.approx(report.queries[name].mean().item())
@@ -214,6 +225,67 @@ def test_report_as_json_and_in_the_terminal() -> None:
     assert any(best in line and other in line and f"+{difference:.3f}" in line for line in lines)
 
 
+@dataclass(frozen=True)
+class Given:
+    """A method whose scores are there already."""
+
+    name: str
+    values: Tensor
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Precomputed:
+    """Stands for a study that can score these queries alone."""
+
+    def __init__(self, queries: Sequence[object]) -> None:
+        self.queries = queries
+
+    def score(self, queries: object, method: Given) -> wf.Scores:
+        assert queries is self.queries
+        return wf.Scores(method.values, {})
+
+
+def test_methods_are_scored_and_named_in_one_call() -> None:
+    values, truth = world(20, 6, torch.Generator().manual_seed(3))
+    methods = [Given("EKFAC()", values), Given("BM25()", -values), Given("EKFAC()", values + 1)]
+    queries = [object()] * 6
+    found = wf.evaluate.lds(Precomputed(queries), queries, methods, truth, resamples=30, seed=2)
+    names = ["EKFAC()", "BM25()", "EKFAC() (2)"]
+    assert list(found.means) == names
+    expected = evaluate_lds(
+        {name: each.values for name, each in zip(names, methods, strict=True)}, truth, resamples=30, seed=2
+    )
+    assert found.to_json() == expected.to_json()
+    # Of the opposite scores every rank is the opposite.
+    assert torch.equal(found.queries["BM25()"], -found.queries["EKFAC()"])
+    with pytest.raises(InputError, match="no methods"):
+        wf.evaluate.lds(Precomputed(queries), queries, [], truth)
+
+
+class OfStrategies:
+    """A study whose methods are strategies by name."""
+
+    def __init__(self, study: wf.Study[Sequence[Tensor]]) -> None:
+        self.study = study
+
+    def score(self, queries: Dataset[object], strategy: str) -> wf.Scores:
+        return self.study.score(queries, self.study.fit(strategy))
+
+
+def test_scores_of_a_study_predict_what_they_add_up_to(tmp_path: Path) -> None:
+    """Losses that are made of one method's own scores are predicted by it without an error, and worse by another."""
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, progress=False)
+    own = study.score(case.queries, study.fit("identity")).values.double()
+    masks = half_subsets(12, len(case.train), torch.Generator().manual_seed(0))
+    truth = GroundTruth(masks, -(masks.double() @ own.T)[:, None])
+    found = wf.evaluate.lds(OfStrategies(study), case.queries, ["identity", "ekfac"], truth, resamples=30)
+    assert found.means["identity"].value == pytest.approx(1)
+    assert found.difference("identity", "ekfac").low > 0
+
+
 def test_ground_truth_is_read_from_both_kinds_of_file(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     masks, losses = half_subsets(5, 6, generator), torch.randn(5, 2, 3, generator=generator)
@@ -233,7 +305,6 @@ def test_ground_truth_is_read_from_both_kinds_of_file(tmp_path: Path) -> None:
         ({"masks": np.ones((5, 6), bool), "losses": np.ones((4, 3))}, "4 subsets, but 5 in masks"),
         ({"masks": np.ones((5, 6), bool), "losses": np.ones(5)}, r"losses: float64 \[5\]"),
         ({"masks": np.ones((5, 6), bool), "losses": np.ones((5, 0))}, "none of them empty"),
-        ({"masks": np.ones((2, 6), bool), "losses": np.ones((2, 3))}, "2 subsets"),
         ({"masks": np.ones((5, 6), bool), "losses": np.full((5, 3), np.nan)}, r"losses\[0, 0, 0\] is nan"),
     ],
 )
@@ -276,6 +347,11 @@ def test_scores_that_do_not_fit_are_named() -> None:
         evaluate_lds({}, truth)
     with pytest.raises(InputError, match="resamples=1"):
         evaluate_lds({"mine": values}, truth, resamples=1)
+    few = GroundTruth(truth.masks[:2], truth.losses[:2])
+    with pytest.raises(InputError, match="2 subsets"):
+        evaluate_lds({"mine": values}, few)
+    with pytest.raises(InputError, match="2 subsets"):
+        linear_datamodeling_scores(values, few)
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="no ../shared/ground_truth beside the repository")

@@ -22,8 +22,9 @@ from workload import RESULTS
 
 import wherefrom as wf
 from tests.small_model import cache_small_model
-from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
+from wherefrom.evaluate.datamodels import evaluate_lds
 from wherefrom.evaluate.retrain import Retraining, half_subsets
+from wherefrom.evaluate.retrainings import GroundTruth
 from wherefrom.runtime.errors import MismatchError
 from wherefrom.store.weights import load_weights
 

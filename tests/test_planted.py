@@ -42,7 +42,7 @@ def trained(kept: Sequence[int], seed: int) -> torch.nn.Module:
 
 
 def measured(retrainings: Sequence[Retraining]) -> Tensor:
-    models = [trained(each.kept, each.seed) for each in retrainings]
+    models = [trained(each.subset, each.seed) for each in retrainings]
     _, queries = rows()
     with torch.no_grad():
         return torch.stack([torch.stack([TASK.measurement(m, TASK.collate([q])) for q in queries]) for m in models])

@@ -16,17 +16,17 @@ from matplotlib.patches import StepPatch
 
 from wherefrom.evaluate import plots
 from wherefrom.evaluate.agreement import compare_scores
-from wherefrom.evaluate.lds import Estimate, LdsReport
+from wherefrom.evaluate.datamodels import IntervalEstimate, LdsReport
 from wherefrom.runtime.errors import InputError, StorageError
 
 COUNTS = [0, 50, 100]
 
 
-def report(ceiling: Estimate | None) -> LdsReport:
+def report(ceiling: IntervalEstimate | None) -> LdsReport:
     means = {
-        "random": Estimate(0.01, -0.03, 0.05),
-        "ekfac": Estimate(0.44, 0.41, 0.47),
-        "mine, with a rather long name": Estimate(0.3, 0.27, 0.33),
+        "random": IntervalEstimate(0.01, -0.03, 0.05),
+        "ekfac": IntervalEstimate(0.44, 0.41, 0.47),
+        "mine, with a rather long name": IntervalEstimate(0.3, 0.27, 0.33),
     }
     return LdsReport({name: torch.zeros(4) for name in means}, means, {}, ceiling, 100, 5, 10, 1000)
 
@@ -48,7 +48,7 @@ def every_plot() -> dict[str, Figure]:
         "scatter": plots.scatter(reference[0], other[0].bfloat16(), ("fp32", "bf16"), "Query 0"),
         "histogram": plots.correlation_histogram(compare_scores(reference, other)),
         "equal": plots.correlation_histogram(compare_scores(reference, reference)),
-        "bars": plots.lds_bars(report(Estimate(0.8, 0.75, 0.85))),
+        "bars": plots.lds_bars(report(IntervalEstimate(0.8, 0.75, 0.85))),
         "removal": plots.removal_curves(COUNTS, curves(), "Query perplexity"),
         "one repeat": plots.removal_curves([10], {"a": np.ones((1, 1))}, "Query perplexity"),
     }
@@ -86,8 +86,8 @@ def test_histogram_counts_every_query_once() -> None:
         assert drawn == [30] * 4  # an area and an outline for each of Spearman and Pearson
 
 
-@pytest.mark.parametrize("ceiling", [None, Estimate(0.8, 0.75, 0.85)])
-def test_bars_are_sorted_and_carry_intervals_and_the_ceiling(ceiling: Estimate | None) -> None:
+@pytest.mark.parametrize("ceiling", [None, IntervalEstimate(0.8, 0.75, 0.85)])
+def test_bars_are_sorted_and_carry_intervals_and_the_ceiling(ceiling: IntervalEstimate | None) -> None:
     given = report(ceiling)
     (axes,) = plots.lds_bars(given).axes
     (bars,) = (each for each in axes.containers if isinstance(each, BarContainer))

@@ -13,8 +13,9 @@ import torch
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 from tests.test_report_html import HOSTILE, PNG, hostile_report, make_report
+from wherefrom.report.figures import Figure
 from wherefrom.report.histogram import MINUS
-from wherefrom.report.passages import Figure, Passage
+from wherefrom.report.passages import Passage
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-background-networking"]

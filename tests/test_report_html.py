@@ -16,9 +16,10 @@ import torch
 from markupsafe import Markup
 
 import wherefrom as wf
+from wherefrom.report.figures import Figure
 from wherefrom.report.histogram import MINUS
 from wherefrom.report.html import render_report
-from wherefrom.report.passages import Figure, Passage
+from wherefrom.report.passages import Passage
 from wherefrom.report.shading import encode_lengths, encode_numbers, encode_shares, visible_pieces
 from wherefrom.runtime.errors import InputError, StorageError
 from wherefrom.store.files import write_text

@@ -17,9 +17,10 @@ import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.runs import factored, with_factors
 from wherefrom.evaluate.agreement import compare_scores
-from wherefrom.evaluate.counterfactual import counterfactual
-from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
+from wherefrom.evaluate.datamodels import evaluate_lds
+from wherefrom.evaluate.removal import evaluate_removal
 from wherefrom.evaluate.retrain import Retraining
+from wherefrom.evaluate.retrainings import GroundTruth
 from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage
 from wherefrom.report.text import token_tables, top_tables
@@ -157,7 +158,7 @@ def test_scores_of_other_queries_are_not_evaluated_side_by_side(tmp_path: Path) 
     with pytest.raises(MismatchError, match="queries: scored .* side by side with 'other'"):
         compare_scores(one, other)
     with pytest.raises(MismatchError, match="queries: scored .* side by side with 'other'"):
-        counterfactual(tmp_path / "bank", untrained, {"one": one, "other": other}, [1], [0], fingerprint={})
+        evaluate_removal(tmp_path / "bank", untrained, {"one": one, "other": other}, [1], [0], fingerprint={})
 
 
 # Pages of every kind of scores.

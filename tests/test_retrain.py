@@ -30,7 +30,8 @@ from tests.retrain_worker import (
     processes,
 )
 from tests.runs import begun
-from wherefrom.evaluate.retrain import Retraining, Retrainings, half_subsets, retrain
+from wherefrom.evaluate.retrain import Retraining, half_subsets, retrain
+from wherefrom.evaluate.retrainings import GroundTruth
 from wherefrom.runtime.errors import DamagedError, InputError, LossError, MismatchError, TrainingError
 from wherefrom.store.artifacts import Artifact, read_manifest
 
@@ -42,11 +43,15 @@ def kept(mask: Tensor) -> tuple[int, ...]:
     return tuple(mask.nonzero().flatten().tolist())
 
 
-def leftovers(path: Path) -> list[str]:
-    return [each.name for each in path.parent.iterdir() if each.name.startswith(f"{path.name}.")]
+def finished(path: Path) -> list[Path]:
+    return [each for each in path.glob("*") if each.suffix != ".part"]
 
 
-def same_bits(found: Retrainings, expected: Retrainings) -> bool:
+def leftovers(path: Path) -> list[Path]:
+    return [*path.glob("*.part"), *path.parent.glob(f"{path.name}.*")]
+
+
+def same_bits(found: GroundTruth, expected: GroundTruth) -> bool:
     return torch.equal(found.losses, expected.losses) and torch.equal(found.masks, expected.masks)
 
 
@@ -55,9 +60,7 @@ def test_losses_are_those_of_the_closed_form(tmp_path: Path) -> None:
     found = fill(tmp_path / "bank", tmp_path / "log", 1)
     assert found.losses.dtype == torch.float64
     np.testing.assert_allclose(found.losses, expected_losses(MASKS.numpy(), SEEDS), rtol=1e-14)
-    assert found.seeds == SEEDS
     assert found.losses.is_contiguous()  # as files want it
-    assert found.seconds.shape == (SUBSETS, len(SEEDS)) and bool((found.seconds > 0).all())
     assert len(begun(tmp_path / "log")) == len(set(begun(tmp_path / "log"))) == RUNS
     assert leftovers(tmp_path / "bank") == []
     assert torch.get_num_threads() == threads
@@ -89,7 +92,7 @@ def test_groups_have_subsets_of_one_size(tmp_path: Path) -> None:
     groups: list[list[int]] = []
 
     def train(retrainings: Sequence[Retraining]) -> Tensor:
-        groups.append([len(each.kept) for each in retrainings])
+        groups.append([len(each.subset) for each in retrainings])
         return MeanModel(tmp_path / "log")(retrainings)
 
     found = retrain(tmp_path / "bank", train, masks, [1, 2], fingerprint=FINGERPRINT, workers=1, together=3)
@@ -152,9 +155,8 @@ def test_interrupted_banks_end_with_the_same_bits(
             time.sleep(0.01)
         assert all(gone(each) for each in processes(log))
         # What was under way is lost, and nothing else.
-        finished = [each for each in (tmp_path / "bank.runs").glob("*") if each.suffix != ".part"]
         assert len(begun(log)) >= after
-        assert len(finished) >= len(begun(log)) - workers * interruptions
+        assert len(finished(bank)) >= len(begun(log)) - workers * interruptions
     found = fill(bank, log, 1)
     assert same_bits(found, fill(tmp_path / "undisturbed", tmp_path / "log2", 1))
     assert set(begun(log)) == set(begun(tmp_path / "log2"))
@@ -162,50 +164,30 @@ def test_interrupted_banks_end_with_the_same_bits(
     assert leftovers(bank) == []
 
 
-def test_a_kill_while_the_table_is_written_loses_nothing(tmp_path: Path) -> None:
+def test_a_kill_while_a_result_is_written_loses_nothing_else(tmp_path: Path) -> None:
     bank, log = tmp_path / "bank", tmp_path / "log"
-    runs = tmp_path / "bank.runs"
-    with pytest.raises(TrainingError):
-        retrain(bank, MeanModel(log, fail=kept(MASKS[3])), MASKS, SEEDS, fingerprint=FINGERPRINT, workers=1)
-    singles = shutil.copytree(runs, tmp_path / "singles")
     expected = fill(bank, log, 1)
-    trained = len(begun(log))
-
-    bank.rename(singles / "bank")  # killed between setting the old table aside and writing the new one
-    (singles / "0-0.part").mkdir()
-    singles.rename(runs)
+    last = finished(bank)[-1]
+    last.rename(last.with_name(f"{last.name}.part"))  # killed before it had its name
     assert same_bits(fill(bank, log, 1), expected)
+    assert len(begun(log)) == RUNS + 1
     assert leftovers(bank) == []
 
-    shutil.copytree(bank, runs / "bank")  # killed before the single ones were deleted
-    assert same_bits(fill(bank, log, 1), expected)
-    assert leftovers(bank) == []
 
-    (tmp_path / "bank.runs.part" / "half").mkdir(parents=True)  # killed while they were deleted
-    assert same_bits(fill(bank, log, 1), expected)
-    assert leftovers(bank) == []
-    assert len(begun(log)) == trained
-
-
-def test_an_end_just_before_a_longer_table_appears_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_while_all_is_deleted_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bank, log = tmp_path / "bank", tmp_path / "log"
-    fill(bank, log, 1)
-    rename = Path.rename
+    expected = fill(bank, log, 1)
 
-    def ended(self: Path, target: Path) -> Path:
-        if self.name == "bank.part":
-            raise KeyboardInterrupt
-        return rename(self, target)
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", ended)
+        patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            retrain(bank, MeanModel(log), MASKS, [*SEEDS, 1], fingerprint=FINGERPRINT, workers=1)
-    found = retrain(bank, MeanModel(log), MASKS, [*SEEDS, 1], fingerprint=FINGERPRINT, workers=1)
-    np.testing.assert_allclose(found.losses, expected_losses(MASKS.numpy(), [*SEEDS, 1]), rtol=1e-14)
-    assert len(begun(log)) == len(set(begun(log)))
+            fill(bank, log, 1, overwrite=True)
+    assert same_bits(fill(bank, log, 1, overwrite=True), expected)
+    assert len(begun(log)) == 2 * RUNS
+    assert leftovers(bank) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -215,13 +197,12 @@ def test_a_failing_training_is_named_and_the_rest_kept(tmp_path: Path, workers: 
     with pytest.raises(TrainingError, match="subset 2 with seed 7 failed: ArithmeticError: no such model") as caught:
         retrain(bank, model, MASKS, SEEDS, fingerprint=FINGERPRINT, workers=workers)
     assert isinstance(caught.value.__cause__, ArithmeticError)
-    before = begun(log)
-    finished = [each.name for each in (tmp_path / "bank.runs").iterdir()]
-    assert f"{len(finished)} of {RUNS} retrainings are finished" in str(caught.value)
-    assert len(finished) >= 2  # subsets 0 and 1 began before, and what is under way is finished
+    before, stored = begun(log), len(finished(bank))
+    assert f"{stored} of {RUNS} retrainings are finished" in str(caught.value)
+    assert stored >= 2  # subsets 0 and 1 began before, and what is under way is finished
     found = fill(bank, log, 1)
     np.testing.assert_allclose(found.losses, expected_losses(MASKS.numpy(), SEEDS), rtol=1e-14)
-    assert len(begun(log)) == len(before) + RUNS - len(finished)
+    assert len(begun(log)) == len(before) + RUNS - stored
 
 
 def test_a_dead_worker_is_reported_and_the_rest_kept(tmp_path: Path) -> None:
@@ -229,11 +210,27 @@ def test_a_dead_worker_is_reported_and_the_rest_kept(tmp_path: Path) -> None:
     model = MeanModel(log, seconds=0.05, kill=kept(MASKS[2]))
     with pytest.raises(TrainingError, match=r"A training process died.*\d of 8 retrainings are finished"):
         retrain(bank, model, MASKS, SEEDS, fingerprint=FINGERPRINT, workers=2)
-    before, finished = len(begun(log)), len(list((tmp_path / "bank.runs").iterdir()))
-    assert finished >= 1  # one of subsets 0 and 1, or subset 2 would not have begun
+    before, stored = len(begun(log)), len(finished(bank))
+    assert stored >= 1  # one of subsets 0 and 1, or subset 2 would not have begun
     found = fill(bank, log, 1)
     np.testing.assert_allclose(found.losses, expected_losses(MASKS.numpy(), SEEDS), rtol=1e-14)
-    assert len(begun(log)) == before + RUNS - finished
+    assert len(begun(log)) == before + RUNS - stored
+
+
+def test_a_script_that_starts_itself_again_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\nfrom tests.retrain_worker import fill\n"
+        f"fill(Path({str(tmp_path / 'bank')!r}), Path({str(tmp_path / 'log')!r}), 2)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    found = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert found.returncode == 1
+    message = found.stderr.splitlines()[-1]
+    assert "A training process died" in message and "0 of 8 retrainings are finished" in message
+    assert 'under `if __name__ == "__main__":`' in message
 
 
 def test_a_damaged_retraining_is_found_and_can_be_replaced(tmp_path: Path) -> None:
@@ -241,19 +238,23 @@ def test_a_damaged_retraining_is_found_and_can_be_replaced(tmp_path: Path) -> No
     model = MeanModel(log, fail=kept(MASKS[3]))
     with pytest.raises(TrainingError):
         retrain(bank, model, MASKS, SEEDS, fingerprint=FINGERPRINT, workers=1)
-    finished = sorted((tmp_path / "bank.runs").iterdir())
-    damaged = finished[1]
+    stored = sorted(finished(bank))
+    damaged = stored[1]
     file = damaged / "tensors.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
     with pytest.raises(DamagedError, match=str(file)):
         fill(bank, log, 1)
+    manifest = damaged / "manifest.json"
+    manifest.unlink()
+    with pytest.raises(DamagedError, match=str(manifest)):
+        fill(bank, log, 1)
     shutil.rmtree(damaged)
     before = len(begun(log))
     found = fill(bank, log, 1)
     np.testing.assert_allclose(found.losses, expected_losses(MASKS.numpy(), SEEDS), rtol=1e-14)
-    assert len(begun(log)) == before + RUNS - len(finished) + 1
+    assert len(begun(log)) == before + RUNS - len(stored) + 1
 
 
 def test_foreign_banks_are_refused_by_what_changed(tmp_path: Path) -> None:
@@ -267,16 +268,17 @@ def test_foreign_banks_are_refused_by_what_changed(tmp_path: Path) -> None:
     other = {"model": "the median"}
     retrain(bank, MeanModel(log), MASKS, SEEDS, fingerprint=other, workers=1, overwrite=True)
     assert len(begun(log)) == 2 * RUNS
-    assert read_manifest(bank)["fingerprint"]["model"] == "the median"
+    assert {read_manifest(each)["fingerprint"]["model"] for each in finished(bank)} == {"the median"}
 
 
 def test_another_machine_reads_a_bank_but_does_not_extend_it(tmp_path: Path) -> None:
     bank, log = tmp_path / "bank", tmp_path / "log"
     expected = fill(bank, log, 1)
-    fingerprint = read_manifest(bank)["fingerprint"]
-    assert torch.__version__ in fingerprint["trained with"] and "1 CPU thread" in fingerprint["trained with"]
-    tensors = Artifact(bank, fingerprint).load()
-    Artifact(bank, {**fingerprint, "trained with": "an abacus"}).save(tensors)
+    for folder in finished(bank):
+        fingerprint = read_manifest(folder)["fingerprint"]
+        assert torch.__version__ in fingerprint["trained with"] and "1 CPU thread" in fingerprint["trained with"]
+        tensors = Artifact(folder, fingerprint).load()
+        Artifact(folder, {**fingerprint, "trained with": "an abacus"}).save(tensors)
     assert same_bits(fill(bank, log, 1), expected)
     with pytest.raises(MismatchError, match="trained with: stored an abacus, now wherefrom"):
         retrain(bank, MeanModel(log), MASKS, [*SEEDS, 1], fingerprint=FINGERPRINT, workers=1)
@@ -305,7 +307,7 @@ def test_losses_that_are_not_finite_name_their_retraining(tmp_path: Path) -> Non
 
     with pytest.raises(LossError, match="subset 1 with seed 3 the loss of query 2 is nan"):
         retrain(bank, train, MASKS, SEEDS, fingerprint=FINGERPRINT, workers=1, together=RUNS)
-    assert len(list((tmp_path / "bank.runs").iterdir())) == RUNS - 1  # the others of its group are kept
+    assert len(finished(bank)) == RUNS - 1  # the others of its group are kept
     fill(bank, log, 1)
     assert len(begun(log)) == RUNS + 1
 

@@ -53,7 +53,7 @@ def alone(
     model = copy.deepcopy(model).eval()
     optimizer_ = optimizer([weight for weight in model.parameters() if weight.requires_grad])
     generator = torch.Generator().manual_seed(retraining.seed)
-    kept = torch.tensor(retraining.kept)
+    kept = torch.tensor(retraining.subset)
     for _ in range(EPOCHS):
         for chosen in kept[torch.randperm(len(kept), generator=generator)].split(BATCH):
             batch = task.collate([train[row] for row in chosen.tolist()])

@@ -16,7 +16,7 @@ import torch
 import wherefrom as wf
 from tests.models import gpt2, mlp_case, token_rows
 from tests.processes import run_command
-from wherefrom.evaluate.lds import GroundTruth
+from wherefrom.evaluate.retrainings import GroundTruth
 from wherefrom.hf.text import load_model, load_tokenizer
 from wherefrom.runtime.errors import InputError, WherefromError
 

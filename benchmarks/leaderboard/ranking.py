@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from wherefrom.evaluate.lds import Estimate, GroundTruth, evaluate_lds
+from wherefrom.evaluate.datamodels import IntervalEstimate, evaluate_lds
+from wherefrom.evaluate.retrainings import GroundTruth
 
 REFERENCE = "ekfac"
 
@@ -34,5 +35,5 @@ def ranking(scores: Mapping[str, Tensor], truth: GroundTruth) -> dict[str, Any]:
     }
 
 
-def _includes_zero(difference: Estimate) -> bool:
+def _includes_zero(difference: IntervalEstimate) -> bool:
     return difference.low <= 0 <= difference.high

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import wherefrom as wf
 from leaderboard.setting import Setting
-from wherefrom.evaluate.counterfactual import removal_masks
-from wherefrom.evaluate.lds import GroundTruth
+from wherefrom.evaluate.removal import removal_masks
 from wherefrom.evaluate.retrain import Retraining, half_subsets, permutation, retrain, retrain_pairs
+from wherefrom.evaluate.retrainings import GroundTruth
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class OnHalves:
 
     def __call__(self, retrainings: Sequence[Retraining]) -> Tensor:
         """[retrainings, queries]."""
-        trained = (self.setting.training(each.kept, each.seed) for each in retrainings)
+        trained = (self.setting.training(each.subset, each.seed) for each in retrainings)
         return torch.stack([_measured(training, training.parameters(), self.setting) for training in trained])
 
 
@@ -44,7 +44,7 @@ class WithoutSome:
         for each in retrainings:
             training = self.setting.training(seed=each.seed)
             weights = torch.zeros(len(training.train))
-            weights[list(each.kept)] = 1
+            weights[list(each.subset)] = 1
             found.append(_measured(training, training.parameters(weights), self.setting))
         return torch.stack(found)
 
@@ -64,20 +64,18 @@ def removals(train: int, count: int, share: float) -> Tensor:
 
 def protocol_a(setting: Setting, run_dir: Path, masks: int, repeats: int, workers: int) -> GroundTruth:
     """Random halves with several seeds; goes on where it was."""
-    done = retrain(
+    return retrain(
         run_dir / "halves", OnHalves(setting), half_subsets(len(setting.train), masks), range(1, repeats + 1),
         fingerprint=setting.fingerprint(), workers=workers,
     )  # fmt: skip
-    return GroundTruth(done.masks, done.losses)
 
 
 def protocol_b(setting: Setting, run_dir: Path, masks: int, share: float, workers: int) -> GroundTruth:
     """The model's own training without a random `share` of the examples; goes on where it was."""
-    done = retrain(
+    return retrain(
         run_dir / "removals", WithoutSome(setting), removals(len(setting.train), masks, share), [0],
         fingerprint=setting.fingerprint(), workers=workers,
     )  # fmt: skip
-    return GroundTruth(done.masks, done.losses)
 
 
 def without_top(
@@ -91,7 +89,7 @@ def without_top(
     count = round(share * len(setting.train))
     whole = torch.ones(1, len(setting.train), dtype=torch.bool)
     masks = [removal_masks(values, [count], [query]) for values in scores.values() for query in range(queries)]
-    losses, _ = retrain_pairs(
+    losses = retrain_pairs(
         run_dir / "removals", WithoutSome(setting), torch.cat([whole, *masks]),
         [(row, 0) for row in range(1 + len(masks))], fingerprint=setting.fingerprint(), workers=workers,
     )  # fmt: skip

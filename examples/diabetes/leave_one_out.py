@@ -34,8 +34,7 @@ import wherefrom as wf
 from wherefrom.cli.shared import command_line
 from wherefrom.evaluate.agreement import Correlations, compare_scores
 from wherefrom.evaluate.plots import BLUE, INK, RESOLUTION, png
-from wherefrom.report.evaluations import save_evaluation
-from wherefrom.report.passages import Figure
+from wherefrom.report.figures import Figure, save_evaluation
 from wherefrom.tasks.sampling import Sampler
 
 console = Console()

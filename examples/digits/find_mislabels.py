@@ -29,8 +29,7 @@ from torch.nn import functional
 import wherefrom as wf
 from wherefrom.cli.shared import command_line
 from wherefrom.evaluate.plots import COLOURS, RESOLUTION, png
-from wherefrom.report.evaluations import save_evaluation
-from wherefrom.report.passages import Figure
+from wherefrom.report.figures import Figure, save_evaluation
 
 console = Console()
 

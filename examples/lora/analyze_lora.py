@@ -35,11 +35,9 @@ from training import TrainSettings, perplexity, train
 
 import wherefrom as wf
 from wherefrom.cli.shared import command_line
-from wherefrom.evaluate.agreement import compare_scores
-from wherefrom.evaluate.labels import label_agreement
+from wherefrom.evaluate.agreement import compare_scores, label_agreement
 from wherefrom.evaluate.plots import BLUE, INK, RESOLUTION, png
-from wherefrom.report.evaluations import load_figures, save_evaluation
-from wherefrom.report.passages import Figure
+from wherefrom.report.figures import Figure, load_figures, save_evaluation
 
 console = Console()
 

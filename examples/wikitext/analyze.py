@@ -15,8 +15,8 @@ from common import Common, Example, console, run
 from datasets import Dataset
 
 import wherefrom as wf
-from wherefrom.evaluate.labels import label_agreement
-from wherefrom.report.evaluations import load_figures
+from wherefrom.evaluate.agreement import label_agreement
+from wherefrom.report.figures import load_figures
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.text import top_tables
 

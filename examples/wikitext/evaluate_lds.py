@@ -19,14 +19,13 @@ from rich.table import Table
 from torch import Tensor
 
 import wherefrom as wf
-from wherefrom.evaluate.lds import GroundTruth, evaluate_lds
-from wherefrom.evaluate.plots import lds_bars, png
+from wherefrom.evaluate.datamodels import evaluate_lds
+from wherefrom.evaluate.plots import lds_bars, lds_tables, png
 from wherefrom.evaluate.retrain import half_subsets, retrain
-from wherefrom.evaluate.summary import lds_tables
+from wherefrom.evaluate.retrainings import GroundTruth
 from wherefrom.methods.baselines import bm25_scores, random_scores
-from wherefrom.report.evaluations import save_evaluation
-from wherefrom.report.passages import DatasetPassages, Figure, checked_passages
-from wherefrom.report.text import excerpt
+from wherefrom.report.figures import Figure, save_evaluation
+from wherefrom.report.passages import DatasetPassages, checked_passages, excerpt
 from wherefrom.runtime.errors import InputError
 
 STRATEGIES = ("identity", "diagonal", "kfac", "ekfac", "shampoo")
@@ -75,7 +74,7 @@ def ground_truth(arguments: Arguments, example: Example) -> GroundTruth:
         return truth
     training = Finetuning(load_recipe(arguments.checkpoint_dir), arguments.cache_dir)
     console.print(f"Fine-tuning {arguments.num_masks * arguments.num_repeats:,} times on half of the training set ...")
-    done = retrain(
+    return retrain(
         arguments.run_dir / "retrainings",
         training,
         half_subsets(len(example.train), arguments.num_masks),
@@ -84,7 +83,6 @@ def ground_truth(arguments: Arguments, example: Example) -> GroundTruth:
         workers=arguments.num_workers,
         overwrite=arguments.overwrite_retrainings,
     )
-    return GroundTruth(done.masks, done.losses)
 
 
 def all_scores(example: Example, dampings: tuple[float | None, ...]) -> dict[str, Tensor | wf.Scores]:

@@ -14,8 +14,7 @@ from common import Common, Example, console, run
 
 from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.evaluate.plots import correlation_histogram, png, scatter
-from wherefrom.report.evaluations import save_evaluation
-from wherefrom.report.passages import Figure
+from wherefrom.report.figures import Figure, save_evaluation
 from wherefrom.runtime.errors import InputError
 
 

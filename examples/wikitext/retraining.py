@@ -28,14 +28,14 @@ class Retrained(Common):
     num_workers: int | None = None
     """Fine-tunings at once; one for each GPU or CPU core by default."""
     overwrite_retrainings: bool = False
-    """Begin again with an empty table of retrainings, which all evaluations of the run directory share."""
+    """Delete the finished retrainings, which all evaluations of the run directory share, and begin again."""
     cache_dir: Path = Path("cache")
     """Where train.py keeps the pre-trained small model."""
 
 
 @dataclass(frozen=True)
 class Finetuning:
-    """A training function: the recipe of a checkpoint, on the examples kept; the summed loss of each query after it.
+    """A training function: the recipe of a checkpoint, on a subset; the summed loss of each query after it.
 
     What it needs it loads where it runs, once for each worker.
     """
@@ -47,7 +47,7 @@ class Finetuning:
         """Each query's loss after each fine-tuning, [retrainings, queries]."""
         model, train, queries = self._start
         settings = self.recipe.settings
-        tuned = (finetune(model, train.select(each.kept), settings, each.seed) for each in retrainings)
+        tuned = (finetune(model, train.select(each.subset), settings, each.seed) for each in retrainings)
         return torch.stack([measured_losses(each, queries) for each in tuned])
 
     def fingerprint(self) -> dict[str, str]:

@@ -16,11 +16,10 @@ from retraining import Finetuning, Retrained
 from rich.table import Table
 from training import predicted_tokens
 
-from wherefrom.evaluate.counterfactual import counterfactual
 from wherefrom.evaluate.plots import png, removal_curves
+from wherefrom.evaluate.removal import evaluate_removal
 from wherefrom.methods.baselines import bm25_scores
-from wherefrom.report.evaluations import save_evaluation
-from wherefrom.report.passages import Figure
+from wherefrom.report.figures import Figure, save_evaluation
 
 WIKITEXT_SEQUENCES = 4656  # the training set of which the published experiment removes 0, 50, 100, 150 and 200
 
@@ -45,7 +44,7 @@ def main(arguments: Arguments) -> None:
     chosen = range(min(arguments.num_queries, len(queries)))
     scores = {strategy: example.scores(strategy) for strategy in ("ekfac", "identity")}
     training = Finetuning(load_recipe(arguments.checkpoint_dir), arguments.cache_dir)
-    removal = counterfactual(
+    removal = evaluate_removal(
         arguments.run_dir / "retrainings",
         training,
         {**scores, "bm25": bm25_scores(queries["text"], train["text"]), "random": None},

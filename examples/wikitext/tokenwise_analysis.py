@@ -13,7 +13,7 @@ from typing import Literal
 
 from common import Common, Example, console, run
 
-from wherefrom.report.evaluations import load_figures
+from wherefrom.report.figures import load_figures
 from wherefrom.report.passages import DatasetPassages, DatasetTokens
 from wherefrom.report.text import token_tables
 

@@ -8,6 +8,7 @@ from wherefrom.version import VERSION
 __version__ = VERSION
 
 if TYPE_CHECKING:
+    from wherefrom import evaluate as evaluate
     from wherefrom.api import *  # noqa: F403
     from wherefrom.api import RecordedCheckpoint as RecordedCheckpoint  # of names under a condition, the
     from wherefrom.api import TrainingRecorder as TrainingRecorder  # reference finds only those that are
@@ -19,6 +20,8 @@ else:
         """The public names, with everything that they need, are imported when the first is used: it takes seconds."""
         if name.startswith("_") and name != "__all__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "evaluate":  # which also does without scipy, until one of its functions is used
+            return import_module(f"{__name__}.evaluate")
         return getattr(import_module("wherefrom.api"), name)
 
     def __dir__() -> list[str]:

@@ -23,8 +23,9 @@ from wherefrom.methods.method import Context, Method
 from wherefrom.methods.projected.index import GradientIndex
 from wherefrom.methods.projected.projections import Compression
 from wherefrom.planning.plan import Plan
+from wherefrom.report.figures import Figure
 from wherefrom.report.html import render_report, write_page
-from wherefrom.report.passages import DatasetPassages, DatasetTokens, Figure, Tokenizer
+from wherefrom.report.passages import DatasetPassages, DatasetTokens, Tokenizer
 from wherefrom.runtime.errors import InputError
 from wherefrom.runtime.memory import within_memory
 from wherefrom.scoring.keep import Keep, Kept_co, Pairs
@@ -291,7 +292,7 @@ class Study(Generic[Batch]):
             tokenizer: decodes `input_ids` of examples without `text`, and the tokens that are shaded.
             tokens: what `score(..., keep=Tokens())` returned for these queries; shades the tokens of the pairs that it
                 has.
-            figures: plots to show, such as those of `report.evaluations.load_figures`.
+            figures: plots to show, such as those of `report.figures.load_figures`.
             path: the page; `reports/NAME.html` in the run directory by default, with the name of the scores, or the
                 method and a digest for scores that are not stored.
             summary: a line below the title.

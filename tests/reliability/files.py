@@ -26,8 +26,7 @@ from tests.models import mlp_case
 from tests.reliability.outcomes import Outcome
 from tests.retrain_worker import fill
 from tests.runs import unprivileged, with_factors
-from wherefrom.report.evaluations import load_figures, save_evaluation
-from wherefrom.report.passages import Figure
+from wherefrom.report.figures import Figure, load_figures, save_evaluation
 from wherefrom.runtime.errors import WherefromError
 from wherefrom.store.artifacts import Artifact
 from wherefrom.store.files import remove

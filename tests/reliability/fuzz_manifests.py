@@ -24,8 +24,8 @@ from tests.reliability.outcomes import Outcome
 from wherefrom.cli import sources as run_sources
 from wherefrom.cli.sources import SOURCES, RunSources, TextSource
 from wherefrom.hf.blueprint import model_without_weights
-from wherefrom.report import evaluations
-from wherefrom.report.evaluations import load_figures
+from wherefrom.report import figures
+from wherefrom.report.figures import load_figures
 from wherefrom.runtime.errors import WherefromError
 from wherefrom.scoring.results import Scores
 from wherefrom.store import artifacts as store
@@ -166,7 +166,7 @@ def _fuzz() -> None:
     (folder / "corpus").mkdir(exist_ok=True)
     for number, content in enumerate(files.good):
         (folder / "corpus" / f"good{number}").write_bytes(bytes([number]) + content)
-    for module in (store, recording, run_sources, evaluations, json.decoder):
+    for module in (store, recording, run_sources, figures, json.decoder):
         for each in vars(module).values():
             for function in [each, *(vars(each).values() if inspect.isclass(each) else ())]:
                 if inspect.isfunction(function) and function.__module__ == module.__name__:

@@ -180,11 +180,6 @@ def _names(run: Path) -> set[str]:
 
 
 def _bits(run: Path) -> dict[str, bytes]:
-    """Every finished tensor; a bank's rows in one order, and without the seconds that each has taken."""
+    """Every finished tensor."""
     found = results(run)
-    if "bank/seconds" in found:
-        del found["bank/seconds"]
-        masks, seeds = found["bank/masks"].tolist(), found["bank/seeds"].tolist()
-        order = sorted(range(len(seeds)), key=lambda row: (masks[row], seeds[row]))
-        found = {name: tensor[order] for name, tensor in found.items()}
     return {name: f"{each.dtype} {list(each.shape)} ".encode() + each.numpy().tobytes() for name, each in found.items()}

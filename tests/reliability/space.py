@@ -171,18 +171,14 @@ def _study(run: Path) -> None:
 
 def _losses(retrainings: Sequence[Retraining]) -> Tensor:
     """Stands for training: a number of the subset and the seed."""
-    return torch.stack([torch.tensor(each.kept[-3:]).double() * (each.seed + 1) for each in retrainings])
+    return torch.stack([torch.tensor(each.subset[-3:]).double() * (each.seed + 1) for each in retrainings])
 
 
 def _bank(run: Path) -> None:
     """A bank of retrainings, and then a larger one."""
     masks = half_subsets(12, 3, seed=0)
     for seeds in (range(1), range(2)):
-        bank = retrain(
-            run / "retrainings", _losses, masks, seeds, fingerprint={"recipe": "1"}, workers=1, progress=False
-        )
-    # The order of rows in the table is that in which they were finished; this one is not.
-    Artifact(run / "losses", {}).save({"losses": bank.losses})
+        retrain(run / "retrainings", _losses, masks, seeds, fingerprint={"recipe": "1"}, workers=1, progress=False)
 
 
 class _TrainerError(Exception):
@@ -221,7 +217,7 @@ def tensors(run: Path) -> dict[str, Tensor]:
     return {
         f"{file.relative_to(run)}/{name}": tensor.clone()
         for file in run.rglob("*.safetensors")
-        if ".partial" not in file.name and "retrainings" not in file.parts
+        if ".partial" not in file.name
         for name, tensor in load_file(file).items()
     }
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from wherefrom.cli.shared import Run
 from wherefrom.cli.sources import RunSources, chosen_scores
-from wherefrom.report.evaluations import load_figures
+from wherefrom.report.figures import load_figures
 from wherefrom.report.html import render_report, write_page
 from wherefrom.report.passages import DatasetTokens
 from wherefrom.report.text import top_tables

@@ -1,10 +1,12 @@
-"""How well two score matrices of the same pairs agree, query by query: full against half precision, or two methods.
+"""How well scores agree: two matrices of the same pairs, query by query (full against half precision, or two methods),
+and a query's top training examples with its label.
 
-This module knows two matrices; it must not know how either was computed.
+This module knows matrices and labels; it must not know how either came about.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from wherefrom.evaluate.lds import Estimate, matrices
+from wherefrom.evaluate.datamodels import IntervalEstimate
+from wherefrom.evaluate.matrices import finite, matrices
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.results import Scores
 
@@ -32,7 +35,13 @@ class Correlations:
     """
 
     values: Tensor
-    mean: Estimate
+    mean: IntervalEstimate
+
+    @classmethod
+    def of(cls, values: NDArray[np.float64]) -> Correlations:
+        """With the interval of the mean."""
+        drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(1)
+        return cls(torch.from_numpy(values), IntervalEstimate.of_resamples(float(values.mean()), drawn))
 
     @property
     def median(self) -> float:
@@ -84,7 +93,7 @@ def compare_scores(reference: Tensor | Scores, other: Tensor | Scores) -> Agreem
 
     Ties get average ranks. Where a query's scores are all equal in either matrix its correlations are 0: such scores
     say nothing of the others. Intervals are the middle 95% of 1000 bootstrap means over queries, so they cover which
-    queries happened to be asked, and nothing else.
+    queries happened to be chosen, and nothing else.
 
     Args:
         reference: [queries, train], of any float type.
@@ -104,23 +113,13 @@ def compare_scores(reference: Tensor | Scores, other: Tensor | Scores) -> Agreem
         raise InputError(
             f"reference: scores of shape {list(reference.shape)}; a correlation needs a query and 2 training examples."
         )
-    left, right = _checked("reference", reference), _checked("other", other)
-    ranks = (stats.rankdata(side, axis=1) for side in (left, right))
-    return Agreement(_summary(_row_correlations(*ranks)), _summary(_row_correlations(left, right)), left.shape[1])
+    left, right = finite("reference", reference).numpy(), finite("other", other).numpy()
+    spearman = _pearson(stats.rankdata(left, axis=1), stats.rankdata(right, axis=1))
+    return Agreement(Correlations.of(spearman), Correlations.of(_pearson(left, right)), left.shape[1])
 
 
-def _checked(name: str, values: Tensor) -> NDArray[np.float64]:
-    if not values.isfinite().all():
-        query, example = (~values.isfinite()).nonzero()[0].tolist()
-        raise InputError(
-            f"{name}[{query}, {example}] is {values[query, example].item()}; expected finite scores. Half precision "
-            "overflows in float16: use bfloat16."
-        )
-    return values.detach().to("cpu", torch.float64).numpy()
-
-
-def _row_correlations(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Pearson's correlation of each row, [queries, train] twice -> [queries]; 0 where a row is constant."""
+def _pearson(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each query's correlation, [queries, train] twice -> [queries]; 0 where its scores are constant."""
     varies = (np.ptp(left, axis=1) > 0) & (np.ptp(right, axis=1) > 0)
     found = np.zeros(len(left))
     left, right = (side[varies] - side[varies].mean(1, keepdims=True) for side in (left, right))
@@ -129,6 +128,50 @@ def _row_correlations(left: NDArray[np.float64], right: NDArray[np.float64]) -> 
     return found
 
 
-def _summary(values: NDArray[np.float64]) -> Correlations:
-    drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
-    return Correlations(torch.from_numpy(values), Estimate.of_resamples(float(values.mean()), drawn.mean(1)))
+@dataclass(frozen=True)
+class LabelAgreement:
+    """How often top hits share their query's label.
+
+    Attributes:
+        hits: the share of each query's k top hits with its label, a mean over queries.
+        standard_error: of that mean, over queries.
+        chance: the share of all (query, training example) pairs with one label: what random hits would reach.
+        k: hits counted for each query.
+    """
+
+    hits: float
+    standard_error: float
+    chance: float
+    k: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.hits:.1%} (± {self.standard_error:.1%}) of the top {self.k} share the query's label; "
+            f"{self.chance:.1%} of random pairs do"
+        )
+
+
+def label_agreement(
+    scores: Scores, query_labels: Sequence[Hashable], train_labels: Sequence[Hashable], k: int = 10
+) -> LabelAgreement:
+    """Compare the labels of each query and of its k top hits: a plausibility check, not a proof of influence.
+
+    Args:
+        query_labels: one label for each query.
+        train_labels: one label for each training example.
+
+    Raises:
+        InputError: the labels do not fit the scores.
+    """
+    expected, found = tuple(scores.values.shape), (len(query_labels), len(train_labels))
+    if found != expected:
+        raise InputError(
+            f"labels: {found} query and training labels for scores of shape {expected}; give one for each."
+        )
+    numbers = {label: number for number, label in enumerate({*query_labels, *train_labels})}
+    query, train = (torch.tensor([numbers[each] for each in labels]) for labels in (query_labels, train_labels))
+    same = (query[:, None] == train).double()  # [query, train]
+    top = scores.values.topk(min(k, expected[1]), dim=1).indices
+    shares = same.gather(1, top).mean(1)  # [query]
+    error = float(shares.std() / len(shares) ** 0.5) if len(shares) > 1 else float("nan")
+    return LabelAgreement(float(shares.mean()), error, float(same.mean()), top.shape[1])

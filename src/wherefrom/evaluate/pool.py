@@ -9,16 +9,13 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import cache
-from itertools import islice
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from multiprocessing.queues import SimpleQueue
-from typing import Any, TypeVar
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.spawn import get_preparation_data
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -26,18 +23,11 @@ from wherefrom.runtime.errors import InputError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Receive: TypeAlias = Callable[[int, Result | Exception], None]
 
 
-class JobError(Exception):
-    """A job failed; what it raised is the cause.
-
-    Attributes:
-        job: its position in the list of jobs.
-    """
-
-    def __init__(self, job: int) -> None:
-        super().__init__(job)
-        self.job = job
+class WorkerError(Exception):
+    """A worker process died."""
 
 
 def default_workers() -> int:
@@ -47,49 +37,53 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_jobs(
-    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, receive: Callable[[int, Result], None]
-) -> None:
+def check_may_start_workers() -> None:
+    """Refuse to go on in a worker that is importing the script, before it waits for a lock that its parent has.
+
+    Raises:
+        RuntimeError: the script asks for workers outside of `if __name__ == "__main__":`.
+    """
+    get_preparation_data("worker")  # which raises it
+
+
+def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, receive: Receive[Result]) -> None:
     """Apply a function to every job; one worker is this process itself, more are processes of their own.
 
-    Whatever runs a job has one CPU thread, so that a job's result is the same on any of them. After a failure no
-    further job is begun; those under way are finished and received before the error is raised. An interrupt ends the
-    workers at once, and so does the end of this process, even by SIGKILL.
+    Whatever runs a job has one CPU thread, so that a job's result is the same on any of them. After `receive` has
+    raised, or a worker died, no further job is begun; those under way are finished and received before the error is
+    raised. An interrupt ends the workers at once, and so does the end of this process, even by SIGKILL.
 
     Args:
         function: picklable, when there is more than one worker.
-        receive: called in this process with a job's position and its result, in the order of completion.
+        receive: called in this process with a job's position and its result, or what the function raised, in the order
+            of completion.
 
     Raises:
-        JobError: the function raised.
-        BrokenProcessPool: a worker died.
+        WorkerError: a worker died.
         InputError: the function cannot be pickled.
         Exception: what `receive` raised.
     """
     if workers > 1:
         _run_on_processes(function, jobs, workers, receive)
         return
-    with _one_thread():
-        for position, job in enumerate(jobs):
-            try:
-                result = function(job)
-            except Exception as error:
-                raise JobError(position) from error
-            receive(position, result)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        for position, job in enumerate(jobs):
+            receive(position, _outcome(function, job))
     finally:
         torch.set_num_threads(threads)
 
 
+def _outcome(function: Callable[[Job], Result], job: Job) -> Result | Exception:
+    try:
+        return function(job)
+    except Exception as error:
+        return error
+
+
 def _run_on_processes(
-    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, receive: Callable[[int, Result], None]
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, receive: Receive[Result]
 ) -> None:
     try:
         packed = pickle.dumps(function)
@@ -98,79 +92,83 @@ def _run_on_processes(
             f"The function for {workers} workers cannot be sent to another process ({error}): expected an object of a "
             "module-level class that holds picklable values. Define it so, or pass workers=1."
         ) from error
-    context = get_context("spawn")  # a forked process would inherit the locks of threads that it does not have
-    numbers = context.SimpleQueue()
-    for number in range(workers):
-        numbers.put(number)
-    lifeline, held = context.Pipe(duplex=False)
-    with lifeline, held, ProcessPoolExecutor(workers, context, _start, (packed, numbers, lifeline)) as executor:
-        try:
-            _receive_all(executor, jobs, workers, receive)
-        except BaseException:
-            held.close()  # or leaving the executor would wait for every job that is under way
-            raise
-
-
-def _receive_all(
-    executor: ProcessPoolExecutor, jobs: Sequence[Job], workers: int, receive: Callable[[int, Any], None]
-) -> None:
-    """Keep as many jobs under way as there are workers, so that none has to be called off after a failure."""
     waiting = iter(enumerate(jobs))
-    under_way: dict[Future[Any], int] = {}
+    busy: dict[Any, int] = {}  # the connection to a worker, and the position of its job
     failure: Exception | None = None
-    while True:
-        try:
-            for position, job in islice(waiting, 0 if failure else workers - len(under_way)):
-                under_way[executor.submit(_apply, job)] = position
-        except BrokenProcessPool as error:
-            failure = error
-        if not under_way:
-            break
-        for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-            position = under_way.pop(future)
-            try:
-                receive(position, _result(future, position))
-            except Exception as error:
-                failure = failure or error
-    if failure is not None:
-        raise failure
+    with ExitStack() as processes:
+        idle: list[Any] = [processes.enter_context(_worker(packed, number)) for number in range(workers)]
+        while True:
+            if failure is None:
+                for worker, (position, job) in zip(idle, waiting, strict=False):
+                    busy[worker] = position
+                    with suppress(OSError):  # of a dead worker, which has no answer either
+                        worker.send(job)
+            if not busy:
+                break
+            idle = list(wait(list(busy)))
+            for worker in idle:
+                try:
+                    receive(busy.pop(worker), _answer(worker))
+                except Exception as error:
+                    failure = failure or error
+        if failure is not None:
+            raise failure
 
 
-def _result(future: Future[Any], position: int) -> Any:
+@contextmanager
+def _worker(packed: bytes, number: int) -> Iterator[Connection]:
+    """The connection to a new worker process, which ends with it, and is killed where the caller fails."""
+    context = get_context("spawn")  # a forked process would inherit the locks of threads that it does not have
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(packed, number, there))
+    process.start()
+    there.close()
     try:
-        return future.result()
-    except BrokenProcessPool:
+        yield here
+    except BaseException:
+        process.kill()
         raise
-    except Exception as error:
-        raise JobError(position) from error
+    finally:
+        here.close()
+        process.join()
+
+
+def _answer(worker: Connection) -> Any:
+    try:
+        return worker.recv()
+    except (EOFError, OSError):
+        raise WorkerError from None
 
 
 # What follows runs in the workers.
 
-_packed_function: list[bytes] = []
 
-
-def _start(packed: bytes, numbers: SimpleQueue[int], lifeline: Connection) -> None:
-    """Prepare a new worker process."""
+def _work(packed: bytes, number: int, caller: Connection) -> None:
+    """Answer jobs until the caller closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     if torch.cuda.is_available():
-        torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
-    _packed_function.append(packed)
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    function = _outcome(_unpacked, packed)
+    with suppress(EOFError):
+        while True:
+            job = caller.recv()
+            outcome = function if isinstance(function, Exception) else _outcome(function, job)
+            caller.send(_portable(outcome) if isinstance(outcome, Exception) else outcome)
 
 
-def _end_with(lifeline: Connection) -> None:
-    """Leave when the other end of the pipe is closed, which also happens when the parent is killed."""
-    lifeline.poll(None)
+def _end_with_parent() -> None:
+    """Leave in the middle of a job when the parent has ended, which also happens by SIGKILL."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
-@cache
-def _function() -> Callable[[Any], Any]:
-    """The function, unpacked by the first job: a failure there is reported, one of `_start` would not be."""
+def _unpacked(packed: bytes) -> Callable[[object], object]:
     try:
-        function: Callable[[Any], Any] = pickle.loads(_packed_function[0])
+        function: Callable[[object], object] = pickle.loads(packed)
     except Exception as error:
         raise InputError(
             f"The function cannot be read in a worker process ({error}): expected an object of a class that can be "
@@ -179,12 +177,12 @@ def _function() -> Callable[[Any], Any]:
     return function
 
 
-def _apply(job: Any) -> Any:
+def _portable(error: Exception) -> Exception:
+    """An error that can be sent, with its traceback as a note."""
+    described = "".join(traceback.format_exception(error))
     try:
-        return _function()(job)
-    except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # an error that cannot travel would break the whole pool
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
-        raise
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(described)
+    return error

@@ -2,19 +2,20 @@
 
 An elementwise optimizer on stacked weights is as many independent optimizers, so each model goes exactly the way that
 it would go alone, up to rounding. This module knows models, tasks and batches; it must not know what the retrainings
-are for or where their results are kept.
+are for or where their results are stored.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Generic, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from wherefrom.engine.loading import mapped
 from wherefrom.evaluate.retrain import Retraining, current_device
@@ -23,7 +24,6 @@ from wherefrom.store.fingerprint import Dataset, checked_length
 from wherefrom.tasks.task import Batch, Objective, Task
 
 Weights = dict[str, Tensor]
-Tree = TypeVar("Tree")
 
 
 class StackedTraining(Generic[Batch]):
@@ -63,7 +63,8 @@ class StackedTraining(Generic[Batch]):
     ) -> None:
         if batch_size < 1 or epochs < 1:
             raise InputError(f"batch_size={batch_size}, epochs={epochs}: expected at least 1 of each.")
-        self._objectives = _Objectives(copy.deepcopy(model).train(False), task, count or _rows)
+        self._objective = Objective(copy.deepcopy(model).train(False), task)
+        self._count = count or _size
         self._examples = len(train)
         self._train, self._queries = (
             _collated(model, task, each, name) for each, name in ((train, "train"), (queries, "queries"))
@@ -78,31 +79,29 @@ class StackedTraining(Generic[Batch]):
         """
         self._check(retrainings)
         device = current_device()
-        objectives = self._objectives.to(device)
-        train, queries = (
-            cast(Batch, mapped(each, lambda values: values.to(device))) for each in (self._train, self._queries)
-        )
+        self._objective.to(device)
+        train, queries = (_on_each(lambda values: values.to(device), each) for each in (self._train, self._queries))
         stacked = {
             name: weight.detach().expand(len(retrainings), *weight.shape).clone()
-            for name, weight in objectives.named_parameters()
+            for name, weight in self._objective.named_parameters()
             if weight.requires_grad
         }
         optimizer = self._optimizer(list(stacked.values()))
-        gradients = vmap(grad(objectives.mean_loss))
-        for rows in self._steps(retrainings):
-            for name, gradient in gradients(stacked, _picked(train, rows)).items():
+        gradients = vmap(grad(self._mean_loss))
+        for batch_indices in self._steps(retrainings):
+            for name, gradient in gradients(stacked, _picked(train, batch_indices)).items():
                 stacked[name].grad = gradient
             optimizer.step()
         return self._measure(stacked, queries)
 
     def _check(self, retrainings: Sequence[Retraining]) -> None:
-        sizes = sorted({len(each.kept) for each in retrainings})
+        sizes = sorted({len(each.subset) for each in retrainings})
         if len(sizes) != 1:
             raise InputError(
                 f"StackedTraining was given subsets of {sizes} examples: expected one size, so that all models take "
                 "the same steps. Train each size in a call of its own."
             )
-        outside = [row for each in retrainings for row in each.kept if not 0 <= row < self._examples]
+        outside = [example for each in retrainings for example in each.subset if not 0 <= example < self._examples]
         if outside:
             raise InputError(
                 f"A subset keeps example {outside[0]}, but the training set has {self._examples}. Make the masks for "
@@ -111,41 +110,33 @@ class StackedTraining(Generic[Batch]):
 
     def _steps(self, retrainings: Sequence[Retraining]) -> Iterator[Tensor]:
         """Positions in the training set of every model's next batch: int64 [models, batch]."""
-        kept = torch.tensor([each.kept for each in retrainings])
+        subsets = torch.tensor([each.subset for each in retrainings])
         generators = [torch.Generator().manual_seed(each.seed) for each in retrainings]
         for _ in range(self._epochs):
-            orders = [torch.randperm(kept.shape[1], generator=generator) for generator in generators]
-            yield from kept.gather(1, torch.stack(orders)).split(self._batch_size, dim=1)
+            orders = [torch.randperm(subsets.shape[1], generator=generator) for generator in generators]
+            yield from subsets.gather(1, torch.stack(orders)).split(self._batch_size, dim=1)
+
+    def _mean_loss(self, weights: Weights, batch: Batch) -> Tensor:
+        """The loss of one batch for given weights, divided by the count: a scalar."""
+        return cast(Tensor, functional_call(self._objective, weights, (batch, False))) / self._count(batch)
+
+    def _measurement(self, weights: Weights, batch: Batch) -> Tensor:
+        """The measurement of one batch for given weights: a scalar."""
+        return cast(Tensor, functional_call(self._objective, weights, (batch, True)))
 
     @torch.no_grad()
     def _measure(self, stacked: Weights, queries: Batch) -> Tensor:
         """Each model's measurement of each query alone: [models, queries]."""
-        measure = vmap(vmap(self._objectives.measurement, in_dims=(None, 0)), in_dims=(0, None))
+        measure = vmap(vmap(self._measurement, in_dims=(None, 0)), in_dims=(0, None))
         # As many queries at once as a training step has examples, for the memory's sake; each is a batch of one.
-        blocks = torch.arange(_rows(queries))[:, None].split(self._batch_size)
-        return torch.cat([measure(stacked, _picked(queries, rows)) for rows in blocks], dim=1)
-
-
-class _Objectives(Objective[Batch]):
-    """What is asked of models that differ in their weights."""
-
-    def __init__(self, model: nn.Module, task: Task[Batch], count: Callable[[Batch], Tensor | int]) -> None:
-        super().__init__(model, task)
-        self._count = count
-
-    def mean_loss(self, weights: Weights, batch: Batch) -> Tensor:
-        """The loss of one batch for given weights, divided by the count: a scalar."""
-        return cast(Tensor, functional_call(self, weights, (batch, False))) / self._count(batch)
-
-    def measurement(self, weights: Weights, batch: Batch) -> Tensor:
-        """The measurement of one batch for given weights: a scalar."""
-        return cast(Tensor, functional_call(self, weights, (batch, True)))
+        blocks = torch.arange(_size(queries))[:, None].split(self._batch_size)
+        return torch.cat([measure(stacked, _picked(queries, block)) for block in blocks], dim=1)
 
 
 def _collated(model: nn.Module, task: Task[Batch], dataset: Dataset[object], name: str) -> Batch:
     """All examples in one batch of tensors [examples, ...]."""
     count = checked_length(name, dataset)
-    batch = task.collate([task.select(model, dataset[row]) for row in range(count)])
+    batch = task.collate([task.select(model, dataset[position]) for position in range(count)])
     wrong = [each for each in _leaves(batch) if not isinstance(each, Tensor) or each.shape[:1] != (count,)]
     if wrong:
         found = f"of shape {list(wrong[0].shape)}" if isinstance(wrong[0], Tensor) else f"{wrong[0]!r:.80}"
@@ -157,20 +148,21 @@ def _collated(model: nn.Module, task: Task[Batch], dataset: Dataset[object], nam
 
 
 def _leaves(batch: object) -> list[object]:
-    """What is in a batch's dicts, lists and tuples."""
-    if isinstance(batch, Mapping):
-        return [leaf for value in batch.values() for leaf in _leaves(value)]
-    if isinstance(batch, list | tuple):
-        return [leaf for value in batch for leaf in _leaves(value)]
-    return [batch]
+    """What is in a batch's mappings, lists and tuples."""
+    found: list[object] = tree_leaves(mapped(batch, lambda values: values))  # whose mappings are all dicts
+    return found
 
 
-def _picked(batch: Tree, rows: Tensor) -> Tree:
-    """Rows of a batch, in the shape of `rows`, an int64 tensor."""
-    return cast(Tree, mapped(batch, lambda values: values[rows.to(values.device)]))
+def _on_each(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    return cast(Batch, mapped(batch, function))
 
 
-def _rows(batch: object) -> int:
+def _picked(batch: Batch, batch_indices: Tensor) -> Batch:
+    """Examples of a batch, in the shape of `batch_indices`, an int64 tensor."""
+    return _on_each(lambda values: values[batch_indices.to(values.device)], batch)
+
+
+def _size(batch: object) -> int:
     """How many examples a batch has."""
     first = _leaves(batch)[0]
     assert isinstance(first, Tensor)

@@ -158,7 +158,7 @@ def _count(module: nn.Module) -> int:
 class _Assumptions(TorchFunctionMode):
     """What tensors without numbers cannot tell.
 
-    A question about their values is answered yes: models ask whether nothing is padded and every row is one sequence.
+    A question about their values is answered yes: models ask whether nothing is padded and nothing packed.
     Attention is that of a GPU where it is `fused_attention`, which the device without numbers does not have.
     """
 

@@ -1,4 +1,4 @@
-"""From rows of a dataset to token sequences, as Hugging Face's and TRL's trainers make them.
+"""From raw examples (texts, prompts, conversations) to token sequences, as Hugging Face's and TRL's trainers make them.
 
 This module knows tokenizers and the columns that datasets have; it knows nothing of models, tasks or the engine.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from wherefrom.hf.text import read_rows
+from wherefrom.hf.text import read_dataset
 from wherefrom.runtime.errors import InputError, require
 from wherefrom.store.fingerprint import Dataset
 from wherefrom.tasks.losses import IGNORED
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger("wherefrom")
 
 Target = Literal["causal", "masked", "seq2seq", "classification"]
-Row = Mapping[str, Any]
-Rows = str | Path | Sequence[str] | Dataset[object]
+Example = Mapping[str, Any]
+Examples = str | Path | Sequence[str] | Dataset[object]
 
 _MASKED_SHARE = 0.15  # Devlin et al. 2019, section 3.1
-_KEPT = ("title", "label")  # columns that reports show
+_SHOWN = ("title", "label")  # columns that reports show
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How rows become the examples of a task.
+    """How raw examples become those of a task.
 
     Attributes:
         target: what the model predicts.
-        tokenizer: the model's; None where only tokenised rows are to be prepared.
+        tokenizer: the model's; None where only tokenised examples are to be prepared.
         max_length: texts are cut off after so many tokens; None leaves them whole.
         end_token: put the end-of-sequence token after a text or completion, as TRL's SFTTrainer does.
     """
@@ -49,17 +49,17 @@ class Preparation:
     max_length: int | None = None
     end_token: bool = True
 
-    def examples(self, rows: Rows, split: str = "train") -> Dataset[object]:
-        """Rows as examples, in their order; tokenised ones, with a column `input_ids`, stay as they are.
+    def prepare(self, examples: Examples, split: str = "train") -> Dataset[object]:
+        """Token sequences, in the order of the examples; those with a column `input_ids` stay as they are.
 
         Args:
-            rows: dicts, or texts, or where they are: a file, a saved dataset, a hub name (see `text.read_rows`).
+            examples: dicts, or texts, or where they are: a file, a saved dataset, a hub name (see `text.read_texts`).
             split: of a saved or hub dataset.
 
         Raises:
-            InputError: there are no rows, or not the columns that the target needs.
+            InputError: there are no examples, or not the columns that the target needs.
         """
-        data: Any = read_rows(str(rows), split) if isinstance(rows, str | Path) else rows
+        data: Any = read_dataset(str(examples), split) if isinstance(examples, str | Path) else examples
         if not hasattr(data, "__len__"):
             raise InputError(
                 f"The dataset is a {type(data).__name__}, without a length: expected one that is loaded whole."
@@ -73,35 +73,35 @@ class Preparation:
         if "input_ids" in data[0]:
             return data  # type: ignore[no-any-return]
         columns, encode = self._encoder(data[0])
-        examples = [self._example(columns, encode, data[number], number) for number in range(len(data))]
-        _report_uncounted(examples)
-        made: Dataset[object] = require("datasets").Dataset.from_list(examples)
+        prepared = [self._prepared(columns, encode, data[number], number) for number in range(len(data))]
+        _report_uncounted(prepared)
+        made: Dataset[object] = require("datasets").Dataset.from_list(prepared)
         return made
 
-    def _encoder(self, row: Row) -> tuple[tuple[str, ...], _Encoder]:
-        """The columns to read of rows like this one, and what makes token sequences of them."""
+    def _encoder(self, example: Example) -> tuple[tuple[str, ...], _Encoder]:
+        """The columns to read of examples like this one, and what makes token sequences of them."""
         known = _ENCODERS[self.target]
         for columns, encode in known.items():
-            if all(name in row for name in columns):
+            if all(name in example for name in columns):
                 return columns, encode
         expected = ", or ".join(" and ".join(map(repr, columns)) for columns in known)
         raise InputError(
-            f"The dataset has the columns {sorted(row)}: expected 'input_ids' (tokenised), or {expected}. Rename a "
+            f"The dataset has the columns {sorted(example)}: expected 'input_ids' (tokenised), or {expected}. Rename a "
             "column, or tokenise the dataset as it was for training."
         )
 
-    def _example(self, columns: tuple[str, ...], encode: _Encoder, row: Row, number: int) -> dict[str, Any]:
-        lacking = next((name for name in columns if row.get(name) is None), None)
+    def _prepared(self, columns: tuple[str, ...], encode: _Encoder, example: Example, number: int) -> dict[str, Any]:
+        lacking = next((name for name in columns if example.get(name) is None), None)
         if lacking is not None:
             raise InputError(f"Row {number} of the dataset has no {lacking!r}; leave it out.")
-        encoded = encode(self, row, number)
+        encoded = encode(self, example, number)
         if not encoded["input_ids"]:
             raise InputError(f"Row {number} of the dataset has no token; leave it out.")
         cut = {
             name: values[: self.max_length] if isinstance(values, list) else values for name, values in encoded.items()
         }
-        shown = {name: row[name] for name in _KEPT if name in row and name not in cut}
-        text = row["text"] if "text" in row else self.tokens.decode(cut["input_ids"], skip_special_tokens=True)
+        shown = {name: example[name] for name in _SHOWN if name in example and name not in cut}
+        text = example["text"] if "text" in example else self.tokens.decode(cut["input_ids"], skip_special_tokens=True)
         return {**shown, **cut, "text": text}
 
     @property
@@ -118,73 +118,101 @@ class Preparation:
             )
         return self.tokenizer
 
-    def ended(self, text: str) -> str:
-        """A text with the end-of-sequence token after it, if it is to have one."""
-        end = self.tokens.eos_token
-        return text + end if self.end_token and isinstance(end, str) and not text.endswith(end) else text
+    def ids(self, text: str, end: bool = False) -> list[int]:
+        """A text as tokens; at its `end` the end-of-sequence token, if there is to be one."""
+        end_token = self.tokens.eos_token
+        if end and self.end_token and isinstance(end_token, str) and not text.endswith(end_token):
+            text += end_token
+        # verbose=False: a text longer than the model's context is cut afterwards.
+        return list(self.tokens(text, verbose=False)["input_ids"])
+
+    def chat(self, messages: object, example: Example, **options: bool) -> dict[str, list[int]]:
+        """A conversation as tokens; `assistant_masks` where the options say so.
+
+        Raises:
+            InputError: the tokenizer has no chat template.
+        """
+        if not self.tokens.chat_template:
+            raise InputError(
+                "The dataset has messages, and the tokenizer no chat template: set tokenizer.chat_template."
+            )
+        tools = example.get("tools")
+        encoded: Any = self.tokens.apply_chat_template(
+            messages,  # type: ignore[arg-type]
+            tokenize=True,
+            return_dict=True,
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            **options,  # type: ignore[arg-type]
+        )
+        return {name: list(encoded[name]) for name in ("input_ids", "assistant_masks") if name in encoded}
+
+    def cut_off(self, text: str, **options: Any) -> Any:
+        """What the tokenizer makes of a text that it cuts itself, before the special tokens that it puts at the end."""
+        return self.tokens(text, truncation=self.max_length is not None, max_length=self.max_length, **options)
 
 
-_Encoder = Callable[[Preparation, Row, int], dict[str, Any]]
+_Encoder = Callable[[Preparation, Example, int], dict[str, Any]]
 
 
-def _text(preparation: Preparation, row: Row, number: int) -> dict[str, Any]:
-    return {"input_ids": _ids(preparation, preparation.ended(row["text"]))}
+def _text(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
+    return {"input_ids": preparation.ids(example["text"], end=True)}
 
 
-def _completion(preparation: Preparation, row: Row, number: int) -> dict[str, Any]:
+def _completion(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
     """The loss is of the completion only; both sides are texts, or both are messages."""
-    if isinstance(row["prompt"], str):
-        prompt = _ids(preparation, row["prompt"])
-        whole = _ids(preparation, row["prompt"] + preparation.ended(row["completion"]))
+    prompt, completion = example["prompt"], example["completion"]
+    if isinstance(prompt, str):
+        start, whole = preparation.ids(prompt), preparation.ids(prompt + completion, end=True)
     else:
-        prompt = _chat(preparation, row["prompt"], row, add_generation_prompt=True)["input_ids"]
-        whole = _chat(preparation, [*row["prompt"], *row["completion"]], row)["input_ids"]
-    return {"input_ids": whole, "completion_mask": [int(place >= len(prompt)) for place in range(len(whole))]}
+        start = preparation.chat(prompt, example, add_generation_prompt=True)["input_ids"]
+        whole = preparation.chat([*prompt, *completion], example)["input_ids"]
+    return {"input_ids": whole, "completion_mask": [int(position >= len(start)) for position in range(len(whole))]}
 
 
-def _messages(preparation: Preparation, row: Row, number: int) -> dict[str, Any]:
+def _messages(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
     """The loss is of the assistant's turns, where the template marks them, and otherwise of everything."""
-    marked = re.search(r"\{%-?\s*generation\s*-?%\}", _template(preparation)) is not None
+    template = preparation.tokens.chat_template and preparation.tokens.get_chat_template()
+    marked = re.search(r"\{%-?\s*generation\s*-?%\}", template or "") is not None
+    encoded = preparation.chat(example["messages"], example, return_assistant_tokens_mask=marked)
     if not marked and number == 0:
         logger.info(
             "The chat template does not mark the assistant's turns ({% generation %}): the loss is of all tokens."
         )
-    return _chat(preparation, row["messages"], row, return_assistant_tokens_mask=marked)
+    return encoded
 
 
-def _masked_text(preparation: Preparation, row: Row, number: int) -> dict[str, Any]:
+def _masked_text(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
     """15% of the tokens are masked, the same ones whenever the dataset is prepared."""
-    tokenizer = preparation.tokens
-    encoded = tokenizer(row["text"], return_special_tokens_mask=True, **_cut_off(preparation))
-    ids = encoded["input_ids"]
-    places = [place for place, special in enumerate(encoded["special_tokens_mask"]) if not special]
-    if not places or tokenizer.mask_token_id is None:
+    encoded = preparation.cut_off(example["text"], return_special_tokens_mask=True)
+    ids, mask_token = encoded["input_ids"], preparation.tokens.mask_token_id
+    maskable = [position for position, special in enumerate(encoded["special_tokens_mask"]) if not special]
+    if not maskable or mask_token is None:
         raise InputError(f"Row {number} of the dataset has no token to mask, or the tokenizer no mask token.")
-    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(number)).tolist()
-    chosen = {places[each] for each in order[: max(1, round(_MASKED_SHARE * len(places)))]}
+    order = torch.randperm(len(maskable), generator=torch.Generator().manual_seed(number)).tolist()
+    masked = {maskable[each] for each in order[: max(1, round(_MASKED_SHARE * len(maskable)))]}
     return {
         **{name: list(encoded[name]) for name in ("token_type_ids",) if name in encoded},
-        "input_ids": [tokenizer.mask_token_id if place in chosen else each for place, each in enumerate(ids)],
-        "labels": [each if place in chosen else IGNORED for place, each in enumerate(ids)],
+        "input_ids": [mask_token if position in masked else each for position, each in enumerate(ids)],
+        "labels": [each if position in masked else IGNORED for position, each in enumerate(ids)],
     }
 
 
-def _pair(preparation: Preparation, row: Row, number: int) -> dict[str, Any]:
+def _pair(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
     """An encoder's and a decoder's side; these tokenizers end a sequence themselves."""
-    encoded = preparation.tokens(row["prompt"], text_target=row["completion"], **_cut_off(preparation))
+    encoded = preparation.cut_off(example["prompt"], text_target=example["completion"])
     return {name: list(encoded[name]) for name in ("input_ids", "labels")}
 
 
 def _classified(column: str) -> _Encoder:
-    def encode(preparation: Preparation, row: Row, number: int) -> dict[str, Any]:
-        encoded = preparation.tokens(row["text"], **_cut_off(preparation))
-        kept = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
-        return {**kept, "labels": row[column]}
+    def encode(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
+        encoded = preparation.cut_off(example["text"])
+        inputs = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+        return {**inputs, "labels": example[column]}
 
     return encode
 
 
-# Columns that rows have, and what makes token sequences of them; the first that fit.
+# Columns that examples have, and what makes token sequences of them; the first that fit.
 _ENCODERS: dict[Target, dict[tuple[str, ...], _Encoder]] = {
     "causal": {("messages",): _messages, ("prompt", "completion"): _completion, ("text",): _text},
     "masked": {("text",): _masked_text},
@@ -193,38 +221,7 @@ _ENCODERS: dict[Target, dict[tuple[str, ...], _Encoder]] = {
 }
 
 
-def _ids(preparation: Preparation, text: str) -> list[int]:
-    # verbose=False: a text longer than the model's context is cut afterwards.
-    return list(preparation.tokens(text, verbose=False)["input_ids"])
-
-
-def _cut_off(preparation: Preparation) -> dict[str, Any]:
-    """Options with which a tokenizer cuts a text itself, before the special tokens that it puts at the end."""
-    return {"truncation": preparation.max_length is not None, "max_length": preparation.max_length}
-
-
-def _template(preparation: Preparation) -> str:
-    template = preparation.tokens.chat_template
-    if not template:
-        raise InputError("The dataset has messages, and the tokenizer no chat template: set tokenizer.chat_template.")
-    return preparation.tokens.get_chat_template()
-
-
-def _chat(preparation: Preparation, messages: object, row: Row, **options: bool) -> dict[str, list[int]]:
-    """A conversation as tokens; `assistant_masks` where they are asked for."""
-    _template(preparation)
-    tools = row.get("tools")
-    encoded: Any = preparation.tokens.apply_chat_template(
-        messages,  # type: ignore[arg-type]
-        tokenize=True,
-        return_dict=True,
-        tools=json.loads(tools) if isinstance(tools, str) else tools,
-        **options,  # type: ignore[arg-type]
-    )
-    return {name: list(encoded[name]) for name in ("input_ids", "assistant_masks") if name in encoded}
-
-
-def _report_uncounted(examples: Sequence[Row]) -> None:
+def _report_uncounted(examples: Sequence[Example]) -> None:
     for name in ("completion_mask", "assistant_masks"):
         empty = [number for number, example in enumerate(examples) if not any(example.get(name, [1]))]
         if empty:

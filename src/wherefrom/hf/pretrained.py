@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from wherefrom.hf.preparation import Preparation, Rows, Target
+from wherefrom.hf.preparation import Examples, Preparation, Target
 from wherefrom.hf.text import load_config, load_model, load_tokenizer, local_path
 from wherefrom.runtime.distributed import join_ranks
 from wherefrom.runtime.errors import InputError, first_line, require
@@ -39,11 +39,11 @@ class PretrainedStudy(Study[TokenBatch]):
         model: PreTrainedModel,
         task: Task[TokenBatch],
         *,
-        train: Rows,
+        train: Examples,
         preparation: Preparation,
         **options: Any,
     ) -> None:
-        super().__init__(path, model, task, train=preparation.examples(train), **options)
+        super().__init__(path, model, task, train=preparation.prepare(train), **options)
         self._preparation = preparation
 
     @property
@@ -51,22 +51,21 @@ class PretrainedStudy(Study[TokenBatch]):
         """The model's tokenizer, for `report`."""
         return self._preparation.tokens
 
-    def prepare(self, rows: Rows, split: str = "train") -> Dataset[object]:
-        """Make queries of rows, in their order.
+    def prepare(self, examples: Examples, split: str = "train") -> Dataset[object]:
+        """Make queries of examples like those that `study_from_pretrained` takes for training, in their order.
 
         Args:
-            rows: what `study_from_pretrained` takes for training.
             split: of a saved or hub dataset.
 
         Raises:
-            InputError: there are no rows, or not the columns that the task needs.
+            InputError: there are no examples, or not the columns that the task needs.
         """
-        return self._preparation.examples(rows, split)
+        return self._preparation.prepare(examples, split)
 
 
 def study_from_pretrained(
     folder: str | Path,
-    train: Rows,
+    train: Examples,
     *,
     run: str | Path | None = None,
     task: Task[TokenBatch] | None = None,
@@ -81,7 +80,7 @@ def study_from_pretrained(
     Args:
         folder: what `save_pretrained`, a Trainer or TRL's SFTTrainer has written: a whole model, or a peft adapter, of
             which the adapter's own layers are tracked unless the task names others; or a hub name.
-        train: rows, or the name of a file or saved dataset of them. Rows have `input_ids`, and stay as they are, or
+        train: examples, or the name of a file or saved dataset of them. They have `input_ids`, and stay as they are, or
 
             - for a causal language model: `messages`; `prompt` and `completion`, of which the completion is counted;
               or `text`. Of messages, the assistant's turns are counted if the chat template marks them;
@@ -89,8 +88,8 @@ def study_from_pretrained(
             - for an encoder-decoder: `prompt` and `completion`;
             - for a sequence classifier: `text` and `label`.
 
-            A list of strings is rows of `text`. Where the model was trained on other tokens than these columns give,
-            pass the tokenised rows.
+            A string is a `text`. Where the model was trained on other tokens than these columns give, pass tokenised
+            examples.
         run: the run directory; `folder/wherefrom` by default, where there is a folder.
         task: `CausalLM`, `MaskedLM`, `Seq2Seq` or `SequenceClassification`, whose kind of model is loaded; None chooses
             by the architecture.
@@ -101,7 +100,7 @@ def study_from_pretrained(
         **options: of `Study`: progress, checkpoint_seconds, memory_budget, compile_activations.
 
     Raises:
-        InputError: the folder holds no model, the architecture has no task here, or the rows lack columns.
+        InputError: the folder holds no model, the architecture has no task here, or the examples lack columns.
         LayerError: no layer can be tracked.
     """
     device, base = checked_device(device), _adapted_model(folder)
@@ -211,7 +210,7 @@ def _adapted_model(folder: str | Path) -> str | None:
 
 
 def _tokenizer(names: list[str]) -> PreTrainedTokenizerBase | None:
-    """The first tokenizer that is there; without one, tokenised rows can still be studied."""
+    """The first tokenizer that is there; without one, tokenised examples can still be studied."""
     for name in names:
         try:
             return load_tokenizer(name)

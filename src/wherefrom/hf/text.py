@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 FILES = (".txt", *BUILDERS)
 
+_STRING_TYPES = ("string", "large_string")
+
 TEXTS_PER_GROUP = 1000  # the `datasets` library's batch size, which the published blocks were cut with
 
 
@@ -34,7 +36,7 @@ def read_texts(source: str, *, split: str = "train", column: str | None = None) 
     Args:
         source: one of
             - a `.txt` file in UTF-8, whose texts are separated by blank lines;
-            - a `.jsonl`, `.json`, `.parquet` or `.csv` file, one text a row;
+            - a `.jsonl`, `.json`, `.parquet` or `.csv` file, one text an example;
             - a directory written by `save_to_disk` of the `datasets` library;
             - a hub name, with or without a configuration: `owner/name`, `owner/name/config`, or `name/config` as in
               `wikitext/wikitext-2-raw-v1`.
@@ -42,12 +44,29 @@ def read_texts(source: str, *, split: str = "train", column: str | None = None) 
         column: the column that holds the text. None takes `text`, or else the only column of strings.
 
     Returns:
-        The texts in their order. Empty rows stay, as empty strings: `as_blocks` counts them.
+        The texts in their order. Empty ones stay, as empty strings: `as_blocks` counts them.
     """
-    return _texts_of(read_rows(source, split), source, column)
+    dataset = read_dataset(source, split)
+    strings = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in _STRING_TYPES]
+    if column is None:
+        column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+    if column not in strings:
+        wanted = "no column named text" if column is None else f"column={column!r} is not a column of strings"
+        raise InputError(
+            f"{source}: {wanted}; columns of strings: {strings}, all columns: {dataset.column_names}. Pass column=NAME."
+        )
+    try:
+        texts = [text or "" for text in dataset[column]]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source}: column {column!r} is not UTF-8 text ({error}); convert the file to UTF-8."
+        ) from error
+    if not any(texts):
+        raise InputError(f"{source}: column {column!r} holds no text in {len(texts)} rows.")
+    return texts
 
 
-def read_rows(source: str, split: str = "train") -> Dataset:
+def read_dataset(source: str, split: str = "train") -> Dataset:
     """Read a file, a saved dataset or a dataset on the Hugging Face hub, as `read_texts` does, with all its columns."""
     path = local_path(source)
     if path.is_dir():
@@ -72,29 +91,26 @@ def as_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_l
     gradient; `document` tells which texts are left.
 
     Returns:
-        A dataset with columns `input_ids`, `attention_mask`, `text` (what is kept, decoded) and `document` (the
+        A dataset with columns `input_ids`, `attention_mask`, `text` (of these tokens, decoded) and `document` (the
         position in `texts`).
     """
     _check_length("max_length", max_length)
     limit = min(max_length, 2**31)  # what tokenizers can count to
     encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"] if texts else []
-    kept = [index for index, ids in enumerate(encoded) if len(ids) >= 2 and texts[index].strip()]
-    if not kept:
+    chosen = [index for index, ids in enumerate(encoded) if len(ids) >= 2 and texts[index].strip()]
+    if not chosen:
         raise InputError(f"texts: none of the {len(texts)} has two tokens or more; check the source and the column.")
-    dataset = _sequences([encoded[index] for index in kept], tokenizer)
-    return dataset.add_column("document", kept)
+    dataset = _sequences([encoded[index] for index in chosen], tokenizer)
+    return dataset.add_column("document", chosen)
 
 
 def as_blocks(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
-    texts_per_group: int = TEXTS_PER_GROUP,
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: int, texts_per_group: int = TEXTS_PER_GROUP
 ) -> Dataset:
     """Join the texts and cut them into blocks of exactly `block_size` tokens, as is usual for GPT-2 and WikiText.
 
     Texts are joined in groups of `texts_per_group` and the remainder of each group is dropped. With the default that
-    makes the published 4656 training and 481 validation blocks of 512 tokens out of WikiText-2 (whose rows are lines,
+    makes the published 4656 training and 481 validation blocks of 512 tokens out of WikiText-2 (whose texts are lines,
     empty ones included); with `len(texts)` only one remainder is lost.
 
     Returns:
@@ -105,8 +121,10 @@ def as_blocks(
         raise InputError(f"texts_per_group={texts_per_group}: expected a positive number; the default is 1000.")
     # verbose=False: a text longer than the model's context is no mistake here, it is cut below.
     encoded = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
-    groups = (encoded[start : start + texts_per_group] for start in range(0, len(encoded), texts_per_group))
-    blocks = [block for group in groups for block in _cut(list(chain.from_iterable(group)), block_size)]
+    blocks: list[list[int]] = []
+    for start in range(0, len(encoded), texts_per_group):
+        tokens = list(chain.from_iterable(encoded[start : start + texts_per_group]))
+        blocks += [tokens[at : at + block_size] for at in range(0, len(tokens) - block_size + 1, block_size)]
     if not blocks:
         raise InputError(
             f"block_size={block_size}: the {len(texts)} texts have {sum(map(len, encoded))} tokens, which fill no "
@@ -184,7 +202,7 @@ def _file_dataset(path: Path) -> Dataset:
     if not path.stat().st_size:
         raise InputError(f"{path}: the file is empty; expected {builder} rows with a column of text.")
     if builder == "json":
-        _refuse_null_rows(path)
+        _refuse_null(path)
     datasets = require("datasets")
     try:
         return datasets.load_dataset(builder, data_files=str(path), split="train")
@@ -195,8 +213,8 @@ def _file_dataset(path: Path) -> Dataset:
         ) from error
 
 
-def _refuse_null_rows(path: Path) -> None:
-    """Refuse null in the place of a row, which pyarrow ends the process on (apache/arrow, issue 47409)."""
+def _refuse_null(path: Path) -> None:
+    """Refuse null instead of an object, which pyarrow ends the process on (apache/arrow, issue 47409)."""
     with path.open("rb") as stream:
         if stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one array, which is read in another way
             return
@@ -244,35 +262,7 @@ def _hub_dataset(source: str, split: str) -> Dataset:
     raise InputError(f"source={source!r}: neither a file here nor a dataset on the hub; check the name.")
 
 
-def _texts_of(dataset: Dataset, source: str, column: str | None) -> list[str]:
-    strings = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in _STRING_TYPES]
-    if column is None:
-        column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-    if column not in strings:
-        wanted = "no column named text" if column is None else f"column={column!r} is not a column of strings"
-        raise InputError(
-            f"{source}: {wanted}; columns of strings: {strings}, all columns: {dataset.column_names}. Pass column=NAME."
-        )
-    try:
-        texts = [text or "" for text in dataset[column]]
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{source}: column {column!r} is not UTF-8 text ({error}); convert the file to UTF-8."
-        ) from error
-    if not any(texts):
-        raise InputError(f"{source}: column {column!r} holds no text in {len(texts)} rows.")
-    return texts
-
-
-_STRING_TYPES = ("string", "large_string")
-
-
 # Cutting
-
-
-def _cut(tokens: list[int], block_size: int) -> Iterator[list[int]]:
-    for start in range(0, len(tokens) - block_size + 1, block_size):
-        yield tokens[start : start + block_size]
 
 
 def _sequences(sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Dataset:

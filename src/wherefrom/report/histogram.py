@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HISTOGRAM_BINS = 144
-HISTOGRAM_HEIGHT = 40.0
+BINS = 144
+HEIGHT = 40.0
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -33,19 +33,19 @@ class Histogram:
 def histogram(scores: Tensor) -> Histogram | None:
     """Counts of scores [train] in equal bins with an edge at zero; heights are logarithmic.
 
-    Influence is heavy-tailed: nearly all sequences lie close to zero, and the few far out are the
-    ones that matter. On a linear scale of counts they would not be visible.
+    Influence is heavy-tailed: nearly all sequences lie close to zero, and the few far out are the ones that matter. On
+    a linear scale of counts they would not be visible.
     """
     limit = scores.abs().max().item()
     if limit == 0:
         return None
     scaled = scores / limit
     low, high = min(scaled.min().item(), 0.0), max(scaled.max().item(), 0.0)
-    width = (high - low) / HISTOGRAM_BINS
+    width = (high - low) / BINS
     below, above = math.ceil(-low / width), math.ceil(high / width)
-    places = (scaled / width).floor().long().clamp(-below, above - 1) + below
-    counts = torch.bincount(places, minlength=below + above).double()
-    heights = (counts.log1p() / counts.max().log1p() * HISTOGRAM_HEIGHT).tolist()
+    bins = (scaled / width).floor().long().clamp(-below, above - 1) + below
+    counts = torch.bincount(bins, minlength=below + above).double()
+    heights = (counts.log1p() / counts.max().log1p() * HEIGHT).tolist()
     ordered = scores.sort().values
     lower, upper = (ordered[round(part * (len(ordered) - 1))].item() for part in (0.25, 0.75))
     typical = max(abs(lower), abs(upper))
@@ -63,9 +63,7 @@ def histogram(scores: Tensor) -> Histogram | None:
 def _bars(heights: Sequence[float], start: int) -> str:
     """Bars of one unit's width with a small gap, the first at x = `start`, as one SVG path."""
     return "".join(
-        f"M{start + place} {HISTOGRAM_HEIGHT:g}v-{height:.1f}h.8v{height:.1f}z"
-        for place, height in enumerate(heights)
-        if height > 0
+        f"M{x} {HEIGHT:g}v-{height:.1f}h.8v{height:.1f}z" for x, height in enumerate(heights, start) if height
     )
 
 

@@ -1,11 +1,10 @@
 """One self-contained HTML page: which training sequences are behind each query.
 
-The page knows texts and a score matrix, nothing of models or factors. All of it is written here as
-HTML, so it reads without JavaScript; the script only picks, filters, unfolds and shades what already
-stands in the document. That also keeps texts out of scripts and attributes: every one of them goes
-through the template's escaping into plain element content (but for the titles of figures, which are
-also what a reader gets who cannot see them), and a content security policy allows the page's own
-style and script and nothing else.
+The page knows texts and a score matrix, nothing of models or factors. All of it is written here as HTML, so it reads
+without JavaScript; the script only picks, filters, unfolds and shades what already stands in the document. That also
+keeps texts out of scripts and attributes: every one of them goes through the template's escaping into plain element
+content (but for the titles of figures, which are also what a reader gets who cannot see them), and a content security
+policy allows the page's own style and script and nothing else.
 
 Each training sequence's text stands once, in the list at the foot, however many queries show it.
 """
@@ -16,7 +15,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -24,18 +23,18 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
-from wherefrom.report.histogram import HISTOGRAM_HEIGHT, Histogram, histogram, signed_number
-from wherefrom.report.passages import Figure, Passage, Passages, TokenContributions, checked_passages
+from wherefrom.report.figures import Figure
+from wherefrom.report.histogram import HEIGHT, Histogram, histogram, signed_number
+from wherefrom.report.passages import Passage, Passages, TokenContributions, checked_passages, excerpt
 from wherefrom.report.shading import Shares, encode_lengths, encode_shares, visible_pieces
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.results import Scores, TopScores, extremes
 from wherefrom.store.files import write_text
 
-EXCERPT_LENGTH = 160
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-# Control characters are shown as Unicode's pictures of them: a page must not carry them raw, and a
-# reader should see that a sequence holds them.
+# Control characters are shown as Unicode's pictures of them: a page must not carry them raw, and a reader should see
+# that a sequence holds them.
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"}
 CONTROL_PICTURES[0x7F] = 0x2421
 
@@ -47,31 +46,12 @@ class HitView:
     `shares` says where in the sequence the score comes from, if that is known.
     """
 
-    rank: int
     index: int
     score: str
     bar: float
     passage: Passage
-    excerpt: str
     same_label: bool
     shares: Shares | None
-
-
-@dataclass(frozen=True)
-class SequenceView:
-    """A training sequence in the list at the foot; `lengths` cut its text into tokens, if they are known."""
-
-    passage: Passage
-    lengths: str = ""
-
-
-@dataclass(frozen=True)
-class FigureView:
-    """A plot as the page holds it."""
-
-    title: str
-    caption: str
-    data: str  # base64
 
 
 @dataclass(frozen=True)
@@ -80,7 +60,6 @@ class QueryView:
 
     index: int
     passage: Passage
-    excerpt: str
     positive: Sequence[HitView]
     negative: Sequence[HitView]
     histogram: Histogram | None
@@ -115,14 +94,14 @@ def render_report(
 
     Args:
         title: The heading of the page.
-        queries: The query sequences that were scored; where they were added up, the page has one row that says so.
+        queries: The query sequences that were scored; where they were added up, the page has one that says so.
         train: The training sequences, in the order of the columns; of a list only those shown are read.
-        scores: Finite, on any device. Of `TopScores` there is no histogram, only what was kept.
+        scores: Finite, on any device. Of `TopScores` there is no histogram, only what they hold.
         settings: What to show beside the fingerprint of the scores, as pairs.
         profile: Preformatted text, such as a table of durations.
         summary: One line under the title.
         k: How many of the most positive and of the most negative sequences a query shows at most.
-        tokens: Where the scores come from inside the sequences; asked only for pairs that are shown.
+        tokens: Where the scores come from inside the sequences; called only for pairs that are shown.
         figures: Plots of an evaluation, shown below the queries.
 
     Raises:
@@ -132,22 +111,26 @@ def render_report(
     _check(queries, train, scores, k)
     queries = checked_passages(scores, queries, train, tokens)
     reader = _Reader(train, tokens)
-    views = [_query_view(row, _clean_passage(queries[row]), scores, reader, k) for row in range(len(queries))]
+    views = [_query_view(index, queries[index], scores, reader, k) for index in range(len(queries))]
+    texts = {
+        "title": title,
+        "summary": summary,
+        "queries": views,
+        "sequences": [
+            (index, passage, reader.lengths.get(index)) for index, passage in sorted(reader.passages.items())
+        ],
+        "figures": [{"title": each.title, "caption": each.caption, "data": _base64(each)} for each in figures],
+        "kept": scores.fingerprint.get("kept", ""),
+        "settings": [*{**(settings or {}), **scores.fingerprint}.items()],
+        "profile": profile,
+    }
     templates = package_templates()
-    style = templates.get_template("report.css").render()
-    script = templates.get_template("report.js").render()
+    style, script = (templates.get_template(f"report.{kind}").render() for kind in ("css", "js"))
     return templates.get_template("report.html").render(
-        title=_clean(title),
-        summary=_clean(summary),
-        queries=views,
+        _clean(texts),
         train_count=len(train),
-        sequences=sorted(reader.seen.items()),
-        shaded=any(sequence.lengths for sequence in reader.seen.values()),
-        figures=[_figure_view(figure) for figure in figures],
-        kept=_clean(scores.fingerprint.get("kept", "")),
-        settings=[(_clean(name), _clean(value)) for name, value in {**(settings or {}), **scores.fingerprint}.items()],
-        profile=_clean(profile),
-        histogram_height=HISTOGRAM_HEIGHT,
+        shaded=bool(reader.lengths),
+        histogram_height=HEIGHT,
         style=style,
         script=script,
         policy=security_policy(style, script),
@@ -169,145 +152,123 @@ def _check(queries: Passages, train: Passages, scores: Scores | TopScores, k: in
 def _check_finite(name: str, values: Tensor) -> None:
     if values.is_complex():
         raise InputError(f"{name} is {values.dtype}; expected real numbers")
-    for index, row in enumerate(values):
-        finite = torch.isfinite(row)
+    for query, scores in enumerate(values):  # one at a time: they may lie on disk
+        finite = torch.isfinite(scores)
         if not finite.all():
             column = int((~finite).nonzero()[0])
             raise InputError(
-                f"{name}[{index}, {column}] is {row[column].item()}; expected finite scores "
-                f"({int((~finite).sum())} of {len(row)} in this row are not)"
+                f"{name}[{query}, {column}] is {scores[column].item()}; expected finite scores "
+                f"({int((~finite).sum())} of {len(scores)} in this row are not)"
             )
 
 
 class _Reader:
-    """Reads what is shown of the training set: each passage once, however many queries show it, and kept in `seen`."""
+    """Reads what is shown of the training set, each passage once, however many queries show it.
+
+    Attributes:
+        passages: by training position; the text is that of the tokens once `shares` has seen them.
+        lengths: what cuts a passage's text into tokens, where these are known.
+    """
 
     def __init__(self, train: Passages, tokens: TokenContributions | None) -> None:
-        self.train = train
-        self.tokens = tokens
-        self.seen: dict[int, SequenceView] = {}
+        self._train = train
+        self._tokens = tokens
+        self.passages: dict[int, Passage] = {}
+        self.lengths: dict[int, str] = {}
 
     def passage(self, index: int) -> Passage:
-        """The sequence; its text is that of its tokens once `shares` has seen them."""
-        if index not in self.seen:
-            self.seen[index] = SequenceView(_clean_passage(self.train[index]))
-        return self.seen[index].passage
+        """The sequence at a training position."""
+        if index not in self.passages:
+            self.passages[index] = self._train[index]
+        return self.passages[index]
 
     def shares(self, query: int, index: int) -> Shares | None:
         """The shares of the sequence's visible pieces in the score of (query, index), if they are known."""
-        pieces = visible_pieces((self.tokens and self.tokens(query, index)) or ())
+        pieces = visible_pieces((self._tokens and self._tokens(query, index)) or ())
         if not pieces:
             return None
         for text, share in pieces:
             if not math.isfinite(share):
                 raise InputError(f"tokens({query}, {index}) gives {text!r} a share of {share}; expected finite numbers")
-        self._keep(query, index, [_clean_piece(text) for text, _ in pieces])
-        return encode_shares([share for _, share in pieces])
-
-    def _keep(self, query: int, index: int, texts: Sequence[str]) -> None:
-        """Show the sequence as these pieces, or see that it is shown as these already."""
-        passage = self.passage(index)
-        sequence = SequenceView(replace(passage, text="".join(texts)), encode_lengths(texts))
-        if self.seen[index].lengths and self.seen[index] != sequence:
+        texts = [text.replace("\r", "␍") for text, _ in pieces]  # which a browser would read as something else
+        passage, lengths = replace(self.passage(index), text="".join(texts)), encode_lengths(texts)
+        if self.lengths.get(index, lengths) != lengths or (index in self.lengths and self.passages[index] != passage):
             raise InputError(
                 f"tokens({query}, {index}) gives other pieces of text than for an earlier query; "
                 "expected the same pieces of a training sequence for every query"
             )
-        self.seen[index] = sequence
+        self.passages[index], self.lengths[index] = passage, lengths
+        return encode_shares([share for _, share in pieces])
 
 
-def _query_view(index: int, query: Passage, scores: Scores | TopScores, reader: _Reader, k: int) -> QueryView:
-    """Everything shown for one query, from its row of the scores."""
-    ends = _ends(scores, index, k)
+def _query_view(query: int, passage: Passage, scores: Scores | TopScores, reader: _Reader, k: int) -> QueryView:
+    """Everything shown for one query."""
+    ends = _ends(scores, query, k)
     limit = max((abs(score) for end in ends for _, score in end), default=0.0)
-    positive, negative = (_hits(index, end, limit, query, reader) for end in ends)
+    positive, negative = (
+        [_hit_view(query, passage.label, index, score, limit, reader) for index, score in end] for end in ends
+    )
     return QueryView(
-        index=index,
-        passage=query,
-        excerpt=_excerpt(query.text),
+        index=query,
+        passage=passage,
         positive=positive,
         negative=negative,
-        histogram=histogram(_row(scores.values, index)) if isinstance(scores, Scores) else None,
+        histogram=histogram(_on_host(scores.values[query])) if isinstance(scores, Scores) else None,
     )
 
 
-def _row(values: Tensor, index: int) -> Tensor:
-    """One query's numbers, float64 on the CPU."""
-    return values[index].detach().to("cpu", torch.float64)
+def _on_host(values: Tensor) -> Tensor:
+    return values.detach().to("cpu", torch.float64)
 
 
-def _ends(scores: Scores | TopScores, index: int, k: int) -> list[list[tuple[int, float]]]:
+def _ends(scores: Scores | TopScores, query: int, k: int) -> list[list[tuple[int, float]]]:
     """The k highest above zero and the k lowest below it, with their training positions: none is in both."""
     if isinstance(scores, TopScores):
-        found = {name: _row(getattr(scores, name), index) for name in ("values", "lowest_values")}
-        found |= {name: getattr(scores, name)[index] for name in ("train", "lowest_train")}
+        found = {name: getattr(scores, name)[query] for name in ("values", "train", "lowest_values", "lowest_train")}
     else:
-        row = _row(scores.values, index)
-        found = {name: each[0] for name, each in extremes(row[None], torch.arange(len(row)), k).items()}
-    pairs = [
-        list(zip(found[f"{end}train"].tolist(), found[f"{end}values"].tolist(), strict=True)) for end in ("", "lowest_")
-    ]
-    return [[pair for pair in end if sign * pair[1] > 0][:k] for sign, end in zip((1, -1), pairs, strict=True)]
+        values = _on_host(scores.values[query])
+        found = {name: each[0] for name, each in extremes(values[None], torch.arange(len(values)), k).items()}
+    highest, lowest = (
+        zip(found[f"{end}train"].tolist(), found[f"{end}values"].tolist(), strict=True) for end in ("", "lowest_")
+    )
+    return [[hit for hit in highest if hit[1] > 0][:k], [hit for hit in lowest if hit[1] < 0][:k]]
 
 
-def _hits(
-    row: int, chosen: Sequence[tuple[int, float]], limit: float, query: Passage, reader: _Reader
-) -> list[HitView]:
-    """Training positions with their scores, the most extreme first; the longest bar is that of a score of `limit`."""
-    hits: list[HitView] = []
-    for index, score in chosen:
-        passage = reader.passage(index)
-        hits.append(
-            HitView(
-                rank=len(hits) + 1,
-                index=index,
-                score=signed_number(score, limit),
-                bar=round(100 * abs(score) / limit, 1),
-                passage=passage,
-                excerpt=_excerpt(passage.text),
-                same_label=bool(query.label) and passage.label == query.label,
-                shares=reader.shares(row, index),
-            )
-        )
-    return hits
+def _hit_view(query: int, label: str, index: int, score: float, limit: float, reader: _Reader) -> HitView:
+    """A training sequence in the list of a query with this label; the longest bar is that of a score of `limit`."""
+    passage = reader.passage(index)
+    return HitView(
+        index=index,
+        score=signed_number(score, limit),
+        bar=round(100 * abs(score) / limit, 1),
+        passage=passage,
+        same_label=bool(label) and passage.label == label,
+        shares=reader.shares(query, index),
+    )
 
 
-def _excerpt(text: str) -> str:
-    """The beginning of a text on one line."""
-    line = " ".join(text[: 4 * EXCERPT_LENGTH].split())
-    if len(line) <= EXCERPT_LENGTH:
-        return line
-    start = line[:EXCERPT_LENGTH]
-    # Cut between words, unless the text has none to cut between, as in Chinese.
-    cut = start.rfind(" ")
-    return (start[:cut] if cut > EXCERPT_LENGTH // 2 else start) + "…"
-
-
-def _figure_view(figure: Figure) -> FigureView:
+def _base64(figure: Figure) -> str:
     if not figure.png.startswith(PNG_SIGNATURE):
         raise InputError(
             f"the figure {figure.title!r} starts with {figure.png[:8]!r}; expected the bytes of a PNG file: "
             'save the plot with format="png"'
         )
-    return FigureView(_clean(figure.title), _clean(figure.caption), base64.b64encode(figure.png).decode())
+    return base64.b64encode(figure.png).decode()
 
 
-def _clean_passage(passage: Passage) -> Passage:
-    return Passage(_clean(passage.text), _clean(passage.title), _clean(passage.label))
+def _clean(value: object) -> object:
+    """What a page shows, with all its texts such as any page can hold: no control characters, no half surrogate pairs.
 
-
-def _clean_piece(text: str) -> str:
-    """A piece whose length stays what it is: a browser reads a carriage return as something else."""
-    return _clean(text).replace("\r", "␍")
-
-
-def _clean(text: str) -> str:
-    """Plain text that any page can hold: no control characters, no half of a surrogate pair.
-
-    `str()` comes first because the template would trust a `Markup`, which is a string too.
+    `str()` is for a `Markup`, a string that the template would trust.
     """
-    plain = str(text).translate(CONTROL_PICTURES)
-    return plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, str):
+        shown = str(value).translate(CONTROL_PICTURES)
+        return shown.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list | tuple):
+        return [_clean(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _clean(each) for name, each in value.items()}
+    return _clean(vars(value)) if is_dataclass(value) else value
 
 
 def security_policy(style: str, script: str) -> str:
@@ -325,10 +286,12 @@ def _digest(source: str) -> str:
 @cache
 def package_templates() -> Environment:
     """The package's templates; style and script pass through it too, for uniform line ends."""
-    return Environment(
+    templates = Environment(
         loader=PackageLoader("wherefrom.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.filters["excerpt"] = excerpt
+    return templates

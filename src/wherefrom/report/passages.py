@@ -32,7 +32,7 @@ class Passage:
 
 
 class Passages(Protocol):
-    """Passages by index: a list, or an adapter that decodes a sequence when it is asked for."""
+    """Passages by index: a list, or an adapter that decodes a sequence when it is read."""
 
     def __len__(self) -> int: ...
 
@@ -49,15 +49,6 @@ class TokenContributions(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A plot shown on the page: `png` bytes."""
-
-    title: str
-    caption: str
-    png: bytes
-
-
 class Tokenizer(Protocol):
     """What is needed of a Hugging Face tokenizer."""
 
@@ -65,7 +56,7 @@ class Tokenizer(Protocol):
 
 
 class DatasetPassages:
-    """A dataset's examples as passages, made when they are asked for.
+    """A dataset's examples as passages, made when they are read.
 
     The columns `text`, `title` and `label` are used where an example has them; without `text` the tokenizer decodes
     `input_ids`, and without either the example is shown as Python prints it.
@@ -77,7 +68,7 @@ class DatasetPassages:
 
     @cached_property
     def digest(self) -> str:
-        """What tells the dataset from others, as it is when this is first asked for."""
+        """What tells the dataset from others, as it is when this is first read."""
         return dataset_digest(self.dataset)
 
     def __len__(self) -> int:
@@ -120,27 +111,21 @@ def checked_passages(
         raise InputError(
             "These scores add up all training examples, so none stands beside its score: leave aggregate_train out."
         )
-    rows = len(queries) if how is None else min(1, len(queries))
-    fits = (
-        tuple(scores.values.shape) == (rows, len(train))
-        if isinstance(scores, Scores)
-        else len(scores.values) == rows and _last(scores) < len(train)
-    )
+    count, shape = len(queries) if how is None else min(1, len(queries)), tuple(scores.values.shape)
+    if isinstance(scores, Scores):
+        fits = shape == (count, len(train))
+    else:
+        fits = shape[0] == count and max(int(scores.train.max()), int(scores.lowest_train.max())) < len(train)
     if not fits:
         raise InputError(
-            f"scores have shape {tuple(scores.values.shape)}; expected a row for each of {rows} queries and the scores "
-            f"of {len(train)} training sequences."
+            f"scores have shape {shape}; expected a row for each of {count} queries and the scores of {len(train)} "
+            "training sequences."
         )
     both = ((QUERIES, queries), (TRAIN, train))
     check_about(scores.fingerprint, {name: each.digest for name, each in both if isinstance(each, DatasetPassages)})
     if isinstance(tokens, DatasetTokens):
         tokens.check(scores.fingerprint)
     return queries if how is None else [Passage(f"The {how} of {len(queries):,} queries.")]
-
-
-def _last(scores: TopScores) -> int:
-    """The last training position that top scores name."""
-    return max(int(each.max()) for each in (scores.train, scores.lowest_train))
 
 
 class DatasetTokens:
@@ -225,3 +210,12 @@ def token_pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     if pieces:
         pieces[-1] += whole[written:]
     return pieces
+
+
+def excerpt(text: str, width: int = 160) -> str:
+    """The beginning of a text on one line, cut between words unless there are none to cut between, as in Chinese."""
+    line = " ".join(text[: 4 * width].split())
+    if len(line) <= width:
+        return line
+    cut = line.rfind(" ", 0, width)
+    return line[: cut if cut > width // 2 else width] + "…"

@@ -55,7 +55,7 @@ def encode_shares(values: Sequence[float]) -> Shares:
 
 def encode_lengths(pieces: Sequence[str]) -> str:
     """The pieces' lengths as JavaScript counts them, in UTF-16 units."""
-    return encode_numbers(len(piece.encode("utf-16-le")) // 2 for piece in pieces)
+    return encode_numbers(len(piece.encode("utf-16-le", "surrogatepass")) // 2 for piece in pieces)
 
 
 def encode_numbers(numbers: Iterable[int]) -> str:

@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from wherefrom.report.passages import Passages, TokenContributions, checked_passages
+from wherefrom.report.passages import Passages, TokenContributions, checked_passages, excerpt
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.results import Hit, Scores, TopScores
 
@@ -28,8 +28,8 @@ def top_tables(
     """For each query in `shown`: its text and a table of its k top training sequences.
 
     Args:
-        queries: all of them; where scores are aggregated, the one row says of how many.
-        shown: which rows of the scores.
+        queries: all of them; where scores are aggregated, the one passage says of how many.
+        shown: positions of queries.
         width: how many characters of a text are shown.
 
     Raises:
@@ -111,9 +111,3 @@ def _shade(part: float) -> Style:
     strongest = (86, 180, 233) if part > 0 else (230, 159, 0)
     red, green, blue = (round(255 + abs(part) * (each - 255)) for each in strongest)
     return Style(color="black", bgcolor=f"rgb({red},{green},{blue})")
-
-
-def excerpt(text: str, width: int) -> str:
-    """The beginning of a text on one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 1].rstrip() + "…"

@@ -1,4 +1,4 @@
-"""Evaluations of a run: a plot and its numbers side by side in `RUN/evaluation`, which pages of the same scores show.
+"""Plots of a run: each lies beside its numbers in `RUN/evaluation`, and pages of the same scores show it.
 
 This module knows files and pictures; it must not know what was evaluated.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from wherefrom.report.passages import Figure
 from wherefrom.runtime.errors import DamagedError
 from wherefrom.store.files import checked_name, read_bytes, read_json, write_bytes, write_text
 from wherefrom.store.fingerprint import Fingerprint, subjects, unlike
@@ -20,6 +20,15 @@ logger = logging.getLogger("wherefrom")
 
 _FOLDER = "evaluation"
 _ADVICE = "Run the evaluation again, or delete its plot and its numbers."
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot shown on the page: `png` bytes."""
+
+    title: str
+    caption: str
+    png: bytes
 
 
 def save_evaluation(
@@ -56,20 +65,16 @@ def load_figures(run: str | Path, about: Fingerprint) -> list[Figure]:
     Raises:
         DamagedError: an evaluation lacks its plot or cannot be read.
     """
-    found = []
+    figures = []
     for file in sorted((Path(run) / _FOLDER).glob("*.json")):
-        figure, evaluated = _figure(file)
-        if unlike(about, evaluated):
-            logger.info(f"{file.with_suffix('.png')} is left out: {'; '.join(unlike(about, evaluated))}.")
+        content, png = read_json(file, _ADVICE), read_bytes(file.with_suffix(".png"), _ADVICE)
+        try:
+            figure = Figure(str(content["title"]), str(content["caption"]), png)
+            different = unlike(about, dict(content["about"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"{file} cannot be used: it has no {error}. {_ADVICE}") from error
+        if different:
+            logger.info(f"{file.with_suffix('.png')} is left out: {'; '.join(different)}.")
         else:
-            found.append(figure)
-    return found
-
-
-def _figure(file: Path) -> tuple[Figure, dict[str, str]]:
-    """A plot, and what it is about."""
-    found, plot = read_json(file, _ADVICE), read_bytes(file.with_suffix(".png"), _ADVICE)
-    try:
-        return Figure(str(found["title"]), str(found["caption"]), plot), dict(found["about"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"{file} cannot be used: it has no {error}. {_ADVICE}") from error
+            figures.append(figure)
+    return figures

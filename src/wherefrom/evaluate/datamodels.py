@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import itertools
 import math
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from wherefrom.runtime.errors import DamagedError, InputError
-from wherefrom.runtime.precision import type_name
+from wherefrom.evaluate.matrices import Method, Scorer, finite, matrices, score_all
+from wherefrom.evaluate.retrainings import GroundTruth
+from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.results import Scores
-from wherefrom.store.fingerprint import QUERIES, TRAIN, check_about, subjects
+from wherefrom.store.fingerprint import Dataset
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -35,7 +31,7 @@ SIDE = 2.5  # percent of the resamples left out on either side of a 95% interval
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """A number and its 95% interval, in the number's own unit."""
 
     value: float
@@ -46,81 +42,13 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     @classmethod
-    def of_resamples(cls, value: float, resamples: Array) -> Estimate:
+    def of_resamples(cls, value: float, resamples: Array) -> IntervalEstimate:
         """A value with the middle 95% of its bootstrap resamples [resamples], moved so that their mean is the value."""
         low, high = np.percentile(resamples, [SIDE, 100 - SIDE]) + value - float(resamples.mean())
         return cls(value, float(low), float(high))
 
     def to_json(self) -> dict[str, float]:
         return {"value": self.value, "low": self.low, "high": self.high}
-
-
-@dataclass(frozen=True)
-class GroundTruth:
-    """What retraining on subsets of the training set did to each query's loss.
-
-    Attributes:
-        masks: [subsets, train] bool: the examples kept in each subset.
-        losses: [subsets, repeats, queries] float64: each query's measured loss after retraining on the subset with
-            each of `repeats` seeds; any unit, the same throughout.
-
-    Raises:
-        InputError: the shapes or types do not fit, or a loss is not finite.
-    """
-
-    masks: Tensor
-    losses: Tensor
-
-    def __post_init__(self) -> None:
-        if self.masks.ndim != 2 or self.masks.dtype != torch.bool:
-            raise InputError(
-                f"masks: {_described(self.masks)}; expected bool [subsets, train], true where an example was kept."
-            )
-        if self.losses.ndim != 3 or self.losses.dtype != torch.float64 or 0 in self.losses.shape:
-            raise InputError(
-                f"losses: {_described(self.losses)}; expected float64 [subsets, repeats, queries], none of them empty."
-            )
-        if len(self.losses) != len(self.masks):
-            raise InputError(
-                f"losses: {len(self.losses)} subsets, but {len(self.masks)} in masks; give a retraining for each mask."
-            )
-        if len(self.masks) < 3:
-            raise InputError(f"masks: {len(self.masks)} subsets; a rank correlation needs at least 3. Retrain on more.")
-        if not self.losses.isfinite().all():
-            subset, repeat, query = (~self.losses.isfinite()).nonzero()[0].tolist()
-            raise InputError(
-                f"losses[{subset}, {repeat}, {query}] is {self.losses[subset, repeat, query].item()}; expected finite "
-                "losses. Leave out the retrainings that diverged."
-            )
-
-    @classmethod
-    def load(cls, file: str | Path) -> GroundTruth:
-        """Read `masks` (bool [subsets, train]) and `losses` from a .npz or .safetensors file; nothing is unpickled.
-
-        `losses` is [subsets, repeats, queries], or [subsets, queries] where the mean over repeats was kept.
-
-        Raises:
-            InputError: there is no such file, its ending is another, or its arrays are not those described.
-            DamagedError: it cannot be read.
-        """
-        file = Path(file)
-        arrays = _read(file)
-        missing = {"masks", "losses"} - arrays.keys()
-        if missing:
-            raise InputError(
-                f"{file}: no {' and no '.join(sorted(missing))}; it holds {', '.join(sorted(arrays)) or 'nothing'}. "
-                "Expected masks [subsets, train] and losses [subsets, repeats, queries]."
-            )
-        losses = arrays["losses"].double()
-        try:
-            return cls(arrays["masks"], losses[:, None] if losses.ndim == 2 else losses)
-        except InputError as error:
-            raise InputError(f"{file}: {error}") from error
-
-    @property
-    def outcomes(self) -> Tensor:
-        """Minus the mean loss over repeats, [queries, subsets]: what summed scores of kept examples should predict."""
-        return -self.losses.mean(1).T
 
 
 @dataclass(frozen=True)
@@ -139,20 +67,20 @@ class LdsReport:
     """
 
     queries: Mapping[str, Tensor]
-    means: Mapping[str, Estimate]
-    differences: Mapping[tuple[str, str], Estimate]
-    ceiling: Estimate | None
+    means: Mapping[str, IntervalEstimate]
+    differences: Mapping[tuple[str, str], IntervalEstimate]
+    ceiling: IntervalEstimate | None
     subsets: int
     repeats: int
     train: int
     resamples: int
 
-    def difference(self, first: str, second: str) -> Estimate:
+    def difference(self, first: str, second: str) -> IntervalEstimate:
         """The mean of the first less that of the second; `differences` has each pair in one order only."""
         if (first, second) in self.differences:
             return self.differences[first, second]
         other = self.differences[second, first]
-        return Estimate(-other.value, -other.high, -other.low)
+        return IntervalEstimate(-other.value, -other.high, -other.low)
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, as json writes them."""
@@ -175,7 +103,7 @@ class LdsReport:
 def linear_datamodeling_scores(values: Tensor, truth: GroundTruth) -> Tensor:
     """How well scores predict, query by query, the order of the retrained losses (Park et al. 2023, section 2).
 
-    For each query: Spearman's correlation, over subsets, of the summed scores of the kept examples with minus the
+    For each query: Spearman's correlation, over subsets, of the summed scores of the subset's examples with minus the
     mean loss over repeats (protocol A: Bae et al. 2024). Ties get average ranks. A query whose sums or whose losses
     are all equal gets 0, not NaN: a score that does not vary predicts nothing, and a method must not gain from the
     queries on which it is silent.
@@ -192,6 +120,28 @@ def linear_datamodeling_scores(values: Tensor, truth: GroundTruth) -> Tensor:
     """
     predicted = _subset_sums("values", values, truth)
     return torch.from_numpy(_spearman(predicted[None], truth.outcomes.numpy()[None], _once(truth))[0, :, 0])
+
+
+def lds(
+    study: Scorer[Method],
+    queries: Dataset[object],
+    methods: Sequence[Method],
+    truth: GroundTruth,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> LdsReport:
+    """Score queries by each method, and hold the scores against the same retrainings.
+
+    Args:
+        queries: those of the ground truth, in its order; so are the study's training examples.
+        methods: what `study.score` takes; in the report they are called what `str` makes of them.
+        truth, resamples, seed: as in `evaluate_lds`.
+
+    Raises:
+        WherefromError: what `study.score` and `evaluate_lds` raise.
+    """
+    return evaluate_lds(score_all(study, queries, methods), truth, resamples=resamples, seed=seed)
 
 
 def evaluate_lds(
@@ -241,9 +191,9 @@ def evaluate_lds(
     by_name = dict(zip(scores, zip(measured.mean(1).tolist(), drawn, strict=True), strict=True))
     return LdsReport(
         queries=dict(zip(scores, torch.from_numpy(measured), strict=True)),
-        means={name: Estimate.of_resamples(*found) for name, found in by_name.items()},
+        means={name: IntervalEstimate.of_resamples(*found) for name, found in by_name.items()},
         differences={
-            (first, second): Estimate.of_resamples(
+            (first, second): IntervalEstimate.of_resamples(
                 by_name[first][0] - by_name[second][0], by_name[first][1] - by_name[second][1]
             )
             for first, second in itertools.combinations(scores, 2)
@@ -256,12 +206,16 @@ def evaluate_lds(
     )
 
 
-def _ceiling(truth: GroundTruth, subset_counts: Array, weights: Array, generator: np.random.Generator) -> Estimate:
+def _ceiling(
+    truth: GroundTruth, subset_counts: Array, weights: Array, generator: np.random.Generator
+) -> IntervalEstimate:
     """The score of a perfect predictor of the expected loss, on the resamples of the methods."""
     halves = _seed_halves(truth.losses.numpy(), generator)
     agreements = (_spearman(*halves, subset_counts).mean(0) * weights).sum(0)  # [resamples]
-    agreement = Estimate.of_resamples(float(_spearman(*halves, _once(truth)).mean()), agreements)
-    return Estimate(*(_reachable(r, truth.losses.shape[1]) for r in (agreement.value, agreement.low, agreement.high)))
+    agreement = IntervalEstimate.of_resamples(float(_spearman(*halves, _once(truth)).mean()), agreements)
+    return IntervalEstimate(
+        *(_reachable(r, truth.losses.shape[1]) for r in (agreement.value, agreement.low, agreement.high))
+    )
 
 
 def _seed_halves(losses: Array, generator: np.random.Generator) -> tuple[Array, Array]:
@@ -314,26 +268,25 @@ def _centred_ranks(values: Array, counts: Array) -> Array:
     """
     ranks = np.empty((len(values), *counts.shape))
     running = np.zeros((len(counts) + 1, counts.shape[1]))  # [subsets + 1, resamples]
-    for side, row in enumerate(values):
-        order = row.argsort()
+    for side, ranked in enumerate(values):
+        order = ranked.argsort()
         np.cumsum(counts[order], axis=0, out=running[1:])
-        below, not_above = (np.searchsorted(row[order], row, where) for where in ("left", "right"))  # each [subsets]
+        below, not_above = (np.searchsorted(ranked[order], ranked, end) for end in ("left", "right"))  # each [subsets]
         ranks[side] = (running[below] + running[not_above] - len(counts)) / 2
     return ranks
 
 
 def _subset_sums(name: str, values: Tensor, truth: GroundTruth) -> Array:
-    """The summed scores of the kept examples, [queries, subsets]."""
+    """The summed scores of each subset's examples, [queries, subsets]."""
     expected = (truth.losses.shape[2], truth.masks.shape[1])
     if tuple(values.shape) != expected:
         raise InputError(
             f"{name}: scores of shape {tuple(values.shape)}; the ground truth has {expected[0]} queries and "
             f"{expected[1]} training examples. Score the same ones in the same order."
         )
-    values = values.detach().to("cpu", torch.float64)
-    if not values.isfinite().all():
-        query, example = (~values.isfinite()).nonzero()[0].tolist()
-        raise InputError(f"{name}[{query}, {example}] is {values[query, example].item()}; expected finite scores.")
+    if len(truth.masks) < 3:
+        raise InputError(f"masks: {len(truth.masks)} subsets; a rank correlation needs at least 3. Retrain on more.")
+    values = finite(name, values)
     # Scores that are mostly one number (a constant, or BM25's zeros) must tie where they should, but sums of many equal
     # numbers differ in their last bits. So that number, the median, is counted and not summed.
     common = values.median(1, keepdim=True).values  # [queries, 1]
@@ -350,36 +303,3 @@ def _draws(generator: np.random.Generator, size: int, resamples: int) -> Array:
 def _once(truth: GroundTruth) -> Array:
     """Counts of the subsets as they are: one "resample" with each subset once, [subsets, 1]."""
     return np.ones((len(truth.masks), 1))
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    if file.suffix not in {".npz", ".safetensors"}:
-        raise InputError(f"{file}: ends in {file.suffix or 'nothing'!r}; expected a .npz or a .safetensors file.")
-    if not file.exists():
-        raise InputError(f"{file}: no such file. Check the path.")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
-        raise DamagedError(f"{file} cannot be read: {error}. Get it again, or write it anew.") from error
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{type_name(tensor.dtype)} {list(tensor.shape)}"
-
-
-def matrices(scores: Mapping[str, Tensor | Scores]) -> dict[str, Tensor]:
-    """The values of scores by method; what is given as a bare matrix cannot be checked.
-
-    Raises:
-        MismatchError: some are about other queries or training examples than others.
-    """
-    about: dict[str, str] = {}
-    for name, each in scores.items():
-        if isinstance(each, Scores):
-            found = {kind: digest for kind, digest in subjects(each.fingerprint).items() if kind in (QUERIES, TRAIN)}
-            check_about(each.fingerprint, about, f"Give scores of the same to hold them side by side with {name!r}.")
-            about |= found
-    return {name: each.values if isinstance(each, Scores) else each for name, each in scores.items()}

@@ -260,8 +260,3 @@ def kind_names() -> str:
     shown = (pattern for pattern, kind in LAYER_TYPES.items() if kind and not pattern.startswith("transformers.models"))
     names = (pattern.rpartition(".")[2] for pattern in shown)
     return ", ".join(dict.fromkeys(names))
-
-
-def weight_count(module: nn.Module) -> int:
-    """How many weights a module has itself, without the modules inside it."""
-    return sum(math.prod(each.shape) for each in module.parameters(recurse=False))

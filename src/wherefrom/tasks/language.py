@@ -20,9 +20,9 @@ from wherefrom.runtime.errors import InputError
 from wherefrom.runtime.precision import widened
 from wherefrom.tasks import packing
 from wherefrom.tasks.columns import check_highest, check_length, check_mask, collated, number, tensor, vector
-from wherefrom.tasks.losses import IGNORED, drawn_cross_entropy, summed_cross_entropy
+from wherefrom.tasks.losses import IGNORED, summed_cross_entropy
 from wherefrom.tasks.model_inputs import accepted, check_tokens, model_columns, selected
-from wherefrom.tasks.sampling import Sampler
+from wherefrom.tasks.sampling import Sampler, drawn_cross_entropy
 from wherefrom.tasks.task import Task
 
 TokenBatch = dict[str, Tensor]

@@ -1,8 +1,7 @@
 """The kinds of layers: how each one's hook tensors become activations and output gradients.
 
-One row of `LAYER_TYPES` per kind. It says how the layer's input and output gradient are laid out as
-`[batch, tokens, features]`, so that the gradient of its weights is `gradients^T activations` summed over tokens. This
-module knows modules and tensors, nothing of hooks, sweeps or curvature, and of no model as a whole.
+One row of `LAYER_TYPES` per kind. It says how the layer's input and output gradient are laid out as `[batch, tokens,
+features]`, so that the gradient of its weights is `gradients^T activations` summed over tokens.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Which layers are tracked, and what a tracked layer's weight is as a matrix.
 
 A tracked layer is one weight with every module that uses it: usually one, several where weights are tied. Its gradient
-is `gradients^T activations` summed over the tokens of all of them. This module knows nothing of hooks, sweeps or
-curvature.
+is `gradients^T activations` summed over the tokens of all of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What results take on disk: what stays, the most that is there at once, and whether there is room for that.
 
-Arithmetic on the sizes of what stages keep, so that a run that cannot end is refused before it begins. This module
-writes nothing, and does not know how anything is computed.
+Arithmetic on the sizes of what stages keep, so that a run that cannot end is refused before it begins.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Batches are dicts of tensors with the names that these models use; a label of -100 is not counted. The training loss is
 always the summed cross-entropy of the counted labels; what is measured on queries may be something else. Every
 measurement is lower the more of it there is, as a loss is: a positive score says that training on the example made what
-was measured more likely. This module knows nothing of sweeps, curvature or scores, and does not import transformers.
+was measured more likely.
 """
 
 from __future__ import annotations

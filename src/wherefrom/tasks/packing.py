@@ -2,7 +2,7 @@
 
 TRL's packing and padding-free collators, and transformers' own, write such rows, and training with them keeps the
 documents apart. Whether a model does so depends on its kind, its attention and the version of transformers, so it is
-tried. This module knows columns and models; it knows nothing of losses.
+tried.
 """
 
 from __future__ import annotations

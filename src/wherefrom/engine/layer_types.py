@@ -207,9 +207,9 @@ def distinct_one_hot(ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         Columns that an example has no use for are zero and stand for some id.
     """
     ascending, order = ids.sort(dim=1)
-    places = functional.pad(ascending.diff(dim=1) != 0, (1, 0)).cumsum(1)  # of each id among the distinct ones
-    columns = torch.zeros_like(ids).scatter_(1, places, ascending)
-    own = torch.zeros_like(ids).scatter_(1, order, places).where(ids >= 0, NO_COLUMN)
+    positions = functional.pad(ascending.diff(dim=1) != 0, (1, 0)).cumsum(1)  # of each id among the distinct ones
+    columns = torch.zeros_like(ids).scatter_(1, positions, ascending)
+    own = torch.zeros_like(ids).scatter_(1, order, positions).where(ids >= 0, NO_COLUMN)
     return one_hot(own, ids.shape[1], dtype), columns.clamp_min_(0)
 
 

@@ -21,26 +21,26 @@ class Step:
     """One result.
 
     Attributes:
-        kept: bytes that stay.
+        stored: bytes that stay.
         peak: the most bytes that are there at once while it is made.
     """
 
     name: str
-    kept: int
+    stored: int
     peak: int
 
     @classmethod
-    def swept(cls, name: str, kept: int, sums: int, ranks: int) -> Step:
+    def swept(cls, name: str, stored: int, sums: int, ranks: int) -> Step:
         """A result that is written once its sweep is over, after which the partial sums are deleted."""
-        return cls(name, kept, max(replaced_bytes(sums, ranks), ranks * sums + kept))
+        return cls(name, stored, max(replaced_bytes(sums, ranks), ranks * sums + stored))
 
 
 def peak(steps: Iterable[Step]) -> int:
     """The most that is there at once while results are made one after another."""
-    kept = most = 0
+    stored = most = 0
     for step in steps:
-        most = max(most, kept + step.peak)
-        kept += step.kept
+        most = max(most, stored + step.peak)
+        stored += step.stored
     return most
 
 
@@ -60,7 +60,7 @@ def check_space(folder: Path, steps: Sequence[Step], existing: int = 0) -> None:
         names = " and ".join(step.name for step in steps)
         raise StorageError(
             f"Not enough space for {names} in {folder}: {needed / 2**20:,.2f} MiB needed, {free / 2**20:,.2f} MiB "
-            f"free ({sum(step.kept for step in steps) / 2**20:,.2f} MiB stay, the rest is for copies on the way). "
+            f"free ({sum(step.stored for step in steps) / 2**20:,.2f} MiB stay, the rest is for copies on the way). "
             "Free some space or choose another run directory; nothing was begun, and what is finished is safe."
         )
 

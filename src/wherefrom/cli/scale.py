@@ -126,7 +126,7 @@ def _memory(estimate: Estimate) -> Section:
 
 def _storage(estimate: Estimate) -> Section:
     rows = [["each rank's host, at the most", _gib(estimate.host_bytes)]]
-    rows += [[f"disk: {step.name}", _gib(step.stored)] for step in estimate.disk.values()]
+    rows += [[f"disk: {step.name}", _gib(step.kept)] for step in estimate.disk.values()]
     rows.append(["disk: at the most at once, with copies and partial sums", _gib(peak(estimate.disk.values()))])
     return Section("Host memory and disk, GiB", ("What", "GiB"), rows)
 

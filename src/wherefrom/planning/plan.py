@@ -190,8 +190,8 @@ class Plan:
         steps = self.disk().values()
         table.caption = (
             f"Seconds: at {speed / 1e9:,.0f} GFLOP/s, what a large product reaches here; a lower bound. Disk: "
-            f"{sum(step.stored for step in steps) / 2**30:,.2f} GiB stay, {peak(steps) / 2**30:,.2f} GiB at the most "
-            "at once, with copies and partial sums."
+            f"{sum(step.kept for step in steps) / 2**30:,.2f} GiB stay, {peak(steps) / 2**30:,.2f} GiB at the most at "
+            "once, with copies and partial sums."
         )
         for heading in ("Passes", "GFLOP", "Peak GiB", "Seconds"):
             table.add_column(heading, justify="right")

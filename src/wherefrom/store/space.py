@@ -1,6 +1,7 @@
 """What results take on disk: what stays, the most that is there at once, and whether there is room for that.
 
-Arithmetic on the sizes of what stages keep, so that a run that cannot end is refused before it begins.
+Arithmetic on the sizes of what stages keep, so that a run that cannot end is refused before it begins. This module
+writes nothing, and does not know how anything is computed.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ class Step:
     """One result.
 
     Attributes:
-        stored: bytes that stay.
+        kept: bytes that stay.
         peak: the most bytes that are there at once while it is made.
     """
 
     name: str
-    stored: int
+    kept: int
     peak: int
 
     @classmethod
-    def swept(cls, name: str, stored: int, sums: int, ranks: int) -> Step:
+    def swept(cls, name: str, kept: int, sums: int, ranks: int) -> Step:
         """A result that is written once its sweep is over, after which the partial sums are deleted."""
-        return cls(name, stored, max(replaced_bytes(sums, ranks), ranks * sums + stored))
+        return cls(name, kept, max(replaced_bytes(sums, ranks), ranks * sums + kept))
 
 
 def peak(steps: Iterable[Step]) -> int:
     """The most that is there at once while results are made one after another."""
-    stored = most = 0
+    kept = most = 0
     for step in steps:
-        most = max(most, stored + step.peak)
-        stored += step.stored
+        most = max(most, kept + step.peak)
+        kept += step.kept
     return most
 
 
@@ -60,7 +61,7 @@ def check_space(folder: Path, steps: Sequence[Step], existing: int = 0) -> None:
         names = " and ".join(step.name for step in steps)
         raise StorageError(
             f"Not enough space for {names} in {folder}: {needed / 2**20:,.2f} MiB needed, {free / 2**20:,.2f} MiB "
-            f"free ({sum(step.stored for step in steps) / 2**20:,.2f} MiB stay, the rest is for copies on the way). "
+            f"free ({sum(step.kept for step in steps) / 2**20:,.2f} MiB stay, the rest is for copies on the way). "
             "Free some space or choose another run directory; nothing was begun, and what is finished is safe."
         )
 

@@ -99,7 +99,7 @@ class LiveBytes(TorchDispatchMode):
 def test_a_batch_takes_what_is_estimated(monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
     """Against a count of all tensors that live at once, in a batch of eight; with few classes, layers take the most."""
     monkeypatch.setattr(
-        "wherefrom.tasks.softmax._CHUNK_BYTES_PER_THREAD", 2**14
+        "wherefrom.tasks.losses._CHUNK_BYTES_PER_THREAD", 2**14
     )  # of which a few are no part of an example
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.GELU()) for _ in range(6)]

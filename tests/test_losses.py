@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from tests.models import relative_error
 from wherefrom.runtime.errors import InputError
-from wherefrom.tasks.losses import IGNORED, drawn_cross_entropy, summed_cross_entropy
-from wherefrom.tasks.sampling import Sampler
+from wherefrom.tasks.losses import IGNORED, summed_cross_entropy
+from wherefrom.tasks.sampling import Sampler, drawn_cross_entropy
 
 
 @pytest.fixture(params=[1, 150, 2**21])
@@ -24,7 +24,7 @@ def chunk_bytes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 
 
 def set_chunk_bytes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr("wherefrom.tasks.softmax._CHUNK_BYTES_PER_THREAD", count)
+    monkeypatch.setattr("wherefrom.tasks.losses._CHUNK_BYTES_PER_THREAD", count)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
 
 

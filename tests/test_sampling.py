@@ -41,7 +41,7 @@ def test_draws_are_those_of_walking_down_a_tree(classes: int, length: int, seed:
     logits = 3 * torch.randn(2, length, classes, generator=generator, dtype=torch.float64)
     where = torch.rand(2, length, generator=generator) < 0.7
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wherefrom.tasks.softmax._CHUNK_BYTES_PER_THREAD", chunk_bytes)
+        patch.setattr("wherefrom.tasks.losses._CHUNK_BYTES_PER_THREAD", chunk_bytes)
         found = Sampler(seed, [8, 5]).categorical(logits, where)
     assert (found[~where] == 0).all()
     for row, example in enumerate([8, 5]):

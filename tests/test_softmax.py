@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tests.models import relative_error
 from tests.test_compiling import needs_compiler
-from wherefrom.tasks.losses import _write_softmax
-from wherefrom.tasks.softmax import _block_sums, softmax_statistics
+from wherefrom.tasks.losses import _block_sums, _write_softmax, softmax_statistics
 
 
 def logits_of(positions: int, classes: int, seed: int = 0) -> Tensor:
@@ -29,7 +28,7 @@ def logits_of(positions: int, classes: int, seed: int = 0) -> Tensor:
 def test_statistics_are_those_of_the_softmax(positions: int, classes: int, chunk_bytes: int, seed: int) -> None:
     logits = logits_of(positions, classes, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wherefrom.tasks.softmax._CHUNK_BYTES_PER_THREAD", chunk_bytes)
+        patch.setattr("wherefrom.tasks.losses._CHUNK_BYTES_PER_THREAD", chunk_bytes)
         found = softmax_statistics(logits)
     torch.testing.assert_close((found.maximum + found.total.log()).squeeze(1), logits.logsumexp(1))
     assert torch.equal(found.maximum.squeeze(1), logits.amax(1))

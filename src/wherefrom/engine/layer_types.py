@@ -1,8 +1,7 @@
 """The kinds of layers: how each one's hook tensors become activations and output gradients.
 
-One row of `LAYER_TYPES` per kind. It says how the layer's input and output gradient are laid out as
-`[batch, tokens, features]`, so that the gradient of its weights is `gradients^T activations` summed over tokens. This
-module knows modules and tensors, nothing of hooks, sweeps or curvature, and of no model as a whole.
+One row of `LAYER_TYPES` per kind. It says how the layer's input and output gradient are laid out as `[batch, tokens,
+features]`, so that the gradient of its weights is `gradients^T activations` summed over tokens.
 """
 
 from __future__ import annotations
@@ -208,9 +207,9 @@ def distinct_one_hot(ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         Columns that an example has no use for are zero and stand for some id.
     """
     ascending, order = ids.sort(dim=1)
-    places = functional.pad(ascending.diff(dim=1) != 0, (1, 0)).cumsum(1)  # of each id among the distinct ones
-    columns = torch.zeros_like(ids).scatter_(1, places, ascending)
-    own = torch.zeros_like(ids).scatter_(1, order, places).where(ids >= 0, NO_COLUMN)
+    positions = functional.pad(ascending.diff(dim=1) != 0, (1, 0)).cumsum(1)  # of each id among the distinct ones
+    columns = torch.zeros_like(ids).scatter_(1, positions, ascending)
+    own = torch.zeros_like(ids).scatter_(1, order, positions).where(ids >= 0, NO_COLUMN)
     return one_hot(own, ids.shape[1], dtype), columns.clamp_min_(0)
 
 
@@ -260,8 +259,3 @@ def kind_names() -> str:
     shown = (pattern for pattern, kind in LAYER_TYPES.items() if kind and not pattern.startswith("transformers.models"))
     names = (pattern.rpartition(".")[2] for pattern in shown)
     return ", ".join(dict.fromkeys(names))
-
-
-def weight_count(module: nn.Module) -> int:
-    """How many weights a module has itself, without the modules inside it."""
-    return sum(math.prod(each.shape) for each in module.parameters(recurse=False))

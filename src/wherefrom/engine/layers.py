@@ -1,8 +1,7 @@
 """Which layers are tracked, and what a tracked layer's weight is as a matrix.
 
 A tracked layer is one weight with every module that uses it: usually one, several where weights are tied. Its gradient
-is `gradients^T activations` summed over the tokens of all of them. This module knows nothing of hooks, sweeps or
-curvature.
+is `gradients^T activations` summed over the tokens of all of them.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -19,15 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wherefrom.engine.layer_types import (
-    LayerType,
-    elementwise_tensors,
-    kind_names,
-    layer_type,
-    one_hot,
-    trackable,
-    weight_count,
-)
+from wherefrom.engine.layer_types import LayerType, elementwise_tensors, kind_names, layer_type, one_hot, trackable
 from wherefrom.runtime.errors import LayerError
 from wherefrom.runtime.placement import tied_names
 
@@ -209,25 +201,33 @@ def select_layers(
 
 def _weights(model: nn.Module) -> list[list[Use]]:
     """The modules of supported kinds, those that use one weight together."""
-    identities = _Identities(model)
+    identities = {f"{each.owner}.{each.name}": each.identity for each in _parameters(model)}
     groups: dict[int | str, list[Use]] = {}
     for name, module in model.named_modules():
         kind = trackable(module)
         if kind is not None:
-            groups.setdefault(identities.of(name, module, "weight"), []).append(Use(name, module, kind))
+            # A weight that is computed, as by weight normalisation, is no parameter, and another tensor at every look.
+            identity = identities.get(f"{name}.weight", f"{name}.weight")
+            groups.setdefault(identity, []).append(Use(name, module, kind))
     return list(groups.values())
 
 
-class _Identities:
-    """Tells whether two parameters are one, also where offloading has made two tensors of it."""
+class _Parameter(NamedTuple):
+    """A parameter that a module has itself; those of equal `identity` are one, even if offloading made two tensors."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._tied = tied_names(model)
+    owner: str
+    module: nn.Module
+    name: str
+    value: nn.Parameter
+    identity: int | str
 
-    def of(self, name: str, module: nn.Module, parameter: str) -> int | str:
-        found, full = module._parameters.get(parameter), f"{name}.{parameter}"
-        # None: it is computed from parameters, as by weight normalisation, and another tensor whenever it is read.
-        return self._tied.get(full, full) if found is None or found.is_meta else id(found)
+
+def _parameters(model: nn.Module) -> Iterator[_Parameter]:
+    tied = tied_names(model)
+    for owner, module in model.named_modules():
+        for name, value in module.named_parameters(recurse=False):
+            full = f"{owner}.{name}"
+            yield _Parameter(owner, module, name, value, tied.get(full, full) if value.is_meta else id(value))
 
 
 def _by_default(model: nn.Module, weights: Sequence[list[Use]], head: nn.Module | None) -> list[list[Use]]:
@@ -271,7 +271,7 @@ def _matches(model: nn.Module, pattern: str, supported: Sequence[str]) -> list[s
 
 
 def _why_not(module: nn.Module, pattern: str) -> str:
-    kind, own = layer_type(module), weight_count(module)
+    kind, own = layer_type(module), sum(each.numel() for each in module.parameters(recurse=False))
     if kind is not None:
         return f"a {type(module).__name__} that cannot be tracked: {kind.refused(module)}. Leave it out."
     if own:
@@ -286,17 +286,16 @@ def _why_not(module: nn.Module, pattern: str) -> str:
 
 def _refuse_unseen_uses(model: nn.Module, layers: Sequence[TrackedLayer]) -> None:
     """A parameter used by other modules too has a gradient of which the layer's is only a part."""
-    identities = _Identities(model)
     layer_of = {use.module: layer for layer in layers for use in layer.uses}
-    owner: dict[int | str, tuple[str, nn.Module]] = {}
-    for name, module in model.named_modules():
-        for parameter, _ in module.named_parameters(recurse=False):
-            first, other = owner.setdefault(identities.of(name, module, parameter), (name, module))
-            if layer_of.get(other) is not layer_of.get(module):
-                raise LayerError(
-                    f"layers: {first!r} and {name!r} share one {parameter}, and the gradient of one of them is only a "
-                    "part of its gradient. Leave both out with `layers=[...]` patterns, or untie them before training."
-                )
+    firsts: dict[int | str, _Parameter] = {}
+    for each in _parameters(model):
+        first = firsts.setdefault(each.identity, each)
+        if layer_of.get(first.module) is not layer_of.get(each.module):
+            raise LayerError(
+                f"layers: {first.owner!r} and {each.owner!r} share one {each.name}, and the gradient of one of them is "
+                "only a part of its gradient. Leave both out with `layers=[...]` patterns, or untie them before "
+                "training."
+            )
 
 
 class Untracked(NamedTuple):
@@ -312,26 +311,16 @@ def untracked(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> list[Untr
 
     Of a model that is frozen as a whole, every weight counts.
     """
-    identities = _Identities(model)
-    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    parameters = list(_parameters(model))
     tracked = {use.module for layer in layers.values() for use in layer.uses}
-    seen = {
-        identities.of(use.name, use.module, name)
-        for layer in layers.values()
-        for use in layer.uses
-        for name, _ in use.module.named_parameters(recurse=False)
-    }
-    found = []
-    for name, module in model.named_modules():
-        weights = 0
-        for parameter, value in module.named_parameters(recurse=False):
-            identity = identities.of(name, module, parameter)
-            if module not in tracked and identity not in seen and (value.requires_grad or not any(trainable)):
-                weights += math.prod(value.shape)
-            seen.add(identity)
-        if weights:
-            found.append(Untracked(name, type(module).__name__, weights))
-    return found
+    seen = {each.identity for each in parameters if each.module in tracked}
+    frozen = not any(each.value.requires_grad for each in parameters)
+    counts: Counter[tuple[str, str]] = Counter()
+    for each in parameters:
+        if each.identity not in seen and (each.value.requires_grad or frozen):
+            counts[each.owner, type(each.module).__name__] += each.value.numel()
+        seen.add(each.identity)
+    return [Untracked(name, kind, weights) for (name, kind), weights in counts.items()]
 
 
 def coverage(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> str:
@@ -341,10 +330,7 @@ def coverage(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> str:
     kinds: dict[str, list[Untracked]] = {}
     for each in left:
         kinds.setdefault(each.kind, []).append(each)
-    parts = [
-        f"{same[0].name if len(same) == 1 else len(same)} {kind} ({_short(sum(each.weights for each in same))})"
-        for kind, same in kinds.items()
-    ]
+    parts = [f"{same[0].name if len(same) == 1 else len(same)} {kind} ({_count(same)})" for kind, same in kinds.items()]
     rest = f"; not tracked: {', '.join(parts)}" if parts else ""
     return f"Tracking {len(layers)} layer(s), {_short(tracked)} of {_short(total)} weights{rest}"
 
@@ -366,16 +352,19 @@ def mostly_left_out(model: nn.Module, layers: Mapping[str, TrackedLayer], head: 
     if possible:
         patterns = dict.fromkeys(re.sub(r"\b\d+\b", "*", each.name) for each in possible)
         names = ", ".join(map(repr, list(patterns)[:8])) + (", ..." if len(patterns) > 8 else "")
-        advice.append(f"{_short(sum(each.weights for each in possible))} could be, with {names} among the `layers`")
+        advice.append(f"{_count(possible)} could be, with {names} among the `layers`")
     if impossible:
-        count = _short(sum(each.weights for each in impossible))
-        kind_list = ", ".join(sorted({each.kind for each in impossible}))
-        advice.append(f"{count} cannot be, which are of no supported kind of layer ({kind_list})")
+        kinds = ", ".join(sorted({each.kind for each in impossible}))
+        advice.append(f"{_count(impossible)} cannot be, which are of no supported kind of layer ({kinds})")
     share = tracked / (tracked + missing)
     return (
         f"Only {share:.0%} of the {_short(tracked + missing)} weights that were trained, besides embeddings and output "
         f"head, are tracked: scores say nothing of what the others have learned. Of these, {'; '.join(advice)}"
     )
+
+
+def _count(modules: Sequence[Untracked]) -> str:
+    return _short(sum(each.weights for each in modules))
 
 
 def _short(count: int) -> str:

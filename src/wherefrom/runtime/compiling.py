@@ -38,16 +38,15 @@ class CompiledOnGPU(Generic[_Parameters, _Result]):
         self._failed = False
 
     def __call__(self, *args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-        if self._failed or not _worth_compiling(args[0]):
-            return self.function(*args, **kwargs)
-        try:
-            return self.compiled(*args, **kwargs)
-        except Exception as error:
-            if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
-                raise
-            self._failed = True
-            reason = first_line(error) or type(error).__name__
-            logger.warning("%s runs without torch.compile, which failed: %s", self.function.__qualname__, reason)
+        if not self._failed and _worth_compiling(args[0]):
+            try:
+                return self.compiled(*args, **kwargs)
+            except Exception as error:
+                if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
+                    raise
+                self._failed = True
+                reason = first_line(error) or type(error).__name__
+                logger.warning("%s runs without torch.compile, which failed: %s", self.function.__qualname__, reason)
         return self.function(*args, **kwargs)
 
     def compiled(self, *args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
@@ -63,10 +62,8 @@ class CompiledOnGPU(Generic[_Parameters, _Result]):
 
 
 def _worth_compiling(tensor: object) -> bool:
-    # Tensors without values, such as those that a plan is made with, are of another type.
-    if type(tensor) is not Tensor or tensor.device.type != "cuda":
-        return False
-    return len(tensor) > 1 and tensor.numel() >= _WORTH_COMPILING  # a size of 1 would be compiled for anew
+    # Tensors without values, such as those of a plan, are of another type; a size of 1 would be compiled for anew.
+    return type(tensor) is Tensor and tensor.is_cuda and len(tensor) > 1 and tensor.numel() >= _WORTH_COMPILING
 
 
 @contextmanager
@@ -84,6 +81,6 @@ def compiled_activations(model: nn.Module) -> Iterator[None]:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    parts = (module.children(), module.parameters(), module.buffers())
-    plain = not any(any(True for _ in each) for each in parts) and "forward" not in vars(module)
+    parts = [*module.children(), *module.parameters(), *module.buffers()]
+    plain = not parts and "forward" not in vars(module)
     return plain and not isinstance(module, nn.Dropout | nn.Identity) and not getattr(module, "inplace", False)

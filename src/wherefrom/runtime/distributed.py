@@ -1,8 +1,8 @@
 """Several processes on one study: whose part of a dataset is which, sums over all of them, and one that writes.
 
 torchrun starts the processes; each runs the same program on the same model and data ("data parallel"). A sweep gives
-every process a run of examples and adds up what they have collected, so a result does not depend on their number
-but by rounding. This module knows torch.distributed; it does not know what is computed.
+every process a run of examples and adds up what they have collected, so a result does not depend on their number but by
+rounding.
 """
 
 from __future__ import annotations

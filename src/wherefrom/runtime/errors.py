@@ -1,7 +1,6 @@
 """Everything that wherefrom raises on purpose: one family, so that a caller can catch it whole.
 
-A message names the argument or file, the value found, what was expected and the next step. This module knows
-nothing else of the library.
+A message names the argument or file, the value found, what was expected and the next step.
 """
 
 from importlib import import_module

@@ -1,8 +1,4 @@
-"""Where a model's weights are: on one device, on several, or brought by accelerate only while a module computes.
-
-This module knows how to find and read weights, nothing of layers or passes. accelerate is imported only where a model
-has been offloaded with it.
-"""
+"""Where a model's weights are: on one device, on several, or brought by accelerate only while a module computes."""
 
 from __future__ import annotations
 

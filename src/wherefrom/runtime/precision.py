@@ -3,7 +3,7 @@
 Where the hardware multiplies bfloat16, this is PyTorch's autocast. Elsewhere (most CPUs multiply half precision by
 software, a hundred times slower) the operands and results of every product are rounded to bfloat16 and multiplied in
 float32, which is what matrix units compute up to the order of summation. Weights, losses and whatever a collector adds
-up stay in float32. This module knows tensors and devices, nothing of layers or sweeps.
+up stay in float32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a user sees of a long stage: a progress bar (done of total, time taken, time remaining), and the log.
-
-This module knows nothing of what is being done.
-"""
+"""What a user sees of a long stage: a progress bar (done of total, time taken, time remaining), and the log."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Stopping at a safe moment: Ctrl-C, SIGTERM and SIGHUP wait until what is done is saved.
-
-This module knows signals and their handlers; it does not know what is done or saved.
-"""
+"""Stopping at a safe moment: Ctrl-C, SIGTERM and SIGHUP wait until what is done is saved."""
 
 from __future__ import annotations
 

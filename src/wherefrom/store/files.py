@@ -1,7 +1,6 @@
 """Files of a run directory: written whole or not at all, read with care, and never through a link.
 
-Whoever made a file may have been killed, have had a full disk, or be a stranger. This module knows bytes, JSON and
-tensors by name; it does not know what a result is.
+Whoever made a file may have been killed, have had a full disk, or be a stranger.
 """
 
 from __future__ import annotations

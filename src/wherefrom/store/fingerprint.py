@@ -1,7 +1,6 @@
 """What makes two runs the same: digests of model weights and datasets, and the comparison of two descriptions.
 
-A fingerprint is a flat mapping of readable names to readable values or digests, so that a refusal can say what
-changed. This module knows nothing of files or of what is computed.
+A fingerprint is a flat mapping of readable names to readable values or digests, so that a refusal can say what changed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One process at a time on a directory of results, with a lock that ends with its process and says who has it.
 
 The lock itself is the system's (`flock`, by filelock), which a killed process gives up; the owner's record beside it is
-for the message of whoever waits. This module knows files and processes; it does not know what lies in the directory.
+for the message of whoever waits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a recorded training has left for attribution: checkpoints, learning rates, Adam's second moments.
 
-`wherefrom.TrainingRecorder` writes it; it is read with neither the model nor the optimizer. This module knows files; it
-does not know how the records came about or what they are used for.
+`wherefrom.TrainingRecorder` writes it; it is read with neither the model nor the optimizer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Columns of examples: what their values have to be, and how those of several examples make a batch.
-
-This module knows columns; it knows nothing of models or tasks.
-"""
+"""Columns of examples: what their values have to be, and how those of several examples make a batch."""
 
 from __future__ import annotations
 

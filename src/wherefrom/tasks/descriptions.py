@@ -2,7 +2,7 @@
 
 A function is what it does: its code, the constants and defaults in it, and what it takes from around it. Its name alone
 is that of another one too, of every lambda of the same scope, or of what stood there before an edit. Code of installed
-libraries goes by its name. This module knows Python's values; it knows nothing of tasks or results.
+libraries goes by its name.
 """
 
 from __future__ import annotations

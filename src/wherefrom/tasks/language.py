@@ -3,7 +3,7 @@
 Batches are dicts of tensors with the names that these models use; a label of -100 is not counted. The training loss is
 always the summed cross-entropy of the counted labels; what is measured on queries may be something else. Every
 measurement is lower the more of it there is, as a loss is: a positive score says that training on the example made what
-was measured more likely. This module knows nothing of sweeps, curvature or scores, and does not import transformers.
+was measured more likely.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from wherefrom.runtime.errors import InputError
 from wherefrom.runtime.precision import widened
 from wherefrom.tasks import packing
 from wherefrom.tasks.columns import check_highest, check_length, check_mask, collated, number, tensor, vector
-from wherefrom.tasks.losses import IGNORED, drawn_cross_entropy, summed_cross_entropy
+from wherefrom.tasks.losses import IGNORED, summed_cross_entropy
 from wherefrom.tasks.model_inputs import accepted, check_tokens, model_columns, selected
-from wherefrom.tasks.sampling import Sampler
+from wherefrom.tasks.sampling import Sampler, drawn_cross_entropy
 from wherefrom.tasks.task import Task
 
 TokenBatch = dict[str, Tensor]
@@ -206,11 +206,11 @@ class CausalLM(LanguageTask):
         logits = self._logits(model, batch)
         mask = self.mask(batch)
         assert mask is not None
-        places = _places(mask, self.measure.position)
-        after = logits[torch.arange(len(places), device=places.device), places]  # [batch, classes]
+        positions = _token_positions(mask, self.measure.position)
+        after = logits[torch.arange(len(positions), device=positions.device), positions]  # [batch, classes]
         if not 0 <= self.measure.token < after.shape[1]:
             raise InputError(f"measure={self.measure}: the model's vocabulary has tokens 0 to {after.shape[1] - 1}.")
-        return summed_cross_entropy(after, torch.full_like(places, self.measure.token))
+        return summed_cross_entropy(after, torch.full_like(positions, self.measure.token))
 
     def _logits(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """Logits [batch, tokens, classes] of what follows each token."""
@@ -381,8 +381,8 @@ def _summed_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.gather(-1, chosen).squeeze(-1) - others).sum()
 
 
-def _places(mask: Tensor, position: int) -> Tensor:
-    """Where in each row of `mask` [batch, tokens] its real token number `position` is: int64 [batch]."""
+def _token_positions(mask: Tensor, position: int) -> Tensor:
+    """Where the real token number `position` of each example in `mask` [batch, tokens] is: int64 [batch]."""
     number = mask.cumsum(1)  # 1 at the first real token
     wanted = position + (1 if position >= 0 else number[:, -1:] + 1)
     found = mask & (number == wanted)

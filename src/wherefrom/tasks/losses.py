@@ -1,11 +1,14 @@
 """Cross-entropy of many classes without copies of the logits, which are the largest tensors of a language model's pass.
 
-The logits are read once for the loss and for targets drawn from them, and once for the gradient. This module knows
-logits and labels, nothing of models or batches.
+The logits are read once for the loss and for targets drawn from them: both need, of each position, no more than its
+maximum, its sum of exponentials and the probabilities of some hundred blocks of classes. They are read once more for
+the gradient. Positions are walked over in chunks: on a CPU, what a chunk needs beyond its logits stays in a cache; on a
+GPU, each chunk is one compiled kernel.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +17,77 @@ from torch.nn import functional
 
 from wherefrom.runtime.compiling import CompiledOnGPU
 from wherefrom.runtime.errors import InputError
-from wherefrom.runtime.precision import widened
-from wherefrom.tasks.sampling import Sampler
-from wherefrom.tasks.softmax import SoftmaxStatistics, positions_at_once, softmax_statistics
+from wherefrom.runtime.precision import widened, widened_dtype
 
 IGNORED = -100  # the label that cross-entropy leaves out, as in Hugging Face models
 
+# A chunk of logits in float32: on a CPU one that stays with its exponentials in its caches, for each thread; elsewhere
+# one so large that starting its kernels takes no time to speak of, and far below the 2**31 numbers that kernels count
+# with 32 bits.
+_CHUNK_BYTES_PER_THREAD = 2**20
+_CHUNK_BYTES = 2**28
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+
+@dataclass(frozen=True)
+class SoftmaxStatistics:
+    """What a pass over logits [positions, classes] leaves, in float32 or wider.
+
+    Attributes:
+        maximum: the highest logit of each position, [positions, 1].
+        total: the sum of exp(logits - maximum), [positions, 1]. That it is kept apart from the maximum, rather than
+            as one logarithm, keeps probabilities exact where logits are large.
+        blocks: the probability of each run of `block_size` classes, [positions, blocks]; the last may be shorter.
+        block_size: a power of two, about the square root of the number of classes.
+    """
+
+    maximum: Tensor
+    total: Tensor
+    blocks: Tensor
+    block_size: int
+
+
+def softmax_statistics(logits: Tensor) -> SoftmaxStatistics:
+    """Read the logits [positions, classes] once; no gradient flows through the result."""
+    size = 1 << tree_depth(logits.shape[1]) // 2
+    with torch.no_grad():
+        parts = [_block_sums(chunk, size) for chunk in logits.split(_positions_at_once(logits))]
+        maxima, sums = (torch.cat(each) for each in zip(*parts, strict=True))
+        maximum = maxima.amax(1, keepdim=True)
+        sums = sums * (maxima - maximum).exp()
+        total = sums.sum(1, keepdim=True)
+        return SoftmaxStatistics(maximum, total, sums / total, size)
+
+
+def tree_depth(classes: int) -> int:
+    """The levels of a binary tree with so many leaves; at least one."""
+    return max(1, (classes - 1).bit_length())
+
+
+def _positions_at_once(logits: Tensor) -> int:
+    """How many positions of `logits` [positions, classes] make a chunk, on which no result may depend; at least one."""
+    on_cpu = logits.device.type == "cpu"
+    chunk_bytes = _CHUNK_BYTES_PER_THREAD * torch.get_num_threads() if on_cpu else _CHUNK_BYTES
+    count = chunk_bytes // max(1, logits.shape[-1] * widened_dtype(logits.dtype).itemsize)
+    # In groups of 16, so that each chunk starts at an address that compiled kernels can read from without a copy.
+    return max(1, count if on_cpu else count // 16 * 16)
+
+
+@CompiledOnGPU
+def _block_sums(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The maximum of each run of `size` classes, and the sum of exp(logits - maximum): twice [positions, blocks].
+
+    A run is so short that a kernel needs to read it from memory once for both.
+    """
+    wide, whole = widened(logits), logits.shape[1] // size * size
+    views = (wide[:, :whole].unflatten(1, (-1, size)), wide[:, whole:].unsqueeze(1))  # whole runs, and the rest
+    runs = [view for view in views if view.shape[1:].numel()]
+    # Exponentials of logits that are all minus infinity are 0, and would not be less an infinite maximum.
+    maxima = [run.amax(2).clamp_min(torch.finfo(wide.dtype).min) for run in runs]
+    sums = [(run - maximum.unsqueeze(2)).exp_().sum(2) for run, maximum in zip(runs, maxima, strict=True)]
+    return torch.cat(maxima, 1), torch.cat(sums, 1)
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor, statistics: SoftmaxStatistics | None = None) -> Tensor:
     """Cross-entropy summed over all positions whose label is not `IGNORED`: a scalar, in float32 or wider.
 
     Its gradient is as exact and as often differentiable as that of `functional.cross_entropy`, and comes in the logits'
@@ -30,6 +96,7 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: unnormalised log-probabilities, [..., classes].
         labels: int64 [...].
+        statistics: of these logits, flattened to [positions, classes], if they are at hand. None reads the logits.
 
     Raises:
         InputError: the shapes do not belong together.
@@ -40,24 +107,8 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
             f"each row of logits, {list(logits.shape[:-1])}. Reshape one of them."
         )
     flat = logits.reshape(-1, logits.shape[-1])
-    return _summed(flat, labels.reshape(-1), softmax_statistics(flat.detach()))
-
-
-def drawn_cross_entropy(logits: Tensor, counted: Tensor, sampler: Sampler) -> Tensor:
-    """`summed_cross_entropy` of labels that `sampler` draws from the logits themselves, by one read of them for both.
-
-    Args:
-        logits: unnormalised log-probabilities, [batch, ..., classes].
-        counted: boolean [batch, ...]; other positions are left out, and use up no random numbers.
-    """
-    flat = logits.reshape(-1, logits.shape[-1])
-    statistics = softmax_statistics(flat.detach())
-    drawn = sampler.categorical(logits.detach(), counted, statistics)
-    return _summed(flat, drawn.masked_fill(~counted, IGNORED).reshape(-1), statistics)
-
-
-def _summed(logits: Tensor, labels: Tensor, statistics: SoftmaxStatistics) -> Tensor:
-    costs: Tensor = _CrossEntropy.apply(logits, labels, statistics.maximum, statistics.total)  # type: ignore[no-untyped-call]
+    known = statistics or softmax_statistics(flat.detach())
+    costs: Tensor = _CrossEntropy.apply(flat, labels.reshape(-1), known.maximum, known.total)  # type: ignore[no-untyped-call]
     return costs.sum()
 
 
@@ -93,7 +144,7 @@ def _slopes(logits: Tensor, labels: Tensor, weights: Tensor, maximum: Tensor, to
     ignored, weights, chosen = _columns(labels, weights)
     scale = weights / total
     slopes = scale.new_empty(logits.shape, dtype=logits.dtype)  # not of the logits: under vmap, they may have no batch
-    parts = (each.split(positions_at_once(logits)) for each in (slopes, logits, maximum, scale, ignored))
+    parts = (each.split(_positions_at_once(logits)) for each in (slopes, logits, maximum, scale, ignored))
     for chunk in zip(*parts, strict=True):
         _write_softmax(*chunk)
     at_chosen = (widened(logits.gather(1, chosen)) - maximum).exp() * scale - weights
@@ -113,7 +164,7 @@ def _write_softmax(out: Tensor, logits: Tensor, maximum: Tensor, scale: Tensor, 
 
 def _differentiable_slopes(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """The same by PyTorch's softmax, joined from chunks: going back through writes into place would copy them all."""
-    size = positions_at_once(logits)
+    size = _positions_at_once(logits)
     parts = (each.split(size) for each in (logits, *_columns(labels, weights)))
     slopes = []
     for chunk, ignored, weight, chosen in zip(*parts, strict=True):

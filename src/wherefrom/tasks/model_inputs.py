@@ -2,8 +2,7 @@
 
 A column that the model would use and that is not passed on changes the answer, and nobody would notice; one that it
 cannot take, such as a text or a number that tells where a row comes from, is nothing to it. A GPU ends a process on a
-token beyond its embedding, and a CPU says "index out of range": so the numbers are looked at before. This module knows
-Hugging Face models' signatures and sizes; it knows nothing of tasks.
+token beyond its embedding, and a CPU says "index out of range": so the numbers are looked at before.
 """
 
 from __future__ import annotations

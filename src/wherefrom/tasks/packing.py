@@ -2,7 +2,7 @@
 
 TRL's packing and padding-free collators, and transformers' own, write such rows, and training with them keeps the
 documents apart. Whether a model does so depends on its kind, its attention and the version of transformers, so it is
-tried. This module knows columns and models; it knows nothing of losses.
+tried.
 """
 
 from __future__ import annotations
@@ -85,16 +85,16 @@ def check_apart(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _keeps_apart(model: nn.Module, tokens: Tensor, rows: int) -> bool:
+def _keeps_apart(model: nn.Module, tokens: Tensor, batch_size: int) -> bool:
     """Whether a document's logits are the same whatever stands before it in its row."""
     first = int(tokens[0, 0])
-    same = torch.full((rows, 2 * _TRIED), first, device=tokens.device)
+    same = torch.full((batch_size, 2 * _TRIED), first, device=tokens.device)
     other = same.clone()
     other[:, :_TRIED] = int(first == 0)
 
     def moved(positions: Sequence[int]) -> float:
         """How far the second document's logits move with the tokens of the first."""
-        ids = torch.tensor([positions] * rows, device=tokens.device)
+        ids = torch.tensor([positions] * batch_size, device=tokens.device)
         found = [
             model(input_ids=each, attention_mask=None, position_ids=ids, use_cache=False).logits[:, _TRIED:]
             for each in (same, other)

@@ -2,7 +2,7 @@
 
 The Fisher information needs targets drawn from the model's own predictions. Each example owns a stream of uniform
 numbers, derived from `(seed, position in the dataset)` on the CPU, so that batch size, padding, order, resuming and
-device leave the draw as it is. This module knows nothing of models or datasets.
+device leave the draw as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from wherefrom.runtime.precision import widened
-from wherefrom.tasks.softmax import SoftmaxStatistics, softmax_statistics, tree_depth
+from wherefrom.tasks.losses import IGNORED, SoftmaxStatistics, softmax_statistics, summed_cross_entropy, tree_depth
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Sampler:
 
     Attributes:
         seed: the seed of the whole fit.
-        examples: the dataset position of each row of the batch.
+        examples: the dataset position of each example of the batch.
     """
 
     seed: int
@@ -39,7 +39,7 @@ class Sampler:
         Args:
             logits: unnormalised log-probabilities, [batch, ..., classes].
             where: boolean [batch, ...]; only these positions use up random numbers, so padding elsewhere in the
-                row changes nothing. None means everywhere.
+                example changes nothing. None means everywhere.
             statistics: of these logits, flattened to [positions, classes], if they are at hand. None reads the logits.
 
         Returns:
@@ -51,8 +51,8 @@ class Sampler:
         counted = where.reshape(len(where), -1)
         depth = tree_depth(logits.shape[-1])
         uniform = self._uniform(counted.shape[1], depth, logits.device)
-        # Drawn for all positions, so that nobody waits for the device to count them: the k-th counted position of a
-        # row takes its k-th group.
+        # Drawn for all positions, so that nobody waits for the device to count them: the k-th counted position of an
+        # example takes its k-th group.
         group = (counted.cumsum(1) - 1).clamp_min(0)
         chosen = uniform.gather(1, group.unsqueeze(2).expand(-1, -1, depth))
         flat = logits.reshape(-1, logits.shape[-1])
@@ -72,17 +72,27 @@ class Sampler:
         """The first `groups` x `depth` numbers of each example's stream, float64 [batch, groups, depth]."""
         # A GPU copies from pinned memory while the host goes on.
         uniform = torch.empty(len(self.examples), groups, depth, dtype=torch.float64, pin_memory=device.type == "cuda")
-        for row, example in zip(uniform, self.examples, strict=True):
-            row.uniform_(generator=self._stream(example))
+        for numbers, example in zip(uniform, self.examples, strict=True):
+            digest = hashlib.sha256(f"{self.seed}/{example}".encode()).digest()
+            stream = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+            numbers.uniform_(generator=stream)
         return uniform.to(device, non_blocking=True)
 
-    def _stream(self, example: int) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed}/{example}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+def drawn_cross_entropy(logits: Tensor, counted: Tensor, sampler: Sampler) -> Tensor:
+    """`summed_cross_entropy` of labels that `sampler` draws from the logits themselves, by one read of them for both.
+
+    Args:
+        logits: unnormalised log-probabilities, [batch, ..., classes].
+        counted: boolean [batch, ...]; other positions are left out, and use up no random numbers.
+    """
+    statistics = softmax_statistics(logits.detach().reshape(-1, logits.shape[-1]))
+    drawn = sampler.categorical(logits.detach(), counted, statistics)
+    return summed_cross_entropy(logits, drawn.masked_fill(~counted, IGNORED), statistics)
 
 
 def _drawn(logits: Tensor, statistics: SoftmaxStatistics, uniform: Tensor) -> Tensor:
-    """Draw a class for each position by walking down a binary tree of summed probabilities.
+    """Draw a class for each position, int64 [positions], by walking down a binary tree of summed probabilities.
 
     Every step compares a fresh uniform number with the conditional probability of the left half. Rounding differences
     between batch sizes move that conditional by a relative 1e-6 or so whatever the class, which makes a changed draw
@@ -93,9 +103,6 @@ def _drawn(logits: Tensor, statistics: SoftmaxStatistics, uniform: Tensor) -> Te
 
     Args:
         logits: [positions, classes]; uniform: [positions, depth] with 2**depth >= classes.
-
-    Returns:
-        Class indices, int64 [positions].
     """
     classes, size = logits.shape[1], statistics.block_size
     levels = size.bit_length() - 1  # below a block
@@ -108,14 +115,7 @@ def _drawn(logits: Tensor, statistics: SoftmaxStatistics, uniform: Tensor) -> Te
 
 
 def _descend(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Walk down a tree whose leaves are the columns.
-
-    Args:
-        probabilities: up to a factor for each row, [n, leaves]; uniform: [n, depth] with 2**depth >= leaves.
-
-    Returns:
-        Leaves, int64 [n].
-    """
+    """Walk down trees whose leaves are the columns of [n, leaves], by uniform numbers [n, depth]: leaves, int64 [n]."""
     levels = [probabilities]
     while levels[-1].shape[1] > 1:
         level = levels[-1]

@@ -1,7 +1,7 @@
 """Tasks: what the loss is, what is measured, which tokens count, which layers are tracked.
 
-A task is the only thing that knows how a model is called and what a batch holds. It knows nothing of sweeps,
-curvature or scores. A task of your own is a subclass of `Task` with a `train_loss`.
+A task is the only thing that knows how a model is called and what a batch holds. It knows nothing of sweeps, curvature
+or scores. A task of your own is a subclass of `Task` with a `train_loss`.
 """
 
 from __future__ import annotations

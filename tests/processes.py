@@ -21,7 +21,11 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 # Modules that take seconds to import, and those that import most of the others.
-_IMPORTED = ("torch._dynamo", "wherefrom.cli.main", "tests.reliability.kill_worker", "tests.rank_worker")
+_IMPORTED = (
+    *("torch._dynamo", "torch._decomp.decompositions_for_jvp"),
+    *("transformers.models.gpt2.modeling_gpt2", "transformers.models.auto.tokenization_auto", "datasets"),
+    *("wherefrom.cli.main", "tests.reliability.kill_worker", "tests.rank_worker", "tests.contract.worker"),
+)
 
 
 def forking_context() -> ForkServerContext:

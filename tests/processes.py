@@ -22,13 +22,10 @@ from pathlib import Path
 
 # Modules that take seconds to import, and those that import most of the others.
 _IMPORTED = (
-    "torch._dynamo",
-    "wherefrom.cli.index",
-    "wherefrom.cli.main",
-    "wherefrom.cli.scoring",
-    "wherefrom.cli.showing",
-    "tests.reliability.kill_worker",
-    "tests.rank_worker",
+    *("torch._dynamo", "torch._decomp.decompositions_for_jvp"),
+    *("transformers.models.gpt2.modeling_gpt2", "transformers.models.auto.tokenization_auto", "datasets"),
+    *("wherefrom.cli.main", "wherefrom.cli.index", "wherefrom.cli.scoring", "wherefrom.cli.showing"),
+    *("tests.reliability.kill_worker", "tests.rank_worker", "tests.contract.worker"),
 )
 
 
@@ -91,21 +88,26 @@ def start(
     return Running(process, output)
 
 
-def start_ranks(work: Callable[..., object], *arguments: object, count: int, **variables: str) -> list[Running]:
-    """Start processes as torchrun does, without its supervision."""
+def start_ranks(
+    work: Callable[..., object],
+    *arguments: object,
+    count: int,
+    folder: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> list[Running]:
+    """Start processes as torchrun does, without its supervision; see `start`."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    return [
-        start(work, *arguments, variables={**shared, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(count)
-    ]
+    shared.update(variables or {})
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [start(work, *arguments, folder=folder, variables=each) for each in ranks]
 
 
 def run_command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Do what the command `wherefrom ARGUMENTS` does in a directory."""
-    return start(_command, arguments, folder=folder).finished()
+    return start(wherefrom_command, arguments, folder=folder).finished()
 
 
 def run_script(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -135,7 +137,8 @@ def _work(
     work(*pickle.loads(arguments))
 
 
-def _command(arguments: tuple[str, ...]) -> None:
+def wherefrom_command(arguments: tuple[str, ...]) -> None:
+    """Do what `wherefrom ARGUMENTS` does, in this process."""
     from wherefrom.cli.main import main
 
     sys.argv = ["wherefrom", *arguments]

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.run import main as torchrun
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tests.models import relative_error
-from tests.processes import run_command
+from tests.processes import run_command, start, start_ranks, wherefrom_command
 from tests.runs import labels, only
 from wherefrom.cli.main import _flags, main
 from wherefrom.cli.shared import in_flags
@@ -267,19 +268,19 @@ def test_wrong_use_is_one_line_and_leaves_nothing(
 
 
 def test_torchrun_gives_the_scores_of_one_process(folder: Path) -> None:
-    """The command that docs/how-to/many-gpus.md gives."""
+    """The commands that docs/how-to/many-gpus.md gives; the first by processes that are started as torchrun does it."""
+    fit = ("fit", "ranks", "--model", "model", "--train", "train.txt")
+    ranks = [each.finished() for each in start_ranks(wherefrom_command, fit, count=2, folder=folder)]
+    assert [each.returncode for each in ranks] == [0, 0], ranks
+    assert sum(each.stdout.count("in ranks/") for each in ranks) == 1  # one process speaks for both
     script = folder / "wherefrom_command"
     script.write_text(f"#!{sys.executable}\nfrom wherefrom.cli.main import main\nmain()\n")
     script.chmod(0o755)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
-    fit = ("fit", "ranks", "--model", "model", "--train", "train.txt")
-    score = ("score", "ranks", "--queries", "queries.jsonl", "--top-only", "2")
-    for arguments in (fit, score):
-        done = subprocess.run(
-            [*launch, str(script), *arguments], cwd=folder, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("in ranks/") == 1  # one process speaks for both
+    launch = ["--standalone", "--nproc_per_node", "2", "--no-python", str(script)]
+    score = ["score", "ranks", "--queries", "queries.jsonl", "--top-only", "2"]
+    done = start(torchrun, [*launch, *score], folder=folder).finished()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("in ranks/") == 1
     alone = wherefrom(folder, "fit", "alone", "--model", "model", "--train", "train.txt")
     assert alone.returncode == 0, alone.stderr
     assert wherefrom(folder, "score", "alone", "--queries", "queries.jsonl").returncode == 0

@@ -21,7 +21,7 @@ from wherefrom.runtime.distributed import Ranks
 
 def start(job: str, run: Path, count: int, **variables: str) -> list[Running]:
     """Start processes that do a job together."""
-    return start_ranks(rank_worker.main, job, run, count=count, **variables)
+    return start_ranks(rank_worker.main, job, run, count=count, variables=variables)
 
 
 def finished(processes: list[Running]) -> list[tuple[int, str]]:

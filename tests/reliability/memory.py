@@ -7,11 +7,9 @@ nothing helps, the run must end with a MemoryLimitError that has the numbers, an
 from __future__ import annotations
 
 import json
-import os
+import logging
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +22,12 @@ from torch.utils._pytree import tree_leaves
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
+from tests.processes import start
+from tests.reliability.memory_child import limited
 from tests.reliability.outcomes import Outcome
 from tests.runs import with_factors
 from wherefrom.runtime.errors import MemoryLimitError
 
-_ROOT = Path(__file__).parents[2]
-# Threads take address space, which is what is limited.
-_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 _NUMBERS = re.compile(r"[\d.]+ GiB free on ")
 _ROUNDING = 1e-9
 
@@ -43,16 +40,21 @@ def measure(folder: Path, count: int, seed: int) -> list[Outcome]:
         AssertionError: a run did not end as it should; the message has its seed and case.
     """
     work = _Work(folder, random.Random(seed))
-    on_host = run_child("limited", folder / "host", max(1, count // 4), seed)
+    on_host = run_child(limited, folder / "host", max(1, count // 4), seed)
     return [work.outcome("once", count), work.outcome("above", count), Outcome(**json.loads(on_host))]
 
 
-def run_child(*arguments: object) -> str:
-    """The last line that a process of `memory_child` prints; a process that dies fails here."""
-    command = [sys.executable, "-m", "tests.reliability.memory_child", *map(str, arguments)]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False, env=_ENVIRONMENT)
+def run_child(work: Callable[..., str], *arguments: object) -> str:
+    """What a function of `memory_child` returns in a process of its own; a process that dies fails here."""
+    # Threads take address space, which is what is limited.
+    done = start(_printed, work, arguments, variables={"OMP_NUM_THREADS": "1"}).finished()
     assert done.returncode == 0, f"{arguments}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout.splitlines()[-1]
+
+
+def _printed(work: Callable[..., str], arguments: Sequence[object]) -> None:
+    logging.getLogger("wherefrom").setLevel(logging.ERROR)
+    print(work(*arguments), flush=True)
 
 
 class Scarce(TorchDispatchMode):

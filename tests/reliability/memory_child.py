@@ -1,18 +1,16 @@
-"""Processes that run out of memory for real, or that measure how much they take.
+"""What runs out of memory for real, or measures how much it takes: for a process of its own.
 
-`python -m tests.reliability.memory_child limited FOLDER COUNT SEED` lowers the limit on its address space, so that
-allocations fail; `... peak FOLDER WHAT BUDGET` prints by how many bytes a stage has grown the process at the most.
+`limited` lowers the limit on the process's address space, so that allocations fail; `peak` says by how many bytes a
+stage has grown the process at the most.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import logging
 import random
 import re
 import resource
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -75,33 +73,33 @@ def _all(study: wf.Study[Any], queries: list[object]) -> dict[str, Tensor]:
     }
 
 
-def limited(folder: str, count: str, seed: str) -> str:
+def limited(folder: Path, count: int, seed: int) -> str:
     """Runs with random limits; those that end have the undisturbed results, the others an error with numbers."""
-    dtype, chance = torch.float64, random.Random(seed)
+    dtype, chance = torch.float64, random.Random(str(seed))
     queries = _rows(_QUERIES, _WIDTH, dtype, 2)
-    expected = _all(_study(Path(folder) / "undisturbed", _WIDTH, dtype), queries)
+    expected = _all(_study(folder / "undisturbed", _WIDTH, dtype), queries)
     recovered = 0
-    for case in range(int(count)):
+    for case in range(count):
         gc.collect()
         room = chance.randint(1, 120) * 2**20
         limit = _status("VmSize") + room
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         try:
-            found = _all(_study(Path(folder) / str(case), _WIDTH, dtype), queries)
+            found = _all(_study(folder / str(case), _WIDTH, dtype), queries)
             recovered += 1
         except MemoryLimitError as error:
             assert re.search(r"[\d.]+ GiB free on cpu", str(error)), f"no numbers in: {error}"
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            found = _all(_study(Path(folder) / str(case), _WIDTH, dtype), queries)
+            found = _all(_study(folder / str(case), _WIDTH, dtype), queries)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         for name, each in found.items():
             difference = relative_error(each, expected[name])
             assert difference < 1e-9, f"seed {seed}, case {case}: {name} differs by {difference}"
     result = (
         f"{recovered} ended with the undisturbed results to 1e-9, with smaller batches or blocks; "
-        f"{int(count) - recovered} with a MemoryLimitError that has the numbers, after which the same call gave them"
+        f"{count - recovered} with a MemoryLimitError that has the numbers, after which the same call gave them"
     )
-    outcome = Outcome("a limit on the memory of a process, below what a fit or score asks for", int(count), result)
+    outcome = Outcome("a limit on the memory of a process, below what a fit or score asks for", count, result)
     return json.dumps(asdict(outcome))
 
 
@@ -125,12 +123,12 @@ _STAGES: dict[str, Callable[[wf.Study[Any], list[object], Factors | None], objec
 }
 
 
-def peak(folder: str, what: str, budget: str) -> str:
+def peak(folder: Path, what: str, budget: float) -> str:
     """Bytes that a stage takes at the most beyond what was there, factors for a fit included."""
     stage, dtype = _STAGES[what], torch.float32
-    small = _study(Path(folder) / "small", 16, dtype)  # imports, and what libraries keep for themselves
+    small = _study(folder / "small", 16, dtype)  # imports, and what libraries keep for themselves
     stage(small, _rows(3, 16, dtype, 2), None)
-    study = _study(Path(folder) / "large", _WIDTH, dtype, float(budget))
+    study = _study(folder / "large", _WIDTH, dtype, budget)
     queries = _rows(_QUERIES, _WIDTH, dtype, 2)
     factors = None if what == "fit" else study.fit(wf.EKFAC())
     gc.collect()
@@ -149,8 +147,3 @@ def factor_bytes() -> int:
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-if __name__ == "__main__":
-    logging.getLogger("wherefrom").setLevel(logging.ERROR)
-    print({"limited": limited, "peak": peak}[sys.argv[1]](*sys.argv[2:]))

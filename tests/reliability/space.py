@@ -57,7 +57,14 @@ def measure(folder: Path, count: int, seed: int) -> list[Outcome]:
         AssertionError: a run did not end as it should; the message has its seed and case.
     """
     kinds = list(_KINDS) if can_mount() else ["quota"]
-    return [_in_process(folder / kind.replace(" ", "-"), kind, count, seed) for kind in kinds]
+    folder.mkdir(parents=True, exist_ok=True)
+    # A process for all faults: a signal that kills it must not kill the tests.
+    command = [sys.executable, "-m", "tests.reliability.space", str(folder), str(count), str(seed), *kinds]
+    if can_mount():
+        command = [*UNSHARED, *_PLAIN, *command]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"seed {seed}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return [Outcome(**each) for each in json.loads(done.stdout.splitlines()[-1])]
 
 
 @functools.cache
@@ -75,18 +82,7 @@ UNSHARED = ("unshare", "--map-root-user", "--mount")
 _PLAIN = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 
 
-def _in_process(folder: Path, kind: str, count: int, seed: int) -> Outcome:
-    """A process for all faults of one kind: a signal that kills it must not kill the tests."""
-    folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "tests.reliability.space", str(folder), kind, str(count), str(seed)]
-    if can_mount():
-        command = [*UNSHARED, *_PLAIN, *command]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{kind}, seed {seed}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return Outcome(**json.loads(done.stdout.splitlines()[-1]))
-
-
-# What follows runs in the processes.
+# What follows runs in the process.
 
 
 @dataclass
@@ -232,12 +228,9 @@ class Harness:
     """Runs with faults on one disk."""
 
     disk: Disk
-    kind: str
-    random: random.Random
     moments: Moments
     expected: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    refused: int = 0
 
     def undisturbed(self) -> None:
         """What every flow leaves, and how many moments it has."""
@@ -247,25 +240,26 @@ class Harness:
             self.expected[name], self.counts[name] = tensors(self.disk.run), self.moments.count
             shutil.rmtree(self.disk.run)
 
-    def attempt(self, name: str) -> None:
-        """One run with a fault, and the same again without."""
-        moment = self.random.randint(1, self.counts[name])
-        left = self.random.choice([0, self.random.randrange(2**12), self.random.randrange(2**16)])
+    def attempt(self, kind: str, name: str, chance: random.Random) -> bool:
+        """One run with a fault, and the same again without; whether the first was refused."""
+        moment = chance.randint(1, self.counts[name])
+        left = chance.choice([0, chance.randrange(2**12), chance.randrange(2**16)])
+        refused = False
 
         def act(number: int) -> None:
             if number == moment:
-                _KINDS[self.kind](self.disk, left)
+                _KINDS[kind](self.disk, left)
 
         try:
             with self.moments.watched(act):
                 _FLOWS[name](self.disk.run)
         except StorageError as error:
-            self.refused += 1
+            refused = True
             assert _MESSAGE.search(str(error)), f"no sizes in: {error}"
         except _TrainerError:
             pass
         finally:
-            leftover = [] if self.kind == "read-only" else _leftover(self.disk.run)
+            leftover = [] if kind == "read-only" else _leftover(self.disk.run)
             self.disk.restore()
         assert not leftover, f"left behind: {leftover}"
         self._check_finished(name)
@@ -274,6 +268,7 @@ class Harness:
         leftover = [*_leftover(self.disk.run), *self.disk.run.rglob("*.blocks"), *self.disk.run.rglob("*.partial*")]
         assert not leftover, f"left behind at the end: {leftover}"
         shutil.rmtree(self.disk.run)
+        return refused
 
     def _check_finished(self, name: str) -> None:
         """What has its name is whole, and what it should be."""
@@ -301,23 +296,27 @@ _KINDS: dict[str, Callable[[Disk, int], object]] = {
 }
 
 
-def main(folder: str, kind: str, count: str, seed: str) -> None:
-    """All faults of one kind; the last line of the output is the outcome."""
+def main(folder: str, count: str, seed: str, *kinds: str) -> None:
+    """All faults of these kinds; the last line of the output is their outcomes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     logging.getLogger("wherefrom").setLevel(logging.ERROR)
     disk = Disk(Path(folder))
     if can_mount():
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK_MIB}m", "tmpfs", folder], check=True)
-    harness = Harness(disk, kind, random.Random(seed), Moments(disk.run))
+    harness = Harness(disk, Moments(disk.run))
     harness.undisturbed()
-    for case in range(int(count)):
-        name = harness.random.choices(list(_FLOWS), weights=[3, 1, 1])[0]
-        try:
-            harness.attempt(name)
-        except Exception:
-            print(f"{kind}, seed {seed}, case {case}, {name}:\n{traceback.format_exc()}")
-            sys.exit(1)
-    print(json.dumps(asdict(_outcome(kind, int(count), harness.refused))))
+    outcomes = []
+    for kind in kinds:
+        chance, refused = random.Random(seed), 0
+        for case in range(int(count)):
+            name = chance.choices(list(_FLOWS), weights=[3, 1, 1])[0]
+            try:
+                refused += harness.attempt(kind, name, chance)
+            except Exception:
+                print(f"{kind}, seed {seed}, case {case}, {name}:\n{traceback.format_exc()}")
+                sys.exit(1)
+        outcomes.append(asdict(_outcome(kind, int(count), refused)))
+    print(json.dumps(outcomes))
 
 
 def _outcome(kind: str, count: int, refused: int) -> Outcome:

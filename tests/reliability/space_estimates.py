@@ -44,11 +44,11 @@ class _Task(wf.Task[Any]):
         return nn.functional.cross_entropy(model(inputs).mean(1), labels[:, 0], reduction="sum")
 
 
-def _study(run: Path, width: int) -> wf.Study[Any]:
+def _study(run: Path, width: int, train: int) -> wf.Study[Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
     return wf.Study(
-        run, model, _Task(), train=_examples(_TRAIN), execution=wf.Execution(progress=False, checkpoint_seconds=0)
+        run, model, _Task(), train=_examples(train), execution=wf.Execution(progress=False, checkpoint_seconds=0)
     )
 
 
@@ -56,7 +56,8 @@ Flow = Callable[[Path], object]
 
 
 def _fit(strategy: str) -> Flow:
-    return lambda run: _study(run, 700).fit(factored(strategy), execution=wf.Execution(train_batch_size=1000))
+    """Factors take as much for any number of examples."""
+    return lambda run: _study(run, 700, 40).fit(factored(strategy), execution=wf.Execution(train_batch_size=20))
 
 
 def _score(**options: Any) -> Flow:
@@ -64,7 +65,7 @@ def _score(**options: Any) -> Flow:
 
 
 def _on_factors(run: Path, act: Callable[[wf.Study[Any], Factors], object]) -> object:
-    study = _study(run, 4)
+    study = _study(run, 4, _TRAIN)
     return act(study, study.fit(wf.Dot()))
 
 

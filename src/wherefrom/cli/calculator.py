@@ -104,7 +104,7 @@ class PlanArguments:
             raise InputError(f"fit_train={self.fit_train}: expected at most the {self.train} training sequences.")
         for name in ("device_memory", "flops", "eigen_flops", "bandwidth", "host_bandwidth", "host_memory"):
             figure = getattr(self, name)
-            if isinstance(figure, float) and not 0 < figure < math.inf:
+            if figure not in (None, "measured") and not 0 < figure < math.inf:
                 raise InputError(f"{name}={figure}: expected a number above 0.")
         if not 0 < self.efficiency <= 1:
             raise InputError(f"efficiency={self.efficiency}: expected a part of the speed of products, 0 to 1.")

@@ -1,6 +1,6 @@
 """The subcommand `wherefrom plan`: a calculator for runs that do not exist yet, in the terminal and on an HTML page.
 
-The arithmetic is `calculator`'s; here is what is asked of it, and what is said of its answer.
+The arithmetic is `calculator`'s; here is what is said of it.
 """
 
 from __future__ import annotations

@@ -59,22 +59,32 @@ class Job:
     @property
     def basis_bytes(self) -> int:
         """What the covariances of all layers take, or their eigenvectors."""
-        return basis_bytes(self.layers, self.strategy, self.dtype)
+        return sum(map(self.layer_basis_bytes, self.layers.values()))
 
     @property
     def eigenvalue_bytes(self) -> int:
         """What the eigenvalues of all layers take."""
-        return eigenvalue_bytes(self.layers, self.strategy, self.dtype)
+        return sum(map(self._eigenvalue_bytes, self.layers.values()))
 
     @property
     def factor_bytes(self) -> int:
-        """What bases and eigenvalues take on the device."""
-        return self.on_device(factor_bytes)
+        """What bases and eigenvalues take on the device; while they are in use, they are there twice."""
+        return self.on_device(lambda layer: self.layer_basis_bytes(layer) + self._eigenvalue_bytes(layer))
 
-    def on_device(self, size: Callable[[Mapping[str, TrackedLayer], Strategy, torch.dtype], int]) -> int:
-        """What factors, or a part of them, take there: those of all layers, or of the largest if they are offloaded."""
-        parts = [{name: layer} for name, layer in self.layers.items()] if self.offload_factors else [self.layers]
-        return max(size(layers, self.strategy, self.dtype) for layers in parts)
+    def layer_basis_bytes(self, layer: TrackedLayer) -> int:
+        """What both covariances of a layer take, or their eigenvectors."""
+        sides = zip(layer.padded_shape, layer.diagonal_sides, strict=True)
+        numbers = sum(size * (1 if diagonal else size) for size, diagonal in sides)
+        return numbers * bool(self.strategy.basis) * widened_dtype(self.dtype).itemsize
+
+    def _eigenvalue_bytes(self, layer: TrackedLayer) -> int:
+        numbers = math.prod(layer.padded_shape) * (self.strategy.eigenvalues != "none")
+        return numbers * widened_dtype(self.dtype).itemsize
+
+    def on_device(self, size: Callable[[TrackedLayer], int]) -> int:
+        """Of all layers, or of the largest alone if factors are offloaded."""
+        sizes = [size(layer) for layer in self.layers.values()]
+        return max(sizes) if self.offload_factors else sum(sizes)
 
     @property
     def fitted(self) -> int:
@@ -135,21 +145,3 @@ class Job:
 def forming_flop(layer: TrackedLayer, tokens: int) -> float:
     """Operations that form one example's gradient of a layer."""
     return 2.0 * tokens * layer.shape[0] * layer.columns(tokens)
-
-
-def basis_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
-    """What the covariances of layers take, or their eigenvectors."""
-    sides = [side for each in layers.values() for side in zip(each.padded_shape, each.diagonal_sides, strict=True)]
-    numbers = sum(size * (1 if diagonal else size) for size, diagonal in sides)
-    return numbers * bool(strategy.basis) * widened_dtype(dtype).itemsize
-
-
-def eigenvalue_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
-    """What the eigenvalues of layers take."""
-    numbers = sum(math.prod(layer.padded_shape) for layer in layers.values())
-    return numbers * (strategy.eigenvalues != "none") * widened_dtype(dtype).itemsize
-
-
-def factor_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
-    """What bases and eigenvalues take; while they are in use, they are there twice."""
-    return basis_bytes(layers, strategy, dtype) + eigenvalue_bytes(layers, strategy, dtype)

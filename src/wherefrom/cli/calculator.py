@@ -117,7 +117,7 @@ class PlanArguments:
     @property
     def memory(self) -> float:
         """Bytes of each device."""
-        return free_memory(_here()) if self.device_memory is None else self.device_memory * GIB
+        return _free_memory(_here()) if self.device_memory is None else self.device_memory * GIB
 
     @property
     def machine(self) -> Machine:
@@ -135,7 +135,8 @@ def _here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-_measured_speed, _measured = cache(matmul_speed), cache(measure)
+# What is measured is the same for a run and its alternatives.
+_measured_speed, _free_memory, _measured = cache(matmul_speed), cache(free_memory), cache(measure)
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ class Estimate:
         """What stays in the run directory, and the most that is there while it is made."""
         return self.plan.disk(self.arguments.ranks, self.arguments.top)
 
+    @cached_property
     def alternatives(self) -> dict[str, Estimate]:
         """The same run with one option more or less, and with all that save something."""
         given, few = self.arguments, _FEW if self.plan.job.fitted > _FEW else self.arguments.fit_train

@@ -42,7 +42,7 @@ def job(usable: int, tokens: int = 100, queries: int = 50, train: int = 1000, **
     """An attention-like and an MLP-like layer under ek-fac, examples of `tokens` tokens."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 512), nn.Linear(512, 64))
     footprint = Footprint(tokens, 4 * 64 * tokens, 4 * 64 * 520, 6 * 70_000 * tokens)
-    sizes = (queries, train, footprint, footprint)
+    sizes = (queries, train, train, footprint, footprint)
     return Job(select_layers(model), STRATEGIES["ekfac"], *sizes, torch.float32, usable, CPU, **options)
 
 

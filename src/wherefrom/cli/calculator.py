@@ -166,6 +166,7 @@ class Estimate:
             strategy=checked_strategy(given.strategy),
             queries=given.queries,
             train=given.train,
+            fit_train=given.fit_train or given.train,
             query=blueprint.example,
             example=blueprint.example,
             dtype=given.dtype,
@@ -175,7 +176,6 @@ class Estimate:
             query_bits=given.query_bits,
             query_batch=given.batch_size,
             train_batch=given.batch_size,
-            fit_train=given.fit_train,
             offload_factors=given.offload_factors,
         )
         usable = int(FREE_SHARE * (REACHABLE * given.memory - self.weight_bytes)) - job.factor_bytes
@@ -225,7 +225,7 @@ class Estimate:
     @cached_property
     def alternatives(self) -> dict[str, Estimate]:
         """The same run with one option more or less, and with all that save something."""
-        given, few = self.arguments, _FEW if self.plan.job.fitted > _FEW else self.arguments.fit_train
+        given, few = self.arguments, _FEW if self.plan.job.fit_train > _FEW else self.arguments.fit_train
         savings: dict[str, dict[str, Any]] = {
             "--half-precision": {"half_precision": True},
             f"--query-rank {_RANK}": {"query_rank": given.query_rank or _RANK, "query_bits": None},
@@ -281,7 +281,7 @@ class Estimate:
             """Sums that all ranks get, and sharded weights that are gathered forward and again backward."""
             return 2 * others * (total + batches * self.blueprint.weight_bytes * given.shard_model)
 
-        fit, query = self._batches(job.fitted, plan.fit_batch), self._batches(job.queries, plan.query_batch)
+        fit, query = self._batches(job.fit_train, plan.fit_batch), self._batches(job.queries, plan.query_batch)
         train, offload = plan.sweeps * self._batches(job.train, plan.train_batch), job.offload_factors
         rotating = self._rotating_bytes() * offload + plan.bank_bytes * form.offloaded
         return {

@@ -57,7 +57,7 @@ def _summary(estimate: Estimate) -> str:
     return (
         f"{blueprint.name}: {blueprint.weights / 1e9:,.2f}B weights, {tracked / 1e9:,.2f}B of them tracked in "
         f"{len(blueprint.layers)} layers; {given.queries:,} queries against {given.train:,} training sequences of "
-        f"{blueprint.example.tokens:,} tokens, {given.strategy} factors of {estimate.plan.job.fitted:,}, on "
+        f"{blueprint.example.tokens:,} tokens, {given.strategy} factors of {estimate.plan.job.fit_train:,}, on "
         f"{_ranks(given)} of {given.memory / GIB:,.0f} GiB."
     )
 

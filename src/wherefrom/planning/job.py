@@ -25,13 +25,13 @@ class Job:
     """What there is to do, and with what.
 
     Attributes:
-        queries, train: how many there are.
+        queries, train: how many there are to score.
+        fit_train: how many training examples factors are fitted on.
         query, example: what a query and a training example take.
         dtype: of resident query gradients.
         usable: bytes to plan with on `device`, where the model is.
         query_rank, query_bits: of the smaller form that query gradients are resident in; None keeps them as they are.
         query_batch, train_batch: None leaves the size to the plan.
-        fit_train: training examples that factors are fitted on; None is all.
         offload_factors: only one layer's factors are on the device at a time.
     """
 
@@ -39,6 +39,7 @@ class Job:
     strategy: Strategy
     queries: int
     train: int
+    fit_train: int
     query: Footprint
     example: Footprint
     dtype: torch.dtype
@@ -48,7 +49,6 @@ class Job:
     query_bits: int | None = None
     query_batch: int | None = None
     train_batch: int | None = None
-    fit_train: int | None = None
     offload_factors: bool = False
 
     @property
@@ -85,11 +85,6 @@ class Job:
         """Of all layers, or of the largest alone if factors are offloaded."""
         sizes = [size(layer) for layer in self.layers.values()]
         return max(sizes) if self.offload_factors else sum(sizes)
-
-    @property
-    def fitted(self) -> int:
-        """Training examples that factors are fitted on."""
-        return self.train if self.fit_train is None else self.fit_train
 
     # Operations for one layer
 

@@ -15,14 +15,13 @@ from rich.table import Table
 
 from wherefrom.curvature.factors import fit_steps
 from wherefrom.engine.layers import TrackedLayer
-from wherefrom.planning.disk import Blocks
 from wherefrom.planning.forms import PIECE_BYTES, BankForm, low_rank_product_flop
 from wherefrom.planning.job import Job, forming_flop
 from wherefrom.planning.machine import Machine, matmul_speed
 from wherefrom.planning.stages import GIB, Stage, operations, stage_table
 from wherefrom.runtime.memory import Footprint
 from wherefrom.runtime.precision import type_name, widened_dtype
-from wherefrom.store.space import Step, peak
+from wherefrom.store.space import Blocks, Step, peak
 
 # How much of the score matrix is in memory at a time; more with very many queries, for shards of some batches.
 SHARD_BYTES, SHARD_ROWS = 2**24, 512
@@ -67,7 +66,7 @@ class Plan:
     def fit_batch(self) -> int:
         """Training examples in a batch of the fit, which no query gradients stand beside."""
         job = self.job
-        return job.train_batch or job.example.batch_size(job.fitted, job.usable, job.device)
+        return job.train_batch or job.example.batch_size(job.fit_train, job.usable, job.device)
 
     def shards(self, queries: int, train: int, least: int = 1) -> list[range]:
         """Runs of training examples whose scores for some queries are in memory together.
@@ -113,10 +112,10 @@ class Plan:
         if job.strategy.basis:
             widest = max(max(layer.shape) for layer in job.layers.values())
             memory = {"factors": 2 * job.on_device(job.layer_basis_bytes), "workspace": _EIGH_BYTES * widest**2}
-            found.append(sweep("covariance", job.example, job.fitted, self.fit_batch, {}))
+            found.append(sweep("covariance", job.example, job.fit_train, self.fit_batch, {}))
             found.append(Stage("eigendecomposition", 0, flop["eigendecomposition"], memory))
         if job.strategy.eigenvalues == "fitted":
-            found.append(sweep("eigenvalues", job.example, job.fitted, self.fit_batch, {}))
+            found.append(sweep("eigenvalues", job.example, job.fit_train, self.fit_batch, {}))
         bank = {"query gradients": 0 if self.form.offloaded else self.bank_bytes}
         found.append(sweep("query gradients", job.query, job.queries, self.query_batch, bank))
         bank["workspace"] = SHARD_BYTES
@@ -134,9 +133,9 @@ class Plan:
         back = sum(query for query, _, rotated_back in costs if rotated_back)
         brought = sum(train for _, train, rotated_back in costs if not rotated_back)
         return {
-            "covariance": job.fitted * job.covariance_flop(layer, example),
+            "covariance": job.fit_train * job.covariance_flop(layer, example),
             "eigendecomposition": job.eigendecomposition_flop(layer),
-            "eigenvalues": job.fitted * job.gradient_flop(layer, example),
+            "eigenvalues": job.fit_train * job.gradient_flop(layer, example),
             "query gradients": job.queries * job.gradient_flop(layer, query) + back,
             "pairwise scores": formed + brought + job.queries * job.train * min(by_tokens, whole),
         }

@@ -22,7 +22,6 @@ from wherefrom.curvature.gauss_newton import DampedGaussNewton
 from wherefrom.curvature.operators import Preconditioner
 from wherefrom.engine.loading import Rows
 from wherefrom.engine.sweep import Collector, Objective, Sweep
-from wherefrom.planning.disk import Blocks
 from wherefrom.planning.job import Job
 from wherefrom.planning.plan import Plan, plan_scores
 from wherefrom.runtime.distributed import Ranks
@@ -36,7 +35,7 @@ from wherefrom.store.artifacts import Partial
 from wherefrom.store.cache import BlockStages
 from wherefrom.store.files import scratch_matrix
 from wherefrom.store.fingerprint import Dataset
-from wherefrom.store.space import Step, check_space, used_bytes
+from wherefrom.store.space import Blocks, Step, check_space, used_bytes
 from wherefrom.tasks.task import Batch, Task
 
 logger = logging.getLogger("wherefrom")
@@ -64,6 +63,7 @@ def make_plan(
         strategy=strategy,
         queries=len(queries),
         train=len(train),
+        fit_train=len(train),
         query=sweep.footprint(queries, measurement(sweep.task)),
         example=sweep.footprint(train, training_loss(sweep.task)),
         dtype=dtype,

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.loading import Rows, collated
-from wherefrom.planning.disk import token_step
 from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.scoring import Scoring, training_loss
 from wherefrom.scoring.tokens import PART_BYTES, TokenCollector, TokenParts, token_parts
 from wherefrom.store.artifacts import Partial
+from wherefrom.store.space import token_step
 from wherefrom.tasks.task import Batch, Task
 
 

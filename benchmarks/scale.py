@@ -42,7 +42,7 @@ class Run:
         """What the command prints."""
         console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
         with console.capture() as capture:
-            console.print(estimate_text(self.estimate, self.estimate.alternatives()))
+            console.print(estimate_text(self.estimate))
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     def stage(self, name: str) -> Stage:

@@ -210,7 +210,7 @@ def test_factors_on_the_host_leave_one_layer_on_the_device() -> None:
 def test_what_does_not_fit_is_said_and_an_option_that_helps_is_found() -> None:
     little = planned(device_memory=4)
     assert little.lacking == "device memory"
-    others = little.alternatives()
+    others = little.alternatives
     assert others["with --offload-factors"].lacking is None
     assert "with --shard-model" not in others  # one rank has nothing to share
     starved = planned(device_memory=4, offload_factors=True, host_memory=1)
@@ -275,7 +275,7 @@ def test_the_command_prints_and_writes_the_estimate(
     rows = [
         [html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>([^<]*)", row)] for row in re.findall(r"<tr>.*", page)
     ]
-    for section in sections(run.estimate, run.estimate.alternatives()):
+    for section in sections(run.estimate):
         for row in section.rows:
             assert list(row) in rows
             assert all(cell in printed for cell in row)

@@ -25,7 +25,7 @@ from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
 from wherefrom.planning.forms import BankForm
-from wherefrom.planning.job import Job, factor_bytes
+from wherefrom.planning.job import Job
 from wherefrom.planning.machine import Machine
 from wherefrom.planning.plan import SHARD_BYTES, SHARD_ROWS, Plan, plan_scores
 from wherefrom.runtime.errors import InputError, MemoryLimitError
@@ -43,7 +43,7 @@ def job(usable: int, tokens: int = 100, queries: int = 50, train: int = 1000, **
     """An attention-like and an MLP-like layer under ek-fac, examples of `tokens` tokens."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 512), nn.Linear(512, 64))
     footprint = Footprint(tokens, 4 * 64 * tokens, 4 * 64 * 520, 6 * 70_000 * tokens)
-    sizes = (queries, train, footprint, footprint)
+    sizes = (queries, train, train, footprint, footprint)
     return Job(select_layers(model), STRATEGIES["ekfac"], *sizes, torch.float32, usable, CPU, **options)
 
 
@@ -58,8 +58,7 @@ def test_a_plan_stays_within_its_memory_and_covers_everything(
     assert 1 <= plan.block <= queries
     assert plan.sweeps * plan.block >= queries > (plan.sweeps - 1) * plan.block
     # Bases and eigenvalues are in memory when a plan is made; only the copies of them are its own.
-    loaded = factor_bytes(plan.job.layers, STRATEGIES["ekfac"], torch.float32)
-    assert plan.block == 1 or max(stage.bytes for stage in plan.stages()[-2:]) <= usable + loaded
+    assert plan.block == 1 or max(stage.bytes for stage in plan.stages()[-2:]) <= usable + plan.job.factor_bytes
     shards = plan.shards(plan.block, train)
     assert shards[0].start == 0 and shards[-1].stop == train
     assert all(one.stop == other.start for one, other in pairwise(shards))
@@ -152,8 +151,7 @@ def test_the_estimate_of_other_kinds_of_layers(tmp_path: Path) -> None:
 
 def test_one_hot_layers_have_no_matrix_of_the_vocabulary() -> None:
     layers = select_layers(nn.Sequential(nn.Embedding(5000, 8), nn.Linear(8, 4, bias=False)), ["*"])
-    ekfac = factor_bytes(layers, STRATEGIES["ekfac"], torch.float32)
-    assert ekfac == 4 * (8**2 + 5000 + 8 * 5000 + 4**2 + 8**2 + 4 * 8)
+    assert replace(job(1), layers=layers).factor_bytes == 4 * (8**2 + 5000 + 8 * 5000 + 4**2 + 8**2 + 4 * 8)
     assert BankForm(torch.bfloat16, CPU, tokens=10).bytes_per_query(layers) == 2 * (8 * 10 + 4 * 8) + 8 * 10
 
 

@@ -104,7 +104,7 @@ class PlanArguments:
             raise InputError(f"fit_train={self.fit_train}: expected at most the {self.train} training sequences.")
         for name in ("device_memory", "flops", "eigen_flops", "bandwidth", "host_bandwidth", "host_memory"):
             figure = getattr(self, name)
-            if isinstance(figure, float) and not 0 < figure < math.inf:
+            if figure not in (None, "measured") and not 0 < figure < math.inf:
                 raise InputError(f"{name}={figure}: expected a number above 0.")
         if not 0 < self.efficiency <= 1:
             raise InputError(f"efficiency={self.efficiency}: expected a part of the speed of products, 0 to 1.")
@@ -117,7 +117,7 @@ class PlanArguments:
     @property
     def memory(self) -> float:
         """Bytes of each device."""
-        return free_memory(_here()) if self.device_memory is None else self.device_memory * GIB
+        return _free_memory(_here()) if self.device_memory is None else self.device_memory * GIB
 
     @property
     def machine(self) -> Machine:
@@ -135,7 +135,8 @@ def _here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-_measured_speed, _measured = cache(matmul_speed), cache(measure)
+# What is measured is the same for a run and its alternatives.
+_measured_speed, _free_memory, _measured = cache(matmul_speed), cache(free_memory), cache(measure)
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class Estimate:
             strategy=checked_strategy(given.strategy),
             queries=given.queries,
             train=given.train,
+            fit_train=given.fit_train or given.train,
             query=blueprint.example,
             example=blueprint.example,
             dtype=given.dtype,
@@ -174,7 +176,6 @@ class Estimate:
             query_bits=given.query_bits,
             query_batch=given.batch_size,
             train_batch=given.batch_size,
-            fit_train=given.fit_train,
             offload_factors=given.offload_factors,
         )
         usable = int(FREE_SHARE * (REACHABLE * given.memory - self.weight_bytes)) - job.factor_bytes
@@ -221,9 +222,10 @@ class Estimate:
         """What stays in the run directory, and the most that is there while it is made."""
         return self.plan.disk(self.arguments.ranks, self.arguments.top)
 
+    @cached_property
     def alternatives(self) -> dict[str, Estimate]:
         """The same run with one option more or less, and with all that save something."""
-        given, few = self.arguments, _FEW if self.plan.job.fitted > _FEW else self.arguments.fit_train
+        given, few = self.arguments, _FEW if self.plan.job.fit_train > _FEW else self.arguments.fit_train
         savings: dict[str, dict[str, Any]] = {
             "--half-precision": {"half_precision": True},
             f"--query-rank {_RANK}": {"query_rank": given.query_rank or _RANK, "query_bits": None},
@@ -279,7 +281,7 @@ class Estimate:
             """Sums that all ranks get, and sharded weights that are gathered forward and again backward."""
             return 2 * others * (total + batches * self.blueprint.weight_bytes * given.shard_model)
 
-        fit, query = self._batches(job.fitted, plan.fit_batch), self._batches(job.queries, plan.query_batch)
+        fit, query = self._batches(job.fit_train, plan.fit_batch), self._batches(job.queries, plan.query_batch)
         train, offload = plan.sweeps * self._batches(job.train, plan.train_batch), job.offload_factors
         rotating = self._rotating_bytes() * offload + plan.bank_bytes * form.offloaded
         return {

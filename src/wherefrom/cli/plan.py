@@ -1,11 +1,9 @@
 """The subcommand `wherefrom plan`: a calculator for runs that do not exist yet, in the terminal and on an HTML page.
 
-The arithmetic is `calculator`'s; here is what is asked of it, and what is said of its answer.
+The arithmetic is `calculator`'s; here is what is said of it.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import tyro
 from rich.console import Console, Group, RenderableType
@@ -21,23 +19,22 @@ from wherefrom.store.space import peak
 def plan(run: tyro.conf.OmitArgPrefixes[PlanArguments]) -> None:
     """Estimate time, memory and disk of a run that does not exist yet; needs neither weights nor data nor a GPU."""
     estimate, console = Estimate(run), Console()
-    alternatives = estimate.alternatives()
-    console.print(estimate_text(estimate, alternatives))
+    console.print(estimate_text(estimate))
     if run.page is not None:
-        write_page(run.page, estimate_page(estimate, alternatives))
+        write_page(run.page, estimate_page(estimate))
         console.print(f"The page is {run.page}", soft_wrap=True)
 
 
-def estimate_text(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> RenderableType:
+def estimate_text(estimate: Estimate) -> RenderableType:
     """Everything for the terminal, 100 columns wide or a few more."""
     parts: list[RenderableType] = [Text(_summary(estimate), style="bold"), Text(_verdict(estimate)), Text()]
-    for section in sections(estimate, alternatives):
+    for section in sections(estimate):
         parts += [section.table(), Text()]
     parts.append(Text("\n".join(["Assumed:", *(f"- {each}" for each in _assumptions(estimate))])))
     return Group(*parts)
 
 
-def estimate_page(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> str:
+def estimate_page(estimate: Estimate) -> str:
     """The same as an HTML page without scripts."""
     templates = package_templates()
     style = "".join(templates.get_template(name).render() for name in ("report.css", "scale.css"))
@@ -48,7 +45,7 @@ def estimate_page(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> s
         summary=_summary(estimate),
         verdict=_verdict(estimate),
         fits=estimate.lacking is None,
-        sections=sections(estimate, alternatives),
+        sections=sections(estimate),
         assumptions=_assumptions(estimate),
     )
 
@@ -60,7 +57,7 @@ def _summary(estimate: Estimate) -> str:
     return (
         f"{blueprint.name}: {blueprint.weights / 1e9:,.2f}B weights, {tracked / 1e9:,.2f}B of them tracked in "
         f"{len(blueprint.layers)} layers; {given.queries:,} queries against {given.train:,} training sequences of "
-        f"{blueprint.example.tokens:,} tokens, {given.strategy} factors of {estimate.plan.job.fitted:,}, on "
+        f"{blueprint.example.tokens:,} tokens, {given.strategy} factors of {estimate.plan.job.fit_train:,}, on "
         f"{_ranks(given)} of {given.memory / GIB:,.0f} GiB."
     )
 
@@ -78,7 +75,7 @@ def _verdict(estimate: Estimate) -> str:
     )
 
 
-def sections(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> list[Section]:
+def sections(estimate: Estimate) -> list[Section]:
     """The tables: stages twice, what is stored, and other options."""
     stages = estimate.stages
     flop, least = sum(each.flop for each in stages), sum(each.least_seconds for each in stages)
@@ -94,7 +91,7 @@ def sections(estimate: Estimate, alternatives: Mapping[str, Estimate]) -> list[S
         "disk: at the most at once, with copies and partial sums": peak(steps),
     }
     headings = ("Options", "Fits", "Device, GiB", "Host, GiB", "Sweeps", "Time", "Disk, GiB")
-    others = {"as given": estimate, **alternatives}.items()
+    others = {"as given": estimate, **estimate.alternatives}.items()
     return [
         stage_table("Time", [*stages, total], figures, note),
         Section("Memory of each device, GiB", ("Stage", *(name.capitalize() for name in names), "In all"), memory),

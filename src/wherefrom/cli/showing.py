@@ -39,7 +39,7 @@ def top(run: Run, *, name: str | None = None, k: int = 5, query: tuple[int, ...]
         raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")
     queries, train, _ = RunSources.of_result(folder).passages(scores.fingerprint)
     shown = query or range(min(3, count))
-    k = min(k, scores.values.shape[1])  # no more were kept
+    k = min(k, scores.values.shape[1])  # no more are stored
     console.print(top_tables(scores, queries, train, shown=shown, k=k))
 
 

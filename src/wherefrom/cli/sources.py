@@ -137,7 +137,7 @@ class RunSources:
         """Load tokenizer, training sequences and model."""
         if device != "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(f"device={device!r} under torchrun, where each process takes its own: leave it out.")
-        placed = checked_device(None if device == "auto" else device)  # or it turns out when all texts are read
+        chosen = checked_device(None if device == "auto" else device)  # or it turns out when all texts are read
         tokenizer = load_tokenizer(self.model)
         return study_from_pretrained(
             self.model,
@@ -145,7 +145,7 @@ class RunSources:
             run=run,
             task=CausalLM(self.layers),
             tokenizer=tokenizer,
-            device=placed,
+            device=chosen,
             history=() if self.history is None else read_recording(self.history),
             execution=execution,
         )

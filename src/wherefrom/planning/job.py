@@ -25,13 +25,13 @@ class Job:
     """What there is to do, and with what.
 
     Attributes:
-        queries, train: how many there are.
+        queries, train: how many there are to score.
+        fit_train: how many training examples factors are fitted on.
         query, example: what a query and a training example take.
         dtype: of resident query gradients.
         usable: bytes to plan with on `device`, where the model is.
         query_rank, query_bits: of the smaller form that query gradients are resident in; None keeps them as they are.
         query_batch, train_batch: None leaves the size to the plan.
-        fit_train: training examples that factors are fitted on; None is all.
         offload_factors: only one layer's factors are on the device at a time.
     """
 
@@ -39,6 +39,7 @@ class Job:
     strategy: Strategy
     queries: int
     train: int
+    fit_train: int
     query: Footprint
     example: Footprint
     dtype: torch.dtype
@@ -48,7 +49,6 @@ class Job:
     query_bits: int | None = None
     query_batch: int | None = None
     train_batch: int | None = None
-    fit_train: int | None = None
     offload_factors: bool = False
 
     @property
@@ -59,27 +59,32 @@ class Job:
     @property
     def basis_bytes(self) -> int:
         """What the covariances of all layers take, or their eigenvectors."""
-        return basis_bytes(self.layers, self.strategy, self.dtype)
+        return sum(map(self.layer_basis_bytes, self.layers.values()))
 
     @property
     def eigenvalue_bytes(self) -> int:
         """What the eigenvalues of all layers take."""
-        return eigenvalue_bytes(self.layers, self.strategy, self.dtype)
+        return sum(map(self._eigenvalue_bytes, self.layers.values()))
 
     @property
     def factor_bytes(self) -> int:
-        """What bases and eigenvalues take on the device."""
-        return self.on_device(factor_bytes)
+        """What bases and eigenvalues take on the device; while they are in use, they are there twice."""
+        return self.on_device(lambda layer: self.layer_basis_bytes(layer) + self._eigenvalue_bytes(layer))
 
-    def on_device(self, size: Callable[[Mapping[str, TrackedLayer], Strategy, torch.dtype], int]) -> int:
-        """What factors, or a part of them, take there: those of all layers, or of the largest if they are offloaded."""
-        parts = [{name: layer} for name, layer in self.layers.items()] if self.offload_factors else [self.layers]
-        return max(size(layers, self.strategy, self.dtype) for layers in parts)
+    def layer_basis_bytes(self, layer: TrackedLayer) -> int:
+        """What both covariances of a layer take, or their eigenvectors."""
+        sides = zip(layer.padded_shape, layer.diagonal_sides, strict=True)
+        numbers = sum(size * (1 if diagonal else size) for size, diagonal in sides)
+        return numbers * bool(self.strategy.basis) * widened_dtype(self.dtype).itemsize
 
-    @property
-    def fitted(self) -> int:
-        """Training examples that factors are fitted on."""
-        return self.train if self.fit_train is None else self.fit_train
+    def _eigenvalue_bytes(self, layer: TrackedLayer) -> int:
+        numbers = math.prod(layer.padded_shape) * (self.strategy.eigenvalues != "none")
+        return numbers * widened_dtype(self.dtype).itemsize
+
+    def on_device(self, size: Callable[[TrackedLayer], int]) -> int:
+        """Of all layers, or of the largest alone if factors are offloaded."""
+        sizes = [size(layer) for layer in self.layers.values()]
+        return max(sizes) if self.offload_factors else sum(sizes)
 
     # Operations for one layer
 
@@ -135,21 +140,3 @@ class Job:
 def forming_flop(layer: TrackedLayer, tokens: int) -> float:
     """Operations that form one example's gradient of a layer."""
     return 2.0 * tokens * layer.shape[0] * layer.columns(tokens)
-
-
-def basis_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
-    """What the covariances of layers take, or their eigenvectors."""
-    sides = [side for each in layers.values() for side in zip(each.padded_shape, each.diagonal_sides, strict=True)]
-    numbers = sum(size * (1 if diagonal else size) for size, diagonal in sides)
-    return numbers * bool(strategy.basis) * widened_dtype(dtype).itemsize
-
-
-def eigenvalue_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
-    """What the eigenvalues of layers take."""
-    numbers = sum(math.prod(layer.padded_shape) for layer in layers.values())
-    return numbers * (strategy.eigenvalues != "none") * widened_dtype(dtype).itemsize
-
-
-def factor_bytes(layers: Mapping[str, TrackedLayer], strategy: Strategy, dtype: torch.dtype) -> int:
-    """What bases and eigenvalues take; while they are in use, they are there twice."""
-    return basis_bytes(layers, strategy, dtype) + eigenvalue_bytes(layers, strategy, dtype)

@@ -7,7 +7,7 @@ floating-point operations do. This module runs no sweep, and a plan that is too 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,14 +15,13 @@ from rich.table import Table
 
 from wherefrom.curvature.factors import fit_steps
 from wherefrom.engine.layers import TrackedLayer
-from wherefrom.planning.disk import Blocks
 from wherefrom.planning.forms import PIECE_BYTES, BankForm, low_rank_product_flop
-from wherefrom.planning.job import Job, basis_bytes, forming_flop
+from wherefrom.planning.job import Job, forming_flop
 from wherefrom.planning.machine import Machine, matmul_speed
 from wherefrom.planning.stages import GIB, Stage, operations, stage_table
 from wherefrom.runtime.memory import Footprint
 from wherefrom.runtime.precision import type_name, widened_dtype
-from wherefrom.store.space import Step, peak
+from wherefrom.store.space import Blocks, Step, peak
 
 # How much of the score matrix is in memory at a time; more with very many queries, for shards of some batches.
 SHARD_BYTES, SHARD_ROWS = 2**24, 512
@@ -67,7 +66,7 @@ class Plan:
     def fit_batch(self) -> int:
         """Training examples in a batch of the fit, which no query gradients stand beside."""
         job = self.job
-        return job.train_batch or job.example.batch_size(job.fitted, job.usable, job.device)
+        return job.train_batch or job.example.batch_size(job.fit_train, job.usable, job.device)
 
     def shards(self, queries: int, train: int, least: int = 1) -> list[range]:
         """Runs of training examples whose scores for some queries are in memory together.
@@ -102,31 +101,26 @@ class Plan:
 
     def stages(self) -> list[Stage]:
         """The stages of a fit and a score, in their order, as if one rank did all."""
-        job, fitted = self.job, self.job.strategy.eigenvalues == "fitted"
-        bank = {"query gradients": 0 if self.form.offloaded else self.bank_bytes}
-        beside = {**bank, "workspace": SHARD_BYTES}
-        sweeps: dict[str, tuple[Footprint, int, int, dict[str, int]]] = {
-            "covariance": (job.example, job.fitted, self.fit_batch, {}),
-            "eigenvalues": (job.example, job.fitted, self.fit_batch, {}),
-            "query gradients": (job.query, job.queries, self.query_batch, bank),
-            "pairwise scores": (job.example, self.sweeps * job.train, self.train_batch, beside),
-        }
-        layers, factors = [self._layer_flop(*each) for each in job.layers.items()], 2 * job.factor_bytes
+        job, layers = self.job, [self._layer_flop(*each) for each in self.job.layers.items()]
         flop = {name: sum(layer[name] for layer in layers) for name in layers[0]}
-        found = {
-            name: Stage(
-                name,
-                passes,
-                passes * footprint.flop + flop[name],
-                {"a batch": footprint.batch_bytes(batch), "factors": factors, **beside},
-            )
-            for name, (footprint, passes, batch, beside) in sweeps.items()
-        }
-        widest = max(max(layer.shape) for layer in job.layers.values())
-        memory = {"factors": 2 * job.on_device(basis_bytes), "workspace": _EIGH_BYTES * widest**2}
-        found["eigendecomposition"] = Stage("eigendecomposition", 0, flop["eigendecomposition"], memory)
-        names = ["covariance", "eigendecomposition"] * bool(job.strategy.basis) + ["eigenvalues"] * fitted
-        return [found[name] for name in (*names, "query gradients", "pairwise scores")]
+
+        def sweep(name: str, footprint: Footprint, passes: int, batch: int, beside: Mapping[str, int]) -> Stage:
+            memory = {"a batch": footprint.batch_bytes(batch), "factors": 2 * job.factor_bytes, **beside}
+            return Stage(name, passes, passes * footprint.flop + flop[name], memory)
+
+        found = []
+        if job.strategy.basis:
+            widest = max(max(layer.shape) for layer in job.layers.values())
+            memory = {"factors": 2 * job.on_device(job.layer_basis_bytes), "workspace": _EIGH_BYTES * widest**2}
+            found.append(sweep("covariance", job.example, job.fit_train, self.fit_batch, {}))
+            found.append(Stage("eigendecomposition", 0, flop["eigendecomposition"], memory))
+        if job.strategy.eigenvalues == "fitted":
+            found.append(sweep("eigenvalues", job.example, job.fit_train, self.fit_batch, {}))
+        bank = {"query gradients": 0 if self.form.offloaded else self.bank_bytes}
+        found.append(sweep("query gradients", job.query, job.queries, self.query_batch, bank))
+        bank["workspace"] = SHARD_BYTES
+        found.append(sweep("pairwise scores", job.example, self.sweeps * job.train, self.train_batch, bank))
+        return found
 
     def _layer_flop(self, name: str, layer: TrackedLayer) -> dict[str, float]:
         """Operations for one layer, besides passes, by stage."""
@@ -139,9 +133,9 @@ class Plan:
         back = sum(query for query, _, rotated_back in costs if rotated_back)
         brought = sum(train for _, train, rotated_back in costs if not rotated_back)
         return {
-            "covariance": job.fitted * job.covariance_flop(layer, example),
+            "covariance": job.fit_train * job.covariance_flop(layer, example),
             "eigendecomposition": job.eigendecomposition_flop(layer),
-            "eigenvalues": job.fitted * job.gradient_flop(layer, example),
+            "eigenvalues": job.fit_train * job.gradient_flop(layer, example),
             "query gradients": job.queries * job.gradient_flop(layer, query) + back,
             "pairwise scores": formed + brought + job.queries * job.train * min(by_tokens, whole),
         }
@@ -251,20 +245,15 @@ def _batches(job: Job, left: int | None) -> tuple[int, int]:
 
 
 def _plan(job: Job, form: BankForm, block: int, train_batch: int, query_batch: int) -> Plan:
-    """A plan with what follows from its sizes."""
-    sweeps = -(-job.queries // block)
-    sides = {name: _cheaper_sides(job, form, name, sweeps) for name in job.layers} if job.strategy.basis else {}
+    """A plan of some sizes: query gradients are rotated back where training gradients would cost more to rotate."""
+    sides = {}
+    for name, layer in job.layers.items() if job.strategy.basis else ():
+        # Two thin matrices cost next to nothing. What integers leave out must not depend on how often is swept.
+        always = form.low_rank(layer) or form.quantized(layer)
+        left, right = zip(*job.side_flop(name, -(-job.queries // block)), strict=True)
+        sides[name] = (always or left[0] < left[1], always or right[0] < right[1])
     form = replace(form, rotated_back=sides)
     return Plan(job, job.query_batch or query_batch, job.train_batch or train_batch, block, form)
-
-
-def _cheaper_sides(job: Job, form: BankForm, layer: str, sweeps: int) -> tuple[bool, bool]:
-    """On which sides query gradients are rotated back, since training gradients would cost more to rotate."""
-    # Two thin matrices cost next to nothing. What integers leave out must not depend on how often is swept.
-    if form.low_rank(job.layers[layer]) or form.quantized(job.layers[layer]):
-        return True, True
-    query, train = job.side_flop(layer, sweeps)
-    return query[0] < train[0], query[1] < train[1]
 
 
 def _operations(plan: Plan, machine: Machine | None = None) -> float:

@@ -22,7 +22,6 @@ from wherefrom.curvature.gauss_newton import DampedGaussNewton
 from wherefrom.curvature.operators import Operator
 from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Collector, Sweep
-from wherefrom.planning.disk import Blocks as BlockSizes
 from wherefrom.planning.job import Job
 from wherefrom.planning.plan import Plan, plan_scores
 from wherefrom.runtime.distributed import Ranks
@@ -40,6 +39,7 @@ from wherefrom.scoring.collectors import (
 from wherefrom.scoring.keep import Aggregation
 from wherefrom.scoring.results import BESIDE_SCORES, extremes, merged_extremes
 from wherefrom.store.cache import Blocks, Unfinished
+from wherefrom.store.space import Blocks as BlockSizes
 from wherefrom.store.space import Step, check_space, used_bytes
 from wherefrom.tasks.task import Batch
 
@@ -69,6 +69,7 @@ def make_plan(
         strategy=strategy,
         queries=len(queries),
         train=len(train),
+        fit_train=len(train),
         query=sweep.footprint(queries),
         example=sweep.footprint(train),
         dtype=dtype,

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.loading import collated
-from wherefrom.planning.disk import token_step
 from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.scoring import Resident, Scoring
 from wherefrom.scoring.tokens import (
@@ -27,6 +26,7 @@ from wherefrom.scoring.tokens import (
     token_parts,
 )
 from wherefrom.store.cache import Unfinished
+from wherefrom.store.space import token_step
 from wherefrom.tasks.task import Batch, Task
 
 

@@ -15,6 +15,8 @@ from wherefrom.store.files import free_space
 
 # The header of a file and the manifest beside it, and for each tensor its entry in the header; measured, rounded up.
 _FILE, _ENTRY = 2**13, 256
+# Of an index, and of the number that says what a low rank or integers leave out of a query's gradient.
+_INDEX_BYTES = _ERROR_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,93 @@ def file_overhead(tensors: int) -> int:
 def replaced_bytes(sums: int, ranks: int) -> int:
     """The most that partial sums take, those of every process: each file is there twice while it is replaced."""
     return 2 * ranks * (sums + _FILE)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix of scores that is computed block by block.
+
+    Attributes:
+        queries, train: its size.
+        itemsize: bytes of a score.
+        block: queries of a block, the most.
+        shard: training examples of a block, the most.
+        matrices: how many of one size there are, with parts of layers.
+        errors: whether each block says what a low rank or integers leave out.
+    """
+
+    queries: int
+    train: int
+    itemsize: int
+    block: int
+    shard: int
+    matrices: int = 1
+    errors: bool = False
+
+    @property
+    def _whole(self) -> int:
+        """What all scores take."""
+        return self.queries * self.train * self.itemsize * self.matrices
+
+    @property
+    def _across(self) -> int:
+        """Blocks beside each other."""
+        return -(-self.train // self.shard)
+
+    @property
+    def _sums(self) -> int:
+        """What the sums of a sweep take, the most."""
+        return self.block * self.shard * self.itemsize * self.matrices
+
+    @property
+    def _overhead(self) -> int:
+        """What blocks take beside their scores."""
+        count = -(-self.queries // self.block) * self._across
+        return count * file_overhead(self.matrices) + self.errors * self.queries * self._across * _ERROR_BYTES
+
+    def matrix_step(self, ranks: int, vectors: int = 0, rescored: int = 0) -> Step:
+        """Scores of all pairs: blocks, a file that they are put together in, and the result, all there at the end.
+
+        Args:
+            vectors: how many numbers of each training example are stored beside the scores.
+            rescored: how many of each query's scores are computed again.
+        """
+        whole, beside = self._whole, vectors * self.train * self.itemsize
+        # Of a block of queries, their highest scores are of so many training examples at the most.
+        again = min(self.train, self.block * rescored)
+        better = self.queries * again * self.itemsize + bool(rescored) * self._overhead
+        stored = whole + beside + self.queries * (self.errors * _ERROR_BYTES + rescored * self.itemsize)
+        stored += file_overhead(self.matrices + vectors + 2)
+        blocks, single = whole + beside + self._overhead, self._sums >= whole
+        sweeping = replaced_bytes(self._sums + beside, ranks) + (0 if single else whole + blocks - self._sums)
+        return Step("scores", stored, max(sweeping, blocks + whole + better + stored))
+
+    def top_step(self, ranks: int, top: int) -> Step:
+        """The highest and lowest scores: those of every block, then the result beside them."""
+        each = 2 * (self.itemsize + _INDEX_BYTES)
+        stored = each * self.queries * min(top, self.train) + file_overhead(5)
+        latest = each * self.block * min(top, self.shard)
+        blocks = each * self.queries * self._across * min(top, self.shard) + 2 * self._overhead
+        sweeping = max(blocks - latest + replaced_bytes(self._sums, ranks), blocks + ranks * self._sums)
+        return Step("top scores", stored, max(sweeping, blocks + stored))
+
+    def summed_step(self, ranks: int) -> Step:
+        """Scores that are added up over queries, training examples or both: `queries` or `train` is then 1."""
+        stored = self._whole + file_overhead(self.matrices)
+        return Step("scores", stored, stored + self._overhead + max(stored, replaced_bytes(self._sums, ranks)))
+
+
+def token_step(pairs: Sequence[int], longest: int, itemsize: int, part: int, train: int, ranks: int) -> Step:
+    """Scores of tokens: files of bounded size, all of which stay, and an index.
+
+    Args:
+        pairs: how many each block of queries has.
+        longest: tokens of the longest training example.
+        part: bytes of a file, the most.
+        train: training examples, whose lengths are stored.
+    """
+    blocks = [each * longest * itemsize for each in pairs]
+    files = sum(-(-block // part) for block in blocks)
+    largest = min(part, max(blocks))
+    stored = sum(blocks) + (2 * sum(pairs) + train + files) * _INDEX_BYTES + (files + 1) * file_overhead(3)
+    return Step("token scores", stored, stored + replaced_bytes(largest, ranks) - largest)

@@ -1,3 +1,3 @@
 """The library's version: written here alone, so that a source tree that is not installed knows it too."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

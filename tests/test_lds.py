@@ -32,7 +32,6 @@ from wherefrom.evaluate.datamodels import (
 from wherefrom.evaluate.plots import lds_tables
 from wherefrom.evaluate.retrainings import GroundTruth
 from wherefrom.runtime.errors import DamagedError, InputError
-from wherefrom.store.fingerprint import Dataset
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "ground_truth" / "gpt2-wikitext2-lds.npz"
 
@@ -264,26 +263,17 @@ def test_methods_are_scored_and_named_in_one_call() -> None:
         wf.evaluate.lds(Precomputed(queries), queries, [], truth)
 
 
-class OfStrategies:
-    """A study whose methods are strategies by name."""
-
-    def __init__(self, study: wf.Study[Sequence[Tensor]]) -> None:
-        self.study = study
-
-    def score(self, queries: Dataset[object], strategy: str) -> wf.Scores:
-        return self.study.score(queries, self.study.fit(strategy))
-
-
 def test_scores_of_a_study_predict_what_they_add_up_to(tmp_path: Path) -> None:
     """Losses that are made of one method's own scores are predicted by it without an error, and worse by another."""
     case = mlp_case()
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train, progress=False)
-    own = study.score(case.queries, study.fit("identity")).values.double()
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    own = study.score(case.queries, wf.Dot()).values.double()
     masks = half_subsets(12, len(case.train), torch.Generator().manual_seed(0))
     truth = GroundTruth(masks, -(masks.double() @ own.T)[:, None])
-    found = wf.evaluate.lds(OfStrategies(study), case.queries, ["identity", "ekfac"], truth, resamples=30)
-    assert found.means["identity"].value == pytest.approx(1)
-    assert found.difference("identity", "ekfac").low > 0
+    found = wf.evaluate.lds(study, case.queries, [wf.Dot(), wf.EKFAC(damping=0.5), wf.Dot()], truth, resamples=30)
+    assert list(found.means) == ["Dot()", "EKFAC(damping=0.5)", "Dot() (2)"]
+    assert found.means["Dot()"].value == found.means["Dot() (2)"].value == pytest.approx(1)
+    assert found.difference("Dot()", "EKFAC(damping=0.5)").low > 0
 
 
 def test_ground_truth_is_read_from_both_kinds_of_file(tmp_path: Path) -> None:

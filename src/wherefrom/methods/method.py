@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
@@ -121,6 +121,16 @@ class Method(ABC):
 
     name: ClassVar[str]
     keeps: ClassVar[tuple[type[Keep[Any]], ...]] = (Pairs, Top)
+
+    def __str__(self) -> str:
+        """The class, and the fields that are not what they are unless said otherwise."""
+        said = []
+        for each in fields(self):
+            value = getattr(self, each.name)
+            usual = each.default if each.default_factory is MISSING else each.default_factory()
+            if each.repr and value is not usual and value != usual:
+                said.append(f"{each.name}={value}")
+        return f"{type(self).__name__}({', '.join(said)})"
 
     @abstractmethod
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:

@@ -30,6 +30,7 @@ from wherefrom.report.shading import Shares, encode_lengths, encode_shares, visi
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.results import Scores, TopScores, extremes
 from wherefrom.store.files import write_text
+from wherefrom.store.fingerprint import Fingerprint
 
 EXCERPT_LENGTH = 160
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -144,7 +145,7 @@ def render_report(
         sequences=sorted(reader.seen.items()),
         shaded=any(sequence.lengths for sequence in reader.seen.values()),
         figures=[_figure_view(figure) for figure in figures],
-        kept=_clean(scores.fingerprint.get("kept", "")),
+        kept=_clean(_kept(scores.fingerprint)),
         settings=[(_clean(name), _clean(value)) for name, value in {**(settings or {}), **scores.fingerprint}.items()],
         profile=_clean(profile),
         histogram_height=HISTOGRAM_HEIGHT,
@@ -152,6 +153,12 @@ def render_report(
         script=script,
         policy=security_policy(style, script),
     )
+
+
+def _kept(fingerprint: Fingerprint) -> str:
+    """Which scores are there, where not all are; empty where they are."""
+    candidates = f"candidates: {fingerprint['candidates']}" if "candidates" in fingerprint else ""
+    return "; ".join(filter(None, (fingerprint.get("kept", ""), candidates)))
 
 
 def _check(queries: Passages, train: Passages, scores: Scores | TopScores, k: int) -> None:

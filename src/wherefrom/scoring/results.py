@@ -302,7 +302,9 @@ def _frame(hits: list[Hit]) -> pandas.DataFrame:
 def _save(result: Result, tensors: Mapping[str, Tensor | None], path: Path, k: int | None) -> None:
     if path.suffix == ".safetensors":
         if k is not None:
-            raise InputError(f"k={k} with {path.name}: a file of tensors has all scores. Leave k out, or write a table.")
+            raise InputError(
+                f"k={k} with {path.name}: a file of tensors has all scores. Leave k out, or write a table."
+            )
         found = {name: each for name, each in tensors.items() if each is not None}
         write_tensors(path, found, result.fingerprint)
     elif path.suffix == ".csv":

@@ -130,19 +130,22 @@ def preallocated(file: Path, start: bytes, size: int) -> None:
     Raises:
         StorageError: there is not enough space for it.
     """
+    part = file.with_name(file.name + ".part")  # without a start, a file of this name would be none of ours
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        remove(file)
-        with file.open("xb") as stream:
+        remove(part)
+        with part.open("xb") as stream:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(stream.fileno(), 0, size)
             else:
                 stream.truncate(size)
             stream.write(start)
-        file.chmod(file.parent.stat().st_mode & 0o666)
+        part.chmod(file.parent.stat().st_mode & 0o666)
+        part.replace(file)
     except OSError as error:
-        with contextlib.suppress(StorageError):
-            remove(file)
+        with contextlib.suppress(StorageError, OSError):
+            remove(part)
+            file.parent.rmdir()  # where nothing else is in it
         raise _cannot_write(file, size, str(error.strerror)) from error
 
 
@@ -191,11 +194,12 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def storing(part: Path, tensors: Mapping[str, Tensor], kept: str = "") -> Iterator[None]:
     """Check the space, and turn a failed write into an error that leaves no temporary file.
 
     Args:
         part: what is written before it gets its name, which is the same without the ending.
+        kept: what was in it before, and stays.
 
     Raises:
         StorageError: says how much was needed, and how much is free.
@@ -206,9 +210,16 @@ def storing(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, StorageError) as error:  # the last from a manifest
-        with contextlib.suppress(StorageError):
-            remove(part)
+        with contextlib.suppress(StorageError, OSError):
+            clear(part, kept)
         raise _cannot_write(part.with_suffix(""), needed, str(error)) from error
+
+
+def clear(part: Path, kept: str = "") -> None:
+    """Delete what was being written, but for one file of it that is finished."""
+    for path in part.iterdir() if kept else (part,):
+        if path.name != kept:
+            remove(path)
 
 
 def _cannot_write(file: Path, needed: int, reason: str) -> StorageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import shutil
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 import wherefrom as wf
-from tests.models import Mlp, gpt2_case, mlp_case, relative_error
+from tests.models import Interrupted, Mlp, gpt2_case, mlp_case, relative_error
 from tests.runs import only
 from wherefrom.runtime.errors import DamagedError, InputError, LayerError, LossError, MismatchError, StorageError
 from wherefrom.store.artifacts import Matrices, stored_matrices
+from wherefrom.store.files import save_tensors
 
 
 def test_sampled_factors_depend_on_the_seed_only(tmp_path: Path) -> None:
@@ -95,6 +97,46 @@ def test_strategies_share_what_they_have_in_common(tmp_path: Path) -> None:
     assert Counting._calls == 0
     again.fit(wf.EKFAC(), overwrite=True)
     assert Counting._calls > 0
+
+
+def test_the_first_block_of_scores_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Interrupted in its last batch, of seven: those before are saved, though no block of the matrix is."""
+    case, task = gpt2_case(), Interrupted(["transformer.h.*"])
+    execution = wf.Execution(checkpoint_seconds=0, train_batch_size=2)
+
+    def losses(run: str, allowed: int = 10**9) -> int:
+        task._left = allowed
+        study = wf.Study(tmp_path / run, case.model, task, train=case.train, execution=execution)
+        study.score(case.queries, wf.Dot())
+        return allowed - task._left
+
+    whole = losses("whole")
+    with pytest.raises(KeyboardInterrupt):
+        losses("interrupted", whole - 1)
+    assert losses("interrupted") == whole - 6
+
+
+def test_a_matrix_whose_result_cannot_be_written_stays_for_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the disk is full after all: what was computed is not computed again."""
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, Counting(), train=case.train)
+
+    def full(file: Path, *arguments: object) -> None:
+        if file.parent.name == "mine.part":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_tensors(file, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("wherefrom.store.artifacts.save_tensors", full)
+        with pytest.raises(StorageError, match="Cannot write .*mine .*No space left.*what is finished is safe"):
+            study.score(case.queries, name="mine")
+    probes = 2  # to plan the batches
+    Counting._calls = 0
+    found = study.score(case.queries, name="mine")
+    assert Counting._calls == probes
+    assert torch.equal(found.values, study.score(case.queries, name="other").values)
 
 
 def test_factors_of_something_else_are_refused_by_name(tmp_path: Path) -> None:

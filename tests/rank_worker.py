@@ -20,13 +20,13 @@ from torch.distributed.fsdp import fully_shard
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case
-from tests.runs import factored, with_factors
+from tests.runs import factored
 from wherefrom.runtime.distributed import Ranks, join_ranks
 from wherefrom.runtime.errors import WherefromError
 from wherefrom.runtime.placement import execution_device
 from wherefrom.scoring import scoring
 from wherefrom.scoring.bank import GradientBank
-from wherefrom.scoring.results import PairwiseCollector
+from wherefrom.scoring.collectors import PairwiseCollector
 
 # Of 12 training examples and 5 queries, processes get unequal shares; with fewer queries, some get none.
 TRAIN, QUERIES = 11, 5
@@ -34,23 +34,18 @@ TRAIN, QUERIES = 11, 5
 
 def everything(case: Case, run: Path, queries: int = QUERIES) -> wf.Study[object]:
     """Every kind of result."""
-    study = wf.Study(run, case.model, case.task, train=case.train[:TRAIN], execution=wf.Execution(checkpoint_seconds=0))
+    execution = wf.Execution(checkpoint_seconds=0, train_batch_size=2)
+    study = wf.Study(run, case.model, case.task, train=case.train[:TRAIN], execution=execution)
+    asked = case.queries[:queries]
     for strategy in ("identity", "diagonal", "kfac", "shampoo", "ekfac"):
-        factors = study.fit(factored(strategy), execution=replace(study.execution, train_batch_size=3))
-        study.score(
-            case.queries[:queries],
-            with_factors(factors, damping=0.001),
-            execution=replace(study.execution, train_batch_size=2),
-        )
-    study.score(case.queries[:queries], with_factors(factors, damping=0.001), keep=wf.Tokens(), name="tokens")
-    study.score(case.queries[:queries], with_factors(factors, damping=0.001, query_rank=2, rescore=3))
-    study.index(with_factors(factors), wf.Compression(directions="random", rank=2, quantization="float32"))
-    study.score(
-        case.queries[:queries],
-        wf.TwoStage(first=torch.tensor([[1, 4]] * queries), then=with_factors(factors)),
-        keep=wf.Top(10000),
-    )
-    study.score(case.queries[:queries], wf.Trak(rank=2))
+        study.fit(factored(strategy), execution=replace(execution, train_batch_size=3))
+        study.score(asked, factored(strategy, damping=0.001))
+    automatic = replace(execution, train_batch_size=None)
+    study.score(asked, wf.EKFAC(damping=0.001), keep=wf.Tokens(), execution=automatic)
+    study.score(asked, wf.EKFAC(damping=0.001, query_rank=2, rescore=3), execution=automatic)
+    study.index(wf.EKFAC(), wf.Compression(directions="random", rank=2, quantization="float32"), execution=automatic)
+    study.score(asked, wf.TwoStage(first=torch.tensor([[1, 4]] * queries)), keep=wf.Top(10000), execution=automatic)
+    study.score(asked, wf.Trak(rank=2), execution=automatic)
     return study
 
 
@@ -89,8 +84,8 @@ class Slow(wf.Classification):
 def slow(run: Path) -> None:
     """A job that dies where KILL=PROCESS:BATCH says."""
     case = mlp_case()
-    study = wf.Study(run, case.model, Slow(), train=case.train[:TRAIN], execution=wf.Execution(checkpoint_seconds=0))
-    study.score(case.queries, wf.EKFAC(), execution=replace(study.execution, train_batch_size=1, query_batch_size=2))
+    execution = wf.Execution(checkpoint_seconds=0, train_batch_size=1, query_batch_size=2)
+    wf.Study(run, case.model, Slow(), train=case.train[:TRAIN], execution=execution).score(case.queries, wf.EKFAC())
 
 
 class Poisoned(wf.Classification):
@@ -139,8 +134,8 @@ def sharded_full(run: Path) -> None:
     """A job of two resident queries, for which a process that shares a model's weights has too little memory."""
     case = gpt2_case()
     fully_shard(case.model)
-    study = wf.Study(run, case.model, Full(), train=case.train[:TRAIN])
-    study.score(case.queries[:2], wf.Dot(), execution=replace(study.execution, train_batch_size=2))
+    execution = wf.Execution(train_batch_size=2)
+    wf.Study(run, case.model, Full(), train=case.train[:TRAIN], execution=execution).score(case.queries[:2], wf.Dot())
 
 
 class FullCollector(PairwiseCollector):
@@ -164,8 +159,8 @@ def impatient(run: Path) -> None:
     """A program's own processes, which wait a second for each other, and one of which is slower."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=1))
     case = mlp_case()
-    study = wf.Study(run, case.model, Unequal(), train=case.train)
-    study.fit(wf.Diagonal(), execution=replace(study.execution, train_batch_size=1))
+    study = wf.Study(run, case.model, Unequal(), train=case.train, execution=wf.Execution(train_batch_size=1))
+    study.fit(wf.Diagonal())
 
 
 class Unequal(wf.Classification):
@@ -190,9 +185,9 @@ def joined_later(run: Path) -> None:
     """Processes that join after the study was made."""
     case = mlp_case()
     task = Counting()
-    study = wf.Study(run, case.model, task, train=case.train)
+    study = wf.Study(run, case.model, task, train=case.train, execution=wf.Execution(train_batch_size=1))
     join_ranks()
-    study.fit(wf.Diagonal(), execution=replace(study.execution, train_batch_size=1))
+    study.fit(wf.Diagonal())
     assert task.examples == len(case.train) // Ranks.current().count, task.examples
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import mlp_case
-from tests.runs import with_factors
 
 
 class Slow(wf.Classification):
@@ -31,8 +29,5 @@ def main(run: str, log: str) -> None:
     case = mlp_case(torch.float32)
     task = Slow()
     task._log = Path(log)
-    study = wf.Study(run, case.model, task, train=case.train, execution=wf.Execution(checkpoint_seconds=0))
-    factors = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=2))
-    study.score(
-        case.queries, with_factors(factors), execution=replace(study.execution, train_batch_size=2, query_batch_size=5)
-    )
+    execution = wf.Execution(checkpoint_seconds=0, train_batch_size=2, query_batch_size=5)
+    wf.Study(run, case.model, task, train=case.train, execution=execution).score(case.queries)

@@ -19,7 +19,8 @@ def results(run: Path) -> dict[str, Tensor]:
     """Every finished tensor, by its place in the run directory."""
     return {
         f"{file.parent.relative_to(run)}/{name}": tensor
-        for file in run.rglob("tensors.safetensors")
+        for kind in ("tensors", "matrices")
+        for file in run.rglob(f"{kind}.safetensors")
         for name, tensor in load_file(file).items()
     }
 

@@ -19,7 +19,7 @@ from tests.models import relative_error, widened
 from tests.reference import BruteForce
 from tests.runs import factored, with_factors
 from wherefrom.curvature.damping import damped_inverse
-from wherefrom.curvature.factors import STRATEGIES, Factors
+from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.runtime.errors import LossError
 from wherefrom.tasks.losses import IGNORED, summed_cross_entropy
 from wherefrom.tasks.sampling import Sampler
@@ -40,8 +40,8 @@ def mlp(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
 
 
-def study(path: Path, model: nn.Module, train: Any, task: Any = None, **options: Any) -> wf.Study[Any]:
-    return wf.Study(path, model, task or wf.Classification(), train=train, **options)
+def study(path: Path, model: nn.Module, train: Any, task: Any = None, **execution: Any) -> wf.Study[Any]:
+    return wf.Study(path, model, task or wf.Classification(), train=train, execution=wf.Execution(**execution))
 
 
 # What is not finite
@@ -78,10 +78,10 @@ def with_fault(kind: int, position: int, count: int = 12) -> Any:
 def test_a_finite_loss_does_not_hide_what_is_not_finite(tmp_path: Path, kind: int, strategy: str) -> None:
     where = ["Activations of layer 'side' are inf", "Output gradients of layer 'side' are nan"][kind - 1]
     stage = {"diagonal": "eigenvalues", "ekfac": "covariance"}[strategy]
-    made = study(tmp_path, Hidden().double(), with_fault(kind, 7), checkpoint_seconds=0)
+    made = study(tmp_path, Hidden().double(), with_fault(kind, 7), checkpoint_seconds=0, train_batch_size=3)
     expected = rf"{stage}: the loss of examples 6 to 8 is finite, and its gradients are not\. {where} for example 7\."
     with pytest.raises(LossError, match=expected):
-        made.fit(factored(strategy, empirical=True), execution=replace(made.execution, train_batch_size=3))
+        made.fit(factored(strategy, empirical=True))
     assert not list(tmp_path.rglob("manifest.json"))
     for file in tmp_path.rglob("*.safetensors"):  # the sums of the batches before are good, and stay
         assert all(bool(each.isfinite().all()) for each in load_file(file).values())
@@ -89,9 +89,9 @@ def test_a_finite_loss_does_not_hide_what_is_not_finite(tmp_path: Path, kind: in
 
 @pytest.mark.parametrize("rank", [None, 1])
 def test_a_query_that_is_not_finite_is_named(tmp_path: Path, rank: int | None) -> None:
-    made = study(tmp_path, Hidden().double(), vectors(6))
+    made = study(tmp_path, Hidden().double(), vectors(6), query_batch_size=2)
     with pytest.raises(LossError, match=r"query gradients: .*Activations of layer 'side' are inf for example 4\."):
-        made.score(with_fault(1, 4, 5), wf.Dot(query_rank=rank), execution=replace(made.execution, query_batch_size=2))
+        made.score(with_fault(1, 4, 5), wf.Dot(query_rank=rank))
 
 
 def test_a_training_example_is_named_by_its_place_in_the_dataset(
@@ -100,11 +100,11 @@ def test_a_training_example_is_named_by_its_place_in_the_dataset(
     """Scores are computed in parts, each a sweep of its own over some positions."""
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 1)
-    made = study(tmp_path, Hidden().double(), with_fault(2, 10))
+    made = study(tmp_path, Hidden().double(), with_fault(2, 10), train_batch_size=3)
     with pytest.raises(LossError, match=r"pairwise scores: the loss of examples 9 to 11 .* for example 10\."):
-        made.score(vectors(2), wf.Dot(), execution=replace(made.execution, train_batch_size=3))
+        made.score(vectors(2), wf.Dot())
     with pytest.raises(LossError, match=r"self-influence: .* for example 10\."):
-        made.self_influence(wf.Dot(), execution=replace(made.execution, train_batch_size=3))
+        made.self_influence(wf.Dot())
 
 
 def test_a_loss_that_is_not_finite_names_the_layer_too(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_names_the_layer_too(tmp_path: Path) -> None:
     train[5][0][2] = torch.nan
     expected = r"the loss of examples 4 to 5 is nan\. Activations of layer '0' are nan for example 5\."
     with pytest.raises(LossError, match=expected):
-        study(tmp_path, mlp(), train).fit(wf.EKFAC(empirical=True), execution=wf.Execution(train_batch_size=2))
+        study(tmp_path, mlp(), train, train_batch_size=2).fit(wf.EKFAC(empirical=True))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -124,12 +124,10 @@ def test_products_that_overflow_name_their_layer(tmp_path: Path, strategy: str) 
     train = vectors(8, dtype=torch.float32)
     for features, _ in train[4:]:
         features.mul_(1e25)
-    made = study(tmp_path, model, train)
+    made = study(tmp_path, model, train, train_batch_size=2, query_batch_size=2)
     expected = r"layer '0' are finite \(activations reach \d\.?\d*e\+25.*overflow with examples 4 to 5\."
     with pytest.raises(LossError, match=expected):
-        made.score(
-            train[4:6], factored(strategy), execution=replace(made.execution, train_batch_size=2, query_batch_size=2)
-        )
+        made.score(train[4:6], factored(strategy))
 
 
 def test_a_float16_model_that_overflows_is_an_error(tmp_path: Path) -> None:
@@ -192,8 +190,8 @@ def sequences(count: int, seed: int) -> Any:
 @pytest.mark.parametrize("padding", [torch.nan, torch.inf])
 def test_padding_may_hold_anything(tmp_path: Path, strategy: str, padding: float) -> None:
     train, queries = sequences(9, 1), sequences(4, 2)
-    made = study(tmp_path, mlp(), train, Tagging(padding))
-    scores = made.score(queries, factored(strategy), execution=replace(made.execution, train_batch_size=5))
+    made = study(tmp_path, mlp(), train, Tagging(padding), train_batch_size=5)
+    scores = made.score(queries, factored(strategy))
     expected = BruteForce(mlp(), Tagging(0.0), ["0", "2"], train, queries, seed=0).scores(strategy)
     assert relative_error(scores.values, expected) < 1e-9
 
@@ -270,9 +268,8 @@ def test_layers_without_gradients_have_no_part(
     with caplog.at_level(logging.WARNING, "wherefrom"):
         factors = made.fit(factored(strategy, empirical=True))
     assert ("3 layer(s) have no gradient" in caplog.text) == (STRATEGIES[strategy].eigenvalues == "fitted")
-    scores = made.score(
-        queries, with_factors(factors, damping=damping), keep=wf.Pairs(layers=True, self_influence=True)
-    )
+    method = with_factors(factors, damping=damping)
+    scores = made.score(queries, method, keep=wf.Pairs(layers=True, self_influence=True))
     for layer in ("dead", "reads_zeros", "unused"):
         assert not scores.layers[layer].any()
     assert bool(scores.values.isfinite().all())
@@ -286,13 +283,7 @@ def test_layers_without_gradients_have_no_part(
     else:
         expected = alive.scores(strategy, damping)
     assert relative_error(scores.values, expected) < 1e-6
-    assert torch.allclose(
-        made.self_influence(with_factors(factors, damping=damping)), _own(made, factors, train, damping)
-    )
-
-
-def _own(made: wf.Study[Any], factors: Factors, train: Any, damping: float | None) -> Tensor:
-    return made.score(train, with_factors(factors, damping=damping), name="own").values.diagonal()
+    assert torch.allclose(made.self_influence(method), made.score(train, method, name="own").values.diagonal())
 
 
 def test_nothing_to_learn_from_is_a_score_of_zero(tmp_path: Path) -> None:
@@ -304,13 +295,8 @@ def test_nothing_to_learn_from_is_a_score_of_zero(tmp_path: Path) -> None:
     made = study(tmp_path, model, train, wf.Regression())
     for strategy in STRATEGIES:
         for damping in DAMPINGS:
-            factors = made.fit(factored(strategy, empirical=True))
-            scores = made.score(
-                queries,
-                with_factors(factors, damping=damping),
-                keep=wf.Pairs(self_influence=True),
-                name=f"{strategy}{damping}",
-            )
+            method = factored(strategy, empirical=True, damping=damping)
+            scores = made.score(queries, method, keep=wf.Pairs(self_influence=True))
             assert not scores.values.any()
             assert not scores.normalized("cosine").values.any()
 
@@ -386,13 +372,10 @@ def test_squares_that_float32_does_not_hold_are_an_error(
 def test_factors_of_vanished_squares_have_no_self_influence_or_tokens(tmp_path: Path) -> None:
     train = vectors(5, dtype=torch.float32)
     made = study(tmp_path, mlp(torch.float32), train, Scaled(1e-30))
-    factors = made.fit(wf.EKFAC(empirical=True))
-    for asked in (
-        lambda: made.self_influence(with_factors(factors)),
-        lambda: made.score(train, with_factors(factors), keep=wf.Tokens(), name="tokens"),
-    ):
+    method = wf.EKFAC(empirical=True)
+    for asked in (lambda: made.self_influence(method), lambda: made.score(train, method, keep=wf.Tokens())):
         with pytest.raises(LossError, match=r"Layer '2': its curvature is zero in all directions"):
             asked()
     # A damping above zero defines the scores: gradients over it.
-    scores = made.score(vectors(2, dtype=torch.float32), with_factors(factors, damping=1.0))
+    scores = made.score(vectors(2, dtype=torch.float32), replace(method, damping=1.0))
     assert bool(scores.values.isfinite().all())

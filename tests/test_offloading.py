@@ -13,9 +13,10 @@ from tests.models import mlp_case, relative_error
 from tests.runs import factored
 from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.fitting import Fitting
+from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.profile import Profile
-from wherefrom.store.cache import Stages
+from wherefrom.store.cache import Cache
 
 
 @pytest.mark.parametrize("strategy", ["kfac", "ekfac", "shampoo", "diagonal"])
@@ -36,7 +37,8 @@ def test_all_that_is_copied_for_a_batch_is_pinned_once(
     monkeypatch.setattr(Tensor, "is_pinned", lambda self: id(self) in pinned)
     monkeypatch.setattr(Sweep, "device", property(lambda self: torch.device("cuda")))
     folder = next(path for path in (tmp_path / "factors").iterdir() if path.is_dir())
-    fitting = Fitting(study._sweep, case.train, Stages(folder, plain.fingerprint, Profile()), 0, None)
+    cache = Cache(folder, plain.fingerprint, Profile())
+    fitting = Fitting(study._sweep, Examples(case.train, case.task, "drawn"), cache)
     factors = fitting.factors(strategy)
     preconditioner = factors.preconditioner(0.1)
     copied = [each for sides in preconditioner.sides(study.layers).values() for each in sides if each is not None]
@@ -52,9 +54,7 @@ def test_offloaded_factors_give_the_same_scores(tmp_path: Path) -> None:
     case = mlp_case()
     found = []
     for offload in (False, True):
-        folder = tmp_path / str(offload)
-        study = wf.Study(
-            folder, case.model, case.task, train=case.train, execution=wf.Execution(offload_factors=offload)
-        )
+        execution = wf.Execution(offload_factors=offload)
+        study = wf.Study(tmp_path / str(offload), case.model, case.task, train=case.train, execution=execution)
         found.append(study.score(case.queries, wf.EKFAC()).values)
     assert torch.equal(*found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import wherefrom as wf
 from tests.models import VOCABULARY, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from tests.test_language import bart, bert, configured, masked_rows, pair_rows
-from wherefrom.engine.loading import collated
+from wherefrom.engine.loading import Examples, collated
 from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.tasks.task import Task
 
@@ -62,8 +61,12 @@ def packed(rows: list[Any], together: tuple[int, ...], **columns: Callable[[int]
     return found
 
 
+def batch_of(model: nn.Module, task: Task[Any], rows: list[Any]) -> Any:
+    return collated(Examples(rows, task), range(len(rows)), model)[0]
+
+
 def loss_of(model: nn.Module, task: Task[Any], rows: list[Any]) -> float:
-    return float(task.train_loss(model, collated(task, rows, range(len(rows)), model)[0]).detach())
+    return float(task.train_loss(model, batch_of(model, task, rows)).detach())
 
 
 # Rows of one to four documents, so that batches are padded.
@@ -81,21 +84,14 @@ def test_scores_of_packed_rows_are_sums_of_their_documents(
     study = wf.Study(tmp_path, model, task, train=train)
     alone, asked = ([each for row in rows for each in documents(row)] for rows in (train, queries))
     brute = BruteForce(model, task, list(study.layers), alone, asked)
-    found = {
-        size: study.score(
-            queries,
-            wf.Dot(),
-            name=str(size),
-            execution=replace(study.execution, train_batch_size=size, query_batch_size=size),
-        )
-        for size in (1, 3)
-    }
     of_documents = brute.scores("identity")
     expected = torch.stack([
         torch.stack([part.sum() for part in rows.split([len(documents(row)) for row in train], 1)])
         for rows in of_documents.split([len(documents(row)) for row in queries])
     ])  # fmt: skip
-    for size, scores in found.items():
+    for size in (1, 3):
+        execution = wf.Execution(train_batch_size=size, query_batch_size=size)
+        scores = study.score(queries, wf.Dot(), name=str(size), execution=execution)
         assert relative_error(scores.values, expected) < 1e-10, size
 
 
@@ -123,11 +119,10 @@ def test_flattened_rows_as_transformers_makes_them_are_taken() -> None:
     batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows, return_tensors="pt")
     row = {name: each[0] if isinstance(each, Tensor) and each.dim() == 2 else each for name, each in batch.items()}
     model, task = llama().eval(), wf.CausalLM()
-    found = task.train_loss(model, collated(task, [row], [0], model)[0])
     expected = sum(loss_of(model, task, [each]) for each in rows)
-    assert float(found) == pytest.approx(expected, rel=1e-12)
+    assert loss_of(model, task, [row]) == pytest.approx(expected, rel=1e-12)
     with pytest.raises(InputError, match="'cu_seq_lens_q' says where documents .* no 'position_ids'"):
-        collated(task, [{name: each for name, each in row.items() if name != "position_ids"}], [0], model)
+        batch_of(model, task, [{name: each for name, each in row.items() if name != "position_ids"}])
 
 
 class Mixing(nn.Module):
@@ -173,7 +168,7 @@ def test_a_model_that_mixes_documents_is_refused_and_not_without_cause(tmp_path:
 )
 def test_what_cannot_be_passed_on_is_refused_by_name(columns: Row, message: str) -> None:
     with pytest.raises(InputError, match=f"(?s){message}"):
-        collated(wf.CausalLM(), [{"input_ids": [1, 2, 3, 4], **columns}], [0], gpt2())
+        batch_of(gpt2(), wf.CausalLM(), [{"input_ids": [1, 2, 3, 4], **columns}])
 
 
 def test_lengths_are_refused_for_a_model_that_takes_no_positions() -> None:
@@ -182,8 +177,8 @@ def test_lengths_are_refused_for_a_model_that_takes_no_positions() -> None:
             raise AssertionError
 
     with pytest.raises(InputError, match="Plain takes no 'position_ids'"):
-        collated(wf.CausalLM(), [{"input_ids": [1, 2, 3], "seq_lengths": [2, 1]}], [0], Plain())
-    batch, _ = collated(wf.CausalLM(), [{"input_ids": [1, 2], "position_ids": [0, 1]}], [0], Plain())
+        batch_of(Plain(), wf.CausalLM(), [{"input_ids": [1, 2, 3], "seq_lengths": [2, 1]}])
+    batch = batch_of(Plain(), wf.CausalLM(), [{"input_ids": [1, 2], "position_ids": [0, 1]}])
     assert sorted(batch) == ["input_ids", "labels"]  # as a Trainer removes columns
 
 
@@ -235,9 +230,7 @@ def test_images_are_stacked_and_numbers_of_tokens_padded(tmp_path: Path) -> None
     needed = [{name: row[name] for name in ("input_ids", "pixel_values", "weights")} for row in rows]
     expected = BruteForce(model, task, list(study.layers), needed, needed[:2]).scores("identity")
     for size in (1, 4):
-        found = study.score(
-            rows[:2], wf.Dot(), name=str(size), execution=replace(study.execution, train_batch_size=size)
-        )
+        found = study.score(rows[:2], wf.Dot(), name=str(size), execution=wf.Execution(train_batch_size=size))
         assert relative_error(found.values, expected) < 1e-10
     changed = [{**row, "pixel_values": row["pixel_values"] + 1} for row in rows]
     other = wf.Study(tmp_path, model, task, train=changed)
@@ -250,7 +243,7 @@ def test_images_of_different_sizes_are_refused_by_name() -> None:
         {"input_ids": [1] * 4, "pixel_values": torch.zeros(1, 2, size), "weights": [1.0] * 4} for size in (2, 3)
     ]
     with pytest.raises(InputError, match=r"'pixel_values' has the shapes \[1, 2, 2\], \[1, 2, 3\] in examples of 4, 4"):
-        collated(wf.CausalLM(), rows, [0, 1], Seeing(gpt2()))
+        batch_of(Seeing(gpt2()), wf.CausalLM(), rows)
 
 
 def with_positions(row: Row) -> Row:
@@ -287,7 +280,7 @@ def test_the_decoders_own_inputs_are_passed_on() -> None:
     assert loss_of(model, task, rows) == pytest.approx(expected, rel=1e-10)
     assert abs(loss_of(model, task, [{**row, "decoder_input_ids": None} for row in rows]) - expected) > 0.1
     with pytest.raises(InputError, match="'decoder_input_ids' has 1 numbers and 'labels'"):
-        collated(task, [{**rows[0], "decoder_input_ids": [1]}], [0], model)
+        batch_of(model, task, [{**rows[0], "decoder_input_ids": [1]}])
 
 
 def test_adapters_take_what_their_model_takes() -> None:

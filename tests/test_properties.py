@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
 from wherefrom.planning.forms import BankForm
 from wherefrom.scoring.bank import GradientBank
-from wherefrom.scoring.results import PairwiseCollector
+from wherefrom.scoring.collectors import PairwiseCollector
 from wherefrom.tasks.losses import IGNORED, summed_cross_entropy
 from wherefrom.tasks.sampling import Sampler
 
@@ -160,25 +160,19 @@ FEW = settings(max_examples=12, deadline=None)
 class Run:
     """A study in a directory that is gone afterwards."""
 
-    def __init__(self, case: Case, train: list[Any] | None = None, task: Weighted | None = None) -> None:
+    def __init__(
+        self, case: Case, train: list[Any] | None = None, task: Weighted | None = None, **execution: Any
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self.task = task or Weighted()
-        self.study = wf.Study(
-            self._folder.name,
-            case.model(),
-            self.task,
-            train=train or case.train_set,
-            execution=wf.Execution(progress=False),
-        )
+        self.task, chosen = task or Weighted(), wf.Execution(progress=False, **execution)
+        train = train or case.train_set
+        self.study = wf.Study(self._folder.name, case.model(), self.task, train=train, execution=chosen)
 
-    def fit(self, strategy: str, **options: Any) -> Factors:
-        return self.study.fit(strategy, empirical=True, **options)
+    def fit(self, strategy: str) -> Factors:
+        return self.study.fit(factored(strategy, empirical=True))
 
-    def score(self, queries: list[Any], factors: Factors, **options: Any) -> wf.Scores:
-        return self.study.score(queries, factors, **options)
-
-    def values(self, queries: list[Any], factors: Factors, **options: Any) -> Tensor:
-        return self.score(queries, factors, **options).values.clone()
+    def values(self, queries: list[Any], method: wf.Method) -> Tensor:
+        return self.study.score(queries, method).values.clone()
 
 
 def assert_alike(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
@@ -196,10 +190,9 @@ def weighted(examples: list[Any], weights: Tensor) -> list[Any]:
 def test_scores_are_linear_in_what_is_measured(
     case: Case, strategy: str, damping: float | None, mixture: tuple[float, float]
 ) -> None:
-    factors = Run(case).fit(factored(strategy))
+    method = with_factors(Run(case).fit(strategy), damping=damping)
     one, other, both = (
-        Run(case, task=Weighted(each)).values(case.query_set, factors, damping=damping)
-        for each in ((1.0, 0.0), (0.0, 1.0), mixture)
+        Run(case, task=Weighted(each)).values(case.query_set, method) for each in ((1.0, 0.0), (0.0, 1.0), mixture)
     )
     scale = mixture[0] * one, mixture[1] * other
     assert float((both - sum(scale)).abs().max()) <= 1e-9 * float(max(each.abs().max() for each in (one, other)))
@@ -211,11 +204,11 @@ def test_scores_are_linear_in_training_gradients(
     case: Case, strategy: str, damping: float | None, first: float, second: float
 ) -> None:
     """The same factors, and training losses with weights of their own."""
-    factors, generator = Run(case).fit(factored(strategy)), torch.Generator().manual_seed(case.seed)
-    plain = Run(case).values(case.query_set, factors, damping=damping)
+    method, generator = with_factors(Run(case).fit(strategy), damping=damping), torch.Generator().manual_seed(case.seed)
+    plain = Run(case).values(case.query_set, method)
     one, other = torch.randn(2, case.train, generator=generator).double()
     mixed = first * one + second * other
-    found = Run(case, weighted(case.train_set, mixed)).values(case.query_set, factors, damping=damping)
+    found = Run(case, weighted(case.train_set, mixed)).values(case.query_set, method)
     assert float((found - plain * mixed).abs().max()) <= 1e-9 * float(plain.abs().max()) * float(
         1 + abs(first) * one.abs().max() + abs(second) * other.abs().max()
     )
@@ -266,10 +259,9 @@ def test_products_of_a_bank_are_bilinear_and_add_up_over_tokens(
 @given(cases("mlp", "tokens"), STRATEGY, DAMPING)
 @FEW
 def test_scores_add_up_over_tokens(case: Case, strategy: str, damping: float | None) -> None:
-    run = Run(case)
-    factors = run.fit(factored(strategy))
-    expected = run.values(case.query_set, factors, damping=damping)
-    tokens = run.study.score(case.query_set, with_factors(factors, damping=damping), keep=wf.Tokens())
+    run, method = Run(case), factored(strategy, empirical=True, damping=damping)
+    expected = run.values(case.query_set, method)
+    tokens = run.study.score(case.query_set, method, keep=wf.Tokens())
     found = torch.stack(
         [torch.stack([tokens[query, row].sum() for row in range(case.train)]) for query in range(case.queries)]
     )
@@ -282,12 +274,11 @@ def test_scores_add_up_over_tokens(case: Case, strategy: str, damping: float | N
 @FEW
 def test_scores_add_up_over_layers(case: Case, strategy: str, damping: float | None) -> None:
     """And a layer's part is the score of a study that tracks it alone."""
-    run = Run(case)
-    scores = run.score(case.query_set, factored(strategy, damping=damping), keep=wf.Pairs(layers=True))
+    method = factored(strategy, empirical=True, damping=damping)
+    scores = Run(case).study.score(case.query_set, method, keep=wf.Pairs(layers=True))
     assert_alike(torch.stack(list(scores.layers.values())).sum(0), scores.values)
     for name, part in scores.layers.items():
-        alone = Run(case, task=Weighted(layers=[name]))
-        assert_alike(alone.values(case.query_set, alone.fit(factored(strategy)), damping=damping), part)
+        assert_alike(Run(case, task=Weighted(layers=[name])).values(case.query_set, method), part)
 
 
 @given(cases(), STRATEGY, DAMPING, st.randoms(use_true_random=False), st.integers(1, 7), st.integers(1, 7))
@@ -296,31 +287,26 @@ def test_scores_follow_permutations_and_ignore_batch_sizes(
     case: Case, strategy: str, damping: float | None, random: Any, fitted: int, swept: int
 ) -> None:
     rows, columns = list(range(case.queries)), list(range(case.train))
-    run = Run(case)
-    expected = run.values(
-        case.query_set,
-        run.fit(factored(strategy), execution=replace(run.execution, train_batch_size=case.train)),
-        damping=damping,
-    )
+    whole = Run(case, train_batch_size=case.train)
+    expected = whole.values(case.query_set, factored(strategy, empirical=True, damping=damping))
     random.shuffle(rows)
     random.shuffle(columns)
     train, queries = case.train_set, case.query_set
-    other = Run(case, [train[column] for column in columns])
-    factors = other.fit(factored(strategy), execution=replace(other.execution, train_batch_size=fitted))
-    sizes = {"train_batch_size": swept, "query_batch_size": fitted}
-    found = other.values([queries[row] for row in rows], factors, damping=damping, **sizes)
+    train = [train[column] for column in columns]
+    factors = Run(case, train, train_batch_size=fitted).fit(strategy)
+    other = Run(case, train, train_batch_size=swept, query_batch_size=fitted)
+    found = other.values([queries[row] for row in rows], with_factors(factors, damping=damping))
     assert_alike(found, expected[rows][:, columns])
 
 
 @given(cases(), STRATEGY, st.sampled_from([None, 1e-2, 0.0]))
 @FEW
 def test_self_influence_is_the_diagonal(case: Case, strategy: str, damping: float | None) -> None:
-    run = Run(case)
-    factors = run.fit(factored(strategy))
-    scores = run.score(case.train_set, with_factors(factors, damping=damping), keep=wf.Pairs(self_influence=True))
+    run, method = Run(case), factored(strategy, empirical=True, damping=damping)
+    scores = run.study.score(case.train_set, method, keep=wf.Pairs(self_influence=True))
     assert scores.self_influence is not None
     assert scores.query_self_influence is not None
-    found = run.study.self_influence(with_factors(factors, damping=damping))
+    found = run.study.self_influence(method)
     for each in (scores.self_influence, scores.query_self_influence, found):
         assert_alike(each, scores.values.diagonal())
     assert_alike(scores.values, scores.values.T.clone())
@@ -333,7 +319,7 @@ def test_self_influence_is_the_diagonal(case: Case, strategy: str, damping: floa
 @FEW
 def test_identity_is_the_dot_product_of_gradients(case: Case) -> None:
     run = Run(case)
-    found = run.values(case.query_set, run.fit(wf.Dot()))
+    found = run.values(case.query_set, wf.Dot())
     reference = BruteForce(case.model(), run.task, list(run.study.layers), case.train_set, case.query_set)
     assert_alike(found, reference.scores("identity"))
 
@@ -342,7 +328,7 @@ def test_identity_is_the_dot_product_of_gradients(case: Case) -> None:
 @FEW
 def test_float32_scores_are_those_of_float64(case: Case, strategy: str) -> None:
     run = Run(case)
-    found = run.values(case.query_set, run.fit(factored(strategy)), damping=1.0)
+    found = run.values(case.query_set, factored(strategy, empirical=True, damping=1.0))
     train, queries = ([(x.double(), y, w.double()) for x, y, w in each] for each in (case.train_set, case.query_set))
     reference = BruteForce(case.model(), run.task, list(run.study.layers), train, queries)
     assert found.dtype == torch.float32
@@ -378,6 +364,5 @@ def test_of_a_kronecker_product_the_inverse_is_exact(
         inverse = torch.linalg.inv(curvature + added * torch.eye(len(curvature), dtype=torch.float64))
     with tempfile.TemporaryDirectory() as folder:
         study = wf.Study(folder, nn.Sequential(model), wf.Regression(), train=examples)
-        factors = study.fit(factored(strategy, empirical=True))
-        found = study.score(examples, with_factors(factors, damping=damping)).values.clone()
+        found = study.score(examples, factored(strategy, empirical=True, damping=damping)).values.clone()
     assert_alike(found, gradients @ inverse @ gradients.T, 1e-9 if damping != 0 else 1e-5)

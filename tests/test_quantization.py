@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from wherefrom.scoring.options import Options
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.runs import only, with_factors
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
+from wherefrom.engine.loading import Examples
 from wherefrom.planning.forms import BankForm, dequantized, quantized
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.bank import GradientBank
@@ -50,11 +48,7 @@ def test_what_is_not_finite_has_no_finite_scale(wrong: float) -> None:
 def captured_batches(case: Case, rows: list[object], study: Any) -> dict[str, Captured]:
     """All examples in one batch, layer by layer."""
     found: dict[str, Captured] = {}
-
-    def objective(model: torch.nn.Module, batch: Any, _: object) -> Tensor:
-        return case.task.train_loss(model, batch)
-
-    study._sweep.probe(rows, 0, objective, lambda layer, each: found.update({layer: each}), len(rows))
+    study._sweep.probe(Examples(rows, case.task), lambda layer, each: found.update({layer: each}), count=len(rows))
     return found
 
 
@@ -106,38 +100,25 @@ def test_scores_move_by_no_more_than_the_rounding_allows(
 @pytest.mark.parametrize("half", [False, True])
 def test_a_study_keeps_them_apart_and_computes_the_highest_again(tmp_path: Path, half: bool) -> None:
     case = gpt2_case(torch.float32)
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC())
-    exact = study.score(case.queries, with_factors(factors), execution=replace(study.execution, half_precision=half))
-    found = study.score(
-        case.queries, with_factors(factors, query_bits=8), execution=replace(study.execution, half_precision=half)
-    )
+    factors = wf.Study(tmp_path, case.model, case.task, train=case.train).fit()
+    execution = wf.Execution(half_precision=half)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=execution)
+    exact = study.score(case.queries, with_factors(factors))
+    found = study.score(case.queries, with_factors(factors, query_bits=8))
     assert found.query_errors is not None
     assert 0 < float(found.query_errors.max()) < 0.01
     assert 0 < relative_error(found.values, exact.values) < 0.02
     ending = "-half" * half
-    assert only(tmp_path / "scores", f"ekfac{ending}-8bit").name == found.name
+    assert only(tmp_path / "scores", f"ekfac-8bit{ending}").name == found.name
     assert found.fingerprint["query bits"] == "8"
     assert "query bits" not in exact.fingerprint
-    again = study.score(
-        case.queries,
-        with_factors(factors, query_bits=8, rescore=3),
-        name="again",
-        execution=replace(study.execution, half_precision=half),
-    )
+    again = study.score(case.queries, with_factors(factors, query_bits=8, rescore=3), name="again")
     chosen = found.values.topk(3, dim=1).indices
     assert relative_error(again.values.gather(1, chosen), exact.values.gather(1, chosen)) < 1e-5
-    top = study.score(
-        case.queries,
-        with_factors(factors, query_bits=8),
-        keep=wf.Top(2),
-        execution=replace(study.execution, half_precision=half),
-    )
+    top = study.score(case.queries, with_factors(factors, query_bits=8), keep=wf.Top(2))
     assert relative_error(top.values, found.values.topk(2, dim=1).values) < 1e-5
-    with pytest.raises(wf.WherefromError, match="query bits: stored 8, the top 3 without, now nothing"):
-        study.score(
-            case.queries, with_factors(factors), name="again", execution=replace(study.execution, half_precision=half)
-        )
+    with pytest.raises(wf.WherefromError, match="query bits: stored 8, the top 3 whole, now nothing"):
+        study.score(case.queries, with_factors(factors), name="again")
 
 
 def test_several_blocks_and_one_hot_layers(tmp_path: Path) -> None:
@@ -148,13 +129,8 @@ def test_several_blocks_and_one_hot_layers(tmp_path: Path) -> None:
     factors = wf.Study(tmp_path / "0", case.model, case.task, train=case.train).fit(wf.EKFAC())
     found = []
     for budget, bits in ((None, None), (None, 8), (1e-9, 8)):
-        study = wf.Study(
-            tmp_path / f"{budget}{bits}",
-            case.model,
-            case.task,
-            train=case.train,
-            execution=wf.Execution(memory_budget=budget),
-        )
+        folder, execution = tmp_path / f"{budget}{bits}", wf.Execution(memory_budget=budget)
+        study = wf.Study(folder, case.model, case.task, train=case.train, execution=execution)
         found.append(study.score(case.queries, with_factors(factors, query_bits=bits)).values)
     assert 0 < relative_error(found[1], found[0]) < 0.02
     assert relative_error(found[2], found[1]) < 1e-9
@@ -165,19 +141,18 @@ def test_several_blocks_and_one_hot_layers(tmp_path: Path) -> None:
     [
         ({"query_bits": 4}, "query_bits=4: expected 8, or None"),
         ({"query_bits": 8, "query_rank": 2}, "query_bits=8 with query_rank=2: matrices of low rank"),
-        ({"query_bits": 8, "aggregate_queries": "sum"}, "query_bits=8 with aggregate_queries='sum'"),
         ({"query_bits": 8, "solver": wf.Astra()}, "query_bits=8 with a solver"),
     ],
 )
 def test_what_cannot_be_done_in_8_bits_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Options(**options)
+        wf.EKFAC(**options)
 
 
-def test_candidates_are_scored_without(tmp_path: Path) -> None:
+def test_sums_and_candidates_are_scored_without(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    with pytest.raises(InputError, match="query_bits=8: expected one of damping"):
-        study.score(
-            case.queries, wf.TwoStage(first=torch.zeros(5, 1).long(), then=wf.Dot(query_bits=8)), keep=wf.Top(10000)
-        )
+    with pytest.raises(InputError, match=r"query_bits=8 with keep=Aggregated\(queries='sum'.*Leave query_bits out"):
+        study.score(case.queries, wf.Dot(query_bits=8), keep=wf.Aggregated(queries="sum"))
+    with pytest.raises(InputError, match=r"then=.*query_bits=8.*: candidates are scored with whole gradients"):
+        wf.TwoStage(first=torch.zeros(5, 1).long(), then=wf.Dot(query_bits=8))

@@ -114,7 +114,7 @@ def test_a_process_that_runs_out_of_memory_takes_the_others_to_fewer_queries(tmp
     case = mlp_case()
     study = wf.Study(tmp_path / "alone", case.model, case.task, train=case.train[: rank_worker.TRAIN])
     expected = study.score(case.queries[: rank_worker.QUERIES], wf.Dot())
-    found = wf.Scores.load(tmp_path / "run" / "scores" / "identity")
+    found = wf.Scores.load(tmp_path / "run" / "scores" / "dot")
     assert torch.allclose(found.values, expected.values, rtol=1e-12)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 
 import wherefrom as wf
-from tests.models import Case, gpt2_case, mlp_case, relative_error
+from tests.models import Case, gpt2_case, mlp_case
 from tests.runs import factored, with_factors
+from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.evaluate.datamodels import evaluate_lds
 from wherefrom.evaluate.removal import evaluate_removal
@@ -25,7 +26,7 @@ from wherefrom.report.html import render_report
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passage
 from wherefrom.report.text import token_tables, top_tables
 from wherefrom.runtime.errors import InputError, MismatchError
-from wherefrom.store.names import found_result, result_name
+from wherefrom.store.names import found_result, labelled, result_name
 
 RECIPE = wf.TrainingRecipe(batch_size=6, learning_rates=[0.1, 0.1])
 
@@ -51,13 +52,8 @@ def other_model(model: torch.nn.Module) -> torch.nn.Module:
 def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[wf.Study[Any], Case, wf.Scores, wf.TokenScores]:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path_factory.mktemp("scored"), case.model, case.task, train=case.train)
-    factors = study.fit(wf.Dot())
-    return (
-        study,
-        case,
-        study.score(case.queries, with_factors(factors)),
-        study.score(case.queries, with_factors(factors), keep=wf.Tokens()),
-    )
+    scores, tokens = study.score(case.queries, wf.Dot()), study.score(case.queries, wf.Dot(), keep=wf.Tokens())
+    return study, case, scores, tokens
 
 
 def printed(table: Any) -> str:
@@ -115,7 +111,8 @@ def test_texts_in_another_form_are_shown_where_they_are_as_many(scored: Scored) 
 
 def test_tokens_of_other_scores_are_not_shown_beside_these(scored: Scored) -> None:
     study, case, scores, tokens = scored
-    other = study.score(case.queries, wf.Dot(), execution=replace(study.execution, half_precision=True))
+    method = with_factors(study.fit(wf.Dot()))
+    other = study.score(case.queries, method, execution=wf.Execution(half_precision=True))
     pieces = DatasetTokens(tokens, case.train, Characters())
     queries, train = DatasetPassages(case.queries), DatasetPassages(case.train)
     with pytest.raises(MismatchError, match="tokens belong to other scores than these. precision: stored"):
@@ -167,11 +164,7 @@ def test_scores_of_other_queries_are_not_evaluated_side_by_side(tmp_path: Path) 
 def test_top_scores_have_a_page_of_the_same_hits(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC())
-    top, scores = (
-        study.score(case.queries, with_factors(factors), keep=wf.Top(3)),
-        study.score(case.queries, with_factors(factors)),
-    )
+    top, scores = study.score(case.queries, keep=wf.Top(3)), study.score(case.queries)
     page, whole = (study.report(each, case.queries, k=3).read_text() for each in (top, scores))
     assert {path.name for path in (tmp_path / "reports").iterdir()} == {f"{top.name}.html", f"{scores.name}.html"}
 
@@ -189,11 +182,11 @@ def test_top_scores_have_a_page_of_the_same_hits(tmp_path: Path) -> None:
 def test_candidates_have_a_page_that_says_that_the_others_were_not_scored(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    found = study.score(
-        case.queries, wf.TwoStage(first=torch.tensor([[1, 4, 7]] * 5), then=wf.Dot()), keep=wf.Top(10000)
-    )
+    method = wf.TwoStage(first=torch.tensor([[1, 4, 7]] * 5), then=wf.Dot())
+    found = study.score(case.queries, method, keep=wf.Top(2))
     page = study.report(found, case.queries).read_text()
-    assert page.count("only these were kept: 3 candidates of each query") == 5
+    kept = "the 2 highest and lowest of each query; candidates: 3 of each query"
+    assert page.count(f"only these were kept: {kept}") == 5
     assert {line.split('"')[1] for line in page.split("<article ")[1:]} <= {"train-1", "train-4", "train-7"}
 
 
@@ -246,143 +239,92 @@ def test_a_result_is_found_by_its_label_but_not_by_that_of_another(tmp_path: Pat
 def test_what_is_new_beside_others_says_what_differs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.Diagonal())
-    study.score(case.queries, with_factors(factors))
+    study.score(case.queries, wf.Diagonal())
     assert "is new" not in caplog.text
     with caplog.at_level("INFO", "wherefrom"):
         study.fit(wf.Diagonal(seed=1))
-        study.score(case.queries, with_factors(factors, damping=0.5))
-        study.fit(wf.Diagonal())
-        study.score(case.queries, with_factors(factors))
+        study.score(case.queries, wf.Diagonal(damping=0.5))
+        study.score(case.queries, wf.Diagonal())
     said = [record.message for record in caplog.records if "is new" in record.message]
     assert len(said) == 2  # what is loaded says nothing
     assert "targets: stored sampled, seed 0, now sampled, seed 1" in said[0]
     assert "damping: stored 0.1 x mean eigenvalue, now 0.5" in said[1]
 
 
-# A second use of a run directory lies beside the first.
-
-Method = Callable[..., wf.Scores]
-
-
-def checkpoints(case: Case, folder: Path) -> list[Path]:
-    folder.mkdir(exist_ok=True)
-    paths = [folder / f"{name}.pt" for name in ("one", "two")]
-    for path in paths:
-        torch.save(case.model.state_dict(), path)
-    return paths
-
-
-def by_checkpoints(study: wf.Study[Any], queries: list[object], **options: Any) -> wf.Scores:
-    paths = sorted(study.path.with_name("weights").iterdir())
-    return wf.score_checkpoints(study, paths, queries, "diagonal", **options)
-
-
-def by_source(study: wf.Study[Any], queries: list[object], **options: Any) -> wf.Scores:
-    paths = sorted(study.path.with_name("weights").iterdir())
-    return wf.score_source(study, paths, queries, 1, times=[0.1, 0.1], **options)
-
-
-def by_magic(study: wf.Study[Any], queries: list[object], **options: Any) -> wf.Scores:
-    training = wf.ReplayableTraining(study._sweep.model, study._sweep.task, study.train, RECIPE)
-    return wf.magic_scores(study.path, training, queries, **options)
-
-
-METHODS: dict[str, Method] = {
-    "checkpoints": by_checkpoints,
-    "source": by_source,
-    "fisher": lambda study, queries, **options: wf.fisher_scores(study, queries, 1, **options),
-    "logra": lambda study, queries, **options: wf.logra_scores(study, queries, rank=2, **options),
-    "trak": lambda study, queries, **options: wf.trak_scores(study, queries, rank=2, **options),
-    "trackstar": lambda study, queries, **options: wf.trackstar_scores(study, queries, rank=2, **options),
-    "magic": by_magic,
-    "score": lambda study, queries, **options: study.score(queries, study.fit(wf.Diagonal()), **options),
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_other_queries_and_training_examples_lie_side_by_side(tmp_path: Path, method: str) -> None:
-    case = mlp_case()
-    checkpoints(case, tmp_path / "weights")
-    score = METHODS[method]
-    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    other = wf.Study(tmp_path / "run", case.model, case.task, train=case.train[::-1])
-    first = score(study, case.queries)
-    fresh = wf.Study(tmp_path / "fresh", case.model, case.task, train=case.train)
-    for queries, name in ((case.queries[:3], None), (case.queries[1:], "pinned")):
-        found = score(study, queries, name=name)
-        assert relative_error(found.values, score(fresh, queries).values) < 1e-12
-    assert score(other, case.queries).name != first.name
-    assert torch.equal(score(study, case.queries).values, first.values)
-    assert torch.equal(wf.Scores.load(tmp_path / "run" / "scores" / first.name).values, first.values)
-    with pytest.raises(MismatchError, match="queries: stored"):
-        score(study, case.queries, name="pinned")
-
-
 # What overwriting replaces.
 
 
-def everything(study: wf.Study[Any], queries: list[object]) -> None:
-    """Every kind of result, with every strategy's factors."""
-    for strategy in ("identity", "diagonal", "ekfac", "shampoo"):
-        study.fit(factored(strategy))
-    for act in (*DIRECT.values(), *(METHODS[name] for name in METHODS if name != "score")):
-        act(study, queries)
+def overwriting(study: wf.Study[Any], queries: list[object]) -> dict[str, Callable[..., object]]:
+    """Every call that takes `overwrite`, for every kind of result; those of several checkpoints have two."""
+    paths = sorted(study.path.with_name("weights").iterdir())
+    training = wf.ReplayableTraining(study._sweep.model, study._sweep.task, study.train, RECIPE)
+    candidates = wf.TwoStage(first=torch.tensor([[0, 1]] * len(queries)), then=wf.Diagonal())
+    scores: dict[str, tuple[wf.Method, wf.Keep[Any]]] = {
+        "pairs": (wf.Diagonal(), wf.Pairs()),
+        "top": (wf.Diagonal(), wf.Top(2)),
+        "tokens": (wf.Diagonal(), wf.Tokens()),
+        "candidates": (candidates, wf.Top(2)),
+        "checkpoints": (wf.TracIn(scored=wf.Diagonal(), checkpoints=paths), wf.Pairs()),
+        "source": (wf.Source(segments=1, checkpoints=paths, times=[0.1, 0.1]), wf.Pairs()),
+        "fisher": (wf.Fisher(samples=1), wf.Pairs()),
+        "logra": (wf.LoGra(rank=2), wf.Pairs()),
+        "trak": (wf.Trak(rank=2), wf.Pairs()),
+        "trackstar": (wf.TrackStar(rank=2), wf.Pairs()),
+        "magic": (wf.Magic(training=training), wf.Pairs()),
+    }
+    fits = {f"fit {strategy}": partial(study.fit, factored(strategy)) for strategy in STRATEGIES}
+    return {
+        **fits,
+        **{call: partial(study.score, queries, method, keep=keep) for call, (method, keep) in scores.items()},
+        "self-influence": partial(study.self_influence, wf.Diagonal()),
+        "index": partial(study.index, wf.Diagonal(), wf.Compression(directions="random", rank=2)),
+    }
 
 
-DIRECT: dict[str, Callable[..., object]] = {
-    "score": METHODS["score"],
-    "score_top": lambda study, queries, **options: study.score_top(queries, study.fit(wf.Diagonal()), 2, **options),
-    "score_candidates": lambda study, queries, **options: study.score_candidates(
-        queries, study.fit(wf.Diagonal()), torch.tensor([[0, 1]] * len(queries)), **options
-    ),
-    "score_tokens": lambda study, queries, **options: study.score_tokens(queries, study.fit(wf.Diagonal()), **options),
-    "self_influence": lambda study, queries, **options: study.self_influence(study.fit(wf.Diagonal()), **options),
-    "index": lambda study, queries, **options: study.index(study.fit(wf.Diagonal()), rank=2, **options),
-}
-
-_SUM = "checkpoints/{}.pt/scores/{}"
 REPLACED: dict[str, set[str]] = {
     "fit identity": set(),
     "fit diagonal": {"factors/sampled/diagonal"},
     "fit kfac": {"factors/sampled/covariance", "factors/sampled/eigenbasis", "factors/sampled/eigenvalues"},
     "fit ekfac": {"factors/sampled/covariance", "factors/sampled/eigenbasis", "factors/sampled/eigenvalues"},
     "fit shampoo": {f"factors/sampled/gradient-{stage}" for stage in ("covariance", "eigenbasis", "eigenvalues")},
-    "score": {"scores/diagonal"},
-    "score_top": {"scores/diagonal-top2"},
-    "score_candidates": {"scores/diagonal-candidates"},
-    "score_tokens": {"scores/diagonal.all.tokens/index", "scores/diagonal.all.tokens/part"},
-    "self_influence": {"self_influence/diagonal"},
-    "index": {"index/random-rank2-int8/projections", "index/random-rank2-int8/0-12"},
-    "checkpoints": {"scores/diagonal-checkpoints", *(_SUM.format(each, "diagonal") for each in ("one", "two"))},
-    "source": {"scores/source", *(_SUM.format(each, "source") for each in ("one", "two"))},
+    "pairs": {"scores/diagonal"},
+    "top": {"scores/diagonal-top2"},
+    "tokens": {"tokens/diagonal-tokens/index", "tokens/diagonal-tokens/part"},
+    "candidates": {"scores/diagonal-candidates-top2"},
+    "checkpoints": {"scores/tracin-diagonal"},
+    "source": {"scores/source"},
     "fisher": {"scores/fisher"},
     "logra": {"scores/logra"},
     "trak": {"scores/trak"},
     "trackstar": {"scores/trackstar"},
     "magic": {"scores/magic"},
+    "self-influence": {"self_influence/diagonal"},
+    "index": {"index/random-rank2-int8/projections", "index/random-rank2-int8/0-12"},
 }
 """For each call with overwrite=True, all that it replaces or deletes."""
 
 
-def found_files(run: Path) -> dict[str, tuple[int, int]]:
-    """When each finished result was written, by its place without digests."""
-    found = {}
-    for file in run.rglob("tensors.safetensors"):
-        place = str(file.parent.relative_to(run))
-        for digest in sorted({part[-8:] for name in place.split("/") for part in name.split(".")[:1] if "-" in part}):
-            place = place.replace(f"-{digest}", "")
-        if file.parent.parent.suffix == ".tokens" and file.parent.name != "index":
-            place = str(Path(place).parent / "part")
-        found[place] = (file.stat().st_ino, file.stat().st_mtime_ns)
+def found_files(run: Path) -> dict[str, set[tuple[int, int]]]:
+    """When the files of each finished result were written, by its place without digests."""
+    found: dict[str, set[tuple[int, int]]] = {}
+    for file in run.rglob("*.safetensors"):
+        names = [labelled(name)[0] for name in file.parent.relative_to(run).parts]
+        if names[0] == "tokens" and names[-1] != "index":
+            names[-1] = "part"
+        found.setdefault("/".join(names), set()).add((file.stat().st_ino, file.stat().st_mtime_ns))
     return found
 
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with every kind of result, with every strategy's factors, and the checkpoints beside it."""
     folder, case = tmp_path_factory.mktemp("complete"), mlp_case(torch.float32)
-    checkpoints(case, folder / "weights")
-    everything(wf.Study(folder / "run", case.model, case.task, train=case.train), case.queries)
+    (folder / "weights").mkdir()
+    for name in ("one", "two"):
+        torch.save(case.model.state_dict(), folder / "weights" / f"{name}.pt")
+    study = wf.Study(folder / "run", case.model, case.task, train=case.train)
+    for act in overwriting(study, case.queries).values():
+        act()
     return folder
 
 
@@ -393,10 +335,9 @@ def test_overwriting_replaces_one_thing_alone(complete: Path, tmp_path: Path, ca
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
     before = found_files(study.path)
     assert before.keys() >= REPLACED[call]
-    if call.startswith("fit"):
-        study.fit(call.split()[1], overwrite=True)
-    else:
-        ({**METHODS, **DIRECT})[call](study, case.queries, overwrite=True)
+    calls = overwriting(study, case.queries)
+    assert calls.keys() == REPLACED.keys()
+    calls[call](overwrite=True)
     after = found_files(study.path)
     assert {name for name in before if after.get(name) != before[name]} == REPLACED[call]
     assert after.keys() <= before.keys()

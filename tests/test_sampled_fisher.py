@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
-from wherefrom.runtime.errors import InputError, MismatchError
+from wherefrom.runtime.errors import InputError
 
 SAMPLES, SEED = 2, 5
 
@@ -85,46 +84,25 @@ def test_scores_in_the_coordinates_of_an_optimizer(make_case: Any, tmp_path: Pat
     assert relative_error(found.values, dense(case, study, 1e-2, scale)) < 1e-8
 
 
-def test_batches_do_not_matter_and_products_serve_another_damping(tmp_path: Path) -> None:
+def test_products_serve_another_damping(tmp_path: Path) -> None:
     case = gpt2_case(torch.float64)
-    study = study_of(case, tmp_path / "a")
+    study = study_of(case, tmp_path)
     first = study.score(case.queries, wf.Fisher(samples=SAMPLES, damping=0.01))
-    other = study_of(case, tmp_path / "b")
-    small = other.score(
-        case.queries,
-        wf.Fisher(samples=SAMPLES, damping=0.01),
-        execution=replace(other.execution, query_batch_size=1, train_batch_size=2),
-    )
-    assert relative_error(small.values, first.values) < 1e-10
-    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "fisher").rglob("*.safetensors")}
-    with pytest.raises(MismatchError, match="damping"):
-        study.score(case.queries, wf.Fisher(samples=SAMPLES, damping=0.001), name=first.name)
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "fisher").rglob("*.safetensors")}
     again = study.score(case.queries, wf.Fisher(samples=SAMPLES, damping=0.001))
     assert relative_error(again.values, first.values) > 1e-3
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "fisher").rglob("*.safetensors")} == kept
-
-
-def test_other_draws_are_refused_and_replaced(tmp_path: Path) -> None:
-    case = mlp_case(torch.float64)
-    study = study_of(case, tmp_path)
-    first = study.score(case.queries, wf.Fisher(samples=SAMPLES), name="mine")
-    with pytest.raises(MismatchError, match="targets"):
-        study.score(case.queries, wf.Fisher(samples=SAMPLES, seed=SEED), name="mine")
-    second = study.score(case.queries, wf.Fisher(samples=SAMPLES, seed=SEED), name="mine", overwrite=True)
-    assert relative_error(second.values, first.values) > 1e-3
-    assert relative_error(second.values, dense(case, study, None)) < 1e-8
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "fisher").rglob("*.safetensors")} == kept
 
 
 def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
     case = mlp_case(torch.float64)
     study = study_of(case, tmp_path)
-    for options, message in (
-        ({"samples": 0}, "samples=0: expected at least 1"),
-        ({"damping": 0.0}, "damping=0.0: expected a number above 0"),
-        ({"name": "a.blocks"}, "name='a.blocks'"),
-    ):
-        with pytest.raises(InputError, match=message):
-            wf.fisher_scores(study, case.queries, **options)
+    with pytest.raises(InputError, match="samples=0: expected at least 1"):
+        wf.Fisher(samples=0)
+    with pytest.raises(InputError, match=r"damping=0\.0: expected a number above 0"):
+        wf.Fisher(damping=0.0)
+    with pytest.raises(InputError, match="name='a.blocks'"):
+        study.score(case.queries, wf.Fisher(), name="a.blocks")
     with pytest.raises(InputError, match="queries is empty"):
         study.score([], wf.Fisher())
     assert not (tmp_path / "scores").exists()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from wherefrom.scoring.options import Options, PairwiseOptions
 
 import wherefrom as wf
 from tests.models import Case, CaseMaker, gpt2_case, mlp_case, relative_error
@@ -24,8 +22,8 @@ from wherefrom.scoring.results import extremes, merged_extremes
 CASES: dict[str, CaseMaker] = {"mlp": mlp_case, "gpt2": gpt2_case}
 
 
-def study_of(case: Case, folder: Path) -> wf.Study[object]:
-    return wf.Study(folder, case.model, case.task, train=case.train)
+def study_of(case: Case, folder: Path, **execution: Any) -> wf.Study[object]:
+    return wf.Study(folder, case.model, case.task, train=case.train, execution=wf.Execution(**execution))
 
 
 def brute_force(case: Case, study: wf.Study[object], strategy: str) -> dict[str, Tensor]:
@@ -58,17 +56,11 @@ def brute_force(case: Case, study: wf.Study[object], strategy: str) -> dict[str,
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_self_influence_and_norms_equal_brute_force(tmp_path: Path, make: CaseMaker, strategy: str) -> None:
     case = make(torch.float64)
-    study = study_of(case, tmp_path)
-    factors = study.fit(factored(strategy))
+    study = study_of(case, tmp_path, train_batch_size=4)
     expected = brute_force(case, study, strategy)
-    alone = study.self_influence(with_factors(factors), execution=replace(study.execution, train_batch_size=5))
+    alone = study.self_influence(factored(strategy), execution=wf.Execution(train_batch_size=5))
     assert relative_error(alone, expected["train"].diagonal()) < 1e-8
-    scores = study.score(
-        case.queries,
-        with_factors(factors),
-        keep=wf.Pairs(self_influence=True),
-        execution=replace(study.execution, train_batch_size=4),
-    )
+    scores = study.score(case.queries, factored(strategy), keep=wf.Pairs(self_influence=True))
     assert scores.self_influence is not None and scores.query_self_influence is not None
     assert relative_error(scores.values, expected["pairs"]) < 1e-8
     assert relative_error(scores.self_influence, expected["train"].diagonal()) < 1e-8
@@ -86,21 +78,15 @@ def test_self_influence_and_norms_equal_brute_force(tmp_path: Path, make: CaseMa
 @pytest.mark.parametrize("strategy", ["identity", "ekfac"])
 def test_parts_of_layers_equal_brute_force_and_add_up(tmp_path: Path, strategy: str) -> None:
     case = gpt2_case()
-    study = study_of(case, tmp_path)
-    factors = study.fit(factored(strategy))
+    study = study_of(case, tmp_path, train_batch_size=3)
     expected = brute_force(case, study, strategy)
-    scores = study.score(
-        case.queries,
-        with_factors(factors),
-        keep=wf.Pairs(layers=True),
-        execution=replace(study.execution, train_batch_size=3),
-    )
+    scores = study.score(case.queries, factored(strategy), keep=wf.Pairs(layers=True))
     assert list(scores.layers) == list(study.layers)
     for layer in study.layers:
         assert relative_error(scores.of_layers(layer).values, expected[f"pairs of {layer}"]) < 1e-8
     assert relative_error(sum(scores.layers.values(), torch.zeros(())), scores.values) < 1e-12
     groups = {"attention": ["*.attn.*"], "mlp": ["*.mlp.c_fc", "*.mlp.c_proj"]}
-    grouped = study.score(case.queries, with_factors(factors), keep=wf.Pairs(layers=groups))
+    grouped = study.score(case.queries, factored(strategy), keep=wf.Pairs(layers=groups))
     attention = sum((each for name, each in scores.layers.items() if ".attn." in name), torch.zeros(()))
     assert relative_error(grouped.of_layers("attention").values, attention) < 1e-12
     with pytest.raises(InputError, match=r"expected a layer or group whose part was kept: other, attention, mlp"):
@@ -111,20 +97,16 @@ def test_parts_of_layers_equal_brute_force_and_add_up(tmp_path: Path, strategy: 
     ("queries", "train"), [("sum", None), ("mean", None), (None, "sum"), (None, "mean"), ("mean", "sum")]
 )
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)
-def test_aggregated_scores_equal_sums_of_the_matrix(
-    tmp_path: Path, make: CaseMaker, queries: str | None, train: str | None
-) -> None:
+def test_aggregated_scores_equal_sums_of_the_matrix(tmp_path: Path, make: CaseMaker, queries: Any, train: Any) -> None:
     case = make(torch.float64)
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
-    expected = study.score(case.queries, with_factors(factors)).values
+    expected = study.score(case.queries).values
     if queries:
         expected = expected.sum(0, keepdim=True) / (len(case.queries) if queries == "mean" else 1)
     if train:
         expected = expected.sum(1, keepdim=True) / (len(case.train) if train == "mean" else 1)
-    options: PairwiseOptions = {"query_batch_size": 2, "train_batch_size": 5, "per_layer": True}
-    options |= {"aggregate_queries": queries, "aggregate_train": train}  # type: ignore[typeddict-item]
-    scores = study.score(case.queries, factors, **options)
+    keep = wf.Aggregated(queries=queries, train=train, layers=True)
+    scores = study.score(case.queries, keep=keep, execution=wf.Execution(query_batch_size=2, train_batch_size=5))
     assert scores.values.shape == expected.shape
     assert relative_error(scores.values, expected) < 1e-9
     assert relative_error(sum(scores.layers.values(), torch.zeros(())), expected) < 1e-9
@@ -136,8 +118,7 @@ def test_summed_queries_may_come_in_blocks(tmp_path: Path, monkeypatch: pytest.M
 
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
-    expected = study.score(case.queries, with_factors(factors)).values.sum(0, keepdim=True)
+    expected = study.score(case.queries).values.sum(0, keepdim=True)
     original = Plan.__init__
 
     def smaller(self: Plan, *arguments: object, **keywords: object) -> None:
@@ -145,23 +126,18 @@ def test_summed_queries_may_come_in_blocks(tmp_path: Path, monkeypatch: pytest.M
         object.__setattr__(self, "block", 2)
 
     monkeypatch.setattr(Plan, "__init__", smaller)
-    scores = study.score(case.queries, with_factors(factors), keep=wf.Aggregated(queries="sum"))
+    scores = study.score(case.queries, keep=wf.Aggregated(queries="sum"))
     assert relative_error(scores.values, expected) < 1e-9
 
 
 def test_the_highest_alone_equal_those_of_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = gpt2_case()
     case.train += [case.train[3], case.train[3]]  # equal scores: the earlier comes first
-    study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
-    values = study.score(
-        case.queries, with_factors(factors), execution=replace(study.execution, train_batch_size=1)
-    ).values
+    study = study_of(case, tmp_path, train_batch_size=1)
+    values = study.score(case.queries).values
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 3)
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
-    top = study.score(
-        case.queries, with_factors(factors), keep=wf.Top(5), execution=replace(study.execution, train_batch_size=1)
-    )
+    top = study.score(case.queries, keep=wf.Top(5))
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :5]
     assert torch.equal(top.train, order)
     assert relative_error(top.values, values.gather(1, order)) < 1e-12
@@ -191,70 +167,81 @@ def test_merged_extremes_are_those_of_the_whole(values: list[int], k: int, cut: 
 def test_kinds_are_kept_apart_and_loaded(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
-    study.score(case.queries, with_factors(factors))
-    study.score(case.queries, with_factors(factors), keep=wf.Pairs(layers=True, self_influence=True))
-    study.score(case.queries, with_factors(factors), keep=wf.Top(3))
-    study.self_influence(with_factors(factors))
+    study.score(case.queries)
+    study.score(case.queries, keep=wf.Pairs(layers=True, self_influence=True))
+    study.score(case.queries, keep=wf.Top(3))
+    study.self_influence()
     assert labels(tmp_path / "scores") == ["ekfac", "ekfac-layers-self", "ekfac-top3"]
     again = wf.Scores.load(tmp_path / "scores" / "ekfac-layers-self")
     assert again.self_influence is not None and list(again.layers) == list(study.layers)
     file = only(tmp_path / "self_influence", "ekfac") / "tensors.safetensors"
     before = file.stat().st_mtime_ns
-    study.self_influence(with_factors(factors))
+    study.self_influence()
     assert file.stat().st_mtime_ns == before
 
 
+def test_an_unknown_sum_is_refused() -> None:
+    median: Any = "median"
+    with pytest.raises(InputError, match="queries='median': expected 'sum', 'mean' or None"):
+        wf.Aggregated(queries=median)
+    with pytest.raises(InputError, match="neither queries nor train"):
+        wf.Aggregated()
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("fields", "keep", "message"),
     [
-        ({"aggregate_queries": "median"}, r"aggregate_queries='median': expected 'sum', 'mean' or None"),
-        ({"aggregate_queries": "sum", "query_rank": 2}, r"query_rank=2 with aggregate_queries='sum'"),
-        ({"aggregate_train": "sum", "self_influence": True}, r"self_influence=True belongs to single examples"),
-        ({"query_rank": 2, "rescore": 2, "per_layer": True}, r"rescore=2 replaces single scores"),
-        ({"per_layer": {"one": ["first"], "two": ["f*"]}}, r"'first' is in the groups 'one' and 'two'"),
-        ({"per_layer": {"one": ["nothing*"]}}, r"'nothing\*' of group 'one' matches no tracked layer"),
+        ({"query_rank": 2}, wf.Aggregated(queries="sum"), r"query_rank=2 with keep=Aggregated\(queries='sum'"),
+        ({"query_rank": 2, "rescore": 2}, wf.Pairs(layers=True), "rescore=2 with .*: it replaces single scores"),
+        ({}, wf.Pairs(layers={"one": ["first"], "two": ["f*"]}), "'first' is in the groups 'one' and 'two'"),
+        ({}, wf.Pairs(layers={"one": ["nothing*"]}), r"'nothing\*' of group 'one' matches no tracked layer"),
     ],
 )
-def test_impossible_options_are_refused(tmp_path: Path, options: PairwiseOptions, message: str) -> None:
+def test_what_does_not_go_together_is_refused(
+    tmp_path: Path, fields: dict[str, Any], keep: wf.Keep[Any], message: str
+) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.Dot())
     with pytest.raises(InputError, match=message):
-        study.score(case.queries, factors, **options)
-    assert not list((tmp_path / "scores").glob("*/tensors.safetensors"))
+        study.score(case.queries, wf.Dot(**fields), keep=keep)
+    assert not list((tmp_path / "scores").glob("*/*.safetensors"))
 
 
 def test_scores_without_norms_say_how_to_get_them(tmp_path: Path) -> None:
     case = mlp_case()
     scores = study_of(case, tmp_path).score(case.queries, wf.Dot())
-    with pytest.raises(InputError, match=r"score with self_influence=True"):
+    with pytest.raises(InputError, match=r"score with keep=Pairs\(self_influence=True\)"):
         scores.normalized("cosine")
 
 
 def test_half_precision_and_low_rank_keep_what_they_are_asked_for(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = study_of(case, tmp_path)
-    exact = study.self_influence(wf.EKFAC())
-    factors = study.fit(wf.EKFAC(), execution=replace(study.execution, half_precision=True))
-    half = study.self_influence(with_factors(factors), execution=replace(study.execution, half_precision=True))
+    exact = study.self_influence()
+    half_precision = wf.Execution(half_precision=True)
+    factors = study.fit(execution=half_precision)
+    half = study.self_influence(with_factors(factors), execution=half_precision)
     assert relative_error(half, exact) < 0.05
-    thin = study.score(
-        case.queries, with_factors(factors, query_rank=1), keep=wf.Pairs(layers=True, self_influence=True)
-    )
+    keep = wf.Pairs(layers=True, self_influence=True)
+    thin = study.score(case.queries, with_factors(factors, query_rank=1), keep=keep)
     assert thin.query_errors is not None and thin.self_influence is not None
     assert relative_error(sum(thin.layers.values(), torch.zeros(())), thin.values) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["b.tokens", "b.blocks", "b.part", "b.partial-0of2"])
+@pytest.mark.parametrize("name", ["b.blocks", "b.part", "b.partial-0of2"])
 def test_names_of_what_is_deleted_in_the_end_are_refused(tmp_path: Path, name: str) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.Dot())
-    with pytest.raises(InputError, match="expected another ending"):
-        study.score(case.queries, with_factors(factors), name=name)
-    with pytest.raises(InputError, match="expected another ending"):
-        study.score(case.queries, wf.TracIn(checkpoints=[tmp_path]), name=name)
+    for call in (
+        lambda: study.score(case.queries, wf.Dot(), name=name),
+        lambda: study.score(case.queries, wf.Dot(), keep=wf.Tokens(), name=name),
+        lambda: study.score(case.queries, wf.TracIn(checkpoints=[tmp_path]), name=name),
+        lambda: study.fit(wf.Dot(), name=name),
+        lambda: study.self_influence(wf.Dot(), name=name),
+        lambda: study.index(wf.Dot(), name=name),
+    ):
+        with pytest.raises(InputError, match="expected another ending"):
+            call()
 
 
 class Weighted(wf.Classification):
@@ -275,7 +262,3 @@ def test_scores_with_factors_of_another_task_are_others(tmp_path: Path) -> None:
     studies[0].score(case.queries, with_factors(own), name="mine")
     with pytest.raises(MismatchError, match="factors' task: stored .*1.0.* now .*3.0"):
         studies[0].score(case.queries, with_factors(other), name="mine")
-
-
-def test_options_are_documented_once_and_have_defaults() -> None:
-    assert set(get_type_hints(PairwiseOptions)) | {"top"} == set(get_type_hints(Options))

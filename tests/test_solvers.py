@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from wherefrom.scoring.options import ScoreOptions
 
 import wherefrom as wf
 from tests.dense_gauss_newton import CASES, Logits, dense, label_rows, study_of, system_of
 from tests.models import Case, mlp_case, relative_error
 from tests.reference import BruteForce
-from tests.runs import factored, labels, with_factors
+from tests.runs import factored, labels
 from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.solvers import CONVERGED, Solver
 from wherefrom.runtime.errors import InputError, LossError, MismatchError
@@ -46,21 +46,18 @@ def test_scores_by_conjugate_gradients_equal_dense_solves(tmp_path: Path, name: 
     make, logits = CASES[name]
     case = make()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
     expected = dense_scores(case, study, logits, dict.fromkeys(study.layers, 1.0))
-    found = study.score(case.queries, with_factors(factors, solver=EXACT, damping=1.0))
+    found = study.score(case.queries, wf.EKFAC(solver=EXACT, damping=1.0))
     assert relative_error(found.values, expected) < 1e-8
-    assert (
-        relative_error(study.score(case.queries, with_factors(factors, damping=1.0)).values, expected) > 0.01
-    )  # another matrix
+    plain = study.score(case.queries, wf.EKFAC(damping=1.0))
+    assert relative_error(plain.values, expected) > 0.01  # another matrix
 
 
 def test_without_a_damping_each_layer_has_that_of_its_factors(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
-    expected = dense_scores(case, study, label_rows, dampings(factors))
-    assert relative_error(study.score(case.queries, with_factors(factors, solver=EXACT)).values, expected) < 1e-8
+    expected = dense_scores(case, study, label_rows, dampings(study.fit()))
+    assert relative_error(study.score(case.queries, wf.EKFAC(solver=EXACT)).values, expected) < 1e-8
 
 
 @pytest.mark.parametrize("strategy", ["identity", "diagonal", "kfac"])
@@ -75,27 +72,24 @@ def test_any_preconditioner_leads_to_the_same_scores(tmp_path: Path, strategy: s
 def test_other_kinds_of_scores_are_of_the_solutions_too(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
-    whole = study.score(case.queries, with_factors(factors, solver=EXACT, damping=0.3), keep=wf.Pairs(layers=True))
+    method = wf.EKFAC(solver=EXACT, damping=0.3)
+    whole = study.score(case.queries, method, keep=wf.Pairs(layers=True))
     assert relative_error(sum(whole.layers.values(), torch.zeros(())), whole.values) < 1e-12
-    total = study.score(
-        case.queries, with_factors(factors, solver=EXACT, damping=0.3), keep=wf.Aggregated(queries="sum")
-    )
+    total = study.score(case.queries, method, keep=wf.Aggregated(queries="sum"))
     assert relative_error(total.values[0], whole.values.sum(0)) < 1e-8
-    top = study.score(case.queries, with_factors(factors, solver=EXACT, damping=0.3), keep=wf.Top(2))
+    top = study.score(case.queries, method, keep=wf.Top(2))
     assert relative_error(top.values.max(1).values, whole.values.max(1).values) < 1e-10
 
 
 def test_astra_without_noise_converges_and_with_noise_comes_close(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
     expected = dense_scores(case, study, label_rows, dict.fromkeys(study.layers, 1.0))
     exact = wf.Astra(iterations=150, batch_size=None, learning_rate=0.5, momentum=0.5, decay=1.0)
-    found = study.score(case.queries, with_factors(factors, solver=exact, damping=1.0), name="exact")
+    found = study.score(case.queries, wf.EKFAC(solver=exact, damping=1.0))
     assert relative_error(found.values, expected) < 1e-8
-    noisy = study.score(case.queries, with_factors(factors, solver=wf.Astra(batch_size=6), damping=1.0))
-    begun = study.score(case.queries, with_factors(factors, damping=1.0))  # where it starts
+    noisy = study.score(case.queries, wf.EKFAC(solver=wf.Astra(batch_size=6), damping=1.0))
+    begun = study.score(case.queries, wf.EKFAC(damping=1.0))  # where it starts
     distances = [float((each.values - expected).norm() / expected.norm()) for each in (noisy, begun)]
     assert 1e-8 < distances[0] < 0.25 * distances[1]
 
@@ -103,9 +97,8 @@ def test_astra_without_noise_converges_and_with_noise_comes_close(tmp_path: Path
 def test_the_first_iteration_is_the_filters_own_answer(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
-    first = study.score(case.queries, with_factors(factors, solver=wf.ConjugateGradients(1))).values
-    plain = study.score(case.queries, with_factors(factors)).values
+    first = study.score(case.queries, wf.EKFAC(solver=wf.ConjugateGradients(1))).values
+    plain = study.score(case.queries).values
     assert relative_error(first / first.norm(dim=1, keepdim=True), plain / plain.norm(dim=1, keepdim=True)) < 1e-10
 
 
@@ -143,7 +136,6 @@ def test_factors_save_iterations_where_directions_differ(tmp_path: Path) -> None
 def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
     solvers = {
         "one": wf.ConjugateGradients(100, 1e-10, 6, seed=0),
         "same": wf.ConjugateGradients(100, 1e-10, 6, seed=0),
@@ -152,7 +144,7 @@ def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
         "whole": wf.ConjugateGradients(100, 1e-10),
     }
     found = {
-        name: study.score(case.queries, with_factors(factors, solver=solver, damping=1.0), name=name).values
+        name: study.score(case.queries, wf.EKFAC(solver=solver, damping=1.0), name=name).values
         for name, solver in solvers.items()
     }
     assert torch.equal(found["one"], found["same"]) and torch.equal(found["all"], found["whole"])
@@ -163,33 +155,28 @@ def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
 def test_scores_are_kept_under_the_solvers_name_and_reused(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
-    found = study.score(case.queries, with_factors(factors, solver=wf.ConjugateGradients(3)))
+    three, four = (wf.EKFAC(solver=wf.ConjugateGradients(iterations)) for iterations in (3, 4))
+    found = study.score(case.queries, three)
     assert found.fingerprint["solver"].startswith("ConjugateGradients(iterations=3")
     assert labels(tmp_path / "scores") == ["ekfac-cg"]
-    assert torch.equal(
-        study.score(case.queries, with_factors(factors, solver=wf.ConjugateGradients(3))).values, found.values
-    )
+    assert torch.equal(study.score(case.queries, three).values, found.values)
     with pytest.raises(MismatchError, match="solver: stored .*iterations=3.* now .*iterations=4"):
-        study.score(case.queries, with_factors(factors, solver=wf.ConjugateGradients(4)), name=found.name)
-    study.score(case.queries, with_factors(factors, solver=wf.ConjugateGradients(4)))
+        study.score(case.queries, four, name=found.name)
+    study.score(case.queries, four)
     assert labels(tmp_path / "scores") == ["ekfac-cg", "ekfac-cg"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": wf.Astra(), "half_precision": True}, "half_precision=True with a solver"),
         ({"solver": wf.Astra(), "query_rank": 2}, "query_rank=2 with a solver"),
         ({"solver": wf.Astra(), "damping": 0.0}, "damping=0 with a solver"),
         ({"solver": "cg"}, r"solver='cg': expected ConjugateGradients\(...\)"),
     ],
 )
-def test_impossible_options_are_refused(tmp_path: Path, options: ScoreOptions, message: str) -> None:
-    case = mlp_case()
-    study = study_of(case, tmp_path)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        study.score(case.queries, study.fit(wf.EKFAC()), **options)
+        wf.EKFAC(**options)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +200,7 @@ def test_divergence_is_an_error_and_nothing_is_kept(tmp_path: Path) -> None:
     study = study_of(case, tmp_path)
     with pytest.raises(LossError, match=r"Astra: the iterations diverge.* smaller learning_rate"):
         study.score(case.queries, wf.EKFAC(solver=wf.Astra(learning_rate=50.0)))
-    assert not list((tmp_path / "scores").glob("*/tensors.safetensors"))
+    assert not list((tmp_path / "scores").glob("*/manifest.json"))
 
 
 def test_factors_without_a_damping_need_a_number(tmp_path: Path) -> None:
@@ -243,11 +230,11 @@ def test_final_residuals_are_those_of_all_examples_and_part_of_every_result(
 ) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
+    method = wf.EKFAC(solver=solver, damping=0.003)
     expected = exact_residuals(study, case, solver, 0.003)
     assert expected.max() > CONVERGED
     with caplog.at_level(logging.WARNING, "wherefrom"):
-        found = study.score(case.queries, with_factors(factors, solver=solver, damping=0.003))
+        found = study.score(case.queries, method)
     assert found.residuals is not None
     assert relative_error(found.residuals, expected) < 1e-6
     assert str(solver) in caplog.text
@@ -255,24 +242,17 @@ def test_final_residuals_are_those_of_all_examples_and_part_of_every_result(
     assert f"{count} of {len(expected)} solves have not converged" in caplog.text
     assert "larger damping than 0.003" in caplog.text
     caplog.clear()
-    small = wf.Study(
-        tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09)
-    )  # one query at a time
-    again = small.score(case.queries, with_factors(factors, solver=solver, damping=0.003))
+    execution = wf.Execution(memory_budget=1e-9)  # one query at a time
+    small = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=execution)
+    again = small.score(case.queries, method)
     stored = Scores.load(tmp_path / "scores" / f"ekfac-{solver.label}").residuals
     assert again.residuals is not None and stored is not None
     assert torch.equal(again.residuals, stored)
     assert "have not converged" in caplog.text  # also when they were there
-    top = small.score(case.queries, with_factors(factors, solver=solver, damping=0.003), keep=wf.Top(2))
-    total = small.score(
-        case.queries, with_factors(factors, solver=solver, damping=0.003), keep=wf.Aggregated(queries="sum")
-    )
+    top = small.score(case.queries, method, keep=wf.Top(2))
+    total = small.score(case.queries, method, keep=wf.Aggregated(queries="sum"))
     chosen = torch.arange(3).expand(len(expected), 3)
-    candidates = small.score(
-        case.queries,
-        wf.TwoStage(first=chosen, then=with_factors(factors, solver=solver, damping=0.003)),
-        keep=wf.Top(10000),
-    )
+    candidates = small.score(case.queries, wf.TwoStage(first=chosen, then=method), keep=wf.Top(3))
     for each in (top.residuals, candidates.residuals):
         assert each is not None and relative_error(each, expected) < 1e-6
     assert total.residuals is not None
@@ -282,9 +262,8 @@ def test_final_residuals_are_those_of_all_examples_and_part_of_every_result(
 def test_solves_that_have_converged_are_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    factors = study.fit(wf.EKFAC())
     with caplog.at_level(logging.WARNING, "wherefrom"):
-        found = study.score(case.queries, with_factors(factors, solver=EXACT, damping=1.0))
-        plain = study.score(case.queries, with_factors(factors))
+        found = study.score(case.queries, wf.EKFAC(solver=EXACT, damping=1.0))
+        plain = study.score(case.queries)
     assert found.residuals is not None and float(found.residuals.max()) <= EXACT.tolerance
     assert plain.residuals is None and "converged" not in caplog.text

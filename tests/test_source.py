@@ -100,11 +100,8 @@ def test_scores_equal_dense_matrix_exponentials(tmp_path: Path, name: str, segme
     paths, models = saved(case.model, tmp_path / "checkpoints")
     before = copy.deepcopy(case.model.state_dict())
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    scores = study.score(
-        case.queries,
-        wf.Source(checkpoints=paths, segments=segments, times=TIMES, seed=SEED),
-        execution=replace(study.execution, query_batch_size=2, train_batch_size=5),
-    )
+    method = wf.Source(checkpoints=paths, segments=segments, times=TIMES, seed=SEED)
+    scores = study.score(case.queries, method, execution=wf.Execution(query_batch_size=2, train_batch_size=5))
     layers = list(select_layers(case.model, case.task.layers))
     brutes = [BruteForce(model, case.task, layers, case.train, case.queries, SEED) for model in models]
     cuts = {1: [brutes], 3: [brutes[:2], brutes[2:3], brutes[3:]]}[segments]
@@ -112,10 +109,8 @@ def test_scores_equal_dense_matrix_exponentials(tmp_path: Path, name: str, segme
     assert relative_error(scores.values, by_matrix_exponentials(cuts, times)) < 1e-8
     assert all(torch.equal(before[name], tensor) for name, tensor in case.model.state_dict().items())
     # With one resident query at a time, query gradients are made anew for each.
-    small = wf.Study(
-        tmp_path / "small", case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09)
-    )
-    again = small.score(case.queries, wf.Source(checkpoints=paths, segments=segments, times=TIMES, seed=SEED))
+    small = wf.Study(tmp_path / "small", case.model, case.task, train=case.train)
+    again = small.score(case.queries, method, execution=wf.Execution(memory_budget=1e-9))
     assert relative_error(again.values, scores.values) < 1e-9
 
 
@@ -153,16 +148,14 @@ def adam_steps(checkpoints: Sequence[RecordedCheckpoint]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["mlp", "embedding", "conv2d"])
 @pytest.mark.parametrize("strategy", ["shampoo", "diagonal"])
-def test_adams_steps_equal_dense_matrix_exponentials(tmp_path: Path, name: str, strategy: str) -> None:
+def test_adams_steps_equal_dense_matrix_exponentials(tmp_path: Path, name: str, strategy: Any) -> None:
     makers: dict[str, Callable[[], Case]] = {**CASES, "mlp": mlp_case}
     case = makers[name]()
     paths, models = saved(case.model, tmp_path / "checkpoints")
     checkpoints = recorded(paths, models, TIMES)
-    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    scores = study.score(
-        case.queries,
-        wf.Source(checkpoints=checkpoints, segments=3, adam=True, strategy=strategy, loss_scale=0.5, seed=SEED),
-    )
+    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train, history=checkpoints)
+    method = wf.Source(segments=3, adam=True, strategy=strategy, loss_scale=0.5, seed=SEED)
+    scores = study.score(case.queries, method)
     layers = list(select_layers(case.model, case.task.layers))
     brutes = [BruteForce(model, case.task, layers, case.train, case.queries, SEED) for model in models]
     cuts = [brutes[:2], brutes[2:3], brutes[3:]]
@@ -332,24 +325,18 @@ def test_what_is_finished_is_reused_and_what_differs_is_refused(tmp_path: Path) 
     paths, _ = saved(case.model, tmp_path / "checkpoints")
     run = tmp_path / "run"
     study = wf.Study(run, case.model, case.task, train=case.train)
-    first = study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=TIMES), name="mine")
+    method, other = (wf.Source(checkpoints=paths, segments=segments, times=TIMES) for segments in (2, 1))
+    first = study.score(case.queries, method, name="mine")
     files = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {path.name for path in paths}
-    assert torch.equal(
-        study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=TIMES), name="mine").values,
-        first.values,
-    )
+    assert torch.equal(study.score(case.queries, method, name="mine").values, first.values)
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == files
-    with pytest.raises(MismatchError, match="made from something else"):
-        study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=[1, *TIMES[1:]]), name="mine")
-    with pytest.raises(MismatchError, match="made from something else"):
-        study.score(case.queries, wf.Source(checkpoints=paths, segments=1, times=TIMES), name="mine")
-    changed = study.score(
-        case.queries, wf.Source(checkpoints=paths, segments=1, times=TIMES), name="mine", overwrite=True
-    )
-    other = study.score(case.queries, wf.Source(checkpoints=paths, segments=1, times=TIMES))
-    assert relative_error(changed.values, other.values) < 1e-12
-    assert first.strategy == "source"
+    for different in (replace(method, times=[1, *TIMES[1:]]), other):
+        with pytest.raises(MismatchError, match="made from something else"):
+            study.score(case.queries, different, name="mine")
+    changed = study.score(case.queries, other, name="mine", overwrite=True)
+    assert relative_error(changed.values, study.score(case.queries, other).values) < 1e-12
+    assert first.method == "source"
 
 
 def test_other_second_moments_are_another_result(tmp_path: Path) -> None:
@@ -357,18 +344,23 @@ def test_other_second_moments_are_another_result(tmp_path: Path) -> None:
     checkpoints = recorded(*saved(case.model, tmp_path / "checkpoints"), TIMES)
     run = tmp_path / "run"
     study = wf.Study(run, case.model, case.task, train=case.train)
-    first = study.score(case.queries, wf.Source(checkpoints=checkpoints, segments=2, adam=True), name="mine")
+    method = wf.Source(checkpoints=checkpoints, segments=2, adam=True)
+    first = study.score(case.queries, method, name="mine")
     files = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
-    again = study.score(case.queries, wf.Source(checkpoints=checkpoints, segments=2, adam=True), name="mine")
+    again = study.score(case.queries, method, name="mine")
     assert torch.equal(again.values, first.values)
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == files
-    for other in ({"adam": False}, {"adam": True, "strategy": "diagonal"}, {"adam": True, "weight_decay": 0.0}):
+    for other in (
+        replace(method, adam=False),
+        replace(method, strategy="diagonal"),
+        replace(method, weight_decay=0.0),
+    ):
         with pytest.raises(MismatchError, match="made from something else"):
-            wf.score_source(study, checkpoints, case.queries, 2, **other, name="mine")
+            study.score(case.queries, other, name="mine")
     moments = {name: 2 * each for name, each in load_file(checkpoints[0].path / MOMENTS).items()}
     save_file(moments, checkpoints[0].path / MOMENTS)
     with pytest.raises(MismatchError, match="made from something else"):
-        study.score(case.queries, wf.Source(checkpoints=checkpoints, segments=2, adam=True), name="mine")
+        study.score(case.queries, method, name="mine")
 
 
 def test_eigenvalues_of_a_basis_that_is_gone_are_computed_anew(tmp_path: Path) -> None:
@@ -376,11 +368,12 @@ def test_eigenvalues_of_a_basis_that_is_gone_are_computed_anew(tmp_path: Path) -
     case = mlp_case()
     paths, _ = saved(case.model, tmp_path / "checkpoints", 2)
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    study.score(case.queries, wf.Source(checkpoints=paths, segments=1, times=TIMES[:2]))
+    method = wf.Source(checkpoints=paths, segments=1, times=TIMES[:2])
+    study.score(case.queries, method)
     kept = sorted(tmp_path.rglob("eigenvalues/tensors.safetensors"))
     before = [file.stat().st_mtime_ns for file in kept]
     shutil.rmtree(only(tmp_path / "run" / "factors", "source-1") / "eigenbasis")
-    study.score(case.queries, wf.Source(checkpoints=paths, segments=1, times=TIMES[:2]))
+    study.score(case.queries, method, overwrite=True)
     assert len(kept) == 2
     assert all(file.stat().st_mtime_ns > time for file, time in zip(kept, before, strict=True))
 
@@ -392,11 +385,9 @@ def test_some_of_the_recorded_checkpoints_stand_for_all_of_the_training(tmp_path
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
     found = study.score(case.queries, wf.Source(checkpoints=chosen, segments=2))
     times = [2 * TIMES[1], 2 * TIMES[3]]
-    expected = study.score(
-        case.queries,
-        wf.Source(checkpoints=[each.path for each in chosen], segments=2, times=times, weight_decay=0.3),
-        name="other",
-    )
+    paths = [each.path for each in chosen]
+    method = wf.Source(checkpoints=paths, segments=2, times=times, weight_decay=0.3)
+    expected = study.score(case.queries, method, name="other")
     assert relative_error(found.values, expected.values) < 1e-12
     with pytest.raises(InputError, match=r"of the steps \[4, 2\]; expected them in the order of one training"):
         study.score(case.queries, wf.Source(checkpoints=chosen[::-1], segments=2))
@@ -420,28 +411,27 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     case = mlp_case()
     paths, models = saved(case.model, tmp_path / "checkpoints", 2)
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    with pytest.raises(InputError, match="segments=3: expected 1 to 2"):
-        study.score(case.queries, wf.Source(checkpoints=paths, times=TIMES[:2]))
-    with pytest.raises(InputError, match="a path says nothing of learning rates"):
-        study.score(case.queries, wf.Source(checkpoints=paths, segments=2))
-    for times in ([1.0], [1.0, -1.0], [1.0, float("nan")]):
-        with pytest.raises(InputError, match="times="):
-            study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=times))
+    method = wf.Source(checkpoints=paths, segments=2, times=TIMES[:2])
     with pytest.raises(InputError, match="loss_scale=0"):
-        study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=TIMES[:2], loss_scale=0))
+        wf.Source(loss_scale=0)
+    with pytest.raises(InputError, match="weight_decay=-1"):
+        wf.Source(weight_decay=-1)
     for strategy, adam in (("kfac", False), ("identity", False), ("ekfac", True)):
         with pytest.raises(InputError, match=f"strategy='{strategy}' with adam={adam}: expected"):
-            study.score(
-                case.queries, wf.Source(checkpoints=paths, segments=2, times=TIMES[:2], strategy=strategy, adam=adam)
-            )
-    with pytest.raises(InputError, match="a path says nothing of Adam's second moments"):
-        study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=TIMES[:2], adam=True))
-    with pytest.raises(InputError, match="weight_decay=-1"):
-        study.score(case.queries, wf.Source(checkpoints=paths, segments=2, times=TIMES[:2], weight_decay=-1))
+            wf.Source(strategy=strategy, adam=adam)  # type: ignore[arg-type]
     checkpoints = recorded(paths, models, TIMES[:2])
-    group = replace(checkpoints[0].groups[0], weight_decay=0.1)
-    with pytest.raises(InputError, match=r"weight_decay=None, and \[0.1, 0.3\] were recorded"):
-        study.score(
-            case.queries, wf.Source(checkpoints=[replace(checkpoints[0], groups=(group,)), checkpoints[1]], segments=2)
-        )
-    assert not (tmp_path / "run").exists()
+    unlike = replace(checkpoints[0], groups=(replace(checkpoints[0].groups[0], weight_decay=0.1),))
+    refused: list[tuple[wf.Source, str]] = [
+        (replace(method, segments=3), "segments=3: expected 1 to 2"),
+        (replace(method, times=None), "a path says nothing of learning rates"),
+        *((replace(method, times=times), "times=") for times in ([1.0], [1.0, -1.0], [1.0, float("nan")])),
+        (replace(method, adam=True), "a path says nothing of Adam's second moments"),
+        (
+            wf.Source(checkpoints=[unlike, checkpoints[1]], segments=2),
+            r"weight_decay=None, and \[0.1, 0.3\] were recorded",
+        ),
+    ]
+    for each, message in refused:
+        with pytest.raises(InputError, match=message):
+            study.score(case.queries, each)
+    assert not list((tmp_path / "run").glob("*/*"))

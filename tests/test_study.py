@@ -1,62 +1,21 @@
-"""What scores must not depend on, what is reused, and what is refused."""
+"""What a study leaves as it is, what is reused, and what is refused."""
 
 from __future__ import annotations
 
+import errno
 import resource
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import wherefrom as wf
-from tests.models import Mlp, gpt2, gpt2_case, mlp_case, relative_error, token_rows
-from tests.runs import only, with_factors
+from tests.models import Interrupted, Mlp, gpt2_case, mlp_case, relative_error
+from tests.runs import only
 from wherefrom.runtime.errors import DamagedError, InputError, LayerError, LossError, MismatchError, StorageError
-from wherefrom.store.files import scratch_matrix
-
-
-def scores_of(path: Path, train: list[object], queries: list[object], **options: object) -> torch.Tensor:
-    """EK-FAC scores of the small GPT-2 in float64, with the dataset's targets unless said otherwise."""
-    fit = {"empirical": options.get("empirical", True), "seed": 7, "batch_size": options.get("batch_size")}
-    study = wf.Study(path, gpt2(), wf.CausalLM(), train=train)
-    factors = study.fit("ekfac", **fit)  # type: ignore[arg-type]
-    size = options.get("batch_size")
-    return study.score(
-        queries, with_factors(factors), execution=replace(study.execution, train_batch_size=size, query_batch_size=size)
-    ).values  # type: ignore[arg-type]
-
-
-@given(batch_size=st.integers(1, 15), seed=st.integers(0, 100))
-@settings(max_examples=8, deadline=None)
-def test_scores_do_not_depend_on_batch_size_or_order(
-    tmp_path_factory: pytest.TempPathFactory, batch_size: int, seed: int
-) -> None:
-    train, queries = token_rows(14), token_rows(4, seed=4)
-    expected = scores_of(tmp_path_factory.mktemp("one"), train, queries)
-    order = torch.randperm(14, generator=torch.Generator().manual_seed(seed)).tolist()
-    shuffled = [train[row] for row in order]
-    found = scores_of(tmp_path_factory.mktemp("two"), shuffled, queries, batch_size=batch_size)
-    assert relative_error(found, expected[:, order]) < 1e-9
-
-
-def test_scores_do_not_depend_on_padding(tmp_path: Path) -> None:
-    """Padding that the dataset itself brings, on the right, is as good as none."""
-    train, queries = token_rows(6), token_rows(3, seed=4)
-
-    def padded(example: object) -> dict[str, list[int]]:
-        tokens = example["input_ids"]  # type: ignore[index]
-        extra = 12 - len(tokens)
-        return {"input_ids": tokens + [5] * extra, "attention_mask": [1] * len(tokens) + [0] * extra}
-
-    expected = scores_of(tmp_path / "plain", train, queries, empirical=False)
-    found = scores_of(
-        tmp_path / "padded", [padded(each) for each in train], [padded(each) for each in queries], empirical=False
-    )
-    assert relative_error(found, expected) < 1e-9
+from wherefrom.store.artifacts import Matrices, stored_matrices
+from wherefrom.store.files import save_tensors
 
 
 def test_sampled_factors_depend_on_the_seed_only(tmp_path: Path) -> None:
@@ -64,7 +23,7 @@ def test_sampled_factors_depend_on_the_seed_only(tmp_path: Path) -> None:
 
     def eigenvalues(name: str, seed: int, batch_size: int | None) -> torch.Tensor:
         study = wf.Study(tmp_path / name, case.model, case.task, train=case.train)
-        factors = study.fit(wf.Diagonal(seed=seed), execution=replace(study.execution, train_batch_size=batch_size))
+        factors = study.fit(wf.Diagonal(seed=seed), execution=wf.Execution(train_batch_size=batch_size))
         return torch.cat([each.flatten() for each in factors.eigenvalues.values()])
 
     expected = eigenvalues("one", seed=3, batch_size=1)
@@ -76,12 +35,9 @@ def test_sampled_factors_depend_on_the_seed_only(tmp_path: Path) -> None:
 def test_many_query_blocks_give_the_scores_of_one(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC())
-    expected = study.score(case.queries, with_factors(factors), name="one-block").values
-    small = wf.Study(
-        tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09)
-    )  # one query at a time
-    found = small.score(case.queries, with_factors(factors), name="many-blocks").values
+    expected = study.score(case.queries, name="one-block").values
+    one_by_one = wf.Execution(memory_budget=1e-9)
+    found = study.score(case.queries, name="many-blocks", execution=one_by_one).values
     assert relative_error(found, expected) < 1e-12
     assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["many-blocks", "one-block"]
 
@@ -131,48 +87,70 @@ class Counting(wf.Classification):
         return super().train_loss(*arguments)  # type: ignore[arg-type]
 
 
-def test_a_second_fit_or_score_computes_nothing(tmp_path: Path) -> None:
+def test_strategies_share_what_they_have_in_common(tmp_path: Path) -> None:
     case = mlp_case()
-    first = wf.Study(tmp_path, case.model, Counting(), train=case.train)
-    expected = first.score(case.queries, wf.EKFAC())
+    wf.Study(tmp_path, case.model, Counting(), train=case.train).fit(wf.EKFAC())
     Counting._calls = 0
     again = wf.Study(tmp_path, case.model, Counting(), train=case.train)
-    found = again.score(case.queries, wf.EKFAC())
-    assert Counting._calls == 0
-    assert torch.equal(found.values, expected.values)
+    again.fit(wf.EKFAC())
     again.fit(wf.KFAC())  # shares the basis
     assert Counting._calls == 0
     again.fit(wf.EKFAC(), overwrite=True)
     assert Counting._calls > 0
 
 
-def test_a_changed_input_is_refused_by_name(tmp_path: Path) -> None:
+def test_the_first_block_of_scores_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Interrupted in its last batch, of seven: those before are saved, though no block of the matrix is."""
+    case, task = gpt2_case(), Interrupted(["transformer.h.*"])
+    execution = wf.Execution(checkpoint_seconds=0, train_batch_size=2)
+
+    def losses(run: str, allowed: int = 10**9) -> int:
+        task._left = allowed
+        study = wf.Study(tmp_path / run, case.model, task, train=case.train, execution=execution)
+        study.score(case.queries, wf.Dot())
+        return allowed - task._left
+
+    whole = losses("whole")
+    with pytest.raises(KeyboardInterrupt):
+        losses("interrupted", whole - 1)
+    assert losses("interrupted") == whole - 6
+
+
+def test_a_matrix_whose_result_cannot_be_written_stays_for_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the disk is full after all: what was computed is not computed again."""
+    case = mlp_case()
+    study = wf.Study(tmp_path, case.model, Counting(), train=case.train)
+
+    def full(file: Path, *arguments: object) -> None:
+        if file.parent.name == "mine.part":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_tensors(file, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("wherefrom.store.artifacts.save_tensors", full)
+        with pytest.raises(StorageError, match="Cannot write .*mine .*No space left.*what is finished is safe"):
+            study.score(case.queries, name="mine")
+    probes = 2  # to plan the batches
+    Counting._calls = 0
+    found = study.score(case.queries, name="mine")
+    assert Counting._calls == probes
+    assert torch.equal(found.values, study.score(case.queries, name="other").values)
+
+
+def test_factors_of_something_else_are_refused_by_name(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC(), name="mine")
-    study.score(case.queries, with_factors(factors), name="mine")
+    study.fit(name="mine")
     with pytest.raises(MismatchError, match=r"targets: stored sampled, seed 0, now sampled, seed 1.*overwrite"):
         study.fit(wf.EKFAC(seed=1), name="mine")
-    with pytest.raises(MismatchError, match="damping: stored 0.1 x mean eigenvalue, now 0.5"):
-        study.score(case.queries, with_factors(factors, damping=0.5), name="mine")
-    with pytest.raises(MismatchError, match="queries: "):
-        study.score(case.queries[:2], with_factors(factors), name="mine")
     with pytest.raises(MismatchError, match="training data: stored 12 examples .*, now 11 examples"):
-        wf.Study(tmp_path, case.model, case.task, train=case.train[:11]).fit(wf.EKFAC(), name="mine")
-    study.score(case.queries, with_factors(factors, damping=0.5), name="mine", overwrite=True)
-    study.score(case.queries, with_factors(factors))
-
-
-def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
-    case = mlp_case()
-    factors = wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit(wf.EKFAC(), name="mine")
+        wf.Study(tmp_path, case.model, case.task, train=case.train[:11]).fit(name="mine")
     with torch.no_grad():
         next(case.model.parameters()).add_(1e-9)
-    other = wf.Study(tmp_path / "two", case.model, case.task, train=case.train)
-    with pytest.raises(MismatchError, match="factors were fitted on another model. model: stored"):
-        other.score(case.queries, with_factors(factors))
     with pytest.raises(MismatchError, match="model: stored"):
-        wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit(wf.EKFAC(), name="mine")
+        wf.Study(tmp_path, case.model, case.task, train=case.train).fit(name="mine")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing", "manifest"])
@@ -212,18 +190,20 @@ def test_a_write_that_fails_midway_leaves_nothing_behind(tmp_path: Path) -> None
 
 
 def test_a_matrix_without_room_on_the_disk_is_refused_before_it_is_written(tmp_path: Path) -> None:
-    """Writing into a mapped file on a full disk would be the end of the process."""
+    """Or the disk might be full when the last block of it is found."""
+    part = tmp_path / "scores" / "ekfac.part"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
     try:
         with pytest.raises(
             StorageError, match="Cannot write .*0.38 MiB needed.*File too large.*what is finished is safe"
         ):
-            scratch_matrix(tmp_path / "values", 100, 1000, torch.float32)
+            Matrices(part, {"values": ((100, 1000), torch.float32)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list(tmp_path.iterdir())
-    assert torch.equal(scratch_matrix(tmp_path / "values", 2, 3, torch.float64), torch.zeros(2, 3).double())
+    assert not list((tmp_path / "scores").iterdir())
+    Matrices(part, {"values": ((2, 3), torch.float64)})
+    assert torch.equal(stored_matrices(part)["values"], torch.zeros(2, 3).double())
 
 
 def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -257,7 +237,7 @@ def test_wrong_use_is_answered_well(tmp_path: Path) -> None:
         wf.Classification("twice")
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     with pytest.raises(InputError, match="batch size of 0"):
-        study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=0))
+        wf.Execution(train_batch_size=0)
     with pytest.raises(InputError, match="queries is empty"):
         study.score([], wf.Dot())
     with pytest.raises(InputError, match="name='../up'"):
@@ -276,9 +256,7 @@ def test_a_loss_that_is_not_a_scalar_is_refused(tmp_path: Path) -> None:
 
     case = mlp_case()
     with pytest.raises(LossError, match=r"must be a scalar tensor.*returned \[4\].*reduction='sum'"):
-        wf.Study(tmp_path, case.model, Vector(), train=case.train).fit(
-            wf.EKFAC(), execution=wf.Execution(train_batch_size=4)
-        )
+        wf.Study(tmp_path, case.model, Vector(), train=case.train).fit(execution=wf.Execution(train_batch_size=4))
     with pytest.raises(LossError, match="does not depend on any tracked layer"):
         wf.Study(tmp_path, case.model, Detached(), train=case.train).fit(wf.EKFAC())
 
@@ -286,9 +264,10 @@ def test_a_loss_that_is_not_a_scalar_is_refused(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_names_its_batch(tmp_path: Path) -> None:
     case = mlp_case()
     case.train[7] = (torch.full((4,), float("nan"), dtype=torch.float64), torch.tensor(0))
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(checkpoint_seconds=0))
+    execution = wf.Execution(checkpoint_seconds=0, train_batch_size=2)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=execution)
     with pytest.raises(LossError, match="covariance: the loss of examples 6 to 7 is nan"):
-        study.fit(wf.EKFAC(empirical=True), execution=replace(study.execution, train_batch_size=2))
+        study.fit(wf.EKFAC(empirical=True))
 
 
 def test_float32_scores_do_not_depend_on_the_batch_with_fused_attention(tmp_path: Path) -> None:
@@ -304,15 +283,9 @@ def test_float32_scores_do_not_depend_on_the_batch_with_fused_attention(tmp_path
     ]
     found = []
     for size in (1, 7):
-        study = wf.Study(tmp_path / str(size), model, wf.CausalLM(), train=rows)
-        factors = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=size))
-        found.append(
-            study.score(
-                rows,
-                with_factors(factors),
-                execution=replace(study.execution, train_batch_size=size, query_batch_size=size),
-            ).values
-        )
+        execution = wf.Execution(train_batch_size=size, query_batch_size=size)
+        study = wf.Study(tmp_path / str(size), model, wf.CausalLM(), train=rows, execution=execution)
+        found.append(study.score(rows).values)
     assert relative_error(*found) < 2e-5
 
 
@@ -320,13 +293,12 @@ def test_a_replaced_basis_takes_its_eigenvalues_with_it(tmp_path: Path) -> None:
     """Another batch rounds covariances otherwise, and eigenvectors of nearly equal eigenvalues are then others."""
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    study.fit(wf.EKFAC())
-    study.fit(wf.KFAC(), overwrite=True, execution=replace(study.execution, train_batch_size=1))
+    study.fit()
+    single = wf.Execution(train_batch_size=1)
+    study.fit(wf.KFAC(), overwrite=True, execution=single)
     assert not (only(tmp_path / "factors", "sampled") / "eigenvalues").exists()
-    expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit(
-        wf.EKFAC(), execution=wf.Execution(train_batch_size=1)
-    )
-    found = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=1))
+    expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit(execution=single)
+    found = study.fit(execution=single)
     assert all(torch.equal(found.eigenvalues[name], each) for name, each in expected.eigenvalues.items())
 
 
@@ -334,13 +306,12 @@ def test_a_lost_basis_takes_its_eigenvalues_with_it(tmp_path: Path) -> None:
     """As above, where somebody has deleted what was damaged."""
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    study.fit(wf.EKFAC())
+    study.fit()
+    single = wf.Execution(train_batch_size=1)
     for name in ("covariance", "eigenbasis"):
         shutil.rmtree(only(tmp_path / "factors", "sampled") / name)
-    study.fit(wf.KFAC(), execution=replace(study.execution, train_batch_size=1))
+    study.fit(wf.KFAC(), execution=single)
     assert not (only(tmp_path / "factors", "sampled") / "eigenvalues").exists()
-    expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit(
-        wf.EKFAC(), execution=wf.Execution(train_batch_size=1)
-    )
-    found = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=1))
+    expected = wf.Study(tmp_path / "other", case.model, case.task, train=case.train).fit(execution=single)
+    found = study.fit(execution=single)
     assert all(torch.equal(found.eigenvalues[name], each) for name, each in expected.eigenvalues.items())

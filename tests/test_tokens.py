@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from tests.runs import factored, with_factors
+from tests.runs import factored
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
 from wherefrom.runtime.errors import DamagedError, InputError, LayerError, MismatchError
@@ -37,9 +36,7 @@ def brute_force(make: CaseMaker, query: int, example: int) -> Tensor:
 def test_token_scores_equal_brute_force(tmp_path: Path, make: CaseMaker) -> None:
     case = make(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    tokens = study.score(
-        case.queries, wf.Dot(), keep=wf.Tokens(), execution=replace(study.execution, train_batch_size=4)
-    )
+    tokens = study.score(case.queries, wf.Dot(), keep=wf.Tokens(), execution=wf.Execution(train_batch_size=4))
     for pair in ((0, 0), (2, 7), (4, 11)):
         assert relative_error(tokens[pair], brute_force(make, *pair)) < 1e-9
 
@@ -52,19 +49,12 @@ def test_tokens_sum_to_the_sequence_scores(
 ) -> None:
     """With files of a few pairs and one query in memory at a time, too."""
     case = make(torch.float64)
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(factored(strategy))
-    scores = study.score(case.queries, with_factors(factors)).values
-    tokens = study.score(case.queries, with_factors(factors), keep=wf.Tokens(top), name="one")
+    study, method = wf.Study(tmp_path, case.model, case.task, train=case.train), factored(strategy)
+    scores = study.score(case.queries, method).values
+    tokens = study.score(case.queries, method, keep=wf.Tokens(top), name="one")
     monkeypatch.setattr("wherefrom.scoring.tokens.PART_BYTES", 7 * 8 * int(tokens.lengths.max()))
-    small = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09))
-    parts = small.score(
-        case.queries,
-        with_factors(factors),
-        keep=wf.Tokens(top),
-        name="many",
-        execution=replace(small.execution, train_batch_size=3),
-    )
+    execution = wf.Execution(memory_budget=1e-9, train_batch_size=3)
+    parts = study.score(case.queries, method, keep=wf.Tokens(top), name="many", execution=execution)
     assert len(parts.shards) > len(tokens.shards) == 1
     expected = {(q, t) for q in range(5) for t in range(len(case.train))}
     if top:
@@ -95,9 +85,8 @@ def test_lengths_and_padding(tmp_path: Path) -> None:
 def test_pairs_that_are_not_stored_are_named(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.Diagonal())
-    tokens = study.score(case.queries, with_factors(factors), keep=wf.Tokens(1))
-    best = study.score(case.queries, with_factors(factors)).top(1)[0]
+    tokens = study.score(case.queries, wf.Diagonal(), keep=wf.Tokens(1))
+    best = study.score(case.queries, wf.Diagonal()).top(1)[0]
     other = next(row for row in range(12) if (0, row) not in tokens)
     assert (0, best.train) in tokens
     assert (0, -1) not in tokens
@@ -105,36 +94,23 @@ def test_pairs_that_are_not_stored_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"query 0 and training example {other}: it has the 1 highest and lowest"):
         tokens[0, other]
     with pytest.raises(InputError, match="top=0: expected at least 1"):
-        study.score(case.queries, with_factors(factors), keep=wf.Tokens(0))
+        wf.Tokens(0)
     with pytest.raises(InputError, match="no token scores there"):
         TokenScores.load(tmp_path / "nowhere")
 
 
-def test_token_scores_are_reused_refused_and_checked(tmp_path: Path) -> None:
-    class Counting(wf.Classification):
-        _calls = 0
-
-        def train_loss(self, *arguments: object) -> Tensor:
-            Counting._calls += 1
-            return super().train_loss(*arguments)  # type: ignore[arg-type]
-
+def test_a_damaged_part_is_named_and_replaced(tmp_path: Path) -> None:
     case = mlp_case()
-    study = wf.Study(tmp_path, case.model, Counting(), train=case.train)
-    factors = study.fit(wf.EKFAC())
-    first = study.score(case.queries, with_factors(factors), keep=wf.Tokens(), name="mine")
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    first = study.score(case.queries, keep=wf.Tokens())
     expected = first.values
-    Counting._calls = 0
-    assert torch.equal(study.score(case.queries, with_factors(factors), keep=wf.Tokens(), name="mine").values, expected)
-    assert Counting._calls == 0
-    with pytest.raises(MismatchError, match=r"damping: stored 0.1 x mean eigenvalue, now 1.0"):
-        study.score(case.queries, with_factors(factors, damping=1.0), keep=wf.Tokens(), name="mine")
     file = first.folder / part_name(first.pairs) / "tensors.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
     with pytest.raises(DamagedError, match="tensors.safetensors cannot be used"):
         TokenScores.load(first.folder)[0, 0]
-    repaired = study.score(case.queries, with_factors(factors), keep=wf.Tokens(), name="mine", overwrite=True)
+    repaired = study.score(case.queries, keep=wf.Tokens(), overwrite=True)
     assert torch.equal(repaired.values, expected)
 
 
@@ -156,10 +132,9 @@ def test_a_layer_that_sees_no_tokens_is_named(tmp_path: Path) -> None:
     with pytest.raises(LayerError, match="belongs to no single token"):
         study.score(rows, wf.Dot(), keep=wf.Tokens())
     alone = wf.Study(tmp_path / "alone", Pooled(), wf.Classification(["tokenwise"]), train=rows)
-    factors = alone.fit(wf.Dot())
-    tokens = alone.score(rows, with_factors(factors), keep=wf.Tokens()).values
+    tokens = alone.score(rows, wf.Dot(), keep=wf.Tokens()).values
     assert tokens.shape == (5, 5, 6)
-    assert relative_error(tokens.sum(2), alone.score(rows, with_factors(factors)).values) < 1e-5
+    assert relative_error(tokens.sum(2), alone.score(rows, wf.Dot()).values) < 1e-5
 
 
 def test_a_layer_behind_pooling_alone_is_refused_where_there_is_a_mask(tmp_path: Path) -> None:
@@ -187,10 +162,9 @@ def test_a_mask_that_is_none_where_nothing_is_padded(tmp_path: Path) -> None:
     case = gpt2_case()
     found = {}
     for name, task in (("always", case.task), ("sometimes", Sometimes(case.task.layers))):
-        study = wf.Study(tmp_path / name, case.model, task, train=case.train)
-        found[name] = study.score(
-            case.queries, wf.Dot(), keep=wf.Tokens(), execution=replace(study.execution, train_batch_size=4)
-        )
+        execution = wf.Execution(train_batch_size=4)
+        study = wf.Study(tmp_path / name, case.model, task, train=case.train, execution=execution)
+        found[name] = study.score(case.queries, wf.Dot(), keep=wf.Tokens())
     assert torch.equal(found["always"].lengths, found["sometimes"].lengths)
     assert relative_error(found["sometimes"].values, found["always"].values) < 1e-12
 
@@ -200,14 +174,12 @@ def test_a_smaller_batch_after_running_out_of_memory(tmp_path: Path, monkeypatch
     case = gpt2_case()
     case.train.sort(key=lambda example: len(example["input_ids"]))  # type: ignore[index]
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.Dot())
-    expected = study.score(
-        case.queries,
-        with_factors(factors),
-        keep=wf.Tokens(),
-        name="one",
-        execution=replace(study.execution, train_batch_size=2),
-    ).values
+
+    def values(name: str, size: int) -> Tensor:
+        execution = wf.Execution(train_batch_size=size)
+        return study.score(case.queries, wf.Dot(), keep=wf.Tokens(), name=name, execution=execution).values
+
+    expected = values("one", 2)
     original, seen = TokenCollector.collect, []
 
     def limited(self: TokenCollector, layer: str, captured: Captured, rows: slice) -> None:
@@ -217,13 +189,7 @@ def test_a_smaller_batch_after_running_out_of_memory(tmp_path: Path, monkeypatch
             raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(TokenCollector, "collect", limited)
-    found = study.score(
-        case.queries,
-        with_factors(factors),
-        keep=wf.Tokens(),
-        name="two",
-        execution=replace(study.execution, train_batch_size=8),
-    ).values
+    found = values("two", 8)
     assert seen[:4] == [8, 8, 8, 4]
     assert relative_error(found, expected) < 1e-12
 
@@ -231,23 +197,17 @@ def test_a_smaller_batch_after_running_out_of_memory(tmp_path: Path, monkeypatch
 def test_tokens_of_other_scores_are_refused(tmp_path: Path) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC())
-    scores, other = (
-        study.score(case.queries, with_factors(factors)),
-        study.score(case.queries, with_factors(factors, damping=1.0), name="other"),
-    )
-    tokens = study.score(case.queries, with_factors(factors), keep=wf.Tokens())
+    scores, other = study.score(case.queries), study.score(case.queries, wf.EKFAC(damping=1.0))
+    tokens = study.score(case.queries, keep=wf.Tokens())
     assert tokens.differences(scores.fingerprint) == []
     with pytest.raises(MismatchError, match="tokens belong to other scores.*damping: stored 0.1 x mean.*now 1.0"):
         study.report(other, case.queries, tokenizer=Characters(), tokens=tokens)
-    again = study.score(case.queries, with_factors(factors, damping=1.0), keep=wf.Tokens(), name="other")
+    again = study.score(case.queries, wf.EKFAC(damping=1.0), keep=wf.Tokens())
     part = part_name(tokens.pairs)
     for file in (again.folder / part).iterdir():  # a part of another run
         (tokens.folder / part / file.name).write_bytes(file.read_bytes())
     with pytest.raises(MismatchError, match="damping: stored 1.0, now 0.1 x mean eigenvalue"):
         TokenScores.load(tokens.folder)[0, 0]
-    with pytest.raises(InputError, match="expected another ending"):
-        study.score(case.queries, with_factors(factors), name="ekfac.tokens")
 
 
 class Characters:
@@ -259,14 +219,9 @@ class Characters:
 
 def test_half_precision_tokens_sum_to_the_score_up_to_its_rounding(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC(), execution=replace(study.execution, half_precision=True))
-    scores = study.score(
-        case.queries, with_factors(factors), execution=replace(study.execution, half_precision=True)
-    ).values
-    tokens = study.score(
-        case.queries, with_factors(factors), keep=wf.Tokens(), execution=replace(study.execution, half_precision=True)
-    ).values
+    execution = wf.Execution(half_precision=True)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=execution)
+    scores, tokens = study.score(case.queries).values, study.score(case.queries, keep=wf.Tokens()).values
     assert 0 < relative_error(tokens.sum(2), scores) < 2**-8  # of the gradient's two factors, one is rounded
 
 

@@ -28,9 +28,9 @@ from wherefrom.scoring.keep import Keep, Kept_co, Pairs, Top
 from wherefrom.scoring.results import Result, extremes
 from wherefrom.scoring.tokens import TokenScores
 from wherefrom.store.cache import Cache, Unfinished
-from wherefrom.store.files import checked_name, within
+from wherefrom.store.files import within
 from wherefrom.store.fingerprint import MODEL, QUERIES, Dataset, Fingerprint
-from wherefrom.store.names import log_others, result_name
+from wherefrom.store.names import check_result_name, log_others, result_name
 from wherefrom.store.weights import ModelStates
 from wherefrom.tasks.task import Batch, checked_settings
 
@@ -73,11 +73,16 @@ class Context(Generic[Batch]):
         return Examples(queries, self.sweep.task, "measurement")
 
     def asked(self, queries: Examples[Batch]) -> dict[str, str]:
-        """What a fingerprint says of queries."""
-        return {
-            QUERIES: queries.digest,
-            "measured": checked_settings(self.sweep.task).get("measure", "measurement"),
-        }
+        """What a fingerprint says of queries.
+
+        Raises:
+            RankError: another process has others.
+        """
+        measured = checked_settings(self.sweep.task).get("measure", "measurement")
+        found = {QUERIES: queries.digest, "measured": measured}
+        for name, value in found.items():
+            self.ranks.check_alike(name, value)
+        return found
 
     def cache(self, folder: Path, fingerprint: Fingerprint) -> Cache:
         """Results of a folder."""
@@ -179,15 +184,15 @@ class Method(ABC):
             WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
         """
         self.check(keep, context.sweep.execution.half_precision)
-        if name is not None:
-            checked_name(name)
+        check_result_name(name)
         examples = context.measured(queries)
+        asked = context.asked(examples)
         if isinstance(keep, Top) and not self.streams:
             job = self._highest_job(context, queries, examples, keep)
         else:
             job = self.job(context, examples, keep)
         study = {key: each for key, each in context.fingerprint.items() if key not in job.without}
-        fingerprint = {**study, "method": self.name, **context.asked(examples), **job.settings, **keep.settings()}
+        fingerprint = {**study, "method": self.name, **asked, **job.settings, **keep.settings()}
         called = result_name("-".join(filter(None, (job.label, keep.label))), fingerprint, name)
         folder, item = keep.location(context.folder(keep.folder), called)
         cache = context.cache(folder, fingerprint)

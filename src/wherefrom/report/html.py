@@ -30,6 +30,7 @@ from wherefrom.report.shading import Shares, encode_lengths, encode_shares, visi
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.results import Scores, TopScores, extremes
 from wherefrom.store.files import write_text
+from wherefrom.store.fingerprint import Fingerprint
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -120,7 +121,7 @@ def render_report(
             (index, passage, reader.lengths.get(index)) for index, passage in sorted(reader.passages.items())
         ],
         "figures": [{"title": each.title, "caption": each.caption, "data": _base64(each)} for each in figures],
-        "kept": scores.fingerprint.get("kept", ""),
+        "kept": _kept(scores.fingerprint),
         "settings": [*{**(settings or {}), **scores.fingerprint}.items()],
         "profile": profile,
     }
@@ -135,6 +136,12 @@ def render_report(
         script=script,
         policy=security_policy(style, script),
     )
+
+
+def _kept(fingerprint: Fingerprint) -> str:
+    """Which scores are there, where not all are; empty where they are."""
+    candidates = f"candidates: {fingerprint['candidates']}" if "candidates" in fingerprint else ""
+    return "; ".join(filter(None, (fingerprint.get("kept", ""), candidates)))
 
 
 def _check(queries: Passages, train: Passages, scores: Scores | TopScores, k: int) -> None:

@@ -109,7 +109,8 @@ def checked_passages(
     how = scores.fingerprint.get("aggregated queries")
     if "aggregated training examples" in scores.fingerprint:
         raise InputError(
-            "These scores add up all training examples, so none stands beside its score: leave aggregate_train out."
+            "These scores add up all training examples, so none stands beside its score: leave Aggregated(train=...) "
+            "out."
         )
     count, shape = len(queries) if how is None else min(1, len(queries)), tuple(scores.values.shape)
     if isinstance(scores, Scores):
@@ -156,8 +157,8 @@ class DatasetTokens:
         changed = self._scores.differences(scores)
         if changed:
             raise MismatchError(
-                f"tokens belong to other scores than these. {'; '.join(changed)}. Call score_tokens with the arguments "
-                "that score had."
+                f"tokens belong to other scores than these. {'; '.join(changed)}. Call score with keep=Tokens() and "
+                "the method of these scores."
             )
 
     def __call__(self, query: int, train: int) -> Sequence[tuple[str, float]] | None:

@@ -26,6 +26,7 @@ from wherefrom.runtime.errors import DamagedError, MismatchError
 from wherefrom.runtime.precision import type_name
 from wherefrom.store.files import (
     checked_file,
+    clear,
     damaged,
     flush,
     on_host,
@@ -80,12 +81,12 @@ class Artifact:
             matrices: the digest of matrices that are in `part` already; empty where there are none.
 
         Raises:
-            StorageError: the directory cannot be written or the disk is full; nothing is left behind.
+            StorageError: the directory cannot be written or the disk is full; nothing is left behind but matrices.
         """
         part, details = self.part, dict(details or {})
-        with storing(part, tensors):
-            if not matrices:
-                remove(part)
+        kept = _MATRICES if matrices else ""
+        with storing(part, tensors, kept):
+            clear(part, kept)
             part.mkdir(parents=True, exist_ok=True)
             description, host = _description(self.path, self.fingerprint), on_host(tensors)
             description |= {"details": details, "matrices": matrices}

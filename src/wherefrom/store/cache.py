@@ -148,11 +148,14 @@ class Unfinished:
         return self.cache.parts(self.name)
 
     def blocks(self, rows: int, columns: int) -> Blocks:
-        """The blocks of its matrices [..., rows, columns]."""
-        part = self.part
-        # What says that blocks are there is worth nothing without them, and the other way round.
-        self.ranks.first(lambda: None if Matrices.there(part) else remove(self.parts.folder))
-        return Blocks(self.parts, rows, columns, self)
+        """The blocks of its matrices [..., rows, columns].
+
+        Raises:
+            MismatchError: some are there that were made from something else.
+        """
+        blocks = Blocks(self.parts, rows, columns, self)
+        self.ranks.first(blocks.forget_orphans)
+        return blocks
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
         """Give it its name."""
@@ -203,6 +206,22 @@ class Blocks:
     def _write(self, result: Unfinished, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         whole = {key: ((*each.shape[:-2], self.rows, self.columns), each.dtype) for key, each in tensors.items()}
         return Matrices(result.part, whole).write(block, tensors)
+
+    def forget_orphans(self) -> None:
+        """Forget blocks whose numbers are gone, and numbers that no finished block tells of.
+
+        Raises:
+            MismatchError: what is there was made from something else.
+        """
+        assert self.result is not None
+        finished = [path for path, _, _ in self._named() if _BLOCK.fullmatch(path.name)]
+        for path in finished:
+            if Matrices.there(self.result.part):
+                self.parts.artifact(path.name).available()
+            else:
+                remove(path)
+        if not finished:
+            remove(self.result.part)
 
     def begun(self, rows: range) -> range:
         """The rows from the same start that an earlier run has begun with, since another memory cuts other blocks.

@@ -122,12 +122,21 @@ def preallocated(file: Path, start: bytes, size: int) -> None:
     Raises:
         StorageError: there is not enough space for it.
     """
-    with _storing(file, size), _opened(file) as stream:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(stream.fileno(), 0, size)
-        else:
-            stream.truncate(size)
-        stream.write(start)
+    part = _part(file)  # without a start, a file of this name would be none of ours
+    try:
+        with _storing(part, size):
+            with _opened(part) as stream:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(stream.fileno(), 0, size)
+                else:
+                    stream.truncate(size)
+                stream.write(start)
+            part.chmod(file.parent.stat().st_mode & 0o666)
+            part.replace(file)
+    except StorageError:
+        with contextlib.suppress(OSError):
+            file.parent.rmdir()  # where nothing else is in it
+        raise
 
 
 @contextlib.contextmanager
@@ -177,33 +186,41 @@ def _opened(part: Path) -> BinaryIO:
     return part.open("xb")
 
 
-def storing(part: Path, tensors: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
+def storing(part: Path, tensors: Mapping[str, Tensor], kept: str = "") -> contextlib.AbstractContextManager[None]:
     """Check the space, and turn a failed write into an error that leaves no temporary file.
 
     Args:
         part: what is written before it gets its name, which is the same without the ending.
+        kept: what was in it before, and stays.
 
     Raises:
         StorageError: says how much was needed, and how much is free.
     """
-    return _storing(part, sum(tensor.nbytes for tensor in tensors.values()))
+    return _storing(part, sum(tensor.nbytes for tensor in tensors.values()), kept)
 
 
 @contextlib.contextmanager
-def _storing(part: Path, needed: int) -> Iterator[None]:
+def _storing(part: Path, needed: int, kept: str = "") -> Iterator[None]:
     try:
         if needed > free_space(part):
             raise OSError(errno.ENOSPC, "not enough space")
         yield
     except (OSError, SafetensorError, StorageError) as error:  # the last from a manifest
-        with contextlib.suppress(StorageError):
-            remove(part)
+        with contextlib.suppress(StorageError, OSError):
+            clear(part, kept)
         reason = error.strerror if isinstance(error, OSError) else error
         raise StorageError(
             f"Cannot write {part.with_suffix('')} ({needed / 2**20:,.2f} MiB needed, {free_space(part) / 2**20:,.2f} "
             f"MiB free): {reason}. Free some space, check quota and permissions, or choose another run directory; "
             "what is finished is safe."
         ) from error
+
+
+def clear(part: Path, kept: str = "") -> None:
+    """Delete what was being written, but for one file of it that is finished."""
+    for path in part.iterdir() if kept else (part,):
+        if path.name != kept:
+            remove(path)
 
 
 def free_space(path: Path) -> int:

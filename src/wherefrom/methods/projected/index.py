@@ -29,7 +29,7 @@ from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
 from wherefrom.scoring.rescoring import exact_scores
 from wherefrom.scoring.results import TopScores, extremes, merged_extremes
 from wherefrom.store.fingerprint import Dataset, Fingerprint, checked_length, model_digest
-from wherefrom.store.names import log_others, result_name
+from wherefrom.store.names import check_result_name, log_others, result_name
 from wherefrom.tasks.task import Batch
 
 
@@ -58,6 +58,7 @@ class GradientIndex(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.runtime.errors`; finished shards stay valid.
         """
+        check_result_name(name)
         factors = method.fit(context)
         if factors.roots:
             raise InputError("factors are conditioned, and an index is not: fit factors without a conditioning.")

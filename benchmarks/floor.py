@@ -10,7 +10,7 @@ their gradients, and with query gradients that were rotated back beforehand. Wri
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from workload import Stopwatch, Workload, medians, save_results
 
 import wherefrom as wf
 from wherefrom.curvature.collectors import CovarianceCollector, EigenvalueCollector
+from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Collector, Sweep
 from wherefrom.scoring.bank import GradientBank
-from wherefrom.scoring.results import PairwiseCollector
+from wherefrom.scoring.collectors import PairwiseCollector
 
 
 @dataclass
@@ -56,15 +57,11 @@ class Sweeps:
         self.model = self.work.model().to(self.device)  # type: ignore[arg-type]
         self.train, self.queries = self.work.sequences(self.work.train, 1), self.work.sequences(self.work.queries, 2)
         self.task = wf.CausalLM()
-        study = wf.Study(folder, self.model, self.task, train=self.train, execution=wf.Execution(progress=False))
-        self.layers, self.factors = (
-            study.layers,
-            study.fit(wf.EKFAC(empirical=True), execution=replace(study.execution, train_batch_size=self.batch)),
-        )
-        self.sweep: Sweep[Any] = Sweep(self.model, self.task, self.layers, progress=False)
-        self.plan = study.plan(
-            self.queries, wf.EKFAC(), execution=replace(study.execution, train_batch_size=self.batch)
-        )
+        execution = wf.Execution(train_batch_size=self.batch, progress=False)
+        study = wf.Study(folder, self.model, self.task, train=self.train, execution=execution)
+        self.layers, self.factors = study.layers, study.fit(wf.EKFAC(empirical=True))
+        self.sweep: Sweep[Any] = Sweep(self.model, self.task, self.layers, execution)
+        self.plan = study.plan(self.queries)
 
     def plain(self) -> None:
         """Training steps without the optimiser."""
@@ -76,11 +73,8 @@ class Sweeps:
 
     def run(self, collector: Collector, compiled: bool = False) -> None:
         """A sweep over the training set, with activation functions compiled or as they are."""
-        sweep = replace(self.sweep, compile_activations=compiled)
-        sweep.run("sweep", self.train, collector, self._loss, batch_size=self.batch)
-
-    def _loss(self, model: nn.Module, batch: Any, rows: Sequence[int]) -> Tensor:
-        return self.task.train_loss(model, batch)
+        sweep = replace(self.sweep, execution=replace(self.sweep.execution, compile_activations=compiled))
+        sweep.run("sweep", Examples(self.train, self.task), collector, batch_size=self.batch)
 
     def bank(self, rotated_back: bool | None) -> GradientBank:
         """All query gradients; in the form that was planned, or rotated back everywhere or nowhere."""
@@ -88,7 +82,7 @@ class Sweeps:
         if rotated_back is not None:
             form = replace(form, rotated_back=dict.fromkeys(self.layers, (rotated_back, rotated_back)))
         bank = GradientBank(self.layers, self.factors.preconditioner(), len(self.queries), form)
-        self.sweep.run("queries", self.queries, bank, self._loss, batch_size=self.batch)
+        self.sweep.run("queries", Examples(self.queries, self.task), bank, batch_size=self.batch)
         return bank
 
     def fit_stages(self) -> dict[str, Callable[[], None]]:

@@ -73,7 +73,7 @@ def take_turn(work: Workload, output: Path) -> None:
         with watch.stage("fit"):
             factors = study.fit(wf.EKFAC(empirical=True))
         with watch.stage("score"):
-            study.score(queries, with_factors(factors))
+            study.score(queries, wf.EKFAC(factors=factors))
         watch.write(output, own_peak_bytes=peak.stop())
 
 

@@ -24,12 +24,12 @@ from workload import ROOT, save_results
 
 import wherefrom as wf
 from wherefrom.methods.projected.gradient_store import shard_name
-from wherefrom.methods.projected.projections import Directions, Numbers, packed
+from wherefrom.methods.projected.projections import Directions, Quantization, packed
 from wherefrom.store.fingerprint import Dataset
 
 sys.path.append(str(ROOT / "examples" / "wikitext"))
 
-TYPES: tuple[Numbers, ...] = ("float32", "bfloat16", "int8")
+TYPES: tuple[Quantization, ...] = ("float32", "bfloat16", "int8")
 
 
 @dataclass
@@ -50,20 +50,18 @@ Study = wf.Study[dict[str, Tensor]]
 
 def recalls(study: Study, queries: Dataset[object], arguments: Arguments) -> list[dict[str, object]]:
     """The part of each query's exact top ten that an index finds, by rank, directions and type."""
-    factors = study.fit(wf.EKFAC())
-    exact = study.score(queries, with_factors(factors)).values
-    cases: list[tuple[Directions, int, Numbers]] = [
+    exact = study.score(queries).values
+    cases: list[tuple[Directions, int, Quantization]] = [
         *(("eigenvectors", rank, "bfloat16") for rank in arguments.ranks),
         *(("random", rank, "bfloat16") for rank in arguments.ranks if rank <= 32),  # a dense matrix of rank^4
-        *(("eigenvectors", 16, numbers) for numbers in TYPES if numbers != "bfloat16"),
+        *(("eigenvectors", 16, each) for each in TYPES if each != "bfloat16"),
     ]
     found: list[dict[str, object]] = []
     tokens = sum(len(example["input_ids"]) for example in study.train)  # type: ignore[misc, attr-defined]
-    for directions, rank, numbers in cases:
+    for directions, rank, quantization in cases:
+        compression = wf.Compression(directions=directions, rank=rank, quantization=quantization)
         start = time.process_time()
-        index = study.index(
-            with_factors(factors), wf.Compression(directions=directions, rank=rank, quantization=numbers)
-        )
+        index = study.index(compression=compression)
         built = time.process_time() - start
         plain = index.query(queries, k=len(study.train))
         scores = torch.zeros_like(plain.values).scatter_(1, plain.train, plain.values)
@@ -73,7 +71,7 @@ def recalls(study: Study, queries: Dataset[object], arguments: Arguments) -> lis
             {
                 "directions": directions,
                 "rank": rank,
-                "numbers": numbers,
+                "quantization": quantization,
                 "bytes_per_example": index.bytes_per_example,
                 "tokens_per_cpu_second": tokens / built,
                 "recall_10": top_overlap(scores, exact, 10),
@@ -86,30 +84,34 @@ def recalls(study: Study, queries: Dataset[object], arguments: Arguments) -> lis
 
 def latencies(study: Study, arguments: Arguments, folder: Path) -> list[dict[str, object]]:
     """Seconds of the processor for the top ten of one query among rows of random numbers, by their count and type."""
-    factors = study.fit(wf.EKFAC())
     found: list[dict[str, object]] = []
-    for numbers in TYPES:
-        real = study.index(with_factors(factors), wf.Compression(rank=arguments.latency_rank, quantization=numbers))
+    for quantization in TYPES:
+        real = study.index(compression=wf.Compression(rank=arguments.latency_rank, quantization=quantization))
         generator = torch.Generator().manual_seed(0)
         for count in arguments.rows:
-            stages = replace(real.rows.stages, folder=folder / f"{numbers}-{count}")
-            kept = replace(real.rows, dataset=range(count), stages=stages)
-            for shard in kept.shards:
-                rows = torch.randn(len(shard), kept.size, generator=generator)
-                stages.artifact(shard_name(shard)).save(packed(rows, numbers, kept.parts))
-            index = wf.GradientIndex(kept, factors)
-            asked, seconds = torch.randn(1, kept.size, generator=generator), []
-            index.highest(asked, 10)  # opens the index, and reads it once
+            cache = replace(real.gradients.cache, folder=folder / f"{quantization}-{count}")
+            examples = replace(real.gradients.examples, dataset=range(count))
+            stored = replace(real.gradients, examples=examples, cache=cache)
+            for shard in stored.shards:
+                gradients = torch.randn(len(shard), stored.size, generator=generator)
+                cache.artifact(shard_name(shard)).save(packed(gradients, quantization, stored.parts))
+            index = replace(real, gradients=stored)
+            query, seconds = torch.randn(1, stored.size, generator=generator), []
+            index.highest(query, 10)  # opens the index, and reads it once
             for _ in range(arguments.repeats):
                 start = time.process_time()
-                index.highest(asked, 10)
+                index.highest(query, 10)
                 seconds.append(time.process_time() - start)
-            bytes_each = index.bytes_per_example
             found.append(
-                {"numbers": numbers, "rows": count, "bytes_per_example": bytes_each, "cpu_seconds": median(seconds)}
+                {
+                    "quantization": quantization,
+                    "rows": count,
+                    "bytes_per_example": index.bytes_per_example,
+                    "cpu_seconds": median(seconds),
+                }
             )
             print(found[-1], flush=True)
-            stages.clear()
+            cache.clear()
     return found
 
 

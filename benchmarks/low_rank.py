@@ -51,15 +51,15 @@ def main(arguments: Arguments) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         study = wf.Study(folder, model, wf.CausalLM(), train=train)
-        factors = study.fit(wf.EKFAC())
-        whole = study.score(queries, with_factors(factors, damping=arguments.damping)).values
+        method = wf.EKFAC(damping=arguments.damping, factors=study.fit())
+        whole = study.score(queries, method).values
         form = BankForm(torch.float32, torch.device("cpu"))
         whole_bytes = form.bytes_per_query(study.layers)
         for rank in arguments.ranks:
             start = time.perf_counter()
-            low = study.score(queries, with_factors(factors, damping=arguments.damping, query_rank=rank))
+            low = study.score(queries, replace(method, query_rank=rank))
             seconds = time.perf_counter() - start
-            again = study.score(queries, with_factors(factors, damping=arguments.damping, query_rank=rank, rescore=arguments.rescore), name=f'rescored{rank}')  # fmt: skip
+            again = study.score(queries, replace(method, query_rank=rank, rescore=arguments.rescore))
             assert low.query_errors is not None
             agreement = compare_scores(whole, low.values)
             rows.append(

@@ -71,7 +71,8 @@ def measured(
     for count in counts:
         queries = workload.sequences(count, seed=2)
         with tempfile.TemporaryDirectory() as folder, watch.stage(str(count)):
-            wf.magic_scores(folder, training, queries)
+            study = wf.Study(folder, training.model, training.task, train=training.train)
+            study.score(queries, wf.Magic(training=training))
     return watch.stages
 
 

@@ -25,6 +25,9 @@ import wherefrom as wf
 from wherefrom.curvature.gauss_newton import DampedGaussNewton
 from wherefrom.curvature.operators import Operator
 from wherefrom.curvature.solvers import Solver
+from wherefrom.engine.layers import select_layers
+from wherefrom.engine.loading import Examples
+from wherefrom.engine.sweep import Sweep
 from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.runtime.errors import LossError
 
@@ -58,16 +61,16 @@ def product_costs(arguments: Arguments) -> list[dict[str, float]]:
     work, rows = arguments.work, []
     train = work.sequences(work.train, 1)
     model = work.model()
-    with tempfile.TemporaryDirectory() as folder:
-        sweep = wf.Study(folder, model, wf.CausalLM(), train=train)._sweep
-    batch = sweep.task.collate(train)
+    task = wf.CausalLM()
+    sweep, batch = Sweep(model, task, select_layers(model, head=task.head(model))), task.collate(train)
 
     def plain_pass() -> None:
-        sweep.task.train_loss(model, batch).backward()
+        task.train_loss(model, batch).backward()
 
     floor = user_seconds(plain_pass, arguments.repeats)
     for count in arguments.vectors:
-        system = DampedGaussNewton(sweep, Operator({}, {}), train, 1.0, pairs=max(count, work.train))
+        examples = Examples(train, task)
+        system = DampedGaussNewton(sweep, Operator({}, {}), examples, 1.0, pairs=max(count, work.train))
         vectors = torch.randn(count, sum(system.space.sizes.values()))
         together = user_seconds(lambda: system.product(vectors), arguments.repeats)  # noqa: B023
         alone = user_seconds(lambda: [system.product(each) for each in vectors.split(1)], arguments.repeats)  # noqa: B023
@@ -103,24 +106,21 @@ def convergence(arguments: Arguments) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         study = wf.Study(folder, model.double(), wf.Classification(), train=[(x.double(), y) for x, y in train])
         asked = [(x.double(), y) for x, y in queries]
-        factors = {name: study.fit(factored(name)) for name in ("ekfac", "identity")}
-        damping = 0.1 * float(torch.cat([each.flatten() for each in factors["ekfac"].eigenvalues.values()]).mean())
+        factors = study.fit(wf.EKFAC())
+        damping = 0.1 * float(torch.cat([each.flatten() for each in factors.eigenvalues.values()]).mean())
+        methods: dict[str, wf.Factored] = {"ekfac": wf.EKFAC(damping=damping), "identity": wf.Dot(damping=damping)}
+        pairs = len(train) * len(asked)  # all in one pass
 
         def scores(strategy: str, solver: Solver | None) -> Tensor:
-            pairs = len(train) * len(asked)  # all in one pass
-            return study.score(
-                asked,
-                with_factors(factors[strategy], solver=solver, damping=damping),
-                overwrite=True,
-                execution=replace(study.execution, train_batch_size=pairs),
-            ).values
+            execution = wf.Execution(train_batch_size=pairs)
+            return study.score(asked, replace(methods[strategy], solver=solver), execution=execution).values
 
         expected = scores("ekfac", wf.ConjugateGradients(1000, 1e-7))
         again = scores("identity", wf.ConjugateGradients(1000, 1e-7))  # the same, if both have converged
         rows.append({"reference_difference": float((again - expected).norm() / expected.norm()), "damping": damping})
         runs: list[tuple[str, Solver | None, int]] = [
             ("ekfac", None, 0),
-            *((name, wf.ConjugateGradients(each, 0), each) for name in factors for each in (1, 5, 20, 80)),
+            *((name, wf.ConjugateGradients(each, 0), each) for name in methods for each in (1, 5, 20, 80)),
             ("ekfac", wf.Astra(), 300),
             *(("ekfac", wf.Astra(learning_rate=0.001, batch_size=each), 300) for each in (16, 128)),
         ]

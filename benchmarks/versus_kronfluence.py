@@ -57,7 +57,7 @@ def ours(work: Workload, folder: Path, watch: Stopwatch, empirical: bool) -> Ten
     with watch.stage("eigenvalues"):
         factors = study.fit(wf.EKFAC(empirical=empirical))
     with watch.stage("pairwise scores"):
-        scores = study.score(queries, with_factors(factors))
+        scores = study.score(queries, wf.EKFAC(factors=factors))
     return scores.values
 
 

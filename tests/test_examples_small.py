@@ -145,5 +145,5 @@ def test_lora_scores_are_products_of_adapter_gradients(cache: Path, tmp_path: Pa
         return torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(adapters.values()))])
 
     queries, train = (torch.stack([gradient(row) for row in part]) for part in (texts.queries, texts.train))
-    scores = wf.Scores.load(tmp_path / "adapters" / "scores" / "identity").values
+    scores = wf.Scores.load(tmp_path / "adapters" / "scores" / "dot").values
     torch.testing.assert_close(scores, queries @ train.T, rtol=1e-4, atol=1e-4 * float(scores.abs().max()))

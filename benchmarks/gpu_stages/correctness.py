@@ -9,18 +9,16 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from wherefrom.scoring.options import PairwiseOptions
 
 import wherefrom as wf
 from gpu_stages.report import Figures, Report, Setting, UnavailableError
-from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.planning.machine import Machine
 from wherefrom.planning.plan import Plan
 
@@ -31,6 +29,9 @@ RANK_LIMIT = 2e-3
 # Wide enough for more than one tile of a product; in a rehearsal, just wide enough.
 WIDTH, SMALL_WIDTH = 64, 16
 _VOCABULARY, _POSITIONS, _TRAIN, _QUERIES = 211, 24, 24, 6
+
+# Every strategy of factors, and the method that scores with it.
+METHODS = {method.strategy: method for method in wf.METHODS.values() if issubclass(method, wf.Factored)}
 
 
 @dataclass(frozen=True)
@@ -123,31 +124,18 @@ def case(name: str, width: int, dtype: torch.dtype = torch.float32) -> Case:
     return made
 
 
-def scores(
-    given: Case, device: str, strategy: str, *, empirical: bool = False, offload: bool = False,
-    memory_budget: float | None = None, **options: Any,
-) -> Tensor:  # fmt: skip
-    """All scores of a case [query, train] on a device, with whatever the score takes."""
+def scores(given: Case, device: str, method: wf.Method, execution: wf.Execution | None = None) -> Tensor:
+    """All scores of a case [query, train] on a device."""
     model = given.model.to(device)
     with tempfile.TemporaryDirectory() as folder:
-        study = wf.Study(
-            folder,
-            model,
-            given.task,
-            train=given.train,
-            execution=wf.Execution(offload_factors=offload, memory_budget=memory_budget),
-        )
-        half = bool(options.get("half_precision", False))
-        factors = study.fit(
-            factored(strategy, empirical=empirical), execution=replace(study.execution, half_precision=half)
-        )
-        return study.score(given.queries, factors, **options).values.clone()
+        study = wf.Study(folder, model, given.task, train=given.train, execution=execution)
+        return study.score(given.queries, method).values.clone()
 
 
 @functools.cache
-def expected(name: str, width: int, strategy: str, empirical: bool, rank: int | None = None) -> Tensor:
+def expected(name: str, width: int, method: wf.Method) -> Tensor:
     """The scores in float64 on the CPU."""
-    return scores(case(name, width, torch.float64), "cpu", strategy, empirical=empirical, query_rank=rank)
+    return scores(case(name, width, torch.float64), "cpu", method)
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
@@ -160,9 +148,10 @@ def error(name: str, strategy: str, device: str, half: bool, width: int = WIDTH)
 
     Targets that are drawn follow the logits, which half precision moves, and then are others now and then.
     """
+    method = METHODS[strategy](empirical=half)
     with exact_convolutions():
-        found = scores(case(name, width), device, strategy, empirical=half, half_precision=half)
-    return difference(found, expected(name, width, strategy, half))
+        found = scores(case(name, width), device, method, wf.Execution(half_precision=half))
+    return difference(found, expected(name, width, method))
 
 
 class exact_convolutions:  # noqa: N801  (a context manager, named as torch names its own)
@@ -179,7 +168,7 @@ class exact_convolutions:  # noqa: N801  (a context manager, named as torch name
 def correctness(report: Report, setting: Setting) -> None:
     """Every case, strategy and precision, then ways of keeping query gradients and factors."""
     width = SMALL_WIDTH if setting.rehearse else WIDTH
-    strategies = ("identity", "ekfac") if setting.rehearse else tuple(STRATEGIES)
+    strategies = ("identity", "ekfac") if setting.rehearse else tuple(METHODS)
     for name in CASES:
         for half in (False, True) if setting.half else (False,):
             precision, limit = ("half", HALF_LIMIT) if half else ("float32", FULL_LIMIT)
@@ -205,14 +194,15 @@ def _way_figures(measured: Callable[[str, int], float], device: str, width: int,
 
 def low_rank_error(device: str, width: int = WIDTH) -> float:
     """Query gradients as two thin matrices of rank 4."""
-    found = scores(case("GPT-2", width), device, "ekfac", query_rank=4)
-    return difference(found, expected("GPT-2", width, "ekfac", False, 4))
+    method = wf.EKFAC(query_rank=4)
+    found = scores(case("GPT-2", width), device, method)
+    return difference(found, expected("GPT-2", width, method))
 
 
 def offload_error(device: str, width: int = WIDTH) -> float:
     """Factors in the host's memory."""
-    found = scores(case("GPT-2", width), device, "ekfac", offload=True)
-    return difference(found, expected("GPT-2", width, "ekfac", False))
+    found = scores(case("GPT-2", width), device, wf.EKFAC(), wf.Execution(offload_factors=True))
+    return difference(found, expected("GPT-2", width, wf.EKFAC()))
 
 
 def blocks_error(device: str, width: int = WIDTH) -> float:
@@ -235,22 +225,15 @@ def streamed_error(device: str, width: int = WIDTH) -> float:
 
 def _planned_error(device: str, width: int, machine: Machine, wanted: Callable[[Plan], bool]) -> float:
     """With the largest memory budget, of some, with which a machine's plan is as wanted."""
-    given, sizes = case("GPT-2", width), PairwiseOptions(train_batch_size=6, query_batch_size=2)
+    given = case("GPT-2", width)
     given.model.to(device)
     with patch.object(Machine, "measured", staticmethod(lambda *_: machine)), tempfile.TemporaryDirectory() as folder:
+        study = wf.Study(folder, given.model, given.task, train=given.train)
         for budget in [2.0**-step for step in range(24)]:
-            study = wf.Study(
-                folder, given.model, given.task, train=given.train, execution=wf.Execution(memory_budget=budget)
-            )
-            if wanted(
-                study.plan(
-                    given.queries,
-                    wf.EKFAC(),
-                    execution=replace(study.execution, train_batch_size=6, query_batch_size=2),
-                )
-            ):
-                found = scores(given, device, "ekfac", memory_budget=budget, **sizes)
-                return difference(found, expected("GPT-2", width, "ekfac", False))
+            execution = wf.Execution(train_batch_size=6, query_batch_size=2, memory_budget=budget)
+            if wanted(study.plan(given.queries, execution=execution)):
+                found = scores(given, device, wf.EKFAC(), execution)
+                return difference(found, expected("GPT-2", width, wf.EKFAC()))
     raise UnavailableError("no memory budget makes such a plan")
 
 

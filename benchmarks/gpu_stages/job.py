@@ -45,6 +45,16 @@ def workload(setting: Setting) -> Workload:
     return _TINY if setting.rehearse else PUBLISHED
 
 
+def execution(setting: Setting, half: bool = False) -> wf.Execution:
+    """How a study computes here."""
+    return wf.Execution(
+        half_precision=half,
+        memory_budget=memory_budget(setting),
+        compile_activations=setting.compiled,
+        progress=False,
+    )
+
+
 def memory_budget(setting: Setting) -> float | None:
     """GiB that a study may take: all of a GPU but a sixteenth, for its context and what fragments, and what is left."""
     if setting.device == "cpu":
@@ -54,27 +64,26 @@ def memory_budget(setting: Setting) -> float | None:
 
 
 @contextmanager
-def new_study(work: Workload, setting: Setting) -> Iterator[Study]:
+def new_study(work: Workload, setting: Setting, half: bool) -> Iterator[Study]:
     """A study of the workload in a run directory that is deleted afterwards."""
     model = work.model().to(setting.device)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(dir=setting.scratch) as folder:
-        yield wf.Study(folder, model, wf.CausalLM(), train=work.sequences(work.train, 1), execution=wf.Execution(progress=False, compile_activations=setting.compiled, memory_budget=memory_budget(setting)))  # fmt: skip
+        train = work.sequences(work.train, 1)
+        yield wf.Study(folder, model, wf.CausalLM(), train=train, execution=execution(setting, half))
 
 
 def scored(work: Workload, setting: Setting, half: bool, *, empirical: bool = False, profiled: bool = False) -> Scored:
     """Fit and score with wherefrom; `profiled` waits for the device at the end of every action."""
     queries, watch = work.sequences(work.queries, 2), Stopwatch()
-    with new_study(work, setting) as study:
+    with new_study(work, setting, half) as study:
         study.profile.synchronize = profiled and setting.device != "cpu"
-        plan = study.plan(queries, wf.EKFAC(), execution=replace(study.execution, half_precision=half))
+        plan = study.plan(queries)
         with watch.stage("covariances and eigenbasis"):
-            study.fit(wf.KFAC(empirical=empirical), execution=replace(study.execution, half_precision=half))
+            study.fit(wf.KFAC(empirical=empirical))
         with watch.stage("eigenvalues"):
-            factors = study.fit(wf.EKFAC(empirical=empirical), execution=replace(study.execution, half_precision=half))
+            factors = study.fit(wf.EKFAC(empirical=empirical))
         with watch.stage("pairwise scores"):
-            scores = study.score(
-                queries, with_factors(factors), execution=replace(study.execution, half_precision=half)
-            )
+            scores = study.score(queries, wf.EKFAC(factors=factors))
         return Scored(watch, plan, scores.values.clone(), study.profile.text())
 
 
@@ -246,18 +255,11 @@ def profiler(report: Report, setting: Setting) -> None:
 def _kernels(work: Workload, setting: Setting) -> Figures:
     """The kernels of every stage; on a CPU, its operators."""
     queries, half = work.sequences(work.queries, 2), setting.half
-    with new_study(work, setting) as study, tf32_products(not half):
+    with new_study(work, setting, half) as study, tf32_products(not half):
         return {
-            "covariances and eigenbasis": _profiled(
-                lambda: study.fit(wf.KFAC(), execution=replace(study.execution, half_precision=half)), setting
-            ),
-            "eigenvalues": _profiled(
-                lambda: study.fit(wf.EKFAC(), execution=replace(study.execution, half_precision=half)), setting
-            ),
-            "pairwise scores": _profiled(
-                lambda: study.score(queries, wf.EKFAC(), execution=replace(study.execution, half_precision=half)),
-                setting,
-            ),
+            "covariances and eigenbasis": _profiled(lambda: study.fit(wf.KFAC()), setting),
+            "eigenvalues": _profiled(lambda: study.fit(wf.EKFAC()), setting),
+            "pairwise scores": _profiled(lambda: study.score(queries), setting),
         }
 
 

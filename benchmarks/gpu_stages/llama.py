@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from workload import synchronize
 
 import wherefrom as wf
-from gpu_stages.job import memory_budget
+from gpu_stages.job import execution
 from gpu_stages.micro import tf32_products
 from gpu_stages.report import Figures, Report, Setting
 
@@ -57,9 +56,9 @@ def _sequences(count: int, vocabulary: int, tokens: int, seed: int) -> list[dict
 
 
 def _study(
-    folder: str, model: LlamaForCausalLM, setting: Setting, train: list[dict[str, Tensor]]
+    folder: str, model: LlamaForCausalLM, setting: Setting, train: list[dict[str, Tensor]], half: bool = False
 ) -> wf.Study[dict[str, Tensor]]:
-    return wf.Study(folder, model, wf.CausalLM(), train=train, execution=wf.Execution(progress=False, compile_activations=setting.compiled, memory_budget=memory_budget(setting)))  # fmt: skip
+    return wf.Study(folder, model, wf.CausalLM(), train=train, execution=execution(setting, half))
 
 
 def _logra(
@@ -82,13 +81,11 @@ def _ekfac(
     """Whole gradients and EK-FAC factors of all blocks."""
     rows, asked = (_sequences(count, vocabulary, tokens, seed) for count, seed in ((train, 1), (queries, 2)))
     with tempfile.TemporaryDirectory(dir=setting.scratch) as folder, tf32_products(not setting.half):
-        study = _study(folder, model, setting, rows)
+        study = _study(folder, model, setting, rows, setting.half)
         start = time.perf_counter()
-        factors = study.fit(wf.EKFAC(), execution=replace(study.execution, half_precision=setting.half))
+        factors = study.fit(wf.EKFAC())
         fitted = time.perf_counter()
-        scores = study.score(
-            asked, with_factors(factors), execution=replace(study.execution, half_precision=setting.half)
-        )
+        scores = study.score(asked, wf.EKFAC(factors=factors))
         return {
             "fit_seconds": fitted - start,
             "score_seconds": time.perf_counter() - fitted,

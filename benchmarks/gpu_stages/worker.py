@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,17 +38,9 @@ def work(run: Path, device: str, width: int, pause: float) -> Tensor:
     task = Logged(given.task.layers)
     run.mkdir(parents=True, exist_ok=True)
     task._log, task._pause = run / "batches.log", pause
-    study = wf.Study(
-        run,
-        given.model.to(device),
-        task,
-        train=given.train,
-        execution=wf.Execution(checkpoint_seconds=0, progress=False),
-    )
-    factors = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=2))
-    return study.score(
-        given.queries, with_factors(factors), execution=replace(study.execution, train_batch_size=2, query_batch_size=3)
-    ).values.clone()
+    execution = wf.Execution(train_batch_size=2, query_batch_size=3, checkpoint_seconds=0, progress=False)
+    study = wf.Study(run, given.model.to(device), task, train=given.train, execution=execution)
+    return study.score(given.queries).values.clone()
 
 
 def main() -> None:

@@ -77,11 +77,9 @@ def _measure(subject: Subject, name: str) -> None:
     memory.start()
     start, failure, residual = _now(), None, None
     try:
-        values = METHODS[name].scores(subject)
-        if isinstance(values, wf.Scores):
-            residual = None if values.residuals is None else float(values.residuals.median())
-            values = values.values
-        write_tensors(folder / SCORES, {"values": values.float().cpu().contiguous()}, {})
+        scores = METHODS[name].scores(subject)
+        residual = None if scores.residuals is None else float(scores.residuals.median())
+        write_tensors(folder / SCORES, {"values": scores.values.float().contiguous()}, {})
     except LossError as error:  # a method that diverges is a result, too
         failure = str(error)
     seconds, peak = _now() - start, memory.stop()

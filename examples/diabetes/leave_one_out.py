@@ -15,7 +15,7 @@ divided by N predicts the change.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,12 @@ from wherefrom.tasks.sampling import Sampler
 
 console = Console()
 
-STRATEGIES = ("identity", "diagonal", "kfac", "ekfac")
+METHODS: dict[str, type[wf.Factored]] = {
+    "identity": wf.Dot,
+    "diagonal": wf.Diagonal,
+    "kfac": wf.KFAC,
+    "ekfac": wf.EKFAC,
+}
 
 
 @dataclass
@@ -276,7 +281,7 @@ def compare(arguments: Arguments, retraining: Retraining, optimum: Tensor, witho
     data = retraining.data
     before = retraining.losses(optimum, data.test)
     changes = torch.stack([retraining.losses(weights, data.test) for weights in without], 1) - before[:, None]
-    scores = library_scores(arguments, retraining.model, data, name, GaussNewtonRegression(), STRATEGIES)
+    scores = library_scores(arguments, retraining.model, data, name, GaussNewtonRegression(), tuple(METHODS))
     drawn = library_scores(arguments, retraining.model, data, f"{name}-drawn", wf.Regression(), ("kfac", "ekfac"))
     scores |= {f"{strategy}, drawn targets": values for strategy, values in drawn.items()}
     scores |= retraining.exact_scores(optimum)
@@ -298,11 +303,9 @@ def library_scores(
     study = wf.Study(arguments.run_dir / name, model, task, train=train, execution=wf.Execution(progress=False))
     found = {}
     for strategy in strategies:
-        factors = study.fit(factored(strategy), overwrite=arguments.overwrite)
-        damping = arguments.weight_decay
-        found[strategy] = study.score(
-            test, with_factors(factors, damping=damping), overwrite=arguments.overwrite
-        ).values.clone()
+        method = METHODS[strategy](damping=arguments.weight_decay)
+        method = replace(method, factors=study.fit(method, overwrite=arguments.overwrite))
+        found[strategy] = study.score(test, method, overwrite=arguments.overwrite).values.clone()
     return found
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,12 @@ from wherefrom.report.figures import Figure, save_evaluation
 
 console = Console()
 
-STRATEGIES = ("identity", "diagonal", "kfac", "ekfac")
+METHODS: dict[str, type[wf.Factored]] = {
+    "identity": wf.Dot,
+    "diagonal": wf.Diagonal,
+    "kfac": wf.KFAC,
+    "ekfac": wf.EKFAC,
+}
 LABELS = {
     "ekfac": "self-influence, ekfac",
     "kfac": "self-influence, kfac",
@@ -135,11 +140,10 @@ def rankings(model: nn.Module, data: Data, run: Path, arguments: Arguments) -> d
     with torch.no_grad():
         logits = model(data.images)
     found = {"loss": functional.cross_entropy(logits, data.labels, reduction="none")}
-    for strategy in STRATEGIES:
-        factors = study.fit(factored(strategy, empirical=arguments.empirical), overwrite=arguments.overwrite)
-        found[strategy] = study.self_influence(
-            with_factors(factors, damping=arguments.damping), overwrite=arguments.overwrite
-        )
+    for name, kind in METHODS.items():
+        method = kind(empirical=arguments.empirical, damping=arguments.damping)
+        method = replace(method, factors=study.fit(method, overwrite=arguments.overwrite))
+        found[name] = study.self_influence(method, overwrite=arguments.overwrite)
     found["random"] = torch.rand(len(data.labels), generator=torch.Generator().manual_seed(0))
     return found
 

@@ -13,7 +13,7 @@ import copy
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.append(str(Path(__file__).parents[1] / "wikitext"))
+from common import METHODS, StrategyName
 from data import load_data
 from models import BLOCK_SIZES, load_base
 from training import TrainSettings, perplexity, train
@@ -61,7 +62,7 @@ class Arguments:
     seed: int = 1004
     max_train_examples: int | None = None
     max_query_examples: int | None = None
-    strategy: str = "ekfac"
+    strategy: StrategyName = "ekfac"
     damping: float | None = 1e-8
     """Added to every eigenvalue; None is 0.1 x the mean eigenvalue of each layer."""
     overwrite: bool = False
@@ -183,8 +184,9 @@ def analyze(arguments: Arguments, name: str, model: nn.Module, texts: Texts) -> 
     patterns = None if isinstance(model, PeftModel) else [f"*.{each}" for each in ADAPTED]
     study = wf.Study(arguments.run_dir / name, model, wf.CausalLM(patterns), train=texts.train)
     began = time.process_time()
-    factors = study.fit(arguments.strategy, overwrite=arguments.overwrite)
-    scores = study.score(texts.queries, with_factors(factors, damping=arguments.damping), overwrite=arguments.overwrite)
+    method = METHODS[arguments.strategy](damping=arguments.damping)
+    method = replace(method, factors=study.fit(method, overwrite=arguments.overwrite))
+    scores = study.score(texts.queries, method, overwrite=arguments.overwrite)
     seconds = time.process_time() - began
     weights = sum(layer.shape[0] * layer.shape[1] for layer in study.layers.values())
     return Analysis(study, scores, weights, seconds)

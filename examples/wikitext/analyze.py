@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from common import Common, Example, console, run
+from common import Common, Example, StrategyName, console, run
 from datasets import Dataset
 
 import wherefrom as wf
@@ -27,7 +26,7 @@ SHOWN = 10  # sequences of each sign that the page shows for a query
 class Arguments(Common):
     """Where the predictions of a fine-tuned language model come from."""
 
-    factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac", "shampoo"] = "ekfac"
+    factor_strategy: StrategyName = "ekfac"
     use_half_precision: bool = False
     """bfloat16 products in the model's passes, query gradients in bfloat16."""
     query_gradient_rank: int | None = None
@@ -45,18 +44,19 @@ class Arguments(Common):
 def main(arguments: Arguments) -> None:
     """Fit, score, print, and write the page."""
     example = Example(arguments)
-    strategy, half, rank = arguments.factor_strategy, arguments.use_half_precision, arguments.query_gradient_rank
+    half = arguments.use_half_precision
+    method = example.method(arguments.factor_strategy, arguments.query_gradient_rank)
     if arguments.explain:
-        console.print(example.plan(strategy, half, rank).table())
+        console.print(example.study.plan(example.queries, method, execution=example.execution(half)).table())
         return
     example.study.profile.synchronize = arguments.profile
-    scores = example.scores(strategy, half_precision=half, rank=rank)
-    tokens = example.token_scores(strategy, half, SHOWN, rank) if arguments.compute_per_token_score else None
+    scores = example.scores(method, half)
+    tokens = example.token_scores(method, half, SHOWN) if arguments.compute_per_token_score else None
     queries, train = example.queries, example.train
     console.print(
         top_tables(scores, DatasetPassages(queries), DatasetPassages(train), shown=range(min(3, len(queries))))
     )
-    summary = f"{len(queries):,} queries x {len(train):,} training sequences, {strategy}. "
+    summary = f"{len(queries):,} queries x {len(train):,} training sequences, {arguments.factor_strategy}. "
     summary += topic_agreement(scores, queries, train)
     console.print(summary)
     page = example.study.report(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import tyro
 from datasets import Dataset
@@ -16,12 +16,21 @@ from transformers.utils.logging import disable_progress_bar
 
 import wherefrom as wf
 from wherefrom.cli.shared import command_line
-from wherefrom.planning.plan import Plan
 from wherefrom.runtime.progress import show_log
 
 console = Console()
 
 Options = TypeVar("Options")
+
+StrategyName = Literal["identity", "diagonal", "kfac", "ekfac", "shampoo"]
+
+METHODS: dict[str, type[wf.Factored]] = {
+    "identity": wf.Dot,
+    "diagonal": wf.Diagonal,
+    "kfac": wf.KFAC,
+    "ekfac": wf.EKFAC,
+    "shampoo": wf.Shampoo,
+}
 
 
 @dataclass
@@ -53,79 +62,50 @@ class Example:
         self.train: Dataset
         self.queries: Dataset
         model, self.tokenizer, self.train, self.queries = load_example(options.checkpoint_dir)
-        self.study = wf.Study(
-            options.run_dir,
-            model,
-            wf.CausalLM(),
-            train=self.train,
-            execution=wf.Execution(memory_budget=options.memory_budget, compile_activations=options.use_compile),
+        execution = wf.Execution(
+            query_batch_size=options.query_batch_size,
+            train_batch_size=options.train_batch_size,
+            memory_budget=options.memory_budget,
+            compile_activations=options.use_compile,
         )
-        self._factors: dict[tuple[str, bool], wf.Factors] = {}
+        self.study = wf.Study(options.run_dir, model, wf.CausalLM(), train=self.train, execution=execution)
+        self._fitted: dict[tuple[str, bool], wf.Factors] = {}
 
-    def factors(self, strategy: str, half_precision: bool = False) -> wf.Factors:
-        """Fit, or load; once, however many scores are made with them."""
-        key = (strategy, half_precision)
-        if key not in self._factors:
-            size, overwrite = self._options.train_batch_size, self._options.overwrite
-            self._factors[key] = self.study.fit(
-                factored(strategy),
-                overwrite=overwrite,
-                execution=replace(self.study.execution, half_precision=half_precision, train_batch_size=size),
-            )
-        return self._factors[key]
+    def method(self, strategy: str, query_rank: int | None = None) -> wf.Factored:
+        """How a strategy scores, at the damping of the options."""
+        return METHODS[strategy](damping=self._options.damping, query_rank=query_rank)
 
-    def plan(self, strategy: str, half_precision: bool, rank: int | None) -> Plan:
-        """What fitting and scoring would do, and cost."""
-        return self.study.plan(
-            self.queries,
-            strategy,
-            half_precision=half_precision,
-            query_rank=rank,
-            query_batch_size=self._options.query_batch_size,
-            train_batch_size=self._options.train_batch_size,
-        )
+    def execution(self, half_precision: bool) -> wf.Execution:
+        """How it is computed."""
+        return replace(self.study.execution, half_precision=half_precision)
 
-    def scores(self, strategy: str, *, half_precision: bool = False, rank: int | None = None) -> wf.Scores:
-        """Score all queries at the damping of the options, or load the scores."""
-        return self.damped_scores(strategy, self._options.damping, half_precision=half_precision, rank=rank)
-
-    def damped_scores(
-        self,
-        strategy: str,
-        damping: float | None,
-        *,
-        half_precision: bool = False,
-        rank: int | None = None,
-    ) -> wf.Scores:
-        """Score all queries at another damping."""
-        options = self._options
+    def scores(self, method: wf.Factored, half_precision: bool = False) -> wf.Scores:
+        """Score all queries, or load the scores."""
         return self.study.score(
             self.queries,
-            with_factors(self.factors(strategy, half_precision), damping=damping, query_rank=rank),
-            overwrite=options.overwrite,
-            execution=replace(
-                self.study.execution,
-                half_precision=half_precision,
-                query_batch_size=options.query_batch_size,
-                train_batch_size=options.train_batch_size,
-            ),
+            self._with_factors(method, half_precision),
+            overwrite=self._options.overwrite,
+            execution=self.execution(half_precision),
         )
 
-    def token_scores(self, strategy: str, half_precision: bool, top: int, rank: int | None = None) -> wf.TokenScores:
+    def token_scores(self, method: wf.Factored, half_precision: bool, top: int) -> wf.TokenScores:
         """Score the tokens of each query's most positive and most negative sequences, or load those scores."""
-        options = self._options
         return self.study.score(
             self.queries,
-            with_factors(self.factors(strategy, half_precision), damping=options.damping, query_rank=rank),
+            self._with_factors(method, half_precision),
             keep=wf.Tokens(top),
-            overwrite=options.overwrite,
-            execution=replace(
-                self.study.execution,
-                half_precision=half_precision,
-                query_batch_size=options.query_batch_size,
-                train_batch_size=options.train_batch_size,
-            ),
+            overwrite=self._options.overwrite,
+            execution=self.execution(half_precision),
         )
+
+    def _with_factors(self, method: wf.Factored, half_precision: bool) -> wf.Factored:
+        """With `overwrite`, factors are fitted again once, however many scores are made with them."""
+        key = (method.strategy, half_precision)
+        if key not in self._fitted:
+            self._fitted[key] = self.study.fit(
+                method, overwrite=self._options.overwrite, execution=self.execution(half_precision)
+            )
+        return replace(method, factors=self._fitted[key])
 
 
 def run(main: Callable[[Options], None], options: type[Options]) -> None:

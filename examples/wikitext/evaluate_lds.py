@@ -9,10 +9,10 @@ Run it after `train.py`; factors and scores that `analyze.py` left in the run di
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import Example, console, run
+from common import METHODS, Example, console, run
 from models import load_recipe
 from retraining import Finetuning, Retrained
 from rich.table import Table
@@ -27,8 +27,6 @@ from wherefrom.methods.baselines import bm25_scores, random_scores
 from wherefrom.report.figures import Figure, save_evaluation
 from wherefrom.report.passages import DatasetPassages, checked_passages, excerpt
 from wherefrom.runtime.errors import InputError
-
-STRATEGIES = ("identity", "diagonal", "kfac", "ekfac", "shampoo")
 
 
 @dataclass
@@ -52,7 +50,7 @@ def main(arguments: Arguments) -> None:
     scores = all_scores(example, arguments.dampings)
     report = evaluate_lds(scores, truth)
     console.print(lds_tables(report))
-    ekfac = example.scores("ekfac")
+    ekfac = example.scores(example.method("ekfac"))
     show_top_sequence(example, ekfac)
     caption = f"Linear datamodeling score: {report.subsets:,} halves of the training set, {report.repeats} seeds each."
     figure = Figure("Prediction of retraining", caption, png(lds_bars(report)))
@@ -87,12 +85,12 @@ def ground_truth(arguments: Arguments, example: Example) -> GroundTruth:
 
 def all_scores(example: Example, dampings: tuple[float | None, ...]) -> dict[str, Tensor | wf.Scores]:
     """Every strategy, ekfac at other dampings and in half precision, and the baselines: [query, train] by name."""
-    queries, train = example.queries, example.train
-    scores: dict[str, Tensor | wf.Scores] = {strategy: example.scores(strategy) for strategy in STRATEGIES}
+    queries, train, ekfac = example.queries, example.train, example.method("ekfac")
+    scores: dict[str, Tensor | wf.Scores] = {name: example.scores(example.method(name)) for name in METHODS}
     for damping in dampings:
         amount = "0.1 x mean" if damping is None else f"{damping:g}"
-        scores[f"ekfac, damping {amount}"] = example.damped_scores("ekfac", damping)
-    scores["ekfac, half precision"] = example.scores("ekfac", half_precision=True)
+        scores[f"ekfac, damping {amount}"] = example.scores(replace(ekfac, damping=damping))
+    scores["ekfac, half precision"] = example.scores(ekfac, half_precision=True)
     scores["bm25"] = bm25_scores(queries["text"], train["text"])
     scores["random"] = random_scores(len(queries), len(train), seed=0)
     return scores

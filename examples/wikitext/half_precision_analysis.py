@@ -8,9 +8,8 @@ Run it after `train.py`; factors and scores that `analyze.py` left in the run di
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from common import Common, Example, console, run
+from common import Common, Example, StrategyName, console, run
 
 from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.evaluate.plots import correlation_histogram, png, scatter
@@ -22,7 +21,7 @@ from wherefrom.runtime.errors import InputError
 class Arguments(Common):
     """How much of the scores half precision keeps."""
 
-    factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac", "shampoo"] = "ekfac"
+    factor_strategy: StrategyName = "ekfac"
     query: int = 0
     """The query of the scatter plot."""
 
@@ -33,8 +32,7 @@ def main(arguments: Arguments) -> None:
     strategy, query = arguments.factor_strategy, arguments.query
     if not 0 <= query < len(example.queries):
         raise InputError(f"query={query}: expected a query from 0 to {len(example.queries) - 1}.")
-    full = example.scores(strategy)
-    half = example.scores(strategy, half_precision=True)
+    full, half = (example.scores(example.method(strategy), half) for half in (False, True))
     agreement = compare_scores(full, half)
     for name, found in (("Spearman", agreement.spearman), ("Pearson", agreement.pearson)):
         console.print(

@@ -42,7 +42,7 @@ def main(arguments: Arguments) -> None:
     queries, train = example.queries, example.train
     counts = sorted({round(count * len(train) / WIKITEXT_SEQUENCES) for count in arguments.removals})
     chosen = range(min(arguments.num_queries, len(queries)))
-    scores = {strategy: example.scores(strategy) for strategy in ("ekfac", "identity")}
+    scores = {strategy: example.scores(example.method(strategy)) for strategy in ("ekfac", "identity")}
     training = Finetuning(load_recipe(arguments.checkpoint_dir), arguments.cache_dir)
     removal = evaluate_removal(
         arguments.run_dir / "retrainings",

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from common import Common, Example, console, run
+from common import Common, Example, StrategyName, console, run
 
 from wherefrom.report.figures import load_figures
 from wherefrom.report.passages import DatasetPassages, DatasetTokens
@@ -22,7 +21,7 @@ from wherefrom.report.text import token_tables
 class Arguments(Common):
     """Which tokens of training sequences the predictions come from."""
 
-    factor_strategy: Literal["identity", "diagonal", "kfac", "ekfac", "shampoo"] = "ekfac"
+    factor_strategy: StrategyName = "ekfac"
     use_half_precision: bool = False
     top: int = 10
     """How many sequences of each sign, for each query, have their tokens scored."""
@@ -35,9 +34,9 @@ class Arguments(Common):
 def main(arguments: Arguments) -> None:
     """Score tokens, print heat maps, write the page."""
     example = Example(arguments)
-    strategy, half = arguments.factor_strategy, arguments.use_half_precision
-    scores = example.scores(strategy, half_precision=half)
-    tokens = example.token_scores(strategy, half, arguments.top)
+    method, half = example.method(arguments.factor_strategy), arguments.use_half_precision
+    scores = example.scores(method, half)
+    tokens = example.token_scores(method, half, arguments.top)
     console.print(
         token_tables(
             scores,
@@ -55,7 +54,7 @@ def main(arguments: Arguments) -> None:
         tokens=tokens,
         figures=load_figures(arguments.run_dir, scores.fingerprint),
         path=arguments.report or arguments.run_dir / "reports" / f"{scores.name}-tokens.html",
-        summary=f"Tokens shaded by their share of the score, {strategy}.",
+        summary=f"Tokens shaded by their share of the score, {arguments.factor_strategy}.",
         k=arguments.top,
     )
     console.print(f"The report is {page}", soft_wrap=True)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wherefrom.runtime.errors import DamagedError, InputError, StorageError
+from wherefrom.runtime.errors import DamagedError, StorageError, check_argument
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What to do with a file that is damaged, or in a directory that cannot be used.
@@ -34,10 +34,8 @@ _SAVING_BYTES = 2**22
 
 def checked_name(name: str) -> str:
     """A name that is one plain path component; refuses others."""
-    if not _NAME.fullmatch(name):
-        raise InputError(
-            f"name={name!r}: expected at most 100 letters, digits, '.', '_' and '-', starting with a letter or digit."
-        )
+    expected = "at most 100 letters, digits, '.', '_' and '-', starting with a letter or digit"
+    check_argument(_NAME.fullmatch(name) is not None, "name", name, expected)
     return name
 
 
@@ -46,7 +44,6 @@ def within(root: Path, *names: str) -> Path:
 
     Raises:
         DamagedError: something on the way there is a link: what is written or deleted would lie elsewhere.
-        StorageError: the system cannot look there.
     """
     path = root
     for name in names:
@@ -121,9 +118,6 @@ def scratch_matrix(file: Path, rows: int, columns: int, dtype: torch.dtype) -> T
     """A new matrix that lies in a file, so that it takes no memory of its own.
 
     The file has no name, and goes with the matrix, however the process ends.
-
-    Raises:
-        StorageError: there is not enough space for it.
     """
     part, count = _part(file), rows * columns
     with _storing(part, count * dtype.itemsize):
@@ -191,7 +185,7 @@ def _storing(part: Path, needed: int) -> Iterator[None]:
     except (OSError, SafetensorError, StorageError) as error:  # the last from a manifest
         with contextlib.suppress(StorageError):
             remove(part)
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         raise StorageError(
             f"Cannot write {part.with_suffix('')} ({needed / 2**20:,.2f} MiB needed, {free_space(part) / 2**20:,.2f} "
             f"MiB free): {reason}. Free some space, check quota and permissions, or choose another run directory; "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from wherefrom.runtime.errors import InputError, first_line
+from wherefrom.runtime.errors import InputError, check_argument, first_line
 from wherefrom.runtime.memory import out_of_memory
 from wherefrom.runtime.precision import widened
 from wherefrom.tasks.descriptions import described, described_class
@@ -32,8 +32,8 @@ class Task(Generic[Batch]):
     """
 
     def __init__(self, layers: Sequence[str] | None = None) -> None:
-        if isinstance(layers, str):
-            raise InputError(f"layers={layers!r}: expected a list of names or patterns; write layers=[{layers!r}].")
+        expected = f"a list of names or patterns; write layers=[{layers!r}]"
+        check_argument(not isinstance(layers, str), "layers", layers, expected)
         self.layers = None if layers is None else tuple(layers)
 
     def train_loss(self, model: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
@@ -91,8 +91,7 @@ class Task(Generic[Batch]):
     def select(self, model: nn.Module, example: object) -> object:
         """What of an example goes into a batch for this model; all of it unless a task knows better.
 
-        Raises:
-            InputError: the model would use a part of the example that cannot be passed on.
+        Raises an `InputError` where the model would use a part of the example that cannot be passed on.
         """
         return example
 
@@ -146,11 +145,7 @@ class Objective(nn.Module, Generic[Batch]):
 
 
 def checked_settings(task: Task[Batch]) -> dict[str, str]:
-    """The settings of a task, which fingerprints are made of.
-
-    Raises:
-        InputError: they are not texts by name, or differ from call to call.
-    """
+    """The settings of a task, which fingerprints are made of; refuses what are not texts by name, always the same."""
     found = task.settings()
     wrong = not isinstance(found, dict) or not all(isinstance(each, str) for pair in found.items() for each in pair)
     if wrong or task.settings() != found:

@@ -42,8 +42,7 @@ def checked_name(name: str) -> str:
 def within(root: Path, *names: str) -> Path:
     """A place inside a run directory, which itself may be a link to another disk.
 
-    Raises:
-        DamagedError: something on the way there is a link: what is written or deleted would lie elsewhere.
+    A link on the way there is refused: what is written or deleted would lie elsewhere.
     """
     path = root
     for name in names:
@@ -136,11 +135,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, then rename.
-
-    Raises:
-        StorageError: it cannot be written; nothing is left behind.
-    """
+    """Write a file under a temporary name, flush it to disk, then rename; a `StorageError` leaves nothing behind."""
     part = _part(file)
     with _storing(part, len(content)):
         if file.exists() and not file.is_file():
@@ -165,13 +160,10 @@ def _opened(part: Path) -> BinaryIO:
 
 
 def storing(part: Path, tensors: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
-    """Check the space, and turn a failed write into an error that leaves no temporary file.
+    """Check the space, and turn a failed write into a `StorageError` that leaves no temporary file.
 
     Args:
         part: what is written before it gets its name, which is the same without the ending.
-
-    Raises:
-        StorageError: says how much was needed, and how much is free.
     """
     return _storing(part, sum(tensor.nbytes for tensor in tensors.values()))
 

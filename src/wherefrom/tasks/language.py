@@ -133,11 +133,7 @@ class LanguageTask(Task[TokenBatch]):
         return batch
 
     def columns(self, example: object) -> TokenBatch:
-        """One example's columns, those of tokens as int64 vectors; the attention mask is filled in where it is missing.
-
-        Raises:
-            InputError: a column is missing, cannot be made a tensor, or has another length.
-        """
+        """One example's columns, checked: those of tokens as int64 vectors, with an attention mask in any case."""
         if not isinstance(example, Mapping) or example.get("input_ids") is None:
             found = sorted(map(str, example)) if isinstance(example, Mapping) else type(example).__name__
             raise InputError(

@@ -71,11 +71,7 @@ class Task(Generic[Batch]):
         return None
 
     def collate(self, examples: Sequence[object]) -> Batch:
-        """Make a batch out of examples; PyTorch's default collation unless a task pads.
-
-        Raises:
-            InputError: the examples cannot be stacked.
-        """
+        """Make a batch out of examples, or refuse them; PyTorch's default collation unless a task pads."""
         try:
             batch: Batch = default_collate(list(examples))
         except (TypeError, RuntimeError, KeyError, AttributeError) as error:
@@ -163,11 +159,7 @@ class Classification(Task[Sequence[Tensor]]):
     """
 
     def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
-        """The cross-entropy, summed over the batch.
-
-        Raises:
-            InputError: the batch is not a pair, or its labels are not of the model's classes.
-        """
+        """The cross-entropy, summed over the batch; refuses labels that are not of the model's classes."""
         inputs, labels = _pair(self, batch)
         logits = _output(self, model(inputs))
         if labels.shape != logits.shape:
@@ -188,11 +180,7 @@ class Regression(Task[Sequence[Tensor]]):
     distribution of unit variance; the model returns predictions of the targets' shape [batch, ...]."""
 
     def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
-        """Half the squared error, summed over the batch.
-
-        Raises:
-            InputError: the batch is not a pair, or its targets have another shape than the model's output.
-        """
+        """Half the squared error, summed over the batch; refuses targets of another shape than the model's output."""
         inputs, targets = _pair(self, batch)
         predictions = _output(self, model(inputs))
         if predictions.shape != targets.shape:

@@ -57,9 +57,6 @@ class TrackedLayer:
             element-wise layer (1, features), or (1, 2 * features) with a bias.
         width: how many columns activations have: those of `shape`, and with a bias some of zeros for alignment.
         one_hot: whether activations are one-hot vectors, of which only columns that an example touches are captured.
-
-    Raises:
-        LayerError: the modules' parts of the gradient cannot be joined.
     """
 
     def __init__(self, uses: Sequence[Use]) -> None:

@@ -138,13 +138,10 @@ class Precision:
 
 
 class HalfPrecision(Precision):
-    """bfloat16 operands, float32 sums.
+    """bfloat16 operands, float32 sums; refuses a GPU that has no bfloat16.
 
     Attributes:
         native: the device's own bfloat16, or rounded operands multiplied in float32 (on a CPU); None asks the device.
-
-    Raises:
-        InputError: a GPU has no bfloat16.
     """
 
     def __init__(self, device: torch.device, native: bool | None = None) -> None:

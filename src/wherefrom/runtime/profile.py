@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,18 +21,13 @@ from rich.table import Table
 
 
 @dataclass
-class _Action:
+class _Spent:
+    """What an action has taken, or a kind of sweep and what it has processed in that time."""
+
     seconds: float = 0.0
     calls: int = 0
-
-
-@dataclass
-class _Work:
-    """What one kind of sweep has processed."""
-
     examples: int = 0
     tokens: int = 0
-    seconds: float = 0.0
 
 
 @dataclass
@@ -43,8 +39,8 @@ class Profile:
     """
 
     synchronize: bool = False
-    _actions: dict[str, _Action] = field(default_factory=dict)
-    _work: dict[str, _Work] = field(default_factory=dict)
+    _actions: dict[str, _Spent] = field(default_factory=lambda: defaultdict(_Spent))
+    _sweeps: dict[str, _Spent] = field(default_factory=lambda: defaultdict(_Spent))
     _inner: list[float] = field(default_factory=lambda: [0.0])
 
     @contextmanager
@@ -56,17 +52,16 @@ class Profile:
             yield
         finally:
             elapsed = self._now() - start
-            record = self._actions.setdefault(name, _Action())
-            record.seconds += elapsed - self._inner.pop()
-            record.calls += 1
+            self._actions[name].seconds += elapsed - self._inner.pop()
+            self._actions[name].calls += 1
             self._inner[-1] += elapsed
 
     def processed(self, sweep: str, examples: int, tokens: int, seconds: float) -> None:
         """Add to a sweep's throughput."""
-        work = self._work.setdefault(sweep, _Work())
-        work.examples += examples
-        work.tokens += tokens
-        work.seconds += seconds
+        spent = self._sweeps[sweep]
+        spent.examples += examples
+        spent.tokens += tokens
+        spent.seconds += seconds
 
     def tables(self) -> list[Table]:
         """The actions, slowest first, and the throughput of each kind of sweep."""
@@ -78,12 +73,12 @@ class Profile:
         for name, action in sorted(self._actions.items(), key=lambda item: -item[1].seconds):
             mean, share = action.seconds / action.calls, 100 * action.seconds / max(total, 1e-9)
             actions.add_row(name, f"{mean:.5f}", str(action.calls), f"{action.seconds:.3f}", f"{share:.1f}")
-        work = _table("Sweep", "Examples", "Tokens", "Seconds", "Examples/s", "Tokens/s")
-        work.caption, work.caption_justify = f"Peak memory: {_peak_memory()}", "left"
-        for name, done in self._work.items():
+        sweeps = _table("Sweep", "Examples", "Tokens", "Seconds", "Examples/s", "Tokens/s")
+        sweeps.caption, sweeps.caption_justify = f"Peak memory: {_peak_memory()}", "left"
+        for name, done in self._sweeps.items():
             rates = (f"{count / done.seconds:,.0f}" for count in (done.examples, done.tokens))
-            work.add_row(name, f"{done.examples:,}", f"{done.tokens:,}", f"{done.seconds:.2f}", *rates)
-        return [actions, work]
+            sweeps.add_row(name, f"{done.examples:,}", f"{done.tokens:,}", f"{done.seconds:.2f}", *rates)
+        return [actions, sweeps]
 
     def text(self) -> str:
         """The tables as plain text."""

@@ -17,8 +17,6 @@ def progress_bar(name: str, total: int, shown: bool | None = None) -> Iterator[C
     """Show a bar on the standard error; yields a function that is told how much is done by now.
 
     Args:
-        name: what the bar is called.
-        total: how much there is to do.
         shown: None shows the bar when the standard error is a terminal.
     """
     console = Console(stderr=True)

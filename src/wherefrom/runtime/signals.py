@@ -15,14 +15,10 @@ _Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class HeldSignals:
-    """Signals that ask this process to stop, and wait.
-
-    Attributes:
-        received: the first that has come.
-    """
+    """Signals that ask this process to stop, and wait."""
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.received: signal.Signals | None = None  # the first that has come
         self._before: dict[signal.Signals, _Handler] = {}
         self._process = os.getpid()
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wherefrom.runtime.errors import DamagedError, InputError, StorageError
+from wherefrom.runtime.errors import DamagedError, StorageError, check_argument
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What to do with a file that is damaged, or in a directory that cannot be used.
@@ -33,19 +33,15 @@ _SAVING_BYTES = 2**22
 
 def checked_name(name: str) -> str:
     """A name that is one plain path component; refuses others."""
-    if not _NAME.fullmatch(name):
-        raise InputError(
-            f"name={name!r}: expected at most 100 letters, digits, '.', '_' and '-', starting with a letter or digit."
-        )
+    expected = "at most 100 letters, digits, '.', '_' and '-', starting with a letter or digit"
+    check_argument(_NAME.fullmatch(name) is not None, "name", name, expected)
     return name
 
 
 def within(root: Path, *names: str) -> Path:
     """A place inside a run directory, which itself may be a link to another disk.
 
-    Raises:
-        DamagedError: something on the way there is a link: what is written or deleted would lie elsewhere.
-        StorageError: the system cannot look there.
+    A link on the way there is refused: what is written or deleted would lie elsewhere.
     """
     path = root
     for name in names:
@@ -158,11 +154,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, then rename.
-
-    Raises:
-        StorageError: it cannot be written; nothing is left behind.
-    """
+    """Write a file under a temporary name, flush it to disk, then rename; a `StorageError` leaves nothing behind."""
     part = _part(file)
     with _storing(part, len(content)):
         if file.exists() and not file.is_file():
@@ -208,7 +200,7 @@ def _storing(part: Path, needed: int, kept: str = "") -> Iterator[None]:
     except (OSError, SafetensorError, StorageError) as error:  # the last from a manifest
         with contextlib.suppress(StorageError, OSError):
             clear(part, kept)
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         raise StorageError(
             f"Cannot write {part.with_suffix('')} ({needed / 2**20:,.2f} MiB needed, {free_space(part) / 2**20:,.2f} "
             f"MiB free): {reason}. Free some space, check quota and permissions, or choose another run directory; "

@@ -121,11 +121,7 @@ def checked_length(name: str, dataset: Dataset[object]) -> int:
 
 
 def read_example(dataset: Dataset[object], position: int) -> object:
-    """One example; an error of the dataset's own code is raised as it is, with a note.
-
-    Raises:
-        InputError: the dataset has fewer examples than its length says, or no integer positions.
-    """
+    """One example, by its position; an error of the dataset's own code is raised as it is, with a note."""
     try:
         return dataset[position]
     except (IndexError, KeyError, TypeError) as error:

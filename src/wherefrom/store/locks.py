@@ -34,9 +34,6 @@ class DirectoryLock:
 
     Args:
         file: the lock, `.lock` in a run directory; the owner's record is beside it, with `.json` at its end.
-
-    Raises:
-        StorageError: the lock cannot be made.
     """
 
     def __init__(self, file: Path) -> None:

@@ -56,13 +56,9 @@ def finished(folder: Path) -> list[Path]:
 
 
 def found_result(path: Path) -> Path:
-    """A result by its name, its label, or its label and the beginning of its digest.
+    """A result by FOLDER/NAME, FOLDER/LABEL or FOLDER/LABEL-DIG, the beginning of its digest; refuses if several match.
 
-    Args:
-        path: FOLDER/NAME, FOLDER/LABEL or FOLDER/LABEL-DIG; returned as it is where no result matches.
-
-    Raises:
-        InputError: several do.
+    The path is returned as it is where no result matches.
     """
     try:
         if path.exists():

@@ -76,13 +76,10 @@ def check_highest(name: str, values: Tensor, known: int, what: str) -> None:
 
 
 def collated(examples: Sequence[Mapping[str, Tensor]], padding: Mapping[str, int]) -> dict[str, Tensor]:
-    """Columns of examples, `input_ids` among them, as those of a batch, [batch, ...].
+    """Columns of examples, `input_ids` among them, as those of a batch, [batch, ...]; refuses unlike examples.
 
     Args:
         padding: the columns that are padded on the right to the longest, and with what; they come first.
-
-    Raises:
-        InputError: the examples have different columns, or shapes that do not belong together.
     """
     columns = examples[0].keys()
     lacking = next((each for each in examples if each.keys() != columns), None)

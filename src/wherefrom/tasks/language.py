@@ -68,8 +68,8 @@ class LanguageTask(Task[TokenBatch]):
     read: ClassVar[frozenset[str]] = frozenset({"input_ids", "attention_mask", "labels"})
     """The columns that the task reads itself. All others are the model's: passed on if its forward takes them."""
 
-    labels_each_token: ClassVar[bool] = True
-    """Whether `labels` has one number for each of `input_ids`."""
+    as_long_as: ClassVar[Mapping[str, str]] = {}
+    """The columns that have a number for each of another column than `input_ids`."""
 
     needed_labels: ClassVar[str | None] = None
     """What `labels` are, of a task that cannot do without them."""
@@ -133,11 +133,7 @@ class LanguageTask(Task[TokenBatch]):
         return batch
 
     def columns(self, example: object) -> TokenBatch:
-        """One example's columns, those of tokens as int64 vectors; the attention mask is filled in where it is missing.
-
-        Raises:
-            InputError: a column is missing, cannot be made a tensor, or has another length.
-        """
+        """One example's columns, checked: those of tokens as int64 vectors, with an attention mask in any case."""
         if not isinstance(example, Mapping) or example.get("input_ids") is None:
             found = sorted(map(str, example)) if isinstance(example, Mapping) else type(example).__name__
             raise InputError(
@@ -147,21 +143,21 @@ class LanguageTask(Task[TokenBatch]):
         others = model_columns(example, self.read)
         own = {name: example[name] for name in self.read & self.padding.keys() if example.get(name) is not None}
         columns = {name: vector(name, value) for name, value in {**own, **others}.items() if name in self.padding}
-        tokens = len(columns["input_ids"])
-        if not tokens:
+        if not len(columns["input_ids"]):
             raise InputError("'input_ids' is empty: expected at least one token. Leave the example out.")
         if bool((columns["input_ids"] < 0).any()):
             raise InputError(
                 f"'input_ids' holds {int(columns['input_ids'].min())}, which is no token. Mark padding with an "
                 "attention_mask of 0, and what is not counted with labels of -100."
             )
-        for name, values in columns.items():
-            if self.labels_each_token or name not in _DECODED:
-                check_length(name, values, tokens)
-        check_mask(columns.setdefault("attention_mask", torch.ones_like(columns["input_ids"])))
+        columns.setdefault("attention_mask", torch.ones_like(columns["input_ids"]))
         if self.needed_labels is not None and "labels" not in columns:
             name = type(self).__name__
             raise InputError(f"{name} needs examples with 'labels': {self.needed_labels}; found {sorted(columns)}.")
+        for name, values in columns.items():
+            other = self.as_long_as.get(name, "input_ids")
+            check_length(name, values, len(columns[other]), other)
+        check_mask(columns["attention_mask"])
         return columns | {name: tensor(name, others[name]) for name in others.keys() - self.padding.keys()}
 
     def inputs(self, model: nn.Module, batch: TokenBatch) -> TokenBatch:
@@ -276,7 +272,7 @@ class Seq2Seq(LanguageTask):
     layers for them.
     """
 
-    labels_each_token = False
+    as_long_as: ClassVar[Mapping[str, str]] = dict.fromkeys(_DECODED, "labels")
     needed_labels = "the tokens that the decoder is to write"
     padding: ClassVar[Mapping[str, int]] = {**LanguageTask.padding, "decoder_input_ids": 0, "decoder_attention_mask": 0}
 
@@ -302,8 +298,6 @@ class Seq2Seq(LanguageTask):
         columns = super().columns(example)
         if not len(columns["labels"]):
             raise InputError("'labels' is empty: expected at least one token for the decoder. Leave the example out.")
-        for name in columns.keys() & _DECODED:
-            check_length(name, columns[name], len(columns["labels"]), "labels")
         return columns
 
 

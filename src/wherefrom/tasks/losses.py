@@ -88,18 +88,13 @@ def _block_sums(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, statistics: SoftmaxStatistics | None = None) -> Tensor:
-    """Cross-entropy summed over all positions whose label is not `IGNORED`: a scalar, in float32 or wider.
+    """Cross-entropy of logits [..., classes] and labels [...], summed over all that are not `IGNORED`: a scalar.
 
-    Its gradient is as exact and as often differentiable as that of `functional.cross_entropy`, and comes in the logits'
-    own type.
+    It is in float32 or wider. Its gradient is as exact and as often differentiable as that of
+    `functional.cross_entropy`, and comes in the logits' own type.
 
     Args:
-        logits: unnormalised log-probabilities, [..., classes].
-        labels: int64 [...].
         statistics: of these logits, flattened to [positions, classes], if they are at hand. None reads the logits.
-
-    Raises:
-        InputError: the shapes do not belong together.
     """
     if logits.shape[:-1] != labels.shape:
         raise InputError(

@@ -60,13 +60,10 @@ class Selected(dict[str, object]):
 
 
 def selected(model: nn.Module, example: Mapping[str, object], read: frozenset[str]) -> Selected:
-    """An example for a model: the columns that it does not take are for the task alone.
+    """An example for a model; refuses one with a column that the model takes and that cannot be passed on.
 
     Args:
-        read: the names of the task's own columns.
-
-    Raises:
-        InputError: the model takes a column that cannot be passed on.
+        read: the names of the task's own columns, whose others are only the task's where the model does not take them.
     """
     found = Selected(example)
     found.taken = accepted(model) - read
@@ -99,11 +96,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def check_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-    """Refuse tokens and positions that a Hugging Face model has no vectors for, of a batch on the host.
-
-    Raises:
-        InputError: names the highest token, or the longest sequence, and what the model has.
-    """
+    """Refuse tokens and positions that a Hugging Face model has no vectors for, of a batch on the host."""
     find = getattr(model, "get_input_embeddings", None)
     known = getattr(find() if callable(find) else None, "num_embeddings", None)
     ids = batch["input_ids"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from wherefrom.runtime.errors import InputError, first_line
+from wherefrom.runtime.errors import InputError, check_argument, first_line
 from wherefrom.runtime.memory import out_of_memory
 from wherefrom.runtime.precision import widened
 from wherefrom.tasks.descriptions import described, described_class
@@ -32,8 +32,8 @@ class Task(Generic[Batch]):
     """
 
     def __init__(self, layers: Sequence[str] | None = None) -> None:
-        if isinstance(layers, str):
-            raise InputError(f"layers={layers!r}: expected a list of names or patterns; write layers=[{layers!r}].")
+        expected = f"a list of names or patterns; write layers=[{layers!r}]"
+        check_argument(not isinstance(layers, str), "layers", layers, expected)
         self.layers = None if layers is None else tuple(layers)
 
     def train_loss(self, model: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:
@@ -71,11 +71,7 @@ class Task(Generic[Batch]):
         return None
 
     def collate(self, examples: Sequence[object]) -> Batch:
-        """Make a batch out of examples; PyTorch's default collation unless a task pads.
-
-        Raises:
-            InputError: the examples cannot be stacked.
-        """
+        """Make a batch out of examples, or refuse them; PyTorch's default collation unless a task pads."""
         try:
             batch: Batch = default_collate(list(examples))
         except (TypeError, RuntimeError, KeyError, AttributeError) as error:
@@ -91,8 +87,7 @@ class Task(Generic[Batch]):
     def select(self, model: nn.Module, example: object) -> object:
         """What of an example goes into a batch for this model; all of it unless a task knows better.
 
-        Raises:
-            InputError: the model would use a part of the example that cannot be passed on.
+        Raises an `InputError` where the model would use a part of the example that cannot be passed on.
         """
         return example
 
@@ -146,11 +141,7 @@ class Objective(nn.Module, Generic[Batch]):
 
 
 def checked_settings(task: Task[Batch]) -> dict[str, str]:
-    """The settings of a task, which fingerprints are made of.
-
-    Raises:
-        InputError: they are not texts by name, or differ from call to call.
-    """
+    """The settings of a task, which fingerprints are made of; refuses what are not texts by name, always the same."""
     found = task.settings()
     wrong = not isinstance(found, dict) or not all(isinstance(each, str) for pair in found.items() for each in pair)
     if wrong or task.settings() != found:
@@ -168,11 +159,7 @@ class Classification(Task[Sequence[Tensor]]):
     """
 
     def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
-        """The cross-entropy, summed over the batch.
-
-        Raises:
-            InputError: the batch is not a pair, or its labels are not of the model's classes.
-        """
+        """The cross-entropy, summed over the batch; refuses labels that are not of the model's classes."""
         inputs, labels = _pair(self, batch)
         logits = _output(self, model(inputs))
         if labels.shape != logits.shape:
@@ -193,11 +180,7 @@ class Regression(Task[Sequence[Tensor]]):
     distribution of unit variance; the model returns predictions of the targets' shape [batch, ...]."""
 
     def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
-        """Half the squared error, summed over the batch.
-
-        Raises:
-            InputError: the batch is not a pair, or its targets have another shape than the model's output.
-        """
+        """Half the squared error, summed over the batch; refuses targets of another shape than the model's output."""
         inputs, targets = _pair(self, batch)
         predictions = _output(self, model(inputs))
         if predictions.shape != targets.shape:

@@ -10,10 +10,8 @@ __version__ = VERSION
 if TYPE_CHECKING:
     from wherefrom import evaluate as evaluate
     from wherefrom.api import *  # noqa: F403
-    from wherefrom.api import RecordedCheckpoint as RecordedCheckpoint  # of names under a condition, the
-    from wherefrom.api import TrainingRecorder as TrainingRecorder  # reference finds only those that are
+    from wherefrom.api import TrainingRecorder as TrainingRecorder  # the reference does not find it by the star
     from wherefrom.api import __all__ as __all__
-    from wherefrom.api import read_recording as read_recording  # imported one by one
 else:
 
     def __getattr__(name: str) -> object:

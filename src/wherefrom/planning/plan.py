@@ -33,6 +33,8 @@ _OPERATIONS_PER_BYTE, _HALF_OPERATIONS_PER_BYTE = {"cpu": 16.0, "cuda": 64.0}, 2
 # Bytes that a forward and backward pass moves outside of products for each byte that it saves: counted for GPT-2, whose
 # kernels move 171 GB in a batch of 64 sequences of 512 tokens.
 _MOVED_PER_SAVED = 10
+# More bytes than any batch takes.
+_PLENTY = 2**63
 # A matrix in float64 while it is decomposed: itself, its eigenvectors, and workspace of twice that.
 _EIGH_BYTES = 4 * 8
 
@@ -182,17 +184,17 @@ def plan_scores(job: Job, machine: Machine | None = None) -> Plan:
     # Whole gradients that are on the device as they are need no pieces of another type beside them.
     pieces = PIECE_BYTES * (job.query_rank is not None or job.query_bits is not None or job.dtype == torch.bfloat16)
     available = job.usable - job.factor_bytes - SHARD_BYTES - pieces
-    plan = _cheapest(job, job.device, available)
+    plan = min(_candidates(job, job.device, available), key=_operations)
     if job.device.type == "cpu" or plan.sweeps == 1:
         return plan
     machine = machine or Machine.measured(job.device, plan.form.dtype)
     # Pinned memory is handed out in powers of two, so that up to half of it may be wasted.
-    offloaded = _cheapest(job, torch.device("cpu"), available, int(0.4 * machine.host))
+    offloaded = min(_candidates(job, torch.device("cpu"), available, int(0.4 * machine.host)), key=_operations)
     return min(plan, offloaded, key=lambda each: _operations(each, machine))
 
 
-def _cheapest(job: Job, device: torch.device, available: int, host: int | None = None) -> Plan:
-    """The plan of the fewest operations.
+def _candidates(job: Job, device: torch.device, available: int, host: int | None = None) -> Iterator[Plan]:
+    """Plans of more and more sweeps, until batches are as large as is of use.
 
     Fewer resident gradients leave memory for larger batches, and cost another sweep; smaller batches read the resident
     gradients more often, and fill the device less.
@@ -203,23 +205,14 @@ def _cheapest(job: Job, device: torch.device, available: int, host: int | None =
     """
     tokens = max((job.query.tokens_of(name) for name, layer in job.layers.items() if layer.one_hot), default=0)
     form = BankForm(job.dtype, device, device != job.device, job.query_rank, tokens, bits=job.query_bits)
-    on_device = SHARD_ROWS * widened_dtype(form.dtype).itemsize  # of each query: scores
-    resident = form.bytes_per_query(job.layers)
-    best, least = None, math.inf
+    scores, resident = SHARD_ROWS * widened_dtype(form.dtype).itemsize, form.bytes_per_query(job.layers)  # of a query
     for block in _blocks(job.queries):
-        left = available - block * (on_device if host is not None else on_device + resident)
-        train_batch, query_batch = _batches(job, left)
-        too_many = host is not None and block * resident > host
-        if block > 1 and (too_many or not (train_batch and query_batch)):
-            continue
-        plan = _plan(job, form, block, max(1, train_batch), max(1, query_batch))
-        cost = _operations(plan)
-        if cost < least:
-            best, least = plan, cost
-        elif (train_batch, query_batch) == _batches(job, None):
-            break  # with fewer resident gradients there are only more sweeps
-    assert best is not None
-    return best
+        train_batch, query_batch = _batches(job, available - block * (scores + resident * (host is None)))
+        fits = train_batch and query_batch and (host is None or block * resident <= host)
+        if fits or block == 1:
+            yield _plan(job, form, block, max(1, train_batch), max(1, query_batch))
+        if fits and (train_batch, query_batch) == _batches(job, _PLENTY):
+            return
 
 
 def _blocks(queries: int) -> Iterator[int]:
@@ -231,17 +224,14 @@ def _blocks(queries: int) -> Iterator[int]:
     yield 1
 
 
-def _batches(job: Job, left: int | None) -> tuple[int, int]:
-    """Batch sizes for training examples and queries that fit; 0 where none does, and as large as is of use for None."""
-    sizes = []
-    for footprint, count, wanted in (
-        (job.example, job.train, job.train_batch),
-        (job.query, job.queries, job.query_batch),
-    ):
-        most = wanted or min(count, footprint.filling(job.device))
-        fitting = most if left is None else footprint.affordable(left)
-        sizes.append(most if fitting >= most else 0 if wanted else fitting)
-    return sizes[0], sizes[1]
+def _batches(job: Job, available: int) -> tuple[int, int]:
+    """The largest batches of training examples and of queries that are of use and fit; 0 where none does."""
+
+    def batch(footprint: Footprint, count: int, wanted: int | None) -> int:
+        most, fitting = wanted or min(count, footprint.filling(job.device)), footprint.affordable(available)
+        return most if fitting >= most else 0 if wanted else fitting
+
+    return batch(job.example, job.train, job.train_batch), batch(job.query, job.queries, job.query_batch)
 
 
 def _plan(job: Job, form: BankForm, block: int, train_batch: int, query_batch: int) -> Plan:

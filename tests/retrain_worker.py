@@ -1,6 +1,4 @@
-"""A model whose retraining has a closed form, and a bank of it as a process of its own, which waits to be killed:
-`python -m tests.retrain_worker PATH LOG WORKERS HOLD`.
-"""
+"""A model whose retraining has a closed form, and a bank of it for a process of its own, which waits to be killed."""
 
 from __future__ import annotations
 
@@ -101,6 +99,10 @@ def fill(
     )
 
 
-if __name__ == "__main__":
+def fill_until_ended(path: Path, log: Path, workers: int, hold: int) -> None:
+    """The same in a process that is told to stop; by an interrupt it ends as an interpreter does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
-    fill(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), seconds=0.05, hold=int(sys.argv[4]))
+    try:
+        fill(path, log, workers, seconds=0.05, hold=hold)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -21,6 +21,7 @@ from torch import Tensor
 from workload import RESULTS
 
 import wherefrom as wf
+from tests.processes import forking_context
 from tests.small_model import cache_small_model
 from wherefrom.evaluate.datamodels import evaluate_lds
 from wherefrom.evaluate.retrain import Retraining, half_subsets
@@ -42,6 +43,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 @pytest.fixture(scope="module")
 def run(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("leaderboard")
+    forking_context()  # the server of which the benchmark forks the processes that it measures in
     arguments = Arguments(
         SIZE, folder, setting.cache_dir, masks=12, repeats=2, share=0.04, removal_queries=2, workers=1, methods=CHOSEN
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.processes import start
 from tests.retrain_worker import (
     EXAMPLES,
     FINGERPRINT,
@@ -27,6 +26,7 @@ from tests.retrain_worker import (
     MeanModel,
     expected_losses,
     fill,
+    fill_until_ended,
     processes,
 )
 from tests.runs import begun
@@ -122,11 +122,6 @@ class Constant:
         return self.losses
 
 
-def start(bank: Path, log: Path, workers: int, hold: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.retrain_worker", str(bank), str(log), str(workers), str(hold)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
-
-
 def gone(process: int) -> bool:
     """Whether a process has ended; one that nobody waits for stays as a zombie where there is no init."""
     try:
@@ -145,11 +140,12 @@ def test_interrupted_banks_end_with_the_same_bits(
 ) -> None:
     bank, log = tmp_path / "bank", tmp_path / "log"
     for interruptions, (after, kind) in enumerate(ends, start=1):
-        process = start(bank, log, workers, hold=after)
-        while len(begun(log)) < after and process.poll() is None:
+        running = start(fill_until_ended, bank, log, workers, after)
+        while len(begun(log)) < after and running.process.is_alive():
             time.sleep(0.002)
-        process.send_signal(kind)
-        assert process.wait() in (-signal.SIGKILL, -signal.SIGINT, 130)
+        assert running.process.pid is not None
+        os.kill(running.process.pid, kind)
+        assert running.finished().returncode == (130 if kind == signal.SIGINT else -kind)
         deadline = time.monotonic() + 60  # instead of hanging where orphans stay for ever
         while not all(gone(each) for each in processes(log)) and time.monotonic() < deadline:
             time.sleep(0.01)

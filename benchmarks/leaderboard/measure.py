@@ -60,7 +60,7 @@ def measured(subject: Subject, name: str) -> tuple[Tensor | None, Cost]:
     """
     folder = subject.folder / re.sub(r"\W+", "-", name)
     if not (folder / COST).exists():
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
             pool.submit(_measure, replace(subject, folder=folder), name).result()
     cost = Cost(**json.loads((folder / COST).read_text()))
     return (None if cost.failure else load_file(folder / SCORES)["values"]), cost

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,18 +41,12 @@ def brute_force(case: Case, conditioning: dict[str, Tensor]) -> BruteForce:
 def test_scores_equal_brute_force(tmp_path: Path, name: str, strategy: str) -> None:
     case = MAKERS[name]()
     conditioning = numbers(case.model)
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(
-        factored(strategy, seed=SEED, conditioning=conditioning), execution=replace(study.execution, train_batch_size=5)
-    )
+    execution = wf.Execution(query_batch_size=2, train_batch_size=5)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=execution)
+    factors = study.fit(factored(strategy, seed=SEED, conditioning=conditioning))
     expected = brute_force(case, conditioning)
     for damping in (None, 0.01):
-        scores = study.score(
-            case.queries,
-            with_factors(factors, damping=damping),
-            name=f"damping-{damping}",
-            execution=replace(study.execution, query_batch_size=2, train_batch_size=4),
-        )
+        scores = study.score(case.queries, with_factors(factors, damping=damping))
         assert relative_error(scores.values, expected.scores(strategy, damping)) < 1e-8
 
 
@@ -64,7 +57,7 @@ def test_every_kind_of_score_says_the_same(tmp_path: Path, strategy: str) -> Non
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit(factored(strategy, seed=SEED, conditioning=numbers(case.model)))
     scores = study.score(case.queries, with_factors(factors))
-    assert labels(tmp_path / "scores") == [f"{strategy}-conditioned"]
+    assert labels(tmp_path / "scores") == [f"{factored(strategy).name}-conditioned"]
     low = study.score(case.queries, with_factors(factors, query_rank=4, rescore=len(case.train)))
     assert relative_error(low.values, scores.values) < 1e-9
     tokens = study.score(case.queries, with_factors(factors), keep=wf.Tokens())

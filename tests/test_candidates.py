@@ -12,7 +12,7 @@ from torch import Tensor
 import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from tests.runs import labels, with_factors
+from tests.runs import labels
 from wherefrom.runtime.errors import DamagedError, InputError, MismatchError
 
 ALL = wf.Top(100)  # more than there are candidates
@@ -25,15 +25,13 @@ def some_candidates(case: Case, count: int = 4) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("damping", [None, 1e-3])
-def test_candidates_have_the_scores_of_the_whole_matrix(damping: float | None, tmp_path: Path) -> None:
+def test_candidates_have_the_scores_of_the_whole_matrix(tmp_path: Path) -> None:
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors, candidates = study.fit(wf.EKFAC()), some_candidates(case)
-    method = wf.TwoStage(first=candidates, then=with_factors(factors, damping=damping))
-    found = study.score(case.queries, method, keep=ALL)
+    candidates = some_candidates(case)
+    found = study.score(case.queries, wf.TwoStage(first=candidates, then=wf.EKFAC(damping=1e-3)), keep=ALL)
     brute = BruteForce(case.model, case.task, list(study.layers), case.train, case.queries, seed=0)
-    whole = brute.scores("ekfac", damping)
+    whole = brute.scores("ekfac", 1e-3)
     assert torch.equal(found.train.sort(1).values, candidates.sort(1).values)
     assert relative_error(found.values, whole.gather(1, found.train)) < 1e-9
     assert torch.equal(found.values, found.values.sort(1, descending=True).values)
@@ -44,7 +42,7 @@ def test_candidates_have_the_scores_of_the_whole_matrix(damping: float | None, t
 def test_batches_and_blocks_of_queries_change_nothing_but_rounding(tmp_path: Path) -> None:
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    method = wf.TwoStage(first=some_candidates(case), then=wf.KFAC(factors=study.fit(wf.KFAC())))
+    method = wf.TwoStage(first=some_candidates(case), then=wf.KFAC())
     one = study.score(case.queries, method, keep=ALL)
     execution = wf.Execution(memory_budget=1e-4, train_batch_size=3, query_batch_size=2)
     small = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=execution)
@@ -57,10 +55,10 @@ def test_batches_and_blocks_of_queries_change_nothing_but_rounding(tmp_path: Pat
 def test_all_examples_as_candidates_are_the_top_scores(tmp_path: Path) -> None:
     case = mlp_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors, count = study.fit(wf.EKFAC()), len(case.train)
+    count = len(case.train)
     everything = torch.arange(count).expand(len(case.queries), count)
-    found = study.score(case.queries, wf.TwoStage(first=everything, then=with_factors(factors)), keep=ALL)
-    expected = study.score(case.queries, with_factors(factors), keep=wf.Top(count))
+    found = study.score(case.queries, wf.TwoStage(first=everything, then=wf.EKFAC()), keep=ALL)
+    expected = study.score(case.queries, wf.EKFAC(), keep=wf.Top(count))
     assert torch.equal(found.train, expected.train)
     assert relative_error(found.values, expected.values) < 1e-12
 

@@ -186,11 +186,7 @@ def test_masks_that_cannot_be_told_apart_are_refused() -> None:
 def test_token_scores_of_an_encoder(tmp_path: Path) -> None:
     case = t5_case()
     study = wf.Study(tmp_path, case.model, wf.Seq2Seq(["encoder.*.[qkvo]", "encoder.*.w[io]"]), train=case.train)
-    factors = study.fit(wf.Dot())
-    tokens, scores = (
-        study.score(case.queries, with_factors(factors), keep=wf.Tokens()),
-        study.score(case.queries, with_factors(factors)),
-    )
+    tokens, scores = study.score(case.queries, wf.Dot(), keep=wf.Tokens()), study.score(case.queries, wf.Dot())
     assert tokens.lengths.tolist() == [len(row["input_ids"]) for row in case.train]  # type: ignore[index]
     assert relative_error(tokens.values.sum(2), scores.values) < 1e-9
     whole = wf.Study(tmp_path / "whole", case.model, wf.Seq2Seq(), train=case.train)

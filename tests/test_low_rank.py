@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from tests.runs import factored, with_factors
+from tests.runs import factored
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.curvature.operators import Operator
 from wherefrom.engine.capture import Captured
@@ -187,7 +187,7 @@ def test_an_interrupted_rescore_keeps_to_the_scores_that_it_has_begun_with(
 def test_low_rank_in_half_precision(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    method = with_factors(study.fit(wf.EKFAC()), query_rank=2)
+    method = wf.EKFAC(factors=study.fit(wf.EKFAC()), query_rank=2)
     full = study.score(case.queries, method).values
     half = study.score(case.queries, method, execution=wf.Execution(half_precision=True)).values
     assert 0 < relative_error(half, full) < 0.1

@@ -31,9 +31,8 @@ from wherefrom.scoring.token_scoring import TokenScoring
 from wherefrom.scoring.tokens import TokenScores, of_values
 from wherefrom.store.artifacts import Layout, read_manifest
 from wherefrom.store.cache import Unfinished
-from wherefrom.store.files import checked_name
 from wherefrom.store.fingerprint import Dataset, Fingerprint
-from wherefrom.store.names import finished, log_others, result_name
+from wherefrom.store.names import check_result_name, finished, log_others, result_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +124,7 @@ class Factored(Approximation, Coordinates, Method):
         if self.factors is not None:
             self.factors.check_model(context.fingerprint)
             return self.factors
-        if name is not None:
-            checked_name(name)
+        check_result_name(name)
         execution, roots = context.sweep.execution, self.roots(context)
         label = ("empirical" if self.empirical else "sampled") + "-half" * execution.half_precision
         label += "-conditioned" * bool(roots)
@@ -237,8 +235,7 @@ class Factored(Approximation, Coordinates, Method):
             raise InputError(
                 f"self_influence of {self!r}: it needs no query gradients. Leave solver, query_rank and query_bits out."
             )
-        if name is not None:
-            checked_name(name)
+        check_result_name(name)
         factors = self.fit(context)
         fingerprint = {**context.fingerprint, "method": self.name, **self.settings(context, factors)}
         label = self.name + "-conditioned" * bool(factors.roots) + "-half" * context.sweep.execution.half_precision

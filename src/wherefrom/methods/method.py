@@ -28,9 +28,9 @@ from wherefrom.scoring.keep import Keep, Kept_co, Pairs, Top
 from wherefrom.scoring.results import Result, extremes
 from wherefrom.scoring.tokens import TokenScores
 from wherefrom.store.cache import Cache, Unfinished
-from wherefrom.store.files import checked_name, within
+from wherefrom.store.files import within
 from wherefrom.store.fingerprint import MODEL, QUERIES, Dataset, Fingerprint
-from wherefrom.store.names import log_others, result_name
+from wherefrom.store.names import check_result_name, log_others, result_name
 from wherefrom.store.weights import ModelStates
 from wherefrom.tasks.task import Batch, checked_settings
 
@@ -169,8 +169,7 @@ class Method(ABC):
             WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
         """
         self.check(keep, context.sweep.execution.half_precision)
-        if name is not None:
-            checked_name(name)
+        check_result_name(name)
         examples = context.measured(queries)
         if isinstance(keep, Top) and not self.streams:
             job = self._highest_job(context, queries, examples, keep)

@@ -14,12 +14,25 @@ from pathlib import Path
 
 from wherefrom.runtime.errors import InputError, WherefromError
 from wherefrom.store.artifacts import read_manifest
+from wherefrom.store.files import checked_name
 from wherefrom.store.fingerprint import Fingerprint, differences
 
 logger = logging.getLogger("wherefrom")
 
 _DIGITS = 8
+# Endings of what lies beside a result while it is made, and is then deleted.
+_BESIDE = re.compile(r"\.(blocks|part|partial.*)$")
 _LABELLED = re.compile(rf"(.+)-([0-9a-f]{{{_DIGITS}}})")
+
+
+def check_result_name(name: str | None) -> None:
+    """Refuse a name that a result cannot have; None is one that is made.
+
+    Raises:
+        InputError: it is no plain path component, or has the ending of something that is deleted.
+    """
+    if name is not None and _BESIDE.search(checked_name(name)):
+        raise InputError(f"name={name!r}: expected another ending, this one is for parts of results.")
 
 
 def result_name(label: str, fingerprint: Fingerprint, name: str | None = None) -> str:

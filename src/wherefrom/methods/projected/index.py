@@ -29,7 +29,7 @@ from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
 from wherefrom.scoring.rescoring import exact_scores
 from wherefrom.scoring.results import TopScores, extremes, merged_extremes
 from wherefrom.store.fingerprint import Dataset, Fingerprint, checked_length, model_digest
-from wherefrom.store.names import log_others, result_name
+from wherefrom.store.names import check_result_name, log_others, result_name
 from wherefrom.tasks.task import Batch
 
 
@@ -62,6 +62,7 @@ class GradientIndex(Generic[Batch]):
             raise InputError(f"method={method!r}: expected one with factors, such as EKFAC().")
         if method.solver is not None or method.compressed:
             raise InputError(f"index of {method}: it compresses gradients itself. Leave all but the factors out.")
+        check_result_name(name)
         factors = method.fit(context)
         if factors.roots:
             raise InputError("factors are conditioned, and an index is not: fit factors without a conditioning.")

@@ -2,58 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import wherefrom as wf
 from tests.models import mlp_case
-from wherefrom import Diagonal, Execution
+from wherefrom.curvature.collectors import EigenvalueCollector
+from wherefrom.engine.layers import select_layers
+from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Sweep
+from wherefrom.runtime.errors import MemoryLimitError
 
 
 def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch of more than three examples fails after part of its layers were collected."""
-    import torch
-
-    import wherefrom as wf
-    from wherefrom.curvature.collectors import EigenvalueCollector
-    from wherefrom.runtime.errors import MemoryLimitError
-
     case = mlp_case()
-    expected = wf.Study(tmp_path / "one", case.model, case.task, train=case.train).fit(
-        Diagonal(), execution=Execution(train_batch_size=3)
-    )
+    small = wf.Execution(train_batch_size=3)
+    expected = wf.Study(tmp_path / "one", case.model, case.task, train=case.train, execution=small).fit(wf.Diagonal())
     original = EigenvalueCollector.collect
     limit = 3
 
-    def limited(self: EigenvalueCollector, layer: str, captured: object, rows: slice) -> None:
-        original(self, layer, captured, rows)  # type: ignore[arg-type]
-        if layer == "twice" and rows.stop - rows.start > limit:
+    def limited(self: EigenvalueCollector, layer: str, captured: object, batch: slice) -> None:
+        original(self, layer, captured, batch)  # type: ignore[arg-type]
+        if layer == "twice" and batch.stop - batch.start > limit:
             raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(EigenvalueCollector, "collect", limited)
-    study = wf.Study(
-        tmp_path / "two", case.model, case.task, train=case.train, execution=Execution(checkpoint_seconds=0)
-    )
-    found = study.fit(Diagonal(), execution=replace(study.execution, train_batch_size=12))
+    large = wf.Execution(train_batch_size=12, checkpoint_seconds=0)
+    study = wf.Study(tmp_path / "two", case.model, case.task, train=case.train, execution=large)
+    found = study.fit(wf.Diagonal())
     assert all(torch.equal(found.eigenvalues[name], each) for name, each in expected.eigenvalues.items())
     limit = 0
     with pytest.raises(MemoryLimitError, match="a single example does not fit"):
-        study.fit(Diagonal(seed=1), name="other")
+        study.fit(wf.Diagonal(seed=1), name="other")
 
 
 def test_batch_sizes_follow_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from wherefrom.engine.layers import select_layers
-
     case = mlp_case()
     sweep = Sweep(case.model, case.task, select_layers(case.model))
 
     def suggest(free: int) -> int:
         monkeypatch.setattr("wherefrom.runtime.memory.free_memory", lambda device: free)
-        footprint = sweep.footprint(case.train, lambda model, batch, rows: case.task.train_loss(model, batch))
+        footprint = sweep.footprint(Examples(case.train, case.task))
         return footprint.batch_size(len(case.train), sweep.usable_memory(), sweep.device)
 
     assert suggest(2**40) == len(case.train)

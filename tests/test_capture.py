@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tests.reference import BruteForce
 from tests.runs import factored, with_factors
 from wherefrom.curvature.factors import bases_to_tensors
 from wherefrom.engine.layers import select_layers
+from wherefrom.engine.loading import Examples
 from wherefrom.runtime.errors import InputError, LayerError
 from wherefrom.runtime.placement import execution_device, tied_names
 from wherefrom.store.fingerprint import model_digest
@@ -195,7 +195,7 @@ def test_weights_get_no_gradient_and_the_graph_starts_at_the_first_layer(tmp_pat
     model.transformer.wte.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
     model.transformer.h[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
     study = wf.Study(tmp_path, model, wf.CausalLM(["transformer.h.1.mlp.*"]), train=token_rows(2))
-    study.fit(wf.Diagonal(), execution=replace(study.execution, train_batch_size=2))
+    study.fit(wf.Diagonal(), execution=wf.Execution(train_batch_size=2))
     assert seen
     assert not any(seen)
 
@@ -218,12 +218,12 @@ def test_rows_for_all_examples_are_each_examples_own_or_refused(tmp_path: Path) 
     torch.manual_seed(0)
     model, rows, task = Positions(first=False).double(), widened(examples(9)), wf.Classification(["*"])
     study = wf.Study(tmp_path / "run", model, task, train=rows)
-    found = study.score(rows, wf.EKFAC(empirical=True), execution=replace(study.execution, train_batch_size=5)).values
+    found = study.score(rows, wf.EKFAC(empirical=True), execution=wf.Execution(train_batch_size=5)).values
     expected = BruteForce(model, task, list(study.layers), rows, rows).scores("ekfac")
     assert relative_error(found, expected) < 1e-9
     refused = wf.Study(tmp_path / "refused", Positions(first=True).double(), task, train=rows)
     with pytest.raises(LayerError, match="'positions' reads one row for all 4 examples"):
-        refused.fit(wf.Diagonal(), execution=replace(refused.execution, train_batch_size=4))
+        refused.fit(wf.Diagonal(), execution=wf.Execution(train_batch_size=4))
 
 
 def test_an_encoder_of_pytorch_is_tracked_without_its_attention(tmp_path: Path) -> None:
@@ -264,13 +264,13 @@ def test_layers_that_read_one_tensor_share_activations_and_are_stored_apart(tmp_
     seen: dict[str, Tensor] = {}
     study = wf.Study(tmp_path, model, task, train=rows)
     receive = lambda layer, captured: seen.update({layer: captured.activations})  # noqa: E731
-    study._sweep.probe(rows, 0, lambda model, batch, _: task.train_loss(model, batch), receive)
+    study._sweep.probe(Examples(rows, task), receive)
     assert seen["one"] is seen["two"]
     assert seen["other"] is not seen["one"]
-    factors = study.fit(factored(strategy, empirical=True), execution=replace(study.execution, train_batch_size=4))
+    factors = study.fit(factored(strategy, empirical=True), execution=wf.Execution(train_batch_size=4))
     named = bases_to_tensors(factors.bases)
     assert torch.equal(named["one.activations"], named["two.activations"])
-    found = study.score(rows, with_factors(factors), execution=replace(study.execution, train_batch_size=2)).values
+    found = study.score(rows, with_factors(factors), execution=wf.Execution(train_batch_size=2)).values
     expected = BruteForce(model, task, list(study.layers), rows, rows).scores(strategy)
     assert relative_error(found, expected) < 1e-9
     again = wf.Study(tmp_path, model, task, train=rows).fit(factored(strategy, empirical=True))
@@ -290,9 +290,7 @@ def test_a_llama_is_scored_like_any_other(tmp_path: Path) -> None:
     nn.Module.to(model, torch.float64)
     train, queries, task = token_rows(8), token_rows(3, seed=4), wf.CausalLM()
     study = wf.Study(tmp_path, model, task, train=train)
-    found = study.score(
-        queries, wf.EKFAC(empirical=True), execution=replace(study.execution, train_batch_size=3)
-    ).values
+    found = study.score(queries, wf.EKFAC(empirical=True), execution=wf.Execution(train_batch_size=3)).values
     expected = BruteForce(model, task, list(study.layers), train, queries).scores("ekfac")
     assert relative_error(found, expected) < 1e-8
 
@@ -326,7 +324,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model, rows = Checkpointed(use_reentrant).double(), widened(examples(9))
         study = wf.Study(tmp_path / str(use_reentrant), model, wf.Classification(), train=rows)
-        found.append(study.score(rows, wf.EKFAC(), execution=replace(study.execution, train_batch_size=5)).values)
+        found.append(study.score(rows, wf.EKFAC(), execution=wf.Execution(train_batch_size=5)).values)
     assert torch.equal(*found)
     plain = Checkpointed(None).double()
     plain.load_state_dict(model.state_dict())
@@ -360,9 +358,7 @@ def test_a_language_model_with_checkpointing_is_scored_alike(tmp_path: Path, tra
 
         model.transformer.h[0].mlp.c_fc.register_forward_hook(count)
         found.append(
-            study.score(
-                case.queries, wf.EKFAC(), execution=replace(study.execution, train_batch_size=5, query_batch_size=5)
-            ).values
+            study.score(case.queries, wf.EKFAC(), execution=wf.Execution(train_batch_size=5, query_batch_size=5)).values
         )
     assert relative_error(found[1], found[0]) < 1e-12
     assert runs[1] == (2 if training else 1) * runs[0]

@@ -56,14 +56,16 @@ def test_scores_are_the_weighted_sum_of_brute_force_at_each_checkpoint(tmp_path:
     paths, models = saved(case, tmp_path / "checkpoints")
     before = copy.deepcopy(case.model.state_dict())
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    scores = study.score(case.queries, wf.TracIn(checkpoints=paths, scored=factored(strategy, seed=3), weights=WEIGHTS))
+    scored = factored(strategy, seed=3)
+    scores = study.score(case.queries, wf.TracIn(scored=scored, checkpoints=paths, weights=WEIGHTS))
     expected = expected_sum(case, models, strategy, None if strategy == "identity" else 3)
     assert relative_error(scores.values, expected) < 1e-9
     assert all(torch.equal(before[name], tensor) for name, tensor in case.model.state_dict().items())
-    assert scores.method == strategy
+    assert (scores.method, scores.fingerprint["scored"]) == ("tracin", scored.name)
     assert scores.fingerprint["checkpoints"] == "0.3 x one.safetensors + 0.05 x two"
-    assert torch.equal(wf.Scores.load(tmp_path / "run" / "scores" / f"{strategy}-checkpoints").values, scores.values)
-    parts = [wf.Scores.load(tmp_path / "run" / "checkpoints" / path.name / "scores" / strategy) for path in paths]
+    label = "tracin" if strategy == "identity" else f"tracin-{scored.name}"
+    assert torch.equal(wf.Scores.load(tmp_path / "run" / "scores" / label).values, scores.values)
+    parts = [wf.Scores.load(tmp_path / "run" / "checkpoints" / path.name / "scores" / scored.name) for path in paths]
     summed = WEIGHTS[0] * parts[0].values + WEIGHTS[1] * parts[1].values
     assert relative_error(scores.values, summed) < 1e-12
     assert not list((tmp_path / "run" / "scores").glob("*.blocks"))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import gpt2_case, relative_error
 from wherefrom.engine.layers import select_layers
+from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.compiling import CompiledOnGPU, compiled_activations
 
@@ -24,11 +25,10 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 def test_scores_are_those_without(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     plain = wf.Study(tmp_path / "plain", case.model, case.task, train=case.train)
-    quick = wf.Study(
-        tmp_path / "quick", case.model, case.task, train=case.train, execution=wf.Execution(compile_activations=True)
-    )
+    compiled = wf.Execution(compile_activations=True, train_batch_size=5)
+    quick = wf.Study(tmp_path / "quick", case.model, case.task, train=case.train, execution=compiled)
     expected = plain.score(case.queries, wf.EKFAC()).values
-    found = quick.score(case.queries, wf.EKFAC(), execution=replace(quick.execution, train_batch_size=5)).values
+    found = quick.score(case.queries, wf.EKFAC()).values
     assert relative_error(found, expected) < 1e-4
 
 
@@ -38,13 +38,9 @@ def test_what_an_example_takes_is_measured_compiled() -> None:
     case = gpt2_case(torch.float32)
     layers = select_layers(case.model, case.task.layers)
     plain: Sweep[Any] = Sweep(case.model, case.task, layers)
-    rows: list[object] = [{"input_ids": list(range(10))}]
-
-    def objective(model: nn.Module, batch: Any, _: object) -> Tensor:
-        return case.task.train_loss(model, batch)
-
-    expected = plain.footprint(rows, objective)
-    found = replace(plain, compile_activations=True).footprint(rows, objective)
+    examples = Examples([{"input_ids": list(range(10))}], case.task)
+    expected = plain.footprint(examples)
+    found = replace(plain, execution=wf.Execution(compile_activations=True)).footprint(examples)
     each = 4 * 10 * 32  # bytes of an activation function's input
     # In each of two layers; and single numbers, such as sizes.
     assert 0 <= found.saved_bytes - (expected.saved_bytes - 2 * 3 * each) < 16

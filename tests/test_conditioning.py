@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,18 +41,12 @@ def brute_force(case: Case, conditioning: dict[str, Tensor]) -> BruteForce:
 def test_scores_equal_brute_force(tmp_path: Path, name: str, strategy: str) -> None:
     case = MAKERS[name]()
     conditioning = numbers(case.model)
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(
-        factored(strategy, seed=SEED, conditioning=conditioning), execution=replace(study.execution, train_batch_size=5)
-    )
+    execution = wf.Execution(query_batch_size=2, train_batch_size=5)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=execution)
+    factors = study.fit(factored(strategy, seed=SEED, conditioning=conditioning))
     expected = brute_force(case, conditioning)
     for damping in (None, 0.01):
-        scores = study.score(
-            case.queries,
-            with_factors(factors, damping=damping),
-            name=f"damping-{damping}",
-            execution=replace(study.execution, query_batch_size=2, train_batch_size=4),
-        )
+        scores = study.score(case.queries, with_factors(factors, damping=damping))
         assert relative_error(scores.values, expected.scores(strategy, damping)) < 1e-8
 
 
@@ -64,13 +57,13 @@ def test_every_kind_of_score_says_the_same(tmp_path: Path, strategy: str) -> Non
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit(factored(strategy, seed=SEED, conditioning=numbers(case.model)))
     scores = study.score(case.queries, with_factors(factors))
-    assert labels(tmp_path / "scores") == [f"{strategy}-conditioned"]
+    assert labels(tmp_path / "scores") == [f"{factored(strategy).name}-conditioned"]
     low = study.score(case.queries, with_factors(factors, query_rank=4, rescore=len(case.train)))
     assert relative_error(low.values, scores.values) < 1e-9
     tokens = study.score(case.queries, with_factors(factors), keep=wf.Tokens())
     sums = torch.tensor([[float(tokens[query, row].sum()) for row in range(14)] for query in range(5)])
     assert relative_error(sums, scores.values) < 1e-5
-    among = study.score(case.train, with_factors(factors), name="train")
+    among = study.score(case.train, with_factors(factors))
     assert relative_error(study.self_influence(with_factors(factors)), among.values.diagonal()) < 1e-9
 
 
@@ -97,12 +90,9 @@ def test_one_number_for_all_weights_is_a_scale_of_damping(tmp_path: Path) -> Non
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     constant = {name: torch.full_like(each, 5.0) for name, each in case.model.named_parameters()}
-    plain, conditioned = study.fit(wf.Shampoo()), study.fit(wf.Shampoo(conditioning=constant))
     for damping, other in ((None, None), (0.1, 0.5)):
-        found = study.score(
-            case.queries, with_factors(conditioned, damping=other), name=f"conditioned-{damping}"
-        ).values
-        expected = study.score(case.queries, with_factors(plain, damping=damping), name=f"plain-{damping}").values
+        found = study.score(case.queries, wf.Shampoo(conditioning=constant, damping=other)).values
+        expected = study.score(case.queries, wf.Shampoo(damping=damping)).values
         assert relative_error(found, expected) < 1e-9
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tests.reference import BruteForce
 from tests.runs import factored, only, with_factors
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.layers import select_layers
+from wherefrom.runtime.errors import InputError
 
 CASES = {"mlp": mlp_case, "gpt2": gpt2_case}
 
@@ -34,23 +34,17 @@ def brute_force(make: CaseMaker, dtype: torch.dtype, seed: int | None) -> BruteF
     return BruteForce(case.model, case.task, layers, widened(case.train), widened(case.queries), seed)
 
 
-@pytest.mark.parametrize("empirical", [False, True], ids=["sampled", "empirical"])
 @pytest.mark.parametrize("damping", [None, 0.01])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("make", "empirical"), [(mlp_case, False), (mlp_case, True), (gpt2_case, True)])
 def test_scores_equal_brute_force(
     tmp_path: Path, make: CaseMaker, strategy: str, damping: float | None, empirical: bool
 ) -> None:
+    """With drawn targets of a language model, the contract of all methods says it."""
     case = make(torch.float64)
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(
-        factored(strategy, empirical=empirical, seed=SEED), execution=replace(study.execution, train_batch_size=5)
-    )
-    scores = study.score(
-        case.queries,
-        with_factors(factors, damping=damping),
-        execution=replace(study.execution, train_batch_size=4, query_batch_size=3),
-    )
+    execution = wf.Execution(train_batch_size=5, query_batch_size=3)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=execution)
+    scores = study.score(case.queries, factored(strategy, empirical=empirical, seed=SEED, damping=damping))
     expected = brute_force(make, torch.float64, None if empirical else SEED).scores(strategy, damping)
     assert scores.values.dtype == torch.float64
     assert relative_error(scores.values, expected) < 1e-8
@@ -146,11 +140,28 @@ def test_impossible_damping_is_refused(tmp_path: Path, damping: float) -> None:
         study.score(case.queries, wf.Diagonal(damping=damping))
 
 
-def test_unknown_strategy_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["ekfac", wf.EKFAC])
+def test_what_is_no_method_is_refused(tmp_path: Path, method: Any) -> None:
+    """A name, or a method that nobody has made: the parentheses are missing."""
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    with pytest.raises(wf.WherefromError, match="expected one of identity, diagonal, kfac, ekfac, shampoo"):
-        study.fit("ekfca")
+    calls: list[Callable[[], object]] = [
+        lambda: study.fit(method),
+        lambda: study.score(case.queries, method),
+        lambda: study.plan(case.queries, method),
+        lambda: study.self_influence(method),
+        lambda: study.index(method),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match=r"method=.*: expected .*, such as EKFAC\(\)"):
+            call()
+
+
+def test_factors_of_another_strategy_are_refused(tmp_path: Path) -> None:
+    case = mlp_case()
+    factors = wf.Study(tmp_path, case.model, case.task, train=case.train).fit(wf.KFAC())
+    with pytest.raises(InputError, match="factors are of the strategy 'kfac': expected those of EKFAC, 'ekfac'"):
+        wf.EKFAC(factors=factors)
 
 
 def test_strategies_lie_beside_each_other(tmp_path: Path) -> None:

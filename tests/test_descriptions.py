@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import gpt2, mlp_case, relative_error, token_rows
+from tests.test_magic import magic_scores
 from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.tasks.descriptions import described, described_class
 
@@ -155,7 +156,7 @@ def test_two_counts_are_two_results(tmp_path: Path) -> None:
 
     def scores(count: Function, name: str, recipe: wf.TrainingRecipe = recipe) -> Tensor:
         training = wf.ReplayableTraining(model, wf.CausalLM(), train, recipe, count)
-        return wf.magic_scores(tmp_path, training, queries, name=name).values
+        return magic_scores(tmp_path, training, queries, name=name).values
 
     found = scores(four, "four")
     with pytest.raises(MismatchError, match="count: stored"):

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 import wherefrom as wf
 from wherefrom.curvature.collectors import EigenvalueCollector
 from wherefrom.engine.layers import select_layers
+from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.memory import SavedBytes
-from wherefrom.runtime.precision import HalfPrecision
 from wherefrom.tasks.losses import summed_cross_entropy
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def test_weights_are_no_part_of_what_an_example_takes() -> None:
     task = wf.Classification()
     sweep: Sweep[Any] = Sweep(model, task, select_layers(model))
     rows: list[object] = [(torch.randn(1000), torch.tensor(0))]
-    found = sweep.footprint(rows, lambda model, batch, _: task.train_loss(model, batch))
+    found = sweep.footprint(Examples(rows, task))
     assert found.tokens == 1
     assert found.gradient_bytes == 4 * 1000 * 1008
     assert found.saved_bytes < 50_000  # the activations of three layers; the weights are 4 MB
@@ -47,13 +47,14 @@ def test_a_storage_counts_once_and_as_large_as_it_is() -> None:
     assert (saved.total, saved.shared) == (4 * 5 * 6 + 4 * 5 * 8 + 4, 0)
 
 
-def test_weights_cast_for_a_pass_belong_to_no_example() -> None:
+def test_weights_cast_for_a_pass_belong_to_no_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast makes a copy of every weight of every batch, which the backward pass needs once."""
+    monkeypatch.setattr("wherefrom.runtime.precision.native_bfloat16", lambda device: True)
     model = nn.Sequential(nn.Linear(1000, 1000), nn.Tanh(), nn.Linear(1000, 200), nn.Tanh(), nn.Linear(200, 3))
     task = wf.Classification()
-    sweep: Sweep[Any] = Sweep(model, task, select_layers(model), precision=HalfPrecision(CPU, native=True))
+    sweep: Sweep[Any] = Sweep(model, task, select_layers(model), wf.Execution(half_precision=True))
     rows: list[object] = [(torch.randn(1000), torch.tensor(0))] * 3
-    found = sweep.footprint(rows, lambda model, batch, _: task.train_loss(model, batch))
+    found = sweep.footprint(Examples(rows, task))
     assert found.shared_bytes == 2 * (1000 * 200 + 200 * 3)  # the first layer's inputs need no gradient
     assert found.saved_bytes < 7_000  # of which 4,000 are the inputs
     assert found.batch_bytes(3) == found.shared_bytes + 3 * found.bytes
@@ -98,9 +99,8 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("classes", [8, 2000])
 def test_a_batch_takes_what_is_estimated(monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
     """Against a count of all tensors that live at once, in a batch of eight; with few classes, layers take the most."""
-    monkeypatch.setattr(
-        "wherefrom.tasks.losses._CHUNK_BYTES_PER_THREAD", 2**14
-    )  # of which a few are no part of an example
+    # Chunks of which a few are no part of an example.
+    monkeypatch.setattr("wherefrom.tasks.losses._CHUNK_BYTES_PER_THREAD", 2**14)
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.GELU()) for _ in range(6)]
     model = nn.Sequential(*blocks, nn.Linear(64, classes))
@@ -109,11 +109,7 @@ def test_a_batch_takes_what_is_estimated(monkeypatch: pytest.MonkeyPatch, classe
     layers = select_layers(model, ["?.?"])
     sweep: Sweep[Any] = Sweep(model, task, layers)
     eigenvalues = EigenvalueCollector(layers, {}, 8, torch.float32, CPU)
-
-    def objective(model: nn.Module, batch: Any, _: object) -> Tensor:
-        return task.train_loss(model, batch)
-
-    expected = sweep.footprint(rows, objective).batch_bytes(8)
+    expected = sweep.footprint(Examples(rows, task)).batch_bytes(8)
     with LiveBytes(model) as live:
-        sweep.probe(rows, 0, objective, lambda layer, each: eigenvalues.collect(layer, each, slice(0, 8)), 8)
+        sweep.probe(Examples(rows, task), lambda layer, each: eigenvalues.collect(layer, each, slice(0, 8)), count=8)
     assert 0.85 * live.most < expected < 1.15 * live.most

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from wherefrom.curvature import gauss_newton
 from wherefrom.curvature.collectors import EigenvalueCollector
 from wherefrom.curvature.gauss_newton import DampedGaussNewton
 from wherefrom.curvature.operators import Operator
+from wherefrom.engine.loading import Examples
 from wherefrom.runtime.errors import LayerError, LossError
 from wherefrom.tasks.language import LanguageTask
 from wherefrom.tasks.sampling import Sampler
@@ -71,7 +71,7 @@ def test_products_are_how_fast_predictions_move_apart(
         {"input_ids": [1, 2, 3], "labels": [3, 7, -100]},
     ]
     study = wf.Study(tmp_path, model, task, train=train)
-    system = DampedGaussNewton(study._sweep, Operator({}, {}), train, 1e-12, 3)
+    system = DampedGaussNewton(study._sweep, Operator({}, {}), Examples(train, task), 1e-12, 3)
     vectors = torch.randn(1, sum(system.space.sizes.values()), dtype=torch.float64)
     direction = system.space.to_parameters(vectors)
 
@@ -141,15 +141,12 @@ def test_the_matrix_is_what_sampled_eigenvalues_estimate(tmp_path: Path) -> None
     draws = 150
     for seed in range(draws):
         collector = EigenvalueCollector(study.layers, {}, len(case.train), sweep.dtype, sweep.device)
-        sweep.run("draw", case.train, collector, sampled(seed), batch_size=len(case.train))
+        drawn = Examples(case.train, case.task, "drawn", seed)
+        sweep.run("draw", drawn, collector, batch_size=len(case.train))
         total = total + torch.cat([each.flatten() for each in collector.means().values()]) / draws
     diagonal = dense(case, study, token_logits).diagonal()
     assert abs(float(total.sum() / diagonal.sum()) - 1) < 0.05
     assert torch.corrcoef(torch.stack([total, diagonal]))[0, 1] > 0.97
-
-
-def sampled(seed: int) -> Callable[[nn.Module, Any, Sequence[int]], Tensor]:
-    return lambda model, batch, rows: wf.CausalLM().train_loss(model, batch, Sampler(seed, rows))
 
 
 class OwnLoss(Task[dict[str, Tensor]]):

@@ -14,7 +14,7 @@ from wherefrom.engine.layers import TrackedLayer, select_layers
 from wherefrom.planning.forms import BankForm
 from wherefrom.runtime.precision import product
 from wherefrom.scoring.bank import GradientBank
-from wherefrom.scoring.results import PairwiseCollector
+from wherefrom.scoring.collectors import PairwiseCollector
 
 META = torch.device("meta")
 BATCH, TOKENS = 5, 7

@@ -16,7 +16,7 @@ from tests.models import CaseMaker, Interrupted, gpt2_case, mlp_case, relative_e
 from tests.reference import BruteForce
 from tests.runs import factored, results, with_factors
 from wherefrom.methods.projected.index import GradientIndex
-from wherefrom.methods.projected.projections import packed, unpacked
+from wherefrom.methods.projected.projections import Directions, Quantization, packed, unpacked
 from wherefrom.runtime.errors import DamagedError, InputError, MismatchError, StorageError
 
 WHOLE = 99  # more than any side of the small models has
@@ -29,9 +29,9 @@ def all_scores(found: wf.TopScores) -> Tensor:
     return torch.zeros_like(found.values).scatter_(1, found.train, found.values)
 
 
-def stored_rows(index: GradientIndex[Any]) -> Tensor:
+def stored_gradients(index: GradientIndex[Any]) -> Tensor:
     files = sorted(shard_files(index), key=lambda file: int(file.parent.name.split("-")[0]))
-    return torch.cat([load_file(file)["rows"] for file in files])
+    return torch.cat([load_file(file)["gradients"] for file in files])
 
 
 def shard_files(index: GradientIndex[Any]) -> list[Path]:
@@ -40,20 +40,22 @@ def shard_files(index: GradientIndex[Any]) -> list[Path]:
 
 @each_case
 @each_direction
-def test_rows_are_projected_gradients(make_case: CaseMaker, directions: str, tmp_path: Path) -> None:
+def test_stored_gradients_are_projected(make_case: CaseMaker, directions: Directions, tmp_path: Path) -> None:
     case = make_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     factors = study.fit(wf.EKFAC())
-    index = study.index(with_factors(factors), wf.Compression(directions=directions, rank=3, quantization="float32"))  # type: ignore[arg-type]
+    index = study.index(wf.EKFAC(), wf.Compression(directions=directions, rank=3, quantization="float32"))
     brute = BruteForce(case.model, case.task, list(study.layers), case.train, [])
     expected = torch.stack(
         [
-            torch.cat([(p.left.T @ example[name] @ p.right).flatten() for name, p in index.rows.projections.items()])
+            torch.cat(
+                [(p.left.T @ example[name] @ p.right).flatten() for name, p in index.gradients.projections.items()]
+            )
             for example in brute.train
         ]
     )
-    assert relative_error(stored_rows(index), expected) < 1e-12
-    for projection in index.rows.projections.values():
+    assert relative_error(stored_gradients(index), expected) < 1e-12
+    for projection in index.gradients.projections.values():
         for side in projection:
             assert relative_error(side.T @ side, torch.eye(side.shape[1], dtype=torch.float64)) < 1e-12
     if directions == "eigenvectors":  # the leading ones: no direction of the same rank has more of the covariance
@@ -61,7 +63,7 @@ def test_rows_are_projected_gradients(make_case: CaseMaker, directions: str, tmp
             assert basis.activations is not None
             values = basis.activation_eigenvalues.sort(descending=True).values[:3]
             covariance = basis.activations @ basis.activation_eigenvalues.diag() @ basis.activations.T
-            right = index.rows.projections[name].right
+            right = index.gradients.projections[name].right
             assert relative_error((right.T @ covariance @ right).diagonal(), values) < 1e-9
 
 
@@ -79,16 +81,14 @@ def test_rows_are_projected_gradients(make_case: CaseMaker, directions: str, tmp
 )
 @pytest.mark.parametrize("damping", [None, 1e-3])
 def test_at_full_rank_scores_are_those_of_whole_gradients(
-    make_case: CaseMaker, directions: str, strategy: str, damping: float | None, tmp_path: Path
+    make_case: CaseMaker, directions: Directions, strategy: str, damping: float | None, tmp_path: Path
 ) -> None:
     case = make_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(factored(strategy))
-    index = study.index(
-        with_factors(factors), wf.Compression(directions=directions, rank=WHOLE, quantization="float32")
-    )  # type: ignore[arg-type]
+    compression = wf.Compression(directions=directions, rank=WHOLE, quantization="float32")
+    index = study.index(factored(strategy), compression)
     found = index.query(case.queries, k=len(case.train), damping=damping)
-    expected = study.score(case.queries, with_factors(factors, damping=damping)).values
+    expected = study.score(case.queries, factored(strategy, damping=damping)).values
     assert relative_error(all_scores(found), expected) < 1e-9
     assert torch.equal(found.lowest_train, found.train.flip(1))
 
@@ -96,115 +96,103 @@ def test_at_full_rank_scores_are_those_of_whole_gradients(
 def test_batches_and_shards_change_nothing_but_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC())
-    whole = study.index(with_factors(factors), wf.Compression(rank=2, quantization="float32"))
-    monkeypatch.setattr("wherefrom.methods.projected.gradient_store._SHARD_BYTES", 5 * whole.rows.size * 8)
-    monkeypatch.setattr("wherefrom.methods.projected.gradient_store._BLOCK_BYTES", 2 * whole.rows.size * 8)
-    parts = study.index(
-        with_factors(factors),
-        wf.Compression(rank=2, quantization="float32"),
-        name="parts",
-        execution=replace(study.execution, train_batch_size=3),
-    )
+    compression = wf.Compression(rank=2, quantization="float32")
+    whole = study.index(wf.EKFAC(), compression)
+    monkeypatch.setattr("wherefrom.methods.projected.gradient_store._SHARD_BYTES", 5 * whole.gradients.size * 8)
+    monkeypatch.setattr("wherefrom.methods.projected.gradient_store._BLOCK_BYTES", 2 * whole.gradients.size * 8)
+    parts = study.index(wf.EKFAC(), compression, name="parts", execution=wf.Execution(train_batch_size=3))
     assert len(shard_files(parts)) == 3
-    assert relative_error(stored_rows(parts), stored_rows(whole)) < 1e-12
+    assert relative_error(stored_gradients(parts), stored_gradients(whole)) < 1e-12
     one, other = (index.query(case.queries, k=4) for index in (whole, parts))
     assert torch.equal(one.train, other.train)
     assert relative_error(other.values, one.values) < 1e-12
     assert torch.equal(one.lowest_train, other.lowest_train)
 
 
-@pytest.mark.parametrize("numbers", ["float32", "int8"])
+@pytest.mark.parametrize("quantization", ["float32", "int8"])
 def test_an_interrupted_build_goes_on_to_the_same_bits(
-    numbers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantization: Quantization, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = gpt2_case(torch.float32)
     task = Interrupted(["transformer.h.*"])
-    options: Any = {"rank": 3, "numbers": numbers, "batch_size": 2}
-    monkeypatch.setattr(
-        "wherefrom.methods.projected.gradient_store._SHARD_BYTES", 6 * 8 * 9 * 4
-    )  # six examples of eight layers
-    studies = [
-        wf.Study(tmp_path / name, case.model, task, train=case.train, execution=wf.Execution(checkpoint_seconds=0))
-        for name in ("one", "other")
-    ]
-    factors = studies[0].fit(wf.EKFAC())
-    expected = studies[0].index(factors, **options)
+    compression = wf.Compression(rank=3, quantization=quantization)
+    # Shards of six examples of eight layers.
+    monkeypatch.setattr("wherefrom.methods.projected.gradient_store._SHARD_BYTES", 6 * 8 * 9 * 4)
+    execution = wf.Execution(train_batch_size=2, checkpoint_seconds=0)
+    one, other = (
+        wf.Study(tmp_path / name, case.model, task, train=case.train, execution=execution) for name in ("one", "other")
+    )
+    method = with_factors(one.fit(wf.EKFAC()))
+    expected = one.index(method, compression)
     for allowed in (1, 2, 3):  # stops in the first shard, then in the second, then at its end
         task._left = allowed
         with pytest.raises(KeyboardInterrupt):
-            studies[1].index(factors, **options)
+            other.index(method, compression)
     task._left = 10**9
-    found = studies[1].index(factors, **options)
-    one, other = results(found.path), results(expected.path)
-    assert one.keys() == other.keys()
+    found = other.index(method, compression)
+    tensors, wanted = results(found.path), results(expected.path)
+    assert tensors.keys() == wanted.keys()
     assert len(shard_files(found)) == 3
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(tensors[name], wanted[name]) for name in tensors)
     assert not list(found.path.glob("*partial*"))
 
 
 def test_what_was_made_from_something_else_is_refused(tmp_path: Path) -> None:
     case, other = gpt2_case(torch.float32), gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC())
-    options: Any = {"directions": "eigenvectors", "name": "mine"}
-    study.index(factors, rank=2, **options)
+    leading = wf.Compression(directions="eigenvectors", rank=2)
+    study.index(wf.EKFAC(), leading, name="mine")
     with pytest.raises(MismatchError, match="rank: stored 2, now 3"):
-        study.index(factors, rank=3, **options)
+        study.index(wf.EKFAC(), replace(leading, rank=3), name="mine")
     with torch.no_grad():
         next(other.model.parameters()).mul_(2)
     changed = wf.Study(tmp_path, other.model, case.task, train=case.train)
     with pytest.raises(MismatchError, match="model: stored"):
-        changed.index(factors, rank=2, **options)
-    refitted = changed.fit(wf.EKFAC(), name="changed")
+        changed.index(with_factors(study.fit(wf.EKFAC())), leading, name="mine")
     with pytest.raises(MismatchError, match="model: stored"):
-        changed.index(refitted, rank=2, **options)
+        changed.index(wf.EKFAC(), leading, name="mine")
     # Factors of the same kind whose eigenvectors point elsewhere, as a fit on other targets gives.
-    seeded = study.fit(wf.EKFAC(seed=1), name="seed1")
     with pytest.raises(MismatchError, match="directions: stored eigenvectors"):
-        study.index(seeded, rank=2, **options)
-    assert study.index(seeded, rank=2, **options, overwrite=True).query(case.queries, k=1).train.shape == (5, 1)
+        study.index(wf.EKFAC(seed=1), leading, name="mine")
+    replaced = study.index(wf.EKFAC(seed=1), leading, name="mine", overwrite=True)
+    assert replaced.query(case.queries, k=1).train.shape == (5, 1)
     longer = wf.Study(tmp_path, case.model, case.task, train=case.train * 2)
     with pytest.raises(MismatchError, match="training data: stored 14 examples"):
-        longer.index(seeded, rank=2, **options)
+        longer.index(with_factors(study.fit(wf.EKFAC(seed=1))), leading, name="mine")
 
 
 @pytest.mark.parametrize("damaged", ["[0-9]*", "projections"])
 def test_damaged_files_are_refused(damaged: str, tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.Dot())
-    file = next(study.index(with_factors(factors)).path.glob(f"{damaged}/tensors.safetensors"))
+    file = next(study.index(wf.Dot()).path.glob(f"{damaged}/tensors.safetensors"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(DamagedError, match=f"{file.parent.name}.*has changed"):
-        study.index(with_factors(factors)).query(case.queries)
+        study.index(wf.Dot()).query(case.queries)
 
 
 def test_an_index_that_is_there_needs_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.Dot())
-    expected = study.index(with_factors(factors), wf.Compression(rank=2)).query(case.queries)
+    expected = study.index(wf.Dot(), wf.Compression(rank=2)).query(case.queries)
     monkeypatch.setattr("wherefrom.store.space.free_space", lambda folder: 0)
-    assert torch.equal(
-        study.index(with_factors(factors), wf.Compression(rank=2)).query(case.queries).values, expected.values
-    )
+    again = study.index(wf.Dot(), wf.Compression(rank=2)).query(case.queries)
+    assert torch.equal(again.values, expected.values)
     with pytest.raises(StorageError, match="Not enough space for compressed gradients"):
-        study.index(with_factors(factors), wf.Compression(rank=2), name="other")
+        study.index(wf.Dot(), wf.Compression(rank=2), name="other")
 
 
 def test_what_changes_under_an_open_index_is_refused(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.Dot())
-    options: Any = {"rank": 2, "name": "mine"}
-    index = study.index(factors, **options)
-    study.index(factors, seed=1, **options, overwrite=True)  # rows of the same size
+    first, second = (wf.Compression(rank=2, seed=seed) for seed in (0, 1))
+    index = study.index(wf.Dot(), first, name="mine")
+    study.index(wf.Dot(), second, name="mine", overwrite=True)  # gradients of the same size
     with pytest.raises(MismatchError, match="directions: stored random, seed 1, now random, seed 0"):
         index.query(case.queries)
-    index = study.index(factors, seed=1, **options)
+    index = study.index(wf.Dot(), second, name="mine")
     before = index.query(case.queries)
     weight = next(case.model.parameters())
     for writable in (weight.detach(), weight.data):  # writing to the latter counts as no new version
@@ -232,26 +220,18 @@ def test_a_step_of_a_fused_optimizer_is_a_change(tmp_path: Path) -> None:
 def test_answers_say_which_factors_they_are_of(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    asked: Any = {"queries": case.queries, "k": 3}
-    found = [
-        study.index(with_factors(study.fit(wf.EKFAC(seed=seed), name=f"seed{seed}"))).query(**asked).fingerprint
-        for seed in (0, 1)
-    ]
+    found = [study.index(wf.EKFAC(seed=seed)).query(case.queries, k=3).fingerprint for seed in (0, 1)]
     assert [each["targets"] for each in found] == ["sampled, seed 0", "sampled, seed 1"]
-    whole = study.score(case.queries, with_factors(study.fit(wf.EKFAC(), name="seed0")), keep=wf.Top(3)).fingerprint
+    whole = study.score(case.queries, wf.EKFAC(), keep=wf.Top(3)).fingerprint
     assert whole.items() <= found[0].items()  # and what the index adds
 
 
 def test_random_directions_serve_any_factors(tmp_path: Path) -> None:
     case = mlp_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    found = [
-        study.index(factored(strategy), wf.Compression(directions="random", rank=WHOLE, quantization="float32")).query(
-            case.queries, k=3
-        )
-        for strategy in ("ekfac", "identity")
-    ]
-    assert [each.strategy for each in found] == ["ekfac", "identity"]
+    compression = wf.Compression(rank=WHOLE, quantization="float32")
+    found = [study.index(method, compression).query(case.queries, k=3) for method in (wf.EKFAC(), wf.Dot())]
+    assert [each.method for each in found] == ["ekfac", "dot"]
     assert len(list((tmp_path / "index").iterdir())) == 1
     assert not torch.equal(found[0].values, found[1].values)
 
@@ -259,30 +239,23 @@ def test_random_directions_serve_any_factors(tmp_path: Path) -> None:
 def test_without_curvature_random_directions_are_unbiased(tmp_path: Path) -> None:
     case = mlp_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors, count = study.fit(wf.Dot()), 200
-    total = sum(
-        all_scores(
-            study.index(
-                with_factors(factors),
-                wf.Compression(directions="random", rank=2, quantization="float32", seed=seed),
-                name=f"seed{seed}",
-            ).query(case.queries, k=len(case.train))
-        )
-        for seed in range(count)
-    )
-    expected = study.score(case.queries, with_factors(factors)).values
-    assert relative_error(torch.as_tensor(total) / count, expected) < 0.3  # one alone is off by more than this
+    total, count = torch.zeros(()), 200
+    for seed in range(count):
+        index = study.index(wf.Dot(), wf.Compression(rank=2, quantization="float32", seed=seed))
+        total = total + all_scores(index.query(case.queries, k=len(case.train)))
+    expected = study.score(case.queries, wf.Dot()).values
+    assert relative_error(total / count, expected) < 0.3  # one alone is off by more than this
 
 
-@pytest.mark.parametrize("numbers", ["bfloat16", "int8"])
-def test_fewer_bits_are_off_by_their_rounding(numbers: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["bfloat16", "int8"])
+def test_fewer_bits_are_off_by_their_rounding(quantization: Quantization, tmp_path: Path) -> None:
     torch.manual_seed(0)
     rows = torch.randn(7, 10) * torch.logspace(-6, 6, 7).unsqueeze(1)
     rows[3] = 0
     parts = {"one": slice(0, 4), "other": slice(4, 10)}
-    stored = packed(rows, numbers, parts)  # type: ignore[arg-type]
+    stored = packed(rows, quantization, parts)
     error = (unpacked(stored, torch.float32, parts) - rows).abs()
-    if numbers == "bfloat16":
+    if quantization == "bfloat16":
         assert bool((error <= rows.abs() * 2.0**-8).all())
     else:
         for part in parts.values():
@@ -291,12 +264,11 @@ def test_fewer_bits_are_off_by_their_rounding(numbers: str, tmp_path: Path) -> N
     assert bool((error[3] == 0).all())
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC())
-    few = study.index(with_factors(factors), wf.Compression(rank=4, quantization=numbers))  # type: ignore[arg-type]
-    many = study.index(with_factors(factors), wf.Compression(rank=4, quantization="float32"))
+    few = study.index(wf.EKFAC(), wf.Compression(rank=4, quantization=quantization))
+    many = study.index(wf.EKFAC(), wf.Compression(rank=4, quantization="float32"))
     one, other = (all_scores(each.query(case.queries, k=len(case.train))) for each in (few, many))
     assert 0 < relative_error(one, other) < 0.02
-    assert few.bytes_per_example * (2 if numbers == "bfloat16" else 3) <= many.bytes_per_example
+    assert few.bytes_per_example * (2 if quantization == "bfloat16" else 3) <= many.bytes_per_example
     kept = {name: each for name, each in results(few.path).items() if not name.startswith("projections")}
     taken = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
     assert taken == few.bytes_per_example * len(few)
@@ -305,20 +277,19 @@ def test_fewer_bits_are_off_by_their_rounding(numbers: str, tmp_path: Path) -> N
 def test_reranked_scores_are_exact(tmp_path: Path) -> None:
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors, count = study.fit(wf.EKFAC()), len(case.train)
-    expected = study.score(case.queries, with_factors(factors), keep=wf.Top(10))
-    index = study.index(with_factors(factors), wf.Compression(rank=1, quantization="int8"))
+    expected = study.score(case.queries, wf.EKFAC(), keep=wf.Top(10))
+    index = study.index(wf.EKFAC(), wf.Compression(rank=1))
     plain = index.query(case.queries, k=10)
     assert not torch.equal(plain.train, expected.train)
     before = results(tmp_path)
-    found = index.query(case.queries, k=10, rerank=count)
+    found = index.query(case.queries, k=10, rerank=len(case.train))
     assert torch.equal(found.train, expected.train)  # recall of 1
     assert torch.equal(found.lowest_train, expected.lowest_train)
     assert relative_error(found.values, expected.values) < 1e-12
     assert relative_error(found.lowest_values, expected.lowest_values) < 1e-12
     assert results(tmp_path).keys() == before.keys()
     few = index.query(case.queries, k=2, rerank=5)
-    whole = study.score(case.queries, with_factors(factors)).values
+    whole = study.score(case.queries, wf.EKFAC()).values
     assert relative_error(few.values, whole.gather(1, few.train)) < 1e-12
     candidates = index.query(case.queries, k=5)
     best = whole.gather(1, candidates.train).topk(2).values
@@ -328,21 +299,23 @@ def test_reranked_scores_are_exact(tmp_path: Path) -> None:
 def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC())
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"rank": 0}, "rank=0: expected at least 1"),
         ({"directions": "best"}, "directions='best': expected one of eigenvectors, random"),
-        ({"numbers": "int4"}, "numbers='int4': expected one of"),
-        ({"ranks": 3}, "ranks=3: expected one of"),
-        ({"name": "../up"}, "name="),
+        ({"quantization": "int4"}, "quantization='int4': expected one of float32, bfloat16, int8"),
     ]
-    for options, message in wrong:
+    for fields, message in wrong:
         with pytest.raises(InputError, match=message):
-            study.index(factors, **options)
+            wf.Compression(**fields)
+    with pytest.raises(InputError, match="name="):
+        study.index(wf.EKFAC(), name="../up")
+    for method in (wf.EKFAC(query_rank=2), wf.EKFAC(solver=wf.ConjugateGradients())):
+        with pytest.raises(InputError, match="it compresses gradients itself"):
+            study.index(method)
     with pytest.raises(InputError, match="of 'diagonal' factors, which have none"):
         study.index(wf.Diagonal(), wf.Compression(directions="eigenvectors"))
     assert not (tmp_path / "index").exists()
-    index = study.index(with_factors(factors), wf.Compression(directions="random"))
+    index = study.index(wf.EKFAC())
     for query, message in [
         ({"k": 0}, "k=0: expected at least 1"),
         ({"rerank": 3}, "rerank=3 with k=10: expected at least k"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tests.reference import BruteForce
 from tests.runs import factored, only, with_factors
 from wherefrom.engine.capture import Capture
 from wherefrom.engine.layers import select_layers
-from wherefrom.engine.loading import Loader
+from wherefrom.engine.loading import Examples, Loader
 from wherefrom.runtime.errors import InputError, LayerError, MismatchError
 from wherefrom.tasks.language import LanguageTask
 
@@ -146,18 +145,11 @@ def test_scores_equal_brute_force_and_do_not_depend_on_the_batch(
     layers = list(select_layers(case.model, case.task.layers, case.task.head(case.model)))
     brute = BruteForce(case.model, reference_task(case.task), layers, case.train, case.queries, seed)
     for size in (1, 5, len(case.train)):
-        study = wf.Study(tmp_path / str(size), case.model, case.task, train=case.train)
+        execution = wf.Execution(train_batch_size=size, query_batch_size=min(size, 4))
+        study = wf.Study(tmp_path / str(size), case.model, case.task, train=case.train, execution=execution)
         assert list(study.layers) == layers
         for strategy in STRATEGIES:
-            factors = study.fit(
-                factored(strategy, empirical=seed is None, seed=seed or 0),
-                execution=replace(study.execution, train_batch_size=size),
-            )
-            scores = study.score(
-                case.queries,
-                with_factors(factors),
-                execution=replace(study.execution, train_batch_size=size, query_batch_size=min(size, 4)),
-            )
+            scores = study.score(case.queries, factored(strategy, empirical=seed is None, seed=seed or 0))
             assert relative_error(scores.values, brute.scores(strategy)) < 1e-6, (size, strategy)
 
 
@@ -170,7 +162,7 @@ def test_encoder_and_decoder_of_equal_length_are_told_apart() -> None:
     ]
     counts: dict[str, int] = {}
     layers = select_layers(model, None, task.head(model))
-    with Loader(task, rows, torch.device("cpu")) as loader:
+    with Loader(Examples(rows, task), torch.device("cpu")) as loader:
         batch, padding = loader.load(range(2))
     with Capture(model, layers, lambda name, captured: counts.update({name: captured.tokens})) as capture:
         capture.run(lambda: task.train_loss(model, batch), 2, padding)
@@ -186,18 +178,15 @@ def test_masks_that_cannot_be_told_apart_are_refused() -> None:
             return {**batch, "labels": batch["labels"][:, : batch["input_ids"].shape[1]]}
 
     rows: list[object] = [{"input_ids": [3, 4, 5], "labels": [7]}, {"input_ids": [3], "labels": [7, 8, 9]}]
-    with Loader(Alike(), rows, torch.device("cpu")) as loader, pytest.raises(InputError, match=r"\[3, 3\] tokens"):
+    loader: Any = Loader(Examples(rows, Alike()), torch.device("cpu"))
+    with loader, pytest.raises(InputError, match=r"\[3, 3\] tokens"):
         loader.load(range(2))
 
 
 def test_token_scores_of_an_encoder(tmp_path: Path) -> None:
     case = t5_case()
     study = wf.Study(tmp_path, case.model, wf.Seq2Seq(["encoder.*.[qkvo]", "encoder.*.w[io]"]), train=case.train)
-    factors = study.fit(wf.Dot())
-    tokens, scores = (
-        study.score(case.queries, with_factors(factors), keep=wf.Tokens()),
-        study.score(case.queries, with_factors(factors)),
-    )
+    tokens, scores = study.score(case.queries, wf.Dot(), keep=wf.Tokens()), study.score(case.queries, wf.Dot())
     assert tokens.lengths.tolist() == [len(row["input_ids"]) for row in case.train]  # type: ignore[index]
     assert relative_error(tokens.values.sum(2), scores.values) < 1e-9
     whole = wf.Study(tmp_path / "whole", case.model, wf.Seq2Seq(), train=case.train)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,7 @@ def test_linear_layers_of_one_weight_are_one_layer(tmp_path: Path, both: bool) -
     model, task, rows = Twins(both).double(), wf.Classification(), vectors()
     study = wf.Study(tmp_path, model, task, train=rows)
     assert list(study.layers) == ["one", "last"]
-    found = study.score(rows, wf.Dot(), execution=replace(study.execution, train_batch_size=5)).values
+    found = study.score(rows, wf.Dot(), execution=wf.Execution(train_batch_size=5)).values
     weights = [*model.one.parameters(), *model.last.parameters()]
     each = [
         torch.cat(

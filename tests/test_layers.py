@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,9 @@ from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.capture import Capture, Captured
 from wherefrom.engine.example_gradients import weight_gradients
 from wherefrom.engine.layers import select_layers
+from wherefrom.engine.loading import Examples
+from wherefrom.planning.forms import BankForm
+from wherefrom.scoring.bank import GradientBank
 
 SEED = 5
 
@@ -188,17 +190,11 @@ def test_scores_equal_brute_force(tmp_path: Path, name: str, strategy: str, empi
     """In batches and in one; with query gradients in one and in several blocks."""
     case = CASES[name]()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(
-        factored(strategy, empirical=empirical, seed=SEED), execution=replace(study.execution, train_batch_size=4)
-    )
+    factors = study.fit(factored(strategy, empirical=empirical, seed=SEED), execution=wf.Execution(train_batch_size=4))
     expected = brute_force(name, None if empirical else SEED).scores(strategy)
     for sizes in ((4, 3), (9, 4)):
-        scores = study.score(
-            case.queries,
-            with_factors(factors),
-            name=f"{sizes[0]}",
-            execution=replace(study.execution, train_batch_size=sizes[0], query_batch_size=sizes[1]),
-        )
+        execution = wf.Execution(train_batch_size=sizes[0], query_batch_size=sizes[1])
+        scores = study.score(case.queries, with_factors(factors), name=f"{sizes[0]}", execution=execution)
         assert relative_error(scores.values, expected) < 1e-8
 
 
@@ -208,12 +204,8 @@ def test_token_scores_equal_brute_force(tmp_path: Path, name: str, strategy: str
     """A tied weight's tokens are seen by both of its modules."""
     case, brute = CASES[name](), brute_force(name, None)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    tokens = study.score(
-        case.queries,
-        factored(strategy, empirical=True, damping=0.1),
-        keep=wf.Tokens(),
-        execution=replace(study.execution, train_batch_size=4),
-    )
+    method, execution = factored(strategy, empirical=True, damping=0.1), wf.Execution(train_batch_size=4)
+    tokens = study.score(case.queries, method, keep=wf.Tokens(), execution=execution)
     for query, example in ((0, 0), (2, 7), (3, 8)):
         expected = torch.zeros(int(tokens.lengths[example]), dtype=torch.float64)
         for layer in brute.layers:
@@ -266,9 +258,7 @@ def test_half_precision_is_close(tmp_path: Path, name: str) -> None:
         for each in (case.train, case.queries)
     ]
     study = wf.Study(tmp_path, floats, case.task, train=rows[0])
-    found = study.score(
-        rows[1], wf.KFAC(empirical=True), execution=replace(study.execution, half_precision=True)
-    ).values
+    found = study.score(rows[1], wf.KFAC(empirical=True), execution=wf.Execution(half_precision=True)).values
     assert relative_error(found, brute_force(name, None).scores("kfac")) < 0.05
 
 
@@ -370,9 +360,6 @@ def test_embeddings_of_a_large_vocabulary_take_what_queries_touch(tmp_path: Path
 
 def test_a_bank_adds_up_from_parts(tmp_path: Path) -> None:
     """Queries collected by two banks, zeros elsewhere, and of more ids than there was room for."""
-    from wherefrom.planning.forms import BankForm
-    from wherefrom.scoring.bank import GradientBank
-
     case = embedding_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     preconditioner = study.fit(wf.EKFAC()).preconditioner()
@@ -382,10 +369,8 @@ def test_a_bank_adds_up_from_parts(tmp_path: Path) -> None:
     ]
     batches: dict[str, list[Captured]] = {name: [] for name in study.layers}
     for row in range(5):
-        study._sweep.probe(
-            case.queries, row, lambda model, batch, _: case.task.train_loss(model, batch),
-            lambda layer, captured: batches[layer].append(captured),
-        )  # fmt: skip
+        one = Examples(case.queries, case.task).subset([row])
+        study._sweep.probe(one, lambda layer, captured: batches[layer].append(captured))
     for layer, captured in batches.items():
         for row, each in enumerate(captured):
             banks[2].collect(layer, each, slice(row, row + 1))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import wherefrom as wf
 from tests.models import token_rows
-from wherefrom.engine.loading import Loader, mapped
+from wherefrom.engine.loading import Examples, Loader, mapped
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ class Watched:
 def test_batches_are_those_asked_for_whatever_was_prepared(sizes: list[int]) -> None:
     """Sizes change without notice, as after running out of memory."""
     data, task, position = Watched(30), wf.CausalLM(), 0
-    with Loader(task, data, CPU, ahead=True) as loader:
+    with Loader(Examples(data, task), CPU, ahead=True) as loader:
         for size in sizes:
             rows = range(position, min(position + size, 30))
             if not rows:
@@ -56,14 +56,14 @@ def test_batches_are_those_asked_for_whatever_was_prepared(sizes: list[int]) -> 
 def test_the_next_batch_is_prepared_in_one_thread_only_where_asked() -> None:
     for ahead, threads in ((True, 2), (False, 1), (None, 1)):
         data = Watched(9)
-        with Loader(wf.CausalLM(), data, CPU, ahead) as loader:
+        with Loader(Examples(data, wf.CausalLM()), CPU, ahead) as loader:
             for start in (0, 3, 6):
                 loader.load(range(start, start + 3))
         assert len(data.threads) == threads
 
 
 def test_an_error_of_the_dataset_is_raised_when_its_batch_is_due() -> None:
-    with Loader(wf.CausalLM(), Watched(9, broken=4), CPU, ahead=True) as loader:
+    with Loader(Examples(Watched(9, broken=4), wf.CausalLM()), CPU, ahead=True) as loader:
         loader.load(range(0, 3))
         with pytest.raises(ValueError, match="row 4 is broken"):
             loader.load(range(3, 6))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from wherefrom.scoring.options import Options
 
 import wherefrom as wf
 from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
-from tests.runs import factored, with_factors
+from tests.runs import factored
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.curvature.operators import Operator
 from wherefrom.engine.capture import Captured
@@ -23,8 +22,8 @@ from wherefrom.engine.layers import select_layers
 from wherefrom.planning.forms import BankForm, truncated
 from wherefrom.runtime.memory import Workspace
 from wherefrom.scoring.bank import GradientBank
-from wherefrom.scoring.rescoring import rescore
-from wherefrom.store.cache import BlockStages, Stages
+from wherefrom.store.artifacts import stored_matrices
+from wherefrom.store.cache import Blocks, Unfinished
 
 CPU = torch.device("cpu")
 
@@ -35,9 +34,8 @@ def test_a_rank_that_is_enough_changes_nothing(tmp_path: Path, make: CaseMaker, 
     """Layers that would take more memory as two matrices stay whole; others have no more directions than the rank."""
     case = make(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(factored(strategy))
-    expected = study.score(case.queries, with_factors(factors)).values
-    found = study.score(case.queries, with_factors(factors, query_rank=100), name="low")
+    expected = study.score(case.queries, factored(strategy)).values
+    found = study.score(case.queries, factored(strategy, query_rank=100))
     assert relative_error(found.values, expected) < 1e-9
     assert found.query_errors is not None
     assert float(found.query_errors.max()) < 1e-6
@@ -48,12 +46,8 @@ def test_scores_of_low_rank_are_those_of_the_best_approximation(tmp_path: Path, 
     """numpy's singular value decomposition of each preconditioned gradient, found by brute force."""
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(factored(strategy, empirical=True))
-    scores = study.score(
-        case.queries,
-        with_factors(factors, query_rank=1, damping=0.1),
-        execution=replace(study.execution, train_batch_size=5),
-    )
+    method = factored(strategy, empirical=True, query_rank=1, damping=0.1)
+    scores = study.score(case.queries, method, execution=wf.Execution(train_batch_size=5))
     layers = list(select_layers(case.model, case.task.layers))
     brute = BruteForce(case.model, case.task, layers, case.train, case.queries)
     expected = torch.zeros(len(case.queries), len(case.train), dtype=torch.float64)
@@ -133,14 +127,11 @@ def test_the_highest_scores_are_computed_again_at_full_rank(tmp_path: Path, monk
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 1)
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC())
-    exact = study.score(case.queries, with_factors(factors)).values
-    low = study.score(case.queries, with_factors(factors, query_rank=1), name="low").values
+    exact = study.score(case.queries, wf.EKFAC()).values
+    low = study.score(case.queries, wf.EKFAC(query_rank=1)).values
     for budget, name in ((None, "again"), (1e-9, "query-by-query")):
-        small = wf.Study(
-            tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=budget)
-        )
-        found = small.score(case.queries, with_factors(factors, query_rank=1, rescore=4), name=name)
+        method, execution = wf.EKFAC(query_rank=1, rescore=4), wf.Execution(memory_budget=budget)
+        found = study.score(case.queries, method, name=name, execution=execution)
         chosen = low.topk(4, dim=1).indices
         assert relative_error(found.values.gather(1, chosen), exact.gather(1, chosen)) < 1e-9
         rest = torch.ones_like(low).scatter(1, chosen, 0).bool()
@@ -149,34 +140,56 @@ def test_the_highest_scores_are_computed_again_at_full_rank(tmp_path: Path, monk
         assert found.changes is not None
         assert relative_error(found.changes, exact.gather(1, chosen) - low.gather(1, chosen)) < 1e-9
     loaded = wf.Scores.load(tmp_path / "scores" / "again")
-    assert "rank" in loaded.fingerprint["query rank"] and loaded.changes is not None
-    with pytest.raises(wf.WherefromError, match="query rank: stored 1, the top 4 at full rank, now full"):
-        study.score(case.queries, with_factors(factors), name="again")
+    assert loaded.fingerprint["query rank"] == "1, the top 4 whole" and loaded.changes is not None
+    with pytest.raises(wf.WherefromError, match="query rank: stored 1, the top 4 whole, now nothing"):
+        study.score(case.queries, wf.EKFAC(), name="again")
 
 
-def test_blocks_that_were_rescored_for_other_low_rank_scores_are_not_taken_up(tmp_path: Path) -> None:
+def test_an_interrupted_rescore_keeps_to_the_scores_that_it_has_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After an interrupt low-rank scores may be found anew, by other batches, and rounding decides between equals."""
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 300)  # some examples of five queries
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 1)
     case = gpt2_case(torch.float64)
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC())
-    exact = study.score(case.queries, with_factors(factors)).values
-    scoring = study._kept(case.queries, factors, Options(query_rank=1, rescore=1)).scoring
-    stages = BlockStages(Stages(tmp_path / "blocks", {}, study.profile), len(case.train))
-    for best in (3, 5):
-        low = torch.zeros_like(exact)
-        low[:, best] = 1
-        rescore(scoring, low, stages)
-        assert relative_error(low[:, best], exact[:, best]) < 1e-9
+    execution = wf.Execution(train_batch_size=5)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=execution)
+    exact = study.score(case.queries, wf.EKFAC()).values
+    low = study.score(case.queries, wf.EKFAC(query_rank=1)).values
+    best, rewritten = 0, 0
+    change = Blocks._changed
+
+    def highest(result: Unfinished, count: int) -> dict[str, Tensor]:
+        values = stored_matrices(result.part)["values"][:, best : best + count]
+        return {"positions": torch.full_like(values, best).long(), "values": values}
+
+    def changed(*arguments: Any) -> Any:
+        nonlocal rewritten
+        rewritten += 1
+        if rewritten == 2:
+            raise KeyboardInterrupt
+        return change(*arguments)
+
+    monkeypatch.setattr("wherefrom.scoring.rescoring._highest", highest)
+    monkeypatch.setattr(Blocks, "_changed", changed)
+    method = wf.EKFAC(query_rank=1, rescore=1)
+    with pytest.raises(KeyboardInterrupt):
+        study.score(case.queries, method)
+    best = len(case.train) - 1
+    found = study.score(case.queries, method)
+    expected = torch.cat([exact[:, :1], low[:, 1:]], 1)
+    assert relative_error(low, expected) > 1e-3
+    assert relative_error(found.values, expected) < 1e-9
+    assert found.changes is not None
+    assert relative_error(found.changes, (exact - low)[:, :1]) < 1e-9
 
 
 def test_low_rank_in_half_precision(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC())
-    full = study.score(case.queries, with_factors(factors, query_rank=2)).values
-    half = study.score(
-        case.queries, with_factors(factors, query_rank=2), execution=replace(study.execution, half_precision=True)
-    ).values
+    method = wf.EKFAC(factors=study.fit(wf.EKFAC()), query_rank=2)
+    full = study.score(case.queries, method).values
+    half = study.score(case.queries, method, execution=wf.Execution(half_precision=True)).values
     assert 0 < relative_error(half, full) < 0.1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ import wherefrom as wf
 from tests.models import Case, gpt2, mlp_case, relative_error, token_rows
 from tests.runs import labels
 from wherefrom.methods.magic.replay import KeptStates, Replay
-from wherefrom.runtime.distributed import Ranks
-from wherefrom.runtime.errors import InputError, LossError, MismatchError, RankError
+from wherefrom.runtime.errors import InputError, LossError, MismatchError
 from wherefrom.tasks.losses import IGNORED
 
 Training = wf.ReplayableTraining[Any]
@@ -139,14 +138,14 @@ def magic_scores(
     training: wf.ReplayableTraining[Any],
     queries: Sequence[object],
     *,
-    queries_at_once: int | None = None,
+    query_batch_size: int | None = None,
     checkpoint_seconds: float = 60.0,
     name: str | None = None,
     overwrite: bool = False,
     **fields: Any,
 ) -> wf.Scores:
     """The scores of a training, of a study of it."""
-    execution = wf.Execution(query_batch_size=queries_at_once, checkpoint_seconds=checkpoint_seconds, progress=False)
+    execution = wf.Execution(query_batch_size=query_batch_size, checkpoint_seconds=checkpoint_seconds, progress=False)
     study = wf.Study(path, training.model, training.task, train=training.train, execution=execution)
     return study.score(queries, wf.Magic(training=training, **fields), name=name, overwrite=overwrite)
 
@@ -203,7 +202,7 @@ def test_queries_together_are_as_one_at_a_time(tmp_path: Path) -> None:
     for number, query in enumerate(case.queries):
         alone = magic_scores(tmp_path / f"{number}", training_of(case), [query]).values
         assert relative_error(alone[0], together[number]) < 1e-12
-    in_parts = magic_scores(tmp_path / "parts", training_of(case), case.queries, queries_at_once=2).values
+    in_parts = magic_scores(tmp_path / "parts", training_of(case), case.queries, query_batch_size=2).values
     assert relative_error(in_parts, together) < 1e-12
 
 
@@ -292,7 +291,7 @@ def test_scores_of_another_training_are_refused(tmp_path: Path) -> None:
     replaced = magic_scores(tmp_path, other, case.queries, name="mine", overwrite=True)
     beside = magic_scores(tmp_path, training_of(case), case.queries)
     assert torch.equal(beside.values, first.values)
-    assert replaced.strategy == "magic"
+    assert replaced.method == "magic"
     assert not torch.equal(first.values, replaced.values)
 
 
@@ -381,18 +380,10 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
         wf.metasmoothness(training, step=0)
     with pytest.raises(InputError, match="queries is empty"):
         magic_scores(tmp_path, training, [])
-    impossible = {"branching": 1, "queries_at_once": 0, "name": "../elsewhere"}
+    impossible = {"branching": 1, "query_batch_size": 0, "name": "../elsewhere"}
     for name, value in impossible.items():
         with pytest.raises(InputError, match=name):
             magic_scores(tmp_path, training, case.queries, **{name: value})
-
-
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = mlp_case()
-    training = training_of(case)
-    monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 2))
-    with pytest.raises(RankError, match="2 processes"):
-        magic_scores(tmp_path, training, case.queries)
 
 
 def test_a_training_that_diverges_is_named(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ class Study(Generic[Batch]):
         checked_length("queries", queries)
         with self._work("score"):
             context = self._context(execution)
-            return (method or EKFAC()).score(context, queries, keep or Pairs(), name, overwrite)
+            return _checked(method).score(context, queries, keep or Pairs(), name, overwrite)
 
     def fit(
         self,
@@ -202,7 +202,7 @@ class Study(Generic[Batch]):
             WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
         """
         with self._work("fit"):
-            return (method or EKFAC()).fit(self._context(execution), name, overwrite)
+            return _checked(method).fit(self._context(execution), name, overwrite)
 
     def plan(
         self,
@@ -221,7 +221,7 @@ class Study(Generic[Batch]):
             InputError: there are no queries, or the method has no plan.
         """
         checked_length("queries", queries)
-        return (method or EKFAC()).plan(self._context(execution), queries, keep or Pairs())
+        return _checked(method).plan(self._context(execution), queries, keep or Pairs())
 
     def self_influence(
         self,
@@ -246,7 +246,7 @@ class Study(Generic[Batch]):
             WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
         """
         with self._work("self_influence"):
-            return (method or EKFAC()).self_influence(self._context(execution), name, overwrite)
+            return _checked(method).self_influence(self._context(execution), name, overwrite)
 
     def index(
         self,
@@ -356,3 +356,14 @@ class Study(Generic[Batch]):
         for name, value in found.items():
             self._sweep.ranks.check_alike(name, value)
         return found
+
+
+def _checked(method: Method | None) -> Method:
+    """A method that was given, or EK-FAC.
+
+    Raises:
+        InputError: it is none.
+    """
+    if method is not None and not isinstance(method, Method):
+        raise InputError(f"method={method!r}: expected a method, such as EKFAC(), or None for that.")
+    return method or EKFAC()

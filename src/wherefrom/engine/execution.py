@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wherefrom.runtime.errors import InputError
-from wherefrom.runtime.memory import checked_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +43,10 @@ class Execution:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        checked_batch_size(self.query_batch_size)
-        checked_batch_size(self.train_batch_size)
+        for name in ("query_batch_size", "train_batch_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise InputError(f"{name}={size}: expected at least 1, or None to find one.")
         if self.memory_budget is not None and not 0 < self.memory_budget < 2**40:
             raise InputError(f"memory_budget={self.memory_budget}: expected a number of GiB above 0, or None.")
 

@@ -97,6 +97,28 @@ class Factored(Approximation, Coordinates, Method):
                 f"{self.strategy!r}."
             )
 
+    def check(self, keep: Keep[Any], half_precision: bool) -> None:
+        super().check(keep, half_precision)
+        keeps_self = isinstance(keep, Pairs) and keep.self_influence
+        if self.solver is not None:
+            given = {"half_precision=True": half_precision, "self_influence=True": keeps_self}
+            for name in (name for name, used in given.items() if used):
+                raise InputError(
+                    f"{name} with a solver, whose solutions are whole, in the model's type, and of queries alone. "
+                    "Leave one of them out."
+                )
+        if self.rescore and not (isinstance(keep, Tokens) or keep == Pairs() or keep == Pairs(self_influence=True)):
+            raise InputError(
+                f"rescore={self.rescore} with keep={keep!r}: it replaces single scores of all pairs. Leave one of them "
+                "out."
+            )
+        if self.compressed and isinstance(keep, Aggregated) and keep.queries:
+            name = "query_rank" if self.query_rank is not None else "query_bits"
+            raise InputError(
+                f"{name}={getattr(self, name)} with keep={keep!r}: the sum of all query gradients is one gradient, "
+                f"which fits whole. Leave {name} out."
+            )
+
     def fit(self, context: Context[Any], name: str | None = None, overwrite: bool = False) -> Factors:
         """Factors of the study's training examples, loaded or fitted; those that were given, as they are."""
         if self.factors is not None:
@@ -138,7 +160,6 @@ class Factored(Approximation, Coordinates, Method):
         )
 
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
-        self._check_together(context, keep)
         factors = self.fit(context)
         scoring = self.scoring(context, queries, factors, keep)
         compute = self._computation(context, scoring, keep)
@@ -199,28 +220,6 @@ class Factored(Approximation, Coordinates, Method):
             "precision": str(context.sweep.precision),
             **self.approximation_settings(),
         }
-
-    def _check_together(self, context: Context[Any], keep: Keep[Any]) -> None:
-        """Refuse what does not go together."""
-        keeps_self = isinstance(keep, Pairs) and keep.self_influence
-        if self.solver is not None:
-            given = {"half_precision=True": context.sweep.execution.half_precision, "self_influence=True": keeps_self}
-            for name in (name for name, used in given.items() if used):
-                raise InputError(
-                    f"{name} with a solver, whose solutions are whole, in the model's type, and of queries alone. "
-                    "Leave one of them out."
-                )
-        if self.rescore and not (isinstance(keep, Tokens) or keep == Pairs() or keep == Pairs(self_influence=True)):
-            raise InputError(
-                f"rescore={self.rescore} with keep={keep!r}: it replaces single scores of all pairs. Leave one of them "
-                "out."
-            )
-        if self.compressed and isinstance(keep, Aggregated) and keep.queries:
-            name = "query_rank" if self.query_rank is not None else "query_bits"
-            raise InputError(
-                f"{name}={getattr(self, name)} with keep={keep!r}: the sum of all query gradients is one gradient, "
-                f"which fits whole. Leave {name} out."
-            )
 
     def remark(self, result: Result | TokenScores) -> str | None:
         if self.solver is None or isinstance(result, TokenScores) or result.residuals is None:

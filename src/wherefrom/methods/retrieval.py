@@ -14,7 +14,7 @@ from wherefrom.methods.factored import EKFAC, Factored
 from wherefrom.methods.method import Context, Job, Method, dense
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.keep import Keep, Pairs, Top
-from wherefrom.scoring.rescoring import checked_candidates, exact_scores
+from wherefrom.scoring.rescoring import checked_positions, exact_scores
 from wherefrom.scoring.results import extremes
 from wherefrom.store.cache import Unfinished
 from wherefrom.store.fingerprint import tensors_digest
@@ -46,13 +46,22 @@ class TwoStage(Method):
     def __post_init__(self) -> None:
         if self.candidates < 1:
             raise InputError(f"candidates={self.candidates}: expected at least 1.")
+        if not isinstance(self.then, Factored):
+            raise InputError(f"then={self.then!r}: expected a method with factors, such as EKFAC().")
         if self.then.compressed:
-            raise InputError(f"then={self.then}: candidates are scored with whole gradients. Leave the rest out.")
+            raise InputError(
+                f"then={self.then}: candidates are scored with whole gradients. Leave out query_rank, query_bits and "
+                "rescore."
+            )
+
+    def check(self, keep: Keep[Any], half_precision: bool) -> None:
+        super().check(keep, half_precision)
+        self.then.check(Pairs(), half_precision)
 
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
-        factors, train = self.then.fit(context), len(context.train)
+        positions, train = self._positions(context, queries), len(context.train)
+        factors = self.then.fit(context)
         scoring = self.then.scoring(context, queries, factors)
-        positions = checked_candidates(self._named(context, queries), len(queries), train)
 
         def compute(result: Unfinished) -> Mapping[str, Tensor]:
             exact = exact_scores(scoring, positions, result.parts.parts("candidates"))
@@ -71,12 +80,14 @@ class TwoStage(Method):
         settings = {"then": self.then.name, **self.then.settings(context, factors), "candidates": wanted}
         return Job(f"{self.then.name}-candidates", settings, compute)
 
-    def _named(self, context: Context[Any], queries: Examples[Any]) -> Tensor:
-        """The first method's candidates."""
-        if isinstance(self.first, Tensor):
-            return self.first
-        count = min(self.candidates, len(context.train))
+    def _positions(self, context: Context[Any], queries: Examples[Any]) -> Tensor:
+        """Each query's candidates, [queries, candidates]."""
+        train = len(context.train)
+        if not isinstance(self.first, Method):
+            return checked_positions(self.first, len(queries), train)
+        count = min(self.candidates, train)
         if self.first.streams:
-            return self.first.score(context, queries.dataset, Top(count)).train
-        values = self.first.score(context, queries.dataset, Pairs()).values
-        return values.topk(count, dim=1).indices
+            found = self.first.score(context, queries.dataset, Top(count)).train
+        else:
+            found = self.first.score(context, queries.dataset, Pairs()).values.topk(count, dim=1).indices
+        return found.sort(1).values

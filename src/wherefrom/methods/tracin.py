@@ -44,6 +44,10 @@ class TracIn(Method):
 
     name: ClassVar[str] = "tracin"
 
+    def check(self, keep: Keep[Any], half_precision: bool) -> None:
+        super().check(keep, half_precision)
+        self.scored.check(Pairs(), half_precision)
+
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         checkpoints = chosen_checkpoints(context, self.checkpoints)
         paths, weights = named_paths(checkpoints), self._weights(checkpoints)

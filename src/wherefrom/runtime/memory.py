@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from wherefrom.runtime.errors import InputError, MemoryLimitError, first_line
+from wherefrom.runtime.errors import MemoryLimitError, first_line
 from wherefrom.runtime.placement import is_sharded_tensor
 
 # Enough tokens a batch to fill the matrix units; more only costs memory.
@@ -142,13 +142,6 @@ def halved(tried: Sequence[int], smallest: int, sweep: str, reason: str, device:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return max(smallest, batch_size // 2)
-
-
-def checked_batch_size(batch_size: int | None) -> int | None:
-    """A batch size from a caller: None, or at least one."""
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"A batch size of {batch_size} is impossible: expected at least 1, or None to find one.")
-    return batch_size
 
 
 class SavedBytes:

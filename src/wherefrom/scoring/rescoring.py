@@ -87,26 +87,29 @@ def exact_scores(scoring: Scoring[Batch], positions: Tensor, parts: Cache) -> di
     return {"values": scores} | ({"residuals": torch.cat(residuals)} if residuals else {})
 
 
-def checked_candidates(candidates: Tensor, queries: int, train: int) -> Tensor:
+def checked_positions(given: Tensor, queries: int, train: int) -> Tensor:
     """Training positions [queries, candidates] in ascending order.
 
     Raises:
         InputError: they are none, or of other queries.
     """
-    expected = f"expected training positions, whole numbers [{queries}, candidates], such as scores.topk(100).indices."
+    expected = (
+        f"expected a method, or training positions, whole numbers [{queries}, candidates], such as "
+        "scores.values.topk(100).indices."
+    )
     try:
-        found = torch.as_tensor(candidates).cpu()
+        found = torch.as_tensor(given).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"candidates: no tensor ({first_line(error)}); {expected}") from error
+        raise InputError(f"first: no tensor ({first_line(error)}); {expected}") from error
     whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
     if not whole or found.dim() != 2 or len(found) != queries or not found.shape[1]:
-        raise InputError(f"candidates: {type_name(found.dtype)} {list(found.shape)}; {expected}")
+        raise InputError(f"first: {type_name(found.dtype)} {list(found.shape)}; {expected}")
     found = found.long().sort(1).values
     if int(found.min()) < 0 or int(found.max()) >= train:
         raise InputError(
-            f"candidates: positions from {int(found.min())} to {int(found.max())}; expected 0 to {train - 1}, "
+            f"first: positions from {int(found.min())} to {int(found.max())}; expected 0 to {train - 1}, "
             "those of the training examples."
         )
     if bool((found[:, 1:] == found[:, :-1]).any()):
-        raise InputError("candidates: a query has a training position twice; expected each once in a row.")
+        raise InputError("first: a query has a training position twice; expected each once in a row.")
     return found

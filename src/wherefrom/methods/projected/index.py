@@ -58,12 +58,14 @@ class GradientIndex(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.runtime.errors`; finished shards stay valid.
         """
+        if not isinstance(method, Factored):
+            raise InputError(f"method={method!r}: expected one with factors, such as EKFAC().")
+        if method.solver is not None or method.compressed:
+            raise InputError(f"index of {method}: it compresses gradients itself. Leave all but the factors out.")
         check_result_name(name)
         factors = method.fit(context)
         if factors.roots:
             raise InputError("factors are conditioned, and an index is not: fit factors without a conditioning.")
-        if method.solver is not None or method.compressed:
-            raise InputError(f"index of {method}: it compresses gradients itself. Leave all but the factors out.")
         sweep = context.sweep
         projections = compression.projections(sweep.layers, factors)
         precision = {"precision": str(sweep.precision)}

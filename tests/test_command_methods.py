@@ -12,7 +12,7 @@ from wherefrom.cli.methods import ALL, FACTORED, default, flags, subcommands, wi
 from wherefrom.methods import METHODS
 from wherefrom.runtime.errors import InputError
 
-FITTED = {"empirical": True, "seed": 3}
+FITTED: dict[str, object] = {"empirical": True, "seed": 3}
 
 
 def said(*words: str, kinds: Any = ALL, fitted: dict[str, object] | None = None) -> wf.Method:

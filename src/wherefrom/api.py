@@ -24,7 +24,7 @@ from wherefrom.methods.source import Source
 from wherefrom.methods.tracin import TracIn
 from wherefrom.runtime.distributed import join_ranks
 from wherefrom.runtime.errors import WherefromError
-from wherefrom.scoring.keep import Aggregated, Pairs, Tokens, Top
+from wherefrom.scoring.keep import Aggregated, Keep, Pairs, Tokens, Top
 from wherefrom.scoring.results import Hit, Scores, TopScores
 from wherefrom.scoring.tokens import TokenScores
 from wherefrom.store.recording import RecordedCheckpoint, read_recording
@@ -58,6 +58,7 @@ __all__ = [
     "Fisher",
     "GradientIndex",
     "Hit",
+    "Keep",
     "LoGra",
     "Magic",
     "MaskedLM",

@@ -92,11 +92,12 @@ def study_of(run: Path, setting: Setting) -> wf.Study[Any]:
     return wf.Study(run, setting.model, setting.task, train=setting.train, history=history, execution=execution)
 
 
-def result(run: Path, setting: Setting, method: wf.Method, keep: Any = None) -> Any:
+def result(run: Path, setting: Setting, method: wf.Method, keep: wf.Keep[Any] | None = None) -> Result:
     """What a study of the setting returns."""
     keep = wf.Pairs() if keep is None else keep
     study = study_of(run, setting)
-    return study.score(setting.queries, method, keep=keep, name=setting.name, overwrite=setting.overwrite)
+    found: Result = study.score(setting.queries, method, keep=keep, name=setting.name, overwrite=setting.overwrite)
+    return found
 
 
 def factored(strategy: str, setting: Setting, **fields: Any) -> wf.Factored:
@@ -145,14 +146,14 @@ def candidates(setting: Setting) -> Tensor:
 def of_candidates(run: Path, setting: Setting) -> Result:
     method = wf.TwoStage(first=candidates(setting), then=factored("ekfac", setting))
     found = result(run, setting, method, wf.Top(len(setting.train)))
+    assert isinstance(found, wf.TopScores)
     dense = torch.zeros(len(setting.queries), len(setting.train), dtype=found.values.dtype)
     assert torch.equal(found.values, found.values.sort(1, descending=True).values)
     return dense.scatter_(1, found.train, found.values)
 
 
 def of_tokens(run: Path, setting: Setting) -> Result:
-    found: wf.TokenScores = result(run, setting, factored("ekfac", setting), wf.Tokens())
-    return found
+    return result(run, setting, factored("ekfac", setting), wf.Tokens())
 
 
 def self_influence(run: Path, setting: Setting) -> Result:

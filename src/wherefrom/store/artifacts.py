@@ -115,8 +115,8 @@ class Artifact:
             fresh: this process has just written them, and knows their digest.
         """
         manifest = read_manifest(self.path)
-        tensors, digest, _ = _read_tensors(self.path / _TENSORS, fresh)
-        if digest != manifest["sha256"]:
+        tensors, digest, header = _read_tensors(self.path / _TENSORS, fresh)
+        if manifest != {**header, _DIGEST: digest}:
             raise damaged(self.path / _TENSORS, "it belongs to another manifest")
         if manifest["matrices"]:
             found = stored_matrices(self.path)

@@ -69,7 +69,7 @@ class Artifact:
     @property
     def part(self) -> Path:
         """Where it is written before it has its name."""
-        return self.path.with_name(self.path.name + ".part")
+        return within(self.path.parent, f"{self.path.name}.part")
 
     def save(
         self, tensors: Mapping[str, Tensor], details: Mapping[str, object] | None = None, matrices: str = ""

@@ -14,7 +14,7 @@ WITHOUT_TORCH := --config-file requirements/uv.toml --constraint requirements/to
 # What torch needs on any machine stands in the other locks, at their versions.
 CUDA_ONLY := $(addprefix --no-emit-package ,filelock fsspec jinja2 markupsafe mpmath networkx setuptools sympy typing-extensions)
 # Tests that call other libraries most, some two minutes of them, for the lowest versions.
-LOWEST_TESTS := $(patsubst %,tests/test_%.py,supply text huggingface recording checkpoints calculator cli baselines plots)
+LOWEST_TESTS := $(patsubst %,tests/test_%.py,supply text huggingface recording checkpoints calculator cli baselines plots attacks)
 # The demo as `make wheel` runs it; DEMO= runs the whole.
 DEMO := --num_train_epochs 1 --max_train_examples 200 --max_query_examples 20
 

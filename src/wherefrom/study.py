@@ -31,6 +31,7 @@ from wherefrom.runtime.memory import within_memory
 from wherefrom.scoring.keep import Keep, Kept_co, Pairs
 from wherefrom.scoring.results import Result, Scores
 from wherefrom.scoring.tokens import TokenScores
+from wherefrom.store.files import is_plain, within
 from wherefrom.store.fingerprint import (
     LEFT_OUT,
     MODEL,
@@ -316,7 +317,9 @@ class Study(Generic[Batch]):
             check_about(scores.fingerprint, {MODEL: model_digest(self._sweep.model)})
         if path is None:
             called = scores.name or result_name(scores.fingerprint.get("method", "scores"), scores.fingerprint)
-            path = self.path / "reports" / f"{called}.html"
+            # Either can come from somebody else's file, and lead elsewhere.
+            called = called if is_plain(called) else result_name("scores", scores.fingerprint)
+            path = within(self.path, "reports", f"{called}.html")
         path = Path(path)
         page = render_report(
             title=f"Where from? {self.path.name}",

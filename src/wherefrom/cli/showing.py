@@ -18,6 +18,7 @@ from wherefrom.report.text import top_tables
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.results import Scores, TopScores, load_scores
 from wherefrom.scoring.tokens import INDEX, TokenScores
+from wherefrom.store.files import within
 from wherefrom.store.locks import run_lock
 
 console = Console()
@@ -67,7 +68,7 @@ def report(run: Run, *, name: str | None = None, k: int = 10, output: Path | Non
         figures=load_figures(run, scores.fingerprint),
         k=k,
     )
-    output = output or run / "reports" / f"{folder.name}.html"
+    output = output or within(run, "reports", f"{folder.name}.html")
     with run_lock(run):
         write_page(output, page)
     console.print(f"The report is {output}", soft_wrap=True)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Literal
 
 from wherefrom.engine.execution import Execution
@@ -42,6 +44,11 @@ if TYPE_CHECKING:
 
 SOURCES = "sources.json"
 _FORMAT = 3
+# The entries of the file, those of its texts among them.
+_TYPES: dict[str, type | UnionType] = {
+    "model": str, "layers": list | None, "empirical": bool, "seed": int, "history": str | None,
+    "source": str, "split": str, "column": str | None, "unit": str, "length": int,
+}  # fmt: skip
 _FIT_AGAIN = "Delete it and run `wherefrom fit` again; it finds the factors that are there."
 _SCORE_AGAIN = "Delete it and run `wherefrom score` again; it finds the scores that are there."
 
@@ -118,12 +125,10 @@ class RunSources:
         if found.pop("format", None) != _FORMAT:
             raise DamagedError(f"{file} is another version's. {advice}")
         try:
-            queries = found.pop("queries")
-            return cls(
-                train=TextSource(**found.pop("train")),
-                queries=None if queries is None else TextSource(**queries),
-                **found,
-            )
+            train, queries = found.pop("train"), found.pop("queries")
+            for values in (found, train, queries or {}):
+                _check_types(values)
+            return cls(train=TextSource(**train), queries=None if queries is None else TextSource(**queries), **found)
         except (KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{file} cannot be read ({error}). {advice}") from error
 
@@ -177,6 +182,13 @@ class RunSources:
             "since they were scored: put them back, or fit and score again.",
         )
         return queries, train, tokenizer
+
+
+def _check_types(values: Mapping[str, object]) -> None:
+    """Refuse entries of another type than they were written with."""
+    for name, value in values.items():
+        if not isinstance(value, _TYPES.get(name, object)):
+            raise TypeError(f"{name} is {value!r}")
 
 
 def chosen_scores(run: Path, name: str | None) -> Path:

@@ -31,7 +31,7 @@ from wherefrom.evaluate.retrainings import (
 )
 from wherefrom.runtime.errors import InputError, LossError, TrainingError
 from wherefrom.runtime.progress import progress_bar
-from wherefrom.store.files import remove
+from wherefrom.store.files import remove, within
 from wherefrom.store.fingerprint import Fingerprint
 from wherefrom.store.locks import DirectoryLock
 
@@ -177,7 +177,7 @@ def retrain_pairs(
         raise InputError(f"seed {wrong[0]!r} is a {type(wrong[0]).__name__}: expected integers of 64 bits.")
     if workers > 1:
         check_may_start_workers()
-    masks, path = masks.detach().cpu(), Path(path)
+    masks, path = masks.detach().cpu(), within(Path(path).parent, Path(path).name)
     keys = [retraining_key(masks[subset], seed) for subset, seed in pairs]
     wanted: dict[str, tuple[int, int]] = {}
     for key, pair in zip(keys, pairs, strict=True):

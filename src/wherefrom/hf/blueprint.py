@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from wherefrom.engine.layers import TrackedLayer, select_layers
 from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Sweep
+from wherefrom.hf.refusals import refuse_kernels
 from wherefrom.hf.text import local_path
 from wherefrom.runtime.errors import InputError, first_line, require
 from wherefrom.runtime.memory import Footprint
@@ -130,6 +131,7 @@ def model_without_weights(name: str, dtype: torch.dtype) -> Any:
             f"model={name!r}: expected one of {', '.join(PRESETS)}, a model directory, or the path of a config.json "
             "(a hub model's is enough; its weights are not needed)."
         )
+    refuse_kernels(name, config)
     layers = getattr(config, "num_hidden_layers", 1)
     if not isinstance(layers, int) or not 0 < layers <= _MOST_LAYERS:  # each is built, even if only on paper
         raise InputError(f"model={name!r}: its configuration has {layers} layers; expected 1 to {_MOST_LAYERS}.")

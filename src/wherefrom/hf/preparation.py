@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from wherefrom.hf.text import read_dataset
-from wherefrom.runtime.errors import InputError, require
+from wherefrom.runtime.errors import InputError, first_line, require
 from wherefrom.store.fingerprint import Dataset
 from wherefrom.tasks.losses import IGNORED
 
@@ -94,7 +94,15 @@ class Preparation:
         lacking = next((name for name in columns if example.get(name) is None), None)
         if lacking is not None:
             raise InputError(f"Row {number} of the dataset has no {lacking!r}; leave it out.")
-        encoded = encode(self, example, number)
+        try:
+            encoded = encode(self, example, number)
+        except InputError:
+            raise
+        except Exception as error:  # whatever tokenizers, chat templates and json make of rows that are not theirs
+            raise InputError(
+                f"Row {number} of the dataset makes no tokens ({type(error).__name__}: {first_line(error)}). "
+                f"Check its columns {', '.join(columns)}, and the tokenizer's chat template."
+            ) from error
         if not encoded["input_ids"]:
             raise InputError(f"Row {number} of the dataset has no token; leave it out.")
         cut = {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from wherefrom.hf.preparation import Examples, Preparation, Target
+from wherefrom.hf.refusals import ADAPTER, refuse_imports
 from wherefrom.hf.text import load_config, load_model, load_tokenizer, local_path
 from wherefrom.runtime.distributed import join_ranks
 from wherefrom.runtime.errors import InputError, first_line, require
@@ -25,7 +26,6 @@ from wherefrom.tasks.task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_ADAPTER = "adapter_config.json"
 # What LoRA trains; the layers that it adapts are frozen.
 _ADAPTER_LAYERS = ("*.lora_A.*", "*.lora_B.*")
 
@@ -114,7 +114,7 @@ def study_from_pretrained(
     model = load_model(name, kind.auto_class)
     task = task or _default_task(kind, config)
     if base is not None:
-        model = require("peft", "lora").PeftModel.from_pretrained(model, str(folder)).eval()
+        model = _with_adapter(model, folder)
         if task.layers is None:
             task = copy.copy(task)
             task.layers = _ADAPTER_LAYERS
@@ -200,13 +200,25 @@ def _adapted_model(folder: str | Path) -> str | None:
     """The model that an adapter belongs to; None where there is no folder with an adapter."""
     if isinstance(folder, Path) and not folder.is_dir():
         raise InputError(f"folder={str(folder)!r}: no such directory; expected a checkpoint that a Trainer has saved.")
-    file = local_path(str(folder)) / _ADAPTER
+    file = local_path(str(folder)) / ADAPTER
     if not file.is_file():
         return None
+    refuse_imports(file.parent)
     base = read_json(file, "Save the adapter again.").get("base_model_name_or_path")
     if not base:
         raise InputError(f"{file}: does not name the model that the adapter belongs to (base_model_name_or_path).")
     return str(base)
+
+
+def _with_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
+    peft = require("peft", "lora")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    except Exception as error:  # whatever peft, torch and safetensors make of files that are not theirs
+        raise InputError(
+            f"{folder}: not an adapter of its model ({type(error).__name__}: {first_line(error)}). Save the adapter "
+            "there again, with save_pretrained."
+        ) from error
 
 
 def _tokenizer(names: list[str]) -> PreTrainedTokenizerBase | None:

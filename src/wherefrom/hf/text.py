@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wherefrom.hf.refusals import refuse_imports, refuse_kernels
 from wherefrom.runtime.errors import InputError, first_line, require
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_config(name: str) -> PreTrainedConfig:
     """Load the configuration of a model directory or hub name, with the errors of `load_tokenizer`."""
     config: PreTrainedConfig = _pretrained("AutoConfig", name)
+    refuse_kernels(name, config)
     return config
 
 
@@ -157,7 +159,8 @@ def load_model(name: str, auto_class: str = "AutoModelForCausalLM") -> PreTraine
     As the class of transformers does, which would keep the checkpoint's own type, often bfloat16, too coarse for
     factors; and with the errors of `load_tokenizer`.
     """
-    model: PreTrainedModel = _pretrained(auto_class, name, dtype=torch.float32)
+    config = load_config(name)
+    model: PreTrainedModel = _pretrained(auto_class, name, config=config, dtype=torch.float32)
     model.train(False)
     return model
 
@@ -305,6 +308,7 @@ def _pretrained_directory(auto_class: str, path: Path, **options: Any) -> Any:
     needed = ("config.json", *(("tokenizer_config.json",) if auto_class == "AutoTokenizer" else ()))
     if not any((path / name).is_file() for name in needed):
         raise InputError(f"{path}: holds no config.json; expected a model directory written by save_pretrained.")
+    refuse_imports(path)
     try:
         return getattr(require("transformers"), auto_class).from_pretrained(str(path), **options)
     except Exception as error:  # whatever transformers, tokenizers and safetensors make of files that are not theirs

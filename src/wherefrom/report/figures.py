@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wherefrom.runtime.errors import DamagedError
-from wherefrom.store.files import checked_name, read_bytes, read_json, write_bytes, write_text
+from wherefrom.store.files import checked_name, read_bytes, read_json, within, write_bytes, write_text
 from wherefrom.store.fingerprint import Fingerprint, subjects, unlike
 from wherefrom.store.names import result_name
 
@@ -48,7 +48,7 @@ def save_evaluation(
     """
     found = subjects(about)
     called = result_name(checked_name(name), found) if found else checked_name(name)
-    file = Path(run) / _FOLDER / f"{called}.png"
+    file = within(Path(run), _FOLDER, f"{called}.png")
     write_bytes(file, figure.png)
     content = {"title": figure.title, "caption": figure.caption, **results, "about": found}
     write_text(file.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
@@ -66,7 +66,7 @@ def load_figures(run: str | Path, about: Fingerprint) -> list[Figure]:
         DamagedError: an evaluation lacks its plot or cannot be read.
     """
     figures = []
-    for file in sorted((Path(run) / _FOLDER).glob("*.json")):
+    for file in sorted(within(Path(run), _FOLDER).glob("*.json")):
         content, png = read_json(file, _ADVICE), read_bytes(file.with_suffix(".png"), _ADVICE)
         try:
             figure = Figure(str(content["title"]), str(content["caption"]), png)

@@ -27,17 +27,16 @@ from wherefrom.report.figures import Figure
 from wherefrom.report.histogram import HEIGHT, Histogram, histogram, signed_number
 from wherefrom.report.passages import Passage, Passages, TokenContributions, checked_passages, excerpt
 from wherefrom.report.shading import Shares, encode_lengths, encode_shares, visible_pieces
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import CONTROL_PICTURES, InputError
 from wherefrom.scoring.results import Scores, TopScores, extremes
 from wherefrom.store.files import write_text
 from wherefrom.store.fingerprint import Fingerprint
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-# Control characters are shown as Unicode's pictures of them: a page must not carry them raw, and a reader should see
-# that a sequence holds them.
-CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"}
-CONTROL_PICTURES[0x7F] = 0x2421
+# A page must not carry control characters raw, and a reader should see that a sequence holds them; a carriage return
+# is a line end here.
+_PICTURES = {code: picture for code, picture in CONTROL_PICTURES.items() if chr(code) != "\r"}
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,7 @@ def _clean(value: object) -> object:
     `str()` is for a `Markup`, a string that the template would trust.
     """
     if isinstance(value, str):
-        shown = str(value).translate(CONTROL_PICTURES)
+        shown = str(value).translate(_PICTURES)
         return shown.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list | tuple):
         return [_clean(each) for each in value]

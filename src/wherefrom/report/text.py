@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wherefrom.report.passages import Passages, TokenContributions, checked_passages, excerpt
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, printable
 from wherefrom.scoring.results import Hit, Scores, TopScores
 
 
@@ -39,9 +39,9 @@ def top_tables(
     parts: list[RenderableType] = []
     for query in shown:
         passage = queries[query]
-        heading = f"Query {query}" + (f" ({passage.label})" if passage.label else "")
+        heading = f"Query {query}" + (f" ({printable(passage.label)})" if passage.label else "")
         table = hits_table(None, [each for each in hits if each.query == query], train, width)
-        parts += [Text(heading, style="bold"), Text(excerpt(passage.text, 2 * width)), table, Text()]
+        parts += [Text(heading, style="bold"), _shown(passage.text, 2 * width), table, Text()]
     return Group(*parts)
 
 
@@ -54,8 +54,8 @@ def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, width:
         table.add_column("Label")
     table.add_column("Training sequence", overflow="fold")
     for hit, each in zip(hits, found, strict=True):
-        label = [Text(each.label)] if labelled else []
-        table.add_row(str(hit.rank), str(hit.train), f"{hit.score:,.4g}", *label, Text(excerpt(each.text, width)))
+        label = [Text(printable(each.label))] if labelled else []
+        table.add_row(str(hit.rank), str(hit.train), f"{hit.score:,.4g}", *label, _shown(each.text, width))
     return table
 
 
@@ -77,13 +77,13 @@ def token_tables(
     hits, queries = scores.top(k), checked_passages(scores, queries, train, tokens)
     parts: list[RenderableType] = []
     for query in shown:
-        parts += [Rule(f"Query {query}", align="left"), Text(excerpt(queries[query].text, width)), Text()]
+        parts += [Rule(f"Query {query}", align="left"), _shown(queries[query].text, width), Text()]
         for hit in (each for each in hits if each.query == query):
             pieces = tokens(query, hit.train)
             if pieces is not None:
                 title = train[hit.train].title
                 name = f"{hit.rank}. train {hit.train}{f', {title}' if title else ''}: {hit.score:,.4g}"
-                parts += [Text(name, style="bold"), heat_map(pieces), Text()]
+                parts += [Text(printable(name), style="bold"), heat_map(pieces), Text()]
     return Group(*parts)
 
 
@@ -99,11 +99,16 @@ def heat_map(pieces: Sequence[tuple[str, float]]) -> RenderableType:
     limit = max((abs(value) for _, value in pieces), default=0.0) or 1.0
     text = Text()
     for piece, value in pieces:
-        text.append(piece.replace("\n", "↵"), _shade(value / limit))
+        text.append(printable(piece.replace("\n", "↵")), _shade(value / limit))
     legend = Text("  ")
     for part in (-1.0, -0.5, 0.0, 0.5, 1.0):
         legend.append(f" {part * limit:+,.3g} ", _shade(part))
     return Group(text, legend)
+
+
+def _shown(text: str, width: int) -> Text:
+    """The beginning of a text, which the terminal does not obey."""
+    return Text(printable(excerpt(text, width)))
 
 
 def _shade(part: float) -> Style:

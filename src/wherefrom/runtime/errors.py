@@ -6,9 +6,25 @@ A message names the argument or file, the value found, what was expected and the
 from importlib import import_module
 from typing import Any
 
+# A terminal obeys control characters; these stand for them instead. Unicode has pictures of the first 33 only.
+CONTROL_PICTURES = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows and does not obey: pictures for control characters but tabs and line ends."""
+    return text.translate(CONTROL_PICTURES)
+
 
 class WherefromError(Exception):
     """The base of every error that wherefrom raises on purpose."""
+
+    def __str__(self) -> str:
+        # Messages quote names and values from files of strangers.
+        return printable(super().__str__())
 
 
 class InputError(WherefromError, ValueError):

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from wherefrom.runtime.errors import printable
+
 
 @contextmanager
 def progress_bar(name: str, total: int, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
@@ -30,6 +32,13 @@ def progress_bar(name: str, total: int, shown: bool | None = None) -> Iterator[C
         yield lambda done: progress.update(line, completed=done)
 
 
+class _Printable(logging.Formatter):
+    """Messages quote names and values from files of strangers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def show_log() -> None:
     """Print what the library logs on the standard error; for commands, a library's user decides that.
 
@@ -39,5 +48,6 @@ def show_log() -> None:
     if logger.handlers:
         return
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
+    handler.setFormatter(_Printable("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -69,7 +69,7 @@ class Artifact:
     @property
     def part(self) -> Path:
         """Where it is written before it has its name."""
-        return self.path.with_name(self.path.name + ".part")
+        return within(self.path.parent, f"{self.path.name}.part")
 
     def save(
         self, tensors: Mapping[str, Tensor], details: Mapping[str, object] | None = None, matrices: str = ""
@@ -115,8 +115,8 @@ class Artifact:
             fresh: this process has just written them, and knows their digest.
         """
         manifest = read_manifest(self.path)
-        tensors, digest, _ = _read_tensors(self.path / _TENSORS, fresh)
-        if digest != manifest["sha256"]:
+        tensors, digest, header = _read_tensors(self.path / _TENSORS, fresh)
+        if manifest != {**header, _DIGEST: digest}:
             raise damaged(self.path / _TENSORS, "it belongs to another manifest")
         if manifest["matrices"]:
             found = stored_matrices(self.path)

@@ -28,7 +28,7 @@ from wherefrom.store.artifacts import (
     read_manifest,
     stored_matrices,
 )
-from wherefrom.store.files import remove
+from wherefrom.store.files import remove, within
 from wherefrom.store.fingerprint import Fingerprint
 
 _BLOCK = re.compile(r"(\d+)-(\d+)\.(\d+)-(\d+)")
@@ -36,12 +36,19 @@ _BLOCK = re.compile(r"(\d+)-(\d+)\.(\d+)-(\d+)")
 
 @dataclass(frozen=True)
 class Cache:
-    """Where results lie and what they depend on."""
+    """Where results lie and what they depend on.
+
+    Raises:
+        DamagedError: the folder is a link, which leads elsewhere.
+    """
 
     folder: Path
     fingerprint: Fingerprint
     profile: Profile
     ranks: Ranks = field(default_factory=Ranks.current)
+
+    def __post_init__(self) -> None:
+        within(self.folder.parent, self.folder.name)
 
     def artifact(self, name: str) -> Artifact:
         """A result, there or not."""

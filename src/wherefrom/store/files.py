@@ -31,10 +31,15 @@ _MOST_BYTES = 2**24
 _SAVING_BYTES = 2**22
 
 
+def is_plain(name: str) -> bool:
+    """Whether a name is one path component of letters that mean nothing to a shell, a terminal or a pattern."""
+    return _NAME.fullmatch(name) is not None
+
+
 def checked_name(name: str) -> str:
     """A name that is one plain path component; refuses others."""
     expected = "at most 100 letters, digits, '.', '_' and '-', starting with a letter or digit"
-    check_argument(_NAME.fullmatch(name) is not None, "name", name, expected)
+    check_argument(is_plain(name), "name", name, expected)
     return name
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from wherefrom.runtime.errors import InputError, WherefromError
 from wherefrom.store.artifacts import read_manifest
-from wherefrom.store.files import checked_name
+from wherefrom.store.files import checked_name, is_plain
 from wherefrom.store.fingerprint import Fingerprint, differences
 
 logger = logging.getLogger("wherefrom")
@@ -51,8 +51,8 @@ def labelled(name: str) -> tuple[str, str]:
 
 
 def finished(folder: Path) -> list[Path]:
-    """The finished results of a folder, by name."""
-    return sorted(file.parent for file in folder.glob("*/manifest.json"))
+    """The finished results of a folder, by name; what has a name that no result is given is none of ours."""
+    return sorted(file.parent for file in folder.glob("*/manifest.json") if is_plain(file.parent.name))
 
 
 def found_result(path: Path) -> Path:

@@ -96,7 +96,7 @@ def read_recording(folder: str | Path) -> list[RecordedCheckpoint]:
             _checkpoint(folder, entry, after - before)
             for entry, (before, after) in zip(entries, pairwise(steps), strict=True)
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DamagedError(f"{folder / RECORDING} lacks what a recording has ({error}). {_ADVICE}") from error
 
 
@@ -118,6 +118,6 @@ def read_entries(folder: Path) -> list[dict[str, Any]]:
         entries = sorted(content["checkpoints"], key=lambda entry: int(entry["step"]))
         for entry in entries:
             checked_name(entry["name"])  # a name, so that it leads nowhere else
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DamagedError(f"{file} is not a readable recording ({error}). {_ADVICE}") from error
     return entries

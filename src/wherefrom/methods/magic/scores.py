@@ -27,6 +27,7 @@ from wherefrom.runtime.signals import held_signals
 from wherefrom.scoring.keep import Keep
 from wherefrom.store.artifacts import Partial
 from wherefrom.store.cache import Unfinished
+from wherefrom.store.files import within
 from wherefrom.store.fingerprint import LEFT_OUT, MODEL, Dataset, dataset_digest, model_digest
 from wherefrom.tasks.descriptions import described, described_class
 from wherefrom.tasks.task import Batch, checked_settings
@@ -80,10 +81,10 @@ class Magic(Method):
         )
 
         def compute(result: Unfinished) -> Mapping[str, Tensor]:
-            states = result.cache.folder / f"{result.name}.partial.states" if self.states_on_disk else None
+            folder = within(result.cache.folder, f"{result.name}.partial.states")
             advice = "Give a smaller query_batch_size."
             with within_memory("Derivatives of all queries do", training.start().device, advice):
-                return walk.scores(result.sums, KeptStates(states))
+                return walk.scores(result.sums, KeptStates(folder if self.states_on_disk else None))
 
         return Job("magic", settings, compute, without=[MODEL, "layers", LEFT_OUT])
 

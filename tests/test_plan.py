@@ -20,7 +20,7 @@ from workload import PeakMemory
 
 import wherefrom as wf
 from tests.models import ManyExamples, gpt2_case, mlp_case, relative_error
-from tests.runs import factored, with_factors
+from tests.runs import factored
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
@@ -32,9 +32,9 @@ from wherefrom.runtime.errors import InputError, MemoryLimitError
 from wherefrom.runtime.memory import Footprint
 from wherefrom.runtime.profile import Profile
 from wherefrom.scoring.bank import GradientBank
-from wherefrom.scoring.results import PairwiseCollector
+from wherefrom.scoring.collectors import PairwiseCollector
 from wherefrom.scoring.tokens import TokenCollector
-from wherefrom.store.cache import BlockStages, Stages
+from wherefrom.store.cache import Blocks, Cache
 
 CPU = torch.device("cpu")
 
@@ -158,7 +158,7 @@ def test_one_hot_layers_have_no_matrix_of_the_vocabulary() -> None:
 def test_the_plan_says_what_it_chose(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    plan = study.plan(case.queries, wf.EKFAC(query_rank=2), execution=replace(study.execution, train_batch_size=4))
+    plan = study.plan(case.queries, wf.EKFAC(query_rank=2), execution=wf.Execution(train_batch_size=4))
     assert re.match(
         r"Plan: 5 of 5 query gradients resident \(rank 2, float32, 0.00 GiB on cpu; .* GiB usable\), so 14 training "
         r"examples are swept once; batches of 5 queries, 4 training examples.",
@@ -206,10 +206,9 @@ def test_too_little_memory_means_smaller_blocks_and_the_same_scores(
 ) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.EKFAC())
-    expected = study.score(case.queries, with_factors(factors), name="expected").values
+    expected = study.score(case.queries, name="expected").values
     with little_memory(monkeypatch, queries, batch):
-        found = study.score(case.queries, with_factors(factors), name="found").values
+        found = study.score(case.queries, name="found").values
     assert relative_error(found, expected) < 1e-12
     assert any("resident query gradients instead of 5" in each for each in caplog.messages)
 
@@ -217,16 +216,15 @@ def test_too_little_memory_means_smaller_blocks_and_the_same_scores(
 def test_a_single_query_that_does_not_fit_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.Dot())
     with little_memory(monkeypatch, 0, 100), pytest.raises(MemoryLimitError, match="query gradients: a single example"):
-        study.score(case.queries, with_factors(factors))
+        study.score(case.queries, wf.Dot())
 
 
 def test_a_run_continues_with_the_blocks_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after its first block, and resumed on a machine with more memory."""
     case = mlp_case()
-    small = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09))
-    factors = small.fit(wf.EKFAC())
+    execution = wf.Execution(memory_budget=1e-9, train_batch_size=12)
+    small = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=execution)
     done: list[str] = []
     original = PairwiseCollector.collect
 
@@ -239,7 +237,7 @@ def test_a_run_continues_with_the_blocks_that_it_has(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(PairwiseCollector, "collect", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            small.score(case.queries, with_factors(factors), execution=replace(small.execution, train_batch_size=12))
+            small.score(case.queries)
     (blocks,) = (tmp_path / "scores").glob("ekfac-*.blocks")
     kept = {path.name: path.stat().st_mtime_ns for path in blocks.iterdir() if path.is_dir()}
     assert list(kept) == ["0-1.0-12"]
@@ -252,9 +250,9 @@ def test_a_run_continues_with_the_blocks_that_it_has(tmp_path: Path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(PairwiseCollector, "collect", counted)
-        found = large.score(case.queries, with_factors(factors)).values
+        found = large.score(case.queries).values
     assert set(seen) == {4}
-    assert relative_error(found, large.score(case.queries, with_factors(factors), name="one").values) < 1e-12
+    assert relative_error(found, large.score(case.queries, name="one").values) < 1e-12
     assert not blocks.exists()
 
 
@@ -263,8 +261,7 @@ def test_a_run_with_less_memory_does_not_take_up_blocks_that_are_too_large(
 ) -> None:
     case = mlp_case()
     large = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(checkpoint_seconds=0))
-    factors = large.fit(wf.EKFAC())
-    expected = large.score(case.queries, with_factors(factors), name="expected").values
+    expected = large.score(case.queries, name="expected").values
     sizes: list[int] = []
     original = PairwiseCollector.collect
 
@@ -276,11 +273,11 @@ def test_a_run_with_less_memory_does_not_take_up_blocks_that_are_too_large(
 
     monkeypatch.setattr(PairwiseCollector, "collect", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        large.score(case.queries, with_factors(factors), execution=replace(large.execution, train_batch_size=3))
+        large.score(case.queries, execution=replace(large.execution, train_batch_size=3))
     assert set(sizes) == {5}
     sizes.clear()
-    small = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09))
-    assert relative_error(small.score(case.queries, with_factors(factors)).values, expected) < 1e-12
+    small = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-9))
+    assert relative_error(small.score(case.queries).values, expected) < 1e-12
     assert set(sizes) == {1}
 
 
@@ -288,9 +285,8 @@ def test_a_run_with_less_memory_does_not_take_up_blocks_that_are_too_large(
 def test_token_scores_survive_another_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: bool) -> None:
     """After a checkpoint, memory runs out or the run is interrupted, and the pairs are cut into other parts."""
     case = mlp_case()
-    study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(checkpoint_seconds=0))
-    factors = study.fit(wf.EKFAC())
-    expected = study.score(case.queries, with_factors(factors), keep=wf.Tokens(), name="expected").values
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    expected = study.score(case.queries, keep=wf.Tokens(), name="expected").values
     original = TokenCollector.collect
     failed: list[str] = []
 
@@ -301,18 +297,12 @@ def test_token_scores_survive_another_cut(tmp_path: Path, monkeypatch: pytest.Mo
         original(self, layer, captured, rows)
 
     monkeypatch.setattr(TokenCollector, "collect", failing)
+    execution = wf.Execution(checkpoint_seconds=0, train_batch_size=3)
     if interrupt:
         with pytest.raises(KeyboardInterrupt):
-            study.score(
-                case.queries,
-                with_factors(factors),
-                keep=wf.Tokens(),
-                execution=replace(study.execution, train_batch_size=3),
-            )
-        study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=1e-09))
-    tokens = study.score(
-        case.queries, with_factors(factors), keep=wf.Tokens(), execution=replace(study.execution, train_batch_size=3)
-    )
+            study.score(case.queries, keep=wf.Tokens(), execution=execution)
+        execution = wf.Execution(memory_budget=1e-9, train_batch_size=3)
+    tokens = study.score(case.queries, keep=wf.Tokens(), execution=execution)
     assert failed
     assert len(tokens.shards) > 1
     assert relative_error(tokens.values, expected) < 1e-12
@@ -321,8 +311,8 @@ def test_token_scores_survive_another_cut(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_block_that_was_being_written_is_not_finished(tmp_path: Path) -> None:
     """Four queries fitted into memory before; now two do, and what is missing of the four could not be computed."""
-    blocks = BlockStages(Stages(tmp_path, {}, Profile()), columns=10)
-    blocks.mapped(range(4), range(6), lambda _: {"values": torch.zeros(4, 6)})
+    blocks = Blocks(Cache(tmp_path, {}, Profile()), rows=4, columns=10)
+    blocks.get_or_compute(range(4), range(6), lambda _: {"values": torch.zeros(4, 6)})
     (tmp_path / "0-4.6-10.part").mkdir()
     assert blocks.begun(range(2)) == range(2)
 
@@ -335,10 +325,13 @@ def test_memory_does_not_grow_with_the_training_set(tmp_path: Path) -> None:
     queries = ManyExamples(250)
     peaks = []
     for train in (1_000, 100_000):
-        study = wf.Study(tmp_path / str(train), model, wf.Classification(), train=ManyExamples(train))
+        execution = wf.Execution(train_batch_size=2000)
+        study = wf.Study(
+            tmp_path / str(train), model, wf.Classification(), train=ManyExamples(train), execution=execution
+        )
         watch = PeakMemory()
         watch.start()
-        scores = study.score(queries, wf.Dot(), execution=replace(study.execution, train_batch_size=2000))
+        scores = study.score(queries, wf.Dot())
         hits = scores.top(1)
         peaks.append(watch.stop())
         assert scores.values.shape == (250, train)
@@ -351,13 +344,12 @@ def test_memory_does_not_grow_with_the_training_set(tmp_path: Path) -> None:
 def test_impossible_options_are_refused(tmp_path: Path) -> None:
     case = mlp_case()
     with pytest.raises(InputError, match="memory_budget=0: expected a number of GiB above 0"):
-        wf.Study(tmp_path, case.model, case.task, train=case.train, execution=wf.Execution(memory_budget=0))
+        wf.Execution(memory_budget=0)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    factors = study.fit(wf.Dot())
     with pytest.raises(InputError, match="query_rank=0: expected at least 1"):
-        study.score(case.queries, with_factors(factors, query_rank=0))
+        wf.Dot(query_rank=0)
     with pytest.raises(InputError, match="rescore=3: expected at least 1 together with a query_rank or query_bits"):
-        study.score(case.queries, with_factors(factors, rescore=3))
+        wf.Dot(rescore=3)
     with pytest.raises(InputError, match="queries is empty"):
         study.plan([], wf.EKFAC())
 

@@ -21,7 +21,7 @@ from wherefrom.planning.machine import Machine, matmul_speed
 from wherefrom.planning.stages import GIB, Stage, operations, stage_table
 from wherefrom.runtime.memory import Footprint
 from wherefrom.runtime.precision import type_name, widened_dtype
-from wherefrom.store.space import Blocks, Step, peak
+from wherefrom.store.space import BlockSizes, Step, peak
 
 # How much of the score matrix is in memory at a time; more with very many queries, for shards of some batches.
 SHARD_BYTES, SHARD_ROWS = 2**24, 512
@@ -90,7 +90,7 @@ class Plan:
         scores = blocks.matrix_step(ranks) if top is None else blocks.top_step(ranks, top)
         return {**fit_steps(job.layers, job.strategy, widened_dtype(self.form.dtype), ranks), "scores": scores}
 
-    def blocks(self, matrices: int = 1) -> Blocks:
+    def blocks(self, matrices: int = 1) -> BlockSizes:
         """How the scores of all pairs are cut.
 
         Args:
@@ -99,7 +99,7 @@ class Plan:
         queries, train = self.job.queries, self.job.train
         shard = len(self.shards(self.block * matrices, train)[0])
         itemsize, errors = widened_dtype(self.form.dtype).itemsize, self.form.approximate
-        return Blocks(queries, train, itemsize, self.block, shard, matrices, errors)
+        return BlockSizes(queries, train, itemsize, self.block, shard, matrices, errors)
 
     def stages(self) -> list[Stage]:
         """The stages of a fit and a score, in their order, as if one rank did all."""

@@ -39,8 +39,7 @@ from wherefrom.scoring.collectors import (
 from wherefrom.scoring.keep import Aggregation
 from wherefrom.scoring.results import BESIDE_SCORES, extremes, merged_extremes
 from wherefrom.store.cache import Blocks, Unfinished
-from wherefrom.store.space import Blocks as BlockSizes
-from wherefrom.store.space import Step, check_space, used_bytes
+from wherefrom.store.space import BlockSizes, Step, check_space, used_bytes
 from wherefrom.tasks.task import Batch
 
 logger = logging.getLogger("wherefrom")

@@ -85,8 +85,8 @@ def replaced_bytes(sums: int, ranks: int) -> int:
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A matrix of scores that is computed block by block.
+class BlockSizes:
+    """What a matrix of scores takes that is computed block by block.
 
     Attributes:
         queries, train: its size.

@@ -17,7 +17,7 @@ from tests.contract.answers import Answers, able
 from tests.contract.methods import METHODS, study_of, values
 from tests.contract.settings import Setting, Variation, tokens
 from tests.models import relative_error, token_rows
-from tests.runs import results
+from tests.runs import factored, results
 from wherefrom.runtime.errors import DamagedError, InputError, MismatchError
 from wherefrom.scoring.results import load_scores
 
@@ -134,8 +134,9 @@ def test_what_has_a_name_is_replaced_when_it_is_asked_for(
 
 @pytest.mark.parametrize("name", [name for name, each in METHODS.items() if each.takes_factors])
 def test_factors_of_another_model_are_refused(name: str, answers: Answers, tmp_path: Path) -> None:
-    foreign = answers.settings.other("model")
-    factors = study_of(tmp_path / "other", foreign).fit("kfac" if "eigenvectors" in name else "diagonal")
+    foreign, strategy = answers.settings.other("model"), METHODS[name].takes_factors
+    assert strategy is not None
+    factors = study_of(tmp_path / "other", foreign).fit(factored(strategy))
     with pytest.raises(MismatchError, match="factors were fitted on another model. model: stored"):
         METHODS[name].score(tmp_path / "run", replace(answers.settings.usual(), factors=factors))
     assert not (tmp_path / "run" / "scores").exists()
@@ -148,12 +149,14 @@ KEPT = [name for name, each in METHODS.items() if each.folder is not None]
 def test_a_damaged_file_is_named_and_not_used(name: str, answers: Answers, named: Any, tmp_path: Path) -> None:
     run, folder = copied(named(name), tmp_path), METHODS[name].folder
     assert folder is not None
-    file = next((run / folder.format(NAME)).rglob("tensors.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(DamagedError, match=f"{file.parent.name}.*(has changed|cannot be used)"):
-        values(METHODS[name].score(run, replace(answers.settings.usual(), name=NAME)))
+    found = sorted((run / folder.format(NAME)).rglob("*.safetensors"))
+    assert found
+    for file in found:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(DamagedError, match=f"{file.parent.name}.*(has changed|cannot be used)"):
+            values(METHODS[name].score(run, replace(answers.settings.usual(), name=NAME)))
+        file.write_bytes(content)
 
 
 # What is shown.
@@ -167,7 +170,8 @@ MATRICES = [name for name, each in METHODS.items() if each.folder == "scores/{}"
 def test_what_is_kept_is_a_plain_file_and_loaded_by_its_name(name: str, answers: Answers, named: Any) -> None:
     folder = named(name) / "scores" / NAME
     loaded = load_scores(folder)
-    assert torch.equal(loaded.values, load_file(folder / "tensors.safetensors")["values"])
+    stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert torch.equal(loaded.values, stored["values"])
     expected = answers.usual(name).values
     if isinstance(loaded, wf.Scores):
         assert relative_error(loaded.values, expected) < 1e-9

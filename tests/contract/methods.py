@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import wherefrom as wf
+from tests import runs
 from tests.contract import truth
 from tests.contract.settings import LENGTH, RATES, Setting, tokens
 from tests.test_conditioning import numbers
@@ -53,7 +54,7 @@ class Method:
         truth: its values by other means, in float64.
         query_axis, train_axis: of its values; None where it adds up over them, or has none.
         folder: of a result that is called NAME, below the run directory; None where nothing is kept.
-        takes_factors: whether it is given what `fit` returned.
+        takes_factors: the strategy of factors that it may be given.
         checks: how many losses are computed to look at its arguments.
         half_precision: how far it may be from full precision, in units of the largest score.
         unsupported: the rest.
@@ -64,7 +65,7 @@ class Method:
     query_axis: int | None = 0
     train_axis: int | None = 1
     folder: str | None = "scores/{}"
-    takes_factors: bool = False
+    takes_factors: str | None = None
     checks: int = 0
     half_precision: float = 0.1
     unsupported: Mapping[Property, Unsupported] = field(default_factory=dict)
@@ -94,17 +95,15 @@ def study_of(run: Path, setting: Setting) -> wf.Study[Any]:
 
 def result(run: Path, setting: Setting, method: wf.Method, keep: wf.Keep[Any] | None = None) -> Result:
     """What a study of the setting returns."""
-    keep = wf.Pairs() if keep is None else keep
-    study = study_of(run, setting)
+    study, keep = study_of(run, setting), keep or wf.Pairs()
     found: Result = study.score(setting.queries, method, keep=keep, name=setting.name, overwrite=setting.overwrite)
     return found
 
 
 def factored(strategy: str, setting: Setting, **fields: Any) -> wf.Factored:
     """A method with the setting's factors, which are fitted unless they are given or there."""
-    kinds = {kind.strategy: kind for kind in (wf.EKFAC, wf.KFAC, wf.Diagonal, wf.Shampoo, wf.Dot)}
     chosen: dict[str, Any] = {"damping": setting.damping, "factors": setting.factors}
-    return kinds[strategy](empirical=setting.empirical, seed=setting.seed, **{**chosen, **fields})
+    return runs.factored(strategy, empirical=setting.empirical, seed=setting.seed, **{**chosen, **fields})
 
 
 def pairwise(strategy: str, keep: Any = None, **fields: Any) -> Callable[[Path, Setting], Result]:
@@ -232,48 +231,48 @@ _WHOLE_SOLUTIONS = Unsupported("solutions are in the model's type", InputError, 
 
 METHODS: dict[str, Method] = {
     **{
-        strategy: Method(pairwise(strategy), truth.factored(strategy), takes_factors=True)
+        strategy: Method(pairwise(strategy), truth.factored(strategy), takes_factors=strategy)
         for strategy in ("diagonal", "kfac", "ekfac", "shampoo")
     },
     "identity": Method(
         pairwise("identity"),
         truth.factored("identity"),
-        takes_factors=True,
+        takes_factors="identity",
         unsupported={"seed": _NOTHING_DRAWN, "damping": _NO_DAMPING},
     ),
     "parts and self-influence": Method(
-        pairwise("ekfac", wf.Pairs(layers=True, self_influence=True)), truth.factored("ekfac"), takes_factors=True
+        pairwise("ekfac", wf.Pairs(layers=True, self_influence=True)), truth.factored("ekfac"), takes_factors="ekfac"
     ),
-    "low rank, rescored": Method(rescored, truth.factored("ekfac"), takes_factors=True),
-    "conditioned": Method(conditioned, truth.conditioned, takes_factors=True),
+    "low rank, rescored": Method(rescored, truth.factored("ekfac"), takes_factors="ekfac"),
+    "conditioned": Method(conditioned, truth.conditioned, takes_factors="shampoo"),
     "sum of queries": Method(
-        pairwise("ekfac", wf.Aggregated(queries="sum")), truth.summed(0), query_axis=None, takes_factors=True
+        pairwise("ekfac", wf.Aggregated(queries="sum")), truth.summed(0), query_axis=None, takes_factors="ekfac"
     ),
     "mean of training": Method(
-        pairwise("ekfac", wf.Aggregated(train="mean")), truth.mean_of_training, train_axis=None, takes_factors=True
+        pairwise("ekfac", wf.Aggregated(train="mean")), truth.mean_of_training, train_axis=None, takes_factors="ekfac"
     ),
     "conjugate gradients": Method(
         solved(wf.ConjugateGradients(iterations=100, tolerance=1e-11)),
         truth.gauss_newton,
-        takes_factors=True,
+        takes_factors="ekfac",
         unsupported={"half precision": _WHOLE_SOLUTIONS, "seed": _ANY_FACTORS},
     ),
     "ASTRA": Method(
         solved(wf.Astra(iterations=8, batch_size=None, learning_rate=1.0, momentum=0.0, decay=1.0)),
         truth.gauss_newton,
-        takes_factors=True,
+        takes_factors="ekfac",
         unsupported={"half precision": _WHOLE_SOLUTIONS, "seed": _ANY_FACTORS},
     ),
-    "highest": Method(highest, truth.factored("ekfac"), takes_factors=True),
-    "candidates": Method(of_candidates, truth.of_candidates(candidates), takes_factors=True),
-    "tokens": Method(of_tokens, truth.of_tokens, folder="tokens/{}", takes_factors=True),
+    "highest": Method(highest, truth.factored("ekfac"), takes_factors="ekfac"),
+    "candidates": Method(of_candidates, truth.of_candidates(candidates), takes_factors="ekfac"),
+    "tokens": Method(of_tokens, truth.of_tokens, folder="tokens/{}", takes_factors="ekfac"),
     "self-influence": Method(
         self_influence,
         truth.self_influence,
         query_axis=None,
         train_axis=0,
         folder="self_influence/{}",
-        takes_factors=True,
+        takes_factors="ekfac",
         unsupported={"query set": Unsupported("there are no queries")},
     ),
     "checkpoints": Method(over_checkpoints, truth.over_checkpoints),
@@ -285,7 +284,7 @@ METHODS: dict[str, Method] = {
     "LoGra of eigenvectors": Method(
         projected(wf.LoGra, directions="eigenvectors"),
         truth.logra_of_eigenvectors,
-        takes_factors=True,
+        takes_factors="kfac",
         unsupported={"half precision": _UNKNOWN_OPTION},
     ),
     "TRAK": Method(projected(wf.Trak), truth.trak, unsupported={"half precision": _UNKNOWN_OPTION}),
@@ -313,7 +312,7 @@ METHODS: dict[str, Method] = {
         indexed,
         truth.factored("ekfac"),
         folder="index/{}",
-        takes_factors=True,
+        takes_factors="ekfac",
         unsupported={
             "reuse": Unsupported("answers are not kept, only the rows that they are made from"),
             "processes": Unsupported("one process is enough for a query", InputError, "query on 2 processes"),

@@ -40,7 +40,7 @@ def rescored(scoring: Scoring[Batch], result: Unfinished) -> dict[str, Tensor]:
         changed[query[inside], chosen[inside]] = exact[queries.start : queries.stop][inside]
         return changed
 
-    result.blocks(len(scoring.queries), len(scoring.train)).rewrite(better)
+    Blocks(result.parts, len(scoring.queries), len(scoring.train), result).rewrite(better)
     changes = exact - values
     size = values.abs().mean()  # 0 where no query has a gradient
     moved = f"move by {changes.abs().mean() / size:.1%}" if size > 0 else "were all 0"

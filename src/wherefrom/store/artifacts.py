@@ -166,7 +166,7 @@ class Matrices:
     @staticmethod
     def there(folder: Path) -> bool:
         """Whether a folder has such a file, begun or finished."""
-        return within(folder, _MATRICES).exists()
+        return within(folder.parent, folder.name, _MATRICES).exists()
 
     def write(self, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Put a block [..., rows, columns] of every matrix where it belongs, on the disk itself.
@@ -189,8 +189,15 @@ class Matrices:
 
 
 def stored_matrices(folder: Path) -> dict[str, Tensor]:
-    """The matrices of a folder, memory-mapped, as they are now."""
-    return _opened(folder / _MATRICES)[0]
+    """The matrices of a folder, memory-mapped, as they are now.
+
+    Raises:
+        DamagedError: there are none.
+    """
+    found = _opened(folder / _MATRICES)[0]
+    if not all(each.dim() >= 2 for each in found.values()):
+        raise damaged(folder / _MATRICES, "it does not hold matrices")
+    return found
 
 
 def _block_digests(matrices: Mapping[str, Tensor], blocks: Sequence[Block]) -> list[dict[str, str]]:
@@ -213,6 +220,28 @@ def block_details(digests: Mapping[Block, Mapping[str, str]]) -> tuple[dict[str,
     ordered = sorted(digests, key=lambda block: (block[0].start, block[1].start))
     bounds = [[rows.start, rows.stop, columns.start, columns.stop] for rows, columns in ordered]
     return {"blocks": bounds}, _matrices_digest([digests[block] for block in ordered])
+
+
+def block_digests(path: Path) -> dict[str, str]:
+    """Those of the numbers that a finished block tells of.
+
+    Raises:
+        DamagedError: it tells of none.
+    """
+    found = read_manifest(path)["details"].get("digests")
+    if not isinstance(found, dict):
+        raise damaged(path / _MANIFEST, "it does not say which numbers its block has")
+    return found
+
+
+def check_blocks(folder: Path, digests: Mapping[Block, Mapping[str, str]]) -> None:
+    """Look at all numbers of some blocks.
+
+    Raises:
+        DamagedError: they are not what was written.
+    """
+    if _block_digests(stored_matrices(folder), list(digests)) != list(digests.values()):
+        raise damaged(folder / _MATRICES, "its content has changed since it was written")
 
 
 def _stored_blocks(path: Path, manifest: Mapping[str, Any]) -> list[Block]:

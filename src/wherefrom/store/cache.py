@@ -24,13 +24,16 @@ from wherefrom.store.artifacts import (
     Matrices,
     Partial,
     block_details,
+    block_digests,
+    check_blocks,
     check_layout,
-    read_manifest,
     stored_matrices,
 )
 from wherefrom.store.files import remove, within
 from wherefrom.store.fingerprint import Fingerprint
 
+# Beside blocks, while their numbers are being replaced.
+_REWRITING = "rewriting"
 _BLOCK = re.compile(r"(\d+)-(\d+)\.(\d+)-(\d+)")
 
 
@@ -83,7 +86,7 @@ class Cache:
             with held_signals() as held:
                 unfinished = Unfinished(self, name)
                 self.save(unfinished, compute(unfinished))
-                fresh = unfinished.own
+                fresh = True
                 held.deliver()
         self.ranks.first(lambda: self._discard_parts(name))
         with self.profile.action(f"load {name}"):
@@ -124,13 +127,12 @@ class Unfinished:
 
     Attributes:
         digests: of the blocks of its matrices.
-        own: whether all that was written of it was written by this process.
+        details: what its manifest is to say beside them.
     """
 
     cache: Cache
     name: str
     digests: dict[Block, Mapping[str, str]] = field(default_factory=dict)
-    own: bool = True
     details: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -155,13 +157,14 @@ class Unfinished:
         return self.cache.parts(self.name)
 
     def blocks(self, rows: int, columns: int) -> Blocks:
-        """The blocks of its matrices [..., rows, columns].
+        """The blocks of its matrices [..., rows, columns], with those that an earlier run has left.
 
         Raises:
-            MismatchError: some are there that were made from something else.
+            MismatchError: they were made from something else.
+            DamagedError: they are not what was written.
         """
         blocks = Blocks(self.parts, rows, columns, self)
-        self.ranks.first(blocks.forget_orphans)
+        self.ranks.first(blocks.take_up)
         return blocks
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
@@ -195,9 +198,7 @@ class Blocks:
         if result is None:
             return self.parts.get_or_compute(name, compute, device=torch.device("cpu"))
         parts, artifact = self.parts, self.parts.artifact(name)
-        if parts.ranks.first(artifact.available):
-            result.own = False  # written by an earlier run
-        else:
+        if not parts.ranks.first(artifact.available):
             parts.ranks.first(lambda: self._discard_overlapping(rows, columns))
             with held_signals() as held:
                 block = Unfinished(parts, name)
@@ -207,28 +208,31 @@ class Blocks:
                 parts.save(block, {key: each for key, each in tensors.items() if key not in matrices})
                 del tensors, matrices
                 held.deliver()
-        result.digests[rows, columns] = parts.ranks.first(lambda: read_manifest(artifact.path)["details"]["digests"])
-        return parts.get_or_compute(name, compute, device=torch.device("cpu"))
+        found = parts.get_or_compute(name, compute, device=torch.device("cpu"))
+        result.digests[rows, columns] = parts.ranks.first(lambda: block_digests(artifact.path))
+        return found
 
     def _write(self, result: Unfinished, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         whole = {key: ((*each.shape[:-2], self.rows, self.columns), each.dtype) for key, each in tensors.items()}
         return Matrices(result.part, whole).write(block, tensors)
 
-    def forget_orphans(self) -> None:
-        """Forget blocks whose numbers are gone, and numbers that no finished block tells of.
+    def take_up(self) -> None:
+        """Look at a result's blocks that are there; those whose numbers are gone, and numbers of none, are forgotten.
 
         Raises:
-            MismatchError: what is there was made from something else.
+            MismatchError: they were made from something else.
+            DamagedError: they are not what was written.
         """
         assert self.result is not None
-        finished = [path for path, _, _ in self._named() if _BLOCK.fullmatch(path.name)]
-        for path in finished:
-            if Matrices.there(self.result.part):
-                self.parts.artifact(path.name).available()
-            else:
+        finished = {(rows, columns): path for path, rows, columns in self._named() if _BLOCK.fullmatch(path.name)}
+        if not (finished and Matrices.there(self.result.part)):
+            for path in (*finished.values(), self.result.part):
                 remove(path)
-        if not finished:
-            remove(self.result.part)
+            return
+        for path in finished.values():
+            self.parts.artifact(path.name).available()
+        if not self.parts.artifact(_REWRITING).available():
+            check_blocks(self.result.part, {block: block_digests(path) for block, path in finished.items()})
 
     def begun(self, rows: range) -> range:
         """The rows from the same start that an earlier run has begun with, since another memory cuts other blocks.
@@ -275,6 +279,8 @@ class Blocks:
             change: makes those of some rows and columns, [rows, columns], of those that are there.
         """
         assert self.result is not None
+        # From here on, digests that are stored tell nothing: a kill may come in the middle of a block.
+        self.parts.get_or_compute(_REWRITING, lambda _: {})
         for block in list(self.result.digests):
             changed = self.parts.ranks.first(lambda block=block: self._changed(block, change))  # type: ignore[misc]
             self.result.digests[block] = changed

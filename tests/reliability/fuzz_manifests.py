@@ -48,7 +48,7 @@ class Files:
         self._partial.save(self._sums(), 3, 2)
         text = TextSource("train.txt", "train", None, "documents", 12)
         RunSources("model", None, text, False, 0).save(folder)
-        RunSources("model", None, text, False, 0, text).save(folder, artifact.path.name)
+        RunSources("model", None, text, False, 0, queries=text).save(folder, artifact.path.name)
         (folder / "checkpoint-1").mkdir()
         entry = {"name": "checkpoint-1", "step": 1, "epoch": 0.5, "optimizer": "AdamW",
                  "groups": [{"learning_rate": 0.1, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0}]}  # fmt: skip

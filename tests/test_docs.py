@@ -131,11 +131,11 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @functools.cache
-def known_flags(command: str) -> set[str]:
-    """The flags that a subcommand's help lists."""
+def known_flags(command: str, *method: str) -> set[str]:
+    """The flags that the help of a subcommand lists, with those of a method where one is named."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(sys, "argv", ["wherefrom", command, "--help"])
+        patched.setattr(sys, "argv", ["wherefrom", command, *method, "--help"])
         cli.main()
     assert f"wherefrom {command} " in printed.getvalue(), f"wherefrom has no command {command!r}"
     return set(re.findall(r"--[a-z][\w-]*", printed.getvalue()))
@@ -147,7 +147,8 @@ def test_commands_exist() -> None:
     for command, *arguments in found:
         if command.startswith("-"):
             continue
-        unknown = {each.partition("=")[0] for each in arguments if each.startswith("-")} - known_flags(command)
+        named = [each for each in arguments if each in wf.METHODS]
+        unknown = {each.partition("=")[0] for each in arguments if each.startswith("-")} - known_flags(command, *named)
         assert not unknown, f"wherefrom {command}: {unknown}"
 
 

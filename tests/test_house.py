@@ -20,6 +20,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = sorted({file.parent for file in MODULES} - {PACKAGE})
 ENGINE = ("runtime", "store", "tasks", "engine", "curvature", "scoring")
 MOST_MODULES, MOST_LINES = 9, 450
+# A ratchet: what is shorter lowers these. The aim is 15,000 lines in all and 4,000 of code in the engine.
+MOST_IN_ALL, MOST_IN_THE_ENGINE = 20_100, 6_300
 
 
 def floors() -> list[set[str]]:
@@ -71,6 +73,11 @@ def test_a_folder_can_be_seen_at_once(folder: Path) -> None:
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_a_file_can_be_read(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= MOST_LINES
+
+
+def test_it_does_not_grow() -> None:
+    assert sum(lines for lines, _ in sizes().values()) <= MOST_IN_ALL
+    assert sum(sizes()[name][1] for name in ENGINE) <= MOST_IN_THE_ENGINE
 
 
 def sizes() -> dict[str, tuple[int, int]]:

@@ -53,7 +53,7 @@ class Blocks:
         return count * file_overhead(self.matrices) + self.errors * self.queries * self._across * _ERROR_BYTES
 
     def matrix_step(self, ranks: int, vectors: int = 0, rescored: int = 0) -> Step:
-        """Scores of all pairs: blocks, a file that they are put together in, and the result, all there at the end.
+        """Scores of all pairs: one file that each block is put into when its sweep has ended.
 
         Args:
             vectors: how many numbers of each training example are kept beside the scores.
@@ -61,14 +61,23 @@ class Blocks:
         """
         whole = self.queries * self.train * self.itemsize * self.matrices
         beside = vectors * self.train * self.itemsize
+        errors = self.queries * (self.errors * _ERROR_BYTES + rescored * self.itemsize)
+        kept = whole + beside + errors + file_overhead(self.matrices + vectors + 2)
+        # Numbers beside the scores are swept with the first queries; their blocks stay until the end.
+        swept, blocks = self._sums + beside, beside + self._overhead
+        ended = whole + blocks + ranks * swept
+        sweeping = max(replaced_bytes(swept, ranks), ended)
+        if self._sums < whole:
+            sweeping = max(sweeping, whole + blocks + replaced_bytes(self._sums, ranks))
+        if not rescored:
+            return Step("scores", kept, max(sweeping, kept + blocks))
         # Of a block of queries, their highest scores are of so many training examples at the most.
         again = min(self.train, self.block * rescored)
-        better = self.queries * again * self.itemsize + bool(rescored) * self._overhead
-        kept = whole + beside + self.queries * (self.errors * _ERROR_BYTES + rescored * self.itemsize)
-        kept += file_overhead(self.matrices + vectors + 2)
-        blocks, single = whole + beside + self._overhead, self._sums >= whole
-        sweeping = replaced_bytes(self._sums + beside, ranks) + (0 if single else whole + blocks - self._sums)
-        return Step("scores", kept, max(sweeping, blocks + whole + better + kept))
+        highest = self.queries * rescored * (torch.int64.itemsize + self.itemsize)
+        better, latest = self.queries * again * self.itemsize, self.block * again * self.itemsize
+        rescoring = max(better - latest + replaced_bytes(latest, ranks), better + ranks * latest)
+        exact = blocks + highest + self._overhead
+        return Step("scores", kept, max(sweeping, whole + exact + rescoring, kept + exact + better))
 
     def top_step(self, ranks: int, top: int) -> Step:
         """The highest and lowest scores: those of every block, then the result beside them."""

@@ -28,6 +28,7 @@ from wherefrom.planning.forms import BankForm
 from wherefrom.planning.job import Job
 from wherefrom.planning.machine import Machine
 from wherefrom.planning.plan import SHARD_BYTES, SHARD_ROWS, Plan, plan_scores
+from wherefrom.planning.space import Blocks as BlockSizes
 from wherefrom.runtime.errors import InputError, MemoryLimitError
 from wherefrom.runtime.memory import Footprint
 from wherefrom.runtime.profile import Profile
@@ -315,6 +316,16 @@ def test_a_block_that_was_being_written_is_not_finished(tmp_path: Path) -> None:
     blocks.get_or_compute(range(4), range(6), lambda _: {"values": torch.zeros(4, 6)})
     (tmp_path / "0-4.6-10.part").mkdir()
     assert blocks.begun(range(2)) == range(2)
+
+
+def test_a_large_matrix_takes_little_more_than_itself_on_disk() -> None:
+    """And the sums of one of its blocks, twice while they are replaced; what real runs take is measured elsewhere."""
+    step = BlockSizes(queries=10_000, train=1_000_000, itemsize=4, block=100, shard=1_000_000).matrix_step(ranks=1)
+    matrix, sums = 4 * 10_000 * 1_000_000, 4 * 100 * 1_000_000
+    assert matrix < step.kept < matrix + 2**20
+    assert matrix + 2 * sums < step.peak < 1.03 * matrix
+    # One block: its sums are there until it is written.
+    assert 2 * sums < BlockSizes(100, 1_000_000, 4, 100, 1_000_000).matrix_step(ranks=1).peak < 2.01 * sums
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux tells it")

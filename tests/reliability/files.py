@@ -343,7 +343,8 @@ def _places(run: Path, fault: Fault) -> list[Path]:
     if fault in (json_bomb, header_bomb):
         suffixes = {".json"} if fault is json_bomb else {".safetensors"}
     if fault is another_version:
-        files = [path for path in files if path.name == "manifest.json" or path.suffix == ".safetensors"]
+        versioned = {".json": "manifest", ".safetensors": "tensors"}  # matrices have that of their result
+        files = [path for path in files if path.stem == versioned.get(path.suffix) or ".partial" in path.name]
     folders = [path for path in run.rglob("*") if path.is_dir()] if fault is moved_behind_a_link else []
     return sorted([path for path in files if path.suffix in suffixes] + folders)
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ import wherefrom as wf
 from tests.models import ManyExamples
 from tests.reliability.space import Disk, Moments
 from tests.runs import factored
-from wherefrom.curvature.factors import Factors
 from wherefrom.runtime.errors import StorageError
 
 _TRAIN, _QUERIES = 2_000, 300
 # An estimate may be so much above what was used, and headers besides: 8 KiB a file, of which there are some dozens. It
 # may be below by the run's lock, by whole pages for small files, and by the rounding of the message.
 _SHARE, _HEADERS, _BELOW = 1.04, 2**20, 2**16
+_EXECUTION, _PAIRS = wf.Execution(progress=False, checkpoint_seconds=0), wf.Pairs()
+# GiB in which a sixth of the queries are resident, beside the scores of a part of the training examples.
+_LITTLE = 0.016
 
 
 def _examples(count: int) -> ManyExamples:
@@ -47,9 +50,7 @@ class _Task(wf.Task[Any]):
 def _study(run: Path, width: int, train: int) -> wf.Study[Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
-    return wf.Study(
-        run, model, _Task(), train=_examples(train), execution=wf.Execution(progress=False, checkpoint_seconds=0)
-    )
+    return wf.Study(run, model, _Task(), train=_examples(train), execution=_EXECUTION)
 
 
 Flow = Callable[[Path], object]
@@ -57,28 +58,30 @@ Flow = Callable[[Path], object]
 
 def _fit(strategy: str) -> Flow:
     """Factors take as much for any number of examples."""
-    return lambda run: _study(run, 700, 40).fit(factored(strategy), execution=wf.Execution(train_batch_size=20))
+    execution = replace(_EXECUTION, train_batch_size=20)
+    return lambda run: _study(run, 700, 40).fit(factored(strategy), execution=execution)
 
 
-def _score(**options: Any) -> Flow:
-    return lambda run: _on_factors(run, lambda study, factors: study.score(_examples(_QUERIES), factors, **options))
+def _score(
+    keep: wf.Keep[Any] = _PAIRS, queries: int = _QUERIES, memory_budget: float | None = None, **fields: Any
+) -> Flow:
+    execution = replace(_EXECUTION, train_batch_size=500, memory_budget=memory_budget)
+    return lambda run: _study(run, 4, _TRAIN).score(
+        _examples(queries), wf.Dot(**fields), keep=keep, execution=execution
+    )
 
 
-def _on_factors(run: Path, act: Callable[[wf.Study[Any], Factors], object]) -> object:
-    study = _study(run, 4, _TRAIN)
-    return act(study, study.fit(wf.Dot()))
-
-
-_BATCH: dict[str, Any] = {"train_batch_size": 500}
 _FLOWS: dict[str, Flow] = {
     "ekfac": _fit("ekfac"),
     "diagonal": _fit("diagonal"),
-    "scores": _score(**_BATCH),
-    "parts": _score(per_layer=True, self_influence=True, **_BATCH),
-    "rescored": _score(query_rank=1, rescore=40, **_BATCH),
-    "summed": _score(aggregate_train="sum", **_BATCH),
-    "top": lambda run: _on_factors(run, lambda study, f: study.score_top(_examples(_QUERIES), f, 300, **_BATCH)),
-    "tokens": lambda run: _on_factors(run, lambda study, f: study.score_tokens(_examples(20), f, **_BATCH)),
+    "scores": _score(),
+    "blocks": _score(memory_budget=_LITTLE),
+    "parts": _score(wf.Pairs(layers=True, self_influence=True)),
+    "parts in blocks": _score(wf.Pairs(layers=True, self_influence=True), memory_budget=_LITTLE),
+    "rescored": _score(query_rank=1, rescore=40),
+    "summed": _score(wf.Aggregated(train="sum")),
+    "top": _score(wf.Top(300)),
+    "tokens": _score(wf.Tokens(), queries=20),
 }
 
 

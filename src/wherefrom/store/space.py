@@ -127,21 +127,29 @@ class BlockSizes:
         return count * file_overhead(self.matrices) + self.errors * self.queries * self._across * _ERROR_BYTES
 
     def matrix_step(self, ranks: int, vectors: int = 0, rescored: int = 0) -> Step:
-        """Scores of all pairs: blocks, a file that they are put together in, and the result, all there at the end.
+        """Scores of all pairs: one file that each block is put into when its sweep has ended.
 
         Args:
             vectors: how many numbers of each training example are stored beside the scores.
             rescored: how many of each query's scores are computed again.
         """
         whole, beside = self._whole, vectors * self.train * self.itemsize
+        errors = self.queries * (self.errors * _ERROR_BYTES + rescored * self.itemsize)
+        stored = whole + beside + errors + file_overhead(self.matrices + vectors + 2)
+        # Numbers beside the scores are swept with the first queries; their blocks stay until the end.
+        swept, blocks = self._sums + beside, beside + self._overhead
+        sweeping = max(replaced_bytes(swept, ranks), whole + blocks + ranks * swept)
+        if self._sums < whole:
+            sweeping = max(sweeping, whole + blocks + replaced_bytes(self._sums, ranks))
+        if not rescored:
+            return Step("scores", stored, max(sweeping, stored + blocks))
         # Of a block of queries, their highest scores are of so many training examples at the most.
         again = min(self.train, self.block * rescored)
-        better = self.queries * again * self.itemsize + bool(rescored) * self._overhead
-        stored = whole + beside + self.queries * (self.errors * _ERROR_BYTES + rescored * self.itemsize)
-        stored += file_overhead(self.matrices + vectors + 2)
-        blocks, single = whole + beside + self._overhead, self._sums >= whole
-        sweeping = replaced_bytes(self._sums + beside, ranks) + (0 if single else whole + blocks - self._sums)
-        return Step("scores", stored, max(sweeping, blocks + whole + better + stored))
+        highest = self.queries * rescored * (_INDEX_BYTES + self.itemsize)
+        better, latest = self.queries * again * self.itemsize, self.block * again * self.itemsize
+        rescoring = max(better - latest + replaced_bytes(latest, ranks), better + ranks * latest)
+        exact = blocks + highest + self._overhead
+        return Step("scores", stored, max(sweeping, whole + exact + rescoring, stored + exact + better))
 
     def top_step(self, ranks: int, top: int) -> Step:
         """The highest and lowest scores: those of every block, then the result beside them."""

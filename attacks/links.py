@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from attacks.common import Stop, check, command_refused, examples, linear_model,
 from wherefrom.evaluate.retrain import Retraining, retrain
 from wherefrom.report.figures import Figure, load_figures, save_evaluation
 from wherefrom.report.html import PNG_SIGNATURE
-from wherefrom.runtime.errors import TrainingError, WherefromError
+from wherefrom.runtime.errors import WherefromError
 from wherefrom.store.files import remove
 
 PLOT = Figure("A plot", "of a victim", PNG_SIGNATURE)
@@ -47,26 +46,25 @@ def attack(folder: Path) -> Iterator[Stop]:
         f"{len(refusals)} refusals, such as {refusals[0]}; the other links were replaced, or not needed",
     )
     results = [path.parent for path in made if path.name == "manifest.json"]
-    endings = (".part", ".blocks", ".partial.safetensors")
-    temporary = [path.with_name(path.name + ending) for path in results for ending in endings]
-    refusals = [each for path in (Path(".lock.json.part"), *temporary) for each in _linked(folder, run, path)]
+    temporary = [(path, ending) for path in results for ending in (".part", ".blocks", ".partial.safetensors")]
+    refusals = [each for path, ending in temporary for each in _linked(folder, run, path, ending)]
     yield Stop(
-        f"a link in the place of each of {len(temporary) + 1} temporary files and directories",
+        f"a link in the place of each of {len(temporary)} files and directories of results under way",
         f"{len(refusals)} refusals, such as {refusals[0]}; the other links were deleted, or not needed",
     )
     yield from _commands(folder)
 
 
-def _use(run: Path, folder: str = "") -> None:
-    """Make anew what is in a folder of a run directory, or in all of them."""
+def _use(run: Path, folder: str = "", overwrite: bool = True) -> None:
+    """Make what is in a folder of a run directory, or in all of them; anew, or what is missing."""
     study = linear_study(run)
     method = wf.TracIn(checkpoints=[run.parent / "weights.safetensors"])
     uses: dict[str, Callable[[], object]] = {
-        "factors": lambda: study.fit(wf.EKFAC(), overwrite=True),
-        "scores": lambda: study.score(examples(2), wf.Dot(), overwrite=True),
-        "checkpoints": lambda: study.score(examples(2), method, overwrite=True),
-        "self_influence": lambda: study.self_influence(wf.Dot(), overwrite=True),
-        "index": lambda: study.index(wf.Dot(), overwrite=True),
+        "factors": lambda: study.fit(wf.EKFAC(), overwrite=overwrite),
+        "scores": lambda: study.score(examples(2), wf.Dot(), overwrite=overwrite),
+        "checkpoints": lambda: study.score(examples(2), method, overwrite=overwrite),
+        "self_influence": lambda: study.self_influence(wf.Dot(), overwrite=overwrite),
+        "index": lambda: study.index(wf.Dot(), overwrite=overwrite),
         "reports": lambda: study.report(study.score(examples(2), wf.Dot())),
         "evaluation": lambda: (save_evaluation(run, "plot", PLOT, {}, {}), load_figures(run, {})),
         "retrainings": lambda: _retrain(run / "retrainings"),
@@ -76,34 +74,34 @@ def _use(run: Path, folder: str = "") -> None:
 
 
 def _retrain(path: Path) -> None:
-    """Two retrainings, the second of which fails at first: the first is kept beside the table, which comes later."""
-    begun = path.with_name("retrainings.runs").exists()
+    """One retraining, and one more where there is one."""
 
     def train(asked: Sequence[Retraining]) -> Tensor:
-        if asked[0].seed and not begun:
-            raise RuntimeError("as if it were killed")
-        return torch.zeros(1, 2)
+        return torch.zeros(len(asked), 2)
 
-    with suppress(TrainingError):
-        retrain(path, train, torch.ones(1, 6, dtype=torch.bool), (0, 1), fingerprint={}, workers=1, progress=False)
+    seeds = (0, 1) if path.exists() else (0,)
+    retrain(path, train, torch.ones(1, 6, dtype=torch.bool), seeds, fingerprint={}, workers=1, progress=False)
 
 
-def _linked(folder: Path, run: Path, path: Path) -> list[str]:
-    """Put a link in the place of a file or directory of a run, and use the run; the error that it has ended with."""
+def _linked(folder: Path, run: Path, path: Path, ending: str = "") -> list[str]:
+    """Put a link in the place of a file or directory of a run, and use the run; the error that it has ended with.
+
+    Args:
+        ending: of what a result is made of on the way; the result itself is then missing.
+    """
     copy, victim = shutil.copytree(run, folder / "copy"), folder / "victim"
-    if (copy / path).exists():
-        (copy / path).rename(victim)
-    elif path.name.endswith((".part", ".blocks")):
+    if ending:
+        shutil.rmtree(copy / path)
         victim.mkdir()
     else:
-        victim.write_text("of the victim")
-    (copy / path).symlink_to(victim)
+        (copy / path).rename(victim)
+    (copy / path).with_name(path.name + ending).symlink_to(victim)
     before, refusals = _content(victim), []
     try:
-        _use(copy, path.parts[0])
+        _use(copy, path.parts[0], overwrite=not ending)
     except WherefromError as error:
         refusals.append(f"{type(error).__name__}: {error}")
-    check(_content(victim) == before, f"{path} of a run led what was written elsewhere")
+    check(_content(victim) == before, f"{path}{ending} of a run led what was written elsewhere")
     shutil.rmtree(copy)
     remove(victim)
     return refusals

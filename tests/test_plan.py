@@ -28,7 +28,6 @@ from wherefrom.planning.forms import BankForm
 from wherefrom.planning.job import Job
 from wherefrom.planning.machine import Machine
 from wherefrom.planning.plan import SHARD_BYTES, SHARD_ROWS, Plan, plan_scores
-from wherefrom.planning.space import Blocks as BlockSizes
 from wherefrom.runtime.errors import InputError, MemoryLimitError
 from wherefrom.runtime.memory import Footprint
 from wherefrom.runtime.profile import Profile
@@ -36,6 +35,7 @@ from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.collectors import PairwiseCollector
 from wherefrom.scoring.tokens import TokenCollector
 from wherefrom.store.cache import Blocks, Cache
+from wherefrom.store.space import Blocks as BlockSizes
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,7 @@ import wherefrom.scoring.tokens
 from tests.models import mlp_case
 from tests.processes import detach_resource_tracker
 from tests.retrain_worker import fill
-from tests.runs import with_factors
 from wherefrom.cli.shared import command_line
-from wherefrom.curvature.factors import Factors
 from wherefrom.engine.sweep import Sweep
 
 # Twelve training examples in three shards of two batches; a token's score is a float32.
@@ -65,6 +63,7 @@ class Moments:
     def __init__(self, end: End) -> None:
         self.count = 0
         self._end = end
+        self._flushed: dict[tuple[Path, int], bytes] = {}
 
     def watch(self) -> None:
         """Count from now on; cannot be undone."""
@@ -72,9 +71,13 @@ class Moments:
         flush = os.fsync
 
         def watched(descriptor: int) -> None:
-            self._pass(lambda: _tear(descriptor, self.count))
+            file = Path(f"/proc/self/fd/{descriptor}").resolve()
+            key = file, os.fstat(descriptor).st_ino
+            self._pass(lambda: _tear(file, self._flushed.get(key), self.count % 4))
             self._pass()
             flush(descriptor)
+            if file.is_file():
+                self._flushed[key] = file.read_bytes()
 
         os.fsync = watched  # type: ignore[assignment]
 
@@ -92,11 +95,22 @@ class Moments:
             os.kill(os.getpid(), self._end.signal)
 
 
-def _tear(descriptor: int, number: int) -> None:
-    """Cut a file to some quarters of its bytes, as if it had been killed while writing; a directory stays."""
-    file = Path(f"/proc/self/fd/{descriptor}").resolve()
-    if file.is_file():
-        os.truncate(file, file.stat().st_size * (number % 4) // 4)
+def _tear(file: Path, flushed: bytes | None, quarters: int) -> None:
+    """Leave some quarters of what was written to a file since it was flushed, as if killed; a directory stays.
+
+    Args:
+        flushed: its bytes then; None for a new file, which is cut.
+    """
+    if not file.is_file():
+        return
+    content = file.read_bytes()
+    if flushed is None or len(flushed) != len(content):
+        os.truncate(file, len(content) * quarters // 4)
+        return
+    changed = [place for place, (old, new) in enumerate(zip(flushed, content, strict=True)) if old != new]
+    lost = changed[len(changed) * quarters // 4 :]
+    if lost:
+        file.write_bytes(content[: lost[0]] + flushed[lost[0] :])
 
 
 def work(job: str, run: Path, log: Path, end: End, checkpoint_seconds: float) -> None:
@@ -126,56 +140,47 @@ def work(job: str, run: Path, log: Path, end: End, checkpoint_seconds: float) ->
 def log_batches(log: Path, end: End) -> None:
     """From now on write a line for every batch that is begun, and send this process the signal in its batch."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
-    process = Sweep._process
+    process = Sweep._batch
     numbers = count(1)
 
-    def logged(self: Sweep[Any], state: Any, loader: Any, rows: range, objective: Any) -> None:
+    def logged(self: Sweep[Any], state: Any, loader: Any, batch: range) -> None:
         with log.open("a") as stream:
-            stream.write(f"{state.name} {rows.start} to {rows.stop}\n")
+            stream.write(f"{state.name} {batch.start} to {batch.stop}\n")
         if next(numbers) == end.batch:
             signal.raise_signal(end.signal)
-        process(self, state, loader, rows, objective)
+        process(self, state, loader, batch)
 
-    Sweep._process = logged  # type: ignore[method-assign]
+    Sweep._batch = logged  # type: ignore[method-assign]
 
 
 def _study_job(job: str, run: Path, checkpoint_seconds: float) -> None:
     wherefrom.planning.plan.SHARD_ROWS, wherefrom.planning.plan.SHARD_BYTES = SHARD_ROWS, 1
     wherefrom.scoring.tokens.PART_BYTES = TOKENS_PER_PART * torch.float32.itemsize
     case = mlp_case(torch.float32)
-    study = wf.Study(
-        run,
-        case.model,
-        case.task,
-        train=case.train,
-        execution=wf.Execution(progress=False, checkpoint_seconds=checkpoint_seconds, memory_budget=2 ** (-30)),
+    execution = wf.Execution(
+        progress=False,
+        checkpoint_seconds=checkpoint_seconds,
+        train_batch_size=TRAIN_BATCH,
+        query_batch_size=1,
+        memory_budget=2**-30,  # one query is resident at a time
     )
-    factors = study.fit(batch_size=TRAIN_BATCH)
-    JOBS[job](study, case.queries[:QUERIES], factors)
+    study = wf.Study(run, case.model, case.task, train=case.train, execution=execution)
+    study.fit()
+    JOBS[job](study, case.queries[:QUERIES])
 
 
-_BATCHES: Any = {"train_batch_size": TRAIN_BATCH, "query_batch_size": 1}
-
-JOBS: dict[str, Callable[[wf.Study[Any], list[object], Factors], object]] = {
-    "a fit": lambda study, queries, factors: None,
-    "a score": lambda study, queries, factors: study.score(queries, factors, **_BATCHES),
-    "a score with its layers and self-influence": lambda study, queries, factors: study.score(
-        queries, factors, per_layer=True, self_influence=True, **_BATCHES
+JOBS: dict[str, Callable[[wf.Study[Any], list[object]], object]] = {
+    "a fit": lambda study, queries: None,
+    "a score": lambda study, queries: study.score(queries),
+    "a score with its layers and self-influence": lambda study, queries: study.score(
+        queries, keep=wf.Pairs(layers=True, self_influence=True)
     ),
-    "a score of low rank, rescored": lambda study, queries, factors: study.score(
-        queries, factors, query_rank=1, rescore=5, **_BATCHES
-    ),
-    "an aggregated score": lambda study, queries, factors: study.score(
-        queries, factors, aggregate_queries="sum", **_BATCHES
-    ),
-    "the highest scores": lambda study, queries, factors: study.score_top(queries, factors, k=3, **_BATCHES),
-    "self-influence": lambda study, queries, factors: study.self_influence(
-        with_factors(factors), execution=replace(study.execution, train_batch_size=TRAIN_BATCH)
-    ),
-    "token scores of the highest pairs": lambda study, queries, factors: study.score_tokens(
-        queries, factors, top=4, **_BATCHES
-    ),
-    "token scores of all pairs": lambda study, queries, factors: study.score_tokens(queries, factors, **_BATCHES),
+    "a score of low rank, rescored": lambda study, queries: study.score(queries, wf.EKFAC(query_rank=1, rescore=5)),
+    "an aggregated score": lambda study, queries: study.score(queries, keep=wf.Aggregated(queries="sum")),
+    "the highest scores": lambda study, queries: study.score(queries, keep=wf.Top(3)),
+    "self-influence": lambda study, queries: study.self_influence(),
+    "token scores of the highest pairs": lambda study, queries: study.score(queries, keep=wf.Tokens(4)),
+    "token scores of all pairs": lambda study, queries: study.score(queries, keep=wf.Tokens()),
 }
 """What is done with the factors of a study, by what it is called in a report."""
 

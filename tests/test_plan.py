@@ -34,8 +34,8 @@ from wherefrom.runtime.profile import Profile
 from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.collectors import PairwiseCollector
 from wherefrom.scoring.tokens import TokenCollector
-from wherefrom.store.cache import BlockSizes, Cache
-from wherefrom.store.space import BlockSizes as BlockSizes
+from wherefrom.store.cache import Blocks, Cache
+from wherefrom.store.space import Blocks as BlockSizes
 
 CPU = torch.device("cpu")
 
@@ -312,7 +312,7 @@ def test_token_scores_survive_another_cut(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_block_that_was_being_written_is_not_finished(tmp_path: Path) -> None:
     """Four queries fitted into memory before; now two do, and what is missing of the four could not be computed."""
-    blocks = BlockSizes(Cache(tmp_path, {}, Profile()), rows=4, columns=10)
+    blocks = Blocks(Cache(tmp_path, {}, Profile()), rows=4, columns=10)
     blocks.get_or_compute(range(4), range(6), lambda _: {"values": torch.zeros(4, 6)})
     (tmp_path / "0-4.6-10.part").mkdir()
     assert blocks.begun(range(2)) == range(2)

@@ -35,7 +35,7 @@ from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.collectors import PairwiseCollector
 from wherefrom.scoring.tokens import TokenCollector
 from wherefrom.store.cache import Blocks, Cache
-from wherefrom.store.space import Blocks as BlockSizes
+from wherefrom.store.space import BlockSizes
 
 CPU = torch.device("cpu")
 

@@ -25,7 +25,6 @@ from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.processes import start
 from tests.reliability.memory_child import limited
 from tests.reliability.outcomes import Outcome
-from tests.runs import with_factors
 from wherefrom.runtime.errors import MemoryLimitError
 
 _NUMBERS = re.compile(r"[\d.]+ GiB free on ")
@@ -100,12 +99,11 @@ Flow = Callable[["wf.Study[Any]", Case], Results]
 
 
 def _factors(study: wf.Study[Any], case: Case) -> Results:
-    found = study.fit(wf.EKFAC())
-    return {**{f"eigenvalues {name}": each for name, each in found.eigenvalues.items()}}
+    return {f"eigenvalues {name}": each for name, each in study.fit().eigenvalues.items()}
 
 
 def _scores(study: wf.Study[Any], case: Case) -> Results:
-    scores = study.score(case.queries, wf.EKFAC(), keep=wf.Pairs(layers=True, self_influence=True))
+    scores = study.score(case.queries, keep=wf.Pairs(layers=True, self_influence=True))
     assert scores.self_influence is not None and scores.preconditioned_norms is not None
     norms = {"self-influence": scores.self_influence, "norms": scores.preconditioned_norms}
     return {"values": scores.values, **norms, **dict(scores.layers)}
@@ -118,10 +116,9 @@ def _thin(study: wf.Study[Any], case: Case) -> Results:
 
 
 def _aggregated(study: wf.Study[Any], case: Case) -> Results:
-    factors = study.fit(wf.Diagonal())
     return {
-        "queries": study.score(case.queries, with_factors(factors), keep=wf.Aggregated(queries="mean")).values,
-        "train": study.score(case.queries, with_factors(factors), keep=wf.Aggregated(train="sum")).values,
+        "queries": study.score(case.queries, wf.Diagonal(), keep=wf.Aggregated(queries="mean")).values,
+        "train": study.score(case.queries, wf.Diagonal(), keep=wf.Aggregated(train="sum")).values,
     }
 
 
@@ -131,14 +128,13 @@ def _top(study: wf.Study[Any], case: Case) -> Results:
 
 
 def _self_influence(study: wf.Study[Any], case: Case) -> Results:
-    return {"self-influence": study.self_influence(wf.EKFAC())}
+    return {"self-influence": study.self_influence()}
 
 
 def _tokens(study: wf.Study[Any], case: Case) -> Results:
-    factors = study.fit(wf.EKFAC())
     return {
-        "all": study.score(case.queries, with_factors(factors), keep=wf.Tokens()).values,
-        "top": study.score(case.queries, with_factors(factors), keep=wf.Tokens(2)).values,
+        "all": study.score(case.queries, keep=wf.Tokens()).values,
+        "top": study.score(case.queries, keep=wf.Tokens(2)).values,
     }
 
 

@@ -23,7 +23,6 @@ import wherefrom as wf
 from tests.models import relative_error
 from tests.reliability.outcomes import Outcome
 from tests.runs import with_factors
-from wherefrom.curvature.factors import Factors
 from wherefrom.runtime.errors import MemoryLimitError
 
 _WIDTH, _TRAIN, _QUERIES = 300, 100, 50
@@ -43,41 +42,25 @@ def _rows(count: int, width: int, dtype: torch.dtype, seed: int) -> list[object]
     ]
 
 
-def _study(folder: Path, width: int, dtype: torch.dtype, budget: float | None = None) -> wf.Study[Any]:
-    train = _rows(_TRAIN, width, dtype, 1)
-    return wf.Study(
-        folder,
-        _model(width, dtype),
-        wf.Classification(["*"]),
-        train=train,
-        execution=wf.Execution(memory_budget=budget, progress=False),
-    )
+def _study(folder: Path, width: int, dtype: torch.dtype, **execution: Any) -> wf.Study[Any]:
+    train, chosen = _rows(_TRAIN, width, dtype, 1), wf.Execution(progress=False, **execution)
+    return wf.Study(folder, _model(width, dtype), wf.Classification(["*"]), train=train, execution=chosen)
 
 
 # Memory that runs out.
 
 
-def _all(study: wf.Study[Any], queries: list[object]) -> dict[str, Tensor]:
+def _all(folder: Path, queries: list[object]) -> dict[str, Tensor]:
     """A fit and a score in batches of everything at once."""
-    factors = study.fit(wf.EKFAC(), execution=replace(study.execution, train_batch_size=_TRAIN))
-    scores = study.score(
-        queries,
-        with_factors(factors),
-        execution=replace(study.execution, train_batch_size=_TRAIN, query_batch_size=_QUERIES),
-    )
-    return {
-        "values": scores.values.clone(),
-        "self": study.self_influence(
-            with_factors(factors), execution=replace(study.execution, train_batch_size=_TRAIN)
-        ),
-    }
+    study = _study(folder, _WIDTH, torch.float64, train_batch_size=_TRAIN, query_batch_size=_QUERIES)
+    method = with_factors(study.fit())
+    return {"values": study.score(queries, method).values.clone(), "self": study.self_influence(method)}
 
 
 def limited(folder: Path, count: int, seed: int) -> str:
     """Runs with random limits; those that end have the undisturbed results, the others an error with numbers."""
-    dtype, chance = torch.float64, random.Random(str(seed))
-    queries = _rows(_QUERIES, _WIDTH, dtype, 2)
-    expected = _all(_study(folder / "undisturbed", _WIDTH, dtype), queries)
+    chance, queries = random.Random(str(seed)), _rows(_QUERIES, _WIDTH, torch.float64, 2)
+    expected = _all(folder / "undisturbed", queries)
     recovered = 0
     for case in range(count):
         gc.collect()
@@ -85,12 +68,12 @@ def limited(folder: Path, count: int, seed: int) -> str:
         limit = _status("VmSize") + room
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         try:
-            found = _all(_study(folder / str(case), _WIDTH, dtype), queries)
+            found = _all(folder / str(case), queries)
             recovered += 1
         except MemoryLimitError as error:
             assert re.search(r"[\d.]+ GiB free on cpu", str(error)), f"no numbers in: {error}"
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            found = _all(_study(folder / str(case), _WIDTH, dtype), queries)
+            found = _all(folder / str(case), queries)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         for name, each in found.items():
             difference = relative_error(each, expected[name])
@@ -105,21 +88,15 @@ def limited(folder: Path, count: int, seed: int) -> str:
 
 # Memory that is measured.
 
-_STAGES: dict[str, Callable[[wf.Study[Any], list[object], Factors | None], object]] = {
-    "fit": lambda study, queries, _: study.fit(wf.EKFAC()),
-    "score": lambda study, queries, factors: study.score(queries, with_factors(factors or study.fit(wf.EKFAC()))),
-    "thin": lambda study, queries, factors: study.score(
-        queries, with_factors(factors or study.fit(wf.EKFAC()), query_rank=8)
+_STAGES: dict[str, Callable[[wf.Study[Any], list[object], wf.EKFAC], object]] = {
+    "fit": lambda study, queries, method: study.fit(method),
+    "score": lambda study, queries, method: study.score(queries, method),
+    "thin": lambda study, queries, method: study.score(queries, replace(method, query_rank=8)),
+    "parts": lambda study, queries, method: study.score(
+        queries, method, keep=wf.Pairs(layers=True, self_influence=True)
     ),
-    "parts": lambda study, queries, factors: study.score(
-        queries, with_factors(factors or study.fit(wf.EKFAC())), keep=wf.Pairs(layers=True, self_influence=True)
-    ),
-    "self-influence": lambda study, queries, factors: study.self_influence(
-        with_factors(factors or study.fit(wf.EKFAC()))
-    ),
-    "tokens": lambda study, queries, factors: study.score(
-        queries, with_factors(factors or study.fit(wf.EKFAC())), keep=wf.Tokens()
-    ),
+    "self-influence": lambda study, queries, method: study.self_influence(method),
+    "tokens": lambda study, queries, method: study.score(queries, method, keep=wf.Tokens()),
 }
 
 
@@ -127,14 +104,14 @@ def peak(folder: Path, what: str, budget: float) -> str:
     """Bytes that a stage takes at the most beyond what was there, factors for a fit included."""
     stage, dtype = _STAGES[what], torch.float32
     small = _study(folder / "small", 16, dtype)  # imports, and what libraries keep for themselves
-    stage(small, _rows(3, 16, dtype, 2), None)
-    study = _study(folder / "large", _WIDTH, dtype, budget)
+    stage(small, _rows(3, 16, dtype, 2), wf.EKFAC())
+    study = _study(folder / "large", _WIDTH, dtype, memory_budget=budget)
     queries = _rows(_QUERIES, _WIDTH, dtype, 2)
-    factors = None if what == "fit" else study.fit(wf.EKFAC())
+    method = wf.EKFAC(factors=None if what == "fit" else study.fit())
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    stage(study, queries, factors)
+    stage(study, queries, method)
     return str(_status("VmHWM") - before)
 
 

@@ -322,7 +322,7 @@ def test_a_large_matrix_takes_little_more_than_itself_on_disk() -> None:
     """And the sums of one of its blocks, twice while they are replaced; what real runs take is measured elsewhere."""
     step = BlockSizes(queries=10_000, train=1_000_000, itemsize=4, block=100, shard=1_000_000).matrix_step(ranks=1)
     matrix, sums = 4 * 10_000 * 1_000_000, 4 * 100 * 1_000_000
-    assert matrix < step.kept < matrix + 2**20
+    assert matrix < step.stored < matrix + 2**20
     assert matrix + 2 * sums < step.peak < 1.03 * matrix
     # One block: its sums are there until it is written.
     assert 2 * sums < BlockSizes(100, 1_000_000, 4, 100, 1_000_000).matrix_step(ranks=1).peak < 2.01 * sums

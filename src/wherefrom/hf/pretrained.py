@@ -97,7 +97,7 @@ def study_from_pretrained(
         max_length: texts are cut off after so many tokens; None is what the model can take.
         end_token: put the end-of-sequence token after a text or completion, as TRL does.
         device: None is a GPU if there is one, under torchrun this process's own.
-        **options: of `Study`: progress, checkpoint_seconds, memory_budget, compile_activations.
+        **options: of `Study`: history, execution.
 
     Raises:
         InputError: the folder holds no model, the architecture has no task here, or the examples lack columns.

@@ -23,7 +23,7 @@ from wherefrom.planning.machine import Machine, matmul_speed
 from wherefrom.planning.plan import Plan, plan_scores
 from wherefrom.planning.stages import GIB, Stage
 from wherefrom.runtime.distributed import Ranks
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.runtime.memory import FREE_SHARE, free_memory
 from wherefrom.runtime.precision import widened_dtype
 from wherefrom.scoring.approximation import Approximation
@@ -98,14 +98,12 @@ class PlanArguments:
         Approximation(query_rank=self.query_rank, query_bits=self.query_bits)
         for name in ("train", "queries", "ranks", "fit_train", "top", "batch_size"):
             count = getattr(self, name)
-            if count is not None and count < 1:
-                raise InputError(f"{name}={count}: expected at least 1.")
+            check_argument(count is None or count >= 1, name, count, "at least 1")
         if self.fit_train is not None and self.fit_train > self.train:
             raise InputError(f"fit_train={self.fit_train}: expected at most the {self.train} training sequences.")
         for name in ("device_memory", "flops", "eigen_flops", "bandwidth", "host_bandwidth", "host_memory"):
             figure = getattr(self, name)
-            if figure not in (None, "measured") and not 0 < figure < math.inf:
-                raise InputError(f"{name}={figure}: expected a number above 0.")
+            check_argument(figure in (None, "measured") or 0 < figure < math.inf, name, figure, "a number above 0")
         if not 0 < self.efficiency <= 1:
             raise InputError(f"efficiency={self.efficiency}: expected a part of the speed of products, 0 to 1.")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from wherefrom.curvature.damping import added_damping, check_eigenvalues, damped_inverse
 from wherefrom.curvature.operators import Basis, Operator
 from wherefrom.engine.layers import TrackedLayer
-from wherefrom.runtime.errors import InputError, MismatchError
+from wherefrom.runtime.errors import InputError, MismatchError, check_argument
 from wherefrom.runtime.memory import pinned_as
 from wherefrom.store.fingerprint import Fingerprint, differences
 from wherefrom.store.space import Step, file_overhead
@@ -71,8 +71,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 def checked_strategy(name: str) -> Strategy:
     """The strategy of a name."""
-    if name not in STRATEGIES:
-        raise InputError(f"strategy={name!r}: expected one of {', '.join(STRATEGIES)}.")
+    check_argument(name in STRATEGIES, "strategy", name, f"one of {', '.join(STRATEGIES)}")
     return STRATEGIES[name]
 
 

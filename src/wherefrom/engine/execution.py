@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, check_argument
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,7 @@ class Execution:
     def __post_init__(self) -> None:
         for name in ("query_batch_size", "train_batch_size"):
             size = getattr(self, name)
-            if size is not None and size < 1:
-                raise InputError(f"{name}={size}: expected at least 1, or None to find one.")
+            check_argument(size is None or size >= 1, name, size, "at least 1, or None to find one")
         if self.memory_budget is not None and not 0 < self.memory_budget < 2**40:
             raise InputError(f"memory_budget={self.memory_budget}: expected a number of GiB above 0, or None.")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wherefrom.evaluate.matrices import Method, Scorer, finite, matrices, score_all
 from wherefrom.evaluate.retrainings import GroundTruth
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.results import Scores
 from wherefrom.store.fingerprint import Dataset
 
@@ -177,8 +177,7 @@ def evaluate_lds(
     """
     if not scores:
         raise InputError("scores: no methods; give at least one name with its scores [queries, train].")
-    if resamples < 2:
-        raise InputError(f"resamples={resamples}: expected at least 2; 1000 give stable intervals.")
+    check_argument(resamples >= 2, "resamples", resamples, "at least 2; 1000 give stable intervals")
     generator = np.random.default_rng(seed)
     subsets, repeats, queries = truth.losses.shape
     subset_counts = _draws(generator, subsets, resamples)  # [subsets, resamples]

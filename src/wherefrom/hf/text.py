@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wherefrom.hf.refusals import refuse_imports, refuse_kernels
-from wherefrom.runtime.errors import InputError, first_line, require
+from wherefrom.runtime.errors import InputError, check_argument, first_line, require
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -118,8 +118,7 @@ def as_blocks(
         A dataset with columns `input_ids`, `attention_mask` and `text` (the block, decoded).
     """
     _check_length("block_size", block_size)
-    if texts_per_group < 1:
-        raise InputError(f"texts_per_group={texts_per_group}: expected a positive number; the default is 1000.")
+    check_argument(texts_per_group >= 1, "texts_per_group", texts_per_group, "a positive number; the default is 1000")
     # verbose=False: a text longer than the model's context is no mistake here, it is cut below.
     encoded = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
     blocks: list[list[int]] = []
@@ -279,8 +278,7 @@ def _sequences(sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase) -
 
 
 def _check_length(argument: str, length: int) -> None:
-    if length < 2:
-        raise InputError(f"{argument}={length}: expected 2 or more, since a sequence needs a next token to predict.")
+    check_argument(length >= 2, argument, length, "2 or more, since a sequence needs a next token to predict")
 
 
 # The hub

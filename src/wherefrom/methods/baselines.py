@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wherefrom.engine.loading import Examples
 from wherefrom.methods.method import Context, Job, Method
-from wherefrom.runtime.errors import InputError, require
+from wherefrom.runtime.errors import InputError, check_argument, require
 from wherefrom.scoring.keep import Keep
 from wherefrom.store.cache import Unfinished
 from wherefrom.store.fingerprint import MODEL, Dataset, read_example
@@ -80,8 +80,7 @@ def random_scores(queries: int, train: int, seed: int) -> Tensor:
         InputError: a count is less than 1.
     """
     for name, count in (("queries", queries), ("train", train)):
-        if count < 1:
-            raise InputError(f"{name}={count}: expected at least 1.")
+        check_argument(count >= 1, name, count, "at least 1")
     return torch.randn(queries, train, generator=torch.Generator().manual_seed(seed))
 
 

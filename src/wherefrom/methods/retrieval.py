@@ -12,7 +12,7 @@ from wherefrom.engine.loading import Examples
 from wherefrom.methods.baselines import BM25
 from wherefrom.methods.factored import EKFAC, Factored
 from wherefrom.methods.method import Context, Job, Method, dense
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.keep import Keep, Pairs, Top
 from wherefrom.scoring.rescoring import checked_positions, exact_scores
 from wherefrom.scoring.results import extremes
@@ -44,10 +44,8 @@ class TwoStage(Method):
     streams: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.candidates < 1:
-            raise InputError(f"candidates={self.candidates}: expected at least 1.")
-        if not isinstance(self.then, Factored):
-            raise InputError(f"then={self.then!r}: expected a method with factors, such as EKFAC().")
+        check_argument(self.candidates >= 1, "candidates", self.candidates, "at least 1")
+        check_argument(isinstance(self.then, Factored), "then", self.then, "a method with factors, such as EKFAC()")
         if self.then.compressed:
             raise InputError(
                 f"then={self.then}: candidates are scored with whole gradients. Leave out query_rank, query_bits and "

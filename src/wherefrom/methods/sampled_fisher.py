@@ -24,7 +24,7 @@ from wherefrom.curvature.operators import Operator
 from wherefrom.engine.loading import Examples, Repeated
 from wherefrom.methods.factored import Coordinates
 from wherefrom.methods.method import Context, Job, Method
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.keep import Keep
 from wherefrom.scoring.scoring import Scoring
 from wherefrom.store.cache import Unfinished
@@ -61,8 +61,7 @@ class Fisher(Coordinates, Method):
     full_precision: ClassVar[str] = "inverse would multiply what rounding leaves out"
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise InputError(f"samples={self.samples}: expected at least 1.")
+        check_argument(self.samples >= 1, "samples", self.samples, "at least 1")
         if self.damping is not None and not 0 < self.damping < math.inf:
             raise InputError(
                 f"damping={self.damping}: expected a number above 0, or None for 0.01 x the mean eigenvalue."

@@ -36,7 +36,7 @@ from wherefrom.curvature.operators import Basis, Operator
 from wherefrom.engine.loading import Examples
 from wherefrom.methods.checkpoints import chosen_checkpoints, named_paths, sum_settings, weighted_sum, with_record
 from wherefrom.methods.method import Context, Job, Method
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.keep import Keep
 from wherefrom.scoring.results import Scores
 from wherefrom.scoring.scoring import Scoring
@@ -98,8 +98,7 @@ class Source(Method):
     full_precision: ClassVar[str] = "filters are of full precision"
 
     def __post_init__(self) -> None:
-        if not 0 < self.loss_scale < math.inf:
-            raise InputError(f"loss_scale={self.loss_scale}: expected a number above 0.")
+        check_argument(0 < self.loss_scale < math.inf, "loss_scale", self.loss_scale, "a number above 0")
         if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
             raise InputError(
                 f"weight_decay={self.weight_decay}: expected a number >= 0, or None for what was recorded."

@@ -15,7 +15,7 @@ from typing import ClassVar, Generic, Literal, TypeVar
 
 from torch import Tensor
 
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.results import Scores, TopScores
 from wherefrom.scoring.tokens import INDEX, TokenScores
 from wherefrom.store.artifacts import check_layout
@@ -110,8 +110,7 @@ class Top(Keep[TopScores]):
     k: int = 100
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InputError(f"k={self.k}: expected at least 1.")
+        check_argument(self.k >= 1, "k", self.k, "at least 1")
 
     @property
     def label(self) -> str:
@@ -179,8 +178,7 @@ class Tokens(Keep[TokenScores]):
     top: int | None = None
 
     def __post_init__(self) -> None:
-        if self.top is not None and self.top < 1:
-            raise InputError(f"top={self.top}: expected at least 1, or None for every pair.")
+        check_argument(self.top is None or self.top >= 1, "top", self.top, "at least 1, or None for every pair")
 
     @property
     def label(self) -> str:

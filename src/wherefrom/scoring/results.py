@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from wherefrom.runtime.errors import DamagedError, InputError, require
+from wherefrom.runtime.errors import DamagedError, InputError, check_argument, require
 from wherefrom.store.artifacts import Artifact, Layout, check_layout, read_manifest
 from wherefrom.store.files import write_bytes, write_tensors
 from wherefrom.store.fingerprint import Dataset, Fingerprint
@@ -134,8 +134,7 @@ class Scores:
         """
         if "aggregated training examples" in self.fingerprint:
             raise InputError("These scores add up all training examples, so none is the top: keep all pairs instead.")
-        if k < 1:
-            raise InputError(f"k={k}: expected at least 1.")
+        check_argument(k >= 1, "k", k, "at least 1")
         best = self.values.topk(min(k, self.values.shape[1]), dim=1)
         return list(_hits(best.indices, best.values))
 
@@ -171,8 +170,7 @@ class Scores:
             "relatif": self.self_influence.sqrt(),
             "theta-relatif": self.preconditioned_norms,
         }
-        if kind not in divisors:
-            raise InputError(f"kind={kind!r}: expected one of {', '.join(divisors)}.")
+        check_argument(kind in divisors, "kind", kind, f"one of {', '.join(divisors)}")
         values = torch.where(divisors[kind] > 0, self.values / divisors[kind], 0.0)
         return replace(self, values=values, layers={}, fingerprint={**self.fingerprint, "normalized": kind}, name="")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, check_argument
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class TrainingRecipe:
                 f"epsilon={self.epsilon}, betas={self.betas}: expected an epsilon above 0, without which the root has "
                 "no derivative at 0, and betas from 0 to below 1."
             )
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise InputError(f"max_norm={self.max_norm}: expected a norm above 0, or None.")
+        check_argument(self.max_norm is None or self.max_norm > 0, "max_norm", self.max_norm, "a norm above 0, or None")
 
     def batches(self, examples: int) -> list[Tensor]:
         """The positions in a training set of every step's batch: int64 [batch] each."""

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import check_argument
 from wherefrom.store.files import remove, write_tensors
 
 
@@ -81,8 +81,7 @@ class Replay:
         branching: int | None = None,
         kept: KeptStates | None = None,
     ) -> None:
-        if branching is not None and branching < 2:
-            raise InputError(f"branching={branching}: expected at least 2, or None.")
+        check_argument(branching is None or branching >= 2, "branching", branching, "at least 2, or None")
         self._advance, self._steps, self._device = advance, steps, start.device
         self._branching = branching or max(2, math.isqrt(steps - 1) + 1)
         self._kept = KeptStates() if kept is None else kept

@@ -20,7 +20,7 @@ from wherefrom.engine.loading import Examples
 from wherefrom.methods.magic.replay import KeptStates, Replay
 from wherefrom.methods.magic.training import ReplayableTraining
 from wherefrom.methods.method import Context, Job, Method
-from wherefrom.runtime.errors import InputError, RankError
+from wherefrom.runtime.errors import InputError, RankError, check_argument
 from wherefrom.runtime.memory import within_memory
 from wherefrom.runtime.progress import progress_bar
 from wherefrom.runtime.signals import held_signals
@@ -124,8 +124,7 @@ def metasmoothness(training: ReplayableTraining[Batch], step: float = 0.01, seed
     Raises:
         InputError: `step` is not above 0.
     """
-    if not step > 0:
-        raise InputError(f"step={step}: expected a change of weights above 0, such as 0.01.")
+    check_argument(step > 0, "step", step, "a change of weights above 0, such as 0.01")
     direction = torch.randn(len(training.train), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     first, second, third = (training.parameters(1 + number * step * direction) for number in range(3))
     movement = (third - first).abs()

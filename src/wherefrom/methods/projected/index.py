@@ -23,7 +23,7 @@ from wherefrom.methods.factored import Factored
 from wherefrom.methods.method import Context
 from wherefrom.methods.projected.gradient_store import StoredGradients
 from wherefrom.methods.projected.projections import Compression, inverse_curvature, preconditioned
-from wherefrom.runtime.errors import InputError, LossError, MismatchError
+from wherefrom.runtime.errors import InputError, LossError, MismatchError, check_argument
 from wherefrom.runtime.memory import within_memory
 from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
 from wherefrom.scoring.rescoring import exact_scores
@@ -58,8 +58,7 @@ class GradientIndex(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.runtime.errors`; finished shards stay valid.
         """
-        if not isinstance(method, Factored):
-            raise InputError(f"method={method!r}: expected one with factors, such as EKFAC().")
+        check_argument(isinstance(method, Factored), "method", method, "one with factors, such as EKFAC()")
         if method.solver is not None or method.compressed:
             raise InputError(f"index of {method}: it compresses gradients itself. Leave all but the factors out.")
         check_result_name(name)
@@ -142,8 +141,7 @@ class GradientIndex(Generic[Batch]):
 
     def _check_query(self, queries: Dataset[object], k: int, rerank: int) -> None:
         checked_length("queries", queries)
-        if k < 1:
-            raise InputError(f"k={k}: expected at least 1.")
+        check_argument(k >= 1, "k", k, "at least 1")
         if rerank and rerank < k:
             raise InputError(f"rerank={rerank} with k={k}: expected at least k, or 0.")
         if self.context.ranks.count > 1:

@@ -24,7 +24,7 @@ from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import weight_gradients
 from wherefrom.engine.layers import TrackedLayer
 from wherefrom.engine.sweep import Collector
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.runtime.precision import product
 from wherefrom.store.fingerprint import tensors_digest
 
@@ -80,8 +80,7 @@ class Compression:
         for argument, known in (("directions", get_args(Directions)), ("quantization", get_args(Quantization))):
             if getattr(self, argument) not in known:
                 raise InputError(f"{argument}={getattr(self, argument)!r}: expected one of {', '.join(known)}.")
-        if self.rank < 1:
-            raise InputError(f"rank={self.rank}: expected at least 1.")
+        check_argument(self.rank >= 1, "rank", self.rank, "at least 1")
 
     @property
     def label(self) -> str:

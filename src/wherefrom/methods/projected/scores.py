@@ -26,7 +26,7 @@ from wherefrom.methods.factored import KFAC, Coordinates
 from wherefrom.methods.method import Context, Job, Method
 from wherefrom.methods.projected.gradient_store import StoredGradients
 from wherefrom.methods.projected.projections import Compression, Projection, damped_power, preconditioned
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.keep import Keep
 from wherefrom.store.cache import Unfinished
 from wherefrom.store.fingerprint import MODEL
@@ -58,8 +58,7 @@ class Projected(Method):
     def __post_init__(self) -> None:
         if self.damping is not None and not 0 <= self.damping < math.inf:
             raise InputError(f"damping={self.damping}: expected a number >= 0, or None for 0.1 x the mean eigenvalue.")
-        if self.rank < 1:
-            raise InputError(f"rank={self.rank}: expected at least 1.")
+        check_argument(self.rank >= 1, "rank", self.rank, "at least 1")
 
     def projection(self, context: Context[Any], scales: Mapping[str, Tensor] | None = None) -> Projecting:
         """How gradients are projected on random directions."""

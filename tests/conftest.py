@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Small models gain nothing from several threads, and tests may run in several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_IN_MEMORY = Path("/dev/shm")
+# Some times what the tests' directories take. Containers may have as little as 64 MiB there.
+_ROOM = 2**31
+
+
+def _fit_for_directories(root: Path) -> bool:
+    """Whether tests may keep their directories there; some execute a script in them."""
+    if not root.is_dir() or not os.access(root, os.W_OK):
+        return False
+    state = os.statvfs(root)
+    return state.f_bavail * state.f_frsize >= _ROOM and not state.f_flag & os.ST_NOEXEC
+
+
+if _fit_for_directories(_IN_MEMORY):
+    # Whatever the library writes is flushed to the disk, which takes milliseconds a file, and in memory nothing.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_IN_MEMORY))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

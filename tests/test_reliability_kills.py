@@ -35,7 +35,7 @@ def test_stopping_at_random_batches_loses_nothing(tmp_path: Path) -> None:
 def test_a_command_that_is_asked_to_stop_says_how_to_go_on(folder: Path) -> None:  # noqa: F811
     """Five sequences are three batches, of each of two sweeps."""
     log = folder / "batches"
-    given = ("--model", str(folder / "model"), "--train", str(folder / "train.txt"), "--batch-size", "2")
+    given = ("--model", str(folder / "model"), "--train", str(folder / "train.txt"), "--train-batch-size", "2")
     for name, batch, status, word in (("SIGTERM", 2, 143, "Ended by SIGTERM"), ("SIGINT", 3, 130, "Interrupted")):
         arguments = ("fit", str(folder / "stopped"), *given)
         stopped = start(stopped_command, log, batch, signal.Signals[name], arguments).finished()

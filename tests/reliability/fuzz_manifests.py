@@ -27,13 +27,25 @@ from wherefrom.hf.blueprint import model_without_weights
 from wherefrom.report import figures
 from wherefrom.report.figures import load_figures
 from wherefrom.runtime.errors import WherefromError
+from wherefrom.runtime.profile import Profile
 from wherefrom.scoring.results import Scores
 from wherefrom.store import artifacts as store
 from wherefrom.store import recording
 from wherefrom.store.artifacts import Artifact, Partial, read_manifest
+from wherefrom.store.cache import Cache, Unfinished
 from wherefrom.store.recording import RECORDING, read_recording
 
-FINGERPRINT = {"library": "1", "model": "a", "strategy": "identity"}
+FINGERPRINT = {"library": "1", "model": "a", "method": "dot"}
+
+
+def matrix(result: Unfinished) -> dict[str, torch.Tensor]:
+    """Scores that are written in two blocks, with the part of a layer."""
+    blocks = result.blocks(2, 3)
+    for rows in (range(1), range(1, 2)):
+        tensors = {"values": torch.ones(1, 3), "layers": torch.ones(1, 1, 3), "query_errors": torch.ones(1)}
+        blocks.get_or_compute(rows, range(3), lambda _, tensors=tensors: tensors)  # type: ignore[misc]
+    result.details["layers"] = ["first"]
+    return {"query_errors": torch.ones(2)}
 
 
 class Files:
@@ -44,6 +56,8 @@ class Files:
         shutil.rmtree(folder, ignore_errors=True)
         artifact = Artifact(folder / "scores" / "a", FINGERPRINT)
         artifact.save({"values": torch.arange(6.0).reshape(2, 3)})
+        written = folder / "scores" / "b"
+        Cache(written.parent, FINGERPRINT, Profile()).get_or_compute(written.name, matrix)
         self._partial = Partial(folder / "a.partial.safetensors", FINGERPRINT)
         self._partial.save(self._sums(), 3, 2)
         text = TextSource("train.txt", "train", None, "documents", 12)
@@ -60,6 +74,8 @@ class Files:
         self.readers: list[tuple[Path, Callable[[], object]]] = [
             (artifact.path / "manifest.json", lambda: (read_manifest(artifact.path), Scores.load(artifact.path))),
             (artifact.path / "tensors.safetensors", lambda: Scores.load(artifact.path)),
+            (written / "manifest.json", lambda: Scores.load(written)),
+            (written / "matrices.safetensors", lambda: Scores.load(written)),
             (self._partial.path, lambda: self._partial.load(self._sums())),
             (folder / SOURCES, lambda: RunSources.load(folder)),
             (artifact.path / SOURCES, lambda: RunSources.of_result(artifact.path)),

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import datasets
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -127,6 +129,9 @@ def main(live: Live, attack: Attack) -> None:
 
 def command(*words: str | Path) -> tuple[int, str]:
     """Run `wherefrom` with these words: its exit status, and all that it printed."""
+    # The variable of the environment comes too late where these are imported already, as in a suite of tests.
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     printed, status = io.StringIO(), 0
     before = list(logger.handlers), logger.level
     given = patch.object(sys, "argv", ["wherefrom", *map(str, words)])

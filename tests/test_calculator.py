@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_said_and_an_option_that_helps_is_found() -> None:
 def test_highest_scores_take_a_fixed_part_of_the_disk() -> None:
     matrix, top = planned(train=10**7).disk, planned(train=10**7, top=1000).disk
     assert matrix["scores"].stored == pytest.approx(4 * 481 * 10**7, rel=1e-3)
-    assert matrix["scores"].peak == pytest.approx(3 * 4 * 481 * 10**7, rel=1e-3)  # blocks, put together, the result
+    assert matrix["scores"].peak == pytest.approx(4 * 481 * 10**7, rel=5e-3)  # written where it stays
     assert top["scores"].stored == pytest.approx(2 * 12 * 481 * 1000, rel=1e-3)  # the highest and the lowest
     exact = 12 * 4 * sum(out**2 + width**2 for out, width in [(2304, 769), (768, 769), (3072, 769), (768, 3073)])
     assert matrix["covariance"].stored == pytest.approx(exact, rel=1e-3)

@@ -236,7 +236,7 @@ def test_wrong_use_is_answered_well(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a list"):
         wf.Classification("twice")
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    with pytest.raises(InputError, match="batch size of 0"):
+    with pytest.raises(InputError, match="train_batch_size=0: expected at least 1"):
         wf.Execution(train_batch_size=0)
     with pytest.raises(InputError, match="queries is empty"):
         study.score([], wf.Dot())

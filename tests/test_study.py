@@ -15,7 +15,7 @@ from tests.models import Interrupted, Mlp, gpt2_case, mlp_case, relative_error
 from tests.runs import only
 from wherefrom.runtime.errors import DamagedError, InputError, LayerError, LossError, MismatchError, StorageError
 from wherefrom.store.artifacts import Matrices, stored_matrices
-from wherefrom.store.files import save_tensors
+from wherefrom.store.files import save_tensors, write_text
 
 
 def test_sampled_factors_depend_on_the_seed_only(tmp_path: Path) -> None:
@@ -220,6 +220,14 @@ def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("wherefrom.store.files.shutil.disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match="Not enough space .* MiB needed, 0.00 MiB free"):
         study.fit(wf.Diagonal())
+
+
+def test_a_name_that_is_too_long_is_an_error_of_ours(tmp_path: Path) -> None:
+    name = "x" * 300
+    with pytest.raises(StorageError, match="Cannot write .* File name too long"):
+        write_text(tmp_path / name, "a page")
+    with pytest.raises(InputError, match="holds no wherefrom.json"):
+        wf.read_recording(tmp_path / name)
 
 
 # Wrong use.

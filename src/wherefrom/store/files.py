@@ -222,7 +222,15 @@ def clear(part: Path, kept: str = "") -> None:
 
 def free_space(path: Path) -> int:
     """Bytes that can be written where a file or directory is to lie, which need not be there yet."""
-    return shutil.disk_usage(next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())).free
+    return shutil.disk_usage(next(each for each in (path.absolute(), *path.absolute().parents) if is_there(each))).free
+
+
+def is_there(path: Path) -> bool:
+    """Whether something is there; of a name that is too long, for instance, the system does not say so."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

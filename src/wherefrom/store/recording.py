@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wherefrom.runtime.errors import DamagedError, InputError
-from wherefrom.store.files import checked_name, read_json
+from wherefrom.store.files import checked_name, is_there, read_json
 
 RECORDING = "wherefrom.json"
 MOMENTS = "adam_second_moments.safetensors"
@@ -84,7 +84,7 @@ def read_recording(folder: str | Path) -> list[RecordedCheckpoint]:
         DamagedError: it cannot be read.
     """
     folder = Path(folder)
-    if not (folder / RECORDING).exists():
+    if not is_there(folder / RECORDING):
         raise InputError(
             f"{folder}: holds no {RECORDING}; expected the output_dir of a Trainer with "
             "callbacks=[wherefrom.TrainingRecorder()]."

@@ -6,6 +6,7 @@ stage has grown the process at the most.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import random
@@ -102,6 +103,7 @@ _STAGES: dict[str, Callable[[wf.Study[Any], list[object], wf.EKFAC], object]] = 
 
 def peak(folder: Path, what: str, budget: float) -> str:
     """Bytes that a stage takes at the most beyond what was there, factors for a fit included."""
+    _give_freed_memory_back()
     stage, dtype = _STAGES[what], torch.float32
     small = _study(folder / "small", 16, dtype)  # imports, and what libraries keep for themselves
     stage(small, _rows(3, 16, dtype, 2), wf.EKFAC())
@@ -119,6 +121,18 @@ def factor_bytes() -> int:
     """What the factors of the measured model take."""
     sizes = [(_WIDTH, _WIDTH + 1), (_WIDTH, _WIDTH + 1), (10, _WIDTH + 1)]
     return sum(4 * (one**2 + other**2 + one * other + one + other) for one, other in sizes)
+
+
+# Larger blocks than this are given back to the system as soon as they are freed.
+_RETURNED_BYTES = 2**17
+
+
+def _give_freed_memory_back() -> None:
+    """Count what is held rather than what the allocator keeps: of freed blocks, glibc keeps more the larger they have
+    been, and how much depends on addresses, which chance decides (35 to 53 MiB were counted of 40)."""
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):
+        mmap_threshold = -3  # M_MMAP_THRESHOLD in malloc.h
+        assert library.mallopt(mmap_threshold, _RETURNED_BYTES) == 1
 
 
 def _status(name: str) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.models import relative_error
-from wherefrom.curvature.damping import Side, damped_inverse
+from wherefrom.curvature.damping import Spectrum, damped_inverse
 from wherefrom.curvature.eigen import Way, _own_stream, chosen_way, decomposed, eigenvectors
 from wherefrom.runtime.errors import LossError
 
@@ -28,8 +28,8 @@ def test_eigenvalues_below_zero_are_rounding() -> None:
     assert values.min() >= 0
     assert torch.allclose(found.T @ found, torch.eye(6, dtype=torch.float64))
     # And a pseudo-inverse leaves these directions out.
-    sides = (Side(torch.ones(1, dtype=torch.float64), True), Side(values, True))
-    assert damped_inverse(values.unsqueeze(0), 0.0, sides).count_nonzero() == 3
+    spectra = (Spectrum(torch.ones(1, dtype=torch.float64), True), Spectrum(values, True))
+    assert damped_inverse(values.unsqueeze(0), 0.0, spectra).count_nonzero() == 3
 
 
 def test_every_way_of_decomposing_finds_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,13 +234,13 @@ def test_factors_are_loaded_as_they_were_fitted_and_low_rank_is_exact_where_it_s
 
 @pytest.mark.parametrize("strategy", ["kfac", "ekfac", "shampoo"])
 @pytest.mark.parametrize("name", ["conv2d", "norms", "tied gpt2"])
-def test_wide_sides_count_with_their_diagonal(
+def test_wide_factors_count_with_their_diagonal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, strategy: str
 ) -> None:
     monkeypatch.setattr("wherefrom.engine.layers.WIDEST", 9)
     case = CASES[name]()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    assert any(any(layer.diagonal_sides) for layer in study.layers.values())
+    assert any(any(layer.diagonal_factors) for layer in study.layers.values())
     found = study.score(case.queries, factored(strategy, empirical=True)).values
     brute = BruteForce(case.model, case.task, list(study.layers), case.train, case.queries, widest=9)
     assert relative_error(found, brute.scores(strategy)) < 1e-8

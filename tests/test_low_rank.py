@@ -124,7 +124,7 @@ def test_truncation_is_orthonormal_and_does_not_depend_on_the_batch(
 
 def test_the_highest_scores_are_computed_again_at_full_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 300)  # some examples of five queries
-    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 1)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_EXAMPLES", 1)
     case = gpt2_case(torch.float64)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     exact = study.score(case.queries, wf.EKFAC()).values
@@ -150,7 +150,7 @@ def test_an_interrupted_rescore_keeps_to_the_scores_that_it_has_begun_with(
 ) -> None:
     """After an interrupt low-rank scores may be found anew, by other batches, and rounding decides between equals."""
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 300)  # some examples of five queries
-    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 1)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_EXAMPLES", 1)
     case = gpt2_case(torch.float64)
     execution = wf.Execution(train_batch_size=5)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=execution)

@@ -99,7 +99,7 @@ def test_a_training_example_is_named_by_its_place_in_the_dataset(
 ) -> None:
     """Scores are computed in parts, each a sweep of its own over some positions."""
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
-    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 1)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_EXAMPLES", 1)
     made = study(tmp_path, Hidden().double(), with_fault(2, 10), train_batch_size=3)
     with pytest.raises(LossError, match=r"pairwise scores: the loss of examples 9 to 11 .* for example 10\."):
         made.score(vectors(2), wf.Dot())

@@ -41,7 +41,9 @@ def test_all_that_is_copied_for_a_batch_is_pinned_once(
     fitting = Fitting(study._sweep, Examples(case.train, case.task, "drawn"), cache)
     factors = fitting.factors(strategy)
     preconditioner = factors.preconditioner(0.1)
-    copied = [each for sides in preconditioner.sides(study.layers).values() for each in sides if each is not None]
+    copied = [
+        each for transform in preconditioner.transforms(study.layers).values() for each in transform if each is not None
+    ]
     copied += preconditioner.aligned_filters(study.layers).values()
     assert len(copied) == len(study.layers) * (1 if strategy == "diagonal" else 3)
     assert all(each.is_pinned() for each in copied)

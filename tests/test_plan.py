@@ -27,7 +27,7 @@ from wherefrom.engine.layers import select_layers
 from wherefrom.planning.forms import BankForm
 from wherefrom.planning.job import Job
 from wherefrom.planning.machine import Machine
-from wherefrom.planning.plan import SHARD_BYTES, SHARD_ROWS, Plan, plan_scores
+from wherefrom.planning.plan import SHARD_BYTES, SHARD_EXAMPLES, Plan, plan_scores
 from wherefrom.runtime.errors import InputError, MemoryLimitError
 from wherefrom.runtime.memory import Footprint
 from wherefrom.runtime.profile import Profile
@@ -63,7 +63,7 @@ def test_a_plan_stays_within_its_memory_and_covers_everything(
     shards = plan.shards(plan.block, train)
     assert shards[0].start == 0 and shards[-1].stop == train
     assert all(one.stop == other.start for one, other in pairwise(shards))
-    assert len(shards) == 1 or len(shards[0]) == SHARD_ROWS or len(shards[0]) * plan.block * 4 <= SHARD_BYTES
+    assert len(shards) == 1 or len(shards[0]) == SHARD_EXAMPLES or len(shards[0]) * plan.block * 4 <= SHARD_BYTES
 
 
 def test_more_memory_means_fewer_sweeps_and_low_rank_stretches_it() -> None:
@@ -80,7 +80,7 @@ def test_batches_become_smaller_before_the_training_set_is_swept_again() -> None
     ample = replace(job(2**40, **settled), device=torch.device("cuda"))
     whole = plan_scores(ample)
     assert (whole.sweeps, whole.train_batch) == (1, 32768 // 100)
-    fixed = whole.bank_bytes + ample.factor_bytes + SHARD_BYTES + 341 * SHARD_ROWS * 4
+    fixed = whole.bank_bytes + ample.factor_bytes + SHARD_BYTES + 341 * SHARD_EXAMPLES * 4
     each = ample.example.bytes
     for batch in (300, 150, 60):
         found = plan_scores(replace(ample, usable=fixed + batch * each), Machine(1e14, 1.0, 2**40))
@@ -90,7 +90,7 @@ def test_batches_become_smaller_before_the_training_set_is_swept_again() -> None
     found = plan_scores(little, Machine(1e14, 1.0, 2**40))
     assert (found.sweeps, found.train_batch) == (
         2,
-        (341 - 171) * (whole.bank_bytes // 341 + SHARD_ROWS * 4) // each + 1,
+        (341 - 171) * (whole.bank_bytes // 341 + SHARD_EXAMPLES * 4) // each + 1,
     )
     for batch, sweeps in ((100, 2), (150, 3)):
         settled_batch = replace(little, train_batch=batch, query_batch=batch)

@@ -127,7 +127,7 @@ def test_aggregation_in_blocks_shards_layers_ranks_and_half_precision(
     study = study_of(tmp_path, case)
     factors = study.fit()
     plain = study.score(case.queries, keep=wf.Pairs(layers=True))
-    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 4)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_EXAMPLES", 4)
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
     small = study_of(tmp_path, case, memory_budget=1e-9)
     train = small.score(case.queries, keep=wf.Aggregated(train="sum", layers=True))
@@ -169,7 +169,7 @@ def test_top_scores_are_the_extremes_of_the_matrix(
     values = study.score(case.queries, method, execution=wf.Execution(train_batch_size=1)).values
     highest, lowest = expected_extremes(values, 5)
     for shard, size, budget in ((512, 1, None), (7, 3, None), (4, 2, 1e-9)):
-        monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", shard)
+        monkeypatch.setattr("wherefrom.planning.plan.SHARD_EXAMPLES", shard)
         monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
         execution = wf.Execution(memory_budget=budget, train_batch_size=size)
         top = study.score(case.queries, method, keep=wf.Top(5), overwrite=True, execution=execution)
@@ -213,7 +213,7 @@ def test_top_scores_are_merged_shard_by_shard(tmp_path: Path, monkeypatch: pytes
     """However many shards there are, the highest and lowest of two at most are in memory."""
     case = mlp_case()
     case.train = case.train * 8  # 96
-    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 12)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_EXAMPLES", 12)
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
     sizes: list[int] = []
 
@@ -233,7 +233,7 @@ def test_top_scores_leave_no_matrix_on_the_disk(tmp_path: Path, monkeypatch: pyt
 
     case = mlp_case()
     case.train = case.train * 8  # 96
-    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 12)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_EXAMPLES", 12)
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
     study = study_of(tmp_path, case, checkpoint_seconds=0, train_batch_size=4)
     written: list[int] = []

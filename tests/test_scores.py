@@ -135,7 +135,7 @@ def test_the_highest_alone_equal_those_of_the_matrix(tmp_path: Path, monkeypatch
     case.train += [case.train[3], case.train[3]]  # equal scores: the earlier comes first
     study = study_of(case, tmp_path, train_batch_size=1)
     values = study.score(case.queries).values
-    monkeypatch.setattr("wherefrom.planning.plan.SHARD_ROWS", 3)
+    monkeypatch.setattr("wherefrom.planning.plan.SHARD_EXAMPLES", 3)
     monkeypatch.setattr("wherefrom.planning.plan.SHARD_BYTES", 1)
     top = study.score(case.queries, keep=wf.Top(5))
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :5]

@@ -31,7 +31,7 @@ from wherefrom.cli.shared import command_line
 from wherefrom.engine.sweep import Sweep
 
 # Twelve training examples in three shards of two batches; a token's score is a float32.
-SHARD_ROWS, TRAIN_BATCH, TOKENS_PER_PART = 4, 2, 5
+SHARD_EXAMPLES, TRAIN_BATCH, TOKENS_PER_PART = 4, 2, 5
 QUERIES = 3
 
 
@@ -154,7 +154,7 @@ def log_batches(log: Path, end: End) -> None:
 
 
 def _study_job(job: str, run: Path, checkpoint_seconds: float) -> None:
-    wherefrom.planning.plan.SHARD_ROWS, wherefrom.planning.plan.SHARD_BYTES = SHARD_ROWS, 1
+    wherefrom.planning.plan.SHARD_EXAMPLES, wherefrom.planning.plan.SHARD_BYTES = SHARD_EXAMPLES, 1
     wherefrom.scoring.tokens.PART_BYTES = TOKENS_PER_PART * torch.float32.itemsize
     case = mlp_case(torch.float32)
     execution = wf.Execution(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from wherefrom.curvature.operators import Basis, gradient_sides
+from wherefrom.curvature.operators import Basis, gradient_transforms
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import weight_gradients
 from wherefrom.engine.layers import TrackedLayer
@@ -30,10 +30,10 @@ class CovarianceCollector(Collector):
         self._latest: tuple[Tensor, Tensor] | None = None
         self.sums = {}
         for name, layer in layers.items():
-            sides = zip(("gradients", "activations"), layer.padded_shape, layer.diagonal_sides, strict=True)
-            for side, size, diagonal in sides:
+            factors = zip(("gradients", "activations"), layer.padded_shape, layer.diagonal_factors, strict=True)
+            for factor, size, diagonal in factors:
                 shape = (size,) if diagonal else (size, size)
-                self.sums[f"{name}.{side}"] = torch.zeros(shape, dtype=dtype, device=device)
+                self.sums[f"{name}.{factor}"] = torch.zeros(shape, dtype=dtype, device=device)
             self.sums[f"{name}.tokens"] = torch.zeros((), dtype=torch.int64, device=device)
 
     def collect(self, layer: str, captured: Captured, batch: slice) -> None:
@@ -59,10 +59,10 @@ class CovarianceCollector(Collector):
         for name, layer in self._layers.items():
             outputs, inputs = layer.shape
             tokens = self.sums[f"{name}.tokens"].clamp_min(1)  # none where no loss depends on the layer
-            for side, size in (("activations", inputs), ("gradients", outputs)):
-                total = self.sums[f"{name}.{side}"]
+            for factor, size in (("activations", inputs), ("gradients", outputs)):
+                total = self.sums[f"{name}.{factor}"]
                 mean = total[(slice(size),) * total.dim()] / tokens
-                found[f"{name}.{side}"] = mean if mean.dim() == 1 else mean.triu() + mean.triu(1).T
+                found[f"{name}.{factor}"] = mean if mean.dim() == 1 else mean.triu() + mean.triu(1).T
         return found
 
 
@@ -70,7 +70,7 @@ class EigenvalueCollector(Collector):
     """Sums squared per-example gradients, rotated where there is a basis: Lambda = E[(Q_S^T G Q_A)^2].
 
     Args:
-        roots: P^(1/2) [out, in] of layers that are conditioned, of which P^(1/2) * G takes the place of G.
+        scaling: P^(1/2) [out, in] of layers that are conditioned, of which P^(1/2) * G takes the place of G.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class EigenvalueCollector(Collector):
         examples: int,
         dtype: torch.dtype,
         device: torch.device,
-        roots: Mapping[str, Tensor] | None = None,
+        scaling: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._layers = layers
-        self._sides = gradient_sides(layers, bases, roots or {})
+        self._transforms = gradient_transforms(layers, bases, scaling or {})
         self._examples = examples
         self._workspace = Workspace()
         self.sums = {
@@ -91,7 +91,7 @@ class EigenvalueCollector(Collector):
         }
 
     def collect(self, layer: str, captured: Captured, batch: slice) -> None:
-        gradients = weight_gradients(captured, self._sides[layer], self._workspace)
+        gradients = weight_gradients(captured, self._transforms[layer], self._workspace)
         if captured.columns is None:
             self.sums[layer] += sum_of_squares(gradients, 0, overwrite=True).to(self.sums[layer].device)
         else:
@@ -109,12 +109,12 @@ class GradientCovarianceCollector(CovarianceCollector):
     """Sums G G^T and G^T G over examples: L [out, out] as `LAYER.gradients`, R [in, in] as `LAYER.activations`.
 
     G [out, in] is an example's gradient, the sum over its tokens (Gupta et al. 2018, Shampoo; its statistics are of a
-    batch's gradient). What is counted are examples, so the means are E[G G^T] and E[G^T G]. Of a layer whose sides are
-    diagonal, only their diagonals are summed; of a one-hot layer R is not diagonal, and this leaves out how often two
+    batch's gradient). What is counted are examples, so the means are E[G G^T] and E[G^T G]. Of factors that are
+    diagonal, only the diagonals are summed; of a one-hot layer R is not diagonal, and this leaves out how often two
     ids stand in one example.
 
     Args:
-        roots: P^(1/2) [out, in] of layers that are conditioned, of which P^(1/2) * G takes the place of G.
+        scaling: P^(1/2) [out, in] of layers that are conditioned, of which P^(1/2) * G takes the place of G.
     """
 
     def __init__(
@@ -122,20 +122,20 @@ class GradientCovarianceCollector(CovarianceCollector):
         layers: Mapping[str, TrackedLayer],
         dtype: torch.dtype,
         device: torch.device,
-        roots: Mapping[str, Tensor] | None = None,
+        scaling: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(layers, dtype, device)
-        self._sides = gradient_sides(layers, {}, roots or {})
+        self._transforms = gradient_transforms(layers, {}, scaling or {})
         self._workspace = Workspace()
 
     def collect(self, layer: str, captured: Captured, batch: slice) -> None:
-        left, right = self.sums[f"{layer}.gradients"], self.sums[f"{layer}.activations"]
-        matrices = weight_gradients(captured, self._sides[layer], self._workspace)  # [batch, out, columns]
-        left += second_moment(matrices.transpose(1, 2), left.dim() == 1).to(left.device)
+        outputs, inputs = self.sums[f"{layer}.gradients"], self.sums[f"{layer}.activations"]
+        matrices = weight_gradients(captured, self._transforms[layer], self._workspace)  # [batch, out, columns]
+        outputs += second_moment(matrices.transpose(1, 2), outputs.dim() == 1).to(outputs.device)
         if captured.columns is None:
-            right += second_moment(matrices, right.dim() == 1).to(right.device)
+            inputs += second_moment(matrices, inputs.dim() == 1).to(inputs.device)
         else:
-            add_columns(right, matrices.square().sum(1), captured.columns)
+            add_columns(inputs, matrices.square().sum(1), captured.columns)
         self.sums[f"{layer}.tokens"] += len(matrices)
 
     def release(self) -> None:
@@ -173,18 +173,18 @@ def sum_of_squares(numbers: Tensor, dimension: int, *, overwrite: bool = False) 
 
 def second_moment(vectors: Tensor, diagonal: bool) -> Tensor:
     """The sum of v v^T over [batch, tokens, size], without its lower triangle; or its diagonal alone."""
-    rows = vectors.flatten(0, 1)
-    return sum_of_squares(rows, 0) if diagonal else upper_product(rows)
+    flat = vectors.flatten(0, 1)
+    return sum_of_squares(flat, 0) if diagonal else upper_product(flat)
 
 
 # Narrower tiles waste fewer products below the diagonal, wider ones multiply faster.
 _TILE = {"cpu": 256, "cuda": 1024}
 
 
-def upper_product(rows: Tensor) -> Tensor:
-    """rows^T rows of [n, size], with zeros below the tiles on the diagonal: little more than half of the products."""
-    size, tile = rows.shape[1], _TILE.get(rows.device.type, 1024)
-    result = rows.new_zeros(size, size, dtype=widened_dtype(rows.dtype))
+def upper_product(vectors: Tensor) -> Tensor:
+    """V^T V of vectors [n, size], with zeros below the tiles on the diagonal: little more than half of the products."""
+    size, tile = vectors.shape[1], _TILE.get(vectors.device.type, 1024)
+    result = vectors.new_zeros(size, size, dtype=widened_dtype(vectors.dtype))
     for start in range(0, size, tile):
-        result[start : start + tile, start:] = product(rows[:, start : start + tile].T, rows[:, start:])
+        result[start : start + tile, start:] = product(vectors[:, start : start + tile].T, vectors[:, start:])
     return result

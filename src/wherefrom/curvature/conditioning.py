@@ -29,7 +29,7 @@ Conditioning = Mapping[str, Tensor]
 """P by the names of a model's parameters, in their shapes; above 0. A tied one is there under any of its names."""
 
 
-def conditioning_roots(sweep: Sweep[Batch], conditioning: Conditioning) -> dict[str, Tensor]:
+def conditioning_scaling(sweep: Sweep[Batch], conditioning: Conditioning) -> dict[str, Tensor]:
     """P^(1/2) of every layer, laid out as its gradient matrix [out, in (+1)].
 
     Raises:
@@ -62,9 +62,9 @@ def conditioning_roots(sweep: Sweep[Batch], conditioning: Conditioning) -> dict[
     return found
 
 
-def conditioning_digest(roots: Mapping[str, Tensor]) -> dict[str, str]:
+def conditioning_digest(scaling: Mapping[str, Tensor]) -> dict[str, str]:
     """What a fingerprint says of a conditioning; nothing without one."""
-    return {"conditioning": tensors_digest(roots)[:16]} if roots else {}
+    return {"conditioning": tensors_digest(scaling)[:16]} if scaling else {}
 
 
 def adam_conditioning(checkpoint: RecordedCheckpoint) -> dict[str, Tensor]:

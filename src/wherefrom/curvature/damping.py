@@ -22,8 +22,8 @@ logger = logging.getLogger("wherefrom")
 DAMPING_SHARE = 0.1
 
 
-class Side(NamedTuple):
-    """One side of a layer's basis.
+class Spectrum(NamedTuple):
+    """Of one Kronecker factor of a layer.
 
     Attributes:
         eigenvalues: of its covariance, [size].
@@ -34,16 +34,16 @@ class Side(NamedTuple):
     computed: bool
 
 
-def damped_inverse(eigenvalues: Tensor, damping: float | None, sides: Sequence[Side]) -> Tensor:
+def damped_inverse(eigenvalues: Tensor, damping: float | None, spectra: Sequence[Spectrum]) -> Tensor:
     """f(Lambda) [out, in]: 1 / (Lambda + damping), or for a damping of 0 the Moore-Penrose pseudo-inverse.
 
     Args:
         eigenvalues: Lambda [out, in].
         damping: None for `DAMPING_SHARE` of their mean.
-        sides: of the gradients and of the activations; none where there is no basis.
+        spectra: of the gradient and of the activation factor; none where there is no basis.
     """
     if damping == 0:
-        return _pseudo_inverse(eigenvalues, sides)
+        return _pseudo_inverse(eigenvalues, spectra)
     damped = eigenvalues + added_damping(eigenvalues, damping)
     return torch.where(damped > 0, damped.reciprocal(), 0.0)  # not above 0: the layer has no curvature at all
 
@@ -53,7 +53,7 @@ def added_damping(eigenvalues: Tensor, damping: float | None) -> float:
     return DAMPING_SHARE * float(eigenvalues.mean(dtype=torch.float64)) if damping is None else damping
 
 
-def _pseudo_inverse(eigenvalues: Tensor, sides: Sequence[Side]) -> Tensor:
+def _pseudo_inverse(eigenvalues: Tensor, spectra: Sequence[Spectrum]) -> Tensor:
     """1 / Lambda, and 0 in directions whose eigenvalue is 0 but for rounding.
 
     The cut-off is that of `torch.linalg.pinv`, epsilon x size: of a covariance that was decomposed, relative to its
@@ -62,7 +62,7 @@ def _pseudo_inverse(eigenvalues: Tensor, sides: Sequence[Side]) -> Tensor:
     """
     limits = torch.finfo(eigenvalues.dtype)
     relative, counted = limits.eps**2, torch.ones_like(eigenvalues, dtype=torch.bool)
-    for axis, (values, computed) in enumerate(sides):
+    for axis, (values, computed) in enumerate(spectra):
         size = len(values) if computed else 0
         counted &= (values > limits.eps * size * values.max()).unsqueeze(1 - axis)
         relative *= max(size, 1)
@@ -70,34 +70,34 @@ def _pseudo_inverse(eigenvalues: Tensor, sides: Sequence[Side]) -> Tensor:
     return torch.where(counted, eigenvalues.reciprocal(), 0.0)
 
 
-def check_eigenvalues(layer: str, eigenvalues: Tensor, sides: Sequence[Side], product: bool) -> None:
+def check_eigenvalues(layer: str, eigenvalues: Tensor, spectra: Sequence[Spectrum], product: bool) -> None:
     """Refuse eigenvalues that have overflowed, or vanished although gradients are there.
 
     Args:
-        product: whether they are the sides' multiplied.
+        product: whether they are the factors' multiplied.
 
     Raises:
         LossError: names the layer.
     """
     largest = float(eigenvalues.max())
-    reach = [float(values.max()) for values, _ in sides]
+    reach = [float(values.max()) for values, _ in spectra]
     if product:
         largest = math.prod(reach)  # in float64, where it does not vanish
     elif largest > 0 and 0 in reach:
-        largest = 0.1 * torch.finfo(eigenvalues.dtype).tiny  # of the side whose squares have vanished
+        largest = 0.1 * torch.finfo(eigenvalues.dtype).tiny  # of the factor whose squares have vanished
     _check_range(layer, "eigenvalues", largest, eigenvalues.dtype)
 
 
 def check_covariances(covariances: Mapping[str, Tensor]) -> None:
-    """Refuse covariances `LAYER.SIDE`, or diagonals of them, that have vanished or overflowed.
+    """Refuse covariances `LAYER.FACTOR`, or diagonals of them, that have vanished or overflowed.
 
     Raises:
-        LossError: names the layer and the side.
+        LossError: names the layer and the factor.
     """
     for name, each in covariances.items():
-        layer, _, side = name.rpartition(".")
+        layer, _, factor = name.rpartition(".")
         diagonal = each if each.dim() == 1 else each.diagonal()
-        _check_range(layer, f"mean squared {side}", float(diagonal.max()), each.dtype)
+        _check_range(layer, f"mean squared {factor}", float(diagonal.max()), each.dtype)
 
 
 def check_mean_squares(eigenvalues: Mapping[str, Tensor]) -> None:

@@ -35,7 +35,7 @@ def eigenvectors(covariances: Mapping[str, Tensor], device: torch.device) -> dic
     """Eigenvalues and eigenvectors by name: those of one size in batches, and equal matrices once.
 
     Args:
-        device: where they are found; they are kept where the covariances are.
+        device: where they are found; they are returned on that of the covariances.
 
     Raises:
         LossError: a covariance is not finite, or its eigenvectors are not found.
@@ -62,7 +62,7 @@ def eigenvectors(covariances: Mapping[str, Tensor], device: torch.device) -> dic
 
 
 def finite_sum(matrix: Tensor, name: str) -> float:
-    """The sum of a covariance `LAYER.SIDE`.
+    """The sum of a covariance `LAYER.FACTOR`.
 
     Raises:
         LossError: it is not finite.
@@ -91,7 +91,7 @@ def decomposed(matrices: Mapping[str, Tensor], device: torch.device, way: Way) -
     """Eigenvalues [n], ascending, and eigenvectors [n, n] as columns of symmetric matrices of one size.
 
     Args:
-        matrices: covariances by name, `LAYER.SIDE`, finite; results are kept where they are, in their type.
+        matrices: covariances by name, `LAYER.FACTOR`, finite; results are on their device, in their type.
         device: where they are decomposed.
 
     Raises:
@@ -140,11 +140,11 @@ def _solved(matrices: Mapping[str, Tensor], device: torch.device) -> dict[str, t
             if out_of_memory(error):
                 raise
             name, matrix = next(iter(matrices.items()))
-            layer, _, side = name.rpartition(".")
+            layer, _, factor = name.rpartition(".")
             raise LossError(
-                f"Layer {layer!r}: the eigenvectors of its covariance of {side} {list(matrix.shape)} were not found in "
-                f"float64 on the CPU, though it is finite (its numbers reach {float(matrix.abs().max()):.3g}). Leave "
-                "the layer out with `layers=[...]`, or use the strategy 'diagonal'."
+                f"Layer {layer!r}: the eigenvectors of its covariance of {factor} {list(matrix.shape)} were not found "
+                f"in float64 on the CPU, though it is finite (its numbers reach {float(matrix.abs().max()):.3g}). "
+                "Leave the layer out with `layers=[...]`, or use the strategy 'diagonal'."
             ) from error
         reason = first_line(error)
     # Here, where the error no longer keeps what was computed alive.
@@ -156,8 +156,8 @@ def _solved(matrices: Mapping[str, Tensor], device: torch.device) -> dict[str, t
 
 def _eigh(matrices: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Eigenvalues [count, n] and eigenvectors [count, n, n] of symmetric matrices of one size."""
-    place, dtype = matrices[0].device, matrices[0].dtype
+    origin, dtype = matrices[0].device, matrices[0].dtype
     stacked = torch.stack([each.to(device, _eigh_dtype(device)) for each in matrices])
     eigenvalues, vectors = torch.linalg.eigh(stacked)
     # A covariance has no negative eigenvalue; what is below zero is rounding.
-    return eigenvalues.clamp_min(0).to(place, dtype), vectors.to(place, dtype)
+    return eigenvalues.clamp_min(0).to(origin, dtype), vectors.to(origin, dtype)

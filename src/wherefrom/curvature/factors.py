@@ -1,11 +1,10 @@
 """Curvature: a basis, eigenvalues in that basis, and a filter of the eigenvalues.
 
 Every strategy is one row of `STRATEGIES`. Fitting is at most two sweeps, whose collectors are here, and an
-eigendecomposition; preconditioning is
-`Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T`. The raw fit is kept undamped, so any damping is free afterwards. A side whose
-covariance is diagonal, or taken to be (see `TrackedLayer.diagonal_sides`), has no eigenvectors: they are the axes. This
-module does not decide what is swept or where factors are stored, and does not know what scores are. Factors may be on
-another device than what is captured; what is needed is moved there.
+eigendecomposition; preconditioning is `Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T`. The raw fit is stored undamped, so any
+damping is free afterwards. A factor whose covariance is diagonal, or taken to be (see `TrackedLayer.diagonal_factors`),
+has no eigenvectors: they are the axes. This module does not decide what is swept or where factors are stored, and does
+not know what scores are. Factors may be on another device than what is captured; what is needed is moved there.
 
 Martens & Grosse 2015 (K-FAC), George et al. 2018 (EK-FAC), Grosse et al. 2023 (both for influence functions); Gupta
 et al. 2018 (Shampoo, here with EK-FAC's eigenvalues).
@@ -107,14 +106,14 @@ class Factors:
         bases: of every layer; empty for a strategy without one.
         eigenvalues: Lambda [out, in] of every layer, a mean over examples, or for `kfac` the product of two means over
             tokens; empty for `identity`.
-        roots: P^(1/2) [out, in] of every layer, if these are factors of gradients P^(1/2) * G; else empty.
+        scaling: P^(1/2) [out, in] of every layer, if these are factors of gradients P^(1/2) * G; else empty.
     """
 
     strategy: str
     fingerprint: Fingerprint
     bases: Mapping[str, Basis]
     eigenvalues: Mapping[str, Tensor]
-    roots: Mapping[str, Tensor] = field(default_factory=dict)
+    scaling: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check_model(self, study: Fingerprint) -> None:
         """Refuse to be used on another model.
@@ -149,12 +148,12 @@ class Factors:
             raise InputError(f"damping={damping}: expected a number >= 0, or None for 0.1 x the mean eigenvalue.")
         product, filters, added = STRATEGIES[self.strategy].eigenvalues == "product", {}, {}
         for name, values in self.eigenvalues.items():
-            sides = self.bases[name].spectra if name in self.bases else ()
-            check_eigenvalues(name, values, sides, product)
+            spectra = self.bases[name].spectra if name in self.bases else ()
+            check_eigenvalues(name, values, spectra, product)
             added[name] = added_damping(values, damping)
-            filters[name] = pinned_as(damped_inverse(values, added[name], sides), values)
+            filters[name] = pinned_as(damped_inverse(values, added[name], spectra), values)
         flat = frozenset(name for name, each in filters.items() if not bool(each.any()))
-        return Operator(self.bases, filters, flat, added, self.roots)
+        return Operator(self.bases, filters, flat, added, self.scaling)
 
 
 def fit_steps(
@@ -164,18 +163,18 @@ def fit_steps(
 
     Args:
         dtype: of factors.
-        ranks: processes, each of which keeps the partial sums of its own share.
+        ranks: processes, each of which stores the partial sums of its own share.
     """
     found = {}
     if strategy.basis:
-        sides = [
+        kronecker = [
             (size, padded, diagonal)
             for layer in layers.values()
-            for size, padded, diagonal in zip(layer.shape, layer.padded_shape, layer.diagonal_sides, strict=True)
+            for size, padded, diagonal in zip(layer.shape, layer.padded_shape, layer.diagonal_factors, strict=True)
         ]
-        squares = sum(size * (1 if diagonal else size) for size, _, diagonal in sides) * dtype.itemsize
-        sums = sum(padded * (1 if diagonal else padded) for _, padded, diagonal in sides) * dtype.itemsize
-        vectors = sum(size + (0 if diagonal else size * size) for size, _, diagonal in sides) * dtype.itemsize
+        squares = sum(size * (1 if diagonal else size) for size, _, diagonal in kronecker) * dtype.itemsize
+        sums = sum(padded * (1 if diagonal else padded) for _, padded, diagonal in kronecker) * dtype.itemsize
+        vectors = sum(size + (0 if diagonal else size * size) for size, _, diagonal in kronecker) * dtype.itemsize
         headers = file_overhead(3 * len(layers))
         name = strategy.stage("covariance")
         found[name] = Step.swept(name, squares + headers, sums + headers, ranks)
@@ -185,9 +184,9 @@ def fit_steps(
     if strategy.eigenvalues == "fitted":
         name = strategy.stage("eigenvalues")
         headers = file_overhead(len(layers))
-        kept, sums = (
+        stored, sums = (
             sum(math.prod(shape) for shape in shapes) * dtype.itemsize + headers
             for shapes in ([each.shape for each in layers.values()], [each.padded_shape for each in layers.values()])
         )
-        found[name] = Step.swept(name, kept, sums, ranks)
+        found[name] = Step.swept(name, stored, sums, ranks)
     return found

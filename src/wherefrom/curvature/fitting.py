@@ -35,23 +35,23 @@ class Fitting(Generic[Batch]):
         examples: with the training loss, or with targets that are drawn from the model.
         cache: where they are stored.
         overwrite: begin anew, whatever is there.
-        roots: P^(1/2) [out, in] of every layer, to fit factors of gradients P^(1/2) * G; empty for those as they are.
+        scaling: P^(1/2) [out, in] of every layer, to fit factors of gradients P^(1/2) * G; empty for those as they are.
     """
 
     sweep: Sweep[Batch]
     examples: Examples[Batch]
     cache: Cache
     overwrite: bool = False
-    roots: Mapping[str, Tensor] = field(default_factory=dict)
+    scaling: Mapping[str, Tensor] = field(default_factory=dict)
 
     def factors(self, name: str) -> Factors:
         """Those of a strategy; what strategies have in common is computed once.
 
         Raises:
-            InputError: a basis of tokens' covariances is asked for of conditioned gradients.
+            InputError: a basis of tokens' covariances is wanted of conditioned gradients.
         """
         strategy = STRATEGIES[name]
-        if self.roots and strategy.basis == "covariances":
+        if self.scaling and strategy.basis == "covariances":
             raise InputError(
                 f"strategy={name!r} with a conditioning: conditioned gradients are no products of activations and "
                 "output gradients, so their covariances have no basis for them. Use 'shampoo', 'diagonal' or "
@@ -59,7 +59,7 @@ class Fitting(Generic[Batch]):
             )
         self.sweep.ranks.first(lambda: self._check_disk(strategy))
         if self.overwrite:
-            # Eigenvalues, even where they are not asked for, belong to the basis that is being replaced, and go before
+            # Eigenvalues, even where they are not wanted now, belong to the basis that is being replaced, and go before
             # it. All of it at once, so that an interrupted fit goes on when it is called without this.
             self.cache.forget(*strategy.stages)
         bases = self.bases(strategy, partial(self.covariances, strategy)) if strategy.basis else {}
@@ -68,10 +68,10 @@ class Fitting(Generic[Batch]):
             eigenvalues = self.mean_squares(strategy, bases)
         elif strategy.eigenvalues == "product":
             eigenvalues = self.sweep.pinned({layer: each.eigenvalues() for layer, each in bases.items()})
-        return Factors(name, self.cache.fingerprint, bases, eigenvalues, self.roots)
+        return Factors(name, self.cache.fingerprint, bases, eigenvalues, self.scaling)
 
     def _check_disk(self, strategy: Strategy) -> None:
-        """Refuse to begin what there is too little room for; what is there already needs none."""
+        """Refuse to begin what there is too little disk space for; what is there already needs none."""
         sweep, folder = self.sweep, self.cache.folder
         steps = fit_steps(sweep.layers, strategy, sweep.dtype, sweep.ranks.count)
         there = set() if self.overwrite else {name for name in steps if (folder / name).exists()}
@@ -91,7 +91,7 @@ class Fitting(Generic[Batch]):
         def covariance(result: Unfinished) -> dict[str, Tensor]:
             target = sweep.layers, sweep.dtype, sweep.factors_device
             whole = strategy.basis == "gradients"
-            collector = GradientCovarianceCollector(*target, self.roots) if whole else CovarianceCollector(*target)
+            collector = GradientCovarianceCollector(*target, self.scaling) if whole else CovarianceCollector(*target)
             self._run("covariance", collector, result)
             means = collector.means()
             check_covariances(means)
@@ -100,7 +100,7 @@ class Fitting(Generic[Batch]):
         return self.cache.get_or_compute(strategy.stage("covariance"), covariance, device=sweep.factors_device)
 
     def bases(self, strategy: Strategy, covariances: Callable[[], dict[str, Tensor]]) -> dict[str, Basis]:
-        """The eigenvectors of every layer's covariances, which are asked for where the basis is not there."""
+        """The eigenvectors of every layer's covariances, which are computed where the basis is not there."""
         sweep = self.sweep
 
         def basis(_: Unfinished) -> dict[str, Tensor]:
@@ -116,11 +116,11 @@ class Fitting(Generic[Batch]):
     def _basis_layout(self) -> Layout:
         layout: dict[str, tuple[None, tuple[int, ...]]] = {}
         for name, layer in self.sweep.layers.items():
-            sides = zip(("gradient", "activation"), layer.shape, layer.diagonal_sides, strict=True)
-            for side, size, diagonal in sides:
-                layout[f"{name}.{side}_eigenvalues"] = (None, (size,))
+            factors = zip(("gradient", "activation"), layer.shape, layer.diagonal_factors, strict=True)
+            for factor, size, diagonal in factors:
+                layout[f"{name}.{factor}_eigenvalues"] = (None, (size,))
                 if not diagonal:
-                    layout[f"{name}.{side}s"] = (None, (size, size))
+                    layout[f"{name}.{factor}s"] = (None, (size, size))
         return layout
 
     def _diagonalized(self, covariances: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ class Fitting(Generic[Batch]):
 
         def mean_squares(result: Unfinished) -> dict[str, Tensor]:
             collector = EigenvalueCollector(
-                sweep.layers, bases, len(self.examples), sweep.dtype, sweep.factors_device, self.roots
+                sweep.layers, bases, len(self.examples), sweep.dtype, sweep.factors_device, self.scaling
             )
             self._run("eigenvalues", collector, result)
             means = collector.means()
@@ -155,11 +155,11 @@ class Fitting(Generic[Batch]):
 
 
 def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str], device: torch.device) -> dict[str, Basis]:
-    """The eigenvectors of every layer's covariances, found in float64 and kept in the covariances' dtype.
+    """The eigenvectors of every layer's covariances, found in float64 and returned in the covariances' dtype.
 
     Args:
         covariances: as `CovarianceCollector.means` gives them.
-        device: where eigenvectors are found; they are kept where the covariances are.
+        device: where eigenvectors are found; they are returned on that of the covariances.
 
     Raises:
         LossError: a covariance is not finite.
@@ -174,7 +174,7 @@ def diagonalize(covariances: Mapping[str, Tensor], layers: Iterable[str], device
     bases = {}
     for layer in layers:
         (activation_values, activations), (gradient_values, gradients) = (
-            found[f"{layer}.{side}"] for side in ("activations", "gradients")
+            found[f"{layer}.{factor}"] for factor in ("activations", "gradients")
         )
         bases[layer] = Basis(activations, gradients, activation_values, gradient_values)
     return bases

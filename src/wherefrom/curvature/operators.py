@@ -1,7 +1,7 @@
 """Operators on gradients: a basis, a filter of the eigenvalues there, and both between an optimizer's coordinates.
 
-`Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T`, layer by layer. A side whose covariance is diagonal, or taken to be (see
-`TrackedLayer.diagonal_sides`), has no eigenvectors: they are the axes. This module knows neither how a basis and
+`Q_S [ f(Lambda) * (Q_S^T G Q_A) ] Q_A^T`, layer by layer. A factor whose covariance is diagonal, or taken to be (see
+`TrackedLayer.diagonal_factors`), has no eigenvectors: they are the axes. This module knows neither how a basis and
 eigenvalues are fitted nor what a filter is for.
 """
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wherefrom.curvature.damping import Side
+from wherefrom.curvature.damping import Spectrum
 from wherefrom.engine.capture import Captured
-from wherefrom.engine.example_gradients import Sides, weight_gradients
+from wherefrom.engine.example_gradients import GradientTransform, weight_gradients
 from wherefrom.engine.layers import TrackedLayer
 from wherefrom.runtime.errors import LossError
 from wherefrom.runtime.memory import pinned_as
@@ -40,11 +40,11 @@ class Basis:
     gradient_eigenvalues: Tensor
 
     @property
-    def spectra(self) -> tuple[Side, Side]:
+    def spectra(self) -> tuple[Spectrum, Spectrum]:
         """The eigenvalues of S and of A, as their inverses need them."""
         return (
-            Side(self.gradient_eigenvalues, self.gradients is not None),
-            Side(self.activation_eigenvalues, self.activations is not None),
+            Spectrum(self.gradient_eigenvalues, self.gradients is not None),
+            Spectrum(self.activation_eigenvalues, self.activations is not None),
         )
 
     def eigenvalues(self) -> Tensor:
@@ -53,19 +53,21 @@ class Basis:
 
     def rotate(self, gradients: Tensor) -> Tensor:
         """Q_S^T G Q_A for [..., out, in]."""
-        left, right = self._on(gradients.device)
-        turned = gradients if left is None else left.T @ gradients
-        return turned if right is None else turned @ right
+        gradient_basis, activation_basis = self._on(gradients.device)
+        turned = gradients if gradient_basis is None else gradient_basis.T @ gradients
+        return turned if activation_basis is None else turned @ activation_basis
 
     def rotate_back(self, gradients: Tensor) -> Tensor:
         """Q_S G Q_A^T for [..., out, in]."""
-        left, right = self._on(gradients.device)
-        turned = gradients if left is None else left @ gradients
-        return turned if right is None else turned @ right.T
+        gradient_basis, activation_basis = self._on(gradients.device)
+        turned = gradients if gradient_basis is None else gradient_basis @ gradients
+        return turned if activation_basis is None else turned @ activation_basis.T
 
     def _on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        left, right = (None if each is None else each.to(device) for each in (self.gradients, self.activations))
-        return left, right
+        gradients, activations = (
+            None if each is None else each.to(device) for each in (self.gradients, self.activations)
+        )
+        return gradients, activations
 
 
 def aligned(layer: TrackedLayer, matrix: Tensor) -> Tensor:
@@ -73,14 +75,14 @@ def aligned(layer: TrackedLayer, matrix: Tensor) -> Tensor:
     return pinned_as(functional.pad(matrix, (0, layer.width - matrix.shape[1])), matrix)
 
 
-def gradient_sides(
-    layers: Mapping[str, TrackedLayer], bases: Mapping[str, Basis], roots: Mapping[str, Tensor]
-) -> dict[str, Sides]:
+def gradient_transforms(
+    layers: Mapping[str, TrackedLayer], bases: Mapping[str, Basis], scaling: Mapping[str, Tensor]
+) -> dict[str, GradientTransform]:
     """What turns each layer's captured gradients, with their aligned columns, into its basis, conditioned first.
 
     Args:
         bases: of layers that have one.
-        roots: P^(1/2) [out, in] of layers that are conditioned.
+        scaling: P^(1/2) [out, in] of layers that are conditioned.
     """
     found = {}
     for name, layer in layers.items():
@@ -88,8 +90,8 @@ def gradient_sides(
         if basis is not None and basis.activations is not None:
             missing = layer.width - len(basis.activations)
             vectors = pinned_as(functional.pad(basis.activations, (0, missing, 0, missing)), basis.activations)
-        conditioned = aligned(layer, roots[name]) if name in roots else None
-        found[name] = Sides(None if basis is None else basis.gradients, vectors, conditioned)
+        conditioned = aligned(layer, scaling[name]) if name in scaling else None
+        found[name] = GradientTransform(None if basis is None else basis.gradients, vectors, conditioned)
     return found
 
 
@@ -101,16 +103,16 @@ class Operator:
         filters: f(Lambda) [out, in] of every layer; a layer without one is left as it is.
         flat: layers without curvature in any direction, whose filter is 0.
         damping: what was added to the eigenvalues of each layer with a filter.
-        roots: P^(1/2) [out, in] of layers that are conditioned: what stands right of the filter.
-        outer_roots: what stands left of it; None is the same.
+        scaling: P^(1/2) [out, in] of layers that are conditioned: what comes before the filter.
+        outer_scaling: what comes after it; None is the same.
     """
 
     bases: Mapping[str, Basis]
     filters: Mapping[str, Tensor]
     flat: frozenset[str] = frozenset()
     damping: Mapping[str, float] = field(default_factory=dict)
-    roots: Mapping[str, Tensor] = field(default_factory=dict)
-    outer_roots: Mapping[str, Tensor] | None = None
+    scaling: Mapping[str, Tensor] = field(default_factory=dict)
+    outer_scaling: Mapping[str, Tensor] | None = None
 
     def check_gradients(self, layer: str, captured: Captured) -> None:
         """Refuse training gradients of a layer without curvature, whose part of a score has no value.
@@ -127,16 +129,16 @@ class Operator:
             "or give a damping above 0."
         )
 
-    def sides(self, layers: Mapping[str, TrackedLayer]) -> dict[str, Sides]:
+    def transforms(self, layers: Mapping[str, TrackedLayer]) -> dict[str, GradientTransform]:
         """What turns each layer's captured gradients, with their aligned columns, into where the filter is."""
-        return gradient_sides(layers, self.bases, self.roots)
+        return gradient_transforms(layers, self.bases, self.scaling)
 
     def aligned_filters(self, layers: Mapping[str, TrackedLayer]) -> dict[str, Tensor]:
         """The filters with a column for each of a captured gradient's, [out, width]."""
         return {name: aligned(layers[name], each) for name, each in self.filters.items()}
 
     def apply(self, layer: str, gradients: Tensor, columns: Tensor | None = None) -> Tensor:
-        """roots * Q_S [ f(Lambda) * (Q_S^T (roots * G) Q_A) ] Q_A^T for G [..., out, in].
+        """scaling * Q_S [ f(Lambda) * (Q_S^T (scaling * G) Q_A) ] Q_A^T for G [..., out, in].
 
         Args:
             columns: of a one-hot layer, whose activations have no eigenvectors: which of its columns are there for each
@@ -150,8 +152,8 @@ class Operator:
             return found * (matrix if columns is None else matrix[:, columns].transpose(0, 1))
 
         basis = self.bases.get(layer)
-        turned = scaled(gradients, self.roots)
+        turned = scaled(gradients, self.scaling)
         turned = turned if basis is None else basis.rotate(turned)
         turned = scaled(turned, self.filters)
         turned = turned if basis is None else basis.rotate_back(turned)
-        return scaled(turned, self.roots if self.outer_roots is None else self.outer_roots)
+        return scaled(turned, self.scaling if self.outer_scaling is None else self.outer_scaling)

@@ -27,7 +27,7 @@ from wherefrom.runtime.placement import tied_names
 _ALIGNMENT = 8
 
 WIDEST = 16384
-"""Features of the widest side of a layer that gets a covariance matrix: in float32 one of these takes 1 GiB, and its
+"""Features of the widest input or output that gets a covariance matrix: in float32 one of these takes 1 GiB, and its
 eigenvectors another. Past that, as for one-hot inputs, only the matrix's diagonal is used."""
 
 
@@ -94,8 +94,8 @@ class TrackedLayer:
         return self.shape[0], self.width
 
     @property
-    def diagonal_sides(self) -> tuple[bool, bool]:
-        """Whether only the diagonal of the covariance of (gradients, activations) is used.
+    def diagonal_factors(self) -> tuple[bool, bool]:
+        """Whether only the diagonal of the gradient and of the activation factor's covariance is used.
 
         That of one-hot vectors is diagonal; of more than `WIDEST` features, it is an approximation.
         """

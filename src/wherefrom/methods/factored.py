@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from wherefrom.curvature.conditioning import Conditioning, adam_conditioning, conditioning_digest, conditioning_roots
+from wherefrom.curvature.conditioning import Conditioning, adam_conditioning, conditioning_digest, conditioning_scaling
 from wherefrom.curvature.factors import STRATEGIES, Factors
 from wherefrom.curvature.fitting import Fitting
 from wherefrom.curvature.solvers import not_converged
@@ -47,7 +47,7 @@ class Coordinates:
     adam: bool = False
     conditioning: Conditioning | None = field(default=None, repr=False)
 
-    def roots(self, context: Context[Any]) -> dict[str, Tensor]:
+    def scaling(self, context: Context[Any]) -> dict[str, Tensor]:
         """P^(1/2) of every layer; empty without one.
 
         Raises:
@@ -64,7 +64,7 @@ class Coordinates:
                     "Study(history=read_recording(folder)) of a training with Adam, or a conditioning."
                 )
             conditioning = adam_conditioning(latest)
-        return {} if conditioning is None else conditioning_roots(context.sweep, conditioning)
+        return {} if conditioning is None else conditioning_scaling(context.sweep, conditioning)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,19 +125,19 @@ class Factored(Approximation, Coordinates, Method):
             self.factors.check_model(context.fingerprint)
             return self.factors
         check_result_name(name)
-        execution, roots = context.sweep.execution, self.roots(context)
+        execution, scaling = context.sweep.execution, self.scaling(context)
         label = ("empirical" if self.empirical else "sampled") + "-half" * execution.half_precision
-        label += "-conditioned" * bool(roots)
+        label += "-conditioned" * bool(scaling)
         fingerprint = {
             **context.fingerprint,
             "targets": "dataset" if self.empirical else f"sampled, seed {self.seed}",
             "precision": str(context.sweep.precision),
-            **conditioning_digest(roots),
+            **conditioning_digest(scaling),
         }
         cache = context.cache(context.folder("factors", result_name(label, fingerprint, name)), fingerprint)
         context.ranks.first(lambda: log_others(cache.folder, fingerprint))
         examples = context.train if self.empirical else replace(context.train, loss="drawn", seed=self.seed)
-        return Fitting(context.sweep, examples, cache, overwrite, roots).factors(self.strategy)
+        return Fitting(context.sweep, examples, cache, overwrite, scaling).factors(self.strategy)
 
     def scoring(
         self, context: Context[Any], queries: Examples[Any], factors: Factors, keep: Keep[Any] | None = None
@@ -163,7 +163,7 @@ class Factored(Approximation, Coordinates, Method):
         factors = self.fit(context)
         scoring = self.scoring(context, queries, factors, keep)
         compute = self._computation(context, scoring, keep)
-        label = self.name + "-conditioned" * bool(factors.roots) + self.label
+        label = self.name + "-conditioned" * bool(factors.scaling) + self.label
         label += "-half" * context.sweep.execution.half_precision
         return Job(label, self.settings(context, factors), compute)
 
@@ -205,7 +205,7 @@ class Factored(Approximation, Coordinates, Method):
             InputError: a solver is asked for with conditioned factors.
         """
         factors.check_model(context.fingerprint)
-        if self.solver is not None and factors.roots:
+        if self.solver is not None and factors.scaling:
             raise InputError(
                 f"solver={self.solver!r} with conditioned factors, whose damping is none of the Gauss-Newton matrix's. "
                 "Leave the solver out, or fit factors without a conditioning."
@@ -238,7 +238,7 @@ class Factored(Approximation, Coordinates, Method):
         check_result_name(name)
         factors = self.fit(context)
         fingerprint = {**context.fingerprint, "method": self.name, **self.settings(context, factors)}
-        label = self.name + "-conditioned" * bool(factors.roots) + "-half" * context.sweep.execution.half_precision
+        label = self.name + "-conditioned" * bool(factors.scaling) + "-half" * context.sweep.execution.half_precision
         called = result_name(label, fingerprint, name)
         cache = context.cache(context.folder("self_influence"), fingerprint)
         if overwrite:
@@ -316,4 +316,4 @@ class Cosine(Coordinates, Method):
             count, train = scores.values.shape
             return dense(result, count, train, scores.values.element_size(), cosines)
 
-        return Job("cosine" + "-conditioned" * bool(factors.roots), inner.settings(context, factors), compute)
+        return Job("cosine" + "-conditioned" * bool(factors.scaling), inner.settings(context, factors), compute)

@@ -68,9 +68,9 @@ class Fisher(Coordinates, Method):
             )
 
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
-        roots, train = self.roots(context), context.train
+        scaling, train = self.scaling(context), context.train
         drawn = replace(train, dataset=Repeated(train.dataset, self.samples), loss="drawn", seed=self.seed)
-        coordinates = conditioning_digest(roots)
+        coordinates = conditioning_digest(scaling)
 
         def dots(left: Examples[Any], right: Examples[Any]) -> Tensor:
             """Dot products [left, right], stored in a folder of their own."""
@@ -78,7 +78,7 @@ class Fisher(Coordinates, Method):
             fingerprint = {**context.fingerprint, **kinds, "precision": str(context.sweep.precision), **coordinates}
             if left.loss == "measurement":
                 fingerprint |= context.asked(left)
-            scoring = Scoring(context.sweep, STRATEGIES["identity"], Operator({}, {}, roots=roots), left, right)
+            scoring = Scoring(context.sweep, STRATEGIES["identity"], Operator({}, {}, scaling=scaling), left, right)
             called = result_name(f"{left.loss}-{right.loss}", fingerprint)
             cache = context.cache(context.folder("fisher"), fingerprint)
             return cache.get_or_compute(called, scoring.pairwise)["values"].double()
@@ -94,7 +94,7 @@ class Fisher(Coordinates, Method):
             "precision": str(context.sweep.precision),
             **coordinates,
         }
-        return Job("fisher" + "-conditioned" * bool(roots), settings, compute)
+        return Job("fisher" + "-conditioned" * bool(scaling), settings, compute)
 
     def _described(self, examples: Examples[Any]) -> str:
         return f"{self.samples} drawn for each, seed {self.seed}" if examples.loss == "drawn" else examples.loss

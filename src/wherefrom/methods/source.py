@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal
 import torch
 from torch import Tensor
 
-from wherefrom.curvature.conditioning import adam_conditioning, conditioning_digest, conditioning_roots
+from wherefrom.curvature.conditioning import adam_conditioning, conditioning_digest, conditioning_scaling
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.curvature.fitting import Fitting
 from wherefrom.curvature.operators import Basis, Operator
@@ -143,12 +143,12 @@ class Source(Method):
         for number in range(self.segments):
             stop = start + len(names) // self.segments + (number < len(names) % self.segments)
             chosen = {name: paths[name] for name in names[start:stop]}
-            roots: dict[str, Tensor] = {}
+            scaling: dict[str, Tensor] = {}
             if recorded is not None:
                 mean = _mean(map(adam_conditioning, recorded[start:stop]), stop - start)
-                roots = conditioning_roots(context.sweep, mean)
+                scaling = conditioning_scaling(context.sweep, mean)
             models = [context.states.digest(path) for path in chosen.values()]
-            found.append(Segment(chosen, sum(times[start:stop]), models, roots))
+            found.append(Segment(chosen, sum(times[start:stop]), models, scaling))
             start = stop
         return found
 
@@ -201,16 +201,16 @@ class Segment:
         paths: where they are, by name.
         time: the sum over its steps of learning rate x loss scale: eta K.
         models: what tells their weights apart.
-        roots: P^(1/2) [out, in] of every layer, of the mean P; empty without one.
+        scaling: P^(1/2) [out, in] of every layer, of the mean P; empty without one.
     """
 
     paths: Mapping[str, Path]
     time: float
     models: Sequence[str]
-    roots: Mapping[str, Tensor]
+    scaling: Mapping[str, Tensor]
 
     def __str__(self) -> str:
-        conditioned = "".join(f", conditioned by {digest}" for digest in conditioning_digest(self.roots).values())
+        conditioned = "".join(f", conditioned by {digest}" for digest in conditioning_digest(self.scaling).values())
         return f"{' + '.join(self.paths)} ({', '.join(self.models)}) for {self.time!r}{conditioned}"
 
 
@@ -241,12 +241,12 @@ class Unrolled(Generic[Batch]):
             bases, eigenvalues = self.curvature(segment, number + 1)
             response = {layer: response_filter(each, segment.time) for layer, each in eigenvalues.items()}
             decays = {layer: (-segment.time * each).exp() for layer, each in eigenvalues.items()}
-            here = Operator(bases, response, roots=segment.roots)
+            here = Operator(bases, response, scaling=segment.scaling)
             described = " | ".join(map(str, cut[number:]))
             found |= self._scores(segment, [*later, here], last, described)
             # From the left, S is its transpose: P^(-1/2) exp(-eta K H') P^(1/2).
-            outside = {name: roots.reciprocal() for name, roots in segment.roots.items()}
-            later.append(replace(here, filters=decays, outer_roots=outside))
+            outside = {name: scaling.reciprocal() for name, scaling in segment.scaling.items()}
+            later.append(replace(here, filters=decays, outer_scaling=outside))
         return [found[name] for segment in cut for name in segment.paths]
 
     def curvature(self, segment: Segment, number: int) -> tuple[dict[str, Basis], dict[str, Tensor]]:
@@ -282,11 +282,11 @@ class Unrolled(Generic[Batch]):
             "targets": "dataset" if source.empirical else f"sampled, seed {source.seed}",
             "precision": str(context.sweep.precision),
             "segment": " + ".join(segment.models),
-            **conditioning_digest(segment.roots),
+            **conditioning_digest(segment.scaling),
         }
         cache = context.cache(context.folder("factors", result_name(f"source-{number}", fingerprint)), fingerprint)
         examples = context.train if source.empirical else replace(context.train, loss="drawn", seed=source.seed)
-        return Fitting(context.sweep, examples, cache, roots=segment.roots)
+        return Fitting(context.sweep, examples, cache, scaling=segment.scaling)
 
     def settings(self, described: str) -> dict[str, str]:
         """What the scores of a checkpoint depend on.

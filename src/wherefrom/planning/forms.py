@@ -22,11 +22,11 @@ class BankForm:
         dtype: of their numbers, or of products with those that are integers.
         device: that they lie on.
         offloaded: whether that is another than the model's, which they are moved to piece by piece for every batch.
-        rank: of the two thin matrices; None leaves gradients whole, as do layers in which that takes less.
+        rank: of the two matrices of low rank; None leaves gradients whole, as do layers in which that takes less.
         tokens: how many vectors the longest query has in a one-hot layer, of which it touches as many columns at most;
             a bank grows when there are more.
-        rotated_back: for each layer, whether the preconditioned gradient is brought back from the eigenbasis on its
-            left and right side; otherwise each training gradient is brought there.
+        rotated_back: for each layer, whether the preconditioned gradient is brought back from the eigenbasis of
+            its gradient and of its activation factor; otherwise each training gradient is brought there.
         bits: 8 makes whole gradients integers of that size, with a scale for each row of each query's, but for
             one-hot layers; None leaves numbers of `dtype`.
     """
@@ -49,7 +49,7 @@ class BankForm:
         return self.bits is not None and not layer.one_hot and not self.low_rank(layer)
 
     def low_rank(self, layer: TrackedLayer) -> bool:
-        """Whether a layer's gradients are two thin matrices."""
+        """Whether a layer's gradients are two matrices of low rank."""
         outputs, width = layer.padded_shape
         return not layer.one_hot and self.rank is not None and self.rank * (outputs + width) < outputs * width
 
@@ -72,13 +72,13 @@ _OVERSAMPLING, _ITERATIONS = 8, 2
 
 
 def low_rank_product_flop(shape: tuple[int, int], rank: int, tokens: int, batch: int) -> tuple[float, float]:
-    """Operations for a product of thin matrices with one training gradient: by tokens, and rebuilt once a batch."""
+    """Operations for a product of low-rank matrices with one training gradient: by tokens, and rebuilt once a batch."""
     outputs, width = shape
     return 2.0 * tokens * (outputs + width) * rank, 2.0 * outputs * width * (1 + rank / batch)
 
 
 def truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Thin factors of [batch, n, m]: left [batch, n, rank], orthonormal, and right [batch, rank, m].
+    """Low-rank factors of [batch, n, m]: left [batch, n, rank], orthonormal, and right [batch, rank, m].
 
     A randomised singular value decomposition (Halko, Martinsson & Tropp 2011), from the same random directions for
     every matrix, so that the result does not depend on the batch.
@@ -114,5 +114,5 @@ def dequantized(values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     return torch.mul(values, scales.unsqueeze(-1), out=out)
 
 
-# What is moved to the device, widened or rebuilt from thin matrices at a time.
+# What is moved to the device, widened or rebuilt from low-rank ones at a time.
 PIECE_BYTES = 2**28

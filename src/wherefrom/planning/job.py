@@ -73,8 +73,8 @@ class Job:
 
     def layer_basis_bytes(self, layer: TrackedLayer) -> int:
         """What both covariances of a layer take, or their eigenvectors."""
-        sides = zip(layer.padded_shape, layer.diagonal_sides, strict=True)
-        numbers = sum(size * (1 if diagonal else size) for size, diagonal in sides)
+        factors = zip(layer.padded_shape, layer.diagonal_factors, strict=True)
+        numbers = sum(size * (1 if diagonal else size) for size, diagonal in factors)
         return numbers * bool(self.strategy.basis) * widened_dtype(self.dtype).itemsize
 
     def _eigenvalue_bytes(self, layer: TrackedLayer) -> int:
@@ -93,18 +93,18 @@ class Job:
         return forming_flop(layer, tokens) + sum(self.rotation_flop(layer, tokens))
 
     def rotation_flop(self, layer: TrackedLayer, tokens: int) -> tuple[float, float]:
-        """To bring one example's gradient into the basis, on its left and on its right.
+        """To bring one example's gradient into the gradient and into the activation basis.
 
         Multiplied are its tokens or the gradient itself, whichever is less; in half precision always its tokens, by a
         basis in two terms (see `precision.rotated`).
         """
         outputs, columns = layer.shape[0], layer.columns(tokens)
-        left, right = (2 * tokens, 2 * tokens) if self.half else (min(tokens, columns), min(tokens, outputs))
+        gradients, activations = (2 * tokens,) * 2 if self.half else (min(tokens, columns), min(tokens, outputs))
         rotates = self._rotates(layer)
-        return 2.0 * outputs**2 * left * rotates[0], 2.0 * columns**2 * right * rotates[1]
+        return 2.0 * outputs**2 * gradients * rotates[0], 2.0 * columns**2 * activations * rotates[1]
 
-    def side_flop(self, name: str, sweeps: int) -> tuple[tuple[float, float], tuple[float, float]]:
-        """To have all gradients in the same coordinates, on the left and on the right.
+    def change_of_basis_flop(self, name: str, sweeps: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        """To have all gradients in the same coordinates, those of the gradient and of the activation basis.
 
         Returns:
             For all query gradients out of the basis, and for all training gradients into it.
@@ -112,29 +112,31 @@ class Job:
         layer, terms = self.layers[name], 2 if self.half else 1
         outputs, columns = layer.shape[0], layer.columns(self.query.tokens_of(name))
         each, rotates = 2.0 * terms * self.queries * outputs * columns, self._rotates(layer)
-        left, right = self.rotation_flop(layer, self.example.tokens_of(name))
+        gradients, activations = self.rotation_flop(layer, self.example.tokens_of(name))
         back = each * outputs * rotates[0], each * columns * rotates[1]
-        return back, (sweeps * self.train * left, sweeps * self.train * right)
+        return back, (sweeps * self.train * gradients, sweeps * self.train * activations)
 
     def _rotates(self, layer: TrackedLayer) -> tuple[bool, bool]:
-        """Whether there are eigenvectors on the left and on the right."""
-        left, right = (self.strategy.basis is not None and not diagonal for diagonal in layer.diagonal_sides)
-        return left, right
+        """Whether the gradient and the activation factor have eigenvectors."""
+        gradients, activations = (
+            self.strategy.basis is not None and not diagonal for diagonal in layer.diagonal_factors
+        )
+        return gradients, activations
 
     def covariance_flop(self, layer: TrackedLayer, tokens: int) -> float:
         """For one example's part of both covariances, of which only one triangle is computed."""
         outputs, columns = layer.shape[0], layer.columns(tokens)
         whole = self.strategy.basis == "gradients"
-        # Vectors whose outer products a side sums: tokens, or the columns and rows of the gradient.
+        # Vectors whose outer products a covariance sums: tokens, or the columns and rows of the gradient.
         vectors = (columns, outputs) if whole else (tokens, tokens)
-        sides = zip(vectors, (outputs, columns), layer.diagonal_sides, strict=True)
-        products = sum(count * (1 if diagonal else size) * size for count, size, diagonal in sides)
+        factors = zip(vectors, (outputs, columns), layer.diagonal_factors, strict=True)
+        products = sum(count * (1 if diagonal else size) * size for count, size, diagonal in factors)
         return products + forming_flop(layer, tokens) * whole
 
     def eigendecomposition_flop(self, layer: TrackedLayer) -> float:
         """For the eigenvectors of both covariances."""
-        sides = zip(layer.shape, layer.diagonal_sides, strict=True)
-        return _EIGH_FLOP * sum(size**3 for size, diagonal in sides if not diagonal)
+        factors = zip(layer.shape, layer.diagonal_factors, strict=True)
+        return _EIGH_FLOP * sum(size**3 for size, diagonal in factors if not diagonal)
 
 
 def forming_flop(layer: TrackedLayer, tokens: int) -> float:

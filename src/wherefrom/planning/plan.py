@@ -24,7 +24,7 @@ from wherefrom.runtime.precision import type_name, widened_dtype
 from wherefrom.store.space import BlockSizes, Step, peak
 
 # How much of the score matrix is in memory at a time; more with very many queries, for shards of some batches.
-SHARD_BYTES, SHARD_ROWS = 2**24, 512
+SHARD_BYTES, SHARD_EXAMPLES = 2**24, 512
 # A batch of fewer tokens takes as long as one of so many: a GPU is not filled, and kernels are waited for.
 _LEAST_TOKENS = {"cpu": 128, "cuda": 4096}
 # Operations of a product in the time in which memory moves one byte, by the data sheets of an A100, an H100 and an
@@ -76,7 +76,7 @@ class Plan:
         Args:
             least: how many examples make a run, if there are so many.
         """
-        size = max(SHARD_ROWS, least, SHARD_BYTES // (queries * widened_dtype(self.form.dtype).itemsize))
+        size = max(SHARD_EXAMPLES, least, SHARD_BYTES // (queries * widened_dtype(self.form.dtype).itemsize))
         return [range(start, min(start + size, train)) for start in range(0, train, size)]
 
     def disk(self, ranks: int = 1, top: int | None = None) -> dict[str, Step]:
@@ -130,8 +130,8 @@ class Plan:
         by_tokens, whole = self._product_flop(layer, example)
         # Training gradients are not formed where their tokens are multiplied themselves.
         formed = self.sweeps * job.train * forming_flop(layer, example) * (by_tokens >= whole)
-        sides = self.form.rotated_back.get(name, (True, True))
-        costs = [*zip(*job.side_flop(name, self.sweeps), sides, strict=True)]
+        back_in = self.form.rotated_back.get(name, (True, True))
+        costs = [*zip(*job.change_of_basis_flop(name, self.sweeps), back_in, strict=True)]
         back = sum(query for query, _, rotated_back in costs if rotated_back)
         brought = sum(train for _, train, rotated_back in costs if not rotated_back)
         return {
@@ -143,7 +143,7 @@ class Plan:
         }
 
     def _product_flop(self, layer: TrackedLayer, tokens: int) -> tuple[float, float]:
-        """For a product of a layer's gradients: by tokens, which only thin matrices can be, and by whole gradients."""
+        """For a product of a layer's gradients: by tokens, which only low-rank ones can be, and by whole gradients."""
         outputs, width = layer.padded_shape
         if self.form.rank is None or not self.form.low_rank(layer):
             # Of a one-hot layer, the columns that a batch touches, at the most.
@@ -155,7 +155,7 @@ class Plan:
         job, form, bank = self.job, self.form, self.bank_bytes / GIB
         rank = f"rank {form.rank}" if form.rank else "whole"
         numbers = type_name(form.dtype) if form.bits is None else f"{form.bits}-bit integers"
-        where = f"{form.device}, streamed to {job.device}" if form.offloaded else form.device
+        where = f"{form.device}, offloaded from {job.device}" if form.offloaded else form.device
         times = "once" if self.sweeps == 1 else f"{self.sweeps} times"
         return (
             f"Plan: {self.block:,} of {job.queries:,} query gradients resident ({rank}, {numbers}, "
@@ -205,7 +205,10 @@ def _candidates(job: Job, device: torch.device, available: int, host: int | None
     """
     tokens = max((job.query.tokens_of(name) for name, layer in job.layers.items() if layer.one_hot), default=0)
     form = BankForm(job.dtype, device, device != job.device, job.query_rank, tokens, bits=job.query_bits)
-    scores, resident = SHARD_ROWS * widened_dtype(form.dtype).itemsize, form.bytes_per_query(job.layers)  # of a query
+    scores, resident = (
+        SHARD_EXAMPLES * widened_dtype(form.dtype).itemsize,
+        form.bytes_per_query(job.layers),
+    )  # of a query
     for block in _blocks(job.queries):
         train_batch, query_batch = _batches(job, available - block * (scores + resident * (host is None)))
         fits = train_batch and query_batch and (host is None or block * resident <= host)
@@ -236,13 +239,13 @@ def _batches(job: Job, available: int) -> tuple[int, int]:
 
 def _plan(job: Job, form: BankForm, block: int, train_batch: int, query_batch: int) -> Plan:
     """A plan of some sizes: query gradients are rotated back where training gradients would cost more to rotate."""
-    sides = {}
+    rotated_back = {}
     for name, layer in job.layers.items() if job.strategy.basis else ():
-        # Two thin matrices cost next to nothing. What integers leave out must not depend on how often is swept.
+        # Matrices of low rank cost next to nothing. What integers leave out must not depend on how often is swept.
         always = form.low_rank(layer) or form.quantized(layer)
-        left, right = zip(*job.side_flop(name, -(-job.queries // block)), strict=True)
-        sides[name] = (always or left[0] < left[1], always or right[0] < right[1])
-    form = replace(form, rotated_back=sides)
+        outputs, inputs = zip(*job.change_of_basis_flop(name, -(-job.queries // block)), strict=True)
+        rotated_back[name] = always or outputs[0] < outputs[1], always or inputs[0] < inputs[1]
+    form = replace(form, rotated_back=rotated_back)
     return Plan(job, job.query_batch or query_batch, job.train_batch or train_batch, block, form)
 
 

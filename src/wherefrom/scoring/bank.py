@@ -1,8 +1,8 @@
-"""Banks of per-example gradients, kept in memory while a training set is swept against them.
+"""Banks of per-example gradients, resident in memory while a training set is swept against them.
 
-A bank holds the preconditioned gradient of every query, whole, in 8-bit integers or as a product of two thin matrices,
-and multiplies it with training gradients. Of one-hot layers it holds the columns that a query touches. It does not
-decide how many queries there are room for (`plan` does).
+A bank holds the preconditioned gradient of every query, whole, in 8-bit integers or as a product of two matrices of low
+rank, and multiplies it with training gradients. Of one-hot layers it holds the columns that a query touches. It does
+not decide how many queries there is memory for (`plan` does).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wherefrom.curvature.operators import Operator
 from wherefrom.engine.capture import Captured
-from wherefrom.engine.example_gradients import Sides, brought_back, weight_gradients
+from wherefrom.engine.example_gradients import GradientTransform, transformed_back, weight_gradients
 from wherefrom.engine.layers import TrackedLayer
 from wherefrom.engine.nonfinite import NotFiniteError
 from wherefrom.engine.sweep import Collector
@@ -28,7 +28,7 @@ from wherefrom.runtime.precision import product, rotated, widened, widened_dtype
 _QUERIES = 16
 # After a one-hot layer's name: which columns are held.
 _COLUMNS = ".columns"
-# After a quantized layer's name: what each row of its integers is multiplied with.
+# After a quantized layer's name: what the integers of each output are multiplied with.
 _SCALES = ".scales"
 _SQUARED_NORM, _SQUARED_REST = "squared norm", "squared rest"
 
@@ -39,8 +39,8 @@ class GradientBank(Collector):
     Attributes:
         sums: a tensor [queries, out, width] for each layer or, of low rank, `LAYER.left` [queries, out, rank] and
             `LAYER.right` [queries, rank, width]. Of a one-hot layer only columns that a query touches, [queries, out,
-            columns], and which those are, `LAYER.columns` int64 [queries, columns]. Rows of 8-bit integers
-            are to be multiplied with a scale each, `LAYER.scales` [queries, out].
+            columns], and which those are, `LAYER.columns` int64 [queries, columns]. The 8-bit integers
+            of an output are to be multiplied with its scale, `LAYER.scales` [queries, out].
         residuals: of the solves that the gradients come from, relative, [queries]; None without a solver.
     """
 
@@ -56,7 +56,7 @@ class GradientBank(Collector):
         self._queries = queries
         self._form = form
         self._preconditioner = preconditioner
-        self._sides, self._filters = preconditioner.sides(layers), preconditioner.aligned_filters(layers)
+        self._transforms, self._filters = preconditioner.transforms(layers), preconditioner.aligned_filters(layers)
         self._workspace, self._rebuilt = Workspace(), Workspace()
         self.sums = {}
         for name, layer in layers.items():
@@ -89,20 +89,20 @@ class GradientBank(Collector):
                 self.widen(name.removesuffix(_COLUMNS), most(self.sums[name].shape[1]))
 
     def widen(self, layer: str, columns: int) -> None:
-        """Have room for that many columns of each query's gradient of a one-hot layer."""
+        """Have memory for that many columns of each query's gradient of a one-hot layer."""
         for name in (layer, f"{layer}{_COLUMNS}"):
-            kept = self.sums[name]
-            if kept.shape[-1] < columns:
-                self.sums[name] = self._zeros(*kept.shape[:-1], columns, dtype=kept.dtype)
-                self.sums[name][..., : kept.shape[-1]] = kept
+            before = self.sums[name]
+            if before.shape[-1] < columns:
+                self.sums[name] = self._zeros(*before.shape[:-1], columns, dtype=before.dtype)
+                self.sums[name][..., : before.shape[-1]] = before
 
     def release(self) -> None:
         self._workspace.release()
         self._rebuilt.release()
 
     def collect(self, layer: str, captured: Captured, batch: slice) -> None:
-        sides = self._sides[layer]
-        gradients = weight_gradients(captured, sides, self._workspace)
+        transform = self._transforms[layer]
+        gradients = weight_gradients(captured, transform, self._workspace)
         if layer in self._filters:
             gradients *= captured.selected(self._filters[layer])
         if captured.columns is not None:
@@ -111,10 +111,10 @@ class GradientBank(Collector):
             self._collect_quantized(layer, self._back(layer, gradients, captured), batch)
         elif layer in self.sums:
             self.sums[layer][batch] = self._back(layer, gradients, captured)
-        elif sides.roots is None:
-            self._collect_thin(layer, gradients, sides, batch)
-        else:  # two thin matrices cannot be conditioned
-            self._collect_thin(layer, self._back(layer, gradients, captured), Sides(), batch)
+        elif transform.scaling is None:
+            self._collect_low_rank(layer, gradients, transform, batch)
+        else:  # matrices of low rank cannot be conditioned
+            self._collect_low_rank(layer, self._back(layer, gradients, captured), GradientTransform(), batch)
 
     def _collect_columns(self, layer: str, gradients: Tensor, columns: Tensor, batch: slice) -> None:
         count = columns.shape[1]
@@ -132,21 +132,23 @@ class GradientBank(Collector):
         self.sums[_SQUARED_REST][batch] += left_out.to(self._form.device)
 
     def _back(self, layer: str, gradients: Tensor, captured: Captured) -> Tensor:
-        """Preconditioned gradients out of the eigenbasis, on the sides that are to be, and conditioned again."""
-        sides, remaining = self._sides[layer], self._remaining(layer)
-        left, right = (side if kept is None else None for side, kept in zip(sides[:2], remaining[:2], strict=True))
-        return brought_back(captured, Sides(left, right, sides.roots), gradients)
+        """Preconditioned gradients out of those eigenbases that they are to leave, and conditioned again."""
+        whole, remaining = self._transforms[layer], self._remaining(layer)
+        one, other = (basis if stays is None else None for basis, stays in zip(whole[:2], remaining[:2], strict=True))
+        return transformed_back(captured, GradientTransform(one, other, whole.scaling), gradients)
 
-    def _remaining(self, layer: str) -> Sides:
+    def _remaining(self, layer: str) -> GradientTransform:
         """What training gradients of a layer are to be multiplied with, because the bank's are in the eigenbasis."""
-        left, right, roots = self._sides[layer]
-        back_left, back_right = self._form.rotated_back.get(layer, (True, True))
-        if roots is not None:  # only the bank's are conditioned, so they come all the way back
-            return Sides()
-        return Sides(None if back_left else left, None if back_right else right)
+        gradient_basis, activation_basis, scaling = self._transforms[layer]
+        gradients_back, activations_back = self._form.rotated_back.get(layer, (True, True))
+        if scaling is not None:  # only the bank's are conditioned, so they come all the way back
+            return GradientTransform()
+        return GradientTransform(
+            None if gradients_back else gradient_basis, None if activations_back else activation_basis
+        )
 
-    def _collect_thin(self, layer: str, gradients: Tensor, sides: Sides, batch: slice) -> None:
-        """Keep the largest singular directions; two thin matrices are rotated back at little cost."""
+    def _collect_low_rank(self, layer: str, gradients: Tensor, transform: GradientTransform, batch: slice) -> None:
+        """Store the largest singular directions; matrices of low rank are rotated back at little cost."""
         try:
             left, right = truncated(gradients, self.sums[f"{layer}.left"].shape[2])
         except RuntimeError as error:
@@ -156,13 +158,13 @@ class GradientBank(Collector):
                 f"Layer {layer!r}: a query gradient has no singular value decomposition ({error}). Leave query_rank "
                 "out, or load the model in float64."
             ) from error
-        sides = sides.on(gradients.device)
+        gradient_basis, activation_basis, _ = transform.on(gradients.device)
         squared = gradients.square().sum((1, 2), dtype=torch.float64)
-        kept = right.square().sum((1, 2), dtype=torch.float64)  # the left matrix is orthonormal
+        retained = right.square().sum((1, 2), dtype=torch.float64)  # the left matrix is orthonormal
         self.sums[_SQUARED_NORM][batch] += squared.to(self._form.device)
-        self.sums[_SQUARED_REST][batch] += (squared - kept).clamp_min(0).to(self._form.device)
-        self.sums[f"{layer}.left"][batch] = left if sides.left is None else sides.left @ left
-        self.sums[f"{layer}.right"][batch] = right if sides.right is None else right @ sides.right.T
+        self.sums[_SQUARED_REST][batch] += (squared - retained).clamp_min(0).to(self._form.device)
+        self.sums[f"{layer}.left"][batch] = left if gradient_basis is None else gradient_basis @ left
+        self.sums[f"{layer}.right"][batch] = right if activation_basis is None else right @ activation_basis.T
 
     def apply(self, operator: Operator, layers: Mapping[str, TrackedLayer], device: torch.device) -> None:
         """Multiply whole gradients with an operator, some queries at a time."""
@@ -182,7 +184,7 @@ class GradientBank(Collector):
     def summed(self, total: GradientBank | None = None) -> GradientBank:
         """One gradient, the sum of all queries', added to another such bank; only of whole gradients.
 
-        It is float32 or wider, whatever type the gradients are kept in, and so are its products.
+        It is float32 or wider, whatever type the gradients are stored in, and so are its products.
         """
         if total is None:
             total = copy.copy(self)
@@ -201,14 +203,14 @@ class GradientBank(Collector):
                 total.sums[name] = added if before is None else before + added
             else:
                 held = total.sums.get(f"{name}{_COLUMNS}")
-                joined = _joined(each, columns, before, held)
-                total.sums[name], total.sums[f"{name}{_COLUMNS}"] = joined
+                summed = _summed_columns(each, columns, before, held)
+                total.sums[name], total.sums[f"{name}{_COLUMNS}"] = summed
         return total
 
     def relative_errors(self) -> Tensor | None:
         """How much of each query's preconditioned gradient a low rank or integers leave out, as a part of its norm.
 
-        Layers that are kept whole count in neither norm.
+        Layers that are stored whole count in neither norm.
 
         Returns:
             [queries]; None when nothing is left out.
@@ -240,20 +242,20 @@ class GradientBank(Collector):
         return torch.cat(pieces)
 
     def _product_of_columns(self, layer: str, gradients: Tensor, columns: Tensor) -> Tensor:
-        """Dot products with gradients [batch, out, columns], over the columns that both sides touch: [queries, batch].
+        """Dot products with gradients [batch, out, columns], over the columns that both touch: [queries, batch].
 
         Both are spread out over those columns, some columns and some queries at a time.
         """
-        kept, touched = self.sums[layer], self.sums[f"{layer}{_COLUMNS}"].to(columns.device)
+        held, touched = self.sums[layer], self.sums[f"{layer}{_COLUMNS}"].to(columns.device)
         common = columns.unique()
         common = common[torch.isin(common, touched)]
-        total = gradients.new_zeros(len(kept), len(gradients), dtype=widened_dtype(gradients.dtype))
-        each = kept.shape[1] * gradients.element_size()
+        total = gradients.new_zeros(len(held), len(gradients), dtype=widened_dtype(gradients.dtype))
+        each = held.shape[1] * gradients.element_size()
         if not len(common):
             return total
         for part in common.split(self._per_piece(len(gradients) * each)):
             trained, start = _spread(gradients, columns, part).flatten(1), 0
-            for queries in kept.split(self._per_piece(len(part) * each)):
+            for queries in held.split(self._per_piece(len(part) * each)):
                 stop = start + len(queries)
                 here = queries.to(gradients.device, gradients.dtype, non_blocking=True)
                 total[start:stop] += product(_spread(here, touched[start:stop], part).flatten(1), trained.T)
@@ -275,9 +277,9 @@ class GradientBank(Collector):
         left, right = self.sums[f"{layer}.left"], self.sums[f"{layer}.right"]
         outputs, width = left.shape[1], right.shape[2]
         count = self._per_piece(outputs * width * like.element_size())
-        for thin_left, thin_right in zip(left.split(count), right.split(count), strict=True):
-            out = self._rebuilt.empty((len(thin_left), outputs, width), like)
-            operands = (each.to(like.device, like.dtype, non_blocking=True) for each in (thin_left, thin_right))
+        for some_left, some_right in zip(left.split(count), right.split(count), strict=True):
+            out = self._rebuilt.empty((len(some_left), outputs, width), like)
+            operands = (each.to(like.device, like.dtype, non_blocking=True) for each in (some_left, some_right))
             yield torch.bmm(*operands, out=out)
 
     def _dequantized(self, layer: str, like: Tensor) -> Iterator[Tensor]:
@@ -294,7 +296,7 @@ class GradientBank(Collector):
         return max(1, PIECE_BYTES // bytes_each)
 
     def _tokens_are_cheaper(self, layer: str, captured: Captured) -> bool:
-        """Whether to multiply thin matrices with each token, rather than rebuild the gradients they stand for."""
+        """Whether to multiply low-rank matrices with each token, rather than rebuild the gradients they stand for."""
         left, right = self.sums[f"{layer}.left"], self.sums[f"{layer}.right"]
         batch, tokens = captured.activations.shape[:2]
         by_tokens, rebuilt = low_rank_product_flop((left.shape[1], right.shape[2]), left.shape[2], tokens, batch)
@@ -306,27 +308,26 @@ class GradientBank(Collector):
         batch, tokens = captured.activations.shape[:2]
         count = self._per_piece(batch * tokens * left.shape[2] * captured.gradients.element_size())
         found = []
-        for thin_left, thin_right in zip(left.split(count), right.split(count), strict=True):
-            columns, rows = (
-                each.to(captured.gradients.device, captured.gradients.dtype) for each in (thin_left, thin_right)
-            )
-            one = torch.einsum("bto,qor->qbtr", captured.gradients, columns)
-            two = torch.einsum("bti,qri->qbtr", captured.activations, rows)
+        for some_left, some_right in zip(left.split(count), right.split(count), strict=True):
+            here = (each.to(captured.gradients.device, captured.gradients.dtype) for each in (some_left, some_right))
+            one = torch.einsum("bto,qor->qbtr", captured.gradients, next(here))
+            two = torch.einsum("bti,qri->qbtr", captured.activations, next(here))
             found.append((one * two).sum((2, 3), dtype=widened_dtype(one.dtype)))
         return torch.cat(found)
 
     def in_basis(self, layer: str, captured: Captured) -> Captured:
-        """A training batch's tensors in the basis that the bank keeps a layer's gradients in, for `token_products`.
+        """A training batch's tensors in the basis that the bank has a layer's gradients in, for `token_products`.
 
         Raises:
             LossError: the layer's curvature is zero, and a training gradient is not.
         """
         self._preconditioner.check_gradients(layer, captured)
-        remaining = self._remaining(layer) if layer in self.sums else Sides()
-        left, right, _ = remaining.on(captured.gradients.device)
+        remaining = self._remaining(layer) if layer in self.sums else GradientTransform()
+        gradient_basis, activation_basis, _ = remaining.on(captured.gradients.device)
+        activations, gradients = captured.activations, captured.gradients
         return captured._replace(
-            activations=captured.activations if right is None else rotated(captured.activations, right),
-            gradients=captured.gradients if left is None else rotated(captured.gradients, left),
+            activations=activations if activation_basis is None else rotated(activations, activation_basis),
+            gradients=gradients if gradient_basis is None else rotated(gradients, gradient_basis),
         )
 
     def token_products(self, layer: str, query: int, captured: Captured) -> Tensor:
@@ -352,17 +353,19 @@ class GradientBank(Collector):
 
     def _columns_of(self, layer: str, query: int, matrix: Tensor, columns: Tensor) -> Tensor:
         """The given columns [batch, columns] of one query's gradient [out, own columns]: [batch, out, columns]."""
-        chosen, places = columns.unique(return_inverse=True)
+        chosen, indices = columns.unique(return_inverse=True)
         own = self.sums[f"{layer}{_COLUMNS}"][query].to(columns.device)
-        return _spread(matrix.unsqueeze(0), own.unsqueeze(0), chosen)[0][:, places].transpose(0, 1)
+        return _spread(matrix.unsqueeze(0), own.unsqueeze(0), chosen)[0][:, indices].transpose(0, 1)
 
 
-def _joined(gradients: Tensor, columns: Tensor, before: Tensor | None, held: Tensor | None) -> tuple[Tensor, Tensor]:
+def _summed_columns(
+    gradients: Tensor, columns: Tensor, before: Tensor | None, held: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The sum of gradients [n, out, columns], and of one before, with each column that any of them holds once."""
-    flat, places = gradients.movedim(0, 1).flatten(1), columns.flatten()  # [out, n * columns]
+    flat, touched = gradients.movedim(0, 1).flatten(1), columns.flatten()  # [out, n * columns]
     if before is not None and held is not None:
-        flat, places = torch.cat([before[0], flat.to(before.dtype)], 1), torch.cat([held[0], places])
-    chosen, where = places.unique(return_inverse=True)
+        flat, touched = torch.cat([before[0], flat.to(before.dtype)], 1), torch.cat([held[0], touched])
+    chosen, where = touched.unique(return_inverse=True)
     total = flat.new_zeros(len(flat), len(chosen), dtype=widened_dtype(flat.dtype))
     total.index_add_(1, where, flat.to(total.dtype))
     return total.unsqueeze(0), chosen.unsqueeze(0)
@@ -375,10 +378,10 @@ def _spread(gradients: Tensor, columns: Tensor, chosen: Tensor) -> Tensor:
         columns: int64 [n, columns]: which they are; several that stand for one are added up.
         chosen: int64, ascending.
     """
-    places = torch.searchsorted(chosen, columns).clamp_max_(len(chosen) - 1)
-    held = (chosen[places] == columns).unsqueeze(1)  # [n, 1, columns]
+    indices = torch.searchsorted(chosen, columns).clamp_max_(len(chosen) - 1)
+    held = (chosen[indices] == columns).unsqueeze(1)  # [n, 1, columns]
     spread = gradients.new_zeros(*gradients.shape[:2], len(chosen))
-    return spread.scatter_add_(2, places.unsqueeze(1).expand_as(gradients), gradients * held)
+    return spread.scatter_add_(2, indices.unsqueeze(1).expand_as(gradients), gradients * held)
 
 
 # Rows and columns of a tile; tiles that fill a GPU, which has 108 (A100) to 132 (H100, H200) units; and a sum that is

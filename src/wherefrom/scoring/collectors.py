@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wherefrom.curvature.operators import Operator
 from wherefrom.engine.capture import Captured
-from wherefrom.engine.example_gradients import brought_back, weight_gradients
+from wherefrom.engine.example_gradients import transformed_back, weight_gradients
 from wherefrom.engine.layers import TrackedLayer
 from wherefrom.engine.sweep import Collector
 from wherefrom.runtime.memory import Workspace
@@ -25,7 +25,7 @@ class PairwiseCollector(Collector):
     """Adds up, layer by layer, the products of resident query gradients with each training gradient.
 
     Args:
-        groups: of layers whose part is kept, by layer; empty keeps none.
+        groups: of layers whose part is stored, by layer; empty stores none.
         summed: add up over training examples too.
 
     Attributes:
@@ -69,7 +69,7 @@ class SelfInfluenceCollector(Collector):
     """Adds up, layer by layer, g^T P g and |P g|^2 of every example, with P the damped inverse of the curvature.
 
     In the eigenbasis P is a diagonal, and a rotation changes no norm: both are sums over the rotated gradient. Of
-    conditioned factors, the second is a sum over what is brought back.
+    conditioned factors, the second is a sum over what is transformed back.
 
     Args:
         training: whether the examples are those that the curvature is of, which has to be there where gradients are.
@@ -88,20 +88,20 @@ class SelfInfluenceCollector(Collector):
         training: bool = True,
     ) -> None:
         self._checked = preconditioner if training else None
-        self._sides, self._filters = preconditioner.sides(layers), preconditioner.aligned_filters(layers)
+        self._transforms, self._filters = preconditioner.transforms(layers), preconditioner.aligned_filters(layers)
         self._workspace = Workspace()
         self.sums = {name: torch.zeros(examples, dtype=dtype, device=device) for name in (SELF_INFLUENCE, SQUARED_NORM)}
 
     def collect(self, layer: str, captured: Captured, batch: slice) -> None:
         if self._checked is not None:
             self._checked.check_gradients(layer, captured)
-        sides = self._sides[layer]
-        gradients = weight_gradients(captured, sides, self._workspace)
+        transform = self._transforms[layer]
+        gradients = weight_gradients(captured, transform, self._workspace)
         # Not the squares first: those of small gradients vanish, which a large filter would have brought back.
         chosen = captured.selected(self._filters[layer]) if layer in self._filters else 1.0
         filtered = gradients * chosen
         influence = gradients.mul_(filtered).sum((1, 2))
-        conditioned = filtered if sides.roots is None else brought_back(captured, sides, filtered)
+        conditioned = filtered if transform.scaling is None else transformed_back(captured, transform, filtered)
         norm = conditioned.square().sum((1, 2))
         self._add(SELF_INFLUENCE, influence, batch)
         self._add(SQUARED_NORM, norm, batch)

@@ -63,7 +63,7 @@ class GradientIndex(Generic[Batch]):
             raise InputError(f"index of {method}: it compresses gradients itself. Leave all but the factors out.")
         check_result_name(name)
         factors = method.fit(context)
-        if factors.roots:
+        if factors.scaling:
             raise InputError("factors are conditioned, and an index is not: fit factors without a conditioning.")
         sweep = context.sweep
         projections = compression.projections(sweep.layers, factors)

@@ -61,7 +61,7 @@ class Compression:
     Attributes:
         directions: "random" ones, for any factors; or the leading "eigenvectors" of each layer's covariances, for which
             factors need a basis (`KFAC`, `EKFAC`).
-        rank: how many on either side of a layer's gradient: a layer takes rank x rank numbers, less where it is
+        rank: how many of a layer's outputs, and of its inputs: a layer takes rank x rank numbers, less where it is
             narrower.
         quantization: "int8", with a scale for each layer of each example; "bfloat16"; or none, "float32" (float64 for
             a float64 model).
@@ -117,8 +117,8 @@ class Compression:
         """Random orthonormal columns that depend on the seed and the layer's name alone."""
         digest = hashlib.sha256(f"{self.seed} {layer}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        sides = (torch.randn(size, min(self.rank, size), generator=generator, dtype=torch.float64) for size in shape)
-        return Projection(*(torch.linalg.qr(side).Q for side in sides))
+        drawn = (torch.randn(size, min(self.rank, size), generator=generator, dtype=torch.float64) for size in shape)
+        return Projection(*(torch.linalg.qr(each).Q for each in drawn))
 
     def fingerprint(self, projections: Mapping[str, Projection]) -> dict[str, str]:
         """What compressed gradients depend on, beside the study.
@@ -147,13 +147,13 @@ def _largest(eigenvalues: Tensor, count: int) -> Tensor:
 
 
 def projections_to_tensors(projections: Mapping[str, Projection]) -> dict[str, Tensor]:
-    """Projections as the flat mapping that is stored: `LAYER.SIDE`."""
-    return {f"{name}.{side}": each for name, pair in projections.items() for side, each in pair._asdict().items()}
+    """Projections as the flat mapping that is stored: `LAYER.FACTOR`."""
+    return {f"{name}.{factor}": each for name, pair in projections.items() for factor, each in pair._asdict().items()}
 
 
 def projections_from_tensors(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Projection]:
     """The inverse of `projections_to_tensors`, in the order of the layers."""
-    return {name: Projection(*(tensors[f"{name}.{side}"] for side in Projection._fields)) for name in layers}
+    return {name: Projection(*(tensors[f"{name}.{factor}"] for factor in Projection._fields)) for name in layers}
 
 
 def parts(projections: Mapping[str, Projection]) -> dict[str, slice]:
@@ -274,7 +274,9 @@ def inverse_curvature(
 def _restricted(factors: Factors, layer: str, projection: Projection, values: Tensor) -> Tensor:
     """The numbers [out, in] of leading eigenvectors, in the order of compressed gradients: [numbers]."""
     spectra = factors.bases[layer].spectra
-    left, right = (_largest(side.eigenvalues, each.shape[1]) for side, each in zip(spectra, projection, strict=True))
+    left, right = (
+        _largest(factor.eigenvalues, each.shape[1]) for factor, each in zip(spectra, projection, strict=True)
+    )
     return values[left][:, right].flatten()
 
 
@@ -284,11 +286,11 @@ def _dense_inverse(factors: Factors, layer: str, projection: Projection, damping
     left, right = (each.to(values.device, torch.float64) for each in projection)
     if basis is not None:
         left, right = (
-            side if vectors is None else vectors.double().T @ side
-            for side, vectors in ((left, basis.gradients), (right, basis.activations))
+            each if vectors is None else vectors.double().T @ each
+            for each, vectors in ((left, basis.gradients), (right, basis.activations))
         )
     # C[ab, cd] = sum_ij Lambda_ij X_ia X_ic Y_jb Y_jd, with X = Q_S^T P_S and Y = Q_A^T P_A.
-    squares = [(side.unsqueeze(2) * side.unsqueeze(1)).flatten(1) for side in (left, right)]  # [out, rank * rank]
+    squares = [(each.unsqueeze(2) * each.unsqueeze(1)).flatten(1) for each in (left, right)]  # [out, rank * rank]
     curvature = squares[0].T @ values @ squares[1]
     rows, columns = left.shape[1], right.shape[1]
     curvature = curvature.view(rows, rows, columns, columns).transpose(1, 2).reshape(rows * columns, rows * columns)

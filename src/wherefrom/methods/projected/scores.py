@@ -40,7 +40,7 @@ class Projected(Method):
     """What methods on projected gradients have in common.
 
     Attributes:
-        rank: how many directions on either side of a layer's gradient, which becomes rank x rank numbers.
+        rank: how many directions of a layer's outputs and of its inputs: its gradient becomes rank x rank numbers.
         seed: of random directions.
         damping: added to every eigenvalue of the curvature of projected gradients, a mean over examples; None adds
             0.1 x the mean eigenvalue.
@@ -124,7 +124,7 @@ class LoGra(Projected):
             return super().projection(context, scales)
         factors = KFAC(seed=self.seed).fit(context) if self.factors is None else self.factors
         factors.check_model(context.fingerprint)
-        if factors.roots:
+        if factors.scaling:
             raise InputError(
                 "factors are conditioned, and LoGra's gradients are not: fit factors without a conditioning."
             )
@@ -173,7 +173,7 @@ class Trak(Projected):
             settings["models"] = "; ".join(f"{name}: {context.states.digest(path)}" for name, path in models.items())
 
         def compute(result: Unfinished) -> Mapping[str, Tensor]:
-            sides: list[tuple[Tensor, StoredGradients[Any]]] = []
+            models_gradients: list[tuple[Tensor, StoredGradients[Any]]] = []
             weights = torch.zeros(len(context.train))
             for name, path in models.items():
                 with context.states.entered(path):
@@ -182,16 +182,16 @@ class Trak(Projected):
                     projected = outputs.of("query gradients", queries)
                 whole = {"all layers": slice(0, outputs.size)}
                 inverse = self.powers(_mean_products((block for _, block in outputs.blocks()), whole), -1)
-                sides.append((preconditioned(projected, inverse, whole) / len(outputs), outputs))
+                models_gradients.append((preconditioned(projected, inverse, whole) / len(outputs), outputs))
                 weights = weights + _remaining(outputs, losses)
             scale = weights / len(models) ** 2
 
             def block(examples: range) -> Tensor:
                 chosen = slice(examples.start, examples.stop)
-                products = [left @ outputs.block(examples).T for left, outputs in sides]
+                products = [each @ outputs.block(examples).T for each, outputs in models_gradients]
                 return torch.stack(products).sum(0).cpu() * scale[chosen]
 
-            return _put(result, len(queries), sides[0][1], block)
+            return _put(result, len(queries), models_gradients[0][1], block)
 
         without = [MODEL] if self.checkpoints else []  # the study's own has nothing to do with them
         return Job("trak", self._settings(projecting) | settings, compute, without)
@@ -223,23 +223,23 @@ class TrackStar(Projected, Coordinates):
             )
 
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
-        roots = self.roots(context)
-        projecting = self.projection(context, {name: each.square() for name, each in roots.items()} or None)
+        scaling = self.scaling(context)
+        projecting = self.projection(context, {name: each.square() for name, each in scaling.items()} or None)
 
         def compute(result: Unfinished) -> Mapping[str, Tensor]:
             train = projecting.stored(result, "losses", context.train)
             projected = train.of("query gradients", queries)
             of_queries, of_train = _mean_products([projected], train.parts), _covariances(train)
             mixed = {name: self.mixing * of_queries[name] + (1 - self.mixing) * each for name, each in of_train.items()}
-            root = self.powers(mixed, -0.5)
+            inverse_root = self.powers(mixed, -0.5)
 
             def normalised(gradients: Tensor) -> Tensor:
-                return functional.normalize(preconditioned(gradients, root, train.parts), dim=1)
+                return functional.normalize(preconditioned(gradients, inverse_root, train.parts), dim=1)
 
             return _products(result, normalised(projected), train, normalised)
 
-        settings = {"mixing": repr(self.mixing), **conditioning_digest(roots)}
-        return Job("trackstar" + "-conditioned" * bool(roots), self._settings(projecting) | settings, compute)
+        settings = {"mixing": repr(self.mixing), **conditioning_digest(scaling)}
+        return Job("trackstar" + "-conditioned" * bool(scaling), self._settings(projecting) | settings, compute)
 
 
 def _remaining(outputs: StoredGradients[Any], losses: StoredGradients[Any]) -> Tensor:

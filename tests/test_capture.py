@@ -172,7 +172,7 @@ class Folded(nn.Module):
 
 def test_a_lost_batch_dimension_is_refused(tmp_path: Path) -> None:
     study = wf.Study(tmp_path, Folded(), wf.Classification(), train=examples())
-    with pytest.raises(LayerError, match="saw 2 rows for 1 examples"):
+    with pytest.raises(LayerError, match="saw a batch of 2 for 1 examples"):
         study.fit(wf.Diagonal())
 
 
@@ -222,7 +222,7 @@ def test_rows_for_all_examples_are_each_examples_own_or_refused(tmp_path: Path) 
     expected = BruteForce(model, task, list(study.layers), rows, rows).scores("ekfac")
     assert relative_error(found, expected) < 1e-9
     refused = wf.Study(tmp_path / "refused", Positions(first=True).double(), task, train=rows)
-    with pytest.raises(LayerError, match="'positions' reads one row for all 4 examples"):
+    with pytest.raises(LayerError, match="'positions' reads one input for all 4 examples"):
         refused.fit(wf.Diagonal(), execution=wf.Execution(train_batch_size=4))
 
 

@@ -139,8 +139,8 @@ def test_kinds_of_scores(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert f"{TEXTS[0]}</div>" in page  # the first training text
     said("report", "kinds", "--name", "dot-top3", "--output", "top.html")
     page = (folder / "top.html").read_text()
-    assert "Of all scores only these were kept: the 3 highest and lowest of each query." in page
-    assert "<svg role" not in page  # no histogram of what was not kept
+    assert "Of all scores only these were stored: the 3 highest and lowest of each query." in page
+    assert "<svg role" not in page  # no histogram of what was not stored
     assert page.count('<li class="hit">') <= 2 * 2 * 3
     said("report", "kinds", "--name", "dot-top3")
     assert (folder / "kinds" / "reports" / f"{found}.html").exists()

@@ -134,22 +134,22 @@ def test_query_gradients_are_rotated_back_with_little_more_than_their_own_roundi
 
     def batch_of(count: int) -> Captured:
         # Gradients of the size that the curvature says.
-        sides = [
+        tensors = [
             ((torch.randn(count, tokens, len(values), generator=generator) * values.sqrt()) @ basis.T).bfloat16()
             for basis, values in zip((left, right), spectra, strict=True)
         ]
-        return Captured(sides[1], sides[0], count * tokens)
+        return Captured(tensors[1], tensors[0], count * tokens)
 
     basis = Basis(right.float(), left.float(), spectra[1].float(), spectra[0].float())
-    asked, trained = batch_of(queries), batch_of(batch)
+    queried, trained = batch_of(queries), batch_of(batch)
     form = BankForm(torch.bfloat16, CPU, rotated_back={"0": (True, True)})
     bank = GradientBank(layers, Operator({"0": basis}, {"0": inverse.float()}), queries, form)
-    bank.collect("0", asked, slice(0, queries))
+    bank.collect("0", queried, slice(0, queries))
 
     def whole(captured: Captured) -> Tensor:
         return captured.gradients.double().transpose(1, 2) @ captured.activations.double()
 
-    exact = left @ (inverse * (left.T @ whole(asked) @ right)) @ right.T
+    exact = left @ (inverse * (left.T @ whole(queried) @ right)) @ right.T
     expected = torch.einsum("qoi,boi->qb", exact, whole(trained))
     rounded_last = torch.einsum("qoi,boi->qb", exact.bfloat16().double(), whole(trained).bfloat16().double())
     found = torch.einsum("qoi,boi->qb", bank.sums["0"].double(), whole(trained).bfloat16().double())

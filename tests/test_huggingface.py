@@ -151,7 +151,7 @@ def test_texts_are_cut_to_what_the_model_takes(tmp_path: Path, caplog: pytest.Lo
     short = wf.study_from_pretrained(folder, ["a b " * 20], max_length=5)
     assert len(short.prepare(["c d " * 20])[0]["input_ids"]) == 5  # type: ignore[index]
     short.prepare([{"prompt": "a a a a a a ", "completion": "b"}])
-    assert "1 rows have no counted token (completion_mask), row 0" in caplog.text
+    assert "1 examples have no counted token (completion_mask), example 0" in caplog.text
 
 
 def test_masks_are_drawn_once_and_cover_what_they_should() -> None:
@@ -241,9 +241,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         wf.study_from_pretrained(folder, [{"words": "a"}])
     with pytest.raises(InputError, match="dataset is empty"):
         wf.study_from_pretrained(folder, [])
-    with pytest.raises(InputError, match="Row 1 of the dataset has no token"):
+    with pytest.raises(InputError, match="Example 1 of the dataset has no token"):
         wf.study_from_pretrained(folder, ["a", ""], end_token=False)
-    with pytest.raises(InputError, match="Row 1 of the dataset has no 'completion'"):
+    with pytest.raises(InputError, match="Example 1 of the dataset has no 'completion'"):
         wf.study_from_pretrained(folder, [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}])
     with pytest.raises(InputError, match="IterableDataset, without a length"):
         wf.study_from_pretrained(folder, Dataset.from_list([{"text": "a"}]).to_iterable_dataset())

@@ -146,7 +146,7 @@ def test_linear_layers_of_one_weight_are_one_layer(tmp_path: Path, both: bool) -
     assert relative_error(found, torch.stack(each) @ torch.stack(each).T) < 1e-10
 
 
-def test_what_cannot_be_joined_is_refused() -> None:
+def test_weights_whose_gradients_cannot_be_added_up_are_refused() -> None:
     model = Twins(both=True)
     model.other.bias = nn.Parameter(torch.zeros(4))
     with pytest.raises(LayerError, match="'one' and 'other' share one weight, and they have biases of their own"):

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import wherefrom as wf
 from tests.models import Case, gpt2, mlp_case, relative_error, token_rows
 from tests.runs import labels
-from wherefrom.methods.magic.replay import KeptStates, Replay
+from wherefrom.methods.magic.replay import Replay, StoredStates
 from wherefrom.runtime.errors import InputError, LossError, MismatchError
 from wherefrom.tasks.losses import IGNORED
 
@@ -217,7 +217,7 @@ def test_float32_is_close_to_float64(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("branching", [2, 3, 100])
 @pytest.mark.parametrize("states_on_disk", [False, True])
-def test_results_are_the_same_bits_whatever_is_kept(tmp_path: Path, branching: int, states_on_disk: bool) -> None:
+def test_results_are_the_same_bits_whatever_is_stored(tmp_path: Path, branching: int, states_on_disk: bool) -> None:
     case = gpt2_case(dropout=0.2, dtype=torch.float32)
     usual = magic_scores(tmp_path / "usual", training_of(case), case.queries)
     other = magic_scores(
@@ -227,19 +227,19 @@ def test_results_are_the_same_bits_whatever_is_kept(tmp_path: Path, branching: i
     assert labels(tmp_path / "other" / "scores") == ["magic"]
 
 
-class CountedStates(KeptStates):
-    """Notes how many states were kept at once."""
+class CountedStates(StoredStates):
+    """Notes how many states were stored at once."""
 
     most = 0
 
-    def keep(self, step: int, state: Tensor) -> None:
-        super().keep(step, state)
+    def store(self, step: int, state: Tensor) -> None:
+        super().store(step, state)
         self.most = max(self.most, len(self))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 64, 100, 1000])
 @pytest.mark.parametrize("branching", [None, 2, 3, 10])
-def test_few_states_are_kept_and_few_steps_taken_again(steps: int, branching: int | None) -> None:
+def test_few_states_are_stored_and_few_steps_taken_again(steps: int, branching: int | None) -> None:
     taken = []
 
     def advance(state: Tensor, step: int) -> Tensor:
@@ -247,17 +247,17 @@ def test_few_states_are_kept_and_few_steps_taken_again(steps: int, branching: in
         taken.append(step)
         return state + 1
 
-    kept = CountedStates()
-    replay = Replay(torch.zeros(()), advance, steps, branching, kept)
+    states = CountedStates()
+    replay = Replay(torch.zeros(()), advance, steps, branching, states)
     assert replay.forwards() == steps
     assert taken == list(range(steps))
     assert [(step, int(state)) for step, state in replay.backwards()] == [(each, each) for each in range(steps)][::-1]
     again, levels = len(taken) - steps, 2
     if branching is not None:
         levels = next(each for each in range(1, 11) if branching**each >= steps)
-    assert kept.most <= (branching or math.isqrt(steps - 1) + 1) * levels
+    assert states.most <= (branching or math.isqrt(steps - 1) + 1) * levels
     assert again <= steps * (levels - 1)
-    assert len(kept) == 0
+    assert len(states) == 0
 
 
 def test_a_killed_walk_goes_on_where_it_has_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

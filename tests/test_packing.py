@@ -1,4 +1,4 @@
-"""Columns that a model takes: packed rows against their documents in rows of their own, and what is left out or not."""
+"""Columns that a model takes: packed sequences against their documents alone, and what is left out or not."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"GPT-2": gpt2, "Llama": llama}
 
 
 def documents(row: Row) -> list[Row]:
-    """The documents of a packed row, in rows of their own."""
+    """The documents of a packed sequence, each alone."""
     begins = [place for place, position in enumerate(row["position_ids"]) if position == 0]
     ends = [*begins[1:], len(row["input_ids"])]
     names = [name for name in ("input_ids", "labels", "completion_mask") if name in row]
@@ -82,8 +82,8 @@ def test_scores_of_packed_rows_are_sums_of_their_documents(
     model, task = make(), wf.CausalLM()
     train, queries = packed(token_rows(10), TOGETHER, **columns), packed(token_rows(4, seed=4), (2, 2))
     study = wf.Study(tmp_path, model, task, train=train)
-    alone, asked = ([each for row in rows for each in documents(row)] for rows in (train, queries))
-    brute = BruteForce(model, task, list(study.layers), alone, asked)
+    alone, queried = ([each for row in rows for each in documents(row)] for rows in (train, queries))
+    brute = BruteForce(model, task, list(study.layers), alone, queried)
     of_documents = brute.scores("identity")
     expected = torch.stack([
         torch.stack([part.sum() for part in rows.split([len(documents(row)) for row in train], 1)])
@@ -140,7 +140,9 @@ class Mixing(nn.Module):
 def test_a_model_that_mixes_documents_is_refused_and_not_without_cause(tmp_path: Path) -> None:
     rows = packed(token_rows(4), (2, 2))
     study = wf.Study(tmp_path / "mixing", Mixing(gpt2()), wf.CausalLM(), train=rows)
-    with pytest.raises(InputError, match="Mixing lets the documents of one row see each other .* a row of its own"):
+    with pytest.raises(
+        InputError, match="Mixing lets the documents of one sequence see each other .* a sequence of its own"
+    ):
         study.score(rows, wf.Dot())
     single = packed(token_rows(2), (1, 1))
     study = wf.Study(tmp_path / "single", Mixing(gpt2()), wf.CausalLM(), train=single)
@@ -152,10 +154,13 @@ def test_a_model_that_mixes_documents_is_refused_and_not_without_cause(tmp_path:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"position_ids": [0, 1, 0, 1], "attention_mask": [1, 1, 1, 1]}, "start again within the row, and there is an"),
+        (
+            {"position_ids": [0, 1, 0, 1], "attention_mask": [1, 1, 1, 1]},
+            "start again within the sequence, and there is an",
+        ),
         ({"position_ids": [1, 1, 0, 1], "attention_mask": [0, 0, 1, 1]}, "leaves out tokens before others"),
-        ({"seq_lengths": [2, 2], "attention_mask": [1, 1, 1, 0]}, "start again within the row, and there is an"),
-        ({"seq_lengths": [2, 1]}, "'seq_lengths' adds up to 3 in a row of 4 tokens"),
+        ({"seq_lengths": [2, 2], "attention_mask": [1, 1, 1, 0]}, "start again within the sequence, and there is an"),
+        ({"seq_lengths": [2, 1]}, "'seq_lengths' adds up to 3 in a sequence of 4 tokens"),
         ({"position_ids": [0, 1, 2]}, "'position_ids' has 3 numbers and 'input_ids' 4"),
         ({"position_ids": [[0, 1, 2, 3]] * 3}, "'position_ids' is torch.int64 .3, 4.: expected .* one sequence"),
         ({"position_ids": [0, 1, 2, 12]}, "'position_ids' holds 12, and the model has positions 0 to 11"),

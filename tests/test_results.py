@@ -174,8 +174,8 @@ def test_top_scores_have_a_page_of_the_same_hits(tmp_path: Path) -> None:
     hits = [part.partition("</section>")[0] for part in lists(page)]
     assert hits == [part.partition("</section>")[0] for part in lists(whole)]
     assert len(hits) == len(case.queries)
-    assert page.count("only these were kept: the 3 highest and lowest of each query.") == len(case.queries)
-    assert "only these were kept" not in whole
+    assert page.count("only these were stored: the 3 highest and lowest of each query.") == len(case.queries)
+    assert "only these were stored" not in whole
     assert 'class="histogram"' in whole and 'class="histogram"' not in page
 
 
@@ -185,8 +185,8 @@ def test_candidates_have_a_page_that_says_that_the_others_were_not_scored(tmp_pa
     method = wf.TwoStage(first=torch.tensor([[1, 4, 7]] * 5), then=wf.Dot())
     found = study.score(case.queries, method, keep=wf.Top(2))
     page = study.report(found, case.queries).read_text()
-    kept = "the 2 highest and lowest of each query; candidates: 3 of each query"
-    assert page.count(f"only these were kept: {kept}") == 5
+    stored = "the 2 highest and lowest of each query; candidates: 3 of each query"
+    assert page.count(f"only these were stored: {stored}") == 5
     assert {line.split('"')[1] for line in page.split("<article ")[1:]} <= {"train-1", "train-4", "train-7"}
 
 

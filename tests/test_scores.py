@@ -89,7 +89,7 @@ def test_parts_of_layers_equal_brute_force_and_add_up(tmp_path: Path, strategy: 
     grouped = study.score(case.queries, factored(strategy), keep=wf.Pairs(layers=groups))
     attention = sum((each for name, each in scores.layers.items() if ".attn." in name), torch.zeros(()))
     assert relative_error(grouped.of_layers("attention").values, attention) < 1e-12
-    with pytest.raises(InputError, match=r"expected a layer or group whose part was kept: other, attention, mlp"):
+    with pytest.raises(InputError, match=r"expected a layer or group whose part was stored: other, attention, mlp"):
         grouped.of_layers("mpl")
 
 

@@ -28,7 +28,7 @@ from wherefrom.report.html import render_report, write_page
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Tokenizer
 from wherefrom.runtime.errors import InputError
 from wherefrom.runtime.memory import within_memory
-from wherefrom.scoring.keep import Keep, Kept_co, Pairs
+from wherefrom.scoring.keep import Keep, Pairs, Scores_co
 from wherefrom.scoring.results import Result, Scores
 from wherefrom.scoring.tokens import TokenScores
 from wherefrom.store.files import is_plain, within
@@ -136,11 +136,11 @@ class Study(Generic[Batch]):
         queries: Dataset[object],
         method: Method | None = None,
         *,
-        keep: Keep[Kept_co],
+        keep: Keep[Scores_co],
         name: str | None = None,
         overwrite: bool = False,
         execution: Execution | None = None,
-    ) -> Kept_co: ...
+    ) -> Scores_co: ...
 
     def score(
         self,
@@ -162,8 +162,8 @@ class Study(Generic[Batch]):
             queries: examples of the kind that the task measures.
             method: how, `EKFAC()` unless given.
             keep: what of the scores: `Pairs()` unless given, `Top(k)`, `Aggregated(...)` or `Tokens(...)`.
-            name: of the result in the run directory; by default what was asked for, in a word, and a digest of all that
-                the result depends on, so that another damping or other queries lie side by side.
+            name: of the result in the run directory; by default the method and settings, in a word, and a digest of all
+                that the result depends on, so that another damping or other queries lie side by side.
             overwrite: compute it again and replace it, also where it has this name and was made from something else,
                 which is refused otherwise. It replaces this result alone: no factors, and no other scores. Where it is
                 interrupted, the call without it goes on.

@@ -59,7 +59,7 @@ def fit(
         layers: Names or patterns of the layers to track, such as '*.mlp.*'; linear ones but the head by default.
         split: The split of a saved or hub dataset.
         column: The column that holds the text; found when there is only one.
-        unit: One sequence a document, or all text joined and cut into blocks.
+        unit: One sequence a document, or all text concatenated and cut into blocks.
         length: The longest sequence (documents), or the length of each (blocks), in tokens.
         history: A folder that `TrainingRecorder` has written, for methods that look at the training.
         execution: How to compute.
@@ -106,30 +106,33 @@ def score(
         run: A run directory that `wherefrom fit` made.
         queries: The query text: a file, a saved dataset or a hub name, cut as the training text was.
         method: How; by EK-FAC unless one is named. What it needs is fitted first if the run does not have it yet.
-        name: Of the scores in the run; by default the method, what else was asked for, and a digest of all that
+        name: Of the scores in the run; by default the method, its settings, and a digest of all that
             they depend on, so that other queries or another damping lie side by side.
         split: The split of a saved or hub dataset.
         column: The column that holds the text; found when there is only one.
         tokens: Also score the tokens of this many most positive and most negative sequences of each query; the report
             shades them.
-        per_layer: Also keep each layer's part of every score.
-        self_influence: Also keep each training sequence's score with itself, for normalised scores.
+        per_layer: Also store each layer's part of every score.
+        self_influence: Also store each training sequence's score with itself, for normalised scores.
         aggregate_queries: One score for all queries together: of the sum or the mean of their losses.
         aggregate_train: One score of each query for all training sequences together.
-        top_only: Keep only this many of each query's highest and lowest scores, for very many training sequences.
+        top_only: Store only this many of each query's highest and lowest scores, for very many training sequences.
         execution: How to compute.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
         explain: Print what would be done, and what it would cost with the fit, and stop.
         overwrite: Replace scores that were made from something else.
         profile: Print where the time went, and for that wait for a GPU after each action.
     """
-    executed, keep = execution.made(), _kept(per_layer, self_influence, aggregate_queries, aggregate_train, top_only)
+    executed, keep = (
+        execution.made(),
+        _chosen_keep(per_layer, self_influence, aggregate_queries, aggregate_train, top_only),
+    )
     if tokens is not None:
         Tokens(tokens)  # or the model would be loaded first
         if not isinstance(keep, Pairs):
             raise InputError(
                 f"tokens={tokens} needs every pair's score, which top_only, aggregate_queries and aggregate_train do "
-                "not keep: leave one of them out."
+                "not store: leave one of them out."
             )
     sources = RunSources.load(run)
     chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
@@ -154,7 +157,7 @@ def score(
     _say(f"Scores of {shape} are in {run / 'scores' / found.name}.", study, profile)
 
 
-def _kept(
+def _chosen_keep(
     per_layer: bool,
     self_influence: bool,
     aggregate_queries: Aggregation | None,
@@ -170,8 +173,8 @@ def _kept(
     others = [name for name, said in {**given, "per_layer=True": per_layer}.items() if said]
     if top_only is not None and others:
         raise InputError(
-            f"{others[0]} with only the {top_only} highest and lowest scores: these are kept alone. Leave one of them "
-            "out."
+            f"{others[0]} with only the {top_only} highest and lowest scores: these are stored alone. Leave one of "
+            "them out."
         )
     if self_influence and (aggregate_queries or aggregate_train):
         raise InputError(

@@ -81,7 +81,7 @@ def export(run: Run, output: Path, *, name: str | None = None, k: int | None = N
         run: A run directory with scores.
         output: The file; its ending says what it is. A table has the columns query, rank, train and score.
         name: Of the scores, or what it begins with before the digest; by default the latest.
-        k: Only the highest of each query; all that was kept by default.
+        k: Only the highest of each query; all that were stored by default.
     """
     scores = load_scores(chosen_scores(run, name))
     scores.save(output, k)

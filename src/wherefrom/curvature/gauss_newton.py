@@ -37,7 +37,7 @@ class WeightSpace:
     """The weights of tracked layers as one vector: their gradient matrices [out, in (+1)], one after the other.
 
     Raises:
-        LayerError: a layer has no place in it.
+        LayerError: a layer's weights cannot be part of it.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, TrackedLayer]) -> None:
@@ -97,14 +97,14 @@ class _Call(NamedTuple):
         outputs: the tensors of real numbers in what it returned that depend on the weights, with the graph that leads
             there.
         leaves: the same numbers, which the loss was computed from.
-        places: which of all its tensors of real numbers they are.
+        indices: which of all its tensors of real numbers they are.
     """
 
     arguments: tuple[object, ...]
     keywords: dict[str, object]
     outputs: list[Tensor]
     leaves: list[Tensor]
-    places: list[int]
+    indices: list[int]
 
 
 def batch_product(loss: Callable[[], Tensor], model: nn.Module, space: WeightSpace, vectors: Tensor) -> Tensor:
@@ -160,8 +160,8 @@ def _cut(model: nn.Module) -> Iterator[list[_Call]]:
         if any(each.requires_grad for each in _real(tree_leaves((arguments, keywords)))):
             raise LossError("The task calls the model on what the model has returned, which solvers cannot follow.")
         real = _real(tree_leaves(output))
-        places = [place for place, each in enumerate(real) if each.requires_grad]
-        call = _Call(arguments, keywords, [real[place] for place in places], [], places)
+        indices = [index for index, each in enumerate(real) if each.requires_grad]
+        call = _Call(arguments, keywords, [real[index] for index in indices], [], indices)
 
         def leaf(each: object) -> object:
             if not (isinstance(each, Tensor) and each.requires_grad):
@@ -206,7 +206,7 @@ def _pushed(
 
     def outputs(moving: dict[str, Tensor]) -> list[Tensor]:
         real = _real(tree_leaves(functional_call(model, moving, call.arguments, call.keywords)))
-        return [real[place] for place in call.places]
+        return [real[index] for index in call.indices]
 
     def one(tangent: dict[str, Tensor]) -> list[Tensor]:
         moved: list[Tensor] = jvp(outputs, (dict(weights),), (tangent,))[1]

@@ -25,15 +25,15 @@ from wherefrom.tasks.task import evaluating
 
 
 class Captured(NamedTuple):
-    """What one batch says about one layer; rows of padding are zero in both tensors.
+    """What one batch says about one layer; vectors of padding are zero in both tensors.
 
     Attributes:
         activations: [batch, tokens, columns]: the layer's input and, when it has a bias, a column of ones, then zeros
             for alignment. Layers that read one tensor one after another share this one.
         gradients: of the summed loss with respect to the layer's output, [batch, tokens, out].
         tokens: how many of the batch's tokens are not padding.
-        calls: how many uses of the layer, of equally many tokens each, are joined along the token axis; 0 when they
-            differ.
+        calls: how many uses of the layer, of equally many tokens each, are concatenated along the token axis; 0 when
+            they differ.
         columns: int64 [batch, columns]: which columns of the layer's gradient matrix the activations of each example
             are, when they are only those that it touches; columns that are zero may stand for any. None is all of them.
     """
@@ -68,7 +68,7 @@ class Captured(NamedTuple):
         return max(outputs * width, tokens * width, tokens * outputs) * widened_dtype(self.gradients.dtype).itemsize
 
     def as_one_example(self) -> Captured:
-        """The batch's tokens in one row, whose gradient is the sum of the examples'; only where `columns` is None."""
+        """All tokens as one example's, whose gradient is the sum of the batch's; only where `columns` is None."""
         activations, gradients = (each.flatten(0, 1).unsqueeze(0) for each in (self.activations, self.gradients))
         return self._replace(activations=activations, gradients=gradients)
 
@@ -140,7 +140,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 class Capture(AbstractContextManager["Capture"]):
     """Hands `(layer, activations, gradients)` to a receiver during each backward pass.
 
-    A layer that is called several times in a pass, or through several modules, is received once, its calls joined
+    A layer that is called several times in a pass, or through several modules, is received once, its calls concatenated
     along the token axis: the gradient of its weight is the sum over calls, as it is over tokens.
 
     Args:
@@ -180,7 +180,7 @@ class Capture(AbstractContextManager["Capture"]):
 
         Args:
             loss: computes the summed loss of the batch.
-            examples: how many rows the batch has.
+            examples: how many the batch has.
             padding: which tokens are real, by how many a layer sees; nothing when all are.
 
         Returns:
@@ -201,7 +201,7 @@ class Capture(AbstractContextManager["Capture"]):
                 # Not by `autograd.grad`, with which PyTorch's counters of operations refuse modules that read a leaf.
                 torch.autograd.backward(value, inputs=leaves)
             for name in list(current.calls):  # layers of which only some calls have part in the loss
-                captured = self._joined(name, current)
+                captured = self._concatenated(name, current)
                 if captured is not None:
                     self._receive(name, captured)
         finally:
@@ -278,11 +278,11 @@ class Capture(AbstractContextManager["Capture"]):
         assert current is not None
         call.gradient = gradient
         if all(each.gradient is not None for each in current.calls[name]):
-            captured = self._joined(name, current)
+            captured = self._concatenated(name, current)
             if captured is not None:
                 self._receive(name, captured)
 
-    def _joined(self, name: str, current: _Pass) -> Captured | None:
+    def _concatenated(self, name: str, current: _Pass) -> Captured | None:
         """What a layer's calls of a pass make together; None where no call has part in the loss."""
         layer = self._layers[name]
         parts = [
@@ -340,12 +340,12 @@ class Capture(AbstractContextManager["Capture"]):
             )
         if len(call.inputs) != current.examples:
             raise LayerError(
-                f"Layer {name!r} saw {len(call.inputs)} rows for {current.examples} examples: its input must "
+                f"Layer {name!r} saw a batch of {len(call.inputs)} for {current.examples} examples: its input must "
                 "keep the batch as first dimension. Leave the layer out with `layers=[...]`."
             )
         if current.examples > 1 and call.inputs.stride(0) == 0 and not bool(gradient[1:].any()):
             raise LayerError(
-                f"Layer {name!r} reads one row for all {current.examples} examples, and the model takes the "
+                f"Layer {name!r} reads one input for all {current.examples} examples, and the model takes the "
                 "first of them from its output (output[0]) instead of broadcasting it, so the examples' parts of its "
                 "gradient cannot be told apart. Leave the layer out with `layers=[...]`."
             )
@@ -413,6 +413,6 @@ def _masked(activations: Tensor, mask: Tensor) -> Tensor:
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors, both alive, are the same numbers in the same place."""
+    """Whether two tensors, both alive, are the same numbers in the same memory."""
     alike = one.shape == other.shape and one.stride() == other.stride() and one.device == other.device
     return alike and one.data_ptr() == other.data_ptr()

@@ -79,11 +79,11 @@ class TrackedLayer:
             flipped = self._flipped(use)
             size = use.kind.size(use.module)
             if size != ((inputs, outputs) if flipped else (outputs, inputs)):
-                raise _not_joined(self.main, use, "they see it as matrices of different shapes")
+                raise _not_added_up(self.main, use, "they see it as matrices of different shapes")
             if use.bias is not None and flipped:
-                raise _not_joined(self.main, use, "one has a bias and sees the weight transposed")
+                raise _not_added_up(self.main, use, "one has a bias and sees the weight transposed")
             if use.bias is not None and use.bias is not biased[0].bias:
-                raise _not_joined(biased[0], use, "they have biases of their own")
+                raise _not_added_up(biased[0], use, "they have biases of their own")
 
     def _flipped(self, use: Use) -> bool:
         return use.kind.transposed != self.main.kind.transposed
@@ -167,10 +167,10 @@ class TrackedLayer:
         return flipped, one_hot(read, self.shape[0], gradients.dtype) if use.kind.one_hot else read
 
 
-def _not_joined(one: Use, other: Use, reason: str) -> LayerError:
+def _not_added_up(one: Use, other: Use, reason: str) -> LayerError:
     return LayerError(
         f"layers: {one.name!r} and {other.name!r} share one weight, and {reason}, so their parts of its gradient "
-        "cannot be joined. Leave both out with `layers=[...]` patterns, or untie them before training."
+        "cannot be added up. Leave both out with `layers=[...]` patterns, or untie them before training."
     )
 
 
@@ -187,7 +187,7 @@ def select_layers(
 
     Raises:
         LayerError: nothing matches a pattern (close names are listed), a named layer is of an unsupported kind, or
-            a tracked weight is shared with a module whose part of the gradient cannot be joined.
+            a tracked weight is shared with a module whose part of the gradient cannot be added to its own.
     """
     weights = list(_weights(model))
     chosen = _by_default(model, weights, head) if patterns is None else _named(model, weights, patterns)

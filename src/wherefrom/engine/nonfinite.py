@@ -1,7 +1,7 @@
 """What is not finite, and where it came from.
 
 A NaN or an infinity in any batch, in a layer's activations, its output gradients or their products, stays in a sweep's
-sums. So these are looked at before anything of them is kept, which costs next to nothing; looking at all tensors of
+sums. So these are looked at before anything of them is stored, which costs next to nothing; looking at all tensors of
 every batch would read them once more, which a GPU would feel. Only when something is wrong are the batches passed over
 again, with a `Search` that looks at everything. This module knows captured tensors and named sums, nothing of sweeps.
 """
@@ -39,7 +39,7 @@ def check_sums(sweep: str, sums: Mapping[str, Tensor]) -> None:
         if not is_finite(total):
             raise NotFiniteError(
                 f"{sweep}: the sums {name!r} are not finite: some activation or gradient is not, or their products "
-                f"overflow {type_name(total.dtype)}. Nothing of this was kept; {_NARROW}."
+                f"overflow {type_name(total.dtype)}. Nothing of this was stored; {_NARROW}."
             )
 
 
@@ -85,8 +85,8 @@ class Search:
         sums = (total for name, total in self._sums.items() if self._owner(name) in {layer, None})
         if not all(map(is_finite, sums)):
             reach = ", ".join(
-                f"{side} reach {float(tensor.abs().max()):.3g}"
-                for side, tensor in (("activations", captured.activations), ("output gradients", captured.gradients))
+                f"{what} reach {float(tensor.abs().max()):.3g}"
+                for what, tensor in (("activations", captured.activations), ("output gradients", captured.gradients))
             )
             self._overflow = f"layer {layer!r} are finite ({reach}), but sums of their products overflow"
 
@@ -101,30 +101,30 @@ class Search:
         if not bool(loss.isfinite()):
             raise LossError(
                 f"{self._sweep}: the loss of {examples} is {loss.item()}. {where or 'All layers are finite.'} Look at "
-                "these examples and at the model's output for them; nothing of this batch was kept."
+                "these examples and at the model's output for them; nothing of this batch was stored."
             )
         if where:
             raise LossError(
                 f"{self._sweep}: the loss of {examples} is finite, and its gradients are not. {where} Look at these "
-                f"examples, and {_NARROW}; nothing of this batch was kept."
+                f"examples, and {_NARROW}; nothing of this batch was stored."
             )
         if self._overflow:
             raise LossError(
                 f"{self._sweep}: the activations and output gradients of {self._overflow} with {examples}. "
-                f"Nothing of this batch was kept; {_NARROW}."
+                f"Nothing of this batch was stored; {_NARROW}."
             )
 
     def _where(self, positions: Sequence[int]) -> str:
         """The layer that comes first: in the forward pass if an activation is not finite, else in the backward pass."""
         if self._activations:
-            (layer, tensor), side = self._activations[-1], "Activations"
+            (layer, tensor), what = self._activations[-1], "Activations"
         elif self._gradients:
-            (layer, tensor), side = self._gradients[0], "Output gradients"
+            (layer, tensor), what = self._gradients[0], "Output gradients"
         else:
             return ""
-        rows = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        examples = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         wrong = tensor[~tensor.isfinite()][0].item()
-        return f"{side} of layer {layer!r} are {wrong} for {named_examples([positions[row] for row in rows])}."
+        return f"{what} of layer {layer!r} are {wrong} for {named_examples([positions[each] for each in examples])}."
 
     def _owner(self, name: str) -> str | None:
         """The layer that a sum belongs to; None when all layers have part in it."""

@@ -377,7 +377,7 @@ class _State(Generic[Batch]):
         batch, loss = next(pair for pair in zip(batches, losses, strict=True) if not pair[1].isfinite())
         raise NotFiniteError(
             f"{self.name}: the loss of {named_examples(self._positions(batch))} is {loss.item()}. Look at these "
-            "examples and at the model's output for them; nothing of this batch was kept."
+            "examples and at the model's output for them; nothing of this batch was stored."
         )
 
     def _positions(self, batch: range) -> Sequence[int]:

@@ -122,8 +122,8 @@ def _pearson(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[n
     """Each query's correlation, [queries, train] twice -> [queries]; 0 where its scores are constant."""
     varies = (np.ptp(left, axis=1) > 0) & (np.ptp(right, axis=1) > 0)
     found = np.zeros(len(left))
-    left, right = (side[varies] - side[varies].mean(1, keepdims=True) for side in (left, right))
-    left, right = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (left, right))
+    left, right = (each[varies] - each[varies].mean(1, keepdims=True) for each in (left, right))
+    left, right = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (left, right))
     found[varies] = (left * right).sum(1).clip(-1, 1)
     return found
 

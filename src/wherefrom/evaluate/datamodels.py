@@ -27,7 +27,7 @@ from wherefrom.store.fingerprint import Dataset
 Array: TypeAlias = NDArray[np.float64]
 
 SPLITS = 10  # random splits of the seeds behind the ceiling; they share their losses, so more add little
-SIDE = 2.5  # percent of the resamples left out on either side of a 95% interval
+TAIL = 2.5  # percent of the resamples left out below and above a 95% interval
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class IntervalEstimate:
     @classmethod
     def of_resamples(cls, value: float, resamples: Array) -> IntervalEstimate:
         """A value with the middle 95% of its bootstrap resamples [resamples], moved so that their mean is the value."""
-        low, high = np.percentile(resamples, [SIDE, 100 - SIDE]) + value - float(resamples.mean())
+        low, high = np.percentile(resamples, [TAIL, 100 - TAIL]) + value - float(resamples.mean())
         return cls(value, float(low), float(high))
 
     def to_json(self) -> dict[str, float]:
@@ -226,7 +226,7 @@ def _seed_halves(losses: Array, generator: np.random.Generator) -> tuple[Array, 
         tuple(sorted((tuple(sorted(order[:half])), tuple(sorted(order[half : 2 * half])))))
         for order in (generator.permutation(repeats).tolist() for _ in range(SPLITS))
     }
-    means = [np.stack([losses[:, side].mean(1).T for side in sides]) for sides in zip(*sorted(splits), strict=True)]
+    means = [np.stack([losses[:, half].mean(1).T for half in halves]) for halves in zip(*sorted(splits), strict=True)]
     return means[0], means[1]
 
 
@@ -238,40 +238,40 @@ def _reachable(agreement: float, repeats: int) -> float:
 
 
 def _spearman(first: Array, second: Array, counts: Array) -> Array:
-    """Spearman's correlation over subsets that each count as often as a resample drew them; 0 if a side is constant.
+    """Spearman's correlation over subsets that each count as often as a resample drew them; 0 if one is constant.
 
     Args:
-        first: [sides, queries, subsets].
-        second: [sides or 1, queries, subsets].
+        first: [splits, queries, subsets].
+        second: [splits or 1, queries, subsets].
         counts: [subsets, resamples], each column with the sum `subsets`.
 
     Returns:
-        [sides, queries, resamples].
+        [splits, queries, resamples].
     """
     found = np.zeros((*first.shape[:2], counts.shape[1]))
     for query in range(first.shape[1]):  # one at a time: what it needs stays in the processor's cache
-        left, right = (_centred_ranks(side[:, query], counts) for side in (first, second))
-        weighted = right * counts  # [sides, subsets, resamples]
-        covariance = (left * weighted).sum(1)  # [sides, resamples]
+        left, right = (_centred_ranks(each[:, query], counts) for each in (first, second))
+        weighted = right * counts  # [splits, subsets, resamples]
+        covariance = (left * weighted).sum(1)  # [splits, resamples]
         scale = np.sqrt((left * left * counts).sum(1) * (right * weighted).sum(1))
-        # Ranks are exact, so a constant side has exactly no variance.
+        # Ranks are exact, so constants have exactly no variance.
         np.divide(covariance, scale, out=found[:, query], where=scale > 0)
     return found
 
 
 def _centred_ranks(values: Array, counts: Array) -> Array:
-    """Average ranks within each resample, less their mean: [sides, subsets] -> [sides, subsets, resamples].
+    """Average ranks within each resample, less their mean: [splits, subsets] -> [splits, subsets, resamples].
 
     A value's average rank is the mean of two numbers, of those below it and of those not above it, and a half. Both
     stand in the running sum of the counts in the order of the values, so no resample is sorted, and ties are right.
     """
     ranks = np.empty((len(values), *counts.shape))
     running = np.zeros((len(counts) + 1, counts.shape[1]))  # [subsets + 1, resamples]
-    for side, ranked in enumerate(values):
+    for split, ranked in enumerate(values):
         order = ranked.argsort()
         np.cumsum(counts[order], axis=0, out=running[1:])
         below, not_above = (np.searchsorted(ranked[order], ranked, end) for end in ("left", "right"))  # each [subsets]
-        ranks[side] = (running[below] + running[not_above] - len(counts)) / 2
+        ranks[split] = (running[below] + running[not_above] - len(counts)) / 2
     return ranks
 
 

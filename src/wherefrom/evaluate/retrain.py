@@ -304,7 +304,7 @@ class _Work:
 
     def _standing(self) -> str:
         return (
-            f"{self._count()} of {len(self.wanted)} retrainings are finished and kept; the same call goes on "
+            f"{self._count()} of {len(self.wanted)} retrainings are finished and stored; the same call goes on "
             "from there."
         )
 

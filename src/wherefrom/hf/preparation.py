@@ -65,11 +65,11 @@ class Preparation:
                 f"The dataset is a {type(data).__name__}, without a length: expected one that is loaded whole."
             )
         if len(data) == 0:
-            raise InputError("The dataset is empty: expected at least one row. Check the path or the filter.")
+            raise InputError("The dataset is empty: expected at least one example. Check the path or the filter.")
         if isinstance(data[0], str):
             data = [{"text": text} for text in data]
         if not isinstance(data[0], Mapping):
-            raise InputError(f"The dataset has rows of type {type(data[0]).__name__}: expected dicts or texts.")
+            raise InputError(f"The dataset has examples of type {type(data[0]).__name__}: expected dicts or texts.")
         if "input_ids" in data[0]:
             return data  # type: ignore[no-any-return]
         columns, encode = self._encoder(data[0])
@@ -93,18 +93,18 @@ class Preparation:
     def _prepared(self, columns: tuple[str, ...], encode: _Encoder, example: Example, number: int) -> dict[str, Any]:
         lacking = next((name for name in columns if example.get(name) is None), None)
         if lacking is not None:
-            raise InputError(f"Row {number} of the dataset has no {lacking!r}; leave it out.")
+            raise InputError(f"Example {number} of the dataset has no {lacking!r}; leave it out.")
         try:
             encoded = encode(self, example, number)
         except InputError:
             raise
-        except Exception as error:  # whatever tokenizers, chat templates and json make of rows that are not theirs
+        except Exception as error:  # whatever tokenizers, chat templates and json make of examples that are not theirs
             raise InputError(
-                f"Row {number} of the dataset makes no tokens ({type(error).__name__}: {first_line(error)}). "
+                f"Example {number} of the dataset makes no tokens ({type(error).__name__}: {first_line(error)}). "
                 f"Check its columns {', '.join(columns)}, and the tokenizer's chat template."
             ) from error
         if not encoded["input_ids"]:
-            raise InputError(f"Row {number} of the dataset has no token; leave it out.")
+            raise InputError(f"Example {number} of the dataset has no token; leave it out.")
         cut = {
             name: values[: self.max_length] if isinstance(values, list) else values for name, values in encoded.items()
         }
@@ -121,7 +121,7 @@ class Preparation:
         """
         if self.tokenizer is None:
             raise InputError(
-                "The dataset has text, and the model's directory no tokenizer: pass tokenizer=, or rows with "
+                "The dataset has text, and the model's directory no tokenizer: pass tokenizer=, or examples with "
                 "'input_ids'."
             )
         return self.tokenizer
@@ -195,7 +195,7 @@ def _masked_text(preparation: Preparation, example: Example, number: int) -> dic
     ids, mask_token = encoded["input_ids"], preparation.tokens.mask_token_id
     maskable = [position for position, special in enumerate(encoded["special_tokens_mask"]) if not special]
     if not maskable or mask_token is None:
-        raise InputError(f"Row {number} of the dataset has no token to mask, or the tokenizer no mask token.")
+        raise InputError(f"Example {number} of the dataset has no token to mask, or the tokenizer no mask token.")
     order = torch.randperm(len(maskable), generator=torch.Generator().manual_seed(number)).tolist()
     masked = {maskable[each] for each in order[: max(1, round(_MASKED_SHARE * len(maskable)))]}
     return {
@@ -233,4 +233,6 @@ def _report_uncounted(examples: Sequence[Example]) -> None:
     for name in ("completion_mask", "assistant_masks"):
         empty = [number for number, example in enumerate(examples) if not any(example.get(name, [1]))]
         if empty:
-            logger.warning(f"{len(empty)} rows have no counted token ({name}), row {empty[0]} for one: they score 0.")
+            logger.warning(
+                f"{len(empty)} examples have no counted token ({name}), example {empty[0]} for one: they score 0."
+            )

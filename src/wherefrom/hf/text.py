@@ -63,7 +63,7 @@ def read_texts(source: str, *, split: str = "train", column: str | None = None) 
             f"{source}: column {column!r} is not UTF-8 text ({error}); convert the file to UTF-8."
         ) from error
     if not any(texts):
-        raise InputError(f"{source}: column {column!r} holds no text in {len(texts)} rows.")
+        raise InputError(f"{source}: column {column!r} holds no text in {len(texts)} examples.")
     return texts
 
 

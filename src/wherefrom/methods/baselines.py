@@ -109,8 +109,8 @@ def bm25_scores(queries: Sequence[str], train: Sequence[str]) -> Tensor:
         raise InputError(f"train: not one word in {len(train)} texts; expected texts, not their token numbers.")
     index = require("bm25s", "evaluate").BM25(method="lucene", k1=1.5, b=0.75, dtype="float32")
     index.index(words, create_empty_token=False, show_progress=False)
-    rows = [index.get_scores_from_ids(index.get_tokens_ids(query)) for query in _words(queries)]  # each [train]
-    return torch.stack([torch.from_numpy(row) for row in rows])
+    scores = [index.get_scores_from_ids(index.get_tokens_ids(query)) for query in _words(queries)]  # each [train]
+    return torch.stack([torch.from_numpy(each) for each in scores])
 
 
 def _words(texts: Sequence[str]) -> list[list[str]]:

@@ -62,13 +62,13 @@ def sum_settings(parts: Mapping[str, Mapping[str, str]], weights: Sequence[float
     Args:
         parts: what the scores of each checkpoint depend on.
     """
-    joined: dict[str, str] = {}
+    found: dict[str, str] = {}
     for name in sorted({name for part in parts.values() for name in part}):
         values = {checkpoint: part.get(name, "nothing") for checkpoint, part in parts.items()}
         alike = len(set(values.values())) == 1
-        joined[name] = next(iter(values.values())) if alike else "; ".join(f"{k}: {v}" for k, v in values.items())
-    joined["checkpoints"] = " + ".join(f"{weight!r} x {name}" for name, weight in zip(parts, weights, strict=True))
-    return joined
+        found[name] = next(iter(values.values())) if alike else "; ".join(f"{k}: {v}" for k, v in values.items())
+    found["checkpoints"] = " + ".join(f"{weight!r} x {name}" for name, weight in zip(parts, weights, strict=True))
+    return found
 
 
 def weighted_sum(parts: Sequence[Scores], weights: Sequence[float], result: Unfinished) -> dict[str, Tensor]:

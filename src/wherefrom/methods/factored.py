@@ -1,6 +1,6 @@
 """Influence functions with fitted factors: EK-FAC and its family, from the gradient dot product to Shampoo.
 
-They differ in one row of `STRATEGIES`; damping, solvers, an optimizer's coordinates and what is kept are common to all.
+They differ in one row of `STRATEGIES`; damping, solvers, an optimizer's coordinates and `keep` are common to all.
 """
 
 from __future__ import annotations
@@ -180,9 +180,9 @@ class Factored(Approximation, Coordinates, Method):
         return scoring.pairwise
 
     def _sequence_scores(self, context: Context[Any], queries: Dataset[object]) -> Scores:
-        """Those of all pairs; what is there with more kept beside the same values is as good."""
+        """Those of all pairs; what is there with more stored beside the same values is as good."""
         examples = context.measured(queries)
-        wanted = {**context.fingerprint, "method": self.name, **context.asked(examples)}
+        wanted = {**context.fingerprint, "method": self.name, **context.query_settings(examples)}
         wanted |= self.settings(context, self.fit(context))
 
         def there() -> str | None:
@@ -202,7 +202,7 @@ class Factored(Approximation, Coordinates, Method):
 
         Raises:
             MismatchError: the factors are of another model.
-            InputError: a solver is asked for with conditioned factors.
+            InputError: a solver is given with conditioned factors.
         """
         factors.check_model(context.fingerprint)
         if self.solver is not None and factors.scaling:

@@ -24,7 +24,7 @@ from wherefrom.engine.sweep import Sweep
 from wherefrom.planning.plan import Plan
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import InputError
-from wherefrom.scoring.keep import Keep, Kept_co, Pairs, Top
+from wherefrom.scoring.keep import Keep, Pairs, Scores_co, Top
 from wherefrom.scoring.results import Result, extremes
 from wherefrom.scoring.tokens import TokenScores
 from wherefrom.store.cache import Cache, Unfinished
@@ -72,7 +72,7 @@ class Context(Generic[Batch]):
         """Queries, of which the measurement is meant."""
         return Examples(queries, self.sweep.task, "measurement")
 
-    def asked(self, queries: Examples[Batch]) -> dict[str, str]:
+    def query_settings(self, queries: Examples[Batch]) -> dict[str, str]:
         """What a fingerprint says of queries.
 
         Raises:
@@ -165,7 +165,7 @@ class Method(ABC):
 
     # Why it has no half precision; empty where it has.
     full_precision: ClassVar[str] = ""
-    # Whether scores are sums over layers whose parts can be kept.
+    # Whether scores are sums over layers whose parts can be stored.
     parts: ClassVar[bool] = False
     # Whether the highest scores are found without all of them.
     streams: ClassVar[bool] = False
@@ -174,10 +174,10 @@ class Method(ABC):
         self,
         context: Context[Any],
         queries: Dataset[object],
-        keep: Keep[Kept_co],
+        keep: Keep[Scores_co],
         name: str | None = None,
         overwrite: bool = False,
-    ) -> Kept_co:
+    ) -> Scores_co:
         """A result of a study, loaded or computed and stored.
 
         Raises:
@@ -186,13 +186,13 @@ class Method(ABC):
         self.check(keep, context.sweep.execution.half_precision)
         check_result_name(name)
         examples = context.measured(queries)
-        asked = context.asked(examples)
+        about = context.query_settings(examples)
         if isinstance(keep, Top) and not self.streams:
             job = self._highest_job(context, queries, examples, keep)
         else:
             job = self.job(context, examples, keep)
         study = {key: each for key, each in context.fingerprint.items() if key not in job.without}
-        fingerprint = {**study, "method": self.name, **asked, **job.settings, **keep.settings()}
+        fingerprint = {**study, "method": self.name, **about, **job.settings, **keep.settings()}
         called = result_name("-".join(filter(None, (job.label, keep.label))), fingerprint, name)
         folder, item = keep.location(context.folder(keep.folder), called)
         cache = context.cache(folder, fingerprint)

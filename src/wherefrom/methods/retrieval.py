@@ -28,7 +28,7 @@ class TwoStage(Method):
 
     Attributes:
         first: names each query's candidates, those with its highest scores; or their training positions, whole numbers
-            [queries, candidates], each once in a row, such as `GradientIndex.query(...).train`.
+            [queries, candidates], each once for a query, such as `GradientIndex.query(...).train`.
         then: scores them.
         candidates: how many of each query.
 

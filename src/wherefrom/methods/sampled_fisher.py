@@ -77,7 +77,7 @@ class Fisher(Coordinates, Method):
             kinds = {"left": self._described(left), "right": self._described(right)}
             fingerprint = {**context.fingerprint, **kinds, "precision": str(context.sweep.precision), **coordinates}
             if left.loss == "measurement":
-                fingerprint |= context.asked(left)
+                fingerprint |= context.query_settings(left)
             scoring = Scoring(context.sweep, STRATEGIES["identity"], Operator({}, {}, scaling=scaling), left, right)
             called = result_name(f"{left.loss}-{right.loss}", fingerprint)
             cache = context.cache(context.folder("fisher"), fingerprint)
@@ -100,13 +100,13 @@ class Fisher(Coordinates, Method):
         return f"{self.samples} drawn for each, seed {self.seed}" if examples.loss == "drawn" else examples.loss
 
 
-def inverse_products(pairs: Tensor, asked: Tensor, trained: Tensor, drawn: Tensor, damping: float | None) -> Tensor:
+def inverse_products(pairs: Tensor, queries: Tensor, train: Tensor, drawn: Tensor, damping: float | None) -> Tensor:
     """g_q^T (F + damping)^-1 g_t for every pair [queries, train] out of dot products.
 
     Args:
         pairs: of queries with training examples, [queries, train].
-        asked: of queries with samples, [queries, samples].
-        trained: of samples with training examples, [samples, train].
+        queries: of queries with samples, [queries, samples].
+        train: of samples with training examples, [samples, train].
         drawn: of samples with each other, [samples, samples].
         damping: as in `Fisher`.
 
@@ -119,5 +119,5 @@ def inverse_products(pairs: Tensor, asked: Tensor, trained: Tensor, drawn: Tenso
     if not added > 0:
         raise InputError("damping=None: all gradients of drawn targets are zero, so it would be 0. Give a number.")
     damped = gram + added * torch.eye(count, dtype=gram.dtype)
-    found: Tensor = (pairs - asked @ torch.linalg.solve(damped, trained) / count) / added
+    found: Tensor = (pairs - queries @ torch.linalg.solve(damped, train) / count) / added
     return found

@@ -313,7 +313,7 @@ class Unrolled(Generic[Batch]):
         found = {}
         for name, path in segment.paths.items():
             there = self.context.at(name, path)
-            fingerprint = {**there.fingerprint, "method": "source", **there.asked(self.queries)}
+            fingerprint = {**there.fingerprint, "method": "source", **there.query_settings(self.queries)}
             fingerprint |= self.settings(described)
             with there.states.entered(path):
                 scoring = Scoring(

@@ -120,7 +120,7 @@ def render_report(
             (index, passage, reader.lengths.get(index)) for index, passage in sorted(reader.passages.items())
         ],
         "figures": [{"title": each.title, "caption": each.caption, "data": _base64(each)} for each in figures],
-        "kept": _kept(scores.fingerprint),
+        "stored": _stored(scores.fingerprint),
         "settings": [*{**(settings or {}), **scores.fingerprint}.items()],
         "profile": profile,
     }
@@ -137,7 +137,7 @@ def render_report(
     )
 
 
-def _kept(fingerprint: Fingerprint) -> str:
+def _stored(fingerprint: Fingerprint) -> str:
     """Which scores are there, where not all are; empty where they are."""
     candidates = f"candidates: {fingerprint['candidates']}" if "candidates" in fingerprint else ""
     return "; ".join(filter(None, (fingerprint.get("kept", ""), candidates)))
@@ -164,7 +164,7 @@ def _check_finite(name: str, values: Tensor) -> None:
             column = int((~finite).nonzero()[0])
             raise InputError(
                 f"{name}[{query}, {column}] is {scores[column].item()}; expected finite scores "
-                f"({int((~finite).sum())} of {len(scores)} in this row are not)"
+                f"({int((~finite).sum())} of {len(scores)} of this query are not)"
             )
 
 

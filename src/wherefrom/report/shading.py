@@ -27,7 +27,7 @@ class Shares:
 
 
 def visible_pieces(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The pieces that have text, so that each number has a place on the page where it can be asked for.
+    """The pieces that have text, so that each number has a place on the page where it can be looked up.
 
     A character that is spread over several tokens appears with the last of them; the shares of the earlier ones, whose
     text is empty, are added to it. Those that no text follows are added to the last that has some.

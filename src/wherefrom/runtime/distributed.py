@@ -84,7 +84,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process writes files and logs."""
         return self.index == 0
 
     @property
@@ -207,5 +207,5 @@ def _collective() -> Iterator[None]:
     except RuntimeError as error:
         raise RankError(
             f"Another process of this run has stopped ({first_line(error)}). See its own message; then start "
-            "the run again with the same command: what is finished is kept, and saved sums are taken up."
+            "the run again with the same command: what is finished is stored, and saved sums are taken up."
         ) from error

@@ -19,7 +19,7 @@ from wherefrom.runtime.placement import is_sharded_tensor
 
 # Enough tokens a batch to fill the matrix units; more only costs memory.
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
-# The part of the free memory that is used without being asked, and of that what a batch may take.
+# The part of the free memory that is used by default, and of that what a batch may take.
 FREE_SHARE, _BATCH_SHARE = 0.8, 0.3
 # What PyTorch, CUDA's pinned memory, cuBLAS, cuSOLVER and the system (for a mapping) say in plain RuntimeErrors.
 _OUT_OF_MEMORY = (
@@ -69,7 +69,7 @@ def within_memory(what: str, device: torch.device, advice: str) -> Iterator[None
 
 
 def shortage(error: RuntimeError | MemoryError, device: torch.device) -> str:
-    """What is free on a device, and what the allocator says that was asked for."""
+    """What is free on a device, and what the allocator says that was requested."""
     reason = first_line(error) or "the size is not known"
     return f"{free_memory(device) / 2**30:.2f} GiB free on {device}; {reason}"
 
@@ -145,16 +145,16 @@ def halved(tried: Sequence[int], smallest: int, sweep: str, reason: str, device:
 
 
 class SavedBytes:
-    """Counts what autograd keeps for the backward pass.
+    """Counts what autograd saves for the backward pass.
 
-    Each storage counts once, with its own size, however many views of it are kept.
+    Each storage counts once, with its own size, however many views of it are saved.
 
     Args:
-        model: its weights and buffers are kept too, and take nothing.
+        model: its weights and buffers are saved too, and take nothing.
 
     Attributes:
         total: bytes that belong to the examples of a batch; largest: of the largest storage among them.
-        shared: bytes of weights cast to another type, which a batch of any size keeps once.
+        shared: bytes of weights cast to another type, which a batch of any size saves once.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -173,7 +173,7 @@ class SavedBytes:
         return torch.autograd.graph.saved_tensors_hooks(self.count, lambda tensor: tensor)
 
     def count(self, tensor: Tensor) -> Tensor:
-        """Count a tensor that is kept until the backward pass, and hand it back."""
+        """Count a tensor that is saved until the backward pass, and hand it back."""
         storage = tensor.untyped_storage()
         reference, shape, size = StorageWeakRef(storage), _any_order(tensor), storage.nbytes()
         if reference in self._seen:

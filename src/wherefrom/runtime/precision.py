@@ -73,20 +73,20 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Te
         return (left.float() @ right.float()).to(dtype or torch.float32)
 
 
-def rotated(rows: Tensor, matrix: Tensor) -> Tensor:
-    """`rows` [batch, tokens, n] times an orthogonal matrix [n, n] in float32 or wider, in the rows' type.
+def rotated(vectors: Tensor, matrix: Tensor) -> Tensor:
+    """`vectors` [batch, tokens, n] times an orthogonal matrix [n, n] in float32 or wider, in the vectors' type.
 
     A matrix rounded to bfloat16 is not orthogonal: what it leaks from large eigenvalues buries small ones. So bfloat16
-    rows are multiplied with its rounded value and with what the rounding has left. The small product comes first, and
-    the multiplication that makes the large one adds to it, in float32: no result is written in float32, and what the
-    small product loses in bfloat16 is 2^-18 of the rows, as much as the two values lack of the matrix.
+    vectors are multiplied with its rounded value and with what the rounding has left. The small product comes first,
+    and the multiplication that makes the large one adds to it, in float32: no result is written in float32, and what
+    the small product loses in bfloat16 is 2^-18 of the vectors, as much as the two values lack of the matrix.
     """
-    if rows.dtype != torch.bfloat16:
-        return rows @ matrix
-    flat, high = rows.flatten(0, 1), matrix.bfloat16()
+    if vectors.dtype != torch.bfloat16:
+        return vectors @ matrix
+    flat, high = vectors.flatten(0, 1), matrix.bfloat16()
     low = torch.sub(matrix, high, out=torch.empty_like(high))
     with _float32_sums():
-        return (flat @ low).addmm_(flat, high).view(rows.shape)
+        return (flat @ low).addmm_(flat, high).view(vectors.shape)
 
 
 @contextmanager

@@ -26,10 +26,10 @@ Aggregation = Literal["sum", "mean"]
 LayerGroups = Mapping[str, Sequence[str]]
 """Names for groups of layers, each with the names or glob patterns of its layers."""
 
-Kept_co = TypeVar("Kept_co", Scores, TopScores, TokenScores, covariant=True)
+Scores_co = TypeVar("Scores_co", Scores, TopScores, TokenScores, covariant=True)
 
 
-class Keep(ABC, Generic[Kept_co]):
+class Keep(ABC, Generic[Scores_co]):
     """What is kept of scores."""
 
     @property
@@ -53,7 +53,7 @@ class Keep(ABC, Generic[Kept_co]):
         cache.forget(item)
 
     @abstractmethod
-    def opened(self, path: Path, tensors: dict[str, Tensor], queries: int, train: int) -> Kept_co:
+    def opened(self, path: Path, tensors: dict[str, Tensor], queries: int, train: int) -> Scores_co:
         """A finished result of this kind.
 
         Args:
@@ -209,7 +209,7 @@ def _checked(path: Path, result: Result, shape: tuple[int | str, ...]) -> Result
 
 
 def layer_groups(layers: bool | LayerGroups, tracked: Sequence[str]) -> dict[str, str]:
-    """The group of each layer whose part of a score is kept; empty when none is.
+    """The group of each layer whose part of a score is stored; empty when none is.
 
     Raises:
         InputError: a pattern matches no layer, or a layer is in two groups.

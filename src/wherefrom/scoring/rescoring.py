@@ -73,14 +73,14 @@ def exact_scores(scoring: Scoring[Batch], positions: Tensor, parts: Cache) -> di
     resident = Resident(whole, blocks)
     for queries in resident:
         with resident.attempt(queries):
-            wanted, places = positions[queries.start : queries.stop].unique(return_inverse=True)
+            wanted, indices = positions[queries.start : queries.stop].unique(return_inverse=True)
             bank = cache(partial(whole.bank, queries))
             found = scores[queries.start : queries.stop]  # [block, chosen]
             for columns in whole.shards(queries, len(wanted)):
                 train = wanted[columns.start : columns.stop].tolist()
                 tensors = blocks.get_or_compute(queries, columns, partial(whole.block, bank, queries, train))
-                inside = (places >= columns.start) & (places < columns.stop)
-                local = (places - columns.start).clamp(0, len(columns) - 1)
+                inside = (indices >= columns.start) & (indices < columns.stop)
+                local = (indices - columns.start).clamp(0, len(columns) - 1)
                 found[inside] = tensors["values"].gather(1, local)[inside]
             if "residuals" in tensors:
                 residuals.append(tensors["residuals"])
@@ -111,5 +111,5 @@ def checked_positions(given: Tensor, queries: int, train: int) -> Tensor:
             "those of the training examples."
         )
     if bool((found[:, 1:] == found[:, :-1]).any()):
-        raise InputError("first: a query has a training position twice; expected each once in a row.")
+        raise InputError("first: a query has a training position twice; expected each once.")
     return found

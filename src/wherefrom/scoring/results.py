@@ -146,7 +146,7 @@ class Scores:
         """
         if name not in self.layers:
             known = ", ".join(self.layers) or "none; score with keep=Pairs(layers=True), or with groups of layers"
-            raise InputError(f"name={name!r}: expected a layer or group whose part was kept: {known}.")
+            raise InputError(f"name={name!r}: expected a layer or group whose part was stored: {known}.")
         return Scores(self.layers[name], {**self.fingerprint, "part": name})
 
     def normalized(self, kind: Normalization) -> Scores:
@@ -202,7 +202,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class TopScores:
-    """Each query's highest and lowest scores, where the whole matrix was never kept.
+    """Each query's highest and lowest scores, where the whole matrix was never stored.
 
     Of equal scores, the one of the earlier training example comes first.
 
@@ -251,10 +251,12 @@ class TopScores:
         """The k most influential training examples of each query, best first, query by query.
 
         Raises:
-            InputError: k is less than 1, or more than was kept.
+            InputError: k is less than 1, or more than were stored.
         """
         if not 1 <= k <= self.values.shape[1]:
-            raise InputError(f"k={k}: expected 1 to {self.values.shape[1]}, which were kept; keep=Top(k) keeps more.")
+            raise InputError(
+                f"k={k}: expected 1 to {self.values.shape[1]}, which were stored; keep=Top(k) stores more."
+            )
         return list(_hits(self.train[:, :k], self.values[:, :k]))
 
     def to_pandas(self, k: int | None = None) -> pandas.DataFrame:

@@ -59,7 +59,7 @@ def make_plan(
     """The plan of a score, from what a query and a training example take.
 
     Args:
-        loaded: whether the factors are in memory already; otherwise room is left for them.
+        loaded: whether the factors are in memory already; otherwise memory is left for them.
     """
     execution = sweep.execution
     dtype = torch.bfloat16 if execution.half_precision else sweep.dtype
@@ -99,7 +99,7 @@ class Scoring(Generic[Batch]):
     Attributes:
         strategy: of the factors behind the operator.
         operator: what query gradients are preconditioned with.
-        groups: of each layer whose part of a score is kept.
+        groups: of each layer whose part of a score is stored.
         self_influence: whether each example's score with itself is wanted too.
         sum_queries, sum_train: what is added up.
         later: operators that query gradients are multiplied with afterwards, one after another.
@@ -136,7 +136,7 @@ class Scoring(Generic[Batch]):
         return self.sweep.ranks
 
     def pairwise(self, result: Unfinished) -> dict[str, Tensor]:
-        """The tensors of `Scores`, block by block: `values` [queries, train], and what was asked for beside it."""
+        """The tensors of `Scores`, block by block: `values` [queries, train], and what was requested beside it."""
         vectors = 3 * self.self_influence
         step = self._sizes().matrix_step(self.ranks.count, vectors, self.approximation.rescore)
         self.check_disk([result.parts.folder, result.part], step)
@@ -150,7 +150,7 @@ class Scoring(Generic[Batch]):
                     compute = partial(self.block, bank, queries, columns)
                     found = blocks.get_or_compute(queries, columns, compute)
                     for name, each in found.items():
-                        self._place(beside, name, each, queries, columns)
+                        self._put(beside, name, each, queries, columns)
         if self.groups:
             result.details["layers"] = list(dict.fromkeys(self.groups.values()))
         self._log_errors(beside.get("query_errors"))
@@ -159,7 +159,7 @@ class Scoring(Generic[Batch]):
             beside["query_self_influence"] = self._query_self_influence()
         return beside
 
-    def _place(self, whole: dict[str, Tensor], name: str, part: Tensor, queries: range, columns: range) -> None:
+    def _put(self, whole: dict[str, Tensor], name: str, part: Tensor, queries: range, columns: range) -> None:
         """Put a vector of a block, with a number for each query or training example, where it belongs."""
         of_queries = BESIDE_SCORES.get(name, (None, ("train",)))[1][0] == "query"
         size, where = (len(self.queries), queries) if of_queries else (len(self.train), columns)
@@ -218,8 +218,8 @@ class Scoring(Generic[Batch]):
             result.details["layers"] = list(dict.fromkeys(self.groups.values()))
         divisor = len(self.queries) if self.sum_queries == "mean" else 1
         divisor *= len(self.train) if self.sum_train == "mean" else 1
-        joined = {name: torch.cat([part[name] for part in found], -2 if name == "layers" else 0) for name in found[0]}
-        return {name: each / divisor if each.dim() >= 2 else each for name, each in joined.items()}
+        whole = {name: torch.cat([part[name] for part in found], -2 if name == "layers" else 0) for name in found[0]}
+        return {name: each / divisor if each.dim() >= 2 else each for name, each in whole.items()}
 
     def block(
         self, bank: Callable[[], GradientBank], queries: range, train: Sequence[int], part: Unfinished
@@ -255,7 +255,7 @@ class Scoring(Generic[Batch]):
         return collector.sums
 
     def check_disk(self, folders: Sequence[Path], step: Step) -> None:
-        """Refuse to begin what there is too little room for.
+        """Refuse to begin what there is too little disk space for.
 
         Args:
             folders: the first is where it will lie; what is in them already is a part of it.

@@ -53,7 +53,7 @@ class TokenScoring(Generic[Batch]):
         self._check_disk(result)
         scoring, lengths, longest = self.scoring, self.lengths, int(self.lengths.max())
         chosen = None if self.top is None else extreme_pairs(self.sequence_scores(), self.top)
-        kept: list[Tensor] = []
+        parts: list[Tensor] = []
         resident = Resident(scoring)
         for queries in resident:
             with resident.attempt(queries):
@@ -63,13 +63,13 @@ class TokenScoring(Generic[Batch]):
                 for pairs in token_parts(queries, len(scoring.train), chosen, each_takes):
                     token_part(result.cache, pairs, partial(self._per_token, bank, queries.start, pairs, lengths))
                     mine.append(pairs)
-                kept.extend(mine)
-        scoring.ranks.first(lambda: remove_other_parts(result.cache.folder, kept))
-        sizes = torch.tensor([len(pairs) for pairs in kept])
-        return {"pairs": torch.cat(kept), "shards": sizes, "lengths": lengths}
+                parts.extend(mine)
+        scoring.ranks.first(lambda: remove_other_parts(result.cache.folder, parts))
+        sizes = torch.tensor([len(pairs) for pairs in parts])
+        return {"pairs": torch.cat(parts), "shards": sizes, "lengths": lengths}
 
     def _check_disk(self, result: Unfinished) -> None:
-        """Refuse to begin what there is too little room for."""
+        """Refuse to begin what there is too little disk space for."""
         scoring, train, longest = self.scoring, len(self.scoring.train), int(self.lengths.max())
         each = train if self.top is None else min(2 * self.top, train)
         queries, block = len(scoring.queries), scoring.plan.block
@@ -88,11 +88,11 @@ class TokenScoring(Generic[Batch]):
         """`values` [pairs, tokens of the longest example]: a sweep over the training examples among the pairs.
 
         Args:
-            first: the query in the bank's first row.
+            first: the first query of the bank.
         """
         scoring = self.scoring
-        examples, places = pairs[:, 1].unique(return_inverse=True)
-        local, resident = torch.stack([pairs[:, 0] - first, places], 1), bank()
+        examples, indices = pairs[:, 1].unique(return_inverse=True)
+        local, resident = torch.stack([pairs[:, 0] - first, indices], 1), bank()
         target = (scoring.sweep.dtype, scoring.sweep.device)
         collector = TokenCollector(resident, local, lengths[examples], int(lengths.max()), *target)
         batch, smallest = scoring.train_batch(len(resident))

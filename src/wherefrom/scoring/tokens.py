@@ -49,8 +49,8 @@ def extreme_pairs(values: Tensor, count: int) -> Tensor:
     """
     count = min(count, values.shape[1])
     ends = torch.cat([values.topk(count, dim=1, largest=largest).indices for largest in (True, False)], 1)
-    rows = torch.arange(len(values)).repeat_interleave(ends.shape[1])
-    pairs: Tensor = torch.stack([rows, ends.flatten()], 1).unique(dim=0)
+    queries = torch.arange(len(values)).repeat_interleave(ends.shape[1])
+    pairs: Tensor = torch.stack([queries, ends.flatten()], 1).unique(dim=0)
     return pairs
 
 
@@ -67,9 +67,9 @@ def token_parts(queries: range, train: int, chosen: Tensor | None, bytes_each: i
         mine = chosen[(chosen[:, 0] >= queries.start) & (chosen[:, 0] < queries.stop)]
         yield from mine[mine[:, 1].argsort(stable=True)].split(fitting)
         return
-    rows = max(1, fitting // len(queries))
-    for start in range(0, train, rows):
-        examples = torch.arange(start, min(start + rows, train))
+    together = max(1, fitting // len(queries))
+    for start in range(0, train, together):
+        examples = torch.arange(start, min(start + together, train))
         yield torch.cartesian_prod(examples, torch.arange(queries.start, queries.stop)).flip(1)
 
 
@@ -77,10 +77,10 @@ class TokenCollector(Collector):
     """Adds up, layer by layer, what every position adds to the scores of chosen pairs.
 
     Args:
-        pairs: int64 [pairs, 2]: a row of the bank, and the position of a training example in the swept dataset, which
+        pairs: int64 [pairs, 2]: a query of the bank, and the position of a training example in the swept dataset, which
             does not descend.
         lengths: int64 [examples]: how many tokens each example of the swept dataset has.
-        tokens: how many are kept room for, at least as many as the longest example has.
+        tokens: how many there is memory for, at least as many as the longest example has.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class TokenScores:
 
     def __contains__(self, pair: tuple[int, int]) -> bool:
         """Whether (query, training position) is stored."""
-        return self._place(pair) is not None
+        return self._index(pair) is not None
 
     def __getitem__(self, pair: tuple[int, int]) -> Tensor:
         """The values of (query, training position), one for each token of the training example.
@@ -189,16 +189,16 @@ class TokenScores:
             InputError: the pair is not stored.
             DamagedError: its file is not what was written.
         """
-        place = self._place(pair)
-        if place is None:
+        index = self._index(pair)
+        if index is None:
             raise InputError(
                 f"{self.folder} holds no token scores of query {pair[0]} and training example {pair[1]}: it has "
                 f"{self.fingerprint['tokens']}. Compute them with a larger `top`, or for all pairs."
             )
         shard = 0
-        while place >= self.shards[shard]:
-            place, shard = place - self.shards[shard], shard + 1
-        return self._shard(shard)[place, : int(self.lengths[pair[1]])].clone()
+        while index >= self.shards[shard]:
+            index, shard = index - self.shards[shard], shard + 1
+        return self._shard(shard)[index, : int(self.lengths[pair[1]])].clone()
 
     @property
     def values(self) -> Tensor:
@@ -217,14 +217,14 @@ class TokenScores:
         """Each stored pair as one number, ascending, and where it is stored."""
         return (self.pairs[:, 0] * len(self.lengths) + self.pairs[:, 1]).sort()
 
-    def _place(self, pair: tuple[int, int]) -> int | None:
+    def _index(self, pair: tuple[int, int]) -> int | None:
         query, train = pair
         if query < 0 or not 0 <= train < len(self.lengths):
             return None
-        keys, places = self._sorted
+        keys, indices = self._sorted
         key = query * len(self.lengths) + train
         found = int(torch.searchsorted(keys, key))
-        return int(places[found]) if found < len(keys) and keys[found] == key else None
+        return int(indices[found]) if found < len(keys) and keys[found] == key else None
 
     def _shard(self, number: int) -> Tensor:
         """The values of one file, [pairs, token], memory-mapped once it has been checked."""
@@ -266,5 +266,5 @@ def part_fingerprint(scores: Fingerprint, pairs: Tensor) -> Fingerprint:
 
 
 def of_values(fingerprint: Fingerprint) -> dict[str, str]:
-    """What the values of scores depend on, without what is kept of them or beside them."""
+    """What the values of scores depend on, without what is stored of them or beside them."""
     return {name: value for name, value in fingerprint.items() if name not in _KEPT}

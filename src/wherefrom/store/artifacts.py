@@ -84,9 +84,9 @@ class Artifact:
             StorageError: the directory cannot be written or the disk is full; nothing is left behind but matrices.
         """
         part, details = self.part, dict(details or {})
-        kept = _MATRICES if matrices else ""
-        with storing(part, tensors, kept):
-            clear(part, kept)
+        finished = _MATRICES if matrices else ""
+        with storing(part, tensors, finished):
+            clear(part, finished)
             part.mkdir(parents=True, exist_ok=True)
             description, host = _description(self.path, self.fingerprint), on_host(tensors)
             description |= {"details": details, "matrices": matrices}
@@ -311,7 +311,7 @@ def _description(path: Path, fingerprint: Fingerprint) -> dict[str, object]:
 
 
 def _check_described(path: Path, entries: Mapping[str, Any]) -> None:
-    """Check what a manifest or header says of its own place and version."""
+    """Check what a manifest or header says of its own name and version."""
     if entries.get("format") != FORMAT:
         raise damaged(path, f"its format is {entries.get('format')!r}, and this version reads format {FORMAT}")
     if entries.get("name") != path.name:

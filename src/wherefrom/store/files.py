@@ -44,7 +44,7 @@ def checked_name(name: str) -> str:
 
 
 def within(root: Path, *names: str) -> Path:
-    """A place inside a run directory, which itself may be a link to another disk.
+    """A path inside a run directory, which itself may be a link to another disk.
 
     A link on the way there is refused: what is written or deleted would lie elsewhere.
     """
@@ -183,28 +183,28 @@ def _opened(part: Path) -> BinaryIO:
     return part.open("xb")
 
 
-def storing(part: Path, tensors: Mapping[str, Tensor], kept: str = "") -> contextlib.AbstractContextManager[None]:
+def storing(part: Path, tensors: Mapping[str, Tensor], finished: str = "") -> contextlib.AbstractContextManager[None]:
     """Check the space, and turn a failed write into an error that leaves no temporary file.
 
     Args:
         part: what is written before it gets its name, which is the same without the ending.
-        kept: what was in it before, and stays.
+        finished: what was in it before, and stays.
 
     Raises:
         StorageError: says how much was needed, and how much is free.
     """
-    return _storing(part, sum(tensor.nbytes for tensor in tensors.values()), kept)
+    return _storing(part, sum(tensor.nbytes for tensor in tensors.values()), finished)
 
 
 @contextlib.contextmanager
-def _storing(part: Path, needed: int, kept: str = "") -> Iterator[None]:
+def _storing(part: Path, needed: int, finished: str = "") -> Iterator[None]:
     try:
         if needed > free_space(part):
             raise OSError(errno.ENOSPC, "not enough space")
         yield
     except (OSError, SafetensorError, StorageError) as error:  # the last from a manifest
         with contextlib.suppress(StorageError, OSError):
-            clear(part, kept)
+            clear(part, finished)
         reason = getattr(error, "strerror", None) or error
         raise StorageError(
             f"Cannot write {part.with_suffix('')} ({needed / 2**20:,.2f} MiB needed, {free_space(part) / 2**20:,.2f} "
@@ -213,10 +213,10 @@ def _storing(part: Path, needed: int, kept: str = "") -> Iterator[None]:
         ) from error
 
 
-def clear(part: Path, kept: str = "") -> None:
+def clear(part: Path, finished: str = "") -> None:
     """Delete what was being written, but for one file of it that is finished."""
-    for path in part.iterdir() if kept else (part,):
-        if path.name != kept:
+    for path in part.iterdir() if finished else (part,):
+        if path.name != finished:
             remove(path)
 
 
@@ -277,7 +277,7 @@ def remove(path: Path) -> None:
 
 
 def move(path: Path, target: Path) -> None:
-    """Give a file or directory another place."""
+    """Give a file or directory another path."""
     with _trying(f"move {path} to {target}"):
         path.rename(target)
 

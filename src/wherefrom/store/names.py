@@ -1,7 +1,7 @@
 """Names of results in a run directory: LABEL-DIGEST8 unless one is given, and how a result is found by its label.
 
-The label says what was asked for, in words; the digest, of the whole fingerprint, keeps what was made from other data,
-another model, seed or damping apart, side by side.
+The label says the method and its settings, in words; the digest, of the whole fingerprint, keeps what was made from
+other data, another model, seed or damping apart, side by side.
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         _load_adapter(model, state, path)
         return
     own = model.state_dict()
-    places = {tensor.data_ptr() for name, tensor in own.items() if name in state}
+    addresses = {tensor.data_ptr() for name, tensor in own.items() if name in state}
     # A tied weight is stored once, under one of its names.
-    missing = [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in places]
+    missing = [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in addresses]
     _check_names(path, missing, [name for name in state if name not in own])
     _check_shapes(path, own, state)
     model.load_state_dict(state, strict=False)

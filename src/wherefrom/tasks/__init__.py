@@ -1,1 +1,1 @@
-"""What a model is asked: losses, measurements, masks and columns of batches. It knows nothing of layers or sweeps."""
+"""What a model is trained on and measured by: losses, masks, columns of batches. It knows no layers and no sweeps."""

@@ -27,7 +27,7 @@ def tensor(
 
 def vector(name: str, values: object) -> Tensor:
     """A column of one example that has a whole number for each token, int64 [tokens]; refuses others."""
-    found = tensor(name, values, "is not a row of whole numbers", "Tokenise the dataset first.")
+    found = tensor(name, values, "is not a list of whole numbers", "Tokenise the dataset first.")
     exact = not (found.is_floating_point() or found.is_complex()) or not found.numel()  # an empty list is of floats
     if found.dim() != 1 or not exact or found.is_meta:
         kind = "on the meta device, without values," if found.is_meta else f"{found.dtype} {list(found.shape)}"
@@ -89,11 +89,11 @@ def collated(examples: Sequence[Mapping[str, Tensor]], padding: Mapping[str, int
             "examples the same."
         )
     names = [*(name for name in padding if name in columns), *(name for name in columns if name not in padding)]
-    return {name: _joined(name, examples, padding.get(name)) for name in names}
+    return {name: _stacked(name, examples, padding.get(name)) for name in names}
 
 
-def _joined(name: str, examples: Sequence[Mapping[str, Tensor]], padding: int | None) -> Tensor:
-    """A column that is padded, or has a row for each token (then with 0), or else one shape in all examples."""
+def _stacked(name: str, examples: Sequence[Mapping[str, Tensor]], padding: int | None) -> Tensor:
+    """A column that is padded, or has an entry for each token (then with 0), or else one shape in all examples."""
     columns, tokens = [each[name] for each in examples], [len(each["input_ids"]) for each in examples]
     each_token = all(column.dim() and len(column) == count for column, count in zip(columns, tokens, strict=True))
     if padding is not None or (each_token and len({column.shape[1:] for column in columns}) == 1):
@@ -103,5 +103,5 @@ def _joined(name: str, examples: Sequence[Mapping[str, Tensor]], padding: int | 
     shapes = ", ".join(str(list(column.shape)) for column in columns[:4])
     raise InputError(
         f"{name!r} has the shapes {shapes} in examples of {', '.join(map(str, tokens[:4]))} tokens: expected one "
-        "shape, or a row for each token. Bring the examples to one shape, or give a batch size of 1."
+        "shape, or an entry for each token. Bring the examples to one shape, or give a batch size of 1."
     )

@@ -1,8 +1,8 @@
 """What a model takes: the columns that its forward's signature names, and the tokens and positions it has vectors for.
 
 A column that the model would use and that is not passed on changes the answer, and nobody would notice; one that it
-cannot take, such as a text or a number that tells where a row comes from, is nothing to it. A GPU ends a process on a
-token beyond its embedding, and a CPU says "index out of range": so the numbers are looked at before.
+cannot take, such as a text or a number that tells where an example comes from, is nothing to it. A GPU ends a process
+on a token beyond its embedding, and a CPU says "index out of range": so the numbers are looked at before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _REFUSED = {
         "it changes what the model returns, of which all logits are needed: leave it out",
     ),
 }
-# What collators for packed rows write besides positions, and models take among their **kwargs.
+# What collators for packed sequences write besides positions, and models take among their **kwargs.
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -75,14 +75,14 @@ def selected(model: nn.Module, example: Mapping[str, object], read: frozenset[st
             raise InputError(f"{name!r} is an input of {type(model).__name__} that cannot be passed on; {reason}.")
         if name in _BOUNDARIES and example.get("position_ids") is None:
             raise InputError(
-                f"{name!r} says where documents of one row begin, and there are no 'position_ids', by which models "
-                "without flash attention tell them apart. Give these too, starting from 0 in each document."
+                f"{name!r} says where documents of one sequence begin, and there are no 'position_ids', by which "
+                "models without flash attention tell them apart. Give these too, starting from 0 in each document."
             )
     return found
 
 
 def model_columns(example: Mapping[str, object], read: frozenset[str]) -> dict[str, object]:
-    """The columns that a model takes; where no model was asked, all tensors that the task does not read itself."""
+    """The columns that a model takes; where no model was looked at, all tensors that the task does not read itself."""
     if isinstance(example, Selected):
         return {name: value for name, value in example.items() if name in example.taken and value is not None}
     return {name: value for name, value in example.items() if name not in read and _is_tensor(value)}

@@ -1,6 +1,6 @@
-"""Rows of several documents, whose positions start again with each: what a model makes of them.
+"""Packed sequences: several documents in one, whose positions start again with each: what a model makes of them.
 
-TRL's packing and padding-free collators, and transformers' own, write such rows, and training with them keeps the
+TRL's packing and padding-free collators, and transformers' own, make such sequences, and training with them keeps the
 documents apart. Whether a model does so depends on its kind, its attention and the version of transformers, so it is
 tried.
 """
@@ -27,12 +27,12 @@ _tried: WeakKeyDictionary[nn.Module, dict[str, tuple[bool, bool]]] = WeakKeyDict
 
 
 def positions_of(lengths: object, tokens: int) -> Tensor:
-    """Positions that start from 0 in each document of a row, int64 [tokens]; refuses lengths that do not fill it."""
+    """Positions from 0 in each document of a sequence, int64 [tokens]; refuses lengths that do not fill it."""
     counts = vector("seq_lengths", lengths)
     if int(counts.sum()) != tokens or bool((counts < 1).any()):
         raise InputError(
-            f"'seq_lengths' adds up to {int(counts.sum())} in a row of {tokens} tokens: expected the lengths of the "
-            "documents in it, as TRL's packing writes them. Cut both in the same way, or rename the column."
+            f"'seq_lengths' adds up to {int(counts.sum())} in a sequence of {tokens} tokens: expected the lengths of "
+            "the documents in it, as TRL's packing writes them. Cut both in the same way, or rename the column."
         )
     return torch.cat([torch.arange(count) for count in counts.tolist()])
 
@@ -43,7 +43,7 @@ def starts(positions: Tensor) -> Tensor:
 
 
 def check_mask_of_packed(example: Mapping[str, object], positions: Tensor, mask: Tensor) -> None:
-    """Refuse an attention mask [tokens] with which documents of one row, by its positions, would not be kept apart."""
+    """Refuse an attention mask [tokens] with which documents of one sequence, by its positions, see each other."""
     if bool((mask.diff() > 0).any()):
         raise InputError(
             "'attention_mask' leaves out tokens before others, and there are 'position_ids': of these two, models take "
@@ -54,14 +54,14 @@ def check_mask_of_packed(example: Mapping[str, object], positions: Tensor, mask:
     if example.get("seq_lengths") is not None and bool(mask.all()):
         return  # TRL's training passes no mask on
     raise InputError(
-        "'position_ids' start again within the row, and there is an 'attention_mask', with which models let its "
+        "'position_ids' start again within the sequence, and there is an 'attention_mask', with which models let its "
         "documents see each other. Leave out the mask if training kept them apart, as TRL's does, and the positions "
         "if it did not."
     )
 
 
 def check_apart(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-    """Refuse a batch with rows of several documents for a model that lets them see each other.
+    """Refuse a batch with packed sequences for a model that lets them see each other.
 
     Whether it does so is found out once, by passes of its own.
 
@@ -79,14 +79,15 @@ def check_apart(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     if bool((begun if mask is None else begun & mask[:, 1:].bool()).any()):
         alone = "a batch size of 1 keeps them apart, or give" if known[attention][0] else "give"
         raise InputError(
-            f"'position_ids' start again within a row, and {type(model).__name__} lets the documents of one row see "
-            f"each other (attention: {attention or 'its own'}); {alone} each document a row of its own."
+            f"'position_ids' start again within a sequence, and {type(model).__name__} lets the documents of one "
+            f"sequence see each other (attention: {attention or 'its own'}); {alone} each document a sequence of "
+            "its own."
         )
 
 
 @torch.no_grad()
 def _keeps_apart(model: nn.Module, tokens: Tensor, batch_size: int) -> bool:
-    """Whether a document's logits are the same whatever stands before it in its row."""
+    """Whether a document's logits are the same whatever stands before it in its sequence."""
     first = int(tokens[0, 0])
     same = torch.full((batch_size, 2 * _TRIED), first, device=tokens.device)
     other = same.clone()
@@ -109,6 +110,6 @@ def check_positions_taken(model: nn.Module, example: Mapping[str, object]) -> No
     """Refuse lengths of documents for a model that takes no positions."""
     if example.get("seq_lengths") is not None and "position_ids" not in accepted(model):
         raise InputError(
-            f"'seq_lengths' says that rows hold several documents, and {type(model).__name__} takes no 'position_ids', "
-            "by which it could tell them apart. Give each document a row of its own."
+            f"'seq_lengths' says that sequences hold several documents, and {type(model).__name__} takes no "
+            "'position_ids', by which it could tell them apart. Give each document a sequence of its own."
         )

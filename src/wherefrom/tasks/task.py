@@ -24,7 +24,7 @@ Batch = TypeVar("Batch")
 
 
 class Task(Generic[Batch]):
-    """What a model was trained for and what is asked about it.
+    """What a model was trained for and what is measured of it.
 
     Args:
         layers: names or glob patterns (`transformer.h.*.mlp.*`) of the layers to track. None tracks linear layers and
@@ -48,7 +48,7 @@ class Task(Generic[Batch]):
     def measurement(self, model: nn.Module, batch: Batch) -> Tensor:
         """What is attributed, summed over the batch: a scalar. The loss with the dataset's targets by default.
 
-        Lower is more of what is asked about, as with a loss: return minus a logit or a log-probability. A positive
+        Lower is more of what is measured, as with a loss: return minus a logit or a log-probability. A positive
         score then says that training on the example made it more likely.
         """
         return self.train_loss(model, batch)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.engine.loading import Examples
-from wherefrom.methods.magic.replay import KeptStates, Replay
+from wherefrom.methods.magic.replay import Replay, StoredStates
 from wherefrom.methods.magic.training import ReplayableTraining
 from wherefrom.methods.method import Context, Job, Method
 from wherefrom.runtime.errors import InputError, RankError, check_argument
@@ -84,7 +84,7 @@ class Magic(Method):
             folder = within(result.cache.folder, f"{result.name}.partial.states")
             advice = "Give a smaller query_batch_size."
             with within_memory("Derivatives of all queries do", training.start().device, advice):
-                return walk.scores(result.sums, KeptStates(folder if self.states_on_disk else None))
+                return walk.scores(result.sums, StoredStates(folder if self.states_on_disk else None))
 
         return Job("magic", settings, compute, without=[MODEL, "layers", LEFT_OUT])
 
@@ -145,7 +145,7 @@ class _Walk(Generic[Batch]):
     checkpoint_seconds: float
     progress: bool | None
 
-    def scores(self, partial: Partial, kept: KeptStates) -> dict[str, Tensor]:
+    def scores(self, partial: Partial, states: StoredStates) -> dict[str, Tensor]:
         """`values` [queries, train]; goes on from what a killed walk has saved, and saves itself."""
         training, steps = self.training, len(self.training.batches)
         start, queries = training.start(), len(self.queries)
@@ -161,7 +161,7 @@ class _Walk(Generic[Batch]):
                 show(step + 1)
                 return training.advance(state, step)
 
-            replay = Replay(start, advance, left, self.branching, kept)
+            replay = Replay(start, advance, left, self.branching, states)
             end = replay.forwards()
         if saved is None:
             sums["cotangents"][:, 0] = training.measured_gradients(end[0], self.queries)

@@ -1,7 +1,7 @@
 """A training that can be repeated step by step, bit for bit, and differentiated by the weights of its examples.
 
 All that a step changes is one tensor, the state: parameters, running mean of gradients, and of their squares,
-[3, parameters]. This module knows models, tasks and batches; it must not know which states are kept, nor what the
+[3, parameters]. This module knows models, tasks and batches; it must not know which states are stored, nor what the
 derivatives are for.
 """
 
@@ -33,8 +33,8 @@ class ReplayableTraining(Generic[Batch]):
 
     A step follows the gradient of `sum_i weight_i loss_i / count` over its batch. The count does not depend on the
     weights: a weight of 0 leaves the example's loss out, and all else as it was. An example's weight multiplies what
-    comes back from its loss to its row of the model's outputs, so a batch takes one pass, and any task will do whose
-    summed loss is a function of the model's outputs, row by row; a first batch is checked for that, once.
+    comes back from its loss to its part of the model's outputs, so a batch takes one pass, and any task will do whose
+    summed loss is a function of the model's outputs, example by example; a first batch is checked for that, once.
 
     The model trains in the mode that it is in: with dropout after `model.train()`, whose masks depend on the seed and
     the step alone, without it after `model.eval()`, as `from_pretrained` leaves it. Measurements are made without.
@@ -82,8 +82,8 @@ class ReplayableTraining(Generic[Batch]):
             state: the one before it, [3, parameters].
             weights: of the training examples, [train].
         """
-        rows = self.batches[step]
-        chosen = torch.ones(len(rows)) if weights is None else weights[rows]
+        batch_indices = self.batches[step]
+        chosen = torch.ones(len(batch_indices)) if weights is None else weights[batch_indices]
         parameters = state[0].detach().requires_grad_()
         gradient = self._gradient(parameters, step, chosen.to(state), twice=False)
         with torch.no_grad():
@@ -175,7 +175,7 @@ class ReplayableTraining(Generic[Batch]):
     def _weighted_gradient(self, parameters: Tensor, batch: Batch, weights: Tensor, twice: bool) -> Tensor:
         """`sum_i weight_i dloss_i/dparameters` of a batch, [parameters].
 
-        The chain rule is cut at the model's outputs, where every example has rows of its own: the loss is
+        The chain rule is cut at the model's outputs, where every example has a part of its own: the loss is
         differentiated by them, and they, times the weights, by the parameters.
         """
         # Kernels of fused attention cannot be differentiated twice.
@@ -199,14 +199,15 @@ class ReplayableTraining(Generic[Batch]):
 
     def _check_weighting(self) -> None:
         """Refuse a loss whose examples cannot be weighted at the model's outputs: compare with one at a time."""
-        rows = self.batches[0].tolist()
-        weights = torch.rand(len(rows), generator=torch.Generator().manual_seed(0))
+        batch_indices = self.batches[0].tolist()
+        weights = torch.rand(len(batch_indices), generator=torch.Generator().manual_seed(0))
         parameters = self.start()[0].requires_grad_()
         with evaluating(self.model), sdpa_kernel(SDPBackend.MATH):
-            found = self._weighted_gradient(parameters, self._batch(self.train, rows), weights.to(parameters), False)
+            batch = self._batch(self.train, batch_indices)
+            found = self._weighted_gradient(parameters, batch, weights.to(parameters), False)
             expected = torch.zeros_like(found)
-            for row, weight in zip(rows, weights.tolist(), strict=True):
-                loss = self._called(parameters, self._batch(self.train, [row]), measured=False)
+            for index, weight in zip(batch_indices, weights.tolist(), strict=True):
+                loss = self._called(parameters, self._batch(self.train, [index]), measured=False)
                 expected += weight * torch.autograd.grad(loss, parameters)[0]
         error = float((found - expected).norm() / expected.norm().clamp(min=torch.finfo(found.dtype).tiny))
         if not error < _TOLERANCE:

@@ -112,7 +112,7 @@ class StoredGradients(Generic[Batch]):
         return [range(start, min(start + count, len(self))) for start in range(0, len(self), count)]
 
     def _check_disk(self) -> None:
-        """Refuse to begin what there is too little room for; what is all there needs none."""
+        """Refuse to begin what there is too little disk space for; what is all there needs none."""
         folder, names = self.cache.folder, [shard_name(shard) for shard in self.shards]
         if all((folder / name).exists() for name in names):
             return

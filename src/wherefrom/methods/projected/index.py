@@ -132,7 +132,7 @@ class GradientIndex(Generic[Batch]):
             **self.fingerprint,
             "method": method.name,
             **method.settings(self.context, self.factors),
-            **self.context.asked(examples),
+            **self.context.query_settings(examples),
             "kept": f"the {k} highest and lowest of each query",
             "re-ranked": str(rerank),
         }

@@ -3,8 +3,8 @@
 The columns of P_S and P_A are orthonormal: the leading eigenvectors of the layer's two covariances (LoGra with PCA
 initialisation, Choe et al. 2024), or random directions (LoGra with random ones; a TRAK, Park et al. 2023, whose
 projection is a Kronecker product). Preconditioning is the inverse of the curvature restricted to their span, P^T H P +
-damping with P = P_S x P_A; with as many columns as rows nothing is lost. Numbers may be kept in fewer bits. This module
-knows captured tensors and curvature; it does not know where anything is kept.
+damping with P = P_S x P_A; with square matrices nothing is lost. Numbers may be stored in fewer bits. This module knows
+captured tensors and curvature; it does not know where anything is stored.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Compression:
 
     @property
     def label(self) -> str:
-        """What was asked for, in a word: what the name of an index begins with."""
+        """The settings, in a word: what the name of an index begins with."""
         return f"{self.directions}-rank{self.rank}-{self.quantization}"
 
     def projections(self, layers: Mapping[str, TrackedLayer], factors: Factors | None) -> dict[str, Projection]:
@@ -224,17 +224,17 @@ def compressed_gradients(captured: Captured, projection: Projection, scale: Tens
     return product(gradients.transpose(1, 2), activations)
 
 
-def preconditioned(rows: Tensor, filters: Mapping[str, Tensor], columns: Mapping[str, slice]) -> Tensor:
+def preconditioned(gradients: Tensor, filters: Mapping[str, Tensor], columns: Mapping[str, slice]) -> Tensor:
     """Preconditioned compressed gradients [examples, numbers].
 
     Args:
         filters: what `inverse_curvature` gives.
         columns: each layer's `parts`.
     """
-    found = torch.empty_like(rows)
+    found = torch.empty_like(gradients)
     for name, part in columns.items():
-        inverse = filters[name].to(rows.device, rows.dtype)
-        found[:, part] = rows[:, part] @ inverse if inverse.dim() == 2 else rows[:, part] * inverse
+        inverse = filters[name].to(gradients.device, gradients.dtype)
+        found[:, part] = gradients[:, part] @ inverse if inverse.dim() == 2 else gradients[:, part] * inverse
     return found
 
 
@@ -292,8 +292,8 @@ def _dense_inverse(factors: Factors, layer: str, projection: Projection, damping
     # C[ab, cd] = sum_ij Lambda_ij X_ia X_ic Y_jb Y_jd, with X = Q_S^T P_S and Y = Q_A^T P_A.
     squares = [(each.unsqueeze(2) * each.unsqueeze(1)).flatten(1) for each in (left, right)]  # [out, rank * rank]
     curvature = squares[0].T @ values @ squares[1]
-    rows, columns = left.shape[1], right.shape[1]
-    curvature = curvature.view(rows, rows, columns, columns).transpose(1, 2).reshape(rows * columns, rows * columns)
+    outputs, inputs, numbers = left.shape[1], right.shape[1], left.shape[1] * right.shape[1]
+    curvature = curvature.view(outputs, outputs, inputs, inputs).transpose(1, 2).reshape(numbers, numbers)
     added = added_damping(values, damping)
     if added == 0:
         return torch.zeros_like(curvature)
@@ -320,24 +320,24 @@ def damped_power(name: str, curvature: Tensor, damping: float, exponent: float) 
     return power
 
 
-def packed(rows: Tensor, quantization: Quantization, columns: Mapping[str, slice]) -> dict[str, Tensor]:
+def packed(gradients: Tensor, quantization: Quantization, columns: Mapping[str, slice]) -> dict[str, Tensor]:
     """Compressed gradients [examples, numbers] as they are stored: with int8, also `scales` [examples, layers].
 
     An int8 is a number over the scale of its layer and example, to which the largest number there is 127.
     """
     if quantization != "int8":
-        return {GRADIENTS: rows.bfloat16() if quantization == "bfloat16" else rows}
-    scales = torch.stack([rows[:, part].abs().amax(1) / _LARGEST for part in columns.values()], 1)
-    whole = torch.empty_like(rows, dtype=torch.int8)
+        return {GRADIENTS: gradients.bfloat16() if quantization == "bfloat16" else gradients}
+    scales = torch.stack([gradients[:, part].abs().amax(1) / _LARGEST for part in columns.values()], 1)
+    whole = torch.empty_like(gradients, dtype=torch.int8)
     for scale, part in zip(scales.T, columns.values(), strict=True):
-        whole[:, part] = (rows[:, part] / torch.where(scale > 0, scale, 1.0).unsqueeze(1)).round_()
+        whole[:, part] = (gradients[:, part] / torch.where(scale > 0, scale, 1.0).unsqueeze(1)).round_()
     return {GRADIENTS: whole, SCALES: scales}
 
 
 def unpacked(tensors: Mapping[str, Tensor], dtype: torch.dtype, columns: Mapping[str, slice]) -> Tensor:
     """The inverse of `packed`, but for what rounding has lost: [examples, numbers]."""
-    rows = tensors[GRADIENTS].to(dtype)
+    gradients = tensors[GRADIENTS].to(dtype)
     if SCALES in tensors:
         for scale, part in zip(tensors[SCALES].T, columns.values(), strict=True):
-            rows[:, part] *= scale.unsqueeze(1)
-    return rows
+            gradients[:, part] *= scale.unsqueeze(1)
+    return gradients

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import wherefrom as wf
 from tests.models import token_rows
-from wherefrom.engine.loading import Examples, Loader, mapped
+from wherefrom.engine.loading import Examples, Loader, map_tensors
 
 CPU = torch.device("cpu")
 
@@ -72,4 +72,4 @@ def test_an_error_of_the_dataset_is_raised_when_its_batch_is_due() -> None:
 
 def test_every_tensor_of_a_nested_batch_is_reached() -> None:
     batch = {"a": torch.ones(1), "b": [torch.ones(1), (torch.ones(1), "text", 3)]}
-    assert mapped(batch, lambda tensor: tensor + 1) == {"a": torch.tensor([2.0]), "b": [2, (2, "text", 3)]}
+    assert map_tensors(batch, lambda tensor: tensor + 1) == {"a": torch.tensor([2.0]), "b": [2, (2, "text", 3)]}

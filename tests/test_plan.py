@@ -25,9 +25,9 @@ from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.layers import select_layers
 from wherefrom.planning.forms import BankForm
-from wherefrom.planning.job import Job
 from wherefrom.planning.machine import Machine
 from wherefrom.planning.plan import SHARD_BYTES, SHARD_EXAMPLES, Plan, plan_scores
+from wherefrom.planning.workload import Workload
 from wherefrom.runtime.errors import InputError, MemoryLimitError
 from wherefrom.runtime.memory import Footprint
 from wherefrom.runtime.profile import Profile
@@ -40,12 +40,12 @@ from wherefrom.store.space import BlockSizes
 CPU = torch.device("cpu")
 
 
-def job(usable: int, tokens: int = 100, queries: int = 50, train: int = 1000, **options: Any) -> Job:
+def job(usable: int, tokens: int = 100, queries: int = 50, train: int = 1000, **options: Any) -> Workload:
     """An attention-like and an MLP-like layer under ek-fac, examples of `tokens` tokens."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 512), nn.Linear(512, 64))
     footprint = Footprint(tokens, 4 * 64 * tokens, 4 * 64 * 520, 6 * 70_000 * tokens)
     sizes = (queries, train, train, footprint, footprint)
-    return Job(select_layers(model), STRATEGIES["ekfac"], *sizes, torch.float32, usable, CPU, **options)
+    return Workload(select_layers(model), STRATEGIES["ekfac"], *sizes, torch.float32, usable, CPU, **options)
 
 
 @given(

@@ -25,7 +25,7 @@ from tests.models import Mlp, gpt2, mlp_case, relative_error, token_rows
 from tests.reliability.drawing import drawn
 from tests.reliability.outcomes import Outcome
 from tests.test_language import bert, classified_rows, masked_rows, pair_rows, t5
-from wherefrom.engine.loading import mapped
+from wherefrom.engine.loading import map_tensors
 from wherefrom.runtime.errors import WherefromError
 
 
@@ -117,7 +117,9 @@ class Case:
             for position in range(len(dataset)):
                 batch = self.task.collate([self.task.select(model, dataset[position])])
                 # Where examples are of several types, a batch of them takes the widest.
-                value = loss(model, mapped(batch, lambda each: each.to(dtype) if each.is_floating_point() else each))
+                value = loss(
+                    model, map_tensors(batch, lambda each: each.to(dtype) if each.is_floating_point() else each)
+                )
                 found = torch.autograd.grad(value, weights, allow_unused=True)
                 parts = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
                 rows.append(torch.cat([part.flatten() for part in parts]))

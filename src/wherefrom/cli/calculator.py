@@ -18,10 +18,10 @@ import torch
 from wherefrom.cli.shared import StrategyName
 from wherefrom.curvature.factors import checked_strategy
 from wherefrom.hf.blueprint import Blueprint, measure
-from wherefrom.planning.job import Job
 from wherefrom.planning.machine import Machine, matmul_speed
 from wherefrom.planning.plan import Plan, plan_scores
 from wherefrom.planning.stages import GIB, Stage
+from wherefrom.planning.workload import Workload
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.runtime.memory import FREE_SHARE, free_memory
@@ -159,7 +159,7 @@ class Estimate:
     def plan(self) -> Plan:
         """What the fit and the scores would be planned as."""
         given, blueprint = self.arguments, self.blueprint
-        job = Job(
+        job = Workload(
             layers=blueprint.layers,
             strategy=checked_strategy(given.strategy),
             queries=given.queries,

@@ -30,7 +30,7 @@ from wherefrom.runtime.memory import out_of_memory
 from wherefrom.runtime.signals import held_signals
 from wherefrom.tasks.task import Batch
 
-_NAME = "Gauss-Newton products"
+_ACTION = "Gauss-Newton products"
 
 
 class WeightSpace:
@@ -90,7 +90,7 @@ def _parameter_names(layer: TrackedLayer, names: Mapping[int, str]) -> list[str]
     return found
 
 
-class _Call(NamedTuple):
+class _ModelCall(NamedTuple):
     """One call of the model: what it was given, and what it returned.
 
     Attributes:
@@ -152,16 +152,16 @@ def batch_product(loss: Callable[[], Tensor], model: nn.Module, space: WeightSpa
 
 
 @contextmanager
-def _cut(model: nn.Module) -> Iterator[list[_Call]]:
+def _cut(model: nn.Module) -> Iterator[list[_ModelCall]]:
     """Note the model's calls, and cut the graph between what it returns and what is made of that."""
-    calls: list[_Call] = []
+    calls: list[_ModelCall] = []
 
     def hook(_: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object], output: object) -> object:
         if any(each.requires_grad for each in _real(tree_leaves((arguments, keywords)))):
             raise LossError("The task calls the model on what the model has returned, which solvers cannot follow.")
         real = _real(tree_leaves(output))
         indices = [index for index, each in enumerate(real) if each.requires_grad]
-        call = _Call(arguments, keywords, [real[index] for index in indices], [], indices)
+        call = _ModelCall(arguments, keywords, [real[index] for index in indices], [], indices)
 
         def leaf(each: object) -> object:
             if not (isinstance(each, Tensor) and each.requires_grad):
@@ -200,7 +200,7 @@ def _slopes(value: Tensor, leaves: Sequence[Tensor], weights: Sequence[Tensor]) 
 
 
 def _pushed(
-    model: nn.Module, call: _Call, weights: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
+    model: nn.Module, call: _ModelCall, weights: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
 ) -> list[Tensor]:
     """J v of one call, [queries, *shape] for each of its outputs: in forward mode, the weights alone moving."""
 
@@ -267,7 +267,7 @@ class DampedGaussNewton(Generic[Batch]):
             chosen: the examples that H is a mean over; None is all.
         """
         examples = self._train if chosen is None else self._train.subset(chosen)
-        with self._sweep.profile.action(_NAME):
+        with self._sweep.profile.action(_ACTION):
             with self._sweep.ranks.agreeing():
                 total = self._sum(examples, vectors)
             self._sweep.ranks.all_reduce([total])

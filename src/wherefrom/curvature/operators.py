@@ -64,10 +64,8 @@ class Basis:
         return turned if activation_basis is None else turned @ activation_basis.T
 
     def _on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        gradients, activations = (
-            None if each is None else each.to(device) for each in (self.gradients, self.activations)
-        )
-        return gradients, activations
+        found = [None if each is None else each.to(device) for each in (self.gradients, self.activations)]
+        return found[0], found[1]
 
 
 def aligned(layer: TrackedLayer, matrix: Tensor) -> Tensor:

@@ -85,8 +85,7 @@ def transformed_back(captured: Captured, transform: GradientTransform, gradients
     if half:
         gradients = gradients.bfloat16()
     if gradient_basis is not None:
-        transposed = gradients.transpose(1, 2)
-        gradients = rotated(transposed, gradient_basis.T).transpose(1, 2) if half else gradient_basis @ gradients
+        gradients = rotated(gradients.mT, gradient_basis.T).mT if half else gradient_basis @ gradients
     if activation_basis is not None:
         gradients = rotated(gradients, activation_basis.T)
     return gradients if scaling is None else gradients * captured.selected(scaling)

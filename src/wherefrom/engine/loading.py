@@ -149,7 +149,7 @@ class Loader(Generic[Batch]):
         if self._thread is not None and following:
             self._coming = (following, self._thread.submit(self._prepare, following))
         # From pinned memory, the host does not wait for the copy.
-        batch = cast(Batch, mapped(prepared.batch, self._moved))
+        batch = cast(Batch, map_tensors(prepared.batch, self._moved))
         if self._model is not None:
             self._task.verify(self._model, batch)
         padding = (Padding(each.mask.to(self._device, non_blocking=True), each.tokens) for each in prepared.padding)
@@ -170,7 +170,7 @@ class Loader(Generic[Batch]):
         if all(bool(mask.all()) for mask in masks):
             masks = ()
         padding = tuple(Padding(self._pinned(mask.unsqueeze(-1)), int(mask.sum())) for mask in masks)
-        return Loaded(cast(Batch, mapped(batch, self._pinned)), padding)
+        return Loaded(cast(Batch, map_tensors(batch, self._pinned)), padding)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta and self._device.type != "meta":
@@ -255,14 +255,14 @@ def _check_masks(task: Task[Batch], masks: object, examples: int) -> None:
         )
 
 
-def mapped(batch: object, function: Callable[[Tensor], Tensor]) -> object:
+def map_tensors(batch: object, function: Callable[[Tensor], Tensor]) -> object:
     """A batch with a function applied to all tensors in its dicts, lists and tuples."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {name: mapped(value, function) for name, value in batch.items()}
+        return {name: map_tensors(value, function) for name, value in batch.items()}
     if isinstance(batch, list | tuple):
-        values = [mapped(value, function) for value in batch]
+        values = [map_tensors(value, function) for value in batch]
         make = getattr(type(batch), "_make", type(batch))  # of named tuples
         return make(values)
     return batch

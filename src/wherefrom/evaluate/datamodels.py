@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom.evaluate.matrices import Method, Scorer, finite, matrices, score_all
+from wherefrom.evaluate.matrices import AnyMethod, Scorer, finite, matrices, score_all
 from wherefrom.evaluate.retrainings import GroundTruth
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.results import Scores
@@ -123,9 +123,9 @@ def linear_datamodeling_scores(values: Tensor, truth: GroundTruth) -> Tensor:
 
 
 def lds(
-    study: Scorer[Method],
+    study: Scorer[AnyMethod],
     queries: Dataset[object],
-    methods: Sequence[Method],
+    methods: Sequence[AnyMethod],
     truth: GroundTruth,
     *,
     resamples: int = 1000,

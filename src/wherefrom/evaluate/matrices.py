@@ -16,18 +16,18 @@ from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.results import Scores
 from wherefrom.store.fingerprint import QUERIES, TRAIN, Dataset, check_about, subjects
 
-Method = TypeVar("Method")
-Method_contra = TypeVar("Method_contra", contravariant=True)
+AnyMethod = TypeVar("AnyMethod")
+AnyMethod_contra = TypeVar("AnyMethod_contra", contravariant=True)
 
 
-class Scorer(Protocol[Method_contra]):
+class Scorer(Protocol[AnyMethod_contra]):
     """What is needed of a `Study`."""
 
-    def score(self, queries: Dataset[object], method: Method_contra, /) -> Scores:
+    def score(self, queries: Dataset[object], method: AnyMethod_contra, /) -> Scores:
         """The scores of all pairs of a query and a training example."""
 
 
-def score_all(study: Scorer[Method], queries: Dataset[object], methods: Sequence[Method]) -> dict[str, Scores]:
+def score_all(study: Scorer[AnyMethod], queries: Dataset[object], methods: Sequence[AnyMethod]) -> dict[str, Scores]:
     """Each method's scores, by what the method is called; of methods of one name the later ones are numbered."""
     found: dict[str, Scores] = {}
     names: Counter[str] = Counter()

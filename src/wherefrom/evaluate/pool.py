@@ -21,9 +21,9 @@ import torch
 
 from wherefrom.runtime.errors import InputError
 
-Job = TypeVar("Job")
-Result = TypeVar("Result")
-Receive: TypeAlias = Callable[[int, Result | Exception], None]
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+Receive: TypeAlias = Callable[[int, Output | Exception], None]
 
 
 class WorkerError(Exception):
@@ -46,7 +46,9 @@ def check_may_start_workers() -> None:
     get_preparation_data("worker")  # which raises it
 
 
-def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, receive: Receive[Result]) -> None:
+def run_jobs(
+    function: Callable[[Input], Output], jobs: Iterable[Input], workers: int, receive: Receive[Output]
+) -> None:
     """Apply a function to every job; one worker is this process itself, more are processes of their own.
 
     Whatever runs a job has one CPU thread, so that a job's result is the same on any of them. After `receive` has
@@ -75,7 +77,7 @@ def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
         torch.set_num_threads(threads)
 
 
-def _outcome(function: Callable[[Job], Result], job: Job) -> Result | Exception:
+def _outcome(function: Callable[[Input], Output], job: Input) -> Output | Exception:
     try:
         return function(job)
     except Exception as error:
@@ -83,7 +85,7 @@ def _outcome(function: Callable[[Job], Result], job: Job) -> Result | Exception:
 
 
 def _run_on_processes(
-    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, receive: Receive[Result]
+    function: Callable[[Input], Output], jobs: Iterable[Input], workers: int, receive: Receive[Output]
 ) -> None:
     try:
         packed = pickle.dumps(function)

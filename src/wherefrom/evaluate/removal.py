@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Unpack
 
-from wherefrom.evaluate.matrices import Method, Scorer, finite, matrices, score_all
+from wherefrom.evaluate.matrices import AnyMethod, Scorer, finite, matrices, score_all
 from wherefrom.evaluate.retrain import RetrainOptions, TrainFunction, permutation, retrain_pairs
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.results import Scores
@@ -85,9 +85,9 @@ def removal_masks(values: Tensor, counts: Sequence[int], queries: Sequence[int] 
 
 
 def counterfactual(
-    study: Scorer[Method],
+    study: Scorer[AnyMethod],
     queries: Dataset[object],
-    methods: Sequence[Method | None],
+    methods: Sequence[AnyMethod | None],
     train: TrainFunction,
     counts: Sequence[int],
     seeds: Sequence[int],

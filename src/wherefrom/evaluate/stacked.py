@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from wherefrom.engine.loading import mapped
+from wherefrom.engine.loading import map_tensors
 from wherefrom.evaluate.retrain import Retraining, current_device
 from wherefrom.runtime.errors import InputError
 from wherefrom.store.fingerprint import Dataset, checked_length
@@ -149,12 +149,12 @@ def _collated(model: nn.Module, task: Task[Batch], dataset: Dataset[object], nam
 
 def _leaves(batch: object) -> list[object]:
     """What is in a batch's mappings, lists and tuples."""
-    found: list[object] = tree_leaves(mapped(batch, lambda values: values))  # whose mappings are all dicts
+    found: list[object] = tree_leaves(map_tensors(batch, lambda values: values))  # whose mappings are all dicts
     return found
 
 
 def _on_each(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    return cast(Batch, mapped(batch, function))
+    return cast(Batch, map_tensors(batch, function))
 
 
 def _picked(batch: Batch, batch_indices: Tensor) -> Batch:

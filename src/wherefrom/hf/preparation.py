@@ -27,7 +27,7 @@ logger = logging.getLogger("wherefrom")
 
 Target = Literal["causal", "masked", "seq2seq", "classification"]
 Example = Mapping[str, Any]
-Examples = str | Path | Sequence[str] | Dataset[object]
+RawExamples = str | Path | Sequence[str] | Dataset[object]
 
 _MASKED_SHARE = 0.15  # Devlin et al. 2019, section 3.1
 _SHOWN = ("title", "label")  # columns that reports show
@@ -49,7 +49,7 @@ class Preparation:
     max_length: int | None = None
     end_token: bool = True
 
-    def prepare(self, examples: Examples, split: str = "train") -> Dataset[object]:
+    def prepare(self, examples: RawExamples, split: str = "train") -> Dataset[object]:
         """Token sequences, in the order of the examples; those with a column `input_ids` stay as they are.
 
         Args:

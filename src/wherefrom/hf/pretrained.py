@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from wherefrom.hf.preparation import Examples, Preparation, Target
+from wherefrom.hf.preparation import Preparation, RawExamples, Target
 from wherefrom.hf.refusals import ADAPTER, refuse_imports
 from wherefrom.hf.text import load_config, load_model, load_tokenizer, local_path
 from wherefrom.runtime.distributed import join_ranks
@@ -39,7 +39,7 @@ class PretrainedStudy(Study[TokenBatch]):
         model: PreTrainedModel,
         task: Task[TokenBatch],
         *,
-        train: Examples,
+        train: RawExamples,
         preparation: Preparation,
         **options: Any,
     ) -> None:
@@ -51,7 +51,7 @@ class PretrainedStudy(Study[TokenBatch]):
         """The model's tokenizer, for `report`."""
         return self._preparation.tokens
 
-    def prepare(self, examples: Examples, split: str = "train") -> Dataset[object]:
+    def prepare(self, examples: RawExamples, split: str = "train") -> Dataset[object]:
         """Make queries of examples like those that `study_from_pretrained` takes for training, in their order.
 
         Args:
@@ -65,7 +65,7 @@ class PretrainedStudy(Study[TokenBatch]):
 
 def study_from_pretrained(
     folder: str | Path,
-    train: Examples,
+    train: RawExamples,
     *,
     run: str | Path | None = None,
     task: Task[TokenBatch] | None = None,

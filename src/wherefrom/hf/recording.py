@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from wherefrom.store.files import write_tensors, write_text
-from wherefrom.store.recording import FORMAT, MOMENTS, RECORDING, ParameterGroup, read_entries
+from wherefrom.store.recording import MOMENTS, RECORDING, RECORDING_FORMAT, ParameterGroup, read_entries
 
 logger = logging.getLogger("wherefrom")
 
@@ -74,7 +74,7 @@ class TrainingRecorder(TrainerCallback):
 def _write(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Entries of the checkpoints that the Trainer has not deleted."""
     there = [entry for entry in entries if (folder / entry["name"]).is_dir()]
-    write_text(folder / RECORDING, json.dumps({"format": FORMAT, "checkpoints": there}, indent=1) + "\n")
+    write_text(folder / RECORDING, json.dumps({"format": RECORDING_FORMAT, "checkpoints": there}, indent=1) + "\n")
 
 
 def _unwrapped(optimizer: Any) -> str:

@@ -25,7 +25,7 @@ from wherefrom.scoring.approximation import Approximation
 from wherefrom.scoring.collectors import SELF_INFLUENCE, SQUARED_NORM
 from wherefrom.scoring.keep import Aggregated, Keep, Pairs, Tokens, Top, layer_groups
 from wherefrom.scoring.rescoring import rescored
-from wherefrom.scoring.results import Result, Scores
+from wherefrom.scoring.results import ONLY_EXTREMES, Result, Scores
 from wherefrom.scoring.scoring import Scoring, make_plan
 from wherefrom.scoring.token_scoring import TokenScoring
 from wherefrom.scoring.tokens import TokenScores, of_values
@@ -188,7 +188,7 @@ class Factored(Approximation, Coordinates, Method):
         def there() -> str | None:
             for path in finished(context.folder("scores")):
                 stored: Fingerprint = read_manifest(path)["fingerprint"]
-                if of_values(stored) == wanted and "kept" not in stored:
+                if of_values(stored) == wanted and ONLY_EXTREMES not in stored:
                     return path.name
             return None
 

@@ -16,9 +16,9 @@ from rich.table import Table
 from wherefrom.curvature.factors import fit_steps
 from wherefrom.engine.layers import TrackedLayer
 from wherefrom.planning.forms import PIECE_BYTES, BankForm, low_rank_product_flop
-from wherefrom.planning.job import Job, forming_flop
 from wherefrom.planning.machine import Machine, matmul_speed
 from wherefrom.planning.stages import GIB, Stage, operations, stage_table
+from wherefrom.planning.workload import Workload, forming_flop
 from wherefrom.runtime.memory import Footprint
 from wherefrom.runtime.precision import type_name, widened_dtype
 from wherefrom.store.space import BlockSizes, Step, peak
@@ -36,7 +36,7 @@ _MOVED_PER_SAVED = 10
 # More bytes than any batch takes.
 _PLENTY = 2**63
 # A matrix in float64 while it is decomposed: itself, its eigenvectors, and workspace of twice that.
-_EIGH_BYTES = 4 * 8
+_EIGH_ITEM_BYTES = 4 * 8
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Plan:
         form: in which they are resident, and where.
     """
 
-    job: Job
+    job: Workload
     query_batch: int
     train_batch: int
     block: int
@@ -113,7 +113,10 @@ class Plan:
         found = []
         if job.strategy.basis:
             widest = max(max(layer.shape) for layer in job.layers.values())
-            memory = {"factors": 2 * job.on_device(job.layer_basis_bytes), "workspace": _EIGH_BYTES * widest**2}
+            memory = {
+                "factors": 2 * job.on_device(job.layer_basis_bytes),
+                "workspace": _EIGH_ITEM_BYTES * widest**2,
+            }
             found.append(sweep("covariance", job.example, job.fit_train, self.fit_batch, {}))
             found.append(Stage("eigendecomposition", 0, flop["eigendecomposition"], memory))
         if job.strategy.eigenvalues == "fitted":
@@ -175,7 +178,7 @@ class Plan:
         return stage_table(str(self), stages, ("Passes", "Operations", "Memory, GiB", "At least"), note).table()
 
 
-def plan_scores(job: Job, machine: Machine | None = None) -> Plan:
+def plan_scores(job: Workload, machine: Machine | None = None) -> Plan:
     """Choose batch sizes and the form, the device and the number of resident gradients, together, by what they cost.
 
     Args:
@@ -193,7 +196,7 @@ def plan_scores(job: Job, machine: Machine | None = None) -> Plan:
     return min(plan, offloaded, key=lambda each: _operations(each, machine))
 
 
-def _candidates(job: Job, device: torch.device, available: int, host: int | None = None) -> Iterator[Plan]:
+def _candidates(job: Workload, device: torch.device, available: int, host: int | None = None) -> Iterator[Plan]:
     """Plans of more and more sweeps, until batches are as large as is of use.
 
     Fewer resident gradients leave memory for larger batches, and cost another sweep; smaller batches read the resident
@@ -227,7 +230,7 @@ def _blocks(queries: int) -> Iterator[int]:
     yield 1
 
 
-def _batches(job: Job, available: int) -> tuple[int, int]:
+def _batches(job: Workload, available: int) -> tuple[int, int]:
     """The largest batches of training examples and of queries that are of use and fit; 0 where none does."""
 
     def batch(footprint: Footprint, count: int, wanted: int | None) -> int:
@@ -237,7 +240,7 @@ def _batches(job: Job, available: int) -> tuple[int, int]:
     return batch(job.example, job.train, job.train_batch), batch(job.query, job.queries, job.query_batch)
 
 
-def _plan(job: Job, form: BankForm, block: int, train_batch: int, query_batch: int) -> Plan:
+def _plan(job: Workload, form: BankForm, block: int, train_batch: int, query_batch: int) -> Plan:
     """A plan of some sizes: query gradients are rotated back where training gradients would cost more to rotate."""
     rotated_back = {}
     for name, layer in job.layers.items() if job.strategy.basis else ():

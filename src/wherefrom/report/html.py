@@ -28,7 +28,7 @@ from wherefrom.report.histogram import HEIGHT, Histogram, histogram, signed_numb
 from wherefrom.report.passages import Passage, Passages, TokenContributions, checked_passages, excerpt
 from wherefrom.report.shading import Shares, encode_lengths, encode_shares, visible_pieces
 from wherefrom.runtime.errors import CONTROL_PICTURES, InputError
-from wherefrom.scoring.results import Scores, TopScores, extremes
+from wherefrom.scoring.results import ONLY_EXTREMES, Scores, TopScores, extremes
 from wherefrom.store.files import write_text
 from wherefrom.store.fingerprint import Fingerprint
 
@@ -140,7 +140,7 @@ def render_report(
 def _stored(fingerprint: Fingerprint) -> str:
     """Which scores are there, where not all are; empty where they are."""
     candidates = f"candidates: {fingerprint['candidates']}" if "candidates" in fingerprint else ""
-    return "; ".join(filter(None, (fingerprint.get("kept", ""), candidates)))
+    return "; ".join(filter(None, (fingerprint.get(ONLY_EXTREMES, ""), candidates)))
 
 
 def _check(queries: Passages, train: Passages, scores: Scores | TopScores, k: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from wherefrom.runtime.errors import InputError, RankError, WherefromError, first_line
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 # How long processes wait for each other, where torch.distributed would give up after half an hour.
 _PATIENCE = timedelta(weeks=2)
@@ -133,14 +133,14 @@ class Ranks:
         """The smallest of the processes' numbers."""
         return min(self._all(number))
 
-    def first(self, action: Callable[[], Result]) -> Result:
+    def first(self, action: Callable[[], Value]) -> Value:
         """Once all have come so far, let the main process act; what it returns or raises, all return or raise."""
         self._all(None)  # or it might delete what another still reads
-        found: Result | None = None
+        found: Value | None = None
         with self.agreeing():
             if self.is_main:
                 found = action()
-        return cast(Result, self._all(found)[0])
+        return cast(Value, self._all(found)[0])
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
@@ -169,11 +169,11 @@ class Ranks:
                 "processes need the same model and data: load the same checkpoint, and make data with the same seed."
             )
 
-    def _all(self, mine: Result) -> list[Result]:
+    def _all(self, mine: Value) -> list[Value]:
         """Every process's value."""
         if self.count == 1:
             return [mine]
-        found: list[Result] = [mine] * self.count
+        found: list[Value] = [mine] * self.count
         with _collective():
             dist.all_gather_object(found, mine, group=_control_group())
         return found

@@ -219,7 +219,7 @@ class Workspace:
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _ROOT = Path("/sys/fs/cgroup")
 # Of each version: the limit, what is used, and the part of that which is given back when it is needed.
-_FILES = {
+_CGROUP_FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
@@ -243,7 +243,7 @@ def _groups() -> Iterator[tuple[Path, int]]:
 
 
 def _left(folder: Path, version: int) -> float:
-    limit_file, used_file, reclaimable = _FILES[version]
+    limit_file, used_file, reclaimable = _CGROUP_FILES[version]
     try:
         limit, used = (folder / limit_file).read_text().strip(), int((folder / used_file).read_text())
         entries = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

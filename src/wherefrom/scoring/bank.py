@@ -26,6 +26,8 @@ from wherefrom.runtime.precision import product, rotated, widened, widened_dtype
 
 # Query gradients that an operator is applied to at a time.
 _QUERIES = 16
+# After the name of a layer of low rank: its two matrices.
+_LEFT, _RIGHT = ".left", ".right"
 # After a one-hot layer's name: which columns are held.
 _COLUMNS = ".columns"
 # After a quantized layer's name: what the integers of each output are multiplied with.
@@ -62,8 +64,8 @@ class GradientBank(Collector):
         for name, layer in layers.items():
             outputs, width = layer.padded_shape
             if form.rank is not None and form.low_rank(layer):
-                self.sums[f"{name}.left"] = self._zeros(queries, outputs, form.rank)
-                self.sums[f"{name}.right"] = self._zeros(queries, form.rank, width)
+                self.sums[f"{name}{_LEFT}"] = self._zeros(queries, outputs, form.rank)
+                self.sums[f"{name}{_RIGHT}"] = self._zeros(queries, form.rank, width)
             elif form.quantized(layer):
                 self.sums[name] = self._zeros(queries, outputs, width, dtype=torch.int8)
                 self.sums[f"{name}{_SCALES}"] = self._zeros(queries, outputs, dtype=widened_dtype(form.dtype))
@@ -140,17 +142,15 @@ class GradientBank(Collector):
     def _remaining(self, layer: str) -> GradientTransform:
         """What training gradients of a layer are to be multiplied with, because the bank's are in the eigenbasis."""
         gradient_basis, activation_basis, scaling = self._transforms[layer]
-        gradients_back, activations_back = self._form.rotated_back.get(layer, (True, True))
+        back = self._form.rotated_back.get(layer, (True, True))
         if scaling is not None:  # only the bank's are conditioned, so they come all the way back
             return GradientTransform()
-        return GradientTransform(
-            None if gradients_back else gradient_basis, None if activations_back else activation_basis
-        )
+        return GradientTransform(None if back[0] else gradient_basis, None if back[1] else activation_basis)
 
     def _collect_low_rank(self, layer: str, gradients: Tensor, transform: GradientTransform, batch: slice) -> None:
         """Store the largest singular directions; matrices of low rank are rotated back at little cost."""
         try:
-            left, right = truncated(gradients, self.sums[f"{layer}.left"].shape[2])
+            left, right = truncated(gradients, self.sums[f"{layer}{_LEFT}"].shape[2])
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
@@ -163,8 +163,8 @@ class GradientBank(Collector):
         retained = right.square().sum((1, 2), dtype=torch.float64)  # the left matrix is orthonormal
         self.sums[_SQUARED_NORM][batch] += squared.to(self._form.device)
         self.sums[_SQUARED_REST][batch] += (squared - retained).clamp_min(0).to(self._form.device)
-        self.sums[f"{layer}.left"][batch] = left if gradient_basis is None else gradient_basis @ left
-        self.sums[f"{layer}.right"][batch] = right if activation_basis is None else right @ activation_basis.T
+        self.sums[f"{layer}{_LEFT}"][batch] = left if gradient_basis is None else gradient_basis @ left
+        self.sums[f"{layer}{_RIGHT}"][batch] = right if activation_basis is None else right @ activation_basis.T
 
     def apply(self, operator: Operator, layers: Mapping[str, TrackedLayer], device: torch.device) -> None:
         """Multiply whole gradients with an operator, some queries at a time."""
@@ -274,7 +274,7 @@ class GradientBank(Collector):
             for piece in whole.split(count):
                 yield piece.to(like.device, like.dtype, non_blocking=True)
             return
-        left, right = self.sums[f"{layer}.left"], self.sums[f"{layer}.right"]
+        left, right = self.sums[f"{layer}{_LEFT}"], self.sums[f"{layer}{_RIGHT}"]
         outputs, width = left.shape[1], right.shape[2]
         count = self._per_piece(outputs * width * like.element_size())
         for some_left, some_right in zip(left.split(count), right.split(count), strict=True):
@@ -297,14 +297,14 @@ class GradientBank(Collector):
 
     def _tokens_are_cheaper(self, layer: str, captured: Captured) -> bool:
         """Whether to multiply low-rank matrices with each token, rather than rebuild the gradients they stand for."""
-        left, right = self.sums[f"{layer}.left"], self.sums[f"{layer}.right"]
+        left, right = self.sums[f"{layer}{_LEFT}"], self.sums[f"{layer}{_RIGHT}"]
         batch, tokens = captured.activations.shape[:2]
         by_tokens, rebuilt = low_rank_product_flop((left.shape[1], right.shape[2]), left.shape[2], tokens, batch)
         return by_tokens < rebuilt
 
     def _product_of_tokens(self, layer: str, captured: Captured) -> Tensor:
         """sum_t (s_t^T left) (right a_t) for every query and training example: [queries, batch]."""
-        left, right = self.sums[f"{layer}.left"], self.sums[f"{layer}.right"]
+        left, right = self.sums[f"{layer}{_LEFT}"], self.sums[f"{layer}{_RIGHT}"]
         batch, tokens = captured.activations.shape[:2]
         count = self._per_piece(batch * tokens * left.shape[2] * captured.gradients.element_size())
         found = []
@@ -339,7 +339,7 @@ class GradientBank(Collector):
         Returns:
             [batch, tokens]; over tokens, the sum is `product`.
         """
-        names = [layer] if layer in self.sums else [f"{layer}.left", f"{layer}.right"]
+        names = [layer] if layer in self.sums else [f"{layer}{_LEFT}", f"{layer}{_RIGHT}"]
         wide = widened_dtype(captured.gradients.dtype)
         projected = captured.gradients.to(wide)
         for name in names:

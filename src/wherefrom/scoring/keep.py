@@ -16,7 +16,7 @@ from typing import ClassVar, Generic, Literal, TypeVar
 from torch import Tensor
 
 from wherefrom.runtime.errors import InputError, check_argument
-from wherefrom.scoring.results import Scores, TopScores
+from wherefrom.scoring.results import LAYER_PARTS, OF_TOKENS, ONLY_EXTREMES, WITH_SELF_INFLUENCE, Scores, TopScores
 from wherefrom.scoring.tokens import INDEX, TokenScores
 from wherefrom.store.artifacts import check_layout
 from wherefrom.store.cache import Cache
@@ -71,7 +71,7 @@ class Keep(ABC, Generic[Scores_co]):
 def _parts(layers: bool | LayerGroups) -> dict[str, str]:
     if not layers:
         return {}
-    return {"layers' parts": "each" if layers is True else repr({name: list(each) for name, each in layers.items()})}
+    return {LAYER_PARTS: "each" if layers is True else repr({name: list(each) for name, each in layers.items()})}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Pairs(Keep[Scores]):
         return "-".join(filter(None, (layers, "self" if self.self_influence else "")))
 
     def settings(self) -> dict[str, str]:
-        return {**_parts(self.layers), **({"self-influence": "yes"} if self.self_influence else {})}
+        return {**_parts(self.layers), **({WITH_SELF_INFLUENCE: "yes"} if self.self_influence else {})}
 
     def opened(self, path: Path, tensors: dict[str, Tensor], queries: int, train: int) -> Scores:
         return _checked(path, Scores.opened(path, tensors), (queries, train))
@@ -117,7 +117,7 @@ class Top(Keep[TopScores]):
         return f"top{self.k}"
 
     def settings(self) -> dict[str, str]:
-        return {"kept": f"the {self.k} highest and lowest of each query"}
+        return {ONLY_EXTREMES: f"the {self.k} highest and lowest of each query"}
 
     def opened(self, path: Path, tensors: dict[str, Tensor], queries: int, train: int) -> TopScores:
         return _checked(path, TopScores.opened(path, tensors), (queries, "k"))
@@ -185,7 +185,7 @@ class Tokens(Keep[TokenScores]):
         return "tokens" if self.top is None else f"top{self.top}-tokens"
 
     def settings(self) -> dict[str, str]:
-        return {"tokens": "all pairs" if self.top is None else f"the {self.top} highest and lowest of each query"}
+        return {OF_TOKENS: "all pairs" if self.top is None else f"the {self.top} highest and lowest of each query"}
 
     folder: ClassVar[str] = "tokens"
 
@@ -199,10 +199,10 @@ class Tokens(Keep[TokenScores]):
         return TokenScores.load(path.parent)
 
 
-Result = TypeVar("Result", Scores, TopScores)
+Opened = TypeVar("Opened", Scores, TopScores)
 
 
-def _checked(path: Path, result: Result, shape: tuple[int | str, ...]) -> Result:
+def _checked(path: Path, result: Opened, shape: tuple[int | str, ...]) -> Opened:
     """A result of as many queries and training examples as were given."""
     check_layout(path, {"values": result.values}, {"values": (None, shape)})
     return result

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 Normalization = Literal["cosine", "relatif", "theta-relatif"]
 
+# Entries of a fingerprint that say what of the scores is stored, and what beside them; their values depend on none.
+LAYER_PARTS, WITH_SELF_INFLUENCE, ONLY_EXTREMES, OF_TOKENS = "layers' parts", "self-influence", "extremes", "tokens"
+
 SCORES: Layout = {"values": (None, ("query", "train"))}
 # What may stand beside them. The first axis of a vector says what each of its numbers belongs to.
 BESIDE_SCORES: Layout = {
@@ -254,9 +257,7 @@ class TopScores:
             InputError: k is less than 1, or more than were stored.
         """
         if not 1 <= k <= self.values.shape[1]:
-            raise InputError(
-                f"k={k}: expected 1 to {self.values.shape[1]}, which were stored; keep=Top(k) stores more."
-            )
+            raise InputError(f"k={k}: expected 1 to {self.values.shape[1]}, which are stored; keep=Top(k) stores more.")
         return list(_hits(self.train[:, :k], self.values[:, :k]))
 
     def to_pandas(self, k: int | None = None) -> pandas.DataFrame:

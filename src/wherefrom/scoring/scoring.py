@@ -22,8 +22,8 @@ from wherefrom.curvature.gauss_newton import DampedGaussNewton
 from wherefrom.curvature.operators import Operator
 from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Collector, Sweep
-from wherefrom.planning.job import Job
 from wherefrom.planning.plan import Plan, plan_scores
+from wherefrom.planning.workload import Workload
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import MemoryLimitError
 from wherefrom.runtime.memory import within_memory
@@ -63,7 +63,7 @@ def make_plan(
     """
     execution = sweep.execution
     dtype = torch.bfloat16 if execution.half_precision else sweep.dtype
-    job = Job(
+    job = Workload(
         layers=sweep.layers,
         strategy=strategy,
         queries=len(queries),

@@ -19,6 +19,7 @@ from wherefrom.engine.capture import Captured
 from wherefrom.engine.sweep import Collector
 from wherefrom.runtime.errors import DamagedError, InputError, LayerError
 from wherefrom.scoring.bank import GradientBank
+from wherefrom.scoring.results import LAYER_PARTS, OF_TOKENS, ONLY_EXTREMES, WITH_SELF_INFLUENCE
 from wherefrom.store.artifacts import Artifact, Layout, check_layout, check_same, read_manifest
 from wherefrom.store.cache import Cache, Unfinished
 from wherefrom.store.files import remove
@@ -30,9 +31,6 @@ _INDEX: Layout = {
     "lengths": (torch.int64, ("train",)),
     "shards": (torch.int64, ("shard",)),
 }
-
-# Entries of fingerprints for what is kept, apart from the values.
-_KEPT = ("layers' parts", "self-influence", "kept", "tokens")
 
 # How large a file of token scores may be: what a sweep over it holds in memory.
 PART_BYTES = 2**28
@@ -193,7 +191,7 @@ class TokenScores:
         if index is None:
             raise InputError(
                 f"{self.folder} holds no token scores of query {pair[0]} and training example {pair[1]}: it has "
-                f"{self.fingerprint['tokens']}. Compute them with a larger `top`, or for all pairs."
+                f"{self.fingerprint[OF_TOKENS]}. Compute them with a larger `top`, or for all pairs."
             )
         shard = 0
         while index >= self.shards[shard]:
@@ -267,4 +265,5 @@ def part_fingerprint(scores: Fingerprint, pairs: Tensor) -> Fingerprint:
 
 def of_values(fingerprint: Fingerprint) -> dict[str, str]:
     """What the values of scores depend on, without what is stored of them or beside them."""
-    return {name: value for name, value in fingerprint.items() if name not in _KEPT}
+    stored = (LAYER_PARTS, WITH_SELF_INFLUENCE, ONLY_EXTREMES, OF_TOKENS)
+    return {name: value for name, value in fingerprint.items() if name not in stored}

@@ -44,7 +44,7 @@ from wherefrom.store.files import (
 )
 from wherefrom.store.fingerprint import Fingerprint, differences, tensors_digest
 
-FORMAT = 4
+ARTIFACT_FORMAT = 4
 _HEADER, _DIGEST = "wherefrom", "sha256"  # metadata of a safetensors file
 _TENSORS, _MANIFEST = "tensors.safetensors", "manifest.json"
 _MATRICES = "matrices.safetensors"
@@ -307,13 +307,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _description(path: Path, fingerprint: Fingerprint) -> dict[str, object]:
     """What is written beside tensors: they must not be taken for others of the same shapes."""
-    return {"format": FORMAT, "name": path.name, "fingerprint": dict(fingerprint)}
+    return {"format": ARTIFACT_FORMAT, "name": path.name, "fingerprint": dict(fingerprint)}
 
 
 def _check_described(path: Path, entries: Mapping[str, Any]) -> None:
     """Check what a manifest or header says of its own name and version."""
-    if entries.get("format") != FORMAT:
-        raise damaged(path, f"its format is {entries.get('format')!r}, and this version reads format {FORMAT}")
+    if entries.get("format") != ARTIFACT_FORMAT:
+        raise damaged(path, f"its format is {entries.get('format')!r}, and this version reads format {ARTIFACT_FORMAT}")
     if entries.get("name") != path.name:
         raise damaged(path, f"it was written as {entries.get('name')!r}. Give it that name again")
     fingerprint = entries.get("fingerprint")

@@ -16,7 +16,7 @@ from wherefrom.store.files import checked_name, is_there, read_json
 
 RECORDING = "wherefrom.json"
 MOMENTS = "adam_second_moments.safetensors"
-FORMAT = 1
+RECORDING_FORMAT = 1
 _ADVICE = "Delete it; checkpoints can still be given by their paths and weights."
 
 
@@ -112,8 +112,8 @@ def read_entries(folder: Path) -> list[dict[str, Any]]:
     """The entries of a recording, also of checkpoints that have been deleted since, in the order of their steps."""
     file = folder / RECORDING
     content = read_json(file, _ADVICE)
-    if content.get("format") != FORMAT:
-        raise DamagedError(f"{file} has the format {content.get('format')!r}, expected {FORMAT}. {_ADVICE}")
+    if content.get("format") != RECORDING_FORMAT:
+        raise DamagedError(f"{file} has the format {content.get('format')!r}, expected {RECORDING_FORMAT}. {_ADVICE}")
     try:
         entries = sorted(content["checkpoints"], key=lambda entry: int(entry["step"]))
         for entry in entries:

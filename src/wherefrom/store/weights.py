@@ -19,7 +19,7 @@ from wherefrom.store.files import checked_name, read_json
 from wherefrom.store.fingerprint import model_digest
 
 # What a checkpoint directory may hold, the first that is there; an index names the shards.
-_FILES = (
+_WEIGHT_FILES = (
     "adapter_model.safetensors",
     "adapter_model.bin",
     "model.safetensors",
@@ -41,9 +41,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         DamagedError: a file cannot be read.
     """
     path = Path(path)
-    file = path if path.is_file() else next((path / name for name in _FILES if (path / name).is_file()), None)
+    file = path if path.is_file() else next((path / name for name in _WEIGHT_FILES if (path / name).is_file()), None)
     if file is None:
-        raise InputError(f"{path}: no weights there; expected a file, or a directory with one of {', '.join(_FILES)}.")
+        raise InputError(
+            f"{path}: no weights there; expected a file, or a directory with one of {', '.join(_WEIGHT_FILES)}."
+        )
     state = _read_shards(file) if file.name.endswith(".index.json") else read_weights(file)
     if file.name.startswith("adapter_model"):
         _load_adapter(model, state, path)

@@ -75,7 +75,7 @@ def check_highest(name: str, values: Tensor, known: int, what: str) -> None:
         )
 
 
-def collated(examples: Sequence[Mapping[str, Tensor]], padding: Mapping[str, int]) -> dict[str, Tensor]:
+def batched_columns(examples: Sequence[Mapping[str, Tensor]], padding: Mapping[str, int]) -> dict[str, Tensor]:
     """Columns of examples, `input_ids` among them, as those of a batch, [batch, ...]; refuses unlike examples.
 
     Args:

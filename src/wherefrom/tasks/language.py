@@ -19,7 +19,7 @@ from torch.nn import functional
 from wherefrom.runtime.errors import InputError
 from wherefrom.runtime.precision import widened
 from wherefrom.tasks import packing
-from wherefrom.tasks.columns import check_highest, check_length, check_mask, collated, number, tensor, vector
+from wherefrom.tasks.columns import batched_columns, check_highest, check_length, check_mask, number, tensor, vector
 from wherefrom.tasks.losses import IGNORED, summed_cross_entropy
 from wherefrom.tasks.model_inputs import accepted, check_tokens, model_columns, selected
 from wherefrom.tasks.sampling import Sampler, drawn_cross_entropy
@@ -127,7 +127,7 @@ class LanguageTask(Task[TokenBatch]):
         attention_mask: a model that is given none can take its fast attention without a look at the values, also when
         it is compiled.
         """
-        batch = collated([self.columns(example) for example in examples], self.padding)
+        batch = batched_columns([self.columns(example) for example in examples], self.padding)
         if "position_ids" not in batch and bool((batch["attention_mask"] == 1).all()):
             del batch["attention_mask"]
         return batch

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from wherefrom.engine.loading import Examples, collated, mapped
+from wherefrom.engine.loading import Examples, collated, map_tensors
 from wherefrom.methods.magic.recipe import TrainingRecipe
 from wherefrom.runtime.errors import InputError, LossError
 from wherefrom.store.fingerprint import Dataset, checked_length
@@ -193,7 +193,7 @@ class ReplayableTraining(Generic[Batch]):
 
     def _batch(self, dataset: Dataset[object], batch_indices: list[int]) -> Batch:
         batch, _ = collated(Examples(dataset, self.task), batch_indices, self.model)
-        batch = cast(Batch, mapped(batch, lambda values: values.to(self._device)))
+        batch = cast(Batch, map_tensors(batch, lambda values: values.to(self._device)))
         self.task.verify(self.model, batch)
         return batch
 

@@ -26,6 +26,7 @@ from wherefrom.methods.projected.projections import Compression, inverse_curvatu
 from wherefrom.runtime.errors import InputError, LossError, MismatchError, check_argument
 from wherefrom.runtime.memory import within_memory
 from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
+from wherefrom.scoring.keep import Top
 from wherefrom.scoring.rescoring import exact_scores
 from wherefrom.scoring.results import TopScores, extremes, merged_extremes
 from wherefrom.store.fingerprint import Dataset, Fingerprint, checked_length, model_digest
@@ -133,7 +134,7 @@ class GradientIndex(Generic[Batch]):
             "method": method.name,
             **method.settings(self.context, self.factors),
             **self.context.query_settings(examples),
-            "kept": f"the {k} highest and lowest of each query",
+            **Top(k).settings(),
             "re-ranked": str(rerank),
         }
         both = best["values"], best["train"], best["lowest_values"], best["lowest_train"]

@@ -21,7 +21,7 @@ _EIGH_FLOP = 9.0
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What there is to do, and with what.
 
     Attributes:
@@ -118,10 +118,8 @@ class Job:
 
     def _rotates(self, layer: TrackedLayer) -> tuple[bool, bool]:
         """Whether the gradient and the activation factor have eigenvectors."""
-        gradients, activations = (
-            self.strategy.basis is not None and not diagonal for diagonal in layer.diagonal_factors
-        )
-        return gradients, activations
+        rotates = [self.strategy.basis is not None and not diagonal for diagonal in layer.diagonal_factors]
+        return rotates[0], rotates[1]
 
     def covariance_flop(self, layer: TrackedLayer, tokens: int) -> float:
         """For one example's part of both covariances, of which only one triangle is computed."""

@@ -105,15 +105,15 @@ def convergence(arguments: Arguments) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         study = wf.Study(folder, model.double(), wf.Classification(), train=[(x.double(), y) for x, y in train])
-        asked = [(x.double(), y) for x, y in queries]
+        queried = [(x.double(), y) for x, y in queries]
         factors = study.fit(wf.EKFAC())
         damping = 0.1 * float(torch.cat([each.flatten() for each in factors.eigenvalues.values()]).mean())
         methods: dict[str, wf.Factored] = {"ekfac": wf.EKFAC(damping=damping), "identity": wf.Dot(damping=damping)}
-        pairs = len(train) * len(asked)  # all in one pass
+        pairs = len(train) * len(queried)  # all in one pass
 
         def scores(strategy: str, solver: Solver | None) -> Tensor:
             execution = wf.Execution(train_batch_size=pairs)
-            return study.score(asked, replace(methods[strategy], solver=solver), execution=execution).values
+            return study.score(queried, replace(methods[strategy], solver=solver), execution=execution).values
 
         expected = scores("ekfac", wf.ConjugateGradients(1000, 1e-7))
         again = scores("identity", wf.ConjugateGradients(1000, 1e-7))  # the same, if both have converged

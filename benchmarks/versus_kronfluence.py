@@ -27,7 +27,7 @@ from workload import Stage, Stopwatch, Workload, medians, save_results
 import wherefrom as wf
 from wherefrom.planning.forms import BankForm
 
-Side = Literal["wherefrom", "kronfluence"]
+Library = Literal["wherefrom", "kronfluence"]
 
 
 @dataclass
@@ -41,8 +41,8 @@ class Arguments:
     """As in kronfluence's example; wherefrom plans its own sizes."""
     sampled: bool = False
     """Draw the Fisher targets, which is the default of both; the scores then differ by the draws."""
-    turn: Side | None = None
-    """Run one side only, in this process (the benchmark starts itself with it)."""
+    turn: Library | None = None
+    """Run one library only, in this process (the benchmark starts itself with it)."""
     folder: Path | None = None
     """Where a turn works and writes its figures."""
 
@@ -61,13 +61,13 @@ def ours(work: Workload, folder: Path, watch: Stopwatch, empirical: bool) -> Ten
     return scores.values
 
 
-def take_turn(arguments: Arguments, side: Side, folder: Path) -> None:
-    """One side, timed, in this process."""
+def take_turn(arguments: Arguments, library: Library, folder: Path) -> None:
+    """One library, timed, in this process."""
     watch, empirical = Stopwatch(), not arguments.sampled
-    if side == "wherefrom":
+    if library == "wherefrom":
         values = ours(arguments.work, folder / "run", watch, empirical)
     else:
-        import kronfluence_job  # noqa: PLC0415  (imports kronfluence, which our side must not pay for)
+        import kronfluence_job  # noqa: PLC0415  (imports kronfluence, which ours must not pay for)
 
         sizes = (arguments.train_batch, arguments.query_batch)
         values = kronfluence_job.run(arguments.work, folder / "run", watch, empirical, *sizes, half=False)
@@ -75,10 +75,10 @@ def take_turn(arguments: Arguments, side: Side, folder: Path) -> None:
     watch.write(folder / "figures.json")
 
 
-def start_turn(side: Side, folder: Path) -> dict[str, object]:
-    """The same command in a new process, for one side."""
+def start_turn(library: Library, folder: Path) -> dict[str, object]:
+    """The same command in a new process, for one library."""
     folder.mkdir()
-    command = [sys.executable, *sys.argv, "--turn", side, "--folder", str(folder)]
+    command = [sys.executable, *sys.argv, "--turn", library, "--folder", str(folder)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     found: dict[str, object] = json.loads((folder / "figures.json").read_text())
     return found
@@ -86,22 +86,22 @@ def start_turn(side: Side, folder: Path) -> dict[str, object]:
 
 def compare(arguments: Arguments, base: Path) -> dict[str, object]:
     """All turns, and what came out."""
-    sides: tuple[Side, ...] = ("wherefrom", "kronfluence")
-    stages: dict[Side, list[dict[str, Stage]]] = {side: [] for side in sides}
-    peaks: dict[Side, list[int]] = {side: [] for side in sides}
+    libraries: tuple[Library, ...] = ("wherefrom", "kronfluence")
+    stages: dict[Library, list[dict[str, Stage]]] = {library: [] for library in libraries}
+    peaks: dict[Library, list[int]] = {library: [] for library in libraries}
     for turn in range(arguments.repeats):
-        for side in sides:
-            found = start_turn(side, base / f"{side}{turn}")
-            stages[side].append({name: Stage(**each) for name, each in found["stages"].items()})  # type: ignore[attr-defined]
-            peaks[side].append(found["peak_bytes"])  # type: ignore[arg-type]
-            print(side, turn, {name: round(each.wall_seconds, 2) for name, each in stages[side][-1].items()})
-    ours_, theirs = (load_file(base / f"{side}0" / "scores.safetensors")["values"] for side in sides)
-    middle = {side: with_total(medians(stages[side])) for side in sides}
+        for library in libraries:
+            found = start_turn(library, base / f"{library}{turn}")
+            stages[library].append({name: Stage(**each) for name, each in found["stages"].items()})  # type: ignore[attr-defined]
+            peaks[library].append(found["peak_bytes"])  # type: ignore[arg-type]
+            print(library, turn, {name: round(each.wall_seconds, 2) for name, each in stages[library][-1].items()})
+    ours_, theirs = (load_file(base / f"{library}0" / "scores.safetensors")["values"] for library in libraries)
+    middle = {library: with_total(medians(stages[library])) for library in libraries}
     return {
         "workload": asdict(arguments.work),
         "targets": "sampled" if arguments.sampled else "empirical",
         "repeats": arguments.repeats,
-        **{side: {name: asdict(each) for name, each in middle[side].items()} for side in sides},
+        **{library: {name: asdict(each) for name, each in middle[library].items()} for library in libraries},
         "times_faster": {
             name: {
                 kind: getattr(middle["kronfluence"][name], kind) / getattr(middle["wherefrom"][name], kind)
@@ -109,7 +109,7 @@ def compare(arguments: Arguments, base: Path) -> dict[str, object]:
             }
             for name in middle["wherefrom"]
         },
-        "peak_bytes": {side: median(peaks[side]) for side in sides},
+        "peak_bytes": {library: median(peaks[library]) for library in libraries},
         "resident_block_bytes": resident_bytes(arguments.work),
         "largest_relative_difference": float((ours_ - theirs).abs().max() / theirs.abs().max()),
     }

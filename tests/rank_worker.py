@@ -36,16 +36,16 @@ def everything(case: Case, run: Path, queries: int = QUERIES) -> wf.Study[object
     """Every kind of result."""
     execution = wf.Execution(checkpoint_seconds=0, train_batch_size=2)
     study = wf.Study(run, case.model, case.task, train=case.train[:TRAIN], execution=execution)
-    asked = case.queries[:queries]
+    queried = case.queries[:queries]
     for strategy in ("identity", "diagonal", "kfac", "shampoo", "ekfac"):
         study.fit(factored(strategy), execution=replace(execution, train_batch_size=3))
-        study.score(asked, factored(strategy, damping=0.001))
+        study.score(queried, factored(strategy, damping=0.001))
     automatic = replace(execution, train_batch_size=None)
-    study.score(asked, wf.EKFAC(damping=0.001), keep=wf.Tokens(), execution=automatic)
-    study.score(asked, wf.EKFAC(damping=0.001, query_rank=2, rescore=3), execution=automatic)
+    study.score(queried, wf.EKFAC(damping=0.001), keep=wf.Tokens(), execution=automatic)
+    study.score(queried, wf.EKFAC(damping=0.001, query_rank=2, rescore=3), execution=automatic)
     study.index(wf.EKFAC(), wf.Compression(directions="random", rank=2, quantization="float32"), execution=automatic)
-    study.score(asked, wf.TwoStage(first=torch.tensor([[1, 4]] * queries)), keep=wf.Top(10000), execution=automatic)
-    study.score(asked, wf.Trak(rank=2), execution=automatic)
+    study.score(queried, wf.TwoStage(first=torch.tensor([[1, 4]] * queries)), keep=wf.Top(10000), execution=automatic)
+    study.score(queried, wf.Trak(rank=2), execution=automatic)
     return study
 
 

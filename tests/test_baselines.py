@@ -18,7 +18,7 @@ WORDS = ["a", "The", "the", "7", "über", "naïve", "x2", "snake_case"]
 
 def bm25(queries: list[str], train: list[str]) -> list[list[float]]:
     """Kamphuis et al. 2020, table 1, "Lucene (accurate)"."""
-    asked, texts = ([re.findall(r"\w+", text.lower()) for text in side] for side in (queries, train))
+    queried, texts = ([re.findall(r"\w+", text.lower()) for text in side] for side in (queries, train))
     mean_length = sum(map(len, texts)) / len(texts)
 
     def score(word: str, text: list[str]) -> float:
@@ -27,7 +27,7 @@ def bm25(queries: list[str], train: list[str]) -> list[list[float]]:
         frequency = text.count(word)
         return rarity * frequency / (frequency + 1.5 * (1 - 0.75 + 0.75 * len(text) / mean_length))
 
-    return [[sum(score(word, text) for word in query) for text in texts] for query in asked]
+    return [[sum(score(word, text) for word in query) for text in texts] for query in queried]
 
 
 texts = st.lists(st.lists(st.sampled_from(WORDS), max_size=7).map(", ".join), min_size=1, max_size=6)

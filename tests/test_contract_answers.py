@@ -81,11 +81,11 @@ def test_half_precision_is_close(name: str, answers: Answers, tmp_path: Path) ->
 @pytest.mark.parametrize("name", [name for name, each in METHODS.items() if "half precision" in each.unsupported])
 def test_half_precision_that_it_does_not_have_is_refused(name: str, answers: Answers, tmp_path: Path) -> None:
     missing = METHODS[name].unsupported["half precision"]
-    asked = replace(answers.settings.usual(torch.float32), half_precision=True)
+    half = replace(answers.settings.usual(torch.float32), half_precision=True)
     if missing.error is None:
         pytest.skip(missing.reason)
     with pytest.raises(missing.error, match=missing.message):
-        METHODS[name].score(tmp_path, asked)
+        METHODS[name].score(tmp_path, half)
 
 
 @able("half precision")

@@ -85,8 +85,8 @@ class Decoder:
 
 def nearest_mean(rows: list[list[int]], queries: list[list[int]], retrainings: Sequence[retrain.Retraining]) -> Tensor:
     """Stands for the reader's training: how far each query's mean token is from that of the kept examples."""
-    means, asked = (torch.tensor([sum(row) / len(row) for row in each]) for each in (rows, queries))
-    return torch.stack([(asked - means[list(each.subset)].mean()).square() for each in retrainings])
+    means, queried = (torch.tensor([sum(row) / len(row) for row in each]) for each in (rows, queries))
+    return torch.stack([(queried - means[list(each.subset)].mean()).square() for each in retrainings])
 
 
 def given() -> dict[str, object]:

@@ -187,11 +187,11 @@ def test_trackstar(make_case: CaseMaker, mixing: float, damping: float | None, d
     train, queries = rows(brute.train), rows(brute.queries)
     sides: dict[str, list[Tensor]] = {"queries": [], "train": []}
     for name, each in train.items():
-        asked = queries[name]
-        mixed = damped(mixing * asked.T @ asked / len(asked) + (1 - mixing) * each.T @ each / len(each), damping)
+        queried = queries[name]
+        mixed = damped(mixing * queried.T @ queried / len(queried) + (1 - mixing) * each.T @ each / len(each), damping)
         values, vectors = torch.linalg.eigh(mixed)
         root = vectors @ (values**-0.5).diag() @ vectors.T
-        sides["queries"].append(asked @ root)
+        sides["queries"].append(queried @ root)
         sides["train"].append(each @ root)
     expected = functional.cosine_similarity(
         torch.cat(sides["queries"], 1)[:, None], torch.cat(sides["train"], 1)[None], dim=2

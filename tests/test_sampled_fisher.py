@@ -51,11 +51,11 @@ def dense(
         ],
     )
     trained = gradients(study, [task.train_loss(model, alone(each)) for each in case.train])
-    asked = gradients(study, [task.measurement(model, alone(each)) for each in case.queries])
+    queried = gradients(study, [task.measurement(model, alone(each)) for each in case.queries])
     scale = torch.ones_like(drawn[0]) if scale is None else scale
     added = damping or 0.01 * float((drawn.square() * scale).sum(1).mean()) / count
     matrix = drawn.T @ drawn / count + (added / scale).diag()
-    found: Tensor = asked @ torch.linalg.solve(matrix, trained.T)
+    found: Tensor = queried @ torch.linalg.solve(matrix, trained.T)
     return found
 
 

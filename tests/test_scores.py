@@ -223,9 +223,9 @@ def test_half_precision_and_low_rank_keep_what_they_are_asked_for(tmp_path: Path
     half = study.self_influence(with_factors(factors), execution=half_precision)
     assert relative_error(half, exact) < 0.05
     keep = wf.Pairs(layers=True, self_influence=True)
-    thin = study.score(case.queries, with_factors(factors, query_rank=1), keep=keep)
-    assert thin.query_errors is not None and thin.self_influence is not None
-    assert relative_error(sum(thin.layers.values(), torch.zeros(())), thin.values) < 1e-5
+    approximated = study.score(case.queries, with_factors(factors, query_rank=1), keep=keep)
+    assert approximated.query_errors is not None and approximated.self_influence is not None
+    assert relative_error(sum(approximated.layers.values(), torch.zeros(())), approximated.values) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["b.blocks", "b.part", "b.partial-0of2"])

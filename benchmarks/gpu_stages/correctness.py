@@ -193,7 +193,7 @@ def _way_figures(measured: Callable[[str, int], float], device: str, width: int,
 
 
 def low_rank_error(device: str, width: int = WIDTH) -> float:
-    """Query gradients as two thin matrices of rank 4."""
+    """Query gradients as two matrices of rank 4."""
     method = wf.EKFAC(query_rank=4)
     found = scores(case("GPT-2", width), device, method)
     return difference(found, expected("GPT-2", width, method))
@@ -211,7 +211,7 @@ def blocks_error(device: str, width: int = WIDTH) -> float:
     return _planned_error(device, width, slow_copies, lambda plan: plan.sweeps > 1)
 
 
-def streamed_error(device: str, width: int = WIDTH) -> float:
+def offloaded_error(device: str, width: int = WIDTH) -> float:
     """Query gradients in the host's memory, brought to the device for every batch: sweeps are said to take for ever.
 
     Raises:
@@ -241,7 +241,7 @@ WAYS: dict[str, tuple[Callable[[str, int], float], float]] = {
     "low rank": (low_rank_error, RANK_LIMIT),
     "factors offloaded": (offload_error, FULL_LIMIT),
     "several blocks of queries": (blocks_error, FULL_LIMIT),
-    "query gradients streamed": (streamed_error, FULL_LIMIT),
+    "query gradients streamed": (offloaded_error, FULL_LIMIT),
 }
 
 

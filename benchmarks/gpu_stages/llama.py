@@ -66,11 +66,11 @@ def _logra(
 ) -> Figures:
     """Scores from projected gradients of rank 64, in TF32."""
     rank = 4 if setting.rehearse else 64
-    rows, asked = (_sequences(count, vocabulary, tokens, seed) for count, seed in ((train, 1), (queries, 2)))
+    rows, queried = (_sequences(count, vocabulary, tokens, seed) for count, seed in ((train, 1), (queries, 2)))
     with tempfile.TemporaryDirectory(dir=setting.scratch) as folder, tf32_products(True):
         study = _study(folder, model, setting, rows)
         start = time.perf_counter()
-        scores = study.score(asked, wf.LoGra(rank=rank))
+        scores = study.score(queried, wf.LoGra(rank=rank))
         synchronize()
         return {"rank": rank, "seconds": time.perf_counter() - start, "finite": bool(scores.values.isfinite().all())}
 
@@ -79,13 +79,13 @@ def _ekfac(
     model: LlamaForCausalLM, setting: Setting, vocabulary: int, tokens: int, train: int, queries: int
 ) -> Figures:
     """Whole gradients and EK-FAC factors of all blocks."""
-    rows, asked = (_sequences(count, vocabulary, tokens, seed) for count, seed in ((train, 1), (queries, 2)))
+    rows, queried = (_sequences(count, vocabulary, tokens, seed) for count, seed in ((train, 1), (queries, 2)))
     with tempfile.TemporaryDirectory(dir=setting.scratch) as folder, tf32_products(not setting.half):
         study = _study(folder, model, setting, rows, setting.half)
         start = time.perf_counter()
         factors = study.fit(wf.EKFAC())
         fitted = time.perf_counter()
-        scores = study.score(asked, wf.EKFAC(factors=factors))
+        scores = study.score(queried, wf.EKFAC(factors=factors))
         return {
             "fit_seconds": fitted - start,
             "score_seconds": time.perf_counter() - fitted,

@@ -190,10 +190,10 @@ def trackstar(setting: Setting, mixing: float = 0.9) -> Tensor:
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     queries, train = projected_rows(setting, directions(setting))
     for name, rows in train.items():
-        asked = queries[name]
-        mixed = mixing * asked.T @ asked / len(asked) + (1 - mixing) * rows.T @ rows / len(rows)
+        queried = queries[name]
+        mixed = mixing * queried.T @ queried / len(queried) + (1 - mixing) * rows.T @ rows / len(rows)
         numbers, vectors = torch.linalg.eigh(damped(mixed, setting.damping))
-        for side, each in zip(sides, (asked, rows), strict=True):
+        for side, each in zip(sides, (queried, rows), strict=True):
             side.append(each @ vectors @ (numbers**-0.5).diag())
     first, second = (functional.normalize(torch.cat(side, 1), dim=1) for side in sides)
     return first @ second.T

@@ -109,7 +109,7 @@ def _scores(study: wf.Study[Any], case: Case) -> Results:
     return {"values": scores.values, **norms, **dict(scores.layers)}
 
 
-def _thin(study: wf.Study[Any], case: Case) -> Results:
+def _low_rank(study: wf.Study[Any], case: Case) -> Results:
     scores = study.score(case.queries, wf.KFAC(query_rank=2, rescore=2))
     assert scores.query_errors is not None
     return {"values": scores.values, "errors": scores.query_errors}
@@ -138,7 +138,7 @@ def _tokens(study: wf.Study[Any], case: Case) -> Results:
     }
 
 
-_FLOWS: tuple[Flow, ...] = (_factors, _scores, _thin, _aggregated, _top, _self_influence, _tokens)
+_FLOWS: tuple[Flow, ...] = (_factors, _scores, _low_rank, _aggregated, _top, _self_influence, _tokens)
 
 
 @dataclass

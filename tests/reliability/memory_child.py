@@ -92,7 +92,7 @@ def limited(folder: Path, count: int, seed: int) -> str:
 _STAGES: dict[str, Callable[[wf.Study[Any], list[object], wf.EKFAC], object]] = {
     "fit": lambda study, queries, method: study.fit(method),
     "score": lambda study, queries, method: study.score(queries, method),
-    "thin": lambda study, queries, method: study.score(queries, replace(method, query_rank=8)),
+    "low rank": lambda study, queries, method: study.score(queries, replace(method, query_rank=8)),
     "parts": lambda study, queries, method: study.score(
         queries, method, keep=wf.Pairs(layers=True, self_influence=True)
     ),

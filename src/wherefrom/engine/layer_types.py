@@ -103,7 +103,7 @@ def _paddings(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
         return [0] * (2 * len(module.kernel_size))
     # "same": an odd one goes to the end.
     totals = [step * (size - 1) for size, step in zip(module.kernel_size, module.dilation, strict=True)]
-    return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    return [each for total in reversed(totals) for each in (total // 2, total - total // 2)]
 
 
 def _convolution_outputs(module: nn.Module, gradient: Tensor) -> Tensor:

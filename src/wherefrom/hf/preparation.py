@@ -167,7 +167,7 @@ def _text(preparation: Preparation, example: Example, number: int) -> dict[str, 
 
 
 def _completion(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
-    """The loss is of the completion only; both sides are texts, or both are messages."""
+    """The loss is of the completion only; both are texts, or messages."""
     prompt, completion = example["prompt"], example["completion"]
     if isinstance(prompt, str):
         start, whole = preparation.ids(prompt), preparation.ids(prompt + completion, end=True)
@@ -206,7 +206,7 @@ def _masked_text(preparation: Preparation, example: Example, number: int) -> dic
 
 
 def _pair(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
-    """An encoder's and a decoder's side; these tokenizers end a sequence themselves."""
+    """What an encoder and what a decoder takes; these tokenizers end a sequence themselves."""
     encoded = preparation.cut_off(example["prompt"], text_target=example["completion"])
     return {name: list(encoded[name]) for name in ("input_ids", "labels")}
 

@@ -194,7 +194,7 @@ class Regression(Task[Sequence[Tensor]]):
 
 
 def _pair(task: Task[Sequence[Tensor]], batch: object) -> tuple[Tensor, Tensor]:
-    """The two sides of a batch."""
+    """The inputs and the targets of a batch."""
     if isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
     found = [type(each).__name__ for each in batch] if isinstance(batch, list | tuple) else type(batch).__name__

@@ -76,7 +76,7 @@ def test_an_example_at_fault_is_named(tmp_path: Path, change: dict[str, object],
         (t5, wf.Seq2Seq(), pair_rows, {"labels": []}, "'labels' is empty"),
         (t5, wf.Seq2Seq(), pair_rows, {"labels": [13]}, "'labels' holds 13"),
         (lambda: bert(True), wf.SequenceClassification(), classified_rows, {"label": 3}, "model has classes 0 to 2"),
-        (lambda: bert(True), wf.SequenceClassification(), classified_rows, {"label": 0.5}, "expected a whole number"),
+        (lambda: bert(True), wf.SequenceClassification(), classified_rows, {"label": 0.5}, "a label is a real number"),
         (
             lambda: bert(True),
             wf.SequenceClassification(),
@@ -84,7 +84,7 @@ def test_an_example_at_fault_is_named(tmp_path: Path, change: dict[str, object],
             {"input_ids": [1, 2], "attention_mask": [0, 1], "token_type_ids": None},
             "Pad on the right",
         ),
-        (lambda: bert(True), wf.SequenceClassification(), classified_rows, {"label": 2**63}, "of at most 64 bits"),
+        (lambda: bert(True), wf.SequenceClassification(), classified_rows, {"label": 2**63}, "'label' is no label"),
     ],
 )
 def test_other_tasks_of_text_name_it_too(

@@ -307,3 +307,89 @@ def test_a_task_of_your_own_reads_columns_that_the_model_does_not_take() -> None
 
     model, row = gpt2().eval(), {"input_ids": [1, 2, 3], "weight": 3}
     assert loss_of(model, Weighted(), [row]) == pytest.approx(3 * loss_of(model, wf.CausalLM(), [row]))
+
+
+def with_lengths(rows: list[Row]) -> list[Row]:
+    """What TRL's packing writes: lengths of documents in the place of positions, and a mask of ones."""
+    return [
+        {
+            **{name: value for name, value in row.items() if name != "position_ids"},
+            "seq_lengths": [len(each["input_ids"]) for each in documents(row)],
+            "attention_mask": [1] * len(row["input_ids"]),
+        }
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_unpacked_documents_add_up_to_their_packed_examples(
+    tmp_path: Path, make: Callable[[], nn.Module], lengths: bool
+) -> None:
+    columns: dict[str, Any] = {"completion_mask": lambda tokens: [place % 2 for place in range(tokens)]}
+    rows, model, queries = packed(token_rows(10), TOGETHER, **columns), make(), token_rows(3, seed=4)
+    rows = with_lengths(rows) if lengths else rows
+    execution = wf.Execution(train_batch_size=3)
+    whole = wf.Study(tmp_path / "packed", model, wf.CausalLM(), train=rows, execution=execution)
+    view = wf.unpacked(rows)
+    study = wf.Study(tmp_path / "unpacked", model, wf.CausalLM(), train=view, execution=execution)
+    assert len(view) == 10 and [each.example for each in view.documents] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3]
+    of_documents = study.score(queries, wf.Dot()).values
+    found = torch.stack([part.sum(1) for part in of_documents.split(TOGETHER, 1)], 1)
+    assert relative_error(found, whole.score(queries, wf.Dot()).values) < 1e-10
+    alone = [
+        {"input_ids": each["input_ids"], "completion_mask": each["completion_mask"]}
+        for row in packed(token_rows(10), TOGETHER, **columns)
+        for each in documents(row)
+    ]
+    brute = BruteForce(model, wf.CausalLM(), list(study.layers), alone, queries)
+    assert relative_error(of_documents, brute.scores("identity")) < 1e-10
+
+
+def test_unpacked_datasets_of_every_kind_have_the_same_documents_and_digest() -> None:
+    from datasets import Dataset
+
+    from wherefrom.store.fingerprint import dataset_digest
+
+    rows: list[Row] = [
+        {**row, "labels": [-each for each in row["input_ids"]], "id": number, "text": "both", "pair": [number, 7]}
+        for number, row in enumerate(packed(token_rows(4), (3, 1)))
+    ]
+    expected = [
+        {**each, "position_ids": list(range(len(each["input_ids"]))), "id": number, "pair": [number, 7]}
+        for number, row in enumerate(rows)
+        for each in documents(row)
+    ]
+    views = [wf.unpacked(rows), wf.unpacked(Dataset.from_list(rows))]
+    for view in views:
+        assert [view[position] for position in range(4)] == expected
+        assert [view[position] for position in (3, 0, 2)] == [expected[position] for position in (3, 0, 2)]
+    digests = {dataset_digest(each) for each in (*views, expected)}
+    assert len(digests) == 1
+    tensors = Dataset.from_list(rows).with_format("torch")
+    assert [each["input_ids"].tolist() for each in map(wf.unpacked(tensors).__getitem__, range(4))] == [
+        each["input_ids"] for each in expected
+    ]
+
+
+def test_padding_is_no_document() -> None:
+    rows = [{"input_ids": [1, 2, 3, 0, 0], "position_ids": [0, 1, 2, 0, 0], "attention_mask": [1, 1, 1, 0, 0]}]
+    (only,) = list(map(wf.unpacked(rows).__getitem__, range(1)))
+    assert only == {"input_ids": [1, 2, 3], "position_ids": [0, 1, 2], "attention_mask": [1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, "neither 'position_ids' nor 'seq_lengths'"),
+        ({"position_ids": [0, 1, 0, 1], "attention_mask": [1, 1, 1, 1]}, "start again within the row, and there is an"),
+        ({"seq_lengths": [2, 1]}, "'seq_lengths' adds up to 3 in a row of 4 tokens"),
+        ({"position_ids": [0, 1, 0]}, "'position_ids' has 3 numbers and 'input_ids' 4"),
+        ({"input_ids": None}, "no dict with 'input_ids'"),
+        ({"seq_lengths": [2, 2], "prompt_length": 1}, "'prompt_length' is of all its documents together"),
+    ],
+)
+def test_rows_that_do_not_say_what_is_in_them_are_not_unpacked(columns: Row, message: str) -> None:
+    rows = [{"input_ids": [1, 2], "position_ids": [0, 1]}, {"input_ids": [1, 2, 3, 4], **columns}]
+    with pytest.raises(InputError, match=f"Example 1 of the packed dataset.*{message}"):
+        wf.unpacked(rows)

@@ -29,9 +29,13 @@ from wherefrom.scoring.results import Hit, Scores, TopScores
 from wherefrom.scoring.tokens import TokenScores
 from wherefrom.store.recording import RecordedCheckpoint, read_recording
 from wherefrom.study import Study
-from wherefrom.tasks.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq, SequenceClassification
+from wherefrom.tasks.classification import SequenceClassification, TokenClassification
+from wherefrom.tasks.language import CausalLM, ChosenToken, MaskedLM, Seq2Seq
+from wherefrom.tasks.packing import unpacked
+from wherefrom.tasks.preference.losses import DPO, IPO, KTO, ORPO, SimPO
+from wherefrom.tasks.preference.tasks import Preference, RewardModel
 from wherefrom.tasks.sampling import Sampler
-from wherefrom.tasks.task import Classification, Regression, Task
+from wherefrom.tasks.task import Classification, MultiLabel, Regression, Task
 from wherefrom.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
@@ -39,9 +43,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BM25",
+    "DPO",
     "EKFAC",
+    "IPO",
     "KFAC",
+    "KTO",
     "METHODS",
+    "ORPO",
     "Aggregated",
     "Astra",
     "CausalLM",
@@ -63,20 +71,25 @@ __all__ = [
     "Magic",
     "MaskedLM",
     "Method",
+    "MultiLabel",
     "Pairs",
+    "Preference",
     "PretrainedStudy",
     "Random",
     "RecordedCheckpoint",
     "Regression",
     "ReplayableTraining",
+    "RewardModel",
     "Sampler",
     "Scores",
     "Seq2Seq",
     "SequenceClassification",
     "Shampoo",
+    "SimPO",
     "Source",
     "Study",
     "Task",
+    "TokenClassification",
     "TokenScores",
     "Tokens",
     "Top",
@@ -94,6 +107,7 @@ __all__ = [
     "metasmoothness",
     "read_recording",
     "study_from_pretrained",
+    "unpacked",
 ]
 
 if not TYPE_CHECKING:  # a type checker would take any name for an attribute

@@ -241,6 +241,11 @@ class DampedGaussNewton(Generic[Batch]):
         scattered = sweep.lockstep or any(each.is_meta for each in sweep.model.parameters())
         if scattered or sweep.factors_device != sweep.device:
             raise InputError("solver: the model and its factors are not all on one device. Score without a solver.")
+        if not sweep.task.convex:
+            raise InputError(
+                f"solver: the loss of {type(sweep.task).__name__} is not convex in what the model returns, so that the "
+                "matrix to be solved with may have no inverse that means anything. Score without a solver."
+            )
         self.examples = len(train)
         self.space = WeightSpace(sweep.model, sweep.layers)
         self._sweep, self._preconditioner, self._train, self._pairs = sweep, preconditioner, train, pairs

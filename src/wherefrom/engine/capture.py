@@ -94,11 +94,12 @@ class Padding:
 
 @dataclass
 class _Call:
-    """One run of a module that uses a layer's weight in a forward pass."""
+    """One run of a module that uses a layer's weight, in the model's call of that number, from 0."""
 
     use: Use
     inputs: Tensor
     version: int
+    model_call: int
     gradient: Tensor | None = None
 
 
@@ -107,20 +108,28 @@ class _Pass:
     """What one forward and backward pass has seen so far.
 
     Attributes:
+        model_calls: how often the loss has called the model, but for calls without gradients.
         latest: the layer, its use and the input that activations were last made for, and the activations.
         without_graph: layers that ran while gradients were switched off.
     """
 
     examples: int
     padding: Sequence[Padding]
+    model_calls: int = 0
     calls: dict[str, list[_Call]] = field(default_factory=dict)
     backward: bool = False
     latest: tuple[TrackedLayer, Use, Tensor, Tensor] | None = None
     without_graph: set[str] = field(default_factory=set)
 
-    def padding_of(self, tokens: int) -> Padding | None:
-        """The padding of layers that see `tokens` an example; None when there is none of that many."""
-        return next((each for each in self.padding if each.mask.shape[1] == tokens), None)
+    def padding_of(self, tokens: int, call: _Call) -> Padding | None:
+        """The padding of a call that sees `tokens` an example; None when there is none of that many."""
+        found = [each for each in self.padding if each.mask.shape[1] == tokens]
+        if len(found) > 1 and len(self.padding) != self.model_calls:
+            raise LayerError(
+                f"{len(found)} masks of {tokens} tokens, and {self.model_calls} call(s) of the model, by which layers "
+                "cannot be told apart. Pad one of the sequences by one token more, or return a mask for each call."
+            )
+        return self.padding[call.model_call] if len(found) > 1 else found[0] if found else None
 
 
 @contextmanager
@@ -163,6 +172,7 @@ class Capture(AbstractContextManager["Capture"]):
     def __enter__(self) -> Capture:
         with ExitStack() as stack:
             stack.enter_context(frozen(self._model))
+            stack.callback(self._model.register_forward_pre_hook(self._model_hook).remove)
             for name, layer in self._layers.items():
                 for use in layer.uses:
                     hook = partial(self._forward_hook, name, use)
@@ -244,6 +254,10 @@ class Capture(AbstractContextManager["Capture"]):
                 "torch.no_grad or inference_mode. Return the loss with its graph."
             )
 
+    def _model_hook(self, model: nn.Module, arguments: tuple[object, ...]) -> None:
+        if self._pass is not None and torch.is_grad_enabled():
+            self._pass.model_calls += 1
+
     def _forward_hook(
         self,
         name: str,
@@ -268,7 +282,7 @@ class Capture(AbstractContextManager["Capture"]):
             output, replaced = output.detach().requires_grad_().clone(), True
         # What gradient checkpointing computes again must come out alike, but what counts is the first time.
         if not current.backward:
-            call = _Call(use, inputs.detach(), inputs._version)
+            call = _Call(use, inputs.detach(), inputs._version, current.model_calls - 1)
             current.calls.setdefault(name, []).append(call)
             output.register_hook(partial(self._gradient_hook, name, call))
         return output if replaced else None
@@ -316,7 +330,7 @@ class Capture(AbstractContextManager["Capture"]):
         read = layer.read(call.use, inputs) if shared is None else shared
         activations, gradients = layer.tensors(call.use, read, gradient)
         batch, tokens = gradients.shape[:2]
-        padding, real = self._padding(layer.name, tokens // copies, current), batch * tokens
+        padding, real = self._padding(layer.name, tokens // copies, call, current), batch * tokens
         if padding is not None:
             mask = padding.mask.to(gradients.device).repeat(1, copies, 1)
             real, gradients = copies * padding.tokens, gradients.where(mask, 0)  # padding may hold NaN
@@ -351,9 +365,9 @@ class Capture(AbstractContextManager["Capture"]):
             )
 
     @staticmethod
-    def _padding(name: str, positions: int, current: _Pass) -> Padding | None:
-        """Which of a layer's positions are real; None when all are."""
-        found = current.padding_of(positions)
+    def _padding(name: str, positions: int, call: _Call, current: _Pass) -> Padding | None:
+        """Which of a layer's positions are real in a call; None when all are."""
+        found = current.padding_of(positions, call)
         # A layer that sees one vector for each example has no padding left.
         if found is None and current.padding and positions != 1:
             counts = " and ".join(str(each.mask.shape[1]) for each in current.padding)
@@ -371,7 +385,7 @@ class Capture(AbstractContextManager["Capture"]):
                 return activations
         early = not self._widens(call.inputs)
         activations = layer.read(call.use, self._operand(call.inputs) if early else call.inputs)
-        padding = current.padding_of(activations.shape[1])
+        padding = current.padding_of(activations.shape[1], call)
         if padding is not None and len(activations) == len(padding.mask):
             activations = activations.where(padding.mask.to(activations.device), 0)
         activations = activations if early else self._operand(activations)

@@ -201,12 +201,12 @@ def collated(
     task = source.task
     examples = [read_example(source.dataset, index) for index in batch_indices]
     try:
-        return _batch(task, examples, model)
+        return _batch(source, examples, model)
     except Exception as error:
         known = [source.positions[index] for index in batch_indices]
         where, cause = f"examples {known[0]} to {known[-1]}", error
         for position, example in zip(known, examples, strict=True):
-            alone = _failure(task, example, model)
+            alone = _failure(source, example, model)
             if alone is not None:
                 where, cause = f"example {position}", alone
                 break
@@ -216,19 +216,22 @@ def collated(
         raise cause from None
 
 
-def _batch(task: Task[Batch], examples: Sequence[object], model: nn.Module | None) -> tuple[Batch, Sequence[Tensor]]:
+def _batch(
+    source: Examples[Batch], examples: Sequence[object], model: nn.Module | None
+) -> tuple[Batch, Sequence[Tensor]]:
+    task = source.task
     batch = task.collate(examples if model is None else [task.select(model, example) for example in examples])
-    masks = task.masks(batch)
+    masks = task.measured_masks(batch) if source.loss == "measurement" else task.masks(batch)
     _check_masks(task, masks, len(examples))
     if model is not None:
         task.check(model, batch)
     return batch, masks
 
 
-def _failure(task: Task[Batch], example: object, model: nn.Module | None) -> Exception | None:
+def _failure(source: Examples[Batch], example: object, model: nn.Module | None) -> Exception | None:
     """Why no batch can be made of one example; None when it can."""
     try:
-        _batch(task, [example], model)
+        _batch(source, [example], model)
     except Exception as error:  # whatever a user's code raises
         return error
     return None
@@ -248,11 +251,6 @@ def _check_masks(task: Task[Batch], masks: object, examples: int) -> None:
             )
         if mask.is_meta:
             raise InputError(f"{name}.mask returned a tensor on the meta device, which has no values.")
-    if len({mask.shape[1] for mask in masks}) < len(masks) and not all(bool(mask.all()) for mask in masks):
-        raise InputError(
-            f"{name}.masks returned masks of {[mask.shape[1] for mask in masks]} tokens, by which layers cannot be "
-            "told apart. Pad one of the sequences by one token more."
-        )
 
 
 def map_tensors(batch: object, function: Callable[[Tensor], Tensor]) -> object:

@@ -20,7 +20,8 @@ from wherefrom.runtime.errors import InputError, first_line, require
 from wherefrom.store.files import read_json
 from wherefrom.store.fingerprint import Dataset
 from wherefrom.study import Study
-from wherefrom.tasks.language import CausalLM, MaskedLM, Seq2Seq, SequenceClassification, TokenBatch
+from wherefrom.tasks.classification import SequenceClassification
+from wherefrom.tasks.language import CausalLM, MaskedLM, Seq2Seq, TokenBatch
 from wherefrom.tasks.task import Task
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 
@@ -44,6 +45,14 @@ def number(name: str, value: object) -> int:
     if not -(2**63) <= found < 2**63:
         raise InputError(f"{name!r} is {found}: expected a whole number of at most 64 bits.")
     return found
+
+
+def real(name: str, value: object) -> float:
+    """A column of one example that is one finite number; refuses others."""
+    found = tensor(name, value, "is no number", "Expected one finite number.")
+    if found.dim() or found.is_complex() or found.is_meta or not math.isfinite(found):
+        raise InputError(f"{name!r} is {str(value)[:40]}: expected one finite number.")
+    return float(value)  # type: ignore[arg-type]  # of the value, which the tensor has in float32
 
 
 def check_length(name: str, values: Tensor, tokens: int, of: str = "input_ids") -> None:

@@ -1,4 +1,4 @@
-"""Tasks of Hugging Face models of text: causal, masked and encoder-decoder language models, sequence classification.
+"""Tasks of Hugging Face language models: causal, masked and encoder-decoder.
 
 Batches are dicts of tensors with the names that these models use; a label of -100 is not counted. The training loss is
 always the summed cross-entropy of the counted labels; what is measured on queries may be something else. Every
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wherefrom.runtime.errors import InputError
-from wherefrom.runtime.precision import widened
 from wherefrom.tasks import packing
 from wherefrom.tasks.columns import batched_columns, check_highest, check_length, check_mask, number, tensor, vector
-from wherefrom.tasks.losses import IGNORED, summed_cross_entropy
+from wherefrom.tasks.losses import IGNORED, summed_cross_entropy, summed_log_odds
 from wherefrom.tasks.model_inputs import accepted, check_tokens, model_columns, selected
 from wherefrom.tasks.sampling import Sampler, drawn_cross_entropy
 from wherefrom.tasks.task import Task
@@ -100,16 +99,13 @@ class LanguageTask(Task[TokenBatch]):
         return known if isinstance(known, int) else None
 
     def train_loss(self, model: nn.Module, batch: TokenBatch, sampler: Sampler | None = None) -> Tensor:
-        logits, labels = self.predictions(model, batch)
-        if sampler is not None:
-            return drawn_cross_entropy(logits, labels != IGNORED, sampler)
-        return summed_cross_entropy(logits, labels)
+        return summed_loss(*self.predictions(model, batch), sampler)
 
     def measurement(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """What `measure` says, summed over the batch: a scalar; lower is more of it."""
         if self.measure == "loss":
             return self.train_loss(model, batch)
-        return -_summed_log_odds(*self.predictions(model, batch))
+        return -summed_log_odds(*self.predictions(model, batch))
 
     def mask(self, batch: TokenBatch) -> Tensor | None:
         mask = batch.get("attention_mask")
@@ -194,7 +190,7 @@ class CausalLM(LanguageTask):
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         # The labels are shifted, not the logits: a slice of those would be copied, and filled up again going back.
         labels = functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED)
-        return self._logits(model, batch), _of_real_tokens(labels, batch)
+        return self._logits(model, batch), of_real_tokens(labels, batch)
 
     def measurement(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         if not isinstance(self.measure, ChosenToken):
@@ -257,7 +253,7 @@ class MaskedLM(LanguageTask):
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         logits: Tensor = model(**self.inputs(model, batch)).logits
-        return logits, _of_real_tokens(batch["labels"], batch)
+        return logits, of_real_tokens(batch["labels"], batch)
 
 
 class Seq2Seq(LanguageTask):
@@ -301,78 +297,21 @@ class Seq2Seq(LanguageTask):
         return columns
 
 
-class SequenceClassification(LanguageTask):
-    """Classification of token sequences with a Hugging Face model that has one label a sequence.
-
-    Examples are dicts with `input_ids` and an integer `labels` (or `label`); optionally `attention_mask`.
-
-    Args:
-        layers, measure: as in `LanguageTask`.
-        pad_token: what `input_ids` are padded with. Decoders that classify by their last token look for it
-            (`model.config.pad_token_id`); others do not care.
-    """
-
-    padding: ClassVar[Mapping[str, int]] = {
-        name: value for name, value in LanguageTask.padding.items() if name != "labels"
-    }
-    read: ClassVar[frozenset[str]] = LanguageTask.read.union(("label",))
-
-    def __init__(self, layers: Sequence[str] | None = None, measure: Measure = "loss", *, pad_token: int = 0) -> None:
-        super().__init__(layers, measure)
-        self.pad_token = pad_token
-
-    def classes(self, model: nn.Module) -> int | None:
-        known = getattr(getattr(model, "config", None), "num_labels", None)
-        return known if isinstance(known, int) else None
-
-    def check(self, model: nn.Module, batch: TokenBatch) -> None:
-        super().check(model, batch)
-        mask = batch.get("attention_mask")
-        # Decoders, whose head is called so, classify by the last token, and others by the first.
-        if mask is not None and not hasattr(model, "score") and bool((mask[:, 0] == 0).any()):
-            raise InputError("the first token, which the model classifies by, is masked. Pad on the right.")
-
-    def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        logits: Tensor = model(**self.inputs(model, batch)).logits
-        if logits.shape[-1] == 1:
-            raise InputError(
-                "SequenceClassification: the model has one output, which is no choice between classes. Write a Task "
-                "whose train_loss is what it was trained with."
-            )
-        return logits, batch["labels"]
-
-    def collate(self, examples: Sequence[object]) -> TokenBatch:
-        batch = super().collate(examples)
-        if "attention_mask" in batch:
-            batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, self.pad_token)
-        return {**batch, "labels": torch.tensor([_class_of(example) for example in examples])}
+def summed_loss(logits: Tensor, labels: Tensor, sampler: Sampler | None) -> Tensor:
+    """Cross-entropy of logits [..., classes] and labels [...], or of labels drawn for the counted ones: a scalar."""
+    if sampler is not None:
+        return drawn_cross_entropy(logits, labels != IGNORED, sampler)
+    return summed_cross_entropy(logits, labels)
 
 
-def _of_real_tokens(labels: Tensor, batch: TokenBatch) -> Tensor:
+def of_real_tokens(labels: Tensor, batch: TokenBatch) -> Tensor:
     """Labels [batch, tokens] without those that are predicted from padding, such as the first token's behind it."""
     mask = batch.get("attention_mask")
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
 
 
 def _labels(batch: TokenBatch) -> Tensor:
-    return batch["labels"] if "labels" in batch else _of_real_tokens(batch["input_ids"], batch)
-
-
-def _class_of(example: object) -> int:
-    """The label of an example that has one for the whole of it."""
-    assert isinstance(example, Mapping)
-    for name in ("labels", "label"):
-        if example.get(name) is not None:
-            return number(name, example[name])
-    raise InputError(f"SequenceClassification needs examples with an integer 'labels'; found {sorted(example)}.")
-
-
-def _summed_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum over counted labels of their logit less the log-sum-exp of all other logits: a scalar."""
-    counted = labels != IGNORED
-    logits, chosen = widened(logits[counted]), labels[counted].unsqueeze(-1)  # [counted, classes], [counted, 1]
-    others = logits.scatter(-1, chosen, -torch.inf).logsumexp(-1)
-    return (logits.gather(-1, chosen).squeeze(-1) - others).sum()
+    return batch["labels"] if "labels" in batch else of_real_tokens(batch["input_ids"], batch)
 
 
 def _token_positions(mask: Tensor, position: int) -> Tensor:

@@ -88,7 +88,12 @@ def _block_sums(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, statistics: SoftmaxStatistics | None = None) -> Tensor:
-    """Cross-entropy of logits [..., classes] and labels [...], summed over all that are not `IGNORED`: a scalar.
+    """`cross_entropy`, summed: a scalar."""
+    return cross_entropy(logits, labels, statistics).sum()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, statistics: SoftmaxStatistics | None = None) -> Tensor:
+    """Cross-entropy of logits [..., classes] and labels [...], 0 where a label is `IGNORED`: [...].
 
     It is in float32 or wider. Its gradient is as exact and as often differentiable as that of
     `functional.cross_entropy`, and comes in the logits' own type.
@@ -104,7 +109,26 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, statistics: SoftmaxStat
     flat = logits.reshape(-1, logits.shape[-1])
     known = statistics or softmax_statistics(flat.detach())
     costs: Tensor = _CrossEntropy.apply(flat, labels.reshape(-1), known.maximum, known.total)  # type: ignore[no-untyped-call]
-    return costs.sum()
+    return costs.view(labels.shape)
+
+
+def summed_binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of logits and labels from 0 to 1, of one shape, summed: a scalar in float32 or wider."""
+    logits = widened(logits)
+    return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+
+
+def half_squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Half the squared error, summed: the negative log-likelihood of normal distributions of unit variance."""
+    return 0.5 * (widened(predictions) - targets).square().sum()
+
+
+def summed_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum over labels that are not `IGNORED` of their logit less the log-sum-exp of all other logits: a scalar."""
+    counted = labels != IGNORED
+    logits, chosen = widened(logits[counted]), labels[counted].unsqueeze(-1)  # [counted, classes], [counted, 1]
+    others = logits.scatter(-1, chosen, -torch.inf).logsumexp(-1)
+    return (logits.gather(-1, chosen).squeeze(-1) - others).sum()
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -29,7 +29,7 @@ _REFUSED = {
     ),
 }
 # What collators for packed sequences write besides positions, and models take among their **kwargs.
-_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 _known: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
@@ -73,7 +73,7 @@ def selected(model: nn.Module, example: Mapping[str, object], read: frozenset[st
         if name in found.taken and (name in _REFUSED or isinstance(value, str | bytes)):
             reason = _REFUSED.get(name, f"it is a {type(value).__name__}: give numbers, or leave it out")
             raise InputError(f"{name!r} is an input of {type(model).__name__} that cannot be passed on; {reason}.")
-        if name in _BOUNDARIES and example.get("position_ids") is None:
+        if name in BOUNDARIES and example.get("position_ids") is None:
             raise InputError(
                 f"{name!r} says where documents of one sequence begin, and there are no 'position_ids', by which "
                 "models without flash attention tell them apart. Give these too, starting from 0 in each document."

@@ -1,4 +1,5 @@
-"""Packed sequences: several documents in one, whose positions start again with each: what a model makes of them.
+"""Packed sequences: several documents in one, whose positions start again with each: what a model makes of them, and
+the documents one by one.
 
 TRL's packing and padding-free collators, and transformers' own, make such sequences, and training with them keeps the
 documents apart. Whether a model does so depends on its kind, its attention and the version of transformers, so it is
@@ -8,14 +9,17 @@ tried.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from wherefrom.runtime.errors import InputError
-from wherefrom.tasks.columns import vector
-from wherefrom.tasks.model_inputs import accepted
+from wherefrom.store.fingerprint import Dataset, checked_length, read_example
+from wherefrom.tasks.columns import check_length, vector
+from wherefrom.tasks.model_inputs import BOUNDARIES, accepted
 from wherefrom.tasks.task import evaluating
 
 # Tokens of each of the two documents that a model is tried with.
@@ -113,3 +117,103 @@ def check_positions_taken(model: nn.Module, example: Mapping[str, object]) -> No
             f"'seq_lengths' says that sequences hold several documents, and {type(model).__name__} takes no "
             "'position_ids', by which it could tell them apart. Give each document a sequence of its own."
         )
+
+
+class Document(NamedTuple):
+    """Where a document lies: in which packed example, and its tokens there, from `start` up to `stop`."""
+
+    example: int
+    start: int
+    stop: int
+
+
+class Unpacked:
+    """The documents of a dataset of packed examples, an example each; see `unpacked`.
+
+    Attributes:
+        documents: where each lies, in order.
+    """
+
+    def __init__(self, dataset: Dataset[object]) -> None:
+        self._dataset = dataset
+        self._whole = {"seq_lengths"}  # columns that do not have a value for each token, in some example at least
+        self._latest: tuple[int, Mapping[str, object]] = -1, {}  # the documents of one example stand beside each other
+        count = checked_length("The packed dataset", dataset)
+        self.documents = [each for position in range(count) for each in self._documents(position)]
+
+    def __len__(self) -> int:
+        """How many documents there are."""
+        return len(self.documents)
+
+    def __getitem__(self, position: int, /) -> dict[str, object]:
+        at, start, stop = self.documents[position]
+        if self._latest[0] != at:
+            self._latest = at, self._read(at)
+        return {
+            name: value if name in self._whole else value[start:stop]  # type: ignore[index]
+            for name, value in self._latest[1].items()
+            if name not in ("seq_lengths", "text", *BOUNDARIES)
+        }
+
+    def _read(self, position: int) -> Mapping[str, object]:
+        example = read_example(self._dataset, position)
+        if not isinstance(example, Mapping) or example.get("input_ids") is None:
+            raise InputError(
+                f"Example {position} of the packed dataset is no dict with 'input_ids'. Tokenise it first."
+            )
+        return example
+
+    def _documents(self, position: int) -> list[Document]:
+        example = self._read(position)
+        try:
+            bounds = _bounds(example)
+        except InputError as error:
+            raise InputError(f"Example {position} of the packed dataset: {error}") from error
+        self._whole.update(name for name, value in example.items() if not _each_token(value, len(example["input_ids"])))  # type: ignore[arg-type]
+        return [Document(position, start, stop) for start, stop in pairwise(bounds)]
+
+
+def unpacked(dataset: Dataset[object]) -> Unpacked:
+    """The documents of packed examples as examples of their own, so that each document has a score of its own.
+
+    Of a model that keeps the documents of a sequence apart, a packed example's loss and gradient are the sums of its
+    documents'. Columns with a value for each token are cut with the tokens; others are those of the
+    packed example, but for `text` and what says where its documents begin.
+
+    Args:
+        dataset: dicts with `input_ids`, and with `position_ids` that start again in each document or `seq_lengths`, as
+            TRL's packing and transformers' collators write them: a list, or a Hugging Face dataset. Padding, which an
+            `attention_mask` of 0 marks at the end, is left out.
+
+    Raises:
+        InputError: an example does not say where its documents begin, or has an attention mask with which documents
+            were not kept apart.
+    """
+    return Unpacked(dataset)
+
+
+def _bounds(example: Mapping[str, object]) -> list[int]:
+    """Where the documents of a packed example begin, and where the last one ends."""
+    tokens = len(vector("input_ids", example["input_ids"]))
+    if example.get("prompt_length") is not None:
+        raise InputError("'prompt_length' is of all its documents together. Give 'labels' or a 'completion_mask'.")
+    if example.get("position_ids") is not None:
+        positions = vector("position_ids", example["position_ids"])
+    elif example.get("seq_lengths") is not None:
+        positions = positions_of(example["seq_lengths"], tokens)
+    else:
+        raise InputError("it has neither 'position_ids' nor 'seq_lengths', so nothing says where its documents begin.")
+    check_length("position_ids", positions, tokens)
+    given = example.get("attention_mask")
+    mask = torch.ones(tokens, dtype=torch.int64) if given is None else vector("attention_mask", given)
+    check_length("attention_mask", mask, tokens)
+    check_mask_of_packed(example, positions, mask)
+    real = int(mask.sum())
+    return [0, *(starts(positions[:real]).nonzero().flatten() + 1).tolist(), real]
+
+
+def _each_token(value: object, tokens: int) -> bool:
+    """Whether a column has a value for each token."""
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+        return False
+    return not (isinstance(value, Tensor) and not value.dim()) and len(value) == tokens

@@ -59,6 +59,12 @@ class Sampler:
         drawn = _drawn(flat, statistics or softmax_statistics(flat), chosen.flatten(0, 1))
         return torch.where(where, drawn.view(shape), 0)
 
+    def binary(self, logits: Tensor) -> Tensor:
+        """Draw 0 or 1 for each of `logits` [batch, ...], 1 with probability sigmoid(logit); in float32 or wider."""
+        uniform = self._uniform(logits[0].numel(), 1, logits.device).view(logits.shape)
+        wide = widened(logits)
+        return (uniform < wide.sigmoid()).to(wide.dtype)
+
     def normal(self, mean: Tensor) -> Tensor:
         """Draw from a normal distribution of unit variance around `mean`, [batch, ...]."""
         uniform = self._uniform(mean[0].numel(), 1, mean.device).view(mean.shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,6 +18,7 @@ from wherefrom.runtime.errors import InputError, check_argument, first_line
 from wherefrom.runtime.memory import out_of_memory
 from wherefrom.runtime.precision import widened
 from wherefrom.tasks.descriptions import described, described_class
+from wherefrom.tasks.losses import half_squared_error, summed_binary_cross_entropy
 from wherefrom.tasks.sampling import Sampler
 
 Batch = TypeVar("Batch")
@@ -30,6 +31,9 @@ class Task(Generic[Batch]):
         layers: names or glob patterns (`transformer.h.*.mlp.*`) of the layers to track. None tracks linear layers and
             convolutions that are not frozen, except the output head; of a model with LoRA adapters, these alone.
     """
+
+    convex: ClassVar[bool] = True
+    """Whether the training loss is convex in what the model returns, as solvers need."""
 
     def __init__(self, layers: Sequence[str] | None = None) -> None:
         expected = f"a list of names or patterns; write layers=[{layers!r}]"
@@ -58,13 +62,18 @@ class Task(Generic[Batch]):
         return None
 
     def masks(self, batch: Batch) -> Sequence[Tensor]:
-        """`mask`, or several where layers see different tokens, as in an encoder and a decoder.
+        """`mask`, or several: where layers see different tokens, as in an encoder and a decoder, or where the loss
+        calls the model several times, for each call one.
 
-        A layer's is the one with as many tokens as the layer sees; so no two may have equally many, unless nothing is
-        padded.
+        A layer's is the one with as many tokens as the layer sees. Of several with equally many, unless nothing is
+        padded, it is that of the call, and so there has to be one for each.
         """
         mask = self.mask(batch)
         return () if mask is None else (mask,)
+
+    def measured_masks(self, batch: Batch) -> Sequence[Tensor]:
+        """`masks` for the measurement, where that calls the model otherwise than the training loss does."""
+        return self.masks(batch)
 
     def head(self, model: nn.Module) -> nn.Module | None:
         """The output head, which is not tracked unless `layers` names it; None when the model has no such layer."""
@@ -183,14 +192,46 @@ class Regression(Task[Sequence[Tensor]]):
         """Half the squared error, summed over the batch; refuses targets of another shape than the model's output."""
         inputs, targets = _pair(self, batch)
         predictions = _output(self, model(inputs))
-        if predictions.shape != targets.shape:
-            raise InputError(
-                f"Regression: the model's output has shape {list(predictions.shape)} and the targets "
-                f"{list(targets.shape)}; reshape one of them, since broadcasting would pair wrong values."
-            )
+        _check_alike(self, predictions, targets)
         if sampler is not None:
             targets = sampler.normal(predictions.detach())
-        return 0.5 * (predictions - targets).square().sum()
+        return half_squared_error(predictions, targets)
+
+
+class MultiLabel(Task[Sequence[Tensor]]):
+    """Classification of batches `(inputs, labels)` where an example may have any number of classes, or one question is
+    answered by yes or no, by binary cross-entropy; the model returns logits of the labels' shape [batch, ...].
+
+    Labels are 0 or 1, or probabilities.
+    """
+
+    def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
+        """The binary cross-entropy, summed over the batch and the classes; refuses labels of another shape."""
+        inputs, labels = _pair(self, batch)
+        logits = _output(self, model(inputs))
+        _check_alike(self, logits, labels)
+        if sampler is not None:
+            labels = sampler.binary(logits.detach())
+        return summed_binary_cross_entropy(logits, labels)
+
+    def check(self, model: nn.Module, batch: Sequence[Tensor]) -> None:
+        """Refuse labels that are no probabilities, with an `InputError`."""
+        check_probabilities(_pair(self, batch)[1])
+
+
+def check_probabilities(labels: Tensor) -> None:
+    """Refuse labels of binary cross-entropy, on the host, that are not from 0 to 1."""
+    wrong = labels[~((labels >= 0) & (labels <= 1))]
+    if len(wrong):
+        raise InputError(f"a label is {wrong[0].item():g}: expected 0 or 1 for each output, or a probability.")
+
+
+def _check_alike(task: Task[Sequence[Tensor]], output: Tensor, targets: Tensor) -> None:
+    if output.shape != targets.shape:
+        raise InputError(
+            f"{type(task).__name__}: the model's output has shape {list(output.shape)} and the targets "
+            f"{list(targets.shape)}; reshape one of them, since broadcasting would pair wrong values."
+        )
 
 
 def _pair(task: Task[Sequence[Tensor]], batch: object) -> tuple[Tensor, Tensor]:

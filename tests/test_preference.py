@@ -123,7 +123,7 @@ def test_losses_are_their_formulas_whatever_the_batch(name: str) -> None:
     task = wf.Preference(loss, before if loss.referenced else None)
     expected = []
     for row in rows:
-        of = [
+        of: list[Any] = [
             log_probability(each, row["prompt_ids"], row[side])
             for each in (model, before)
             for side in row
@@ -290,7 +290,7 @@ class Free(nn.Module):
 
 
 def of_logits(task: Any, row: Row, count: int, measured: bool) -> tuple[float, Tensor]:
-    """What is measured, or a loss with drawn targets, of an example `count` times, and the gradients [count, logits]."""
+    """What is measured, or a loss with drawn targets, of an example `count` times, and gradients [count, logits]."""
     generator = torch.Generator().manual_seed(3)
     lengths = [len(row["prompt_ids"]) + len(row[side]) for side in ("chosen_ids", "rejected_ids")]
     model = Free(*(torch.randn(length, VOCABULARY, generator=generator, dtype=torch.float64) for length in lengths))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from wherefrom.hf.pairs import Example, judged, preferred, rewarded
 from wherefrom.hf.text import read_dataset
 from wherefrom.runtime.errors import InputError, first_line, require
 from wherefrom.store.fingerprint import Dataset
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wherefrom")
 
-Target = Literal["causal", "masked", "seq2seq", "classification"]
-Example = Mapping[str, Any]
+Target = Literal["causal", "masked", "seq2seq", "classification", "tokens", "preference", "reward"]
 RawExamples = str | Path | Sequence[str] | Dataset[object]
 
 _MASKED_SHARE = 0.15  # Devlin et al. 2019, section 3.1
 _SHOWN = ("title", "label")  # columns that reports show
+_TOKENISED = ("input_ids", "chosen_ids", "completion_ids")  # columns of examples that stay as they are
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Preparation:
     end_token: bool = True
 
     def prepare(self, examples: RawExamples, split: str = "train") -> Dataset[object]:
-        """Token sequences, in the order of the examples; those with a column `input_ids` stay as they are.
+        """Token sequences, in the order of the examples; those that are tokenised stay as they are.
 
         Args:
             examples: dicts, or texts, or where they are: a file, a saved dataset, a hub name (see `text.read_texts`).
@@ -59,19 +60,9 @@ class Preparation:
         Raises:
             InputError: there are no examples, or not the columns that the target needs.
         """
-        data: Any = read_dataset(str(examples), split) if isinstance(examples, str | Path) else examples
-        if not hasattr(data, "__len__"):
-            raise InputError(
-                f"The dataset is a {type(data).__name__}, without a length: expected one that is loaded whole."
-            )
-        if len(data) == 0:
-            raise InputError("The dataset is empty: expected at least one example. Check the path or the filter.")
-        if isinstance(data[0], str):
-            data = [{"text": text} for text in data]
-        if not isinstance(data[0], Mapping):
-            raise InputError(f"The dataset has examples of type {type(data[0]).__name__}: expected dicts or texts.")
-        if "input_ids" in data[0]:
-            return data  # type: ignore[no-any-return]
+        data = read_examples(examples, split)
+        if any(name in data[0] for name in _TOKENISED):
+            return data
         columns, encode = self._encoder(data[0])
         prepared = [self._prepared(columns, encode, data[number], number) for number in range(len(data))]
         _report_uncounted(prepared)
@@ -103,13 +94,15 @@ class Preparation:
                 f"Example {number} of the dataset makes no tokens ({type(error).__name__}: {first_line(error)}). "
                 f"Check its columns {', '.join(columns)}, and the tokenizer's chat template."
             ) from error
-        if not encoded["input_ids"]:
+        if not encoded.get("input_ids", True):
             raise InputError(f"Example {number} of the dataset has no token; leave it out.")
+        whole = "labels" if self.target == "classification" else None  # of all outputs, not of tokens
         cut = {
-            name: values[: self.max_length] if isinstance(values, list) else values for name, values in encoded.items()
+            name: values[: self.max_length] if isinstance(values, list) and name != whole else values
+            for name, values in encoded.items()
         }
         shown = {name: example[name] for name in _SHOWN if name in example and name not in cut}
-        text = example["text"] if "text" in example else self.tokens.decode(cut["input_ids"], skip_special_tokens=True)
+        text = encoded.get("text") or (example["text"] if "text" in example else self.decoded(cut["input_ids"]))
         return {**shown, **cut, "text": text}
 
     @property
@@ -125,6 +118,10 @@ class Preparation:
                 "'input_ids'."
             )
         return self.tokenizer
+
+    def decoded(self, ids: list[int]) -> str:
+        """Tokens as a text for readers."""
+        return str(self.tokens.decode(ids, skip_special_tokens=True))
 
     def ids(self, text: str, end: bool = False) -> list[int]:
         """A text as tokens; at its `end` the end-of-sequence token, if there is to be one."""
@@ -157,6 +154,26 @@ class Preparation:
     def cut_off(self, text: str, **options: Any) -> Any:
         """What the tokenizer makes of a text that it cuts itself, before the special tokens that it puts at the end."""
         return self.tokens(text, truncation=self.max_length is not None, max_length=self.max_length, **options)
+
+
+def read_examples(examples: RawExamples, split: str = "train") -> Dataset[Example]:
+    """Examples that are dicts: those that are given, or read from where they are; texts as `text`.
+
+    Raises:
+        InputError: there are none, or they are neither.
+    """
+    data: Any = read_dataset(str(examples), split) if isinstance(examples, str | Path) else examples
+    if not hasattr(data, "__len__"):
+        raise InputError(
+            f"The dataset is a {type(data).__name__}, without a length: expected one that is loaded whole."
+        )
+    if len(data) == 0:
+        raise InputError("The dataset is empty: expected at least one example. Check the path or the filter.")
+    if isinstance(data[0], str):
+        data = [{"text": text} for text in data]
+    if not isinstance(data[0], Mapping):
+        raise InputError(f"The dataset has examples of type {type(data[0]).__name__}: expected dicts or texts.")
+    return data  # type: ignore[no-any-return]
 
 
 _Encoder = Callable[[Preparation, Example, int], dict[str, Any]]
@@ -220,12 +237,28 @@ def _classified(column: str) -> _Encoder:
     return encode
 
 
+def _words(column: str) -> _Encoder:
+    """A label for each word is that of its first token; others are not counted, as in transformers' run_ner.py."""
+
+    def encode(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
+        encoded = preparation.cut_off(example["tokens"], is_split_into_words=True)
+        words, labels = encoded.word_ids(), example[column]
+        before = [None, *words[:-1]]
+        counted = [IGNORED if word in (None, last) else labels[word] for word, last in zip(words, before, strict=True)]
+        return {"input_ids": list(encoded["input_ids"]), "labels": counted}
+
+    return encode
+
+
 # Columns that examples have, and what makes token sequences of them; the first that fit.
 _ENCODERS: dict[Target, dict[tuple[str, ...], _Encoder]] = {
     "causal": {("messages",): _messages, ("prompt", "completion"): _completion, ("text",): _text},
     "masked": {("text",): _masked_text},
     "seq2seq": {("prompt", "completion"): _pair},
     "classification": {("text", "label"): _classified("label"), ("text", "labels"): _classified("labels")},
+    "tokens": {("tokens", "labels"): _words("labels"), ("tokens", "ner_tags"): _words("ner_tags")},
+    "preference": {("chosen", "rejected"): preferred, ("prompt", "completion", "label"): judged},
+    "reward": {("chosen", "rejected"): rewarded},
 }
 
 

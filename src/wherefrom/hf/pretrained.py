@@ -7,12 +7,13 @@ and chooses the task that its architecture was trained for.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from wherefrom.hf.preparation import Preparation, RawExamples, Target
+from wherefrom.hf.preparation import Preparation, RawExamples, Target, read_examples
 from wherefrom.hf.refusals import ADAPTER, refuse_imports
 from wherefrom.hf.text import load_config, load_model, load_tokenizer, local_path
 from wherefrom.runtime.distributed import join_ranks
@@ -20,8 +21,9 @@ from wherefrom.runtime.errors import InputError, first_line, require
 from wherefrom.store.files import read_json
 from wherefrom.store.fingerprint import Dataset
 from wherefrom.study import Study
-from wherefrom.tasks.classification import SequenceClassification
-from wherefrom.tasks.language import CausalLM, MaskedLM, Seq2Seq, TokenBatch
+from wherefrom.tasks.classification import SequenceClassification, TokenClassification
+from wherefrom.tasks.language import CausalLM, MaskedLM, Seq2Seq
+from wherefrom.tasks.preference.tasks import Preference, RewardModel
 from wherefrom.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -31,14 +33,14 @@ if TYPE_CHECKING:
 _ADAPTER_LAYERS = ("*.lora_A.*", "*.lora_B.*")
 
 
-class PretrainedStudy(Study[TokenBatch]):
+class PretrainedStudy(Study[Any]):
     """A study that prepares queries as it has prepared its training examples."""
 
     def __init__(
         self,
         path: str | Path,
         model: PreTrainedModel,
-        task: Task[TokenBatch],
+        task: Task[Any],
         *,
         train: RawExamples,
         preparation: Preparation,
@@ -69,7 +71,7 @@ def study_from_pretrained(
     train: RawExamples,
     *,
     run: str | Path | None = None,
-    task: Task[TokenBatch] | None = None,
+    task: Task[Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
     end_token: bool = True,
@@ -87,13 +89,18 @@ def study_from_pretrained(
               or `text`. Of messages, the assistant's turns are counted if the chat template marks them;
             - for a masked language model: `text`, of which 15% of the tokens are masked;
             - for an encoder-decoder: `prompt` and `completion`;
-            - for a sequence classifier: `text` and `label`.
+            - for a sequence classifier: `text` and `label` or `labels`; or `chosen` and `rejected`, with `prompt` or
+              with the prompt in both, for one that is a reward model;
+            - for a token classifier: `tokens`, which are words, and `labels` or `ner_tags`;
+            - for `Preference`: `chosen` and `rejected` as for a reward model; for `KTO` `prompt`, `completion` and
+              `label`.
 
             A string is a `text`. Where the model was trained on other tokens than these columns give, pass tokenised
             examples.
         run: the run directory; `folder/wherefrom` by default, where there is a folder.
-        task: `CausalLM`, `MaskedLM`, `Seq2Seq` or `SequenceClassification`, whose kind of model is loaded; None chooses
-            by the architecture.
+        task: `CausalLM`, `Preference`, `MaskedLM`, `Seq2Seq`, `SequenceClassification`, `RewardModel` or
+            `TokenClassification`, whose kind of model is loaded; None chooses by the architecture and the columns, but
+            for `Preference`, whose loss they do not tell.
         tokenizer: None loads that of the folder, or of the adapter's model.
         max_length: texts are cut off after so many tokens; None is what the model can take.
         end_token: put the end-of-sequence token after a text or completion, as TRL does.
@@ -109,7 +116,8 @@ def study_from_pretrained(
         raise InputError(f"run=None with the model {str(folder)!r}, which is no folder: expected a run directory.")
     name = str(base or folder)
     config = load_config(name)
-    kind = _kind(config, task)
+    train = read_examples(train)
+    kind = _kind(config, task, train[0])
     tokenizer = tokenizer or _tokenizer([str(folder), *([base] if base else [])])
     preparation = Preparation(kind.target, tokenizer, max_length or _longest(config, tokenizer), end_token)
     model = load_model(name, kind.auto_class)
@@ -157,43 +165,63 @@ class _Kind(NamedTuple):
     auto_class: str
     architectures: str
     target: Target
-    task: type[Task[TokenBatch]]
+    task: type[Task[Any]]
 
 
+_CAUSAL = _Kind("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "causal", CausalLM)
+_CLASSIFIER = _Kind(
+    "AutoModelForSequenceClassification",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "classification",
+    SequenceClassification,
+)
 # Encoder-decoders come first: some of them can also fill masks.
 _KINDS = (
     _Kind("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "seq2seq", Seq2Seq),
-    _Kind("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "causal", CausalLM),
+    _CAUSAL,
     _Kind("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "masked", MaskedLM),
+    _CLASSIFIER,
     _Kind(
-        "AutoModelForSequenceClassification",
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-        "classification",
-        SequenceClassification,
+        "AutoModelForTokenClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+        "tokens",
+        TokenClassification,
     ),
 )
+# The same models, trained on pairs.
+_PAIRED = {
+    _CAUSAL: _CAUSAL._replace(target="preference", task=Preference),
+    _CLASSIFIER: _CLASSIFIER._replace(target="reward", task=RewardModel),
+}
 
 
-def _default_task(kind: _Kind, config: PreTrainedConfig) -> Task[TokenBatch]:
-    if kind.task is SequenceClassification:
-        return SequenceClassification(pad_token=getattr(config, "pad_token_id", None) or 0)
+def _default_task(kind: _Kind, config: PreTrainedConfig) -> Task[Any]:
+    if kind.task is Preference:
+        raise InputError(
+            "The dataset has pairs of chosen and rejected completions, and nothing says with which loss the model was "
+            "trained on them: give task=wf.Preference(wf.DPO(beta=...), reference=...), or another of its losses."
+        )
+    if kind.task in (SequenceClassification, RewardModel):
+        return kind.task(pad_token=getattr(config, "pad_token_id", None) or 0)
     return kind.task()
 
 
-def _kind(config: PreTrainedConfig, task: Task[TokenBatch] | None) -> _Kind:
-    """The kind of model that a task is for; of another task or none, the kind of the architecture."""
-    for kind in _KINDS:
+def _kind(config: PreTrainedConfig, task: Task[Any] | None, example: Mapping[str, object]) -> _Kind:
+    """The kind of model that a task is for; of another task or none, the kind of the architecture and the example."""
+    for kind in (*_KINDS, *_PAIRED.values()):
         if isinstance(task, kind.task):
             return kind
     architecture = (config.architectures or ["none"])[0]
     auto = require("transformers.models.auto.modeling_auto")
     for kind in _KINDS:
         if architecture in getattr(auto, kind.architectures).values():
-            return kind
+            alone = example.keys() & {"input_ids", "messages", "text", "completion"}  # what is trained on without pairs
+            paired = not alone and bool(example.keys() & {"rejected", "rejected_ids"})
+            return _PAIRED.get(kind, kind) if paired and task is None else kind
     raise InputError(
         f"The model's architecture is {architecture}: expected a causal or masked language model, an "
-        "encoder-decoder or a sequence classifier. For others, load the model and give wherefrom.Study a Task of "
-        "your own."
+        "encoder-decoder, or a classifier of sequences or tokens. For others, load the model and give wherefrom.Study "
+        "a Task of your own."
     )
 
 

@@ -46,8 +46,8 @@ class Approximation:
             raise InputError(f"query_bits={self.query_bits}: expected 8, or None for numbers of the products' type.")
         if self.query_bits is not None and self.query_rank is not None:
             raise InputError(
-                f"query_bits={self.query_bits} with query_rank={self.query_rank}: matrices of low rank are not kept as "
-                "integers. Leave one of them out."
+                f"query_bits={self.query_bits} with query_rank={self.query_rank}: matrices of low rank are not stored "
+                "as integers. Leave one of them out."
             )
         if self.rescore < 0 or (self.rescore and not self.compressed):
             raise InputError(

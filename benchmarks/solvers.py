@@ -25,8 +25,8 @@ import wherefrom as wf
 from wherefrom.curvature.gauss_newton import DampedGaussNewton
 from wherefrom.curvature.operators import Operator
 from wherefrom.curvature.solvers import Solver
-from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Examples
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.engine.sweep import Sweep
 from wherefrom.evaluate.agreement import compare_scores
 from wherefrom.runtime.errors import LossError

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import wherefrom as wf
-from tests.models import Case, gpt2_case, mlp_case
+from tests.mixtures import mixture
+from tests.models import Case, gpt2_case, mlp_case, token_rows
 from tests.runs import factored
 from wherefrom.runtime.distributed import Ranks, join_ranks
 from wherefrom.runtime.errors import WherefromError
@@ -66,6 +67,25 @@ def sharded(run: Path) -> None:
         fully_shard(block)
     fully_shard(case.model)
     everything(case, run, queries=2)
+
+
+def experts(run: Path) -> None:
+    """A mixture of experts, of which each process's examples choose others."""
+    _experts_of(mixture("mixtral"), run)
+
+
+def sharded_experts(run: Path) -> None:
+    """The same, with weights that are spread over the processes."""
+    model = mixture("mixtral")
+    for block in model.model.layers:
+        fully_shard(block)
+    _experts_of(fully_shard(model), run)
+
+
+def _experts_of(model: nn.Module, run: Path) -> None:
+    execution = wf.Execution(train_batch_size=1)
+    study = wf.Study(run, model, wf.CausalLM(), train=token_rows(5), execution=execution)
+    study.score(token_rows(2, seed=4), wf.EKFAC(damping=0.001), keep=wf.Tokens())
 
 
 class Slow(wf.Classification):
@@ -209,7 +229,7 @@ class Counting(wf.Classification):
 JOBS: dict[str, Callable[[Path], None]] = {
     job.__name__: job
     for job in (
-        *(mlp, gpt2, sharded, slow, poisoned, unlike),
+        *(mlp, gpt2, sharded, experts, sharded_experts, slow, poisoned, unlike),
         *(unlike_queries, sharded_full, full, impatient, elsewhere, joined_later),
     )
 }

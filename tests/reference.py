@@ -125,7 +125,7 @@ class BruteForce:
         gradients = torch.cat([each[layer][1] for each in self.tokens])
         a, s = (
             moment if len(moment) <= self.widest else moment.diagonal().diag()
-            for moment in (each.T @ each / len(each) for each in (activations, gradients))
+            for moment in (each.T @ each / max(len(each), 1) for each in (activations, gradients))
         )
         if strategy == "shampoo":
             s, a = self.whole_moments(layer, rows.view(len(rows), len(s), len(a)))
@@ -150,6 +150,8 @@ class BruteForce:
                 total += left @ right.T
                 continue
             matrix = self.curvature(strategy, layer)
+            if not matrix.any() and damping is None:
+                continue  # without curvature, the pseudo-inverse is 0
             added = 0.1 * float(matrix.detach().diagonal().mean()) if damping is None else damping
             damped = matrix + added * torch.eye(len(matrix), dtype=torch.float64)
             total += left @ torch.linalg.solve(damped, right.T)

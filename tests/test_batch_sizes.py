@@ -10,8 +10,8 @@ import torch
 import wherefrom as wf
 from tests.models import mlp_case
 from wherefrom.curvature.collectors import EigenvalueCollector
-from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Examples
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.errors import MemoryLimitError
 

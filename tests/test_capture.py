@@ -15,8 +15,8 @@ from tests.models import Mlp, gpt2, gpt2_case, mlp_case, relative_error, token_r
 from tests.reference import BruteForce
 from tests.runs import factored, with_factors
 from wherefrom.curvature.factors import bases_to_tensors
-from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Examples
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.runtime.errors import InputError, LayerError
 from wherefrom.runtime.placement import execution_device, tied_names
 from wherefrom.store.fingerprint import model_digest

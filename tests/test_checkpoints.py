@@ -17,7 +17,7 @@ import wherefrom as wf
 from tests.models import Case, gpt2, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import factored
-from wherefrom.engine.layers import select_layers
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.runtime.errors import InputError, LossError, MismatchError
 from wherefrom.store.recording import ParameterGroup, RecordedCheckpoint
 from wherefrom.store.weights import load_weights

@@ -16,8 +16,8 @@ from tests.models import VOCABULARY, Case, relative_error, token_rows
 from tests.reference import BruteForce
 from tests.runs import factored
 from tests.test_language import configured
-from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Examples, collated
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.runtime.errors import InputError
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import wherefrom as wf
 from tests.models import gpt2_case, relative_error
-from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Examples
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.compiling import CompiledOnGPU, compiled_activations
 

@@ -14,7 +14,7 @@ from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import factored, labels, with_factors
 from tests.test_layers import CASES
-from wherefrom.engine.layers import select_layers
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.runtime.errors import InputError, MismatchError
 
 SEED = 7

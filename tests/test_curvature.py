@@ -16,7 +16,7 @@ from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error, widened
 from tests.reference import BruteForce
 from tests.runs import factored, only, with_factors
 from wherefrom.curvature.factors import STRATEGIES
-from wherefrom.engine.layers import select_layers
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.runtime.errors import InputError
 
 CASES = {"mlp": mlp_case, "gpt2": gpt2_case}

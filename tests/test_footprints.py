@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import wherefrom as wf
 from wherefrom.curvature.collectors import EigenvalueCollector
-from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Examples
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.memory import SavedBytes
 from wherefrom.tasks.losses import summed_cross_entropy

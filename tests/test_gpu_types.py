@@ -10,7 +10,7 @@ from tests.models import relative_error
 from wherefrom.curvature.collectors import CovarianceCollector, EigenvalueCollector, add_columns, upper_product
 from wherefrom.curvature.operators import Basis, Operator
 from wherefrom.engine.capture import Captured
-from wherefrom.engine.layers import TrackedLayer, select_layers
+from wherefrom.engine.modules.layers import TrackedLayer, select_layers
 from wherefrom.planning.forms import BankForm
 from wherefrom.runtime.precision import product
 from wherefrom.scoring.bank import GradientBank

@@ -15,8 +15,8 @@ from tests.models import gpt2_case, mlp_case, relative_error
 from tests.runs import factored, labels
 from wherefrom.curvature.operators import Basis, Operator
 from wherefrom.engine.capture import Captured
-from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Examples
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.engine.sweep import Collector, Sweep
 from wherefrom.planning.forms import BankForm
 from wherefrom.runtime.precision import HalfPrecision, Precision, rounded

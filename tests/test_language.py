@@ -15,8 +15,8 @@ from tests.models import VOCABULARY, Case, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from tests.runs import factored, only, with_factors
 from wherefrom.engine.capture import Capture
-from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Examples, Loader
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.runtime.errors import InputError, LayerError, MismatchError
 from wherefrom.tasks.language import LanguageTask
 
@@ -163,7 +163,7 @@ def test_encoder_and_decoder_of_equal_length_are_told_apart() -> None:
     counts: dict[str, int] = {}
     layers = select_layers(model, None, task.head(model))
     with Loader(Examples(rows, task), torch.device("cpu")) as loader:
-        batch, padding = loader.load(range(2))
+        batch, padding, _ = loader.load(range(2))
     with Capture(model, layers, lambda name, captured: counts.update({name: captured.tokens})) as capture:
         capture.run(lambda: task.train_loss(model, batch), 2, padding)
     for name, count in counts.items():
@@ -181,7 +181,7 @@ def test_masks_that_cannot_be_told_apart_are_refused() -> None:
     task, model = Alike(), t5()
     layers = select_layers(model, None, task.head(model))
     with Loader(Examples(rows, task), torch.device("cpu")) as loader:
-        batch, padding = loader.load(range(2))
+        batch, padding, _ = loader.load(range(2))
     with (
         Capture(model, layers, lambda name, captured: None) as capture,
         pytest.raises(LayerError, match=r"2 masks of 3 tokens, and 1 call\(s\) of the model"),

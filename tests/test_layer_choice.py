@@ -16,7 +16,7 @@ from tests.models import VOCABULARY, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from tests.runs import factored
 from wherefrom.curvature.factors import STRATEGIES
-from wherefrom.engine.layers import coverage, mostly_left_out, select_layers, untracked
+from wherefrom.engine.modules.layers import coverage, mostly_left_out, select_layers, untracked
 from wherefrom.runtime.errors import LayerError
 
 
@@ -246,13 +246,15 @@ def test_weights_that_are_mostly_left_out_are_said_with_their_share_and_what_wou
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, train = mixture(), token_rows(3)
+    model.model.layers[0].add_module("batch", nn.BatchNorm1d(8))  # trained, and of no supported kind
     with caplog.at_level(logging.WARNING, "wherefrom"):
         study = wf.Study(tmp_path, model, wf.CausalLM(["*.q_proj", "*.k_proj"]), train=train)
     share = trained_share(model, study.layers)
     assert share < 0.05
     assert f"Only {share:.0%} of the " in caplog.text
     assert "'model.layers.*.self_attn.v_proj', 'model.layers.*.self_attn.o_proj'" in caplog.text
-    assert "of no supported kind of layer (Mixtral" in caplog.text
+    assert "'model.layers.*.mlp.experts.*.gate_up_proj'" in caplog.text
+    assert "16 cannot be, which are of no supported kind of layer (BatchNorm1d)" in caplog.text
     scores = study.score(train[:1], wf.Dot())
     assert scores.fingerprint["left out"].startswith(f"Only {share:.0%} of the ")
     page = study.report(scores, train[:1], tokenizer=None, k=1).read_text()

@@ -21,8 +21,8 @@ from tests.runs import factored, with_factors
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.capture import Capture, Captured
 from wherefrom.engine.example_gradients import weight_gradients
-from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Examples
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.planning.forms import BankForm
 from wherefrom.scoring.bank import GradientBank
 
@@ -237,7 +237,7 @@ def test_factors_are_loaded_as_they_were_fitted_and_low_rank_is_exact_where_it_s
 def test_wide_factors_count_with_their_diagonal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, strategy: str
 ) -> None:
-    monkeypatch.setattr("wherefrom.engine.layers.WIDEST", 9)
+    monkeypatch.setattr("wherefrom.engine.modules.layers.WIDEST", 9)
     case = CASES[name]()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     assert any(any(layer.diagonal_factors) for layer in study.layers.values())

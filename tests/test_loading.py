@@ -43,7 +43,7 @@ def test_batches_are_those_asked_for_whatever_was_prepared(sizes: list[int]) -> 
             rows = range(position, min(position + size, 30))
             if not rows:
                 break
-            batch, padding = loader.load(rows)
+            batch, padding, _ = loader.load(rows)
             expected = task.collate([data.rows[row] for row in rows])
             assert batch.keys() == expected.keys()
             assert all(torch.equal(batch[name], expected[name]) for name in batch)

@@ -18,7 +18,7 @@ from tests.runs import factored
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.curvature.operators import Operator
 from wherefrom.engine.capture import Captured
-from wherefrom.engine.layers import select_layers
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.planning.forms import BankForm, truncated
 from wherefrom.runtime.memory import Workspace
 from wherefrom.scoring.bank import GradientBank

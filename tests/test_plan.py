@@ -23,7 +23,7 @@ from tests.models import ManyExamples, gpt2_case, mlp_case, relative_error
 from tests.runs import factored
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.capture import Captured
-from wherefrom.engine.layers import select_layers
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.planning.forms import BankForm
 from wherefrom.planning.machine import Machine
 from wherefrom.planning.plan import SHARD_BYTES, SHARD_EXAMPLES, Plan, plan_scores

@@ -18,8 +18,8 @@ from tests.models import VOCABULARY, gpt2, relative_error
 from tests.reference import BruteForce
 from tests.runs import factored
 from tests.test_language import configured, numbers
-from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Examples, collated
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.tasks.preference.losses import PreferenceLoss
 

@@ -165,7 +165,7 @@ def conditioning(case: Case, study: wf.Study[Any]) -> tuple[dict[str, Tensor], d
     of_weights = {id(each): given[name] for name, each in case.model.named_parameters()}
     factors = {}
     for name, layer in study.layers.items():
-        factors[name] = layer.to_matrices(*(of_weights[id(each)][None] for each in layer.parameters))[0]
+        factors[name] = layer.to_matrices(*(of_weights[id(each.parameter)][None] for each in layer.parts))[0]
     return given, factors
 
 

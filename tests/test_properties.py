@@ -19,7 +19,7 @@ from tests.runs import factored, with_factors
 from wherefrom.curvature.factors import STRATEGIES, Factors
 from wherefrom.curvature.operators import Basis, Operator
 from wherefrom.engine.capture import Captured
-from wherefrom.engine.layers import select_layers
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.planning.forms import BankForm
 from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.collectors import PairwiseCollector

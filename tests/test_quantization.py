@@ -14,8 +14,8 @@ import wherefrom as wf
 from tests.models import Case, gpt2_case, mlp_case, relative_error
 from tests.runs import only, with_factors
 from wherefrom.engine.capture import Captured
-from wherefrom.engine.layers import select_layers
 from wherefrom.engine.loading import Examples
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.planning.forms import BankForm, dequantized, quantized
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.bank import GradientBank

@@ -24,7 +24,7 @@ def study_of(case: Case, path: Path) -> wf.Study[Any]:
 
 def gradients(study: wf.Study[Any], losses: list[Tensor]) -> Tensor:
     """Of each loss by all tracked weights, [losses, weights]."""
-    weights = [each for layer in study.layers.values() for each in layer.parameters if each is not None]
+    weights = [part.parameter for layer in study.layers.values() for part in layer.parts]
     return torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(each, weights)]) for each in losses])
 
 
@@ -78,7 +78,7 @@ def test_scores_in_the_coordinates_of_an_optimizer(make_case: Any, tmp_path: Pat
         for name, each in case.model.named_parameters()
     }
     of_weights = {id(each): given[name] for name, each in case.model.named_parameters()}
-    weights = [each for layer in study.layers.values() for each in layer.parameters if each is not None]
+    weights = [part.parameter for layer in study.layers.values() for part in layer.parts]
     scale = torch.cat([of_weights[id(each)].flatten() for each in weights])
     found = study.score(case.queries, wf.Fisher(samples=SAMPLES, conditioning=given, damping=0.01, seed=SEED))
     assert relative_error(found.values, dense(case, study, 1e-2, scale)) < 1e-8

@@ -20,7 +20,7 @@ from tests.reference import BruteForce, dense
 from tests.runs import only
 from tests.test_checkpoints import moved
 from tests.test_layers import CASES
-from wherefrom.engine.layers import select_layers
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.methods.source import response_filter
 from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.store.recording import MOMENTS, ParameterGroup, RecordedCheckpoint

@@ -13,7 +13,7 @@ from tests.models import CaseMaker, gpt2_case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import factored
 from wherefrom.engine.capture import Captured
-from wherefrom.engine.layers import select_layers
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.runtime.errors import DamagedError, InputError, LayerError, MismatchError
 from wherefrom.scoring.tokens import TokenCollector, TokenScores, extreme_pairs, part_name, token_parts
 

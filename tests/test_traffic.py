@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from tests.models import relative_error
 from wherefrom.curvature.collectors import second_moment, sum_of_squares
-from wherefrom.engine.capture import Capture, Captured, Padding
-from wherefrom.engine.layers import select_layers
+from wherefrom.engine.capture import Capture, Captured
+from wherefrom.engine.modules.layers import select_layers
+from wherefrom.engine.passes import Padding
 from wherefrom.runtime.precision import rotated
 
 

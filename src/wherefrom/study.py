@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from wherefrom.curvature.factors import Factors
 from wherefrom.engine.execution import Execution
-from wherefrom.engine.layers import coverage, mostly_left_out, select_layers
 from wherefrom.engine.loading import Examples
+from wherefrom.engine.modules.layers import coverage, mostly_left_out, select_layers
 from wherefrom.engine.sweep import Sweep
 from wherefrom.methods.factored import EKFAC, Factored
 from wherefrom.methods.method import Context, Method

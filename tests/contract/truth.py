@@ -24,7 +24,7 @@ from tests.test_magic import by_one_graph
 from tests.test_projected import damped, measured, projected
 from tests.test_sampled_fisher import dense as dense_fisher
 from tests.test_source import adam_steps, by_matrix_exponentials
-from wherefrom.engine.layers import select_layers
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.methods.projected.projections import Compression, Projection
 from wherefrom.store.weights import load_weights
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from wherefrom.curvature.operators import Basis, gradient_transforms
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import weight_gradients
-from wherefrom.engine.layers import TrackedLayer
+from wherefrom.engine.modules.layers import TrackedLayer
 from wherefrom.engine.sweep import Collector
 from wherefrom.runtime.memory import Workspace
 from wherefrom.runtime.precision import product, widened_dtype

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from wherefrom.engine.layers import TrackedLayer
+from wherefrom.engine.modules.layers import TrackedLayer
+from wherefrom.engine.modules.linear_map import Part
 from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.errors import InputError
 from wherefrom.runtime.precision import widened
@@ -39,8 +40,8 @@ def conditioning_scaling(sweep: Sweep[Batch], conditioning: Conditioning) -> dic
     for name, parameter in sweep.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
 
-    def given(layer: TrackedLayer, parameter: Tensor) -> Tensor:
-        own = names.get(id(parameter), [])
+    def given(layer: TrackedLayer, part: Part) -> Tensor:
+        parameter, own = part.parameter, names.get(id(part.parameter), [])
         found = next((conditioning[name] for name in own if name in conditioning), None)
         if found is None or found.shape != parameter.shape:
             raise InputError(
@@ -53,11 +54,11 @@ def conditioning_scaling(sweep: Sweep[Batch], conditioning: Conditioning) -> dic
                 f"conditioning: numbers of {own[0]} reach from {float(found.min()):.3g} to {float(found.max()):.3g}; "
                 "expected finite numbers above 0, what a step multiplies gradients with."
             )
-        return found.to(sweep.factors_device, sweep.dtype)
+        return part.of(found).to(sweep.factors_device, sweep.dtype)
 
     found = {}
     for name, layer in sweep.layers.items():
-        matrix = layer.to_matrices(*(given(layer, each).unsqueeze(0) for each in layer.parameters)).squeeze(0)
+        matrix = layer.to_matrices(*(given(layer, each).unsqueeze(0) for each in layer.parts)).squeeze(0)
         found[name] = matrix.sqrt().contiguous()
     return found
 

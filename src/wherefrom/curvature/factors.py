@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wherefrom.curvature.damping import added_damping, check_eigenvalues, damped_inverse
 from wherefrom.curvature.operators import Basis, Operator
-from wherefrom.engine.layers import TrackedLayer
+from wherefrom.engine.modules.layers import TrackedLayer
 from wherefrom.runtime.errors import InputError, MismatchError, check_argument
 from wherefrom.runtime.memory import pinned_as
 from wherefrom.store.fingerprint import Fingerprint, differences

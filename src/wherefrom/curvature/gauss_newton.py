@@ -21,9 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from wherefrom.curvature.operators import Operator
-from wherefrom.engine.capture import frozen
-from wherefrom.engine.layers import TrackedLayer
 from wherefrom.engine.loading import Examples, Loader
+from wherefrom.engine.modules.layers import TrackedLayer, owners
+from wherefrom.engine.modules.written_out import through_maps
+from wherefrom.engine.passes import frozen
 from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.errors import InputError, LayerError, LossError
 from wherefrom.runtime.memory import out_of_memory
@@ -45,6 +46,7 @@ class WeightSpace:
         self._layers = layers
         self._shapes = {name: layer.shape for name, layer in layers.items()}
         self._names = {name: _parameter_names(layer, names) for name, layer in layers.items()}
+        self.owners = owners(layers)
         self.parameters = {name: model.get_parameter(name) for each in self._names.values() for name in each}
 
     @property
@@ -64,14 +66,26 @@ class WeightSpace:
     def to_parameters(self, vectors: Tensor) -> dict[str, Tensor]:
         """[queries, weights] as the model's parameters have them, [queries, *shape]."""
         found: dict[str, Tensor] = {}
-        for layer, matrices in self.split(vectors).items():
-            found.update(zip(self._names[layer], self._layers[layer].from_matrices(matrices), strict=True))
+        for name, matrices in self.split(vectors).items():
+            layer = self._layers[name]
+            for parameter, part, numbers in zip(
+                self._names[name], layer.parts, layer.from_matrices(matrices), strict=True
+            ):
+                if part.index == slice(None):
+                    found[parameter] = numbers
+                    continue
+                if parameter not in found:  # what is not tracked of it does not move
+                    found[parameter] = numbers.new_zeros(len(numbers), *part.parameter.shape)
+                part.of(found[parameter], 1).copy_(numbers)
         return found
 
     def from_parameters(self, values: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `to_parameters`."""
-        of_layers = ((layer, [values[each] for each in self._names[name]]) for name, layer in self._layers.items())
-        return torch.cat([layer.to_matrices(*parts).flatten(1) for layer, parts in of_layers], 1)
+        matrices = []
+        for name, layer in self._layers.items():
+            parts = [part.of(values[each], 1) for part, each in zip(layer.parts, self._names[name], strict=True)]
+            matrices.append(layer.to_matrices(*parts).flatten(1))
+        return torch.cat(matrices, 1)
 
 
 def _parameter_names(layer: TrackedLayer, names: Mapping[int, str]) -> list[str]:
@@ -81,8 +95,8 @@ def _parameter_names(layer: TrackedLayer, names: Mapping[int, str]) -> list[str]
             f"Layer {layer.name!r} is an embedding, of which solvers do not hold all columns. Leave it out with "
             "`layers=[...]`, or score without a solver."
         )
-    found = [names[id(parameter)] for parameter in layer.parameters if id(parameter) in names]
-    if len(found) < len(layer.parameters):
+    found = [names[id(part.parameter)] for part in layer.parts if id(part.parameter) in names]
+    if len(found) < len(layer.parts):
         raise LayerError(
             f"Layer {layer.name!r}: its weight is computed from other parameters, which solvers cannot follow. "
             "Leave it out with `layers=[...]`, or score without a solver."
@@ -319,8 +333,8 @@ class DampedGaussNewton(Generic[Batch]):
 
 @contextmanager
 def _following(model: nn.Module, space: WeightSpace) -> Iterator[None]:
-    """Passes whose graph begins at the weights of `space`, without fused attention, which has no forward mode."""
-    with frozen(model), sdpa_kernel(SDPBackend.MATH):
+    """Passes whose graph begins at the weights of `space`, without fused kernels, which have no forward mode."""
+    with frozen(model), through_maps(space.owners), sdpa_kernel(SDPBackend.MATH):
         for parameter in space.parameters.values():
             parameter.requires_grad_()
         yield

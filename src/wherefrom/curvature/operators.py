@@ -17,7 +17,7 @@ from torch.nn import functional
 from wherefrom.curvature.damping import Spectrum
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import GradientTransform, weight_gradients
-from wherefrom.engine.layers import TrackedLayer
+from wherefrom.engine.modules.layers import TrackedLayer
 from wherefrom.runtime.errors import LossError
 from wherefrom.runtime.memory import pinned_as
 

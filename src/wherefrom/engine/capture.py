@@ -8,20 +8,34 @@ is captured twice. This module knows layers; it knows nothing of datasets, tasks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from wherefrom.engine.layer_types import NO_COLUMN, distinct_one_hot
-from wherefrom.engine.layers import TrackedLayer, Use
+from wherefrom.engine.modules.layer_types import NO_COLUMN, distinct_one_hot
+from wherefrom.engine.modules.layers import TrackedLayer, Use, owners
+from wherefrom.engine.modules.linear_map import LinearMap
+from wherefrom.engine.modules.written_out import through_maps
+from wherefrom.engine.passes import Call, Padding, Pass, frozen, leaves_of, not_by_example
+from wherefrom.engine.routing import Packing
 from wherefrom.runtime.errors import LayerError, LossError
 from wherefrom.runtime.precision import widened, widened_dtype
-from wherefrom.tasks.task import evaluating
+
+
+class Positions(NamedTuple):
+    """Which tokens the vectors of a layer are that sees only some.
+
+    Attributes:
+        tokens: int64 [batch, vectors]; of vectors that are zero, any.
+        length: how many tokens an example has, with padding; 0 when that differs between calls.
+    """
+
+    tokens: Tensor
+    length: int
 
 
 class Captured(NamedTuple):
@@ -36,6 +50,7 @@ class Captured(NamedTuple):
             they differ.
         columns: int64 [batch, columns]: which columns of the layer's gradient matrix the activations of each example
             are, when they are only those that it touches; columns that are zero may stand for any. None is all of them.
+        positions: of the vectors that are here, when these are only some of an example's tokens.
     """
 
     activations: Tensor
@@ -43,6 +58,7 @@ class Captured(NamedTuple):
     tokens: int
     calls: int = 1
     columns: Tensor | None = None
+    positions: Positions | None = None
 
     def selected(self, matrix: Tensor) -> Tensor:
         """The numbers of a matrix [out, width], one for each weight of the layer, for the columns that are held.
@@ -55,8 +71,10 @@ class Captured(NamedTuple):
 
     def examples(self, chosen: Tensor) -> Captured:
         """Some examples of the batch; `tokens` stays the whole batch's."""
+        positions = self.positions and self.positions._replace(tokens=self.positions.tokens[chosen])
         columns = None if self.columns is None else self.columns[chosen]
-        return self._replace(activations=self.activations[chosen], gradients=self.gradients[chosen], columns=columns)
+        activations, gradients = self.activations[chosen], self.gradients[chosen]
+        return self._replace(activations=activations, gradients=gradients, columns=columns, positions=positions)
 
     @property
     def bytes_each(self) -> int:
@@ -70,80 +88,13 @@ class Captured(NamedTuple):
     def as_one_example(self) -> Captured:
         """All tokens as one example's, whose gradient is the sum of the batch's; only where `columns` is None."""
         activations, gradients = (each.flatten(0, 1).unsqueeze(0) for each in (self.activations, self.gradients))
-        return self._replace(activations=activations, gradients=gradients)
+        return self._replace(activations=activations, gradients=gradients, positions=None)
 
 
 class Receiver(Protocol):
     """What is done with a layer's tensors as soon as a backward pass has them."""
 
     def __call__(self, layer: str, captured: Captured) -> None: ...
-
-
-@dataclass(frozen=True)
-class Padding:
-    """Which tokens of a batch are real.
-
-    Attributes:
-        mask: boolean [batch, tokens, 1], on the model's device.
-        tokens: how many are true; counted on the host, so that no layer waits for the device.
-    """
-
-    mask: Tensor
-    tokens: int
-
-
-@dataclass
-class _Call:
-    """One run of a module that uses a layer's weight, in the model's call of that number, from 0."""
-
-    use: Use
-    inputs: Tensor
-    version: int
-    model_call: int
-    gradient: Tensor | None = None
-
-
-@dataclass
-class _Pass:
-    """What one forward and backward pass has seen so far.
-
-    Attributes:
-        model_calls: how often the loss has called the model, but for calls without gradients.
-        latest: the layer, its use and the input that activations were last made for, and the activations.
-        without_graph: layers that ran while gradients were switched off.
-    """
-
-    examples: int
-    padding: Sequence[Padding]
-    model_calls: int = 0
-    calls: dict[str, list[_Call]] = field(default_factory=dict)
-    backward: bool = False
-    latest: tuple[TrackedLayer, Use, Tensor, Tensor] | None = None
-    without_graph: set[str] = field(default_factory=set)
-
-    def padding_of(self, tokens: int, call: _Call) -> Padding | None:
-        """The padding of a call that sees `tokens` an example; None when there is none of that many."""
-        found = [each for each in self.padding if each.mask.shape[1] == tokens]
-        if len(found) > 1 and len(self.padding) != self.model_calls:
-            raise LayerError(
-                f"{len(found)} masks of {tokens} tokens, and {self.model_calls} call(s) of the model, by which layers "
-                "cannot be told apart. Pad one of the sequences by one token more, or return a mask for each call."
-            )
-        return self.padding[call.model_call] if len(found) > 1 else found[0] if found else None
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients; every module and parameter is put back as it was."""
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with evaluating(model):
-        try:
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for name, parameter in model.named_parameters():  # by name: offloading makes new parameters in every pass
-                parameter.requires_grad_(required[name])
 
 
 class Capture(AbstractContextManager["Capture"]):
@@ -167,12 +118,16 @@ class Capture(AbstractContextManager["Capture"]):
         self._layers = layers
         self._receive = receive
         self._operand = operand
-        self._pass: _Pass | None = None
+        self._pass: Pass | None = None
 
     def __enter__(self) -> Capture:
         with ExitStack() as stack:
             stack.enter_context(frozen(self._model))
             stack.callback(self._model.register_forward_pre_hook(self._model_hook).remove)
+            written = owners(self._layers)
+            stack.enter_context(through_maps(written))
+            for owner in written:
+                stack.callback(owner.module.register_forward_hook(self._note_owner).remove)
             for name, layer in self._layers.items():
                 for use in layer.uses:
                     hook = partial(self._forward_hook, name, use)
@@ -185,13 +140,20 @@ class Capture(AbstractContextManager["Capture"]):
         self._pass = None
         self._undo.close()
 
-    def run(self, loss: Callable[[], Tensor], examples: int, padding: Sequence[Padding] = ()) -> Tensor:
+    def run(
+        self,
+        loss: Callable[[], Tensor],
+        examples: int,
+        padding: Sequence[Padding] = (),
+        lengths: Set[int] = frozenset(),
+    ) -> Tensor:
         """One forward and backward pass.
 
         Args:
             loss: computes the summed loss of the batch.
             examples: how many the batch has.
             padding: which tokens are real, by how many a layer sees; nothing when all are.
+            lengths: how many tokens an example may have, padding included: what a model may have flattened.
 
         Returns:
             The loss, detached, still on its device.
@@ -200,14 +162,13 @@ class Capture(AbstractContextManager["Capture"]):
             LossError: the loss is not a scalar, or no tracked layer has part in it.
             LayerError: a layer never ran, its tensors are not batch-first, or its input was overwritten in place.
         """
-        self._pass = current = _Pass(examples, padding)
+        self._pass = current = Pass(examples, padding, lengths)
         try:
             with torch.enable_grad():
                 value = loss()
             self._check(value, current)
             current.backward = True
-            leaves = _leaves(value)
-            with _gradients_dropped(leaves):
+            with leaves_of(value) as leaves:
                 # Not by `autograd.grad`, with which PyTorch's counters of operations refuse modules that read a leaf.
                 torch.autograd.backward(value, inputs=leaves)
             for name in list(current.calls):  # layers of which only some calls have part in the loss
@@ -222,7 +183,7 @@ class Capture(AbstractContextManager["Capture"]):
         """The inputs of layers that wait for their gradients; autograd has no need of them where weights are frozen."""
         return [call.inputs for calls in self._pass.calls.values() for call in calls] if self._pass else []
 
-    def _check(self, value: Tensor, current: _Pass) -> None:
+    def _check(self, value: Tensor, current: Pass) -> None:
         if not isinstance(value, Tensor) or value.dim() != 0:
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise LossError(
@@ -236,7 +197,9 @@ class Capture(AbstractContextManager["Capture"]):
             raise LossError(
                 f"The task's loss is {kind}: expected a real number, such as float32. Return the loss itself."
             )
-        missing = [name for name in self._layers if name not in current.calls]
+        missing = [
+            name for name, layer in self._layers.items() if name not in current.calls and not current.idle(layer)
+        ]
         if missing and current.without_graph.issuperset(missing):
             raise LayerError(
                 f"{len(missing)} tracked layer(s) ran with gradients switched off: {', '.join(missing[:5])}. With "
@@ -258,12 +221,16 @@ class Capture(AbstractContextManager["Capture"]):
         if self._pass is not None and torch.is_grad_enabled():
             self._pass.model_calls += 1
 
+    def _note_owner(self, module: nn.Module, *_: object) -> None:
+        if self._pass is not None:
+            self._pass.owners.add(module)
+
     def _forward_hook(
         self,
         name: str,
         use: Use,
         module: nn.Module,
-        arguments: tuple[Tensor, ...],
+        arguments: tuple[Any, ...],
         keywords: dict[str, Tensor],
         output: Tensor,
     ) -> Tensor | None:
@@ -274,7 +241,9 @@ class Capture(AbstractContextManager["Capture"]):
             current.without_graph.add(name)
             return None
         inputs = arguments[0] if arguments else next(iter(keywords.values()))
-        replaced = len(inputs) == 1 != current.examples  # such as positions, which are the same for all examples
+        routing = arguments[1:] if isinstance(module, LinearMap) else ()
+        # Such as positions, which are the same for all examples.
+        replaced = len(inputs) == 1 != current.examples and not routing
         if replaced:
             inputs, output = (each.expand(current.examples, *each.shape[1:]) for each in (inputs, output))
         if not output.requires_grad:
@@ -282,21 +251,23 @@ class Capture(AbstractContextManager["Capture"]):
             output, replaced = output.detach().requires_grad_().clone(), True
         # What gradient checkpointing computes again must come out alike, but what counts is the first time.
         if not current.backward:
-            call = _Call(use, inputs.detach(), inputs._version, current.model_calls - 1)
+            flat = None if routing else current.flat(use, inputs)
+            seen = inputs.detach() if flat is None else inputs.detach().unflatten(0, (-1, flat))
+            call = Call(use, seen, inputs._version, current.model_calls - 1, flat, routing)
             current.calls.setdefault(name, []).append(call)
             output.register_hook(partial(self._gradient_hook, name, call))
         return output if replaced else None
 
-    def _gradient_hook(self, name: str, call: _Call, gradient: Tensor) -> None:
+    def _gradient_hook(self, name: str, call: Call, gradient: Tensor) -> None:
         current = self._pass
         assert current is not None
-        call.gradient = gradient
+        call.gradient = gradient if call.flat is None else gradient.unflatten(0, (-1, call.flat))
         if all(each.gradient is not None for each in current.calls[name]):
             captured = self._concatenated(name, current)
             if captured is not None:
                 self._receive(name, captured)
 
-    def _concatenated(self, name: str, current: _Pass) -> Captured | None:
+    def _concatenated(self, name: str, current: Pass) -> Captured | None:
         """What a layer's calls of a pass make together; None where no call has part in the loss."""
         layer = self._layers[name]
         parts = [
@@ -304,22 +275,30 @@ class Capture(AbstractContextManager["Capture"]):
             for call in current.calls.pop(name)
             if call.gradient is not None
         ]
+        parts = [each for each in parts if each.gradients.shape[1]]  # an expert may have got nothing but padding
         if not parts:
             return None
         found = parts[0]
         if len(parts) > 1:
-            activations, gradients, tokens, calls, _ = zip(*parts, strict=True)
+            activations, gradients, tokens, calls, _, positions = zip(*parts, strict=True)
             lengths = {part.gradients.shape[1] / part.calls for part in parts}
             together = sum(calls) if len(lengths) == 1 else 0
             found = Captured(torch.cat(activations, 1), torch.cat(gradients, 1), sum(tokens), together)
+            told = [each for each in positions if each is not None]
+            if told:
+                same = len({each.length for each in told}) == 1
+                each_token = torch.cat([each.tokens for each in told], 1)
+                found = found._replace(positions=Positions(each_token, told[0].length if same else 0))
         if layer.one_hot:
             vectors, columns = distinct_one_hot(found.activations, found.gradients.dtype)
             found = found._replace(activations=vectors, columns=columns)
         return found
 
-    def _captured(self, layer: TrackedLayer, call: _Call, gradient: Tensor, current: _Pass) -> Captured:
+    def _captured(self, layer: TrackedLayer, call: Call, gradient: Tensor, current: Pass) -> Captured:
         """One call's tensors; of a one-hot layer, ids [batch, tokens] stand for activations."""
         self._check_call(layer.name, call, gradient, current)
+        if call.routing:
+            return self._packed(layer, call, gradient, current.packing(layer.name, call, *call.routing))
         copies = call.use.kind.copies(call.use.module)
         shared = self._shared_activations(layer, call, current) if layer.shares_activations(call.use) else None
         # Operands that are no wider are made before tensors are padded and masked, so that fewer bytes are moved.
@@ -330,7 +309,7 @@ class Capture(AbstractContextManager["Capture"]):
         read = layer.read(call.use, inputs) if shared is None else shared
         activations, gradients = layer.tensors(call.use, read, gradient)
         batch, tokens = gradients.shape[:2]
-        padding, real = self._padding(layer.name, tokens // copies, call, current), batch * tokens
+        padding, real = current.padding_for(layer.name, tokens // copies, call), batch * tokens
         if padding is not None:
             mask = padding.mask.to(gradients.device).repeat(1, copies, 1)
             real, gradients = copies * padding.tokens, gradients.where(mask, 0)  # padding may hold NaN
@@ -340,23 +319,31 @@ class Capture(AbstractContextManager["Capture"]):
             activations = activations if shared is not None or layer.one_hot else self._operand(activations)
         return Captured(activations, gradients, real, copies)
 
+    def _packed(self, layer: TrackedLayer, call: Call, gradient: Tensor, packing: Packing) -> Captured:
+        """The tensors of a call with one expert's vectors, [batch, most of an example, width]."""
+        read = layer.read(call.use, call.inputs)  # [vectors, 1, width]
+        activations, gradients = (
+            packing.pack(self._operand(each.squeeze(1))) for each in layer.tensors(call.use, read, gradient)
+        )
+        positions = Positions(packing.pack(packing.positions), packing.length)
+        return Captured(activations, gradients, packing.real, positions=positions)
+
     def _widens(self, tensor: Tensor) -> bool:
         """Whether a tensor takes more memory as an operand."""
         return self._operand(tensor.new_empty(0)).element_size() > tensor.element_size()
 
     @staticmethod
-    def _check_call(name: str, call: _Call, gradient: Tensor, current: _Pass) -> None:
+    def _check_call(name: str, call: Call, gradient: Tensor, current: Pass) -> None:
         """Refuse a call whose tensors are not each example's own, as the layer has seen them."""
         if call.inputs._version != call.version:
             raise LayerError(
                 f"The input of layer {name!r} was overwritten in place after the layer had read it. "
                 "Make the operation that follows out of place (x = x + y, not x += y)."
             )
+        if call.routing:
+            return
         if len(call.inputs) != current.examples:
-            raise LayerError(
-                f"Layer {name!r} saw a batch of {len(call.inputs)} for {current.examples} examples: its input must "
-                "keep the batch as first dimension. Leave the layer out with `layers=[...]`."
-            )
+            raise not_by_example(name, len(call.inputs), current.examples)
         if current.examples > 1 and call.inputs.stride(0) == 0 and not bool(gradient[1:].any()):
             raise LayerError(
                 f"Layer {name!r} reads one input for all {current.examples} examples, and the model takes the "
@@ -364,20 +351,7 @@ class Capture(AbstractContextManager["Capture"]):
                 "gradient cannot be told apart. Leave the layer out with `layers=[...]`."
             )
 
-    @staticmethod
-    def _padding(name: str, positions: int, call: _Call, current: _Pass) -> Padding | None:
-        """Which of a layer's positions are real in a call; None when all are."""
-        found = current.padding_of(positions, call)
-        # A layer that sees one vector for each example has no padding left.
-        if found is None and current.padding and positions != 1:
-            counts = " and ".join(str(each.mask.shape[1]) for each in current.padding)
-            raise LayerError(
-                f"Layer {name!r} has {positions} tokens per example and the task's mask {counts}. "
-                "Leave the layer out with `layers=[...]`, or return None from Task.mask."
-            )
-        return found
-
-    def _shared_activations(self, layer: TrackedLayer, call: _Call, current: _Pass) -> Tensor:
+    def _shared_activations(self, layer: TrackedLayer, call: Call, current: Pass) -> Tensor:
         """A layer's activations, masked; those of the layer before if both have read the same tensor."""
         if current.latest is not None:
             before, use, source, activations = current.latest
@@ -391,34 +365,6 @@ class Capture(AbstractContextManager["Capture"]):
         activations = activations if early else self._operand(activations)
         current.latest = (layer, call.use, call.inputs, activations)
         return activations
-
-
-@contextmanager
-def _gradients_dropped(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Put gradients of these back in the end: what counts arrives at hooks on the way."""
-    before = [leaf.grad for leaf in leaves]
-    try:
-        for leaf in leaves:
-            leaf.grad = None
-        yield
-    finally:
-        for leaf, gradient in zip(leaves, before, strict=True):
-            leaf.grad = gradient
-
-
-def _leaves(value: Tensor) -> list[Tensor]:
-    """Every tensor that the graph of `value` begins at: an output of a tracked layer, or what else requires gradients,
-    such as embeddings that are made to for checkpointing."""
-    found, seen, pending = [], set(), [value.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        pending += [each for each, _ in node.next_functions]
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-    return found
 
 
 def _masked(activations: Tensor, mask: Tensor) -> Tensor:

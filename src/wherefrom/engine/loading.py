@@ -14,7 +14,7 @@ from typing import Generic, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from wherefrom.engine.capture import Padding
+from wherefrom.engine.passes import Padding
 from wherefrom.runtime.errors import InputError, WherefromError
 from wherefrom.store.fingerprint import Dataset, dataset_digest, read_example
 from wherefrom.tasks.sampling import Sampler
@@ -106,10 +106,16 @@ class Examples(Generic[Batch]):
 
 
 class Loaded(NamedTuple, Generic[Batch]):
-    """A batch on the device, and which of its tokens are real; nothing when all are."""
+    """A batch on the device, and its tokens.
+
+    Attributes:
+        padding: which of them are real; nothing when all are.
+        lengths: how many each example has, padding included, as its masks say or else the shapes of its tensors.
+    """
 
     batch: Batch
     padding: tuple[Padding, ...]
+    lengths: frozenset[int]
 
 
 class Loader(Generic[Batch]):
@@ -153,7 +159,7 @@ class Loader(Generic[Batch]):
         if self._model is not None:
             self._task.verify(self._model, batch)
         padding = (Padding(each.mask.to(self._device, non_blocking=True), each.tokens) for each in prepared.padding)
-        return Loaded(batch, tuple(padding))
+        return Loaded(batch, tuple(padding), prepared.lengths)
 
     def _prepared(self, batch_indices: range) -> Loaded[Batch]:
         coming, self._coming = self._coming, None
@@ -167,10 +173,11 @@ class Loader(Generic[Batch]):
     def _prepare(self, batch_indices: range) -> Loaded[Batch]:
         """Collate on the host; what counts tokens is done here, so that nobody waits for the device to tell."""
         batch, masks = collated(self._examples, batch_indices, self._model)
+        lengths = _lengths(masks or batch, len(batch_indices))
         if all(bool(mask.all()) for mask in masks):
             masks = ()
         padding = tuple(Padding(self._pinned(mask.unsqueeze(-1)), int(mask.sum())) for mask in masks)
-        return Loaded(cast(Batch, map_tensors(batch, self._pinned)), padding)
+        return Loaded(cast(Batch, map_tensors(batch, self._pinned)), padding, lengths)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta and self._device.type != "meta":
@@ -251,6 +258,18 @@ def _check_masks(task: Task[Batch], masks: object, examples: int) -> None:
             )
         if mask.is_meta:
             raise InputError(f"{name}.mask returned a tensor on the meta device, which has no values.")
+
+
+def _lengths(batch: object, examples: int) -> frozenset[int]:
+    """The second dimension of every tensor [examples, tokens, ...] of a batch."""
+    shapes: list[torch.Size] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        shapes.append(tensor.shape)
+        return tensor
+
+    map_tensors(batch, note)
+    return frozenset(shape[1] for shape in shapes if len(shape) > 1 and shape[0] == examples)
 
 
 def map_tensors(batch: object, function: Callable[[Tensor], Tensor]) -> object:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from wherefrom.engine.capture import Capture, Captured, Receiver
 from wherefrom.engine.execution import Execution
-from wherefrom.engine.layers import TrackedLayer
 from wherefrom.engine.loading import Examples, Loader, collated
+from wherefrom.engine.modules.layers import TrackedLayer
 from wherefrom.engine.nonfinite import NotFiniteError, Search, check_sums, named_examples
 from wherefrom.engine.operation_count import operation_counter
 from wherefrom.runtime.compiling import compiled_activations
@@ -87,7 +87,7 @@ class Sweep(Generic[Batch]):
     @cached_property
     def precision(self) -> Precision:
         """How the model's passes multiply."""
-        return HalfPrecision(self.device) if self.execution.half_precision else Precision()
+        return HalfPrecision(self.device) if self.execution.half_precision else Precision(self.dtype)
 
     @property
     def ranks(self) -> Ranks:
@@ -215,7 +215,7 @@ class Sweep(Generic[Batch]):
         action, search = self.profile.action, state.search
         positions = slice(batch.start, batch.stop)
         with action(f"{state.name}: load batch"):
-            loaded, padding = loader.load(batch)
+            loaded, padding, lengths = loader.load(batch)
         tokens = 0
 
         def receive(layer: str, captured: Captured) -> None:
@@ -232,7 +232,9 @@ class Sweep(Generic[Batch]):
             action(f"{state.name}: forward and backward"),
             self.precision.passes(self.device),
         ):
-            loss = capture.run(lambda: state.examples.summed_loss(self.model, loaded, batch), len(batch), padding)
+            loss = capture.run(
+                lambda: state.examples.summed_loss(self.model, loaded, batch), len(batch), padding, lengths
+            )
         state.advance(batch, tokens, loss)
 
     def _checkpoint(self, state: _State[Batch], size: int, held: HeldSignals) -> None:
@@ -258,7 +260,7 @@ class Sweep(Generic[Batch]):
         """What an example takes, measured on the longest of a few."""
         samples = range(0, len(examples), max(1, len(examples) // 32))
         longest = max(samples, key=lambda index: _numel(collated(examples, [index], self.model)[0]))
-        tokens: dict[str, int] = {}
+        tokens = dict.fromkeys(self.layers, 0)
         gradient_bytes = [1]
 
         def receive(layer: str, captured: Captured) -> None:
@@ -302,7 +304,7 @@ class Sweep(Generic[Batch]):
         """
         batch = range(count)
         with Loader(examples, self.device, end=count, model=self.model) as loader:
-            loaded, padding = loader.load(batch)
+            loaded, padding, lengths = loader.load(batch)
 
         def loss() -> Tensor:
             value = examples.summed_loss(self.model, loaded, batch)
@@ -313,7 +315,7 @@ class Sweep(Generic[Batch]):
 
         counting = saved.counting() if saved else nullcontext()
         with Capture(self.model, self.layers, receive) as capture, self.precision.passes(self.device), counting:
-            capture.run(loss, count, padding)
+            capture.run(loss, count, padding, lengths)
 
 
 @dataclass

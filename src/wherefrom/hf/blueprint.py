@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from wherefrom.engine.layers import TrackedLayer, select_layers
 from wherefrom.engine.loading import Examples
+from wherefrom.engine.modules.layers import TrackedLayer, select_layers
 from wherefrom.engine.sweep import Sweep
 from wherefrom.hf.refusals import refuse_kernels
 from wherefrom.hf.text import local_path

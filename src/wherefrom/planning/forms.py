@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wherefrom.engine.layers import TrackedLayer
+from wherefrom.engine.modules.layers import TrackedLayer
 from wherefrom.runtime.precision import widened_dtype
 
 

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from wherefrom.curvature.factors import fit_steps
-from wherefrom.engine.layers import TrackedLayer
+from wherefrom.engine.modules.layers import TrackedLayer
 from wherefrom.planning.forms import PIECE_BYTES, BankForm, low_rank_product_flop
 from wherefrom.planning.machine import Machine, matmul_speed
 from wherefrom.planning.stages import GIB, Stage, operations, stage_table

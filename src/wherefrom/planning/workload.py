@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from wherefrom.curvature.factors import Strategy
-from wherefrom.engine.layers import TrackedLayer
+from wherefrom.engine.modules.layers import TrackedLayer
 from wherefrom.runtime.memory import Footprint
 from wherefrom.runtime.precision import widened_dtype
 

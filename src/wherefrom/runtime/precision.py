@@ -118,7 +118,14 @@ def native_bfloat16(device: torch.device) -> bool:
 
 
 class Precision:
-    """How a model pass multiplies; this one, as the model's own type does."""
+    """How a model pass multiplies; this one, as the model's own type does.
+
+    Args:
+        dtype: of sums of what is captured.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self._dtype = dtype
 
     def passes(self, device: torch.device) -> AbstractContextManager[object]:
         """What a forward and backward pass on a device runs within."""
@@ -130,8 +137,8 @@ class Precision:
         return nullcontext()
 
     def operand(self, tensor: Tensor) -> Tensor:
-        """A captured tensor as the operand of a `product`."""
-        return widened(tensor)
+        """A captured tensor as the operand of a `product`; a module may compute in a narrower type than sums have."""
+        return tensor.to(torch.promote_types(tensor.dtype, self._dtype))
 
     def __str__(self) -> str:
         return "full"

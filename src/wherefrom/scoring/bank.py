@@ -17,7 +17,7 @@ from torch import Tensor
 from wherefrom.curvature.operators import Operator
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import GradientTransform, transformed_back, weight_gradients
-from wherefrom.engine.layers import TrackedLayer
+from wherefrom.engine.modules.layers import TrackedLayer
 from wherefrom.engine.nonfinite import NotFiniteError
 from wherefrom.engine.sweep import Collector
 from wherefrom.planning.forms import PIECE_BYTES, BankForm, dequantized, low_rank_product_flop, quantized, truncated

@@ -13,7 +13,7 @@ from torch import Tensor
 from wherefrom.curvature.operators import Operator
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import transformed_back, weight_gradients
-from wherefrom.engine.layers import TrackedLayer
+from wherefrom.engine.modules.layers import TrackedLayer
 from wherefrom.engine.sweep import Collector
 from wherefrom.runtime.memory import Workspace
 from wherefrom.scoring.bank import GradientBank

@@ -115,7 +115,8 @@ class TokenScoring(Generic[Batch]):
         seen: list[int] = []
 
         def receive(layer: str, captured: Captured) -> None:
-            seen.append(captured.activations.shape[1] // max(captured.calls, 1))
+            own = captured.activations.shape[1] // max(captured.calls, 1)
+            seen.append(own if captured.positions is None else captured.positions.length)
 
         self.scoring.sweep.probe(self.scoring.train.subset([index]), receive)
         return max(seen)

@@ -103,15 +103,21 @@ class TokenCollector(Collector):
         captured = self._bank.in_basis(layer, captured)
         for query in queries.unique().tolist():
             chosen = (queries == query).nonzero().squeeze(1)
-            products = self._bank.token_products(layer, query, captured.examples(examples[chosen]))
-            folded = products.view(len(chosen), captured.calls, tokens).sum(1)  # [chosen, tokens]
+            some = captured.examples(examples[chosen])
+            products = self._bank.token_products(layer, query, some)
+            if some.positions is None:
+                folded = products.view(len(chosen), some.calls, tokens).sum(1)  # [chosen, tokens]
+            else:
+                folded = products.new_zeros(len(chosen), tokens).scatter_add_(1, some.positions.tokens, products)
             self.sums["values"][first + chosen, :tokens] += folded
 
     @staticmethod
     def _check(layer: str, captured: Captured, tokens: int) -> None:
-        """A layer must see one vector for each token of the batch's longest example, in each of its calls."""
-        seen, calls = captured.gradients.shape[1], captured.calls
-        if not calls or seen != calls * tokens:
+        """A layer must see one vector for each token of the batch's longest example, in each of its calls, or say which
+        ones it sees."""
+        seen, calls, positions = captured.gradients.shape[1], captured.calls, captured.positions
+        told = positions is not None and positions.length == tokens
+        if not told and (positions is not None or not calls or seen != calls * tokens):
             raise LayerError(
                 f"Layer {layer!r} sees {seen} vectors an example in {calls or 'unequal'} call(s), where the longest "
                 f"example of the batch has {tokens} tokens: its part of a score belongs to no single token. Leave the "

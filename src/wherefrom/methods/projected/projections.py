@@ -22,7 +22,7 @@ from wherefrom.curvature.damping import added_damping
 from wherefrom.curvature.factors import Factors
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import weight_gradients
-from wherefrom.engine.layers import TrackedLayer
+from wherefrom.engine.modules.layers import TrackedLayer
 from wherefrom.engine.sweep import Collector
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.runtime.precision import product

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wherefrom.engine.modules.linear_map import LinearMap
 from wherefrom.runtime.precision import widened
 
 NO_COLUMN = -1
@@ -49,12 +50,17 @@ class LayerType:
     copies: Callable[[nn.Module], int] = lambda module: 1
     refused: Callable[[nn.Module], str | None] = lambda module: None
 
+    @property
+    def tokenwise(self) -> bool:
+        """Whether one token's output is of its own input alone, so that a model may flatten [batch, tokens, ...]."""
+        return self.plain or self.elementwise or self.one_hot
+
     def size(self, module: nn.Module) -> tuple[int, int]:
         """(outputs, inputs) of the weight as a matrix, without a bias that is its last column."""
-        weight = _weight(module)
+        shape = module.parts[0].shape if isinstance(module, LinearMap) else _weight(module).shape
         if self.elementwise:
-            return 1, weight.numel() * (1 + int(getattr(module, "bias", None) is not None))
-        rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+            return 1, math.prod(shape) * (1 + int(getattr(module, "bias", None) is not None))
+        rows, columns = shape[0], math.prod(shape[1:])
         return (columns, rows) if self.transposed else (rows, columns)
 
 
@@ -215,15 +221,16 @@ def distinct_one_hot(ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 # By qualified name or pattern, so that the engine does not import the libraries that define the layers. None marks a
 # class that derives from a supported one and is used in another way.
-_LINEAR = LayerType(_as_tokens, _as_tokens, plain=True)
+LINEAR = LayerType(_as_tokens, _as_tokens, plain=True)
+TRANSPOSED_LINEAR = replace(LINEAR, transposed=True)
 _CONVOLUTION = LayerType(_patches, _convolution_outputs, copies=_groups)
 _ELEMENTWISE = LayerType(_normalized, _features, by_default=False, elementwise=True, refused=_without_weight)
 LAYER_TYPES: dict[str, LayerType | None] = {
-    "torch.nn.modules.linear.Linear": _LINEAR,
-    "transformers.models.falcon.modeling_falcon.FalconLinear": _LINEAR,
+    "torch.nn.modules.linear.Linear": LINEAR,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": LINEAR,
     # The output projection inside nn.MultiheadAttention, which never calls it.
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": None,
-    "transformers.pytorch_utils.Conv1D": replace(_LINEAR, transposed=True),
+    "transformers.pytorch_utils.Conv1D": TRANSPOSED_LINEAR,
     "torch.nn.modules.conv.Conv1d": _CONVOLUTION,
     "torch.nn.modules.conv.Conv2d": _CONVOLUTION,
     "torch.nn.modules.conv.Conv3d": _CONVOLUTION,

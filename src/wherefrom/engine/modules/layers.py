@@ -19,7 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wherefrom.engine.layer_types import LayerType, elementwise_tensors, kind_names, layer_type, one_hot, trackable
+from wherefrom.engine.modules.layer_types import (
+    LINEAR,
+    TRANSPOSED_LINEAR,
+    LayerType,
+    elementwise_tensors,
+    kind_names,
+    layer_type,
+    one_hot,
+    trackable,
+)
+from wherefrom.engine.modules.linear_map import LinearMap, Part
+from wherefrom.engine.modules.written_out import WrittenOut, written_out, written_out_kind
 from wherefrom.runtime.errors import LayerError
 from wherefrom.runtime.placement import tied_names
 
@@ -33,16 +44,30 @@ eigenvectors another. Past that, as for one-hot inputs, only the matrix's diagon
 
 @dataclass(frozen=True)
 class Use:
-    """One module that a weight is used by, under its name in the model."""
+    """One module that a weight is used by, under its name in the model.
+
+    Attributes:
+        owner: the module that is written out, if this is one of its linear maps.
+    """
 
     name: str
     module: nn.Module
     kind: LayerType
+    owner: WrittenOut | None = None
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """The module's bias."""
-        return getattr(self.module, "bias", None)
+    def parts(self) -> tuple[Part, ...]:
+        """Of which parameters its weight and, if there is one, its bias are."""
+        if isinstance(self.module, LinearMap):
+            return self.module.parts
+        return tuple(
+            Part(self.module, name) for name in ("weight", "bias") if getattr(self.module, name, None) is not None
+        )
+
+    @property
+    def biased(self) -> bool:
+        """Whether the module has a bias."""
+        return len(self.parts) > 1
 
 
 class TrackedLayer:
@@ -67,22 +92,22 @@ class TrackedLayer:
         self.one_hot = self.main.kind.one_hot
         self._check_uses()
         outputs, inputs = self.main.kind.size(self.main.module)
-        self._biased = not self.main.kind.elementwise and any(use.bias is not None for use in uses)
+        self._biased = not self.main.kind.elementwise and any(use.biased for use in uses)
         self.shape = (outputs, inputs + int(self._biased))
         self.width = -(-self.shape[1] // _ALIGNMENT) * _ALIGNMENT if self._biased else inputs
 
     def _check_uses(self) -> None:
         """Refuse uses whose gradients are not of one matrix."""
         outputs, inputs = self.main.kind.size(self.main.module)
-        biased = [use for use in self.uses if use.bias is not None]
+        biased = [use for use in self.uses if use.biased]
         for use in self.uses:
             flipped = self._flipped(use)
             size = use.kind.size(use.module)
             if size != ((inputs, outputs) if flipped else (outputs, inputs)):
                 raise _not_added_up(self.main, use, "they see it as matrices of different shapes")
-            if use.bias is not None and flipped:
+            if use.biased and flipped:
                 raise _not_added_up(self.main, use, "one has a bias and sees the weight transposed")
-            if use.bias is not None and use.bias is not biased[0].bias:
+            if use.biased and not use.parts[1].is_same(biased[0].parts[1]):
                 raise _not_added_up(biased[0], use, "they have biases of their own")
 
     def _flipped(self, use: Use) -> bool:
@@ -102,24 +127,22 @@ class TrackedLayer:
         return self.shape[0] > WIDEST, self.one_hot or self.shape[1] > WIDEST
 
     @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """The weight and, if there is one, the bias, in their modules' own shapes."""
-        weight = self.main.module.weight
-        assert isinstance(weight, Tensor)
-        return weight, *[use.bias for use in self.uses if use.bias is not None][:1]
+    def parts(self) -> tuple[Part, ...]:
+        """Of which parameters the weight and, if there is one, the bias are."""
+        return self.main.parts[0], *[use.parts[1] for use in self.uses if use.biased][:1]
 
     def to_matrices(self, weight: Tensor, *bias: Tensor) -> Tensor:
-        """Numbers for each of the `parameters`, [n, ...], laid out as gradient matrices [n, *shape]."""
+        """Numbers for each of the `parts`, [n, ...], laid out as gradient matrices [n, *shape]."""
         if self.main.kind.elementwise:
             return torch.cat([each.flatten(1) for each in (weight, *bias)], 1).unsqueeze(1)
         matrices = weight.transpose(1, 2) if self.main.kind.transposed else weight.flatten(2)
         return torch.cat([matrices, *(each.unsqueeze(2) for each in bias)], 2)
 
     def from_matrices(self, matrices: Tensor) -> list[Tensor]:
-        """The inverse: what gradient matrices [n, *shape] have for each of the `parameters`, [n, ...]."""
-        weight, bias = matrices.tensor_split([self.parameters[0].numel() // self.shape[0]], 2)
+        """The inverse: what gradient matrices [n, *shape] have for each of the `parts`, [n, ...]."""
+        weight, bias = matrices.tensor_split([self.parts[0].numel // self.shape[0]], 2)
         parts = (weight.transpose(1, 2) if self.main.kind.transposed else weight, bias)  # without a bias, it is empty
-        return [part.reshape(len(part), *each.shape) for part, each in zip(parts, self.parameters, strict=False)]
+        return [part.reshape(len(part), *each.shape) for part, each in zip(parts, self.parts, strict=False)]
 
     def columns(self, tokens: int) -> int:
         """How many columns of the gradient matrix are captured for an example of that many tokens."""
@@ -132,7 +155,7 @@ class TrackedLayer:
     def reads_as(self, use: Use, other: TrackedLayer, other_use: Use) -> bool:
         """Whether both uses, which share activations, would make the same of the same input."""
         same_kind = use.kind.inputs is other_use.kind.inputs
-        return same_kind and self.width == other.width and (use.bias is None) == (other_use.bias is None)
+        return same_kind and self.width == other.width and use.biased == other_use.biased
 
     def read(self, use: Use, inputs: Tensor) -> Tensor:
         """What a use's input comes to, before its output gradient is known.
@@ -148,7 +171,7 @@ class TrackedLayer:
         aligned = tokens.new_empty(*tokens.shape[:-1], self.width)
         aligned[..., :features] = tokens
         aligned[..., features:] = 0
-        aligned[..., features] = use.bias is not None
+        aligned[..., features] = use.biased
         return aligned
 
     def tensors(self, use: Use, read: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,6 +188,12 @@ class TrackedLayer:
             return read, gradients
         flipped = functional.pad(gradients, (0, self.width - gradients.shape[-1]))
         return flipped, one_hot(read, self.shape[0], gradients.dtype) if use.kind.one_hot else read
+
+
+def owners(layers: Mapping[str, TrackedLayer]) -> list[WrittenOut]:
+    """The modules that layers are linear maps of."""
+    found = (use.owner for layer in layers.values() for use in layer.uses if use.owner is not None)
+    return list(dict.fromkeys(found))
 
 
 def _not_added_up(one: Use, other: Use, reason: str) -> LayerError:
@@ -198,15 +227,30 @@ def select_layers(
 
 def _weights(model: nn.Module) -> list[list[Use]]:
     """The modules of supported kinds, those that use one weight together."""
-    identities = {f"{each.owner}.{each.name}": each.identity for each in _parameters(model)}
-    groups: dict[int | str, list[Use]] = {}
+    identities = {(id(each.module), each.name): each.identity for each in _parameters(model)}
+    groups: dict[tuple[int | str, str], list[Use]] = {}
     for name, module in model.named_modules():
-        kind = trackable(module)
-        if kind is not None:
+        for use in _uses(name, module):
+            part = use.parts[0]
             # A weight that is computed, as by weight normalisation, is no parameter, and another tensor at every look.
-            identity = identities.get(f"{name}.weight", f"{name}.weight")
-            groups.setdefault(identity, []).append(Use(name, module, kind))
+            identity = identities.get((id(part.owner), part.name), use.name)
+            groups.setdefault((identity, str(part.index)), []).append(use)
     return list(groups.values())
+
+
+def _uses(name: str, module: nn.Module) -> list[Use]:
+    """A module as a layer, or its linear maps; nothing of a module that cannot be tracked."""
+    kind = trackable(module)
+    if kind is not None:
+        return [Use(name, module, kind)]
+    owner = written_out(module)
+    if owner is None:
+        return []
+    kinds = {True: TRANSPOSED_LINEAR, False: LINEAR}
+    return [
+        Use(".".join(filter(None, (name, inside))), each, kinds[each.transposed], owner)
+        for inside, each in owner.maps.items()
+    ]
 
 
 class _Parameter(NamedTuple):
@@ -233,7 +277,7 @@ def _by_default(model: nn.Module, weights: Sequence[list[Use]], head: nn.Module 
     if _has_adapters(model):
         chosen = [uses for uses in chosen if any("lora_" in use.name for use in uses)]
     elif any(trainable) and not all(trainable):
-        chosen = [uses for uses in chosen if uses[0].module.weight.requires_grad]
+        chosen = [uses for uses in chosen if uses[0].parts[0].parameter.requires_grad]
     if not weights:
         raise LayerError(f"{type(model).__name__} has no layer to track: supported kinds are {kind_names()}.")
     if not chosen:
@@ -268,13 +312,15 @@ def _matches(model: nn.Module, pattern: str, supported: Sequence[str]) -> list[s
 
 
 def _why_not(module: nn.Module, pattern: str) -> str:
-    kind, own = layer_type(module), sum(each.numel() for each in module.parameters(recurse=False))
-    if kind is not None:
-        return f"a {type(module).__name__} that cannot be tracked: {kind.refused(module)}. Leave it out."
-    if own:
+    kind, own = layer_type(module) or written_out_kind(module), sum(each.numel() for each in module.parameters(False))
+    reason = kind and kind.refused(module)
+    if reason:
+        return f"a {type(module).__name__} that cannot be tracked: {reason}. Leave it out."
+    if own and kind is None:
         return (
             f"a {type(module).__name__} with {own:,} weights of its own, which is not a layer of a supported kind "
-            f"({kind_names()}). Leave it out, build it of supported layers, or add its kind to LAYER_TYPES."
+            f"({kind_names()}). Leave it out, build it of supported layers, or add its kind to LAYER_TYPES or "
+            "WRITTEN_OUT."
         )
     return (
         f"which is not a layer of a supported kind ({kind_names()}); name the layers inside it with {pattern + '.*'!r}."
@@ -283,11 +329,14 @@ def _why_not(module: nn.Module, pattern: str) -> str:
 
 def _refuse_unseen_uses(model: nn.Module, layers: Sequence[TrackedLayer]) -> None:
     """A parameter used by other modules too has a gradient of which the layer's is only a part."""
-    layer_of = {use.module: layer for layer in layers for use in layer.uses}
+    users: dict[tuple[int, str], set[str]] = {}
+    for layer in layers:
+        for part in (part for use in layer.uses for part in use.parts):
+            users.setdefault((id(part.owner), part.name), set()).add(layer.name)
     firsts: dict[int | str, _Parameter] = {}
     for each in _parameters(model):
         first = firsts.setdefault(each.identity, each)
-        if layer_of.get(first.module) is not layer_of.get(each.module):
+        if users.get((id(first.module), first.name)) != users.get((id(each.module), each.name)):
             raise LayerError(
                 f"layers: {first.owner!r} and {each.owner!r} share one {each.name}, and the gradient of one of them is "
                 "only a part of its gradient. Leave both out with `layers=[...]` patterns, or untie them before "
@@ -308,16 +357,19 @@ def untracked(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> list[Untr
 
     Of a model that is frozen as a whole, every weight counts.
     """
-    parameters = list(_parameters(model))
-    tracked = {use.module for layer in layers.values() for use in layer.uses}
+    parameters, parts = list(_parameters(model)), Counter[tuple[int, str]]()
+    uses = [use for layer in layers.values() for use in layer.uses]
+    for part in (part for use in uses for part in use.parts):
+        parts[id(part.owner), part.name] += part.numel
+    tracked = {use.module for use in uses}
     seen = {each.identity for each in parameters if each.module in tracked}
     frozen = not any(each.value.requires_grad for each in parameters)
     counts: Counter[tuple[str, str]] = Counter()
     for each in parameters:
         if each.identity not in seen and (each.value.requires_grad or frozen):
-            counts[each.owner, type(each.module).__name__] += each.value.numel()
+            counts[each.owner, type(each.module).__name__] += each.value.numel() - parts[id(each.module), each.name]
         seen.add(each.identity)
-    return [Untracked(name, kind, weights) for (name, kind), weights in counts.items()]
+    return [Untracked(name, kind, weights) for (name, kind), weights in counts.items() if weights]
 
 
 def coverage(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> str:
@@ -343,11 +395,14 @@ def mostly_left_out(model: nn.Module, layers: Mapping[str, TrackedLayer], head: 
     tracked, missing = sum(math.prod(layer.shape) for layer in own), sum(each.weights for each in left)
     if tracked >= missing:
         return None
-    possible = [each for each in left if trackable(model.get_submodule(each.name))]
-    impossible = [each for each in left if each not in possible]
+    owners_left = {id(model.get_submodule(each.name)): each for each in left}
+    inside: dict[Untracked, list[str]] = {each: [] for each in left}
+    for use in (use for uses in _weights(model) for use in uses if id(use.parts[0].owner) in owners_left):
+        inside[owners_left[id(use.parts[0].owner)]].append(use.name)
+    possible, impossible = ([each for each in left if bool(inside[each]) is found] for found in (True, False))
     advice = []
     if possible:
-        patterns = dict.fromkeys(re.sub(r"\b\d+\b", "*", each.name) for each in possible)
+        patterns = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for each in possible for name in inside[each])
         names = ", ".join(map(repr, list(patterns)[:8])) + (", ..." if len(patterns) > 8 else "")
         advice.append(f"{_count(possible)} could be, with {names} among the `layers`")
     if impossible:

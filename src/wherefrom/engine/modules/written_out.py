@@ -1,0 +1,109 @@
+"""Which modules are computed through linear maps, and how they are made to.
+
+A kind is a row of `WRITTEN_OUT`. It says which linear maps a module is made of, and computes with these exactly what
+the module computes; whatever is to be captured is what the maps read and give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from wherefrom.engine.modules.experts import (
+    dbrx_forward,
+    dbrx_maps,
+    expert_forward,
+    expert_maps,
+    llama4_forward,
+    llama4_maps,
+    of_another_form,
+)
+from wherefrom.engine.modules.linear_map import LinearMap
+from wherefrom.engine.modules.routers import router_forward, router_maps, without_linear_weight
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How modules of a kind are written out.
+
+    Attributes:
+        maps: the linear maps of a module by their names inside of it; "" is the module itself, which has one alone.
+        forward: what stands in for the module's `forward`: it calls the maps, which are those of `maps`. The first
+            dimension of what a map reads is the batch, as of any other layer, unless it comes with a `Routing`.
+        sparse: whether it is usual that a map gets nothing in a pass.
+        refused: why a module of this kind cannot be written out; None when it can.
+    """
+
+    maps: Callable[[nn.Module], dict[str, LinearMap]]
+    forward: Callable[[nn.Module, Mapping[str, LinearMap]], Callable[..., Any]]
+    sparse: bool = False
+    refused: Callable[[nn.Module], str | None] = lambda module: None
+
+
+# By the pattern of a qualified name, as `LAYER_TYPES` are.
+WRITTEN_OUT: dict[str, Kind] = {
+    "transformers.models.dbrx.modeling_dbrx.DbrxExperts": Kind(dbrx_maps, dbrx_forward, sparse=True),
+    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": Kind(llama4_maps, llama4_forward, sparse=True),
+    "transformers.models.*Experts": Kind(expert_maps, expert_forward, sparse=True, refused=of_another_form),
+    "transformers.models.*Router": Kind(router_maps, router_forward, refused=without_linear_weight),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenOut:
+    """A module with its linear maps."""
+
+    module: nn.Module
+    kind: Kind
+    maps: Mapping[str, LinearMap]
+
+
+def written_out(module: nn.Module) -> WrittenOut | None:
+    """A module's linear maps; None if it is of no kind that has them, or cannot be written out."""
+    kind = written_out_kind(module)
+    return None if kind is None or kind.refused(module) else WrittenOut(module, kind, kind.maps(module))
+
+
+def written_out_kind(module: nn.Module) -> Kind | None:
+    """The entry for a module or the nearest class it derives from; None if it has none, or a `forward` of its own."""
+    for base in type(module).__mro__:
+        name = f"{base.__module__}.{base.__qualname__}"
+        kind = next((kind for pattern, kind in WRITTEN_OUT.items() if fnmatchcase(name, pattern)), None)
+        if kind is not None:
+            inherited = type(module).forward is getattr(base, "forward", None)
+            return kind if inherited and not _is_replaced(module) else None
+    return None
+
+
+@contextmanager
+def through_maps(modules: Iterable[WrittenOut]) -> Iterator[None]:
+    """Within it, modules compute through their linear maps; they are put back as they were."""
+    with ExitStack() as stack:
+        for each in modules:
+            name = _computed_by(each.module)
+            stack.callback(_restore, each.module, name, vars(each.module).get(name))
+            setattr(each.module, name, each.kind.forward(each.module, each.maps))
+        yield
+
+
+def _computed_by(module: nn.Module) -> str:
+    """The attribute that computes: accelerate's hooks, which bring a module's weights, call another than `forward`."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether somebody has given this module a `forward` that is not its class's."""
+    found = vars(module).get(_computed_by(module))
+    return found is not None and getattr(found, "__func__", None) is not type(module).forward
+
+
+def _restore(module: nn.Module, name: str, before: object) -> None:
+    if before is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, before)

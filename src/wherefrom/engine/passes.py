@@ -1,0 +1,178 @@
+"""One forward and backward pass: what it runs under, and what it has seen so far.
+
+This module knows layers and tensors; it does not know what is made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from wherefrom.engine.modules.layers import TrackedLayer, Use
+from wherefrom.engine.routing import Packing, Routing
+from wherefrom.runtime.errors import LayerError
+from wherefrom.tasks.task import evaluating
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which tokens of a batch are real.
+
+    Attributes:
+        mask: boolean [batch, tokens, 1], on the model's device.
+        tokens: how many are true; counted on the host, so that no layer waits for the device.
+    """
+
+    mask: Tensor
+    tokens: int
+
+
+@dataclass
+class Call:
+    """One run of a module that uses a layer's weight in a forward pass.
+
+    Attributes:
+        model_call: the number of the model's call that it is in, from 0.
+        flat: how many tokens an example has, if the module reads all examples' one after the other, [batch * tokens,
+            ...]; here they are [batch, tokens, ...].
+        routing: whose vectors were read, and which expert read them; nothing for other layers.
+    """
+
+    use: Use
+    inputs: Tensor
+    version: int
+    model_call: int
+    flat: int | None = None
+    routing: tuple[Routing, int] | tuple[()] = ()
+    gradient: Tensor | None = None
+
+
+@dataclass
+class Pass:
+    """What one forward and backward pass has seen so far.
+
+    Attributes:
+        lengths: how many tokens an example may have.
+        model_calls: how often the loss has called the model, but for calls without gradients.
+        latest: the layer, its use and the input that activations were last made for, and the activations.
+        without_graph: layers that ran while gradients were switched off.
+        owners: modules that ran through their linear maps.
+    """
+
+    examples: int
+    padding: Sequence[Padding]
+    lengths: Set[int]
+    model_calls: int = 0
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    backward: bool = False
+    latest: tuple[TrackedLayer, Use, Tensor, Tensor] | None = None
+    without_graph: set[str] = field(default_factory=set)
+    owners: set[nn.Module] = field(default_factory=set)
+
+    def flat(self, use: Use, inputs: Tensor) -> int | None:
+        """How many tokens an example has in an input [batch * tokens, ...]; None of one that is no such input.
+
+        Only as many as the batch has: those of one example must not be taken for another's.
+        """
+        tokens, rest = divmod(len(inputs), self.examples)
+        plain = inputs.dim() == (1 if use.kind.one_hot else 2) and use.kind.tokenwise
+        return tokens if plain and not rest and tokens != 1 and tokens in self.lengths else None
+
+    def packing(self, layer: str, call: Call, routing: Routing, expert: int) -> Packing:
+        """How an expert's vectors are laid out by example.
+
+        Raises:
+            LayerError: it is not known whose they are.
+        """
+        length, rest = divmod(routing.total, self.examples)
+        if rest or length not in self.lengths | {1}:
+            raise not_by_example(layer, routing.total, self.examples)
+        padding = self.padding_for(layer, length, call)
+        mask = None if padding is None else padding.mask.to(routing.tokens.device)
+        return routing.packing(expert, self.examples, mask)
+
+    def idle(self, layer: TrackedLayer) -> bool:
+        """Whether a layer got nothing from a module that ran, such as an expert that no token was routed to."""
+        owners = [use.owner for use in layer.uses if use.owner is not None and use.owner.kind.sparse]
+        return any(owner.module in self.owners for owner in owners)
+
+    def padding_of(self, tokens: int, call: Call) -> Padding | None:
+        """The padding of a call that sees `tokens` an example; None when there is none of that many."""
+        found = [each for each in self.padding if each.mask.shape[1] == tokens]
+        if len(found) > 1 and len(self.padding) != self.model_calls:
+            raise LayerError(
+                f"{len(found)} masks of {tokens} tokens, and {self.model_calls} call(s) of the model, by which layers "
+                "cannot be told apart. Pad one of the sequences by one token more, or return a mask for each call."
+            )
+        return self.padding[call.model_call] if len(found) > 1 else found[0] if found else None
+
+    def padding_for(self, layer: str, tokens: int, call: Call) -> Padding | None:
+        """The same of a layer that sees as many as one of the masks has, or else a single one; None when all are real.
+
+        Raises:
+            LayerError: it sees another number.
+        """
+        found = self.padding_of(tokens, call)
+        # A layer that sees one vector for each example has no padding left.
+        if found is None and self.padding and tokens != 1:
+            counts = " and ".join(str(each.mask.shape[1]) for each in self.padding)
+            raise LayerError(
+                f"Layer {layer!r} has {tokens} tokens per example and the task's mask {counts}. "
+                "Leave the layer out with `layers=[...]`, or return None from Task.mask."
+            )
+        return found
+
+
+def not_by_example(layer: str, vectors: int, examples: int) -> LayerError:
+    """What is said of a layer that sees vectors of which nobody knows whose they are."""
+    return LayerError(
+        f"Layer {layer!r} saw a batch of {vectors} for {examples} examples: its input must keep the batch as first "
+        "dimension, or flatten all of the batch's tokens, as many as its masks or else its tensors [batch, tokens, ...] "
+        "have. Leave the layer out with `layers=[...]`."
+    )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients; every module and parameter is put back as it was."""
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with evaluating(model):
+        try:
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for name, parameter in model.named_parameters():  # by name: offloading makes new parameters in every pass
+                parameter.requires_grad_(required[name])
+
+
+@contextmanager
+def leaves_of(value: Tensor) -> Iterator[list[Tensor]]:
+    """What the graph of a loss begins at, whose gradients are put back in the end: what counts arrives at hooks."""
+    leaves = _leaves(value)
+    before = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        yield leaves
+    finally:
+        for leaf, gradient in zip(leaves, before, strict=True):
+            leaf.grad = gradient
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """Every tensor that the graph of `value` begins at: an output of a tracked layer, or what else requires gradients,
+    such as embeddings that are made to for checkpointing."""
+    found, seen, pending = [], set(), [value.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending += [each for each, _ in node.next_functions]
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+    return found

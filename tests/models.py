@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 import wherefrom as wf
+from wherefrom.tasks.sampling import Sampler
 from wherefrom.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -130,3 +131,32 @@ class Interrupted(wf.CausalLM):
             raise KeyboardInterrupt
         self._left -= 1
         return super().train_loss(*arguments)  # type: ignore[arg-type]
+
+
+class Sequences(wf.Classification):
+    """Sequences of vectors of different lengths and their classes; the model is called with a mask of real tokens."""
+
+    def collate(self, examples: Sequence[object]) -> Sequence[Tensor]:
+        inputs, labels = zip(*examples, strict=True)
+        lengths = torch.tensor([len(each) for each in inputs])
+        padded = nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=3.0)
+        return padded, torch.arange(padded.shape[1]) < lengths[:, None], torch.stack(labels)
+
+    def mask(self, batch: Sequence[Tensor]) -> Tensor:
+        return batch[1]
+
+    def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
+        inputs, mask, labels = batch
+        logits = model(inputs, mask)
+        labels = labels if sampler is None else sampler.categorical(logits.detach())
+        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def sequences(count: int, seed: int = 6, features: int = 4) -> list[object]:
+    """Float64 sequences of two to six vectors, each with one of three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 7, (count,), generator=generator).tolist()
+    return [
+        (torch.randn(length, features, generator=generator).double(), torch.randint(3, (), generator=generator))
+        for length in lengths
+    ]

@@ -158,6 +158,21 @@ class BruteForce:
         return total
 
 
+def gradient_products(
+    model: nn.Module, task: AnyTask, tracked: Callable[[str], bool], train: Sequence[object], queries: Sequence[object]
+) -> Tensor:
+    """Scores [query, train] without curvature: autograd on the parameters with a tracked name, an example at a time."""
+    model = copy.deepcopy(model).double().eval()
+    parameters = [each for name, each in model.named_parameters() if tracked(name)]
+
+    def gradients(examples: Sequence[object]) -> Tensor:
+        losses = (task.train_loss(model, task.collate([each])) for each in examples)
+        found = (torch.autograd.grad(loss, parameters) for loss in losses)
+        return torch.stack([torch.cat([each.flatten() for each in one]) for one in found])
+
+    return gradients(queries) @ gradients(train).T
+
+
 def dense(strategy: str, rows: Tensor, a: Tensor, s: Tensor) -> Tensor:
     """[out * in, out * in], from per-example gradients (rows) and the two covariances."""
     if strategy == "diagonal":

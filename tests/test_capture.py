@@ -226,19 +226,6 @@ def test_rows_for_all_examples_are_each_examples_own_or_refused(tmp_path: Path) 
         refused.fit(wf.Diagonal(), execution=wf.Execution(train_batch_size=4))
 
 
-def test_an_encoder_of_pytorch_is_tracked_without_its_attention(tmp_path: Path) -> None:
-    """Its attention calls no module for its projections; the rest runs as modules while there are hooks."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
-    model = nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Linear(2, 4), layer, nn.Flatten(), nn.Linear(8, 3)).double()
-    rows, task = widened(examples(9)), wf.Classification()
-    study = wf.Study(tmp_path, model, task, train=rows)
-    assert list(study.layers) == ["1", "2.linear1", "2.linear2", "4"]
-    found = study.score(rows, wf.EKFAC(empirical=True)).values
-    expected = BruteForce(model, task, list(study.layers), rows, rows).scores("ekfac")
-    assert relative_error(found, expected) < 1e-9
-
-
 class TwoHeads(nn.Module):
     """Two layers read one tensor, a third another of the same size; an MLP before them, so that batches differ."""
 

@@ -137,14 +137,21 @@ def not_by_example(layer: str, vectors: int, examples: int) -> LayerError:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients; every module and parameter is put back as it was."""
+    """Evaluation mode and no parameter gradients; every module and parameter is put back as it was.
+
+    Where nothing is trained, PyTorch's transformer layers compute by one function and call none of their parts, unless
+    they are told not to.
+    """
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    fast = torch.backends.mha.get_fastpath_enabled()
     with evaluating(model):
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for name, parameter in model.named_parameters():  # by name: offloading makes new parameters in every pass
                 parameter.requires_grad_(required[name])
 

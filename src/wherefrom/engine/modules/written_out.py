@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from wherefrom.engine.modules.attention import attention_forward, attention_maps
 from wherefrom.engine.modules.experts import (
     dbrx_forward,
     dbrx_maps,
@@ -24,6 +25,7 @@ from wherefrom.engine.modules.experts import (
     of_another_form,
 )
 from wherefrom.engine.modules.linear_map import LinearMap
+from wherefrom.engine.modules.recurrent import recurrent_forward, recurrent_maps
 from wherefrom.engine.modules.routers import router_forward, router_maps, without_linear_weight
 
 
@@ -47,6 +49,10 @@ class Kind:
 
 # By the pattern of a qualified name, as `LAYER_TYPES` are.
 WRITTEN_OUT: dict[str, Kind] = {
+    "torch.nn.modules.activation.MultiheadAttention": Kind(attention_maps, attention_forward),
+    "torch.nn.modules.rnn.RNN": Kind(recurrent_maps, recurrent_forward),
+    "torch.nn.modules.rnn.GRU": Kind(recurrent_maps, recurrent_forward),
+    "torch.nn.modules.rnn.LSTM": Kind(recurrent_maps, recurrent_forward),
     "transformers.models.dbrx.modeling_dbrx.DbrxExperts": Kind(dbrx_maps, dbrx_forward, sparse=True),
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": Kind(llama4_maps, llama4_forward, sparse=True),
     "transformers.models.*Experts": Kind(expert_maps, expert_forward, sparse=True, refused=of_another_form),

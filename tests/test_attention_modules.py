@@ -15,7 +15,7 @@ from tests.models import Sequences, relative_error, sequences
 from tests.reference import gradient_products
 from tests.runs import factored
 from wherefrom.engine.modules.attention import attention_forward, attention_maps
-from wherefrom.engine.modules.layers import coverage, untracked
+from wherefrom.engine.modules.coverage import coverage, untracked
 from wherefrom.runtime.errors import LayerError
 
 BATCH, QUERIES, KEYS, FEATURES, HEADS = 3, 4, 5, 6, 2

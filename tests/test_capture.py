@@ -87,7 +87,7 @@ def test_unused_layers_are_named_and_unused_calls_add_nothing(tmp_path: Path) ->
     torch.manual_seed(0)
     model, rows = Partly(), examples()
     with pytest.raises(LayerError, match=r"1 tracked layer\(s\) never ran in a forward pass: idle"):
-        wf.Study(tmp_path, model, wf.Classification(), train=rows).fit(wf.Diagonal())
+        wf.Study(tmp_path, model, wf.Classification(["*"]), train=rows).fit(wf.Diagonal())
     study = wf.Study(tmp_path, model, wf.Classification(["used"]), train=rows)
     found = study.score(rows, wf.Dot()).values
     wide = widened(rows)

@@ -16,7 +16,8 @@ from tests.models import VOCABULARY, gpt2, relative_error, token_rows
 from tests.reference import BruteForce
 from tests.runs import factored
 from wherefrom.curvature.factors import STRATEGIES
-from wherefrom.engine.modules.layers import coverage, mostly_left_out, select_layers, untracked
+from wherefrom.engine.modules.coverage import coverage, mostly_left_out, untracked
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.runtime.errors import LayerError
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, overload
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from wherefrom.curvature.factors import Factors
 from wherefrom.engine.execution import Execution
 from wherefrom.engine.loading import Examples
-from wherefrom.engine.modules.layers import coverage, mostly_left_out, select_layers
+from wherefrom.engine.modules.coverage import coverage, mostly_left_out, never_run
+from wherefrom.engine.modules.layers import TrackedLayer, select_layers
 from wherefrom.engine.sweep import Sweep
 from wherefrom.methods.factored import EKFAC, Factored
 from wherefrom.methods.method import Context, Method
@@ -87,15 +89,35 @@ class Study(Generic[Batch]):
         if not isinstance(model, nn.Module):
             raise InputError(f"model is a {type(model).__name__}: expected a torch.nn.Module.")
         self.path, self.train, self.history = Path(path), train, history
-        self.layers = select_layers(model, task.layers, task.head(model))
-        self._sweep = Sweep(model, task, self.layers, execution or Execution())
-        self._left_out = mostly_left_out(model, self.layers, task.head(model))
-        if self._sweep.ranks.is_main:
-            logger.info(f"{coverage(model, self.layers)}.")
-            if self._left_out:
-                logger.warning(f"{self._left_out}.")
+        chosen = select_layers(model, task.layers, task.head(model))
+        self._sweep = Sweep(model, task, chosen, execution or Execution())
         self.profile = self._sweep.profile
         self._lock = run_lock(self.path)
+        if self._sweep.lockstep:
+            _ = self._tracked  # all processes pass through the model here; later, one may ask alone
+
+    @property
+    def layers(self) -> Mapping[str, TrackedLayer]:
+        """The tracked layers by name.
+
+        Unless the task names layers, those that do not run are left out. That takes a forward pass over an example, or
+        a few, the first time that it is asked.
+        """
+        return self._tracked[0]
+
+    @cached_property
+    def _tracked(self) -> tuple[Mapping[str, TrackedLayer], str]:
+        """The tracked layers, and what is to be said of those that are left out."""
+        model, task, chosen = self._sweep.model, self._sweep.task, self._sweep.layers
+        layers = self._sweep.running(Examples(self.train, task))
+        idle = chosen.keys() - layers.keys()
+        said = [never_run(model, chosen, idle), mostly_left_out(model, layers, task.head(model), idle)]
+        left_out = ". ".join(each for each in said if each)
+        if self._sweep.ranks.is_main:
+            logger.info(f"{coverage(model, layers)}.")
+            if left_out:
+                logger.warning(f"{left_out}.")
+        return layers, left_out
 
     @property
     def execution(self) -> Execution:
@@ -342,20 +364,17 @@ class Study(Generic[Batch]):
         if sweep.execution.half_precision and sweep.dtype == torch.float64:
             raise InputError("half_precision=True with a float64 model: load the model in float32, or leave it out.")
         train, states = Examples(self.train, sweep.task), ModelStates(sweep.model)
-        return Context(self.path, sweep, train, self.history, self._fingerprint(train, states), states)
+        fingerprint = self._fingerprint(train, states)
+        return Context(self.path, replace(sweep, layers=self.layers), train, self.history, fingerprint, states)
 
     def _fingerprint(self, train: Examples[Batch], states: ModelStates) -> Mapping[str, str]:
         """What everything in this study depends on."""
         task = {name: value for name, value in checked_settings(self._sweep.task).items() if name != "measure"}
         with self.profile.action("fingerprint"):
-            found = {
-                "library": VERSION,
-                MODEL: states.digest(None),
-                "task": json.dumps(task, sort_keys=True),
-                "layers": names_summary(list(self.layers)),
-                TRAIN: train.digest,
-                **({LEFT_OUT: self._left_out} if self._left_out else {}),
-            }
+            found = {"library": VERSION, MODEL: states.digest(None), "task": json.dumps(task, sort_keys=True)}
+            layers, left_out = self._tracked
+            found |= {"layers": names_summary(list(layers)), TRAIN: train.digest}
+            found |= {LEFT_OUT: left_out} if left_out else {}
         for name, value in found.items():
             self._sweep.ranks.check_alike(name, value)
         return found

@@ -179,6 +179,17 @@ class Capture(AbstractContextManager["Capture"]):
             self._pass = None
         return value.detach()
 
+    def ran(self, loss: Callable[[], Tensor]) -> Set[str]:
+        """Which layers run in a forward pass over one example, or could have, such as experts without a token."""
+        self._pass = current = Pass(1, (), frozenset())
+        try:
+            with torch.no_grad():
+                loss()
+        finally:
+            self._pass = None
+        found = current.without_graph | set(current.calls)
+        return found | {name for name, layer in self._layers.items() if current.idle(layer)}
+
     def held(self) -> list[Tensor]:
         """The inputs of layers that wait for their gradients; autograd has no need of them where weights are frozen."""
         return [call.inputs for calls in self._pass.calls.values() for call in calls] if self._pass else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,6 +42,8 @@ logger = logging.getLogger("wherefrom")
 _CHECKPOINT_SHARE = 0.05
 # Losses are looked at in groups, so that a GPU is not waited for after every batch.
 _LOSSES_PER_CHECK = 16
+# Examples in which a layer may run that has not in the others.
+_MOST_LOOKED_AT = 8
 
 
 class Collector(ABC):
@@ -285,6 +287,30 @@ class Sweep(Generic[Batch]):
             shared_bytes=saved.shared,
             largest_bytes=saved.largest // copies,
         )
+
+    def running(self, examples: Examples[Batch]) -> Mapping[str, TrackedLayer]:
+        """The layers that run as modules, where nobody has named some; of those that are named, all have to.
+
+        Of others, models may use the weights by functions, or not at all. It takes a forward pass over an example, and
+        over a few more while there are layers that have not run.
+        """
+        if self.task.layers is not None:
+            return self.layers
+        few, ran = examples.subset(range(0, len(examples), -(-len(examples) // _MOST_LOOKED_AT))), set[str]()
+        with (
+            Loader(few, self.device, ahead=False, model=self.model) as loader,
+            Capture(self.model, self.layers, lambda layer, captured: None) as capture,
+            self.precision.passes(self.device),
+        ):
+
+            def ran_for(one: range) -> Set[str]:
+                batch = loader.load(one).batch
+                return capture.ran(lambda: few.summed_loss(self.model, batch, one))
+
+            for position in range(len(few)):
+                if len(ran) < len(self.layers):
+                    ran |= ran_for(range(position, position + 1))
+        return {name: layer for name, layer in self.layers.items() if name in ran} or self.layers
 
     def _compiled(self) -> AbstractContextManager[None]:
         """Activation functions as the sweep runs them."""

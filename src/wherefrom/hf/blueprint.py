@@ -8,7 +8,7 @@ planned.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,11 +99,12 @@ def measure(
     if length < 2 or (longest is not None and length > longest):
         raise InputError(f"length={length}: expected 2 to {longest} tokens, which {name} was made for.")
     task = CausalLM(patterns)
-    layers = select_layers(model, task.layers, task.head(model))
-    sweep: Sweep[dict[str, Tensor]] = Sweep(model, task, layers)
+    sweep: Sweep[dict[str, Tensor]] = Sweep(model, task, select_layers(model, task.layers, task.head(model)))
+    examples = Examples([{"input_ids": [0] * length}], task)
     try:
         with _Assumptions(fused_attention=half_on_gpu):
-            example = sweep.footprint(Examples([{"input_ids": [0] * length}], task))
+            sweep = replace(sweep, layers=sweep.running(examples))
+            example = sweep.footprint(examples)
     except RuntimeError as error:  # of the model's own code
         raise InputError(
             f"model={name!r}: its code does not run without weights ({first_line(error)}). Llama and its relatives do "
@@ -111,7 +112,7 @@ def measure(
         ) from error
     size = sum(each.numel() for each in model.parameters())
     each_bytes = next(model.parameters()).element_size()
-    return Blueprint(name, size, size * each_bytes, _gathered(model) * each_bytes, layers, example)
+    return Blueprint(name, size, size * each_bytes, _gathered(model) * each_bytes, sweep.layers, example)
 
 
 def model_without_weights(name: str, dtype: torch.dtype) -> Any:

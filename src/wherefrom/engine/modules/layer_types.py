@@ -117,13 +117,25 @@ def _convolution_outputs(module: nn.Module, gradient: Tensor) -> Tensor:
 
     With many groups that is mostly zeros, `groups` times the memory of the output.
     """
-    groups, tokens = _groups(module), gradient.flatten(2).transpose(1, 2)  # tokens: [batch, positions, out]
+    groups, gradient = _groups(module), gradient[..., : gradient.shape[-1] - _cut_off(module, gradient)]
+    tokens = gradient.flatten(2).transpose(1, 2)  # [batch, positions, out]
     if groups == 1:
         return tokens
     batch, positions, outputs = tokens.shape
     spread = tokens.new_zeros(batch, groups, positions, groups, outputs // groups)
     spread.diagonal(dim1=1, dim2=3).copy_(tokens.unflatten(2, (groups, -1)).movedim(2, -1))
     return spread.flatten(3).flatten(1, 2)
+
+
+def _cut_off(module: nn.Module, gradient: Tensor) -> int:
+    """How many of the last positions have no part in the loss, because a model cuts the output to the input's length.
+
+    That makes a convolution causal which is padded at both ends; what is cut off is no token of an example.
+    """
+    if not isinstance(module, nn.Conv1d) or module.stride != (1,) or isinstance(module.padding, str):
+        return 0
+    (padding,), wide = module.padding, module.dilation[0] * (module.kernel_size[0] - 1)
+    return padding if padding == wide > 0 and not gradient[..., -padding:].any() else 0
 
 
 # Normalisations: y = w * f(x) + b, feature by feature.

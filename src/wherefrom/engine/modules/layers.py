@@ -7,10 +7,7 @@ is `gradients^T activations` summed over the tokens of all of them.
 from __future__ import annotations
 
 import difflib
-import math
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -182,6 +179,9 @@ class TrackedLayer:
             output_gradient: of the loss with respect to the module's output.
         """
         gradients = use.kind.outputs(use.module, output_gradient)
+        if read.shape[1] > gradients.shape[1]:  # without positions that a model cuts off
+            copies = use.kind.copies(use.module)
+            read = read.unflatten(1, (copies, -1))[:, :, : gradients.shape[1] // copies].flatten(1, 2)
         if use.kind.elementwise:
             return elementwise_tensors(read, gradients, self.width)
         if not self._flipped(use):
@@ -203,6 +203,9 @@ def _not_added_up(one: Use, other: Use, reason: str) -> LayerError:
     )
 
 
+_SCRIPTED = "a TorchScript module, which shows nothing of its layers: load the original nn.Module and its state_dict"
+
+
 def select_layers(
     model: nn.Module, patterns: Sequence[str] | None = None, head: nn.Module | None = None
 ) -> dict[str, TrackedLayer]:
@@ -218,16 +221,18 @@ def select_layers(
         LayerError: nothing matches a pattern (close names are listed), a named layer is of an unsupported kind, or
             a tracked weight is shared with a module whose part of the gradient cannot be added to its own.
     """
-    weights = list(_weights(model))
+    if isinstance(model, torch.jit.ScriptModule):
+        raise LayerError(f"model is {_SCRIPTED}.")
+    weights = list(weights_of(model))
     chosen = _by_default(model, weights, head) if patterns is None else _named(model, weights, patterns)
     layers = [TrackedLayer(uses) for uses in chosen]
     _refuse_unseen_uses(model, layers)
     return {layer.name: layer for layer in layers}
 
 
-def _weights(model: nn.Module) -> list[list[Use]]:
+def weights_of(model: nn.Module) -> list[list[Use]]:
     """The modules of supported kinds, those that use one weight together."""
-    identities = {(id(each.module), each.name): each.identity for each in _parameters(model)}
+    identities = {(id(each.module), each.name): each.identity for each in parameters_of(model)}
     groups: dict[tuple[int | str, str], list[Use]] = {}
     for name, module in model.named_modules():
         for use in _uses(name, module):
@@ -253,7 +258,7 @@ def _uses(name: str, module: nn.Module) -> list[Use]:
     ]
 
 
-class _Parameter(NamedTuple):
+class Parameter(NamedTuple):
     """A parameter that a module has itself; those of equal `identity` are one, even if offloading made two tensors."""
 
     owner: str
@@ -263,12 +268,13 @@ class _Parameter(NamedTuple):
     identity: int | str
 
 
-def _parameters(model: nn.Module) -> Iterator[_Parameter]:
+def parameters_of(model: nn.Module) -> Iterator[Parameter]:
+    """Every parameter of a model, where it is."""
     tied = tied_names(model)
     for owner, module in model.named_modules():
         for name, value in module.named_parameters(recurse=False):
             full = f"{owner}.{name}"
-            yield _Parameter(owner, module, name, value, tied.get(full, full) if value.is_meta else id(value))
+            yield Parameter(owner, module, name, value, tied.get(full, full) if value.is_meta else id(value))
 
 
 def _by_default(model: nn.Module, weights: Sequence[list[Use]], head: nn.Module | None) -> list[list[Use]]:
@@ -313,6 +319,8 @@ def _matches(model: nn.Module, pattern: str, supported: Sequence[str]) -> list[s
 
 def _why_not(module: nn.Module, pattern: str) -> str:
     kind, own = layer_type(module) or written_out_kind(module), sum(each.numel() for each in module.parameters(False))
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{_SCRIPTED}, or leave it out."
     reason = kind and kind.refused(module)
     if reason:
         return f"a {type(module).__name__} that cannot be tracked: {reason}. Leave it out."
@@ -333,8 +341,8 @@ def _refuse_unseen_uses(model: nn.Module, layers: Sequence[TrackedLayer]) -> Non
     for layer in layers:
         for part in (part for use in layer.uses for part in use.parts):
             users.setdefault((id(part.owner), part.name), set()).add(layer.name)
-    firsts: dict[int | str, _Parameter] = {}
-    for each in _parameters(model):
+    firsts: dict[int | str, Parameter] = {}
+    for each in parameters_of(model):
         first = firsts.setdefault(each.identity, each)
         if users.get((id(first.module), first.name)) != users.get((id(each.module), each.name)):
             raise LayerError(
@@ -342,86 +350,3 @@ def _refuse_unseen_uses(model: nn.Module, layers: Sequence[TrackedLayer]) -> Non
                 "only a part of its gradient. Leave both out with `layers=[...]` patterns, or untie them before "
                 "training."
             )
-
-
-class Untracked(NamedTuple):
-    """Weights that are left out: the module that owns them, its kind, and how many there are."""
-
-    name: str
-    kind: str
-    weights: int
-
-
-def untracked(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> list[Untracked]:
-    """The modules whose own weights are trainable and not tracked, in the model's order; tied weights count once.
-
-    Of a model that is frozen as a whole, every weight counts.
-    """
-    parameters, parts = list(_parameters(model)), Counter[tuple[int, str]]()
-    uses = [use for layer in layers.values() for use in layer.uses]
-    for part in (part for use in uses for part in use.parts):
-        parts[id(part.owner), part.name] += part.numel
-    tracked = {use.module for use in uses}
-    seen = {each.identity for each in parameters if each.module in tracked}
-    frozen = not any(each.value.requires_grad for each in parameters)
-    counts: Counter[tuple[str, str]] = Counter()
-    for each in parameters:
-        if each.identity not in seen and (each.value.requires_grad or frozen):
-            counts[each.owner, type(each.module).__name__] += each.value.numel() - parts[id(each.module), each.name]
-        seen.add(each.identity)
-    return [Untracked(name, kind, weights) for (name, kind), weights in counts.items() if weights]
-
-
-def coverage(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> str:
-    """How much of a model is tracked, on one line."""
-    tracked, left = sum(math.prod(layer.shape) for layer in layers.values()), untracked(model, layers)
-    total = tracked + sum(each.weights for each in left)
-    kinds: dict[str, list[Untracked]] = {}
-    for each in left:
-        kinds.setdefault(each.kind, []).append(each)
-    parts = [f"{same[0].name if len(same) == 1 else len(same)} {kind} ({_count(same)})" for kind, same in kinds.items()]
-    rest = f"; not tracked: {', '.join(parts)}" if parts else ""
-    return f"Tracking {len(layers)} layer(s), {_short(tracked)} of {_short(total)} weights{rest}"
-
-
-def mostly_left_out(model: nn.Module, layers: Mapping[str, TrackedLayer], head: nn.Module | None) -> str | None:
-    """What is to be said where less than half of the trained weights are tracked; None otherwise.
-
-    Embeddings and the output head do not count, which are left out on purpose.
-    """
-    aside = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head}
-    left = [each for each in untracked(model, layers) if each.name not in aside]
-    own = [layer for layer in layers.values() if not any(use.name in aside for use in layer.uses)]
-    tracked, missing = sum(math.prod(layer.shape) for layer in own), sum(each.weights for each in left)
-    if tracked >= missing:
-        return None
-    owners_left = {id(model.get_submodule(each.name)): each for each in left}
-    inside: dict[Untracked, list[str]] = {each: [] for each in left}
-    for use in (use for uses in _weights(model) for use in uses if id(use.parts[0].owner) in owners_left):
-        inside[owners_left[id(use.parts[0].owner)]].append(use.name)
-    possible, impossible = ([each for each in left if bool(inside[each]) is found] for found in (True, False))
-    advice = []
-    if possible:
-        patterns = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for each in possible for name in inside[each])
-        names = ", ".join(map(repr, list(patterns)[:8])) + (", ..." if len(patterns) > 8 else "")
-        advice.append(f"{_count(possible)} could be, with {names} among the `layers`")
-    if impossible:
-        kinds = ", ".join(sorted({each.kind for each in impossible}))
-        advice.append(f"{_count(impossible)} cannot be, which are of no supported kind of layer ({kinds})")
-    share = tracked / (tracked + missing)
-    return (
-        f"Only {share:.0%} of the {_short(tracked + missing)} weights that were trained, besides embeddings and output "
-        f"head, are tracked: scores say nothing of what the others have learned. Of these, {'; '.join(advice)}"
-    )
-
-
-def _count(modules: Sequence[Untracked]) -> str:
-    return _short(sum(each.weights for each in modules))
-
-
-def _short(count: int) -> str:
-    """A count with a unit: 85.1M."""
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f}{unit}"
-    return str(count)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import wherefrom as wf
-from tests.models import Sequences, relative_error, sequences
+from tests.dense_gauss_newton import study_of, system_of
+from tests.models import Case, Sequences, relative_error, sequences
 from tests.reference import gradient_products
 from tests.runs import factored
 from wherefrom.engine.modules.attention import attention_forward, attention_maps
-from wherefrom.engine.modules.coverage import coverage, untracked
+from wherefrom.engine.modules.coverage import coverage, mostly_left_out, untracked
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.runtime.errors import LayerError
 
 BATCH, QUERIES, KEYS, FEATURES, HEADS = 3, 4, 5, 6, 2
@@ -127,6 +129,10 @@ def test_one_projection_can_be_named_alone(tmp_path: Path) -> None:
         task = Sequences([f"attention.in_proj.{name}"])
         found = found + wf.Study(tmp_path / name, model, task, train=rows).score(rows, wf.Dot()).values
     assert relative_error(found, inside) < 1e-12
+    said = mostly_left_out(model, select_layers(model, ["head"]), None)
+    assert said is not None and said.endswith(
+        "198 could be, with 'embed', 'attention.*', 'attention.out_proj' among the `layers`"
+    )
     with pytest.raises(LayerError, match=r"name the layers inside it with 'attention\.\*'"):
         wf.Study(tmp_path, model, Sequences(["attention"]), train=rows)
 
@@ -166,6 +172,20 @@ def test_scores_are_those_of_linear_layers(tmp_path: Path, strategy: str) -> Non
         for name, each in (("attention", model), ("built", built))
     )
     assert relative_error(found, expected) < 1e-9
+
+
+def test_gauss_newton_products_are_those_of_linear_layers(tmp_path: Path) -> None:
+    model, rows = Attending().double(), sequences(4)
+    products = []
+    for name, each, layers in (
+        ("attention", model, ["attention.*"]),
+        ("built", Built(model).double(), ["q", "k", "v", "out"]),
+    ):
+        case = Case(each, Sequences(layers), rows, [])
+        size = len(PROJECTIONS) * FEATURES * (FEATURES + 1)
+        vectors = torch.randn(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        products.append(system_of(study_of(case, tmp_path / name), case).product(vectors))
+    assert relative_error(*products) < 1e-10
 
 
 class Transformer(nn.Module):

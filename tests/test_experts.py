@@ -21,7 +21,8 @@ from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import weight_gradients
 from wherefrom.engine.loading import Examples
-from wherefrom.engine.modules.layers import coverage, mostly_left_out, select_layers, untracked
+from wherefrom.engine.modules.coverage import coverage, mostly_left_out, untracked
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.engine.sweep import Collector, Sweep
 from wherefrom.runtime.errors import LayerError
 

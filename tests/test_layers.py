@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import wherefrom as wf
-from tests.models import VOCABULARY, Case, gpt2, relative_error, token_rows
-from tests.reference import BruteForce
+from tests.models import VOCABULARY, Case, Sequences, gpt2, relative_error, sequences, token_rows
+from tests.reference import BruteForce, gradient_products
 from tests.runs import factored, with_factors
 from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.engine.capture import Capture, Captured
@@ -317,6 +317,40 @@ def normalisation(kind: str) -> nn.Module:
     for parameter in made[kind].parameters():
         nn.init.normal_(parameter)
     return made[kind]
+
+
+class Causal(nn.Module):
+    """Convolutions that see the past alone, because what is padded at the end is cut off; the last one is not cut."""
+
+    def __init__(self, cut: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv1d(4, 4, 3, padding=4, dilation=2)
+        self.grouped = nn.Conv1d(4, 4, 2, padding=1, groups=4)
+        self.head, self._cut = nn.Linear(4, 3), cut
+
+    def forward(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        length = inputs.shape[1]
+        hidden = torch.tanh(self.first(inputs.transpose(1, 2))[..., :length])
+        hidden = torch.tanh(self.grouped(hidden)[..., : length + (not self._cut)]).transpose(1, 2)
+        logits: Tensor = self.head((hidden * mask[:, :, None] if self._cut else hidden).sum(1))
+        return logits
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_causal_convolution_has_the_tokens_of_its_input(tmp_path: Path, cut: bool) -> None:
+    """Nor do scores depend on what is padded; a convolution that is not cut is its own business without a mask."""
+    model, task, rows = Causal(cut).double(), Sequences(), sequences(9)
+    rows = rows if cut else [(inputs[:2], label) for inputs, label in cast(list[Any], rows)]
+    expected = gradient_products(model, task, lambda name: True, rows, rows)
+    scores = []
+    for size in (1, 4):
+        study = wf.Study(tmp_path / str(size), model, task, train=rows)
+        execution = wf.Execution(train_batch_size=size, query_batch_size=size)
+        found = study.score(rows, wf.Dot(), execution=execution).values
+        assert relative_error(found, expected) < 1e-12
+        scores.append(study.score(rows, wf.EKFAC(), execution=execution).values)
+    assert relative_error(scores[1], scores[0]) < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["layer", "root", "llama", "gemma, by 1 + w"])

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import wherefrom as wf
-from tests.models import Sequences, relative_error, sequences
+from tests.dense_gauss_newton import study_of, system_of
+from tests.models import Case, Sequences, relative_error, sequences
 from tests.reference import gradient_products
 from tests.runs import factored
 from wherefrom.engine.modules.recurrent import recurrent_forward, recurrent_maps
@@ -156,6 +157,18 @@ def test_scores_are_those_of_linear_layers_in_every_step(tmp_path: Path, strateg
         for name, each in (("module", model), ("steps", steps))
     )
     assert relative_error(found, expected) < 1e-9
+
+
+def test_gauss_newton_products_are_those_of_linear_layers_in_every_step(tmp_path: Path) -> None:
+    """There the weights have derivatives, backward and forward, and must have each step's once."""
+    model, rows = Reading("gru", packs=False).double(), sequences(4)
+    products = []
+    for name, each, layers in (("module", model, ["cells.*"]), ("steps", Steps(model).double(), ["read", "recall"])):
+        case = Case(each, Sequences(layers), rows, [])
+        size = 2 * 3 * HIDDEN + 3 * HIDDEN * (FEATURES + HIDDEN)
+        vectors = torch.randn(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        products.append(system_of(study_of(case, tmp_path / name), case).product(vectors))
+    assert relative_error(*products) < 1e-10
 
 
 def test_factors_do_not_depend_on_padding(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from wherefrom.engine.modules.linear_map import LinearMap, Part
@@ -73,15 +75,17 @@ class _Unrolled:
         """Outputs [batch, tokens, features], and the last state.
 
         Each map is called for all steps at once. What it reads is known after a first run, without a graph; what it
-        gives is added to that of single steps, less its own value: so its gradient is that of the steps, in one tensor.
+        gives is added to that of single steps, less its own value: its gradient is that of the steps, in one tensor.
+        Nothing else has a gradient of the weights.
         """
         of_inputs, of_outputs, projection = self.maps
         assert of_inputs is not None and of_outputs is not None
         read, nothing = of_inputs(inputs).unbind(1), [0] * inputs.shape[1]
         with torch.no_grad():
             before, unprojected, *_ = self._run(read, first, nothing, nothing)
-        recalled = _without_value(of_outputs(before))
-        projected = nothing if projection is None else _without_value(projection(unprojected))
+        # Detached, since there are derivatives in forward mode as well, which know no `no_grad`.
+        recalled = _without_value(of_outputs(before.detach()))
+        projected = nothing if projection is None else _without_value(projection(unprojected.detach()))
         _, _, outputs, last = self._run(read, first, recalled, projected)
         return outputs, last
 
@@ -94,15 +98,15 @@ class _Unrolled:
             read: what is made of each step's input, [batch, gates].
             recalled, projected: what is added to what the maps make in each step.
         """
-        _, of_outputs, projection = self.maps
-        assert of_outputs is not None
+        _, recall, project = (None if each is None else _without_gradient(each) for each in self.maps)
+        assert recall is not None
         steps, state = [], first
         order = range(len(read))[:: -1 if self.backward else 1]
         for token in order:
-            new = self.step(read[token], of_outputs.forward(state[0]) + recalled[token], state)
+            new = self.step(read[token], recall(state[0]) + recalled[token], state)
             unprojected = new[0]
-            if projection is not None:
-                new = (projection.forward(unprojected) + projected[token], *new[1:])
+            if project is not None:
+                new = (project(unprojected) + projected[token], *new[1:])
             if self.real is not None:
                 new = tuple(torch.where(self.real[:, token], *each) for each in zip(new, state, strict=True))
             steps.append((state[0], unprojected, new[0]))
@@ -110,6 +114,12 @@ class _Unrolled:
         ordered = [steps[place] for place in order]  # by token: either order is its own inverse
         before, unprojected, outputs = (torch.stack(each, 1) for each in zip(*ordered, strict=True))
         return before, unprojected, outputs, state
+
+
+def _without_gradient(linear_map: LinearMap) -> Callable[[Tensor], Tensor]:
+    """What a map computes, with a weight and a bias that are constants."""
+    weight, bias = linear_map.weight.detach(), linear_map.bias
+    return partial(functional.linear, weight=weight, bias=None if bias is None else bias.detach())
 
 
 def _without_value(given: Tensor) -> Sequence[Tensor]:

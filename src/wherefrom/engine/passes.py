@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from wherefrom.engine.modules.layers import TrackedLayer, Use

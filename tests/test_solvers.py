@@ -12,33 +12,39 @@ import torch
 from torch import Tensor, nn
 
 import wherefrom as wf
-from tests.dense_gauss_newton import CASES, Logits, dense, label_rows, study_of, system_of
+from tests.dense_gauss_newton import CASES, Logits, dense, gpt2_case, label_rows, study_of, system_of, token_logits
 from tests.models import Case, mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.runs import factored, labels
-from wherefrom.curvature.factors import Factors
+from tests.test_conditioning import numbers
+from wherefrom.curvature.conditioning import adam_conditioning
 from wherefrom.curvature.solvers import CONVERGED, Solver
-from wherefrom.runtime.errors import InputError, LossError, MismatchError
+from wherefrom.runtime.errors import InputError, LayerError, LossError, MismatchError
 from wherefrom.scoring.results import Scores
+from wherefrom.store.files import write_tensors
+from wherefrom.store.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
 
 
-def dense_scores(case: Case, study: wf.Study[object], logits: Logits, damping: Mapping[str, float]) -> Tensor:
-    """g_q^T (H + D)^-1 g_t by a dense solve."""
+def dense_scores(case: Case, study: wf.Study[object], logits: Logits, damping: Mapping[str, Tensor | float]) -> Tensor:
+    """g_q^T (H + D)^-1 g_t by a dense solve.
+
+    Args:
+        damping: D of each layer, a number or [out, in].
+    """
     brute = BruteForce(case.model, case.task, list(study.layers), case.train, case.queries)
     rows = [
         torch.stack([torch.cat([each[name].flatten() for name in brute.layers]) for each in gradients]).detach()
         for gradients in (brute.queries, brute.train)
     ]
-    added = torch.cat([torch.full_like(brute.train[0][name].flatten(), damping[name]) for name in brute.layers])
+    shapes = {name: brute.train[0][name].shape for name in brute.layers}
+    added = torch.cat(
+        [torch.as_tensor(damping[name], dtype=torch.float64).expand(shape).flatten() for name, shape in shapes.items()]
+    )
     found: Tensor = rows[0] @ torch.linalg.solve(dense(case, study, logits) + added.diag(), rows[1].T)
     return found
 
 
-def dampings(factors: Factors) -> dict[str, float]:
-    return {name: 0.1 * float(values.mean()) for name, values in factors.eigenvalues.items()}
-
-
-EXACT = wf.ConjugateGradients(iterations=500, tolerance=1e-11)
+EXACT = wf.ConjugateGradients(iterations=2000, tolerance=1e-11)
 
 
 @pytest.mark.parametrize("name", ["classification", "gpt2"])
@@ -53,11 +59,88 @@ def test_scores_by_conjugate_gradients_equal_dense_solves(tmp_path: Path, name: 
     assert relative_error(plain.values, expected) > 0.01  # another matrix
 
 
-def test_without_a_damping_each_layer_has_that_of_its_factors(tmp_path: Path) -> None:
+def recorded(case: Case, folder: Path) -> list[RecordedCheckpoint]:
+    """Two checkpoints, 7 steps at a rate of 0.1 and 5 at 0.02; both are the case's model, with second moments."""
+    found = []
+    for step, since, rate in ((7, 7, 0.1), (12, 5, 0.02)):
+        path = folder / f"checkpoint-{step}"
+        write_tensors(path / "model.safetensors", dict(case.model.state_dict()), {"format": "pt"})
+        write_tensors(path / MOMENTS, {name: each.square() for name, each in numbers(case.model).items()}, {})
+        group = ParameterGroup(rate, (0.9, 0.99), 1e-8, 0.0)
+        found.append(RecordedCheckpoint(path, step, 1.0, since, "AdamW", (group,)))
+    return found
+
+
+def test_without_a_damping_it_is_what_the_training_has_left_unused(tmp_path: Path) -> None:
+    case, scale = mlp_case(), 0.25
+    history = recorded(case, tmp_path)
+    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train, history=history)
+    method = wf.Shampoo(adam=True, solver=EXACT, loss_scale=scale)
+    natural = study.score(case.queries, method)
+    damping = 1 / (scale * (7 * 0.1 + 5 * 0.02))
+    assert float(natural.fingerprint["damping"]) == pytest.approx(damping)
+    preconditioner = adam_conditioning(history[-1])
+    matrices = BruteForce(case.model, case.task, list(study.layers), [], [])
+    added = {name: damping / matrices.matrix(name, preconditioner) for name in study.layers}
+    expected = dense_scores(case, study, label_rows, added)
+    assert relative_error(natural.values, expected) < 1e-8
+    candidates = torch.arange(3).expand(len(case.queries), 3)
+    two_stage = study.score(case.queries, wf.TwoStage(first=candidates, then=method), keep=wf.Top(3))
+    assert relative_error(two_stage.values.sort().values, natural.values[:, :3].sort().values) < 1e-8
+
+
+def test_without_a_damping_and_a_record_a_number_is_needed(tmp_path: Path) -> None:
     case = mlp_case()
+    history = recorded(case, tmp_path)
+    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train, history=history)
+    for method in (wf.EKFAC(solver=EXACT), wf.Shampoo(adam=True, solver=EXACT), wf.Dot(solver=EXACT, loss_scale=1.0)):
+        with pytest.raises(InputError, match=r"damping=None with a solver, adam=.* expected a number"):
+            study.score(case.queries, method)
+    paths: list[Path | RecordedCheckpoint] = [history[0].path, history[1]]
+    partly = wf.Study(tmp_path / "partly", case.model, case.task, train=case.train, history=paths)
+    with pytest.raises(InputError, match=r"damping=None with the checkpoint .*says nothing of learning rates"):
+        partly.score(case.queries, wf.Shampoo(adam=True, solver=EXACT, loss_scale=1.0))
+    with pytest.raises(InputError, match="loss_scale=0"):
+        wf.Shampoo(loss_scale=0.0)
+
+
+# Embeddings of positions and of tokens, normalisations, and a head that is tied to the embedding.
+LAYERS = {
+    "mlp": None,
+    "tied": ["lm_head", "transformer.wpe", "transformer.ln_f", "transformer.h.0.mlp.c_fc"],
+    "embedding": ["transformer.wte", "transformer.wpe", "transformer.h.0.ln_1", "transformer.h.0.mlp.c_fc"],
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("strategy", ["shampoo", "identity"])
+def test_in_an_optimizers_coordinates_the_damping_is_divided_by_its_preconditioner(
+    tmp_path: Path, name: str, strategy: str
+) -> None:
+    case, logits, layers = mlp_case(), label_rows, LAYERS[name]
+    if layers is not None:
+        case, logits = gpt2_case(), token_logits
+        case = Case(case.model, wf.CausalLM(layers), case.train, case.queries)
+    conditioning = numbers(case.model)
     study = study_of(case, tmp_path)
-    expected = dense_scores(case, study, label_rows, dampings(study.fit()))
-    assert relative_error(study.score(case.queries, wf.EKFAC(solver=EXACT)).values, expected) < 1e-8
+    matrices = BruteForce(case.model, case.task, list(study.layers), [], [])
+    added = {name: 0.3 / matrices.matrix(name, conditioning) for name in study.layers}
+    expected = dense_scores(case, study, logits, added)
+    method = factored(strategy, conditioning=conditioning, solver=EXACT, damping=0.3)
+    found = study.score(case.queries, method)
+    assert relative_error(found.values, expected) < 1e-8
+    top = study.score(case.queries, method, keep=wf.Top(2))
+    assert relative_error(top.values.max(1).values, expected.max(1).values) < 1e-8
+    total = study.score(case.queries, method, keep=wf.Aggregated(queries="sum"))
+    assert relative_error(total.values[0], expected.sum(0)) < 1e-8
+
+
+def test_an_embedding_that_learns_nothing_of_padding_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Flatten(), nn.Linear(8, 3)).double()
+    examples: list[object] = [(torch.randint(7, (2,)), torch.tensor(1)) for _ in range(4)]
+    study = wf.Study(tmp_path, model, wf.Classification(["0", "2"]), train=examples)
+    with pytest.raises(LayerError, match=r"Layer '0' is an embedding with padding_idx=0"):
+        study.score(examples, wf.EKFAC(solver=EXACT, damping=0.3))
 
 
 @pytest.mark.parametrize("strategy", ["identity", "diagonal", "kfac"])
@@ -97,8 +180,8 @@ def test_astra_without_noise_converges_and_with_noise_comes_close(tmp_path: Path
 def test_the_first_iteration_is_the_filters_own_answer(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    first = study.score(case.queries, wf.EKFAC(solver=wf.ConjugateGradients(1))).values
-    plain = study.score(case.queries).values
+    first = study.score(case.queries, wf.EKFAC(solver=wf.ConjugateGradients(1), damping=0.1)).values
+    plain = study.score(case.queries, wf.EKFAC(damping=0.1)).values
     assert relative_error(first / first.norm(dim=1, keepdim=True), plain / plain.norm(dim=1, keepdim=True)) < 1e-10
 
 
@@ -155,7 +238,7 @@ def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
 def test_scores_are_kept_under_the_solvers_name_and_reused(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
-    three, four = (wf.EKFAC(solver=wf.ConjugateGradients(iterations)) for iterations in (3, 4))
+    three, four = (wf.EKFAC(solver=wf.ConjugateGradients(iterations), damping=0.1) for iterations in (3, 4))
     found = study.score(case.queries, three)
     assert found.fingerprint["solver"].startswith("ConjugateGradients(iterations=3")
     assert labels(tmp_path / "scores") == ["ekfac-cg"]
@@ -195,19 +278,37 @@ def test_impossible_settings_are_refused(make: Callable[[], Solver], message: st
         make()
 
 
-def test_divergence_is_an_error_and_nothing_is_kept(tmp_path: Path) -> None:
+def test_rates_at_which_astra_diverges_are_refused(tmp_path: Path) -> None:
+    """The largest eigenvalue of P (H + D) decides, by a dense decomposition."""
     case = mlp_case()
     study = study_of(case, tmp_path)
-    with pytest.raises(LossError, match=r"Astra: the iterations diverge.* smaller learning_rate"):
-        study.score(case.queries, wf.EKFAC(solver=wf.Astra(learning_rate=50.0)))
+    system = system_of(study, case, 0.1, factors=study.fit(wf.EKFAC()))
+    matrix = dense(case, study, label_rows)
+    matrix = matrix + 0.1 * torch.eye(len(matrix), dtype=torch.float64)
+    largest = float(torch.linalg.eigvals(system.precondition(matrix)).abs().max())
+    limit, gradients = 2 * 1.9 / largest, torch.randn(2, len(matrix)).double()
+    stable, unstable = (wf.Astra(400, None, factor * limit, decay=1.0) for factor in (0.9, 1.3))
+    assert float(stable.solve(system, gradients).final.max()) < 1e-3
+    with pytest.raises(InputError, match=r"Astra: learning_rate=.* diverge at rates above"):
+        unstable.solve(system, gradients)
+    found = wf.Astra(400, None, decay=1.0).solve(system, gradients)
+    assert float(found.final.max()) < 1e-3
+    with pytest.raises(InputError, match=r"learning_rate=50.0"):
+        study.score(case.queries, wf.EKFAC(solver=wf.Astra(learning_rate=50.0), damping=0.1))
     assert not list((tmp_path / "scores").glob("*/manifest.json"))
 
 
-def test_factors_without_a_damping_need_a_number(tmp_path: Path) -> None:
-    case = mlp_case()
-    other = study_of(case, tmp_path)
-    with pytest.raises(InputError, match=r"damping=None with a solver: layer 'first' would have none"):
-        other.score(case.queries, wf.Dot(solver=EXACT))
+def test_divergence_is_an_error_and_nothing_is_stored(tmp_path: Path) -> None:
+    """Of batches of one, where the rate is held against the only example that allows it."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = 30 * torch.randn(12, 4, generator=generator).double()
+    inputs[int(torch.randint(12, (1,), generator=torch.Generator().manual_seed(0)))] = 0
+    train: list[object] = [(each, each[:1]) for each in inputs]
+    study = wf.Study(tmp_path, nn.Linear(4, 1).double(), wf.Regression(), train=train)
+    solver = wf.Astra(200, batch_size=1, learning_rate=0.9, momentum=0.0, decay=1.0, seed=0)
+    with pytest.raises(LossError, match=r"Astra: the iterations diverge.* smaller learning_rate"):
+        study.score(train[:1], wf.Dot(solver=solver, damping=1.0))
+    assert not list((tmp_path / "scores").glob("*/manifest.json"))
 
 
 def exact_residuals(study: wf.Study[object], case: Case, solver: Solver, damping: float) -> Tensor:

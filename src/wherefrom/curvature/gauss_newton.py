@@ -44,7 +44,7 @@ class WeightSpace:
     def __init__(self, model: nn.Module, layers: Mapping[str, TrackedLayer]) -> None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._layers = layers
-        self._shapes = {name: layer.shape for name, layer in layers.items()}
+        self.shapes = {name: layer.shape for name, layer in layers.items()}
         self._names = {name: _parameter_names(layer, names) for name, layer in layers.items()}
         self.owners = owners(layers)
         self.parameters = {name: model.get_parameter(name) for each in self._names.values() for name in each}
@@ -52,16 +52,16 @@ class WeightSpace:
     @property
     def sizes(self) -> dict[str, int]:
         """How many weights each layer has."""
-        return {name: outputs * inputs for name, (outputs, inputs) in self._shapes.items()}
+        return {name: outputs * inputs for name, (outputs, inputs) in self.shapes.items()}
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
         """[queries, weights] as each layer's matrices, [queries, out, in (+1)]: views."""
         parts = vectors.split(list(self.sizes.values()), 1)
-        return {name: part.unflatten(1, shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+        return {name: part.unflatten(1, shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def join(self, matrices: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `split`; matrices may have more columns, such as those for alignment."""
-        return torch.cat([matrices[name][..., : shape[1]].flatten(1) for name, shape in self._shapes.items()], 1)
+        return torch.cat([matrices[name][..., : shape[1]].flatten(1) for name, shape in self.shapes.items()], 1)
 
     def to_parameters(self, vectors: Tensor) -> dict[str, Tensor]:
         """[queries, weights] as the model's parameters have them, [queries, *shape]."""
@@ -90,10 +90,12 @@ class WeightSpace:
 
 def _parameter_names(layer: TrackedLayer, names: Mapping[int, str]) -> list[str]:
     """The names in the model of a layer's weight and bias."""
-    if layer.one_hot:
+    padding = layer.one_hot and getattr(layer.main.module, "padding_idx", None)
+    if padding is not None and padding is not False:
         raise LayerError(
-            f"Layer {layer.name!r} is an embedding, of which solvers do not hold all columns. Leave it out with "
-            "`layers=[...]`, or score without a solver."
+            f"Layer {layer.name!r} is an embedding with padding_idx={padding}, which learns nothing there and moves "
+            "outputs all the same, so solvers cannot follow it. Leave it out with `layers=[...]`, or score without a "
+            "solver."
         )
     found = [names[id(part.parameter)] for part in layer.parts if id(part.parameter) in names]
     if len(found) < len(layer.parts):
@@ -235,7 +237,7 @@ class DampedGaussNewton(Generic[Batch]):
     """H + D over the training examples, and the filter that stands for its inverse: the `System` of a solver.
 
     Args:
-        preconditioner: the filter; D is its damping of each layer.
+        preconditioner: the filter; D is its damping of each layer, or damping x P^-1 where it is conditioned.
         damping: D of layers of which the filter has none.
         pairs: examples x vectors of one pass; when memory runs out, half of them from then on.
 
@@ -263,16 +265,19 @@ class DampedGaussNewton(Generic[Batch]):
         self.examples = len(train)
         self.space = WeightSpace(sweep.model, sweep.layers)
         self._sweep, self._preconditioner, self._train, self._pairs = sweep, preconditioner, train, pairs
-        self._added = torch.cat([self._damping(*each, damping) for each in self.space.sizes.items()])
+        self._added = torch.cat([self._damping(*each, damping) for each in self.space.shapes.items()])
 
-    def _damping(self, layer: str, size: int, given: float | None) -> Tensor:
+    def _damping(self, layer: str, shape: tuple[int, int], given: float | None) -> Tensor:
+        """D of a layer's weights, [weights]: its damping, times P^-1 where the filter is conditioned."""
         damping = self._preconditioner.damping.get(layer, given)
         if not damping:
             raise InputError(
                 f"damping={given} with a solver: layer {layer!r} would have none, and its curvature alone has no "
                 "inverse. Give a number above 0."
             )
-        return torch.full((size,), damping, dtype=self._sweep.dtype, device=self._sweep.device)
+        added = torch.full(shape, damping, dtype=self._sweep.dtype, device=self._sweep.device)
+        scaling = self._preconditioner.scaling.get(layer)
+        return (added if scaling is None else added / scaling.square()).flatten()
 
     def precondition(self, vectors: Tensor) -> Tensor:
         """What the filter makes of each row of [queries, weights]."""

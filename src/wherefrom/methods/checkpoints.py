@@ -7,6 +7,7 @@ reused and what was interrupted goes on. This module knows checkpoint files, not
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,33 @@ def named_paths(checkpoints: Sequence[Checkpoint]) -> dict[str, Path]:
 def with_record(checkpoints: Sequence[Checkpoint]) -> list[RecordedCheckpoint]:
     """Those of which more than weights is known."""
     return [each for each in checkpoints if not isinstance(each, str | Path)]
+
+
+def recorded_only(checkpoints: Sequence[Checkpoint], option: str, needed: str, advice: str) -> list[RecordedCheckpoint]:
+    """Checkpoints that have a record of what an option needs.
+
+    Raises:
+        InputError: one is a path.
+    """
+    for each in checkpoints:
+        if isinstance(each, str | Path):
+            raise InputError(f"{option} with the checkpoint {str(each)!r}: a path says nothing of {needed}. {advice}")
+    return with_record(checkpoints)
+
+
+def recorded_times(checkpoints: Sequence[RecordedCheckpoint]) -> list[float]:
+    """Learning rate x optimizer steps since the checkpoint before, or the start, for each checkpoint.
+
+    By their own steps, since `RecordedCheckpoint.steps` counts from checkpoints that may not be among these.
+
+    Raises:
+        InputError: they are not in the order of one training.
+    """
+    steps = [0, *(each.step for each in checkpoints)]
+    if any(after <= before for before, after in pairwise(steps)):
+        raise InputError(f"checkpoints: of the steps {steps[1:]}; expected them in the order of one training.")
+    since = [after - before for before, after in pairwise(steps)]
+    return [each.learning_rate * count for each, count in zip(checkpoints, since, strict=True)]
 
 
 def sum_settings(parts: Mapping[str, Mapping[str, str]], weights: Sequence[float]) -> dict[str, str]:

@@ -5,10 +5,11 @@ They differ in one row of `STRATEGIES`; damping, solvers, an optimizer's coordin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from wherefrom.curvature.factors import STRATEGIES, Factors
 from wherefrom.curvature.fitting import Fitting
 from wherefrom.curvature.solvers import not_converged
 from wherefrom.engine.loading import Examples
+from wherefrom.methods.checkpoints import recorded_only, recorded_times
 from wherefrom.methods.method import Context, Job, Method, dense
 from wherefrom.planning.plan import Plan
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.approximation import Approximation
 from wherefrom.scoring.collectors import SELF_INFLUENCE, SQUARED_NORM
 from wherefrom.scoring.keep import Aggregated, Keep, Pairs, Tokens, Top, layer_groups
@@ -75,6 +77,13 @@ class Factored(Approximation, Coordinates, Method):
         empirical: use the dataset's targets instead of targets drawn from the model (the Fisher information).
         seed: of the drawn targets.
         factors: fitted elsewhere, for the same model; None fits this study's, or loads them.
+        loss_scale: what training minimised, in units of the mean over examples of the task's loss, which is a sum over
+            tokens: 1 / tokens of a sequence for a Trainer that averages over tokens. With a solver, and needed there
+            unless a damping is given.
+
+    With a solver and `adam`, no damping means 1 / tau, tau being the sum of learning rate x `loss_scale` over the
+    recorded steps: directions in which curvature is below that, training has not used. It stands on P^-1, so it is one
+    of all weights together.
 
     Raises:
         InputError: the factors are of another strategy, or a field is impossible.
@@ -83,6 +92,7 @@ class Factored(Approximation, Coordinates, Method):
     empirical: bool = False
     seed: int = 0
     factors: Factors | None = field(default=None, repr=False)
+    loss_scale: float | None = None
 
     strategy: ClassVar[str]
     keeps: ClassVar[tuple[type[Keep[Any]], ...]] = (Pairs, Top, Aggregated, Tokens)
@@ -96,6 +106,8 @@ class Factored(Approximation, Coordinates, Method):
                 f"factors are of the strategy {self.factors.strategy!r}: expected those of {type(self).__name__}, "
                 f"{self.strategy!r}."
             )
+        if self.loss_scale is not None:
+            check_argument(0 < self.loss_scale < math.inf, "loss_scale", self.loss_scale, "a number above 0, or None")
 
     def check(self, keep: Keep[Any], half_precision: bool) -> None:
         super().check(keep, half_precision)
@@ -139,6 +151,23 @@ class Factored(Approximation, Coordinates, Method):
         examples = context.train if self.empirical else replace(context.train, loss="drawn", seed=self.seed)
         return Fitting(context.sweep, examples, cache, overwrite, scaling).factors(self.strategy)
 
+    def damped(self, context: Context[Any]) -> Self:
+        """This method with the damping that a solver has where none is given.
+
+        Raises:
+            InputError: a solver has none, and nothing is recorded that would say which.
+        """
+        if self.solver is None or self.damping is not None:
+            return self
+        if not self.adam or self.loss_scale is None:
+            raise InputError(
+                f"damping=None with a solver, adam={self.adam} and loss_scale={self.loss_scale}: expected a number; or "
+                "adam=True, a loss_scale and a study whose history is recorded, which say that it is 1 / (loss_scale x "
+                "learning rate x steps). What is added to Kronecker factors is too little for the matrix itself."
+            )
+        times = recorded_times(recorded_only(context.history, "damping=None", "learning rates", "Give a number."))
+        return replace(self, damping=1 / (self.loss_scale * sum(times)))
+
     def scoring(
         self, context: Context[Any], queries: Examples[Any], factors: Factors, keep: Keep[Any] | None = None
     ) -> Scoring[Any]:
@@ -160,6 +189,9 @@ class Factored(Approximation, Coordinates, Method):
         )
 
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
+        damped = self.damped(context)
+        if damped is not self:
+            return damped.job(context, queries, keep)
         factors = self.fit(context)
         scoring = self.scoring(context, queries, factors, keep)
         compute = self._computation(context, scoring, keep)
@@ -205,11 +237,6 @@ class Factored(Approximation, Coordinates, Method):
             InputError: a solver is given with conditioned factors.
         """
         factors.check_model(context.fingerprint)
-        if self.solver is not None and factors.scaling:
-            raise InputError(
-                f"solver={self.solver!r} with conditioned factors, whose damping is none of the Gauss-Newton matrix's. "
-                "Leave the solver out, or fit factors without a conditioning."
-            )
         conditioned = factors.fingerprint.get("conditioning")
         return {
             "factors": factors.fingerprint["training data"],

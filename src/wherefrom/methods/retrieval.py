@@ -58,8 +58,9 @@ class TwoStage(Method):
 
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         positions, train = self._positions(context, queries), len(context.train)
-        factors = self.then.fit(context)
-        scoring = self.then.scoring(context, queries, factors)
+        then = self.then.damped(context)
+        factors = then.fit(context)
+        scoring = then.scoring(context, queries, factors)
 
         def compute(result: Unfinished) -> Mapping[str, Tensor]:
             exact = exact_scores(scoring, positions, result.parts.parts("candidates"))
@@ -75,8 +76,8 @@ class TwoStage(Method):
             return dense(result, len(queries), train, exact["values"].element_size(), scattered) | beside
 
         wanted = f"{positions.shape[1]} of each query ({tensors_digest({'candidates': positions})[:24]})"
-        settings = {"then": self.then.name, **self.then.settings(context, factors), "candidates": wanted}
-        return Job(f"{self.then.name}-candidates", settings, compute)
+        settings = {"then": then.name, **then.settings(context, factors), "candidates": wanted}
+        return Job(f"{then.name}-candidates", settings, compute)
 
     def _positions(self, context: Context[Any], queries: Examples[Any]) -> Tensor:
         """Each query's candidates, [queries, candidates]."""

@@ -22,7 +22,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal
 
@@ -34,7 +33,15 @@ from wherefrom.curvature.factors import STRATEGIES
 from wherefrom.curvature.fitting import Fitting
 from wherefrom.curvature.operators import Basis, Operator
 from wherefrom.engine.loading import Examples
-from wherefrom.methods.checkpoints import chosen_checkpoints, named_paths, sum_settings, weighted_sum, with_record
+from wherefrom.methods.checkpoints import (
+    chosen_checkpoints,
+    named_paths,
+    recorded_only,
+    recorded_times,
+    sum_settings,
+    weighted_sum,
+    with_record,
+)
 from wherefrom.methods.method import Context, Job, Method
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.keep import Keep
@@ -47,7 +54,6 @@ from wherefrom.tasks.task import Batch
 
 if TYPE_CHECKING:
     from wherefrom.methods.method import Checkpoint
-    from wherefrom.store.recording import RecordedCheckpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +144,7 @@ class Source(Method):
     ) -> list[Segment]:
         """Runs of checkpoints, the first ones longer where they cannot be equal."""
         advice = "Give what read_recording returns, or a RecordedCheckpoint."
-        recorded = _recorded(checkpoints, "adam=True", "Adam's second moments", advice) if self.adam else None
+        recorded = recorded_only(checkpoints, "adam=True", "Adam's second moments", advice) if self.adam else None
         found, names, start = [], list(paths), 0
         for number in range(self.segments):
             stop = start + len(names) // self.segments + (number < len(names) % self.segments)
@@ -168,29 +174,12 @@ class Source(Method):
                 "Give for each checkpoint its learning rate x the steps since the one before, or what read_recording "
                 "returns."
             )
-            return _recorded_times(_recorded(checkpoints, "times=None", "learning rates", advice))
+            return recorded_times(recorded_only(checkpoints, "times=None", "learning rates", advice))
         if len(self.times) != len(checkpoints) or not all(0 <= each < math.inf for each in self.times):
             raise InputError(
                 f"times={list(self.times)}: expected {len(checkpoints)} numbers >= 0, one for each checkpoint."
             )
         return [float(each) for each in self.times]
-
-
-def _recorded(checkpoints: Sequence[Checkpoint], option: str, needed: str, advice: str) -> list[RecordedCheckpoint]:
-    """Checkpoints that have a record of what an option needs; paths are refused."""
-    for each in checkpoints:
-        if isinstance(each, str | Path):
-            raise InputError(f"{option} with the checkpoint {str(each)!r}: a path says nothing of {needed}. {advice}")
-    return with_record(checkpoints)
-
-
-def _recorded_times(checkpoints: Sequence[RecordedCheckpoint]) -> list[float]:
-    """By their own steps, since `RecordedCheckpoint.steps` counts from checkpoints that may not be among these."""
-    steps = [0, *(each.step for each in checkpoints)]
-    if any(after <= before for before, after in pairwise(steps)):
-        raise InputError(f"checkpoints: of the steps {steps[1:]}; expected them in the order of one training.")
-    since = [after - before for before, after in pairwise(steps)]
-    return [each.learning_rate * count for each, count in zip(checkpoints, since, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,24 @@ class GradientBank(Collector):
                     here = operator.apply(name, here, touched.clamp_max(inputs - 1))
                 gradients[some] = here.to(gradients.device)
 
+    def whole(self, layers: Mapping[str, TrackedLayer]) -> dict[str, Tensor]:
+        """Gradients with all columns of every layer, [queries, out, width]; only of gradients that are stored whole."""
+        found = {}
+        for name, layer in layers.items():
+            columns = self.sums.get(f"{name}{_COLUMNS}")
+            every = torch.arange(layer.shape[1], device=self.sums[name].device)
+            found[name] = self.sums[name] if columns is None else _spread(self.sums[name], columns, every)
+        return found
+
+    def replace(self, layer: str, gradients: Tensor) -> None:
+        """Hold other gradients of a layer, [queries, out, in], with all columns; only where they are stored whole."""
+        if f"{layer}{_COLUMNS}" not in self.sums:
+            self.sums[layer][..., : gradients.shape[2]] = gradients
+            return
+        self.sums[layer] = gradients.to(self.sums[layer])
+        every = torch.arange(gradients.shape[2], device=self.sums[layer].device)
+        self.sums[f"{layer}{_COLUMNS}"] = every.repeat(len(gradients), 1)
+
     def summed(self, total: GradientBank | None = None) -> GradientBank:
         """One gradient, the sum of all queries', added to another such bank; only of whole gradients.
 

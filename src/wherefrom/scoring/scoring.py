@@ -312,10 +312,10 @@ class Scoring(Generic[Batch]):
         """Replace the gradients in a bank by what the solver makes of them."""
         solver = self.approximation.solver
         assert solver is not None
-        gradients = system.space.join(bank.sums).to(self.sweep.device)
+        gradients = system.space.join(bank.whole(self.sweep.layers)).to(self.sweep.device)
         solution = solver.solve(system, gradients)
         for name, matrices in system.space.split(solution.vectors).items():
-            bank.sums[name][..., : matrices.shape[2]] = matrices
+            bank.replace(name, matrices)
         bank.residuals = last = solution.final
         if self.ranks.is_main:
             logger.info(

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 
 import torch
@@ -20,7 +20,7 @@ from tables import rendered, with_block
 from workload import RESULTS, ROOT, save_results
 from zoo.families import FAMILIES
 from zoo.family import Family
-from zoo.measure import Outcome, outcome, score_error, tracked_share
+from zoo.measure import outcome, score_error, tracked
 
 import wherefrom as wf
 
@@ -54,11 +54,11 @@ def every() -> list[Family]:
 
 def measured(family: Family) -> dict[str, object]:
     """All that the table says of a family."""
-    found: Outcome = outcome(family)
-    if found.refused is None:
-        found = replace(found, scores=score_error(family, wf.EKFAC()))
+    found = outcome(family)
+    layers, share = tracked(family)
+    scores = None if found.refused else score_error(family, wf.EKFAC())
     print(f"{family.name}: {found.refused or found.error}", flush=True)
-    return {**asdict(found), "share": tracked_share(family.without_numbers(), family.task())}
+    return {**asdict(found), "layers": layers, "share": share, "scores": scores, "note": family.note}
 
 
 def page() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,10 @@ def texts() -> list[object]:
     return [{"input_ids": _tokens(generator, length)} for length in LENGTHS]
 
 
-def masked_texts() -> list[object]:
+def masked_texts(lengths: Sequence[int] = LENGTHS) -> list[object]:
     """Token sequences in which the first and the last are to be found, behind token 3."""
     generator, found = _generator(), list[object]()
-    for length in LENGTHS:
+    for length in lengths:
         tokens = _tokens(generator, length)
         labels = torch.full_like(tokens, -100)
         labels[[0, -1]] = tokens[[0, -1]]

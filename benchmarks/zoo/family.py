@@ -24,7 +24,8 @@ class Family:
         tiny: makes a model of a few thousand weights.
         task: makes the task.
         examples: makes the examples, of different lengths where the model takes such.
-        large: makes the model in the size that it usually has; None is the tiny one, which is called as it is.
+        large: makes the model in the size that it usually has; None is the tiny one.
+        note: what else is to be known.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Family:
     task: Callable[[], wf.Task[Any]]
     examples: Callable[[], list[object]]
     large: Callable[[], nn.Module] | None = None
+    note: str | None = None
 
     def model(self) -> nn.Module:
         """The tiny one in float64, with every weight moved, so that no bias is zero and no attention uniform."""

@@ -39,26 +39,21 @@ class Outcome:
     """What is known of a family.
 
     Attributes:
-        layers: how many are tracked without being named, in the tiny model.
         refused: why they cannot be in batches of several examples; None where they can.
         alone: the error of their gradients in batches of one, where those of several are refused and these are not.
         when_named: kinds of modules that are tracked only when they are named, besides embeddings and output head.
         never: kinds that cannot be, or are refused in the pass of a batch.
         error: the largest difference of an example's gradient from autograd's, over examples, batch sizes and layers,
             named or not; relative to the layer's largest number. None where all of these sizes are refused.
-        scores: the largest difference between the EK-FAC scores of two batch sizes, relative to the largest score; None
-            where they are refused.
     """
 
     model: str
     task: str
-    layers: int
     refused: str | None
     alone: float | None
     when_named: tuple[str, ...]
     never: tuple[str, ...]
     error: float | None
-    scores: float | None = None
 
 
 def outcome(family: Family) -> Outcome:
@@ -78,7 +73,6 @@ def outcome(family: Family) -> Outcome:
     return Outcome(
         model=type(model).__name__,
         task=type(task).__name__,
-        layers=len(layers),
         refused=refused,
         alone=max(alone, default=None),
         when_named=kinds(set(left) - never),
@@ -133,13 +127,17 @@ def left_out(model: nn.Module, task: Task, layers: Layers) -> list[nn.Module]:
     return [each for each in found if each not in besides(model, task)]
 
 
-def tracked_share(model: nn.Module, task: Task) -> float:
-    """Of the weights besides embeddings and output head, how many are tracked without being named."""
-    aside = besides(model, task)
+def tracked(family: Family) -> tuple[int, float]:
+    """In the usual size: how many layers are tracked without being named, and which share of weights that is.
+
+    Embeddings and the output head do not count.
+    """
+    model, task = family.without_numbers(), family.task()
+    layers, aside = chosen(model, task), besides(model, task)
     beside = {id(each) for module in aside for each in module.parameters()}
     total = sum(each.numel() for each in model.parameters() if id(each) not in beside)
-    left = sum(each.weights for each in untracked(model, chosen(model, task)) if model.get_submodule(each.name) not in aside)
-    return 1 - left / total
+    left = [each for each in untracked(model, layers) if model.get_submodule(each.name) not in aside]
+    return len(layers), 1 - sum(each.weights for each in left) / total
 
 
 def true_gradients(family: Family) -> Gradients:

@@ -1,8 +1,8 @@
 """Try every model family of the zoo, and write the table of `docs/how-to/models.md`. Some minutes on two cores.
 
-    python benchmarks/run_zoo.py                           # `make zoo`
-    python benchmarks/run_zoo.py --families Llama BERT     # only says what comes of these
-    python benchmarks/run_zoo.py --only_page               # only writes the table again
+python benchmarks/run_zoo.py                           # `make zoo`
+python benchmarks/run_zoo.py --families Llama BERT     # only says what comes of these
+python benchmarks/run_zoo.py --only_page               # only writes the table again
 """
 
 from __future__ import annotations

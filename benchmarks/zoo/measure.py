@@ -158,9 +158,7 @@ class ExampleGradients(Collector):
     """Keeps the gradient of each example, as a matrix."""
 
     def __init__(self, layers: Layers, examples: int) -> None:
-        self.sums = {
-            name: torch.zeros(examples, *layer.shape, dtype=torch.float64) for name, layer in layers.items()
-        }
+        self.sums = {name: torch.zeros(examples, *layer.shape, dtype=torch.float64) for name, layer in layers.items()}
 
     def collect(self, layer: str, captured: Captured, batch: slice) -> None:
         """Put those of a batch where they belong."""
@@ -172,7 +170,12 @@ class ExampleGradients(Collector):
 
 
 def gradient_errors(
-    model: nn.Module, task: Task, layers: Layers, examples: Sequence[object], truth: Gradients, sizes: Sequence[int] = BATCH_SIZES
+    model: nn.Module,
+    task: Task,
+    layers: Layers,
+    examples: Sequence[object],
+    truth: Gradients,
+    sizes: Sequence[int] = BATCH_SIZES,
 ) -> tuple[list[float], str | None]:
     """The largest relative difference for each batch size that is not refused, and why one is."""
     names = {id(each): name for name, each in model.named_parameters()}

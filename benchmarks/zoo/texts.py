@@ -24,9 +24,7 @@ _BART: Settings = {
 }  # fmt: skip
 
 
-def masked(
-    name: str, kind: str, base: Settings = _ENCODER, large: Settings | None = None, **settings: Any
-) -> Family:
+def masked(name: str, kind: str, base: Settings = _ENCODER, large: Settings | None = None, **settings: Any) -> Family:
     """A masked language model."""
     usual = OfTransformers(kind, large or {})
     return Family(name, OfTransformers(kind, {**base, **settings}), wf.MaskedLM, masked_texts, usual)

@@ -17,7 +17,7 @@ from importlib.metadata import version
 import torch
 import tyro
 from tables import rendered, with_block
-from workload import RESULTS, ROOT, save_results
+from workload import ROOT, save_results
 from zoo.families import FAMILIES
 from zoo.family import Family
 from zoo.measure import outcome, score_error, tracked

@@ -136,5 +136,6 @@ RECURRENT = (
     causal("RWKV", "RwkvForCausalLM", SIZES, num_hidden_layers=2, attention_hidden_size=8),
     causal("xLSTM", "xLSTMForCausalLM", SIZES, num_heads=2, qk_dim_factor=1.0, v_dim_factor=1.0,
            chunkwise_kernel="chunkwise--native_autograd", sequence_kernel="native_sequence__native",
-           step_kernel="native", mode="train", chunk_size=1, autocast_kernel_dtype="float32", mlstm_round_up_to_multiple_of=1, ffn_round_up_to_multiple_of=1),
+           step_kernel="native", mode="train", chunk_size=1, autocast_kernel_dtype="float32",
+           mlstm_round_up_to_multiple_of=1, ffn_round_up_to_multiple_of=1),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import wherefrom as wf
 from zoo.examples import VOCABULARY
@@ -41,7 +41,7 @@ class Family:
         model = self.tiny().double().eval()
         with torch.no_grad():
             for each in model.parameters():
-                each += 0.25 * torch.randn_like(each)
+                each.add_(torch.randn_like(each), alpha=0.25)
         return model
 
     def without_numbers(self) -> nn.Module:
@@ -63,7 +63,7 @@ class OfTransformers:
 
     def __call__(self) -> nn.Module:
         """The model."""
-        import transformers
+        import transformers  # noqa: PLC0415  (slow)
 
         kind = getattr(transformers, self.kind)
         model: nn.Module = kind(kind.config_class(**self.settings))

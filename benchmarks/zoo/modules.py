@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import wherefrom as wf
-from zoo.examples import CLASSES, VOCABULARY, texts, vectors
+from zoo.examples import CLASSES, texts, vectors
 from zoo.family import GROUPED, Family, OfTransformers
 
 
@@ -91,7 +91,7 @@ def tokens_first() -> nn.Module:
 
 def adapted() -> nn.Module:
     """A Llama with LoRA adapters; all else is frozen."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (slow)
 
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
     return get_peft_model(OfTransformers("LlamaForCausalLM", GROUPED)(), config)

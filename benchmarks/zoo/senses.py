@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import wherefrom as wf
-from zoo.examples import CLASSES, LENGTHS, images, numbers, pairs, texts
+from zoo.examples import CLASSES, images, numbers, pairs, texts
 from zoo.family import GROUPED, SIZES, Family, OfTransformers, Settings
 from zoo.tasks import Labelled, Matching, Transcription
 
@@ -107,7 +107,7 @@ SOUNDS = (
 TOGETHER = (
     Family("CLIP", OfTransformers("CLIPModel", _CLIP), Matching, captioned, OfTransformers("CLIPModel")),
     Family("LLaVA", OfTransformers("LlavaForConditionalGeneration", {
-        "vision_config": {**_PATCHES, "model_type": "clip_vision_model"}, "text_config": {**GROUPED, "model_type": "llama"},
-        "image_token_id": IMAGE, "image_token_index": IMAGE,
+        "vision_config": {**_PATCHES, "model_type": "clip_vision_model"},
+        "text_config": {**GROUPED, "model_type": "llama"}, "image_token_id": IMAGE, "image_token_index": IMAGE,
     }), wf.CausalLM, seen, OfTransformers("LlavaForConditionalGeneration")),
 )  # fmt: skip

@@ -66,7 +66,8 @@ ENCODERS = (
     masked("RemBERT", "RemBertForMaskedLM", input_embedding_size=6, output_embedding_size=6),
     masked("EuroBERT", "EuroBertForMaskedLM", GROUPED),
     masked("NomicBERT", "NomicBertForMaskedLM"),
-    masked("ESM-2", "EsmForMaskedLM", large=_ESM, position_embedding_type="rotary", mask_token_id=3, token_dropout=False),
+    masked("ESM-2", "EsmForMaskedLM", large=_ESM, position_embedding_type="rotary", mask_token_id=3,
+           token_dropout=False),
     classifier("GPT-2, classifier", "GPT2ForSequenceClassification", SIZES),
     classifier("Llama, classifier", "LlamaForSequenceClassification", GROUPED),
 )  # fmt: skip

@@ -46,6 +46,23 @@ def classified_texts() -> list[object]:
     ]
 
 
+def tagged_texts() -> list[object]:
+    """Token sequences with a class for each token."""
+    return [{**each, "labels": each["input_ids"] % CLASSES} for each in texts() if isinstance(each, dict)]
+
+
+def preferences() -> list[object]:
+    """Prompts with a better and a worse completion, and what another model thought of these."""
+    generator = _generator()
+    return [
+        {
+            "prompt_ids": _tokens(generator, 2), "chosen_ids": _tokens(generator, length - 1),
+            "rejected_ids": _tokens(generator, 1 + number), "ref_chosen_logps": -5.0, "ref_rejected_logps": -6.0,
+        }
+        for number, length in enumerate(LENGTHS)
+    ]  # fmt: skip
+
+
 def pairs() -> list[object]:
     """Token sequences with another that is to be written for each."""
     generator = _generator()

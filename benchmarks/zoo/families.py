@@ -6,7 +6,7 @@ from zoo.decoders import DENSE, MIXTURES, RECURRENT
 from zoo.family import Family
 from zoo.modules import MODULES
 from zoo.senses import IMAGES, SOUNDS, TOGETHER
-from zoo.texts import ENCODERS, WRITERS
+from zoo.texts import ENCODERS, HEADS, WRITERS
 
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "Causal language models": DENSE,
@@ -14,6 +14,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "State spaces, recurrences and hybrids": RECURRENT,
     "Encoders of text": ENCODERS,
     "Encoder-decoders": WRITERS,
+    "Classifiers, rewards and preferences": HEADS,
     "Images": IMAGES,
     "Sounds": SOUNDS,
     "Images and text": TOGETHER,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import wherefrom as wf
-from zoo.examples import CLASSES, VOCABULARY, classified_texts, masked_texts, pairs
+from zoo.examples import CLASSES, VOCABULARY, classified_texts, masked_texts, pairs, preferences, tagged_texts
 from zoo.family import GROUPED, SIZES, Family, OfTransformers, Settings
 
 _ENCODER: Settings = {**SIZES, "max_position_embeddings": 36, "type_vocab_size": 2}
@@ -37,6 +38,18 @@ def classifier(name: str, kind: str, base: Settings = _ENCODER, **settings: Any)
     return Family(name, tiny, wf.SequenceClassification, classified_texts, usual)
 
 
+def tagger(name: str, kind: str) -> Family:
+    """A classifier of tokens."""
+    tiny = OfTransformers(kind, {**_ENCODER, "num_labels": CLASSES})
+    return Family(name, tiny, wf.TokenClassification, tagged_texts, OfTransformers(kind))
+
+
+def judge(name: str, kind: str, task: Callable[[], wf.Task[Any]], **settings: Any) -> Family:
+    """A model that prefers one completion to another."""
+    tiny, usual = OfTransformers(kind, {**GROUPED, **settings}), OfTransformers(kind, settings)
+    return Family(name, tiny, task, preferences, usual)
+
+
 def writer(name: str, kind: str, base: Settings, **settings: Any) -> Family:
     """An encoder-decoder."""
     usual = OfTransformers(kind)
@@ -45,7 +58,6 @@ def writer(name: str, kind: str, base: Settings, **settings: Any) -> Family:
 
 ENCODERS = (
     masked("BERT", "BertForMaskedLM"),
-    classifier("BERT, classifier", "BertForSequenceClassification"),
     masked("RoBERTa", "RobertaForMaskedLM"),
     masked("XLM-RoBERTa", "XLMRobertaForMaskedLM"),
     masked("DistilBERT", "DistilBertForMaskedLM", dim=8, n_layers=1, n_heads=2, hidden_dim=12),
@@ -68,9 +80,16 @@ ENCODERS = (
     masked("NomicBERT", "NomicBertForMaskedLM"),
     masked("ESM-2", "EsmForMaskedLM", large=_ESM, position_embedding_type="rotary", mask_token_id=3,
            token_dropout=False),
+)  # fmt: skip
+
+HEADS = (
+    classifier("BERT, classifier", "BertForSequenceClassification"),
+    tagger("BERT, token classifier", "BertForTokenClassification"),
     classifier("GPT-2, classifier", "GPT2ForSequenceClassification", SIZES),
     classifier("Llama, classifier", "LlamaForSequenceClassification", GROUPED),
-)  # fmt: skip
+    judge("Llama, reward model", "LlamaForSequenceClassification", wf.RewardModel, num_labels=1),
+    judge("Llama, DPO", "LlamaForCausalLM", wf.Preference),
+)
 
 WRITERS = (
     writer("T5", "T5ForConditionalGeneration", _T5),

@@ -176,6 +176,42 @@ def test_a_lost_batch_dimension_is_refused(tmp_path: Path) -> None:
         study.fit(wf.Diagonal())
 
 
+class TokensFirst(nn.Module):
+    """A layer that sees [tokens, batch, features], as PyTorch's transformers and recurrent networks do by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.layer(inputs.T[..., None]).square().sum(0)
+        return result
+
+
+class OncePositions(nn.Module):
+    """Positions that are looked up without a batch dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.last = nn.Embedding(4, 3), nn.Linear(3, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.last(torch.tanh(inputs[..., None] * self.positions(torch.arange(4)))).sum(1)
+        return result
+
+
+@pytest.mark.parametrize("model", [TokensFirst(), OncePositions()], ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize("size", [3, 4])
+def test_tokens_are_not_taken_for_examples_where_there_are_as_many(
+    tmp_path: Path, model: nn.Module, size: int
+) -> None:
+    execution = wf.Execution(train_batch_size=size, query_batch_size=size)
+    study = wf.Study(tmp_path, model, wf.Classification(["*"]), train=examples(8), execution=execution)
+    for call in (lambda: study.fit(wf.KFAC()), lambda: study.self_influence(wf.Dot())):
+        with pytest.raises(LayerError, match="saw a batch of 4 for [13] examples"):
+            call()
+
+
 def test_the_head_is_left_out_unless_it_is_named() -> None:
     model = gpt2()
     task = wf.CausalLM()

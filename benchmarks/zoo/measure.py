@@ -19,8 +19,8 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 import wherefrom as wf
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import weight_gradients
-from wherefrom.engine.layer_types import trackable
-from wherefrom.engine.layers import TrackedLayer, select_layers, untracked
+from wherefrom.engine.modules.layer_types import trackable
+from wherefrom.engine.modules.layers import TrackedLayer, select_layers, untracked
 from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Collector, Sweep
 from wherefrom.runtime.errors import WherefromError
@@ -195,7 +195,7 @@ def gradient_errors(
 
 def _error(layer: TrackedLayer, name: str, found: Tensor, names: Mapping[int, str], truth: Gradients) -> float:
     """Of one layer, in units of its largest number; where it has no part in the loss, as it is."""
-    expected = [truth[names.get(id(each), f"{name}.weight")] for each in layer.parameters]
+    expected = [part.of(truth[names.get(id(part.parameter), f"{name}.weight")], 1) for part in layer.parts]
     largest = max(float(each.abs().max()) for each in expected)
     pairs = zip(layer.from_matrices(found), expected, strict=True)
     return max(float((one - other).abs().max()) for one, other in pairs) / (largest or 1.0)

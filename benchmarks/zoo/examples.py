@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 VOCABULARY, CLASSES = 24, 3
-LENGTHS = 4, 2, 3, 4
+LENGTHS = 4, 2, 3, 2
 """Of the examples. In a batch of four there are as many tokens as examples, which must not be taken for each other."""
 
 

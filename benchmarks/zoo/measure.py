@@ -19,14 +19,14 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 import wherefrom as wf
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import weight_gradients
+from wherefrom.engine.loading import Examples
 from wherefrom.engine.modules.layer_types import trackable
 from wherefrom.engine.modules.layers import TrackedLayer, select_layers, untracked
-from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Collector, Sweep
 from wherefrom.runtime.errors import WherefromError
 from zoo.family import Family
 
-BATCH_SIZES = 2, 4
+BATCH_SIZES = 3, 4
 
 Task = wf.Task[Any]
 Layers = Mapping[str, TrackedLayer]

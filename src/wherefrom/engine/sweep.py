@@ -213,7 +213,7 @@ class Sweep(Generic[Batch]):
     def _batch(self, state: _State[Batch], loader: Loader[Batch], batch: range) -> None:
         """One forward and backward pass, whose tensors are collected.
 
-        In a batch of as many examples as tokens, nobody could tell whether a layer has the examples first: that is passed
+        In a batch of as many examples as tokens, nobody could tell whether a layer has the examples first; it is passed
         over in two parts.
         """
         action, search = self.profile.action, state.search

@@ -176,6 +176,40 @@ def test_a_lost_batch_dimension_is_refused(tmp_path: Path) -> None:
         study.fit(wf.Diagonal())
 
 
+class TokensFirst(nn.Module):
+    """A layer that sees [tokens, batch, features], as PyTorch's transformers and recurrent networks do by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.layer(inputs.T[..., None]).square().sum(0)
+        return result
+
+
+class OncePositions(nn.Module):
+    """Positions that are looked up without a batch dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.last = nn.Embedding(4, 3), nn.Linear(3, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.last(torch.tanh(inputs[..., None] * self.positions(torch.arange(4)))).sum(1)
+        return result
+
+
+@pytest.mark.parametrize("model", [TokensFirst(), OncePositions()], ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize("size", [3, 4])
+def test_tokens_are_not_taken_for_examples_where_there_are_as_many(tmp_path: Path, model: nn.Module, size: int) -> None:
+    execution = wf.Execution(train_batch_size=size, query_batch_size=size)
+    study = wf.Study(tmp_path, model, wf.Classification(["*"]), train=examples(8), execution=execution)
+    for call in (lambda: study.fit(wf.KFAC()), lambda: study.self_influence(wf.Dot())):
+        with pytest.raises(LayerError, match="saw a batch of 4 for [23] examples"):
+            call()
+
+
 def test_the_head_is_left_out_unless_it_is_named() -> None:
     model = gpt2()
     task = wf.CausalLM()
@@ -201,29 +235,46 @@ def test_weights_get_no_gradient_and_the_graph_starts_at_the_first_layer(tmp_pat
 
 
 class Positions(nn.Module):
-    """Positions are looked up once for all examples; their row is broadcast, or taken out first."""
+    """Positions are looked up once for all examples; their row is broadcast, or taken out first, or repeated."""
 
-    def __init__(self, first: bool) -> None:
+    def __init__(self, use: str = "broadcast") -> None:
         super().__init__()
-        self.positions, self.last, self.first = nn.Embedding(4, 2), nn.Linear(2, 3), first
+        self.positions, self.last, self.use = nn.Embedding(4, 2), nn.Linear(2, 3), use
 
     def forward(self, inputs: Tensor) -> Tensor:
         positions = self.positions(torch.arange(4)[None])
-        hidden = torch.tanh(inputs[..., None] * (positions[0] if self.first else positions))
+        if self.use == "first":
+            positions = positions[0]
+        elif self.use == "repeat":
+            positions = positions.repeat(len(inputs), 1, 1)
+        hidden = torch.tanh(inputs[..., None] * positions)
         result: Tensor = self.last(hidden).sum(1)
         return result
 
 
 def test_rows_for_all_examples_are_each_examples_own_or_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, rows, task = Positions(first=False).double(), widened(examples(9)), wf.Classification(["*"])
+    model, rows, task = Positions().double(), widened(examples(9)), wf.Classification(["*"])
     study = wf.Study(tmp_path / "run", model, task, train=rows)
     found = study.score(rows, wf.EKFAC(empirical=True), execution=wf.Execution(train_batch_size=5)).values
     expected = BruteForce(model, task, list(study.layers), rows, rows).scores("ekfac")
     assert relative_error(found, expected) < 1e-9
-    refused = wf.Study(tmp_path / "refused", Positions(first=True).double(), task, train=rows)
-    with pytest.raises(LayerError, match="'positions' reads one input for all 4 examples"):
-        refused.fit(wf.Diagonal(), execution=wf.Execution(train_batch_size=4))
+
+
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [("first", "'positions' reads one input for all 3 examples"), ("repeat", "once for each example.*must match the")],
+)
+def test_rows_for_all_examples_that_are_not_broadcast_take_batches_of_one(tmp_path: Path, use: str, said: str) -> None:
+    torch.manual_seed(0)
+    model, rows, task = Positions(use).double(), widened(examples(9)), wf.Classification(["*"])
+    study = wf.Study(tmp_path, model, task, train=rows)
+    with pytest.raises(LayerError, match=f"{said}.*Give batch sizes of 1"):
+        study.fit(wf.Diagonal(), execution=wf.Execution(train_batch_size=3))
+    execution = wf.Execution(train_batch_size=1, query_batch_size=1)
+    found = study.score(rows, wf.EKFAC(empirical=True), execution=execution).values
+    expected = BruteForce(model, task, list(study.layers), rows, rows).scores("ekfac")
+    assert relative_error(found, expected) < 1e-9
 
 
 class TwoHeads(nn.Module):

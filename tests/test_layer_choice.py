@@ -72,6 +72,9 @@ class Mixed(nn.Module):
         self.renormalised = nn.Embedding(5, 4, max_norm=1.0)
         self.scaled = nn.Embedding(5, 4, scale_grad_by_freq=True)
         self.weightless = nn.LayerNorm(4, elementwise_affine=False)
+        self.constant = nn.RMSNorm(4)  # as in Falcon Mamba, whose weights of ones are not trained
+        del self.constant.weight
+        self.constant.register_buffer("weight", torch.ones(4))
         self.norm = nn.LayerNorm(4)
         self.last = nn.Linear(4, 3)
 
@@ -87,6 +90,7 @@ def test_what_cannot_be_tracked_is_named_with_the_reason() -> None:
         "renormalised": "an? Embedding that cannot be tracked: max_norm changes its weights",
         "scaled": "Embedding that cannot be tracked: scale_grad_by_freq",
         "weightless": "a LayerNorm that cannot be tracked: it has no weight",
+        "constant": "a RMSNorm that cannot be tracked: it has no weight that is trained",
     }.items():
         with pytest.raises(LayerError, match=reason):
             select_layers(model, [name])

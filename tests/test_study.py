@@ -263,8 +263,8 @@ def test_a_loss_that_is_not_a_scalar_is_refused(tmp_path: Path) -> None:
             return super().train_loss(*arguments).detach()  # type: ignore[arg-type]
 
     case = mlp_case()
-    with pytest.raises(LossError, match=r"must be a scalar tensor.*returned \[4\].*reduction='sum'"):
-        wf.Study(tmp_path, case.model, Vector(), train=case.train).fit(execution=wf.Execution(train_batch_size=4))
+    with pytest.raises(LossError, match=r"must be a scalar tensor.*returned \[3\].*reduction='sum'"):
+        wf.Study(tmp_path, case.model, Vector(), train=case.train).fit(execution=wf.Execution(train_batch_size=3))
     with pytest.raises(LossError, match="does not depend on any tracked layer"):
         wf.Study(tmp_path, case.model, Detached(), train=case.train).fit(wf.EKFAC())
 

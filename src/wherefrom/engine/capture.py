@@ -22,7 +22,8 @@ from wherefrom.engine.modules.linear_map import LinearMap
 from wherefrom.engine.modules.written_out import through_maps
 from wherefrom.engine.passes import Call, Padding, Pass, frozen, leaves_of, not_by_example
 from wherefrom.engine.routing import Packing
-from wherefrom.runtime.errors import LayerError, LossError
+from wherefrom.runtime.errors import LayerError, LossError, first_line
+from wherefrom.runtime.memory import out_of_memory
 from wherefrom.runtime.precision import widened, widened_dtype
 
 
@@ -164,8 +165,7 @@ class Capture(AbstractContextManager["Capture"]):
         """
         self._pass = current = Pass(examples, padding, lengths)
         try:
-            with torch.enable_grad():
-                value = loss()
+            value = self._forward(loss, current)
             self._check(value, current)
             current.backward = True
             with leaves_of(value) as leaves:
@@ -189,6 +189,23 @@ class Capture(AbstractContextManager["Capture"]):
             self._pass = None
         found = current.without_graph | set(current.calls)
         return found | {name for name, layer in self._layers.items() if current.idle(layer)}
+
+    @staticmethod
+    def _forward(loss: Callable[[], Tensor], current: Pass) -> Tensor:
+        """The loss, of a model that can take the outputs of its layers for each example."""
+        try:
+            with torch.enable_grad():
+                return loss()
+        except RuntimeError as error:
+            expanded = [name for name, (call, *_) in current.calls.items() if call.inputs.stride(0) == 0]
+            if not expanded or out_of_memory(error):
+                raise
+            raise LayerError(
+                f"{len(expanded)} tracked layer(s) read one input for all {current.examples} examples: "
+                f"{', '.join(expanded[:5])}. The model was given their output once for each example, as broadcasting "
+                f"would, and cannot compute with that ({first_line(error)}). Give batch sizes of 1, or leave them out "
+                "with `layers=[...]`."
+            ) from error
 
     def held(self) -> list[Tensor]:
         """The inputs of layers that wait for their gradients; autograd has no need of them where weights are frozen."""
@@ -359,7 +376,7 @@ class Capture(AbstractContextManager["Capture"]):
             raise LayerError(
                 f"Layer {name!r} reads one input for all {current.examples} examples, and the model takes the "
                 "first of them from its output (output[0]) instead of broadcasting it, so the examples' parts of its "
-                "gradient cannot be told apart. Leave the layer out with `layers=[...]`."
+                "gradient cannot be told apart. Give batch sizes of 1, or leave the layer out with `layers=[...]`."
             )
 
     def _shared_activations(self, layer: TrackedLayer, call: Call, current: Pass) -> Tensor:

@@ -187,7 +187,7 @@ def elementwise_tensors(normalized: Tensor, gradient: Tensor, width: int) -> tup
 
 
 def _without_weight(module: nn.Module) -> str | None:
-    return "it has no weight" if getattr(module, "weight", None) is None else None
+    return None if isinstance(getattr(module, "weight", None), nn.Parameter) else "it has no weight that is trained"
 
 
 # Embeddings: a token is an id, its activations are a one-hot vector.

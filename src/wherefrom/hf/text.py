@@ -306,6 +306,8 @@ def _pretrained(auto_class: str, name: str, **options: Any) -> Any:
     with _hub(name) as reachable:
         try:
             return getattr(require("transformers"), auto_class).from_pretrained(name, **options)
+        except ImportError as error:
+            raise _lacking(name, error) from error
         except (OSError, ValueError) as error:
             if not reachable:
                 raise _unreachable(repr(name)) from error
@@ -320,6 +322,8 @@ def _pretrained_directory(auto_class: str, path: Path, **options: Any) -> Any:
     refuse_imports(path)
     try:
         return getattr(require("transformers"), auto_class).from_pretrained(str(path), **options)
+    except ImportError as error:
+        raise _lacking(str(path), error) from error
     except Exception as error:  # whatever transformers, tokenizers and safetensors make of files that are not theirs
         if "custom code" in str(error):
             raise InputError(
@@ -357,6 +361,11 @@ def _unreachable(what: str) -> InputError:
         f"{what}: the Hugging Face hub cannot be reached and no copy is cached; "
         "connect to it, or give a file or directory of yours instead."
     )
+
+
+def _lacking(name: str, error: ImportError) -> InputError:
+    """What is said of a quantized model, for example, whose library is not installed."""
+    return InputError(f"{name} cannot be loaded without another package: {first_line(error)}")
 
 
 def _is_hub_name(source: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from tests.contract.answers import Answers
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A cache of their own, gone with the process: what a developer has fetched changes no test.
+_CACHE = tempfile.TemporaryDirectory(prefix="wherefrom-hub-")
+for _name, _folder in {"HF_HOME": ".", "HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "datasets"}.items():
+    os.environ[_name] = str(Path(_CACHE.name, _folder))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Small models gain nothing from several threads, and tests may run in several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -18,6 +18,7 @@ from wherefrom.hf.refusals import ADAPTER, refuse_imports
 from wherefrom.hf.text import load_config, load_model, load_tokenizer, local_path
 from wherefrom.runtime.distributed import join_ranks
 from wherefrom.runtime.errors import InputError, first_line, require
+from wherefrom.runtime.placement import execution_device
 from wherefrom.store.files import read_json
 from wherefrom.store.fingerprint import Dataset
 from wherefrom.study import Study
@@ -71,6 +72,7 @@ def study_from_pretrained(
     train: RawExamples,
     *,
     run: str | Path | None = None,
+    base: PreTrainedModel | None = None,
     task: Task[Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
@@ -98,31 +100,37 @@ def study_from_pretrained(
             A string is a `text`. Where the model was trained on other tokens than these columns give, pass tokenised
             examples.
         run: the run directory; `folder/wherefrom` by default, where there is a folder.
+        base: the model that an adapter was trained on, loaded as it was for that, such as in 4 bits; the adapter is put
+            on it. None loads it in float32.
         task: `CausalLM`, `Preference`, `MaskedLM`, `Seq2Seq`, `SequenceClassification`, `RewardModel` or
             `TokenClassification`, whose kind of model is loaded; None chooses by the architecture and the columns, but
             for `Preference`, whose loss they do not tell.
         tokenizer: None loads that of the folder, or of the adapter's model.
         max_length: texts are cut off after so many tokens; None is what the model can take.
         end_token: put the end-of-sequence token after a text or completion, as TRL does.
-        device: None is a GPU if there is one, under torchrun this process's own.
+        device: None is where `base` is, or else a GPU if there is one, under torchrun this process's own.
         **options: of `Study`: history, execution.
 
     Raises:
         InputError: the folder holds no model, the architecture has no task here, or the examples lack columns.
         LayerError: no layer can be tracked.
     """
-    device, base = checked_device(device), _adapted_model(folder)
+    if base is not None and device is None:
+        device = execution_device(base)
+    device, adapted = checked_device(device), _adapted_model(folder)
     if run is None and not Path(folder).is_dir():
         raise InputError(f"run=None with the model {str(folder)!r}, which is no folder: expected a run directory.")
-    name = str(base or folder)
-    config = load_config(name)
+    if base is not None and adapted is None:
+        raise InputError(f"base is given, and {str(folder)!r} holds no adapter ({ADAPTER}): give base=None.")
+    name = str(adapted or folder)
+    config = load_config(name) if base is None else base.config
     train = read_examples(train)
     kind = _kind(config, task, train[0])
-    tokenizer = tokenizer or _tokenizer([str(folder), *([base] if base else [])])
+    tokenizer = tokenizer or _tokenizer([str(folder), *([adapted] if adapted else [])])
     preparation = Preparation(kind.target, tokenizer, max_length or _longest(config, tokenizer), end_token)
-    model = load_model(name, kind.auto_class)
+    model = load_model(name, kind.auto_class) if base is None else base
     task = task or _default_task(kind, config)
-    if base is not None:
+    if adapted is not None:
         model = _with_adapter(model, folder)
         if task.layers is None:
             task = copy.copy(task)

@@ -250,18 +250,29 @@ def _hub_dataset(source: str, split: str) -> Dataset:
     candidates += [(owner, config)] if owner else []
     with _hub(source) as reachable:
         for name, configuration in candidates:
-            try:
-                return datasets.load_dataset(name, configuration, split=split)
-            except datasets.exceptions.DatasetNotFoundError:
-                continue
-            except ConnectionError:
-                if reachable:
-                    raise
-            except ValueError as error:  # a wrong configuration or split; the message lists the right ones
-                raise InputError(f"source={source!r}, split={split!r}: {first_line(error)}") from error
+            # Without the hub, `datasets` looks for what it has prepared itself, and not for what the hub's client has.
+            for place in [name] if reachable else [name, *_snapshots(name)]:
+                try:
+                    return datasets.load_dataset(place, configuration, split=split)
+                except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError):
+                    continue
+                except ConnectionError:
+                    if reachable:
+                        raise
+                except ValueError as error:  # a wrong configuration or split; the message lists the right ones
+                    raise InputError(f"source={source!r}, split={split!r}: {first_line(error)}") from error
     if not reachable:
         raise _unreachable(f"source={source!r}")
     raise InputError(f"source={source!r}: neither a file here nor a dataset on the hub; check the name.")
+
+
+def _snapshots(name: str) -> list[str]:
+    """The folder of a dataset's files that the hub's client has in its cache, if there is one."""
+    hub = require("huggingface_hub")
+    try:
+        return [hub.snapshot_download(name, repo_type="dataset", local_files_only=True)]
+    except (OSError, ValueError):  # not there, or no name of a repository
+        return []
 
 
 # Cutting
@@ -295,6 +306,8 @@ def _pretrained(auto_class: str, name: str, **options: Any) -> Any:
     with _hub(name) as reachable:
         try:
             return getattr(require("transformers"), auto_class).from_pretrained(name, **options)
+        except ImportError as error:
+            raise _lacking(name, error) from error
         except (OSError, ValueError) as error:
             if not reachable:
                 raise _unreachable(repr(name)) from error
@@ -309,6 +322,8 @@ def _pretrained_directory(auto_class: str, path: Path, **options: Any) -> Any:
     refuse_imports(path)
     try:
         return getattr(require("transformers"), auto_class).from_pretrained(str(path), **options)
+    except ImportError as error:
+        raise _lacking(str(path), error) from error
     except Exception as error:  # whatever transformers, tokenizers and safetensors make of files that are not theirs
         if "custom code" in str(error):
             raise InputError(
@@ -346,6 +361,11 @@ def _unreachable(what: str) -> InputError:
         f"{what}: the Hugging Face hub cannot be reached and no copy is cached; "
         "connect to it, or give a file or directory of yours instead."
     )
+
+
+def _lacking(name: str, error: ImportError) -> InputError:
+    """What is said of a quantized model, for example, whose library is not installed."""
+    return InputError(f"{name} cannot be loaded without another package: {first_line(error)}")
 
 
 def _is_hub_name(source: str) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +59,26 @@ def read_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
         if found.is_meta:
             raise InputError(f"model: {name!r} is on the meta device and has no values. Load the weights first.")
         return found.detach().clone()
+
+
+def computed_by(module: nn.Module) -> str:
+    """The attribute that computes: accelerate's hooks, which bring a module's weights, call another than `forward`."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+@contextmanager
+def computes_by(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it, a module computes by another `forward`; it is put back as it was."""
+    name = computed_by(module)
+    before = vars(module).get(name)
+    setattr(module, name, forward)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from wherefrom.runtime.errors import InputError, check_argument, first_line
 from wherefrom.runtime.memory import out_of_memory
 from wherefrom.runtime.precision import widened
+from wherefrom.tasks.adapters.quantized import multiplying_dequantized
 from wherefrom.tasks.descriptions import described, described_class
 from wherefrom.tasks.losses import half_squared_error, summed_binary_cross_entropy
 from wherefrom.tasks.sampling import Sampler
@@ -127,11 +128,12 @@ class Task(Generic[Batch]):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module is put back as it was."""
+    """Evaluation mode, with weights of few bits dequantized; every module is put back as it was."""
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        yield
+        with multiplying_dequantized(model):
+            yield
     finally:
         for module, flag in training:
             module.training = flag

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from wherefrom.engine.modules.linear_map import LinearMap
 from wherefrom.runtime.precision import widened
+from wherefrom.tasks.adapters.quantized import stored_as
 
 NO_COLUMN = -1
 """The id of a token that touches no column of a one-hot layer: padding."""
@@ -258,7 +259,13 @@ LAYER_TYPES: dict[str, LayerType | None] = {
 def trackable(module: nn.Module) -> LayerType | None:
     """The kind of a module that can be tracked; None of one that cannot."""
     kind = layer_type(module)
-    return kind if kind is not None and kind.refused(module) is None else None
+    return None if kind is None or why_quantized(module) or kind.refused(module) else kind
+
+
+def why_quantized(module: nn.Module) -> str | None:
+    """Why a module whose weight is quantized cannot be tracked, whatever its kind; None of another."""
+    stored = stored_as(module)
+    return None if stored is None else f"its weight is quantized ({stored}), and training leaves it alone"
 
 
 def layer_type(module: nn.Module) -> LayerType | None:

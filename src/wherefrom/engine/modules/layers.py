@@ -25,11 +25,13 @@ from wherefrom.engine.modules.layer_types import (
     layer_type,
     one_hot,
     trackable,
+    why_quantized,
 )
 from wherefrom.engine.modules.linear_map import LinearMap, Part
 from wherefrom.engine.modules.written_out import WrittenOut, written_out, written_out_kind
 from wherefrom.runtime.errors import LayerError
 from wherefrom.runtime.placement import tied_names
+from wherefrom.tasks.adapters.quantized import stored_as
 
 # Matrix units want rows of a multiple of 16 bytes: a product with 769 columns takes up to twice as long as with 776.
 _ALIGNMENT = 8
@@ -284,6 +286,13 @@ def _by_default(model: nn.Module, weights: Sequence[list[Use]], head: nn.Module 
         chosen = [uses for uses in chosen if any("lora_" in use.name for use in uses)]
     elif any(trainable) and not all(trainable):
         chosen = [uses for uses in chosen if uses[0].parts[0].parameter.requires_grad]
+    quantized = [stored for stored in map(stored_as, model.modules()) if stored]
+    if not chosen and quantized:
+        raise LayerError(
+            f"{type(model).__name__} has no layer that is tracked without being named: the weights of {len(quantized)} "
+            f"are quantized ({', '.join(dict.fromkeys(quantized))}), and training leaves them alone. Give the model "
+            "with the adapters that were trained beside them, or load it without quantization."
+        )
     if not weights:
         raise LayerError(f"{type(model).__name__} has no layer to track: supported kinds are {kind_names()}.")
     if not chosen:
@@ -321,7 +330,7 @@ def _why_not(module: nn.Module, pattern: str) -> str:
     kind, own = layer_type(module) or written_out_kind(module), sum(each.numel() for each in module.parameters(False))
     if isinstance(module, torch.jit.ScriptModule):
         return f"{_SCRIPTED}, or leave it out."
-    reason = kind and kind.refused(module)
+    reason = why_quantized(module) or (kind and kind.refused(module))
     if reason:
         return f"a {type(module).__name__} that cannot be tracked: {reason}. Leave it out."
     if own and kind is None:

@@ -27,6 +27,7 @@ from wherefrom.engine.modules.experts import (
 from wherefrom.engine.modules.linear_map import LinearMap
 from wherefrom.engine.modules.recurrent import recurrent_forward, recurrent_maps
 from wherefrom.engine.modules.routers import router_forward, router_maps, without_linear_weight
+from wherefrom.runtime.placement import computed_by, computes_by
 
 
 @dataclass(frozen=True)
@@ -91,25 +92,11 @@ def through_maps(modules: Iterable[WrittenOut]) -> Iterator[None]:
     """Within it, modules compute through their linear maps; they are put back as they were."""
     with ExitStack() as stack:
         for each in modules:
-            name = _computed_by(each.module)
-            stack.callback(_restore, each.module, name, vars(each.module).get(name))
-            setattr(each.module, name, each.kind.forward(each.module, each.maps))
+            stack.enter_context(computes_by(each.module, each.kind.forward(each.module, each.maps)))
         yield
-
-
-def _computed_by(module: nn.Module) -> str:
-    """The attribute that computes: accelerate's hooks, which bring a module's weights, call another than `forward`."""
-    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
 def _is_replaced(module: nn.Module) -> bool:
     """Whether somebody has given this module a `forward` that is not its class's."""
-    found = vars(module).get(_computed_by(module))
+    found = vars(module).get(computed_by(module))
     return found is not None and getattr(found, "__func__", None) is not type(module).forward
-
-
-def _restore(module: nn.Module, name: str, before: object) -> None:
-    if before is None:
-        delattr(module, name)
-    else:
-        setattr(module, name, before)

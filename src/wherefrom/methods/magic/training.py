@@ -23,6 +23,7 @@ from wherefrom.engine.loading import Examples, collated, map_tensors
 from wherefrom.methods.magic.recipe import TrainingRecipe
 from wherefrom.runtime.errors import InputError, LossError
 from wherefrom.store.fingerprint import Dataset, checked_length
+from wherefrom.tasks.adapters.quantized import multiplying_dequantized
 from wherefrom.tasks.task import Batch, Objective, Task, evaluating
 
 _TOLERANCE = 1e-3  # of the check that weights act on examples; rounding in float32 is far below
@@ -189,7 +190,8 @@ class ReplayableTraining(Generic[Batch]):
     def _called(self, parameters: Tensor, batch: Batch, measured: bool) -> Tensor:
         """The loss, or the measurement, of a batch for given parameters: a scalar."""
         replaced = {f"model.{name}": part for name, part in self.by_name(parameters).items()}
-        return cast(Tensor, functional_call(self._objective, replaced, (batch, measured)))
+        with multiplying_dequantized(self.model):  # also in training, whose layers may not be differentiable twice
+            return cast(Tensor, functional_call(self._objective, replaced, (batch, measured)))
 
     def _batch(self, dataset: Dataset[object], batch_indices: list[int]) -> Batch:
         batch, _ = collated(Examples(dataset, self.task), batch_indices, self.model)

@@ -87,11 +87,12 @@ lock: $(STAMP)
 audit: $(STAMP)
 	$(RUN) -m pip_audit --strict --disable-pip --require-hashes -r requirements/lock.txt -r requirements/torch.txt
 
-## The small examples, each with its page in docs/examples (some five minutes)
+## The small examples, each with its page in docs/examples (some six minutes)
 examples: $(STAMP)
 	$(RUN) examples/digits/find_mislabels.py
 	$(RUN) examples/diabetes/leave_one_out.py
 	$(RUN) examples/lora/analyze_lora.py
+	$(RUN) examples/preferences/trace_preferences.py
 
 ## Style, format and types
 check: $(STAMP)

@@ -1,4 +1,5 @@
-"""The diabetes and LoRA examples at a small size: their numbers against retraining and gradients made another way."""
+"""The diabetes, LoRA and preferences examples at a small size: their numbers against retraining and gradients made
+another way."""
 
 from __future__ import annotations
 
@@ -147,3 +148,45 @@ def test_lora_scores_are_products_of_adapter_gradients(cache: Path, tmp_path: Pa
     queries, train = (torch.stack([gradient(row) for row in part]) for part in (texts.queries, texts.train))
     scores = wf.Scores.load(tmp_path / "adapters" / "scores" / "dot").values
     torch.testing.assert_close(scores, queries @ train.T, rtol=1e-4, atol=1e-4 * float(scores.abs().max()))
+
+
+def test_traced_preferences_are_products_of_dpo_gradients(tmp_path: Path) -> None:
+    script = runpy.run_path(str(EXAMPLES / "preferences" / "trace_preferences.py"))
+    options = script["Arguments"](run_dir=tmp_path, pairs_per_subject=3, num_queries=2, epochs=2, num_seeds=1)
+    script["main"](options)
+    numbers = json.loads((tmp_path / "evaluation" / "preferences.json").read_text())
+    pairs, queries = script["make_pairs"](options)
+    planted = {place for place, pair in enumerate(pairs) if pair.chosen in script["CURT"]}
+    assert len(planted) == numbers["planted"] == 2
+    assert all(query.chosen in script["CURT"] for query in queries)
+    assert not {query.prompt for query in queries} & {pair.prompt for pair in pairs}
+
+    before = script["answering"](pairs, options)  # repeatable, so the same weights again
+    model = script["preferring"](before, pairs, options)
+
+    def log_probability(of: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        logits = of(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        return -torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+
+    def gradient(pair: Any, measured: bool) -> torch.Tensor:
+        row = pair.example()
+        ratios = [
+            log_probability(model, row["prompt_ids"], row[side])
+            - log_probability(before, row["prompt_ids"], row[side]).detach()
+            for side in ("chosen_ids", "rejected_ids")
+        ]
+        margin = options.beta * (ratios[0] - ratios[1])
+        loss = -margin if measured else -torch.nn.functional.logsigmoid(margin)
+        weights = [
+            each for name, each in model.named_parameters() if name.startswith("transformer.h.") and ".ln_" not in name
+        ]
+        return torch.cat([each.flatten() for each in torch.autograd.grad(loss, weights)])
+
+    expected = (
+        torch.stack([gradient(each, True) for each in queries])
+        @ torch.stack([gradient(each, False) for each in pairs]).T
+    )
+    scores = wf.Scores.load(tmp_path / "scores" / "dot").values
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    named = expected.sum(0).topk(2).indices.tolist()
+    assert numbers["methods"]["gradient products"]["planted"] == len(planted & {*named}) / 2

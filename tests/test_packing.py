@@ -379,8 +379,11 @@ def test_padding_is_no_document() -> None:
     ("columns", "message"),
     [
         ({}, "neither 'position_ids' nor 'seq_lengths'"),
-        ({"position_ids": [0, 1, 0, 1], "attention_mask": [1, 1, 1, 1]}, "start again within the row, and there is an"),
-        ({"seq_lengths": [2, 1]}, "'seq_lengths' adds up to 3 in a row of 4 tokens"),
+        (
+            {"position_ids": [0, 1, 0, 1], "attention_mask": [1, 1, 1, 1]},
+            "start again within the sequence, and there is an",
+        ),
+        ({"seq_lengths": [2, 1]}, "'seq_lengths' adds up to 3 in a sequence of 4 tokens"),
         ({"position_ids": [0, 1, 0]}, "'position_ids' has 3 numbers and 'input_ids' 4"),
         ({"input_ids": None}, "no dict with 'input_ids'"),
         ({"seq_lengths": [2, 2], "prompt_length": 1}, "'prompt_length' is of all its documents together"),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import relative_error, token_rows
 from tests.reference import BruteForce
-from wherefrom.engine.modules.layers import select_layers
 from wherefrom.engine.loading import Examples
+from wherefrom.engine.modules.layers import select_layers
 from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.errors import InputError, LayerError
 from wherefrom.store.fingerprint import model_digest

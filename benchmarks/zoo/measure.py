@@ -20,8 +20,9 @@ import wherefrom as wf
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import weight_gradients
 from wherefrom.engine.loading import Examples
+from wherefrom.engine.modules.coverage import untracked
 from wherefrom.engine.modules.layer_types import trackable
-from wherefrom.engine.modules.layers import TrackedLayer, select_layers, untracked
+from wherefrom.engine.modules.layers import TrackedLayer, select_layers
 from wherefrom.engine.sweep import Collector, Sweep
 from wherefrom.runtime.errors import WherefromError
 from zoo.family import Family

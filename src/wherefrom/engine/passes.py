@@ -131,8 +131,8 @@ def not_by_example(layer: str, vectors: int, examples: int) -> LayerError:
     """What is said of a layer that sees vectors of which nobody knows whose they are."""
     return LayerError(
         f"Layer {layer!r} saw a batch of {vectors} for {examples} examples: its input must keep the batch as first "
-        "dimension, or flatten all of the batch's tokens, as many as its masks or else its tensors [batch, tokens, ...] "
-        "have. Leave the layer out with `layers=[...]`."
+        "dimension, or flatten all of the batch's tokens, as many as its masks have, or else its tensors [batch, "
+        "tokens, ...]. Leave the layer out with `layers=[...]`."
     )
 
 

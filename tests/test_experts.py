@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import wherefrom as wf
 from tests.dense_gauss_newton import dense, study_of, system_of, token_logits
@@ -24,6 +25,7 @@ from wherefrom.engine.loading import Examples
 from wherefrom.engine.modules.coverage import coverage, mostly_left_out, untracked
 from wherefrom.engine.modules.layers import select_layers
 from wherefrom.engine.sweep import Collector, Sweep
+from wherefrom.hf.blueprint import measure
 from wherefrom.runtime.errors import LayerError
 
 pytestmark = pytest.mark.skipif(TRANSFORMERS < (5,), reason="experts are lists of linear layers, routed by their owner")
@@ -160,6 +162,16 @@ def test_tokens_equal_brute_force(tmp_path: Path) -> None:
     assert relative_error(tokens.values.sum(2), scores) < 1e-10
 
 
+@pytest.mark.parametrize("family", sorted(ROUNDED))
+def test_layers_that_compute_in_a_narrower_type_are_widened(tmp_path: Path, family: str) -> None:
+    """A router in float32 beside sums in float64."""
+    study = wf.Study(tmp_path, mixture(family), TASK, train=ROWS)
+    scores = study.score(QUERIES, wf.EKFAC(empirical=True)).values
+    tokens = study.score(QUERIES, wf.EKFAC(empirical=True), keep=wf.Tokens())
+    assert scores.dtype == torch.float64
+    assert relative_error(tokens.values.sum(2), scores) < 1e-10
+
+
 def test_products_and_conditioning_know_slices_of_parameters(tmp_path: Path) -> None:
     """Gauss-Newton products with all that one parameter has of some experts; factors in an optimizer's coordinates."""
     model = one_is_never_chosen()
@@ -248,6 +260,22 @@ def test_what_it_costs_does_not_depend_on_how_many_experts_there_are() -> None:
     assert vectors == [4 * sum(lengths), 4 * sum(lengths)]  # two projections of two experts
     router = 2 * max(lengths) * 8 * (32 - 4)
     assert costs[1] - costs[0] == router
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_a_plan_counts_what_a_run_does(tmp_path: Path, family: str) -> None:
+    """Without weights nobody knows who chooses whom, but how many there are."""
+    model = mixture(family, torch.float32)
+    model.config.save_pretrained(tmp_path)
+    planned = measure(str(tmp_path), 10)
+    task = wf.CausalLM()
+    layers = select_layers(model, None, model.lm_head)
+    with sdpa_kernel(SDPBackend.MATH):
+        run = Sweep(model, task, layers).footprint(Examples([{"input_ids": list(range(10))}], task))
+    assert planned.layers.keys() == layers.keys()
+    assert planned.example.flop == run.flop
+    experts = [name for name in layers if ".experts." in name]
+    assert sum(map(planned.example.tokens_of, experts)) == sum(map(run.tokens_of, experts)) == 2 * 2 * 10
 
 
 def test_experts_are_chosen_counted_and_refused_by_name() -> None:

@@ -30,7 +30,8 @@ class Task(Generic[Batch]):
 
     Args:
         layers: names or glob patterns (`transformer.h.*.mlp.*`) of the layers to track. None tracks linear layers and
-            convolutions that are not frozen, except the output head; of a model with LoRA adapters, these alone.
+            convolutions, also inside of attention, recurrent modules and experts, that run and are not frozen, except
+            the output head; of a model with LoRA adapters, these alone.
     """
 
     convex: ClassVar[bool] = True

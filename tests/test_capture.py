@@ -295,10 +295,20 @@ class TwoHeads(nn.Module):
         return result
 
 
+class CalledTwice(wf.Classification):
+    """Its loss is of the inputs and of their opposites, each a call of the model."""
+
+    def train_loss(self, model: nn.Module, batch: Any, sampler: Any = None) -> Tensor:
+        return super().train_loss(model, batch, sampler) + super().train_loss(model, [-batch[0], batch[1]], sampler)
+
+
+@pytest.mark.parametrize("task", [wf.Classification(), CalledTwice()], ids=lambda task: type(task).__name__)
 @pytest.mark.parametrize("strategy", ["kfac", "ekfac"])
-def test_layers_that_read_one_tensor_share_activations_and_are_stored_apart(tmp_path: Path, strategy: str) -> None:
+def test_layers_that_read_one_tensor_share_activations_and_are_stored_apart(
+    tmp_path: Path, strategy: str, task: wf.Task[Any]
+) -> None:
     torch.manual_seed(0)
-    model, rows, task = TwoHeads().double(), widened(examples(9)), wf.Classification()
+    model, rows = TwoHeads().double(), widened(examples(9))
     seen: dict[str, Tensor] = {}
     study = wf.Study(tmp_path, model, task, train=rows)
     receive = lambda layer, captured: seen.update({layer: captured.activations})  # noqa: E731

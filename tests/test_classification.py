@@ -165,6 +165,16 @@ def test_labels_that_do_not_suit_the_model_are_refused(
         task.measurement(made, collated(Examples([{"input_ids": [1, 2], "labels": label}], task), [0], made)[0])
 
 
+def test_decoders_that_look_for_other_padding_are_refused() -> None:
+    """They classify by the last token before it, and would take padding for one."""
+    from tests.test_preference import reward_model
+
+    model, rows = reward_model(decoder=True), labelled(3, 3, number)
+    task = wf.SequenceClassification(pad_token=7)
+    with pytest.raises(InputError, match="pad_token=7, and the model, .* looks for 0 there. Give pad_token=0"):
+        collated(Examples(rows, task), range(3), model)
+
+
 def test_problem_types_are_those_of_transformers() -> None:
     with pytest.raises(InputError, match="problem_type='ranking': expected one of"):
         wf.SequenceClassification(problem_type="ranking")  # type: ignore[arg-type]

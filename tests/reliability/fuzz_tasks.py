@@ -25,6 +25,7 @@ from tests.models import Mlp, gpt2, mlp_case, relative_error, token_rows
 from tests.reliability.drawing import drawn
 from tests.reliability.outcomes import Outcome
 from tests.test_language import bert, classified_rows, masked_rows, pair_rows, t5
+from tests.test_preference import pairs, reward_model, whole
 from wherefrom.engine.loading import map_tensors
 from wherefrom.runtime.errors import WherefromError
 
@@ -138,10 +139,15 @@ def _text_case(kind: str) -> Case:
         return Case(bert(), wf.MaskedLM(), masked_rows(4, 3), masked_rows(2, 4), "")
     if kind == "seq2seq":
         return Case(t5(), wf.Seq2Seq(), pair_rows(4, 1), pair_rows(2, 2), "")
+    if kind == "preference":
+        return Case(gpt2(layers=1), wf.Preference(wf.DPO(), gpt2(layers=2)), pairs(4, 0), pairs(2, 3), "")
+    if kind == "reward":
+        return Case(reward_model(decoder=False), wf.RewardModel(), whole(pairs(4, 0)), whole(pairs(2, 3)), "")
     return Case(bert(True), wf.SequenceClassification(), classified_rows(4, 3), classified_rows(2, 4), "")
 
 
-COLUMNS = ["input_ids", "labels", "label", "attention_mask", "token_type_ids", "completion_mask", "assistant_masks",
+COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "margin",
+           "input_ids", "labels", "label", "attention_mask", "token_type_ids", "completion_mask", "assistant_masks",
            "prompt_length", "text", "position_ids", "seq_lengths", "decoder_input_ids", "inputs_embeds"]  # fmt: skip
 
 numbers = st.integers(-3, 15) | st.sampled_from([-100, -101, 2**31, 2**63, -(2**70), 10**30])
@@ -170,7 +176,7 @@ values = st.one_of(
 @st.composite
 def text_cases(draw: st.DrawFn) -> Case:
     """A study of text of which one example has one or two columns replaced, dropped or cut."""
-    case = _text_case(draw(st.sampled_from(["causal", "masked", "seq2seq", "classification"])))
+    case = _text_case(draw(st.sampled_from(["causal", "masked", "seq2seq", "classification", "preference", "reward"])))
     rows = draw(st.sampled_from([case.train, case.queries]))
     position = draw(st.integers(0, len(rows) - 1))
     row = rows[position] = dict(rows[position])

@@ -311,7 +311,7 @@ class Capture(AbstractContextManager["Capture"]):
             activations, gradients, tokens, calls, _, positions = zip(*parts, strict=True)
             lengths = {part.gradients.shape[1] / part.calls for part in parts}
             together = sum(calls) if len(lengths) == 1 else 0
-            found = Captured(torch.cat(activations, 1), torch.cat(gradients, 1), sum(tokens), together)
+            found = Captured(current.joined(activations), torch.cat(gradients, 1), sum(tokens), together)
             told = [each for each in positions if each is not None]
             if told:
                 same = len({each.length for each in told}) == 1
@@ -381,8 +381,8 @@ class Capture(AbstractContextManager["Capture"]):
 
     def _shared_activations(self, layer: TrackedLayer, call: Call, current: Pass) -> Tensor:
         """A layer's activations, masked; those of the layer before if both have read the same tensor."""
-        if current.latest is not None:
-            before, use, source, activations = current.latest
+        if call.model_call in current.latest:
+            before, use, source, activations = current.latest[call.model_call]
             if layer.reads_as(call.use, before, use) and _same_memory(source, call.inputs):
                 return activations
         early = not self._widens(call.inputs)
@@ -391,7 +391,7 @@ class Capture(AbstractContextManager["Capture"]):
         if padding is not None and len(activations) == len(padding.mask):
             activations = activations.where(padding.mask.to(activations.device), 0)
         activations = activations if early else self._operand(activations)
-        current.latest = (layer, call.use, call.inputs, activations)
+        current.latest[call.model_call] = (layer, call.use, call.inputs, activations)
         return activations
 
 

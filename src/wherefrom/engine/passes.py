@@ -58,7 +58,8 @@ class Pass:
     Attributes:
         lengths: how many tokens an example may have.
         model_calls: how often the loss has called the model, but for calls without gradients.
-        latest: the layer, its use and the input that activations were last made for, and the activations.
+        latest: by the model's call, the layer, its use and the input that activations were last made for, and these.
+        latest_joined: activations of several calls, and what they were last joined to.
         without_graph: layers that ran while gradients were switched off.
         owners: modules that ran through their linear maps.
     """
@@ -69,7 +70,8 @@ class Pass:
     model_calls: int = 0
     calls: dict[str, list[Call]] = field(default_factory=dict)
     backward: bool = False
-    latest: tuple[TrackedLayer, Use, Tensor, Tensor] | None = None
+    latest: dict[int, tuple[TrackedLayer, Use, Tensor, Tensor]] = field(default_factory=dict)
+    latest_joined: tuple[Sequence[Tensor], Tensor] | None = None
     without_graph: set[str] = field(default_factory=set)
     owners: set[nn.Module] = field(default_factory=set)
 
@@ -99,6 +101,12 @@ class Pass:
         """Whether a layer got nothing from a module that ran, such as an expert that no token was routed to."""
         owners = [use.owner for use in layer.uses if use.owner is not None and use.owner.kind.sparse]
         return any(owner.module in self.owners for owner in owners)
+
+    def joined(self, activations: Sequence[Tensor]) -> Tensor:
+        """Activations of several calls along the token axis; one tensor for layers that share those of each call."""
+        if self.latest_joined is None or list(map(id, self.latest_joined[0])) != list(map(id, activations)):
+            self.latest_joined = activations, torch.cat(list(activations), 1)
+        return self.latest_joined[1]
 
     def padding_of(self, tokens: int, call: Call) -> Padding | None:
         """The padding of a call that sees `tokens` an example; None when there is none of that many."""

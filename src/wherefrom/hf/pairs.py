@@ -33,17 +33,16 @@ def judged(preparation: Preparation, example: Example, number: int) -> dict[str,
 
 def rewarded(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
     """`chosen_ids` and `rejected_ids`, prompts and all; refuses what TRL leaves out, since it is too long."""
-    found: dict[str, Any] = {}
-    for side in ("chosen", "rejected"):
-        whole = _added(example.get("prompt"), example[side], number)
-        found[f"{side}_ids"] = ids = _tokens(preparation, example, whole)
+    found = {}
+    for name in ("chosen", "rejected"):
+        whole = _added(example.get("prompt"), example[name], number)
+        found[f"{name}_ids"] = ids = _tokens(preparation, example, whole)
         if preparation.max_length is not None and len(ids) > preparation.max_length:
             raise InputError(
-                f"Example {number} of the dataset: {side!r} makes {len(ids)} tokens, and max_length is "
+                f"Example {number} of the dataset: {name!r} makes {len(ids)} tokens, and max_length is "
                 f"{preparation.max_length}. TRL leaves such pairs out of a training: leave it out too."
             )
-    texts = {side: preparation.decoded(found[f"{side}_ids"]) for side in ("chosen", "rejected")}
-    return {**found, **_numbers(example), "text": _shown(texts)}
+    return _with_text(preparation, example, found)
 
 
 def _with_prompt(example: Example) -> tuple[Any, Any, Any]:
@@ -64,9 +63,9 @@ def _encoded(
 ) -> dict[str, Any]:
     """The prompt's tokens, and each completion's: those after what the prompt and all of them begin with."""
     start = _tokens(preparation, example, prompt, alone=True)
-    wholes = {side: _tokens(preparation, example, _added(prompt, each, number)) for side, each in completions.items()}
+    wholes = {name: _tokens(preparation, example, _added(prompt, each, number)) for name, each in completions.items()}
     shared = min(_shared(start, whole) for whole in wholes.values())
-    found = {f"{side}_ids": whole[shared : preparation.max_length] for side, whole in wholes.items()}
+    found = {f"{name}_ids": whole[shared : preparation.max_length] for name, whole in wholes.items()}
     empty = next((name for name, ids in found.items() if not ids), None)
     if empty is not None:
         raise InputError(
@@ -74,20 +73,14 @@ def _encoded(
             f"{preparation.max_length}, so that nothing is left of {empty.removesuffix('_ids')!r}. TRL leaves such "
             "rows out of a training: leave it out too, or give the max_length of the training."
         )
-    texts = {side: preparation.decoded(ids) for side, ids in {"prompt": start[:shared], **_sides(found)}.items()}
-    return {"prompt_ids": start[:shared], **found, **_numbers(example), "text": _shown(texts)}
+    return _with_text(preparation, example, {"prompt_ids": start[:shared], **found})
 
 
-def _sides(found: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    return {name.removesuffix("_ids"): ids for name, ids in found.items()}
-
-
-def _numbers(example: Example) -> dict[str, Any]:
-    return {name: example[name] for name in _NUMBERS if example.get(name) is not None}
-
-
-def _shown(texts: Mapping[str, str]) -> str:
-    return "\n\n".join(f"{name}: {text}" for name, text in texts.items())
+def _with_text(preparation: Preparation, example: Example, found: Mapping[str, list[int]]) -> dict[str, Any]:
+    """Tokens with the example's numbers, and a text for readers."""
+    texts = (f"{name.removesuffix('_ids')}: {preparation.decoded(ids)}" for name, ids in found.items())
+    numbers = {name: example[name] for name in _NUMBERS if example.get(name) is not None}
+    return {**found, **numbers, "text": "\n\n".join(texts)}
 
 
 def _added(prompt: Any, completion: Any, number: int) -> Any:
@@ -111,5 +104,5 @@ def _tokens(preparation: Preparation, example: Example, whole: Any, alone: bool 
 
 def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many items two sequences begin with together."""
-    differing = (place for place, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
+    differing = (position for position, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
     return next(differing, min(len(one), len(other)))

@@ -88,6 +88,12 @@ class SequenceClassification(LanguageTask):
         # Decoders, whose head is called so, classify by the last token, and others by the first.
         if mask is not None and not hasattr(model, "score") and bool((mask[:, 0] == 0).any()):
             raise InputError("the first token, which the model classifies by, is masked. Pad on the right.")
+        looked_for = getattr(getattr(model, "config", None), "pad_token_id", None)
+        if mask is not None and hasattr(model, "score") and looked_for not in (None, self.pad_token):
+            raise InputError(
+                f"pad_token={self.pad_token}, and the model, which classifies by the token before its padding, looks "
+                f"for {looked_for} there. Give pad_token={looked_for}."
+            )
         if labels is None or outputs is None:
             return
         problem = self._problem(model, outputs, labels)

@@ -169,7 +169,8 @@ class Unpacked:
             bounds = _bounds(example)
         except InputError as error:
             raise InputError(f"Example {position} of the packed dataset: {error}") from error
-        self._whole.update(name for name, value in example.items() if not _each_token(value, len(example["input_ids"])))  # type: ignore[arg-type]
+        tokens = len(example["input_ids"])  # type: ignore[arg-type]
+        self._whole.update(name for name, value in example.items() if not _each_token(value, tokens))
         return [Document(position, start, stop) for start, stop in pairwise(bounds)]
 
 

@@ -60,7 +60,7 @@ class PreferenceLoss:
 
     beta: float = 0.1
 
-    sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+    completions: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     referenced: ClassVar[bool] = True
     averaged: ClassVar[bool] = False
     numbers: ClassVar[tuple[str, ...]] = ()
@@ -179,7 +179,7 @@ class ORPO(PreferenceLoss):
     averaged: ClassVar[bool] = True
 
     def margins(self, completions: Completions, numbers: Numbers) -> Tensor:
-        chosen, rejected = (completions[side].score for side in self.sides)
+        chosen, rejected = (completions[name].score for name in self.completions)
         return (chosen - rejected) - (_log_of_rest(chosen) - _log_of_rest(rejected))
 
     def costs(self, completions: Completions, numbers: Numbers) -> Tensor:
@@ -215,7 +215,7 @@ class KTO(PreferenceLoss):
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
 
-    sides: ClassVar[tuple[str, ...]] = ("completion",)
+    completions: ClassVar[tuple[str, ...]] = ("completion",)
     numbers: ClassVar[tuple[str, ...]] = ("label", "kl")
 
     def margins(self, completions: Completions, numbers: Numbers) -> Tensor:

@@ -36,14 +36,14 @@ _REFERENCE = {"chosen": "ref_chosen_logps", "rejected": "ref_rejected_logps", "c
 
 
 class Compared(NamedTuple):
-    """A batch of examples with several sequences each.
+    """A batch of examples with a completion or two each.
 
     Attributes:
-        sides: the sequences by what they are: "chosen" and "rejected", or "completion".
+        completions: by name, "chosen" and "rejected" or "completion": whole sequences, prompts and all.
         numbers: other columns by name, float64 [batch].
     """
 
-    sides: dict[str, TokenBatch]
+    completions: dict[str, TokenBatch]
     numbers: dict[str, Tensor]
 
 
@@ -51,36 +51,36 @@ class ComparingTask(Task[Compared]):
     """What `Preference` and `RewardModel` have in common.
 
     Args:
-        sequences: how the sequences of a side are checked, padded and given to the model.
-        sides: what the loss compares.
+        sequences: how the sequences of a completion are checked, padded and given to the model.
+        completions: the names of what the loss compares.
         numbers: the columns of numbers that it reads.
     """
 
     def __init__(
         self,
         sequences: LanguageTask,
-        sides: Sequence[str],
+        completions: Sequence[str],
         numbers: Sequence[str],
         layers: Sequence[str] | None,
         measure: PreferenceMeasure,
     ) -> None:
         super().__init__(layers)
-        known = ("loss", "margin", *sides)
+        known = ("loss", "margin", *completions)
         check_argument(measure in known, "measure", measure, f"one of {known}")
         self.measure = measure
-        self._sequences, self._sides, self._numbers = sequences, sides, numbers
+        self._sequences, self._names, self._numbers = sequences, completions, numbers
 
     @abstractmethod
     def _margins(self, model: nn.Module, batch: Compared) -> Tensor:
         """What the loss is a function of, and grows with the preference: [batch]."""
 
     @abstractmethod
-    def _values(self, model: nn.Module, batch: Compared, side: str) -> Tensor:
-        """The log-probability, or the reward, of each example's sequence: [batch]."""
+    def _values(self, model: nn.Module, batch: Compared, name: str) -> Tensor:
+        """The log-probability, or the reward, of each example's completion of that name: [batch]."""
 
     @abstractmethod
-    def _sequence(self, example: Mapping[str, object], side: str) -> dict[str, object]:
-        """One side of an example, as the task of its sequences takes it."""
+    def _sequence(self, example: Mapping[str, object], name: str) -> dict[str, object]:
+        """A completion of an example behind its prompt, as the task of its sequences takes it."""
 
     def _together(self, sequences: Sequence[object]) -> TokenBatch:
         """Sequences as a batch."""
@@ -96,11 +96,11 @@ class ComparingTask(Task[Compared]):
 
     def masks(self, batch: Compared) -> tuple[Tensor, ...]:
         """One for each call of the model."""
-        return tuple(mask for each in batch.sides.values() for mask in self._sequences.masks(each))
+        return tuple(mask for each in batch.completions.values() for mask in self._sequences.masks(each))
 
     def measured_masks(self, batch: Compared) -> tuple[Tensor, ...]:
-        sides = {side: each for side, each in batch.sides.items() if self.measure in (side, "loss", "margin")}
-        return self.masks(batch._replace(sides=sides))
+        passed = {name: each for name, each in batch.completions.items() if self.measure in (name, "loss", "margin")}
+        return self.masks(batch._replace(completions=passed))
 
     def mask(self, batch: Compared) -> Tensor | None:
         """Refused: it is asked for token scores alone."""
@@ -114,15 +114,13 @@ class ComparingTask(Task[Compared]):
 
     def check(self, model: nn.Module, batch: Compared) -> None:
         """Refuse tokens and positions that the model does not have, with an `InputError`."""
-        for each in batch.sides.values():
+        for each in batch.completions.values():
             self._sequences.check(model, each)
 
     def select(self, model: nn.Module, example: object) -> object:
         """All of it; refuses columns that the model would use, since they would be of one sequence alone."""
-        given = (
-            {name for name, value in example.items() if value is not None} if isinstance(example, Mapping) else set()
-        )
-        taken = sorted(accepted(model) & given - {*self._numbers})
+        columns = example.items() if isinstance(example, Mapping) else ()
+        taken = sorted(accepted(model) & {name for name, value in columns if value is not None})
         if taken:
             raise InputError(
                 f"{taken[0]!r} is an input of {type(model).__name__} that {type(self).__name__} does not pass on: its "
@@ -131,44 +129,43 @@ class ComparingTask(Task[Compared]):
         return example
 
     def collate(self, examples: Sequence[object]) -> Compared:
-        """Pad each side of the examples on the right to its longest."""
+        """Pad each of the examples' completions on the right to the longest of its name."""
         columns = [self._columns(example) for example in examples]
-        names = {(*sides, *numbers) for sides, numbers in columns}
-        if len(names) > 1:
-            raise InputError(f"Examples of one batch have {sorted(names)}; give all examples the same columns.")
-        sides, numbers = columns[0]
+        found = {(*completions, *numbers) for completions, numbers in columns}
+        if len(found) > 1:
+            raise InputError(f"Examples of one batch have {sorted(found)}; give all examples the same columns.")
+        completions, numbers = columns[0]
         return Compared(
-            {side: self._together([each[side] for each, _ in columns]) for side in sides},
+            {name: self._together([each[name] for each, _ in columns]) for name in completions},
             {name: torch.tensor([each[name] for _, each in columns], dtype=torch.float64) for name in numbers},
         )
 
     def _columns(self, example: object) -> tuple[dict[str, dict[str, object]], dict[str, float]]:
         """An example's sequences, and its numbers. Only what is measured has to be there."""
         columns = example if isinstance(example, Mapping) else {}
-        needed = [self.measure] if self.measure in self._sides else self._sides
-        there = [side for side in self._sides if columns.get(f"{side}_ids") is not None]
-        if not {*needed} <= {*there}:
+        needed = {self.measure} if self.measure in self._names else {*self._names}
+        given = [name for name in self._names if columns.get(f"{name}_ids") is not None]
+        if not needed <= {*given}:
             found = sorted(map(str, columns)) or type(example).__name__
             raise InputError(
                 f"{type(self).__name__} needs examples that are dicts with {self._expected()}, which are tokens; found "
                 f"{found}. Give wherefrom.study_from_pretrained texts or messages, or tokenise them first."
             )
-        sides = {side: self._sequence(columns, side) for side in there}
         numbers = {name: real(name, columns[name]) for name in self._numbers if columns.get(name) is not None}
         if numbers.get("label", 0) not in (0, 1):
             raise InputError(f"'label' is {numbers['label']:g}: expected 1 or true for a good completion, and else 0.")
-        return sides, numbers
+        return {name: self._sequence(columns, name) for name in given}, numbers
 
     def _expected(self) -> str:
-        return " and ".join(repr(f"{side}_ids") for side in self._sides)
+        return " and ".join(repr(f"{name}_ids") for name in self._names)
 
-    def _side(self, batch: Compared, side: str) -> TokenBatch:
-        """The sequences of a side, which queries may lack that are measured by the other."""
-        if side not in batch.sides:
+    def _completion(self, batch: Compared, name: str) -> TokenBatch:
+        """Sequences that queries may lack, if they are measured by others."""
+        if name not in batch.completions:
             raise InputError(
-                f"{type(self).__name__} needs examples with '{side}_ids' here; found {sorted(batch.sides)}."
+                f"{type(self).__name__} needs examples with '{name}_ids' here; found {sorted(batch.completions)}."
             )
-        return batch.sides[side]
+        return batch.completions[name]
 
 
 class Preference(ComparingTask):
@@ -214,8 +211,8 @@ class Preference(ComparingTask):
             "a module, 'base' or None" if loss.referenced else "None, since this loss compares with no other model"
         )
         check_argument(reference is None or (loss.referenced and known), "reference", str(reference)[:40], expected)
-        stored = [_REFERENCE[side] for side in loss.sides] if loss.referenced else []
-        super().__init__(CausalLM(), loss.sides, [*stored, *loss.numbers], layers, measure)
+        stored = [_REFERENCE[name] for name in loss.completions] if loss.referenced else []
+        super().__init__(CausalLM(), loss.completions, [*stored, *loss.numbers], layers, measure)
         self.loss = loss
         self._reference, self._stored = reference, stored
 
@@ -235,53 +232,59 @@ class Preference(ComparingTask):
     def _margins(self, model: nn.Module, batch: Compared) -> Tensor:
         return self.loss.margins(self._completions(model, batch), batch.numbers)
 
-    def _values(self, model: nn.Module, batch: Compared, side: str) -> Tensor:
-        logits, labels = self._sequences.predictions(model, self._side(batch, side))
+    def _values(self, model: nn.Module, batch: Compared, name: str) -> Tensor:
+        logits, labels = self._sequences.predictions(model, self._completion(batch, name))
         return -cross_entropy(logits, labels).sum(1)
 
-    def _sequence(self, example: Mapping[str, object], side: str) -> dict[str, object]:
+    def _sequence(self, example: Mapping[str, object], name: str) -> dict[str, object]:
         if example.get("prompt_ids") is None:
             raise InputError("Preference needs examples with 'prompt_ids'; of a completion alone, an empty list.")
-        if any(example.get(name) is not None for name in self._stored) and self._reference is not None:
+        if any(example.get(each) is not None for each in self._stored) and self._reference is not None:
             raise InputError(
                 f"{self._stored[0]!r} is there, and so is a reference model: of these, one. Give reference=None, or "
                 "drop the columns of an earlier one."
             )
-        prompt, completion = (vector(name, example[name]) for name in ("prompt_ids", f"{side}_ids"))
+        prompt, completion = (vector(each, example[each]) for each in ("prompt_ids", f"{name}_ids"))
         if not len(completion):
-            raise InputError(f"'{side}_ids' is empty: expected at least one token. Leave the example out.")
+            raise InputError(f"'{name}_ids' is empty: expected at least one token. Leave the example out.")
         return {"input_ids": torch.cat([prompt, completion]), "prompt_length": len(prompt)}
 
     def _completions(self, model: nn.Module, batch: Compared) -> dict[str, Completion]:
         """What the loss compares."""
         found = {}
-        for side in self.loss.sides:
-            logits, labels = self._sequences.predictions(model, self._side(batch, side))
+        for name in self.loss.completions:
+            logits, labels = self._sequences.predictions(model, self._completion(batch, name))
             score = -cross_entropy(logits, labels).sum(1)  # [batch]
             if self.loss.referenced:
-                score = score - self._reference_value(model, batch, side).to(score)
+                score = score - self._reference_value(model, batch, name).to(score)
             counted = (labels != IGNORED).sum(1).clamp_min(1)
-            found[side] = Completion(logits, labels, score / counted if self.loss.averaged else score)
+            found[name] = Completion(logits, labels, score / counted if self.loss.averaged else score)
         return found
 
     @torch.no_grad()
-    def _reference_value(self, model: nn.Module, batch: Compared, side: str) -> Tensor:
+    def _reference_value(self, model: nn.Module, batch: Compared, name: str) -> Tensor:
         """The reference model's log-probability of each example's completion: [batch]."""
-        stored = batch.numbers.get(_REFERENCE[side])
+        stored = batch.numbers.get(_REFERENCE[name])
         if stored is not None:
             return stored
         if self._reference is None:
             raise InputError(
                 f"Preference: {type(self.loss).__name__} compares with a reference model, and the examples have no "
-                f"{_REFERENCE[side]!r}. Give reference= the model that the training started from, 'base' for a model "
+                f"{_REFERENCE[name]!r}. Give reference= the model that the training started from, 'base' for a model "
                 "with an adapter, or the columns that TRL's precompute_ref_log_probs writes."
             )
+        with self._as_reference(model) as reference, evaluating(reference):
+            return self._values(reference, batch, name)
+
+    @contextmanager
+    def _as_reference(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The reference model, or a model with its adapter switched off."""
         if isinstance(self._reference, nn.Module):
             _check_reference(self._reference, model)
-            with evaluating(self._reference):
-                return self._values(self._reference, batch, side)
+            yield self._reference
+            return
         with _without_adapter(model):
-            return self._values(model, batch, side)
+            yield model
 
 
 class RewardModel(ComparingTask):
@@ -310,12 +313,12 @@ class RewardModel(ComparingTask):
         return bradley_terry(self._margins(model, batch), sampler).sum()
 
     def _margins(self, model: nn.Module, batch: Compared) -> Tensor:
-        chosen, rejected = (self._values(model, batch, side) for side in ("chosen", "rejected"))
+        chosen, rejected = (self._values(model, batch, name) for name in ("chosen", "rejected"))
         margin = batch.numbers.get("margin")
         return chosen - rejected if margin is None else chosen - rejected - margin.to(chosen)
 
-    def _values(self, model: nn.Module, batch: Compared, side: str) -> Tensor:
-        rewards = self._classifier.outputs(model, self._side(batch, side))
+    def _values(self, model: nn.Module, batch: Compared, name: str) -> Tensor:
+        rewards = self._classifier.outputs(model, self._completion(batch, name))
         if rewards.shape[1:] != (1,):
             raise InputError(
                 f"RewardModel: the model has {rewards.shape[-1]} outputs, and a reward is one number. Expected a "
@@ -323,12 +326,9 @@ class RewardModel(ComparingTask):
             )
         return widened(rewards).squeeze(1)
 
-    def _sequence(self, example: Mapping[str, object], side: str) -> dict[str, object]:
-        prompt = example.get("prompt_ids")
-        parts = [
-            vector(name, example[name]) for name in (*(["prompt_ids"] if prompt is not None else []), f"{side}_ids")
-        ]
-        return {"input_ids": torch.cat(parts)}
+    def _sequence(self, example: Mapping[str, object], name: str) -> dict[str, object]:
+        given = [each for each in ("prompt_ids", f"{name}_ids") if example.get(each) is not None]
+        return {"input_ids": torch.cat([vector(each, example[each]) for each in given])}
 
     def _together(self, sequences: Sequence[object]) -> TokenBatch:
         return self._classifier.sequences(sequences)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attacks.common import Payload, Stop, check, main, refused
-from wherefrom.hf.text import read_texts
+from wherefrom.hf.text import read_dataset
 
 
 def live(folder: Path) -> bool:
@@ -29,9 +29,9 @@ def live(folder: Path) -> bool:
 def attack(folder: Path) -> Iterator[Stop]:
     mark = folder / "executed"
     script = _script(folder, mark)
-    yield refused("a folder with a loading script", lambda: read_texts(str(script)), mark)
-    yield refused("the script itself", lambda: read_texts(str(script / "corpus.py")), mark)
-    texts = read_texts(str(_parquet(folder, mark)))
+    yield refused("a folder with a loading script", lambda: read_dataset(str(script)), mark)
+    yield refused("the script itself", lambda: read_dataset(str(script / "corpus.py")), mark)
+    texts = read_dataset(str(_parquet(folder, mark)))["text"][:]
     check(texts == ["a b", "c d"] and not mark.exists(), f"a column's type was unpickled: {texts}")
     yield Stop("a pickle as the type of a Parquet column", "Arrow, which reads the column as text and leaves the type")
 

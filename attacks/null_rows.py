@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from attacks.common import Stop, main, refused
-from wherefrom.hf.text import read_texts
+from wherefrom.hf.text import read_dataset
 
 READING = "import sys, pyarrow.json; pyarrow.json.read_json(sys.argv[1])"
 ROWS = {"first": 'null\n{"text": "a b"}\n', "indented": ' \tnull\n{"text": "a b"}\n', "last": '{"text": "a b"}\nnull\n'}
@@ -28,7 +28,7 @@ def attack(folder: Path) -> Iterator[Stop]:
     for name, rows in ROWS.items():
         file = folder / f"{name}.jsonl"
         file.write_text(rows)
-        yield refused(f"null in the {name} row", partial(read_texts, str(file)))
+        yield refused(f"null in the {name} row", partial(read_dataset, str(file)))
 
 
 if __name__ == "__main__":

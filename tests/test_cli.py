@@ -56,7 +56,7 @@ def wherefrom(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def test_fit_score_top_report(folder: Path) -> None:
-    fit = wherefrom(folder, "fit", "run", "--model", "model", "--train", "train.txt", "--length", "12", "--profile")
+    fit = wherefrom(folder, "fit", "run", "--model", "model", "--train", "train.txt", "--max-length", "12", "--profile")
     assert fit.returncode == 0, fit.stderr
     assert "ekfac factors of 5 sequences are in run/factors." in fit.stdout
     assert "Percentage" in fit.stdout
@@ -337,6 +337,7 @@ def test_an_adapter_is_fitted_on_its_own_layers(folder: Path, said: Said) -> Non
     ("command", "said", "expected"),
     [
         ("fit", "columns: ['a', 'b']. Pass column=NAME.", "columns: ['a', 'b']. Pass --column NAME."),
+        ("fit", "max_length=1: expected more.", "--max-length 1: expected more."),
         ("fit", "source='a.txt': no such file.", "--train 'a.txt': no such file."),
         ("score", "source='a.txt': no such file.", "--queries 'a.txt': no such file."),
         ("score", "rescore=3 needs a query_rank, or leave query_rank out.",
@@ -361,4 +362,4 @@ def test_a_column_that_is_not_there_is_named_as_the_flag_is(folder: Path) -> Non
     (folder / "two.jsonl").write_text(json.dumps({"one": "a b", "two": "c d"}) + "\n")
     found = wherefrom(folder, "fit", "other", "--model", "model", "--train", "two.jsonl")
     assert found.returncode == 1
-    assert found.stderr.strip().endswith("Pass --column NAME.")
+    assert found.stderr.strip().endswith("pass --column NAME.")

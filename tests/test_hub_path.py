@@ -26,7 +26,7 @@ import wherefrom as wf
 from tests.processes import run_script
 from tests.runs import only
 from wherefrom.evaluate.retrain import half_subsets
-from wherefrom.hf.text import load_model, load_tokenizer, read_texts
+from wherefrom.hf.text import load_model, load_tokenizer, read_dataset
 from wherefrom.runtime.errors import InputError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "wikitext"
@@ -116,11 +116,11 @@ def test_the_vocabulary_is_gpt2s_and_the_head_its_embedding(texts: object) -> No
 @pytest.mark.parametrize("name", ["Salesforce/wikitext", "Somebody/texts"])
 def test_datasets_are_read_from_either_cache(texts: dict[str, list[str]], name: str) -> None:
     for split, lines in texts.items():
-        assert read_texts(f"{name}/wikitext-2-raw-v1", split=split) == lines
+        assert read_dataset(f"{name}/wikitext-2-raw-v1", split)["text"][:] == lines
     with pytest.raises(InputError, match="'wikitext-9'"):
-        read_texts(f"{name}/wikitext-9", split="train")
+        read_dataset(f"{name}/wikitext-9")
     with pytest.raises(InputError, match='Unknown split "test"'):
-        read_texts(f"{name}/wikitext-2-raw-v1", split="test")
+        read_dataset(f"{name}/wikitext-2-raw-v1", "test")
 
 
 def blocks(lines: Sequence[str]) -> list[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import wherefrom as wf
 from tests.models import relative_error
 from tests.runs import with_factors
 from tests.test_language import configured
-from wherefrom.hf.preparation import Preparation
+from wherefrom.hf.formats import Target
+from wherefrom.hf.preparation import Preparation, read_examples
 from wherefrom.runtime.errors import InputError
 
 WORDS = ["<pad>", "<end>", "<mask>", "a", "b", "c", "d", "e", "user", "assistant", ":", "f", "g"]
@@ -100,48 +100,14 @@ def test_datasets_of_every_kind_give_the_same_scores(tmp_path: Path, kind: str) 
     assert study.score(study.prepare(["a b"]), wf.Dot()).values.shape == (1, 5)
 
 
-def prepared(rows: list[Any], template: str | None = None, **options: Any) -> list[dict[str, Any]]:
-    options = {"target": "causal", "tokenizer": tokenizer(template), **options}
-    return list(Preparation(**options).prepare(rows))  # type: ignore[call-overload, no-any-return]
+def prepared(rows: Any, template: str | None = None, target: Target = "causal", **options: Any) -> list[dict[str, Any]]:
+    return list(Preparation(**options).prepare(read_examples(rows), target, tokenizer(template)))  # type: ignore[call-overload, no-any-return]
 
 
 def counted(row: dict[str, Any]) -> list[str]:
     """The words whose prediction the loss is of."""
     labels = wf.CausalLM().collate([row])["labels"][0, 1:].tolist()
     return [WORDS[label] for label in labels if label != -100]
-
-
-def test_of_prompt_and_completion_the_completion_is_counted() -> None:
-    (row,) = prepared([{"prompt": "a b ", "completion": "c d "}])
-    assert row["input_ids"] == ids("a b c d <end>")
-    assert counted(row) == ["c", "d", "<end>"]
-    (row,) = prepared([{"prompt": "a b ", "completion": "c d "}], end_token=False)
-    assert counted(row) == ["c", "d"]
-
-
-def test_of_messages_the_assistant_is_counted() -> None:
-    messages = [
-        {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"},
-        {"role": "user", "content": "e"}, {"role": "assistant", "content": "f"},
-    ]  # fmt: skip
-    (row,) = prepared([{"messages": messages}], TEMPLATE)
-    assert row["input_ids"] == ids("user : a b assistant : c d <end> user : e assistant : f <end>")
-    assert counted(row) == ["c", "d", "<end>", "f", "<end>"]
-    (row,) = prepared([{"prompt": messages[:3], "completion": messages[3:]}], TEMPLATE)
-    assert row["input_ids"] == ids("user : a b assistant : c d <end> user : e assistant : f <end>")
-    assert counted(row) == ["f", "<end>"]
-
-
-def test_a_template_without_marks_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    unmarked = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    with caplog.at_level(logging.INFO, "wherefrom"):
-        (row,) = prepared(
-            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], unmarked
-        )
-    assert "the loss is of all tokens" in caplog.text
-    assert counted(row) == [":", "a", "assistant", ":", "b", "<end>"]
-    with pytest.raises(InputError, match="no chat template"):
-        prepared([{"messages": [{"role": "user", "content": "a"}]}])
 
 
 def test_texts_are_cut_to_what_the_model_takes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -151,7 +117,7 @@ def test_texts_are_cut_to_what_the_model_takes(tmp_path: Path, caplog: pytest.Lo
     short = wf.study_from_pretrained(folder, ["a b " * 20], max_length=5)
     assert len(short.prepare(["c d " * 20])[0]["input_ids"]) == 5  # type: ignore[index]
     short.prepare([{"prompt": "a a a a a a ", "completion": "b"}])
-    assert "1 examples have no counted token (completion_mask), example 0" in caplog.text
+    assert "1 of the 1 examples of the dataset have no counted token and score 0; the first is 0" in caplog.text
 
 
 def test_masks_are_drawn_once_and_cover_what_they_should() -> None:
@@ -237,16 +203,20 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="device='cuda:99' is not available here"):
         wf.study_from_pretrained(folder, TEXTS, device="cuda:99")
     with pytest.raises(
-        InputError, match=r"columns \['words'\]: expected 'input_ids'.*'messages', or 'prompt' and 'com"
+        InputError, match=r"columns \['words'\]: expected 'input_ids'.*'messages', or .*'prompt' and 'com"
     ):
-        wf.study_from_pretrained(folder, [{"words": "a"}])
+        wf.study_from_pretrained(folder, [{"words": 5}])
     with pytest.raises(InputError, match="dataset is empty"):
         wf.study_from_pretrained(folder, [])
+    with pytest.raises(InputError, match="dataset is empty"):
+        wf.study_from_pretrained(folder, {})
     with pytest.raises(InputError, match="Example 1 of the dataset has no token"):
         wf.study_from_pretrained(folder, ["a", ""], end_token=False)
     with pytest.raises(InputError, match="Example 1 of the dataset has no 'completion'"):
         wf.study_from_pretrained(folder, [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}])
-    with pytest.raises(InputError, match="IterableDataset, without a length"):
+    with pytest.raises(
+        InputError, match=r"IterableDataset, whose examples have no positions.*read_stream\(stream, lim"
+    ):
         wf.study_from_pretrained(folder, Dataset.from_list([{"text": "a"}]).to_iterable_dataset())
     bare = tmp_path / "bare"
     gpt2().save_pretrained(bare)

@@ -17,7 +17,8 @@ from tests.processes import start
 from tests.runs import factored
 from tests.test_language import bert, classified_rows, masked_rows, pair_rows, t5
 from wherefrom.cli.sources import checked_run
-from wherefrom.hf.text import local_path, read_texts
+from wherefrom.hf.preparation import Preparation, read_examples
+from wherefrom.hf.text import local_path, read_dataset
 from wherefrom.report.html import write_page
 from wherefrom.runtime.errors import InputError, LossError, WherefromError
 
@@ -291,7 +292,7 @@ def test_rows_that_are_null_do_not_end_the_process(tmp_path: Path) -> None:
     ):
         file = tmp_path / name
         file.write_text(content)
-        done = start(read_texts, str(file)).finished()
+        done = start(read_dataset, str(file)).finished()
         assert done.returncode == 1, (name, done.returncode)
         assert "is null; expected an object with a column of text" in done.stderr
 
@@ -300,7 +301,7 @@ def test_texts_that_are_not_utf8_are_named_whatever_reads_them(tmp_path: Path) -
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "caf\xe9 the cat"}\n')
     with pytest.raises(InputError, match="UTF-8"):
-        read_texts(str(file))
+        Preparation().prepare(read_examples(str(file)))
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300])

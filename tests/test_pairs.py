@@ -50,7 +50,8 @@ def test_pairs_become_a_prompt_and_two_completions(
     (found,) = prepared([{**row, **numbers}], TEMPLATE, target="preference")
     expected = {"prompt_ids": ids(prompt), "chosen_ids": ids(chosen), "rejected_ids": ids(rejected), **numbers}
     assert {name: found[name] for name in expected} == expected
-    assert found["text"].startswith("prompt: ") and "\n\nchosen: " in found["text"]
+    assert found["text"].startswith("prompt: ")
+    assert found["text"][found["answer_start"] :].startswith("chosen: ")
     (whole,) = prepared([{**row, "margin": 0.5}], TEMPLATE, target="reward")
     assert whole["chosen_ids"] == ids(f"{prompt} {chosen}")
     assert whole["rejected_ids"] == ids(f"{prompt} {rejected}")

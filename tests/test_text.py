@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from wherefrom.hf.text import as_blocks, as_documents, load_model, read_texts
+from wherefrom.hf.text import as_blocks, load_model, read_dataset
 from wherefrom.runtime.errors import InputError
 
 WORDS = ["a", "b", "c", "d", "e"]
@@ -43,15 +43,6 @@ def test_blocks_are_the_token_stream_of_each_group(texts: list[str], block_size:
         assert list(as_blocks(texts, tokenizer(), block_size, group)["input_ids"]) == expected
 
 
-def test_documents_are_cut_and_those_without_a_next_token_left_out() -> None:
-    found = as_documents(["a b c d", "e", "", "b a"], tokenizer(), 3)
-    assert list(found["input_ids"]) == [[1, 2, 3], [2, 1]]
-    assert list(found["document"]) == [0, 3]
-    assert list(found["text"]) == ["a b c", "b a"]
-    with pytest.raises(InputError, match="max_length=1"):
-        as_documents(["a b"], tokenizer(), 1)
-
-
 def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     texts = ["one two", "three\nfour", "five"]
     (tmp_path / "t.txt").write_text("\n\none two\n\nthree\nfour\n \n\nfive\n")
@@ -59,7 +50,8 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     Dataset.from_dict({"content": texts}).to_parquet(str(tmp_path / "t.parquet"))
     Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "saved"))
     for name in ("t.txt", "t.jsonl", "t.parquet", "saved"):
-        assert read_texts(str(tmp_path / name)) == texts, name
+        column = "content" if name == "t.parquet" else "text"
+        assert read_dataset(str(tmp_path / name))[column][:] == texts, name
 
 
 @pytest.mark.parametrize(
@@ -69,7 +61,6 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
         ("empty.txt", b"\n\n", "holds no text"),
         ("empty.jsonl", b"", "the file is empty"),
         ("latin.txt", b"caf\xe9", "not UTF-8"),
-        ("two.jsonl", b'{"a": "x", "b": "y"}\n', r"columns of strings: \['a', 'b'\].*Pass column=NAME"),
         ("broken.jsonl", b'{"text": ', "cannot be read as json"),
         ("picture.png", b"...", "cannot read .png files"),
     ],
@@ -78,7 +69,7 @@ def test_bad_sources_are_named(tmp_path: Path, name: str, content: bytes | None,
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        read_texts(str(tmp_path / name))
+        read_dataset(str(tmp_path / name))
 
 
 def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:

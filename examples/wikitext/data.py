@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 from xml.etree import ElementTree
 
 import mwparserfromhell
@@ -23,7 +23,8 @@ from datasets import Dataset
 from mwparserfromhell.nodes import Heading
 from transformers import PreTrainedTokenizerBase
 
-from wherefrom.hf.text import as_blocks, as_documents, read_texts
+from wherefrom.hf.preparation import Preparation, read_examples
+from wherefrom.hf.text import as_blocks, read_dataset
 from wherefrom.runtime.errors import InputError
 
 DatasetName = Literal["wikipedia", "wikitext"]
@@ -61,8 +62,8 @@ def load_data(
 ) -> tuple[Dataset, Dataset]:
     """The sequences to train on and those to query; of each the first `max_..._examples`, if that is given."""
     if name == "wikitext":
-        train = as_blocks(read_texts(WIKITEXT, split="train"), tokenizer, block_size)
-        query = as_blocks(read_texts(WIKITEXT, split="validation"), tokenizer, block_size)
+        train = as_blocks(read_dataset(WIKITEXT, "train")["text"], tokenizer, block_size)
+        query = as_blocks(read_dataset(WIKITEXT, "validation")["text"], tokenizer, block_size)
     else:
         train = _lead_sequences("train", tokenizer, block_size)
         query = _lead_sequences("query", tokenizer, block_size)
@@ -119,12 +120,9 @@ def wheel_file(package: str, path: str, install: str) -> Path:
 
 
 def _lead_sequences(part: Part, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    leads = labelled_leads(part)
-    sequences = as_documents([lead.text for lead in leads], tokenizer, max_length)
-    chosen = [leads[index] for index in sequences["document"]]
-    return sequences.add_column("title", [lead.title for lead in chosen]).add_column(
-        "label", [lead.topic for lead in chosen]
-    )
+    leads = [{"text": lead.text, "title": lead.title, "label": lead.topic} for lead in labelled_leads(part)]
+    preparation = Preparation(max_length=max_length, end_token=False)
+    return cast(Dataset, preparation.prepare(read_examples(leads), tokenizer=tokenizer))
 
 
 def _first(count: int | None, dataset: Dataset) -> Dataset:

@@ -7,7 +7,10 @@ from wherefrom.curvature.conditioning import adam_conditioning
 from wherefrom.curvature.factors import Factors
 from wherefrom.curvature.solvers import Astra, ConjugateGradients
 from wherefrom.engine.execution import Execution
+from wherefrom.engine.loading import read_stream
+from wherefrom.hf.preparation import Preparation
 from wherefrom.hf.pretrained import PretrainedStudy, study_from_pretrained
+from wherefrom.hf.text import ModelLoading
 from wherefrom.methods import METHODS
 from wherefrom.methods.baselines import BM25, Random
 from wherefrom.methods.factored import EKFAC, KFAC, Cosine, Diagonal, Dot, Factored, Shampoo
@@ -25,7 +28,7 @@ from wherefrom.methods.tracin import TracIn
 from wherefrom.runtime.distributed import join_ranks
 from wherefrom.runtime.errors import WherefromError
 from wherefrom.scoring.keep import Aggregated, Keep, Pairs, Tokens, Top
-from wherefrom.scoring.results import Hit, Scores, TopScores
+from wherefrom.scoring.results import GroupScore, Hit, Scores, TopScores
 from wherefrom.scoring.tokens import TokenScores
 from wherefrom.store.recording import RecordedCheckpoint, read_recording
 from wherefrom.study import Study
@@ -65,15 +68,18 @@ __all__ = [
     "Factors",
     "Fisher",
     "GradientIndex",
+    "GroupScore",
     "Hit",
     "Keep",
     "LoGra",
     "Magic",
     "MaskedLM",
     "Method",
+    "ModelLoading",
     "MultiLabel",
     "Pairs",
     "Preference",
+    "Preparation",
     "PretrainedStudy",
     "Random",
     "RecordedCheckpoint",
@@ -106,6 +112,7 @@ __all__ = [
     "join_ranks",
     "metasmoothness",
     "read_recording",
+    "read_stream",
     "study_from_pretrained",
     "unpacked",
 ]

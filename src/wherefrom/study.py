@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wherefrom.curvature.factors import Factors
 from wherefrom.engine.execution import Execution
-from wherefrom.engine.loading import Examples
+from wherefrom.engine.loading import DatasetLike, Examples, indexed
 from wherefrom.engine.modules.coverage import coverage, mostly_left_out, never_run
 from wherefrom.engine.modules.layers import TrackedLayer, select_layers
 from wherefrom.engine.sweep import Sweep
@@ -38,9 +38,7 @@ from wherefrom.store.fingerprint import (
     LEFT_OUT,
     MODEL,
     TRAIN,
-    Dataset,
     check_about,
-    checked_length,
     model_digest,
     names_summary,
 )
@@ -65,7 +63,8 @@ class Study(Generic[Batch]):
         path: the run directory; factors and scores lie there, and are reused when nothing has changed.
         model: the trained model, on the device where it is to run. It is left as it is.
         task: the loss, the measurement, and the tracked layers.
-        train: the training examples: anything with `len` and integer positions.
+        train: the training examples: anything with `len` and integer positions, or PyTorch's `DataLoader` of such. Of a
+            stream, what `read_stream` has read.
         history: checkpoints of the training, in order, for methods that look at it: what `read_recording` returns, or
             paths of weights.
         execution: how to compute, unless a call says otherwise.
@@ -81,11 +80,11 @@ class Study(Generic[Batch]):
         model: nn.Module,
         task: Task[Batch],
         *,
-        train: Dataset[object],
+        train: DatasetLike,
         history: Sequence[Checkpoint] = (),
         execution: Execution | None = None,
     ) -> None:
-        checked_length("train", train)
+        train = indexed("train", train)
         if not isinstance(model, nn.Module):
             raise InputError(f"model is a {type(model).__name__}: expected a torch.nn.Module.")
         self.path, self.train, self.history = Path(path), train, history
@@ -144,7 +143,7 @@ class Study(Generic[Batch]):
     @overload
     def score(
         self,
-        queries: Dataset[object],
+        queries: DatasetLike,
         method: Method | None = None,
         *,
         name: str | None = None,
@@ -155,7 +154,7 @@ class Study(Generic[Batch]):
     @overload
     def score(
         self,
-        queries: Dataset[object],
+        queries: DatasetLike,
         method: Method | None = None,
         *,
         keep: Keep[Scores_co],
@@ -166,7 +165,7 @@ class Study(Generic[Batch]):
 
     def score(
         self,
-        queries: Dataset[object],
+        queries: DatasetLike,
         method: Method | None = None,
         *,
         keep: Keep[Any] | None = None,
@@ -195,7 +194,7 @@ class Study(Generic[Batch]):
             InputError: the method cannot do this, or an argument is impossible.
             WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
         """
-        checked_length("queries", queries)
+        queries = indexed("queries", queries)
         with self._work("score"):
             context = self._context(execution)
             return _checked(method).score(context, queries, keep or Pairs(), name, overwrite)
@@ -229,7 +228,7 @@ class Study(Generic[Batch]):
 
     def plan(
         self,
-        queries: Dataset[object],
+        queries: DatasetLike,
         method: Method | None = None,
         *,
         keep: Keep[Any] | None = None,
@@ -243,7 +242,7 @@ class Study(Generic[Batch]):
         Raises:
             InputError: there are no queries, or the method has no plan.
         """
-        checked_length("queries", queries)
+        queries = indexed("queries", queries)
         return _checked(method).plan(self._context(execution), queries, keep or Pairs())
 
     def self_influence(
@@ -297,7 +296,7 @@ class Study(Generic[Batch]):
     def report(
         self,
         scores: Result,
-        queries: Dataset[object] | None = None,
+        queries: DatasetLike | None = None,
         *,
         tokenizer: Tokenizer | None = None,
         tokens: TokenScores | None = None,
@@ -330,7 +329,7 @@ class Study(Generic[Batch]):
         """
         if tokens is not None and tokenizer is None:
             raise InputError("tokens are given and tokenizer is None: expected the tokenizer that made their text.")
-        queries = scores.queries if queries is None else queries
+        queries = scores.queries if queries is None else indexed("queries", queries)
         if queries is None:
             raise InputError(
                 "queries=None: these scores do not bring their queries; give the examples that were scored."

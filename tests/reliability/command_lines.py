@@ -130,7 +130,11 @@ EXECUTION: Values = {
     "--checkpoint-seconds": AMOUNTS, "--offload-factors": FLAG, "--progress": BOOLEANS,
 }  # fmt: skip
 COMMON: Values = {"--device": DEVICES, "--overwrite": FLAG, **EXECUTION}
-COLUMNS: Values = {"--split": SPLITS, "--column": st.sampled_from(["text", "body", "", "\udcff"]) | WEIRD}
+COLUMNS: Values = {
+    "--split": SPLITS, "--column": st.sampled_from(["text", "body", "", "\udcff"]) | WEIRD,
+    "--format": st.sampled_from(["text", "messages", "alpaca", "prompt-completion", "tokens", "none", ""]),
+    "--count": st.sampled_from(["all", "completion", "assistant", ""]),
+}  # fmt: skip
 
 # Methods, each with its flags.
 Methods = Mapping[str, Values]
@@ -182,8 +186,11 @@ SUBCOMMANDS = {
     "fit": Subcommand(
         {"--model": st.just("../model"), "--train": GOOD_TEXTS},
         {
-            "--model": MODELS, "--train": TEXT_FILES, "--layers": LAYERS, "--length": COUNTS,
+            "--model": MODELS, "--train": TEXT_FILES, "--layers": LAYERS, "--max-length": COUNTS,
             "--unit": st.sampled_from(["documents", "blocks", ""]), "--history": RUNS, "--profile": FLAG,
+            "--end-token": BOOLEANS, "--source-column": st.sampled_from(["text", "title", ""]) | WEIRD,
+            "--dtype": st.sampled_from(["float64", "bfloat16", "float16"]), "--load-in-4bit": FLAG,
+            "--device-map": st.sampled_from(["auto", "cpu", "", "balanced"]),
             **COLUMNS, **COMMON,
         },
         dict.fromkeys(STRATEGIES, FITTED),

@@ -79,7 +79,7 @@ class Shelf:
 
     def _make_run(self) -> None:
         """A run with factors and scores, which most commands start from."""
-        fit = ["fit", "run", "--model", "../model", "--train", "../texts/good.txt", "--length", "12"]
+        fit = ["fit", "run", "--model", "../model", "--train", "../texts/good.txt", "--max-length", "12"]
         score = ["score", "run", "--queries", "../texts/good.jsonl", "--tokens", "1"]
         for arguments in (fit, [*score], [*score[:-2], "--top-only", "2"]):
             status, said = self._called(arguments)

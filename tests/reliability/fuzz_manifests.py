@@ -22,8 +22,9 @@ import torch
 
 from tests.reliability.outcomes import Outcome
 from wherefrom.cli import sources as run_sources
-from wherefrom.cli.sources import SOURCES, RunSources, TextSource
+from wherefrom.cli.sources import SOURCES, DataSource, RunSources
 from wherefrom.hf.blueprint import model_without_weights
+from wherefrom.hf.preparation import Preparation
 from wherefrom.report import figures
 from wherefrom.report.figures import load_figures
 from wherefrom.runtime.errors import WherefromError
@@ -60,7 +61,7 @@ class Files:
         Cache(written.parent, FINGERPRINT, Profile()).get_or_compute(written.name, matrix)
         self._partial = Partial(folder / "a.partial.safetensors", FINGERPRINT)
         self._partial.save(self._sums(), 3, 2)
-        text = TextSource("train.txt", "train", None, "documents", 12)
+        text = DataSource(("train.txt",), "train", Preparation(max_length=12))
         RunSources("model", None, text, False, 0).save(folder)
         RunSources("model", None, text, False, 0, queries=text).save(folder, artifact.path.name)
         (folder / "checkpoint-1").mkdir()

@@ -5,7 +5,6 @@ All work is the library's; this module turns arguments into its calls.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import tyro
@@ -15,6 +14,7 @@ from wherefrom.cli.methods import FACTORED, default, flags, subcommands
 from wherefrom.cli.shared import Run
 from wherefrom.cli.sources import RunSources
 from wherefrom.engine.execution import Execution
+from wherefrom.hf.preparation import Preparation
 from wherefrom.methods.projected.projections import Compression
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.text import top_tables
@@ -25,6 +25,7 @@ console = Console()
 INDEXED: Any = subcommands(FACTORED, only=("empirical",), of_the_fit=True)
 COMPRESSED: Any = flags(Compression)
 EXECUTED: Any = flags(Execution)
+READ: Any = flags(Preparation, only=("format", "column", "count"))
 
 
 def index(
@@ -35,6 +36,7 @@ def index(
     name: str | None = None,
     execution: tyro.conf.OmitArgPrefixes[EXECUTED] = EXECUTED(),  # noqa: B008
     device: str = "auto",
+    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Store the compressed gradient of every training sequence, for `wherefrom query`.
@@ -46,10 +48,11 @@ def index(
         name: Of the index in the run; by default directions, rank and quantization.
         execution: How to compute.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
         overwrite: Replace an index that was made from something else.
     """
     compressed, executed = compression.made(), execution.made()
-    sources = RunSources.load(run)
+    sources = RunSources.load(run, trust_remote_code)
     chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
     study = sources.study(run, device, executed)
     found = study.index(chosen, compressed, name=name, overwrite=overwrite)
@@ -69,31 +72,34 @@ def query(
     rerank: int = 0,
     damping: float | None = None,
     split: str = "validation",
-    column: str | None = None,
+    reading: tyro.conf.OmitArgPrefixes[READ] = READ(),  # noqa: B008
     execution: tyro.conf.OmitArgPrefixes[EXECUTED] = EXECUTED(),  # noqa: B008
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Show the most influential training sequences of new queries, from an index.
 
     Args:
         run: A run directory with an index; what of it is missing is made first.
         compression: How gradients are compressed, as for `wherefrom index`.
-        queries: The query text: a file, a saved dataset or a hub name, cut as the training text was.
+        queries: The queries: a file, a saved dataset or a hub name, cut as the training examples were.
         method: Whose scores answers approximate; those of EK-FAC unless one is named.
         name: Of the index in the run; by default directions, rank and quantization.
         k: Sequences for each query.
         rerank: Score this many of each query's highest and lowest again with whole gradients.
         damping: Added to every eigenvalue; 0.1 x the mean eigenvalue of each layer by default.
         split: The split of a saved or hub dataset.
-        column: The column that holds the text; found when there is only one.
+        reading: How queries are read.
         execution: How to compute.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
     """
     compressed, executed = compression.made(), execution.made()
-    sources = RunSources.load(run)
+    sources = RunSources.load(run, trust_remote_code)
     chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
     study = sources.study(run, device, executed)
-    sequences = replace(sources.train, source=queries, split=split, column=column).sequences(study.tokenizer)
+    source = sources.queries_from(queries, split, reading.made())
+    sequences = study.prepare(queries, split, source.preparation)
     scores = study.index(chosen, compressed, name=name).query(sequences, k, damping=damping, rerank=rerank)
     shown = range(len(sequences))
     console.print(top_tables(scores, DatasetPassages(sequences), DatasetPassages(study.train), shown=shown, k=k))

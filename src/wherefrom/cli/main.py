@@ -88,7 +88,7 @@ def _described(name: str) -> Callable[[], None]:
 
 # What the library calls an argument where a command has another word for it.
 _OTHER_WORDS = {
-    "fit": {"source": "train", "max_length": "length", "block_size": "length"},
+    "fit": {"source": "train", "block_size": "max_length"},
     "score": {"source": "queries", "k": "top_only", "top": "tokens"},
     "query": {"source": "queries"},
 }

@@ -23,8 +23,8 @@ from wherefrom.methods.method import Method
 FACTORED = {name: kind for name, kind in METHODS.items() if issubclass(kind, Factored)}
 ALL = {name: kind for name, kind in METHODS.items() if kind is not Magic}  # a training cannot be said in a shell
 
-# Fields that are other objects, and the words for these; and fields that a shell cannot say, or need not: what the
-# command makes of texts has their column.
+# Fields that are other objects, and the words for these; and fields of methods that a shell cannot say, or need not:
+# what the command makes of texts has their column.
 _WORDS: dict[str, Mapping[str, Callable[..., object]]] = {
     "solver": SOLVERS,
     "scored": FACTORED,
@@ -109,7 +109,7 @@ def flags(kind: type[Any], only: Collection[str] = (), of_the_fit: bool = False)
     hints = typing.get_type_hints(kind, localns={"Checkpoint": str})  # which only type checkers import
     words, found = _documented(kind), []
     for each in fields(kind):
-        if each.name in _UNSPEAKABLE or (only and each.name not in only):
+        if (each.name in _UNSPEAKABLE and issubclass(kind, Method)) or (only and each.name not in only):
             continue
         hint, start = hints[each.name], each.default
         if each.name in _WORDS:

@@ -7,16 +7,18 @@ work is the library's; this module turns arguments into its calls.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from rich.console import Console
 
 from wherefrom.cli.methods import ALL, FACTORED, default, flags, subcommands
 from wherefrom.cli.shared import Run
-from wherefrom.cli.sources import SOURCES, RunSources, TextSource, checked_run, log_other_scores
+from wherefrom.cli.sources import SOURCES, DataSource, RunSources, checked_run, log_other_scores
 from wherefrom.engine.execution import Execution
+from wherefrom.hf.preparation import Preparation
 from wherefrom.hf.pretrained import PretrainedStudy
+from wherefrom.hf.text import ModelLoading
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.text import hits_table
 from wherefrom.runtime.distributed import Ranks
@@ -30,37 +32,43 @@ FITTED: Any = subcommands(FACTORED, only=("empirical", "seed", "adam"))
 SCORED: Any = subcommands(ALL, of_the_fit=True)
 WITH_ITSELF: Any = subcommands(FACTORED, only=("empirical", "seed", "adam", "damping"), of_the_fit=True)
 EXECUTED: Any = flags(Execution)
+PREPARED: Any = flags(Preparation)
+READ: Any = flags(Preparation, only=("format", "column", "count"))
+LOADED: Any = flags(ModelLoading, only=("dtype", "device_map", "trust_remote_code"))
 
 
 def fit(
     run: Run,
     *,
     model: str,
-    train: str,
+    train: tuple[str, ...],
     method: tyro.conf.OmitArgPrefixes[FITTED] = default(FITTED),  # noqa: B008  (a frozen value)
     layers: tuple[str, ...] = (),
     split: str = "train",
-    column: str | None = None,
-    unit: Literal["documents", "blocks"] = "documents",
-    length: int = 512,
+    preparation: tyro.conf.OmitArgPrefixes[PREPARED] = PREPARED(),  # noqa: B008
+    loading: tyro.conf.OmitArgPrefixes[LOADED] = LOADED(),  # noqa: B008
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
     history: str | None = None,
     execution: tyro.conf.OmitArgPrefixes[EXECUTED] = EXECUTED(),  # noqa: B008
     device: str = "auto",
     overwrite: bool = False,
     profile: bool = False,
 ) -> None:
-    """Fit curvature factors of a model on its training text.
+    """Fit curvature factors of a model on its training examples.
 
     Args:
         run: The directory for factors, scores and reports.
-        model: A model directory or hub name.
-        train: The training text: a .txt, .jsonl, .csv or .parquet file, a saved dataset or a hub name.
+        model: A model directory, an adapter's directory or a hub name.
+        train: The training examples: .txt, .jsonl, .csv or .parquet files, saved datasets or hub names. Of several,
+            each example knows its source.
         method: Whose factors; those of EK-FAC unless one is named.
         layers: Names or patterns of the layers to track, such as '*.mlp.*'; linear ones but the head by default.
         split: The split of a saved or hub dataset.
-        column: The column that holds the text; found when there is only one.
-        unit: One sequence a document, or all text concatenated and cut into blocks.
-        length: The longest sequence (documents), or the length of each (blocks), in tokens.
+        preparation: How examples are read.
+        loading: How the model is loaded.
+        load_in_4bit: Quantize the model's weights to 4 bits (NF4) by bitsandbytes, for an adapter that was trained so.
+        load_in_8bit: The same to 8 bits.
         history: A folder that `TrainingRecorder` has written, for methods that look at the training.
         execution: How to compute.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
@@ -69,9 +77,13 @@ def fit(
     """
     if (checked_run(run) / SOURCES).exists():
         RunSources.load(run)  # or hours later it turns out that it cannot be read
+    if load_in_4bit and load_in_8bit:
+        raise InputError("load_in_4bit=True with load_in_8bit=True: leave one of them out.")
+    quantization: Any = "4bit" if load_in_4bit else "8bit" if load_in_8bit else None
     chosen, executed = method.made(), execution.made()
-    text = TextSource(train, split, column, unit, length)
-    sources = RunSources(model, list(layers) or None, text, chosen.empirical, chosen.seed, history)
+    data = DataSource(train, split, preparation.made())
+    loaded = replace(loading.made(), quantization=quantization)
+    sources = RunSources(model, list(layers) or None, data, chosen.empirical, chosen.seed, loaded, history)
     study = sources.study(run, device, executed)
     study.profile.synchronize = profile
     log_other_scores(study)
@@ -87,7 +99,8 @@ def score(
     method: tyro.conf.OmitArgPrefixes[SCORED] = default(SCORED),  # noqa: B008
     name: str | None = None,
     split: str = "validation",
-    column: str | None = None,
+    reading: tyro.conf.OmitArgPrefixes[READ] = READ(),  # noqa: B008
+    trust_remote_code: bool = False,
     tokens: int | None = None,
     per_layer: bool = False,
     self_influence: bool = False,
@@ -104,12 +117,13 @@ def score(
 
     Args:
         run: A run directory that `wherefrom fit` made.
-        queries: The query text: a file, a saved dataset or a hub name, cut as the training text was.
+        queries: The queries: a file, a saved dataset or a hub name, cut as the training examples were.
         method: How; by EK-FAC unless one is named. What it needs is fitted first if the run does not have it yet.
         name: Of the scores in the run; by default the method, its settings, and a digest of all that
             they depend on, so that other queries or another damping lie side by side.
         split: The split of a saved or hub dataset.
-        column: The column that holds the text; found when there is only one.
+        reading: How queries are read.
+        trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
         tokens: Also score the tokens of this many most positive and most negative sequences of each query; the report
             shades them.
         per_layer: Also store each layer's part of every score.
@@ -134,20 +148,20 @@ def score(
                 f"tokens={tokens} needs every pair's score, which top_only, aggregate_queries and aggregate_train do "
                 "not store: leave one of them out."
             )
-    sources = RunSources.load(run)
+    sources = RunSources.load(run, trust_remote_code)
     chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
     chosen.check(keep, executed.half_precision)
     study = sources.study(run, device, executed)
     study.profile.synchronize = profile
-    text = replace(sources.train, source=queries, split=split, column=column)
-    sequences = text.sequences(study.tokenizer)
+    source = sources.queries_from(queries, split, reading.made())
+    sequences = study.prepare(queries, split, source.preparation)
     if explain:
         plan = study.plan(sequences, chosen, keep=keep)
         if Ranks.current().is_main:
             console.print(plan.table())
         return
     found = study.score(sequences, chosen, keep=keep, name=name, overwrite=overwrite)
-    Ranks.current().first(lambda: replace(sources, queries=text).save(run, found.name))
+    Ranks.current().first(lambda: replace(sources, queries=source).save(run, found.name))
     if tokens is not None:
         study.score(sequences, chosen, keep=Tokens(tokens), overwrite=overwrite)
     if isinstance(found, Scores):
@@ -195,6 +209,7 @@ def self_influence(
     k: int = 10,
     execution: tyro.conf.OmitArgPrefixes[EXECUTED] = EXECUTED(),  # noqa: B008
     device: str = "auto",
+    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Show the training sequences that the model could only learn by heart: those of the highest self-influence.
@@ -205,9 +220,10 @@ def self_influence(
         k: How many sequences are shown.
         execution: How to compute.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
         overwrite: Replace what was made from something else.
     """
-    executed, sources = execution.made(), RunSources.load(run)
+    executed, sources = execution.made(), RunSources.load(run, trust_remote_code)
     chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
     study = sources.study(run, device, executed)
     values = study.self_influence(chosen, overwrite=overwrite)

@@ -50,7 +50,7 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
             return f"no {flag(name)}"
         return flag(name) if value == "True" else f"{flag(name)} {value}"
 
-    message = re.sub(rf"\w\([^()]*\)|(?<![\w.-])(?P<name>[a-z_]+)=(?P<value>{_VALUE})", translated, message)
+    message = re.sub(rf"\w\([^()]*\)|(?<![\w.-])(?P<name>[a-z_][a-z_0-9]*)=(?P<value>{_VALUE})", translated, message)
     several = "|".join(name for name in flags if "_" in name) or "(?!)"
     message = re.sub(rf"(?<![\w/.'\"-])({several})(?![\w/'\"(=-]|\.\w)", lambda found: flag(found[1]), message)
     return re.sub(r"(--[\w-]+) \(\1\)", r"\1", message)

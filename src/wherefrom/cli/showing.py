@@ -24,7 +24,9 @@ from wherefrom.store.locks import run_lock
 console = Console()
 
 
-def top(run: Run, *, name: str | None = None, k: int = 5, query: tuple[int, ...] = ()) -> None:
+def top(
+    run: Run, *, name: str | None = None, k: int = 5, query: tuple[int, ...] = (), trust_remote_code: bool = False
+) -> None:
     """Show the most influential training sequences of queries.
 
     Args:
@@ -32,19 +34,22 @@ def top(run: Run, *, name: str | None = None, k: int = 5, query: tuple[int, ...]
         name: Of the scores, or what it begins with before the digest; by default the latest.
         k: Sequences for each query.
         query: Which queries; the first three by default.
+        trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
     """
     folder = chosen_scores(run, name)
     scores = load_scores(folder)
     count = len(scores.values)
     if not all(0 <= each < count for each in query):
         raise InputError(f"query={list(query)}: the scores have queries 0 to {count - 1}.")
-    queries, train, _ = RunSources.of_result(folder).passages(scores.fingerprint)
+    queries, train, _ = RunSources.of_result(folder, trust_remote_code).passages(scores.fingerprint)
     shown = query or range(min(3, count))
     k = min(k, scores.values.shape[1])  # no more are stored
     console.print(top_tables(scores, queries, train, shown=shown, k=k))
 
 
-def report(run: Run, *, name: str | None = None, k: int = 10, output: Path | None = None) -> None:
+def report(
+    run: Run, *, name: str | None = None, k: int = 10, output: Path | None = None, trust_remote_code: bool = False
+) -> None:
     """Write a self-contained HTML page of the most influential training sequences.
 
     Args:
@@ -52,10 +57,11 @@ def report(run: Run, *, name: str | None = None, k: int = 10, output: Path | Non
         name: Of the scores, or what it begins with before the digest; by default the latest.
         k: Sequences of each sign for each query.
         output: The page; RUN/reports/NAME.html by default.
+        trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
     """
     folder = chosen_scores(run, name)
     scores = load_scores(folder)
-    sources = RunSources.of_result(folder)
+    sources = RunSources.of_result(folder, trust_remote_code)
     queries, train, tokenizer = sources.passages(scores.fingerprint)
     tokens = _token_scores(folder, scores)
     page = render_report(
@@ -64,7 +70,7 @@ def report(run: Run, *, name: str | None = None, k: int = 10, output: Path | Non
         train=train,
         scores=scores,
         settings=sources.described(),
-        tokens=None if tokens is None else DatasetTokens(tokens, train.dataset, tokenizer),
+        tokens=None if tokens is None or tokenizer is None else DatasetTokens(tokens, train.dataset, tokenizer),
         figures=load_figures(run, scores.fingerprint),
         k=k,
     )

@@ -1,4 +1,4 @@
-"""What a run directory of the command was made from: model, texts and how they are cut, so that later commands know.
+"""What a run directory of the command was made from, model, examples and how they are read: later commands know it.
 
 `RUN/sources.json` holds what `wherefrom fit` was given last; `RUN/scores/NAME/sources.json` what those scores are of,
 which stays what it is when the run is fitted on something else. This module reads and writes both and makes a `Study`
@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
 from wherefrom.engine.execution import Execution
-from wherefrom.hf.pretrained import PretrainedStudy, checked_device, study_from_pretrained
-from wherefrom.hf.text import as_blocks, as_documents, load_tokenizer, local_path, read_texts
-from wherefrom.report.passages import DatasetPassages
+from wherefrom.hf.preparation import Preparation, Source, read_examples
+from wherefrom.hf.pretrained import Pretrained, PretrainedStudy, checked_device
+from wherefrom.hf.text import ModelLoading, local_path
+from wherefrom.report.passages import DatasetPassages, Tokenizer
 from wherefrom.runtime.distributed import Ranks
-from wherefrom.runtime.errors import DamagedError, InputError
+from wherefrom.runtime.errors import DamagedError, InputError, check_argument
 from wherefrom.store.files import checked_name, read_json, within, write_text
 from wherefrom.store.fingerprint import (
     MODEL,
@@ -36,18 +38,15 @@ from wherefrom.store.fingerprint import (
 from wherefrom.store.locks import run_lock
 from wherefrom.store.names import finished, found_result, known_fingerprint
 from wherefrom.store.recording import read_recording
-from wherefrom.tasks.language import CausalLM
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 SOURCES = "sources.json"
-_FORMAT = 3
-# The entries of the file, those of its texts among them.
+_FORMAT = 4
+# The entries of the file, those of its parts among them.
 _TYPES: dict[str, type | UnionType] = {
     "model": str, "layers": list | None, "empirical": bool, "seed": int, "history": str | None,
-    "source": str, "split": str, "column": str | None, "unit": str, "length": int,
+    "names": list, "split": str, "format": str | None, "column": str | None, "count": str | None, "unit": str,
+    "max_length": int | None, "end_token": bool, "source_column": str | None,
+    "dtype": str, "quantization": str | None, "device_map": str | None,
 }  # fmt: skip
 _FIT_AGAIN = "Delete it and run `wherefrom fit` again; it finds the factors that are there."
 _SCORE_AGAIN = "Delete it and run `wherefrom score` again; it finds the scores that are there."
@@ -56,20 +55,24 @@ logger = logging.getLogger("wherefrom")
 
 
 @dataclass(frozen=True)
-class TextSource:
-    """Where sequences come from, and how texts are turned into them."""
+class DataSource:
+    """Where examples come from, files, saved datasets or names on the hub, and how they are read."""
 
-    source: str
+    names: tuple[str, ...]
     split: str
-    column: str | None
-    unit: Literal["documents", "blocks"]
-    length: int
+    preparation: Preparation
 
-    def sequences(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Read and tokenise the texts."""
-        texts = read_texts(self.source, split=self.split, column=self.column)
-        cut = as_documents if self.unit == "documents" else as_blocks
-        return cut(texts, tokenizer, self.length)
+    def __post_init__(self) -> None:
+        check_argument(bool(self.names), "train", "", "a file, a saved dataset or a name on the hub")
+
+    def read(self) -> list[Source]:
+        """Read the examples; several sources are called by their files' names, if these tell them."""
+        stems = Counter(Path(each).stem for each in self.names)
+        several = {Path(each).stem if stems[Path(each).stem] == 1 else each: each for each in self.names}
+        return read_examples(several if len(self.names) > 1 else self.names[0], self.split)
+
+    def __str__(self) -> str:
+        return ", ".join(self.names)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class RunSources:
     """What a run directory, or one of its results, was made from.
 
     Attributes:
+        loading: how the model is loaded. Whether its code is trusted is not in the file, or who shares a run directory
+            would decide it for others: each command says it.
         empirical, seed: what factors were fitted with.
         history: a folder that `TrainingRecorder` has written.
         queries: of a result; None for the run.
@@ -84,15 +89,19 @@ class RunSources:
 
     model: str
     layers: list[str] | None
-    train: TextSource
+    train: DataSource
     empirical: bool
     seed: int
+    loading: ModelLoading = field(default_factory=ModelLoading)
     history: str | None = None
-    queries: TextSource | None = None
+    queries: DataSource | None = None
 
     @classmethod
-    def load(cls, run: Path) -> RunSources:
+    def load(cls, run: Path, trust_remote_code: bool = False) -> RunSources:
         """Read what `fit` wrote.
+
+        Args:
+            trust_remote_code: whether the model's code may be run.
 
         Raises:
             InputError: there is nothing.
@@ -101,10 +110,10 @@ class RunSources:
         file = checked_run(run) / SOURCES
         if not file.exists():
             raise InputError(f"{run} is not a run directory: it has no {SOURCES}. Start with: wherefrom fit {run} ...")
-        return cls._read(file, _FIT_AGAIN)
+        return cls._read(file, _FIT_AGAIN, trust_remote_code)
 
     @classmethod
-    def of_result(cls, folder: Path) -> RunSources:
+    def of_result(cls, folder: Path, trust_remote_code: bool = False) -> RunSources:
         """Read what `score` wrote beside scores.
 
         Raises:
@@ -117,53 +126,59 @@ class RunSources:
                 f"{folder} does not say which texts its scores are of: it has no {SOURCES}. Score with "
                 "`wherefrom score`, or make the page with Study.report."
             )
-        return cls._read(file, _SCORE_AGAIN)
+        return cls._read(file, _SCORE_AGAIN, trust_remote_code)
 
     @classmethod
-    def _read(cls, file: Path, advice: str) -> RunSources:
+    def _read(cls, file: Path, advice: str, trust_remote_code: bool) -> RunSources:
         found = read_json(file, advice)
         if found.pop("format", None) != _FORMAT:
             raise DamagedError(f"{file} is another version's. {advice}")
         try:
-            train, queries = found.pop("train"), found.pop("queries")
-            for values in (found, train, queries or {}):
-                _check_types(values)
-            return cls(train=TextSource(**train), queries=None if queries is None else TextSource(**queries), **found)
-        except (KeyError, TypeError, AttributeError) as error:
+            train, queries, loading = found.pop("train"), found.pop("queries"), found.pop("loading")
+            _check_types(found)
+            _check_types(loading)
+            return cls(
+                train=_source(train),
+                queries=None if queries is None else _source(queries),
+                loading=ModelLoading(**loading, trust_remote_code=trust_remote_code),
+                **found,
+            )
+        except (KeyError, TypeError, AttributeError, InputError) as error:
             raise DamagedError(f"{file} cannot be read ({error}). {advice}") from error
 
     def save(self, run: Path, name: str | None = None) -> None:
         """Write the file of a run, or of its scores of a name."""
         folder = run if name is None else within(run, "scores", name)
+        written = {"format": _FORMAT, **asdict(self)}
+        del written["loading"]["trust_remote_code"]
         with run_lock(run):
-            write_text(folder / SOURCES, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
+            write_text(folder / SOURCES, json.dumps(written, indent=1) + "\n")
+
+    def queries_from(self, name: str, split: str, said: Preparation) -> DataSource:
+        """Queries, cut as the training examples, of the format, column and counted tokens that were said of them."""
+        cut = self.train.preparation
+        preparation = replace(said, unit=cut.unit, max_length=cut.max_length, end_token=cut.end_token)
+        return DataSource((name,), split, preparation)
+
+    def pretrained(self) -> Pretrained:
+        """The model and its training examples, before its weights are loaded."""
+        return Pretrained(self.model, self.train.read(), self.train.preparation, self.loading, layers=self.layers)
 
     def study(self, run: Path, device: str, execution: Execution) -> PretrainedStudy:
         """Load tokenizer, training sequences and model."""
         if device != "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(f"device={device!r} under torchrun, where each process takes its own: leave it out.")
-        chosen = checked_device(None if device == "auto" else device)  # or it turns out when all texts are read
-        tokenizer = load_tokenizer(self.model)
-        return study_from_pretrained(
-            self.model,
-            self.train.sequences(tokenizer),
-            run=run,
-            task=CausalLM(self.layers),
-            tokenizer=tokenizer,
-            device=chosen,
-            history=() if self.history is None else read_recording(self.history),
-            execution=execution,
-        )
+        # Now, or it turns out when all texts are read.
+        chosen = checked_device(None if device == "auto" else device, self.loading)
+        history = () if self.history is None else read_recording(self.history)
+        return self.pretrained().study(run, chosen, history=history, execution=execution)
 
     def described(self) -> dict[str, str]:
         """Where things came from, for a page."""
         texts = {"training text": self.train, "query text": self.queries}
-        return {
-            "model directory": self.model,
-            **{name: each.source for name, each in texts.items() if each is not None},
-        }
+        return {"model directory": self.model, **{name: str(each) for name, each in texts.items() if each is not None}}
 
-    def passages(self, scores: Fingerprint) -> tuple[DatasetPassages, DatasetPassages, PreTrainedTokenizerBase]:
+    def passages(self, scores: Fingerprint) -> tuple[DatasetPassages, DatasetPassages, Tokenizer | None]:
         """The sequences behind scores: queries, training set, and what tokenises them.
 
         Args:
@@ -173,15 +188,27 @@ class RunSources:
             MismatchError: a text is not what was scored any more.
         """
         assert self.queries is not None
-        tokenizer = load_tokenizer(self.model)
-        queries, train = (DatasetPassages(each.sequences(tokenizer)) for each in (self.queries, self.train))
+        pretrained = self.pretrained()
+        queried = pretrained.prepare(self.queries.names[0], self.queries.split, self.queries.preparation)
+        queries, train = (DatasetPassages(each, pretrained.tokenizer) for each in (queried, pretrained.train))
         check_about(
             scores,
             {QUERIES: queries.digest, TRAIN: train.digest},
-            f"The texts {self.queries.source} and {self.train.source}, or the tokenizer of {self.model}, have changed "
+            f"The texts {self.queries} and {self.train}, or the tokenizer of {self.model}, have changed "
             "since they were scored: put them back, or fit and score again.",
         )
-        return queries, train, tokenizer
+        return queries, train, pretrained.tokenizer
+
+
+def _source(found: dict[str, Any]) -> DataSource:
+    """An entry of the file."""
+    preparation = found.pop("preparation")
+    _check_types(found)
+    _check_types(preparation)
+    names = found.pop("names")
+    if not all(isinstance(each, str) for each in names):
+        raise TypeError(f"names is {names!r}")
+    return DataSource(tuple(names), preparation=Preparation(**preparation), **found)
 
 
 def _check_types(values: Mapping[str, object]) -> None:

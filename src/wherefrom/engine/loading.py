@@ -1,26 +1,133 @@
-"""Examples and the loss that is meant of them; batches on the model's device, for a GPU prepared ahead of their use.
+"""Examples and the loss that is meant of them, also those of streams and of PyTorch's loaders; batches on the model's
+device, for a GPU prepared ahead of their use.
 
 This module knows datasets and tasks; it does not know what is done with a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Generic, Literal, NamedTuple, cast
+from itertools import islice
+from typing import Any, Generic, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+    default_convert,
+)
 
 from wherefrom.engine.passes import Padding
-from wherefrom.runtime.errors import InputError, WherefromError
-from wherefrom.store.fingerprint import Dataset, dataset_digest, read_example
+from wherefrom.runtime.errors import InputError, WherefromError, check_argument
+from wherefrom.store.fingerprint import Dataset, checked_length, dataset_digest, read_example
 from wherefrom.tasks.sampling import Sampler
 from wherefrom.tasks.task import Batch, Task
 
 Loss = Literal["training", "drawn", "measurement"]
+DatasetLike = Dataset[object] | DataLoader[Any]
+
+# Where streams that are made of others keep these: those of `datasets`, and PyTorch's data pipes.
+_INNER = ("_ex_iterable", "ex_iterable", "ex_iterables", "dataset", "datapipe", "source_datapipe")
+
+logger = logging.getLogger("wherefrom")
+
+
+def indexed(name: str, given: object) -> Dataset[object]:
+    """A dataset that is given as such, or by its DataLoader: its examples have positions, and there is at least one.
+
+    Of a loader the dataset is used, in its order. A collate_fn of its own is not, which is said: the task collates.
+
+    Args:
+        name: of the argument, for messages.
+
+    Raises:
+        InputError: it is a stream, empty, or no dataset; or the loader does not load each of its examples.
+    """
+    dataset = _loaded(name, given) if isinstance(given, DataLoader) else given
+    if isinstance(dataset, IterableDataset) or (isinstance(dataset, Iterable) and not hasattr(dataset, "__getitem__")):
+        raise InputError(
+            f"{name} is a {type(dataset).__name__}, whose examples have no positions. Read its first N examples into "
+            "memory with wherefrom.read_stream(stream, limit=N)."
+        )
+    checked_length(name, cast(Dataset[object], dataset))
+    return cast(Dataset[object], dataset)
+
+
+def read_stream(stream: Iterable[object], limit: int | None = None) -> list[object]:
+    """Read the first examples of a stream, in its order, for `Study` and `score`, which read them many times.
+
+    They stay in host memory. The same examples in a list have the same digest, and so the same results.
+
+    Args:
+        stream: a streaming Hugging Face dataset, a PyTorch `IterableDataset` or the `DataLoader` of one, a generator.
+        limit: how many examples are read, where there are so many.
+
+    Raises:
+        InputError: there is no limit, the stream is empty, or it is shuffled.
+    """
+    if isinstance(stream, DataLoader):
+        stream = cast(Iterable[object], _loaded("The stream", stream))
+    fits = limit is not None and limit >= 1
+    check_argument(fits, "limit", limit, "how many examples to read into host memory, since a stream may have no end")
+    shuffler = _shuffler(stream)
+    if shuffler is not None:
+        raise InputError(
+            f"The stream is shuffled ({shuffler}), and the next time these would be other examples. Give it as it is "
+            "before shuffling: scores do not depend on the order."
+        )
+    found = list(islice(stream, limit))
+    if not found:
+        raise InputError(f"The stream, a {type(stream).__name__}, has no examples; a generator can be read only once.")
+    rest = ", and there may be more in the stream" if len(found) == limit else ""
+    logger.info(f"{len(found):,} examples are in host memory{rest}.")
+    return found
+
+
+def _loaded(name: str, loader: DataLoader[object]) -> object:
+    """The dataset of a loader that loads each of its examples."""
+    if isinstance(loader.dataset, IterableDataset):
+        return loader.dataset
+    sampler, batches = loader.sampler, loader.batch_sampler
+    whole = isinstance(sampler, SequentialSampler | DistributedSampler | RandomSampler)
+    if isinstance(sampler, RandomSampler):
+        whole = not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+    chosen = batches if whole else sampler
+    if not whole or type(batches) not in (BatchSampler, type(None)):
+        raise InputError(
+            f"{name} is a DataLoader with a {type(chosen).__name__}, which need not load every example once. Give the "
+            "dataset of those that it loads, or loader.dataset if these are all."
+        )
+    if loader.drop_last and isinstance(sampler, SequentialSampler) and len(sampler) % (loader.batch_size or 1):
+        raise InputError(f"{name} is a DataLoader that drops the last examples: give the dataset without them.")
+    if loader.collate_fn not in (default_collate, default_convert):
+        called = getattr(loader.collate_fn, "__name__", type(loader.collate_fn).__name__)
+        logger.warning(
+            f"{name} is a DataLoader whose collate_fn, {called}, is not called: the task collates. What it changes in "
+            "examples beyond padding, such as labels, has to be in the dataset."
+        )
+    return loader.dataset
+
+
+def _shuffler(stream: object) -> str | None:
+    """What shuffles a stream, if something says so."""
+    for each in stream if isinstance(stream, list) else [stream]:
+        if "shuffl" in type(each).__name__.lower():
+            return type(each).__name__
+        inner = (vars(each).get(name) for name in _INNER if hasattr(each, "__dict__"))
+        found = next((shuffler for part in inner if part is not None and (shuffler := _shuffler(part))), None)
+        if found is not None:
+            return found
+    return None
 
 
 @dataclass(frozen=True)

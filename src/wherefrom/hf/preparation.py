@@ -1,271 +1,244 @@
-"""From raw examples (texts, prompts, conversations) to token sequences, as Hugging Face's and TRL's trainers make them.
+"""From files and datasets of raw examples (texts, prompts, conversations) to datasets of token sequences.
 
-This module knows tokenizers and the columns that datasets have; it knows nothing of models, tasks or the engine.
+The one place where examples are read for the command and for `study_from_pretrained`. What examples look like is
+`formats`', how they become tokens `encoding`'s; this module knows nothing of models, tasks or the engine.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
-import torch
-
-from wherefrom.hf.pairs import Example, judged, preferred, rewarded
-from wherefrom.hf.text import read_dataset
-from wherefrom.runtime.errors import InputError, first_line, require
+from wherefrom.engine.loading import indexed
+from wherefrom.hf.encoding import Encoder
+from wherefrom.hf.formats import Count, Example, Format, Reading, Target, readable, recognized
+from wherefrom.hf.text import as_blocks, chosen_split, read_dataset
+from wherefrom.runtime.errors import InputError, check_argument, first_line, require
 from wherefrom.store.fingerprint import Dataset
-from wherefrom.tasks.losses import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("wherefrom")
 
-Target = Literal["causal", "masked", "seq2seq", "classification", "tokens", "preference", "reward"]
 RawExamples = str | Path | Sequence[str] | Dataset[object]
 
-_MASKED_SHARE = 0.15  # Devlin et al. 2019, section 3.1
+_LONGEST_BLOCK = 1024  # as transformers' own script for language models has it
+_UNNAMED = "the dataset"
 _SHOWN = ("title", "label")  # columns that reports show
-_TOKENISED = ("input_ids", "chosen_ids", "completion_ids")  # columns of examples that stay as they are
+_COUNTED: Mapping[Count, str] = {
+    "all": "all tokens are counted",
+    "completion": "the completion's tokens are counted",
+    "assistant": "the assistant's tokens are counted",
+}
+_COUNTED_OTHERWISE: Mapping[Target, str] = {
+    "masked": "15% of its tokens are masked and counted",
+    "classification": "its label is counted",
+    "tokens": "the label of each word is counted",
+    "preference": "the completions are judged",
+    "reward": "the rewards of both are compared",
+}
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How raw examples become those of a task.
+    """How raw examples become token sequences.
 
     Attributes:
-        target: what the model predicts.
-        tokenizer: the model's; None where only tokenised examples are to be prepared.
-        max_length: texts are cut off after so many tokens; None leaves them whole.
-        end_token: put the end-of-sequence token after a text or completion, as TRL's SFTTrainer does.
+        format: what examples are; found by their columns unless given.
+        column: the column that holds the text or the conversation; that of the format, or the only one of strings.
+        count: the tokens whose loss is meant: "all"; those of the "completion", of a conversation its last answer; or
+            those of all turns of the "assistant". By default the completion's, the assistant's, and all of a text.
+        unit: one sequence a document, or all text joined and cut into blocks.
+        max_length: the longest sequence, or the length of each block, in tokens; what the model takes by default, and
+            of blocks no more than 1024.
+        end_token: put the end-of-sequence token after a text or completion, as TRL does.
+        source_column: the column that says where an example comes from; by default the file, if there are several.
     """
 
-    target: Target
-    tokenizer: PreTrainedTokenizerBase | None
+    format: Format | None = None
+    column: str | None = None
+    count: Count | None = None
+    unit: Literal["documents", "blocks"] = "documents"
     max_length: int | None = None
     end_token: bool = True
+    source_column: str | None = None
 
-    def prepare(self, examples: RawExamples, split: str = "train") -> Dataset[object]:
+    def __post_init__(self) -> None:
+        choices = {"format": (*get_args(Format), None), "count": (*get_args(Count), None)}
+        for name, known in {**choices, "unit": ("documents", "blocks")}.items():
+            value = getattr(self, name)
+            check_argument(value in known, name, value, f"one of {', '.join(map(str, known))}")
+        if self.max_length is not None:
+            fits = self.max_length >= 2
+            check_argument(fits, "max_length", self.max_length, "2 or more: a sequence needs a next token to predict")
+        if self.unit == "blocks" and (self.source_column or self.format not in (None, "text")):
+            raise InputError("unit='blocks' joins texts: expected no source_column, and no format but 'text'.")
+
+    def prepare(
+        self,
+        sources: Sequence[Source],
+        target: Target = "causal",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        longest: int | None = None,
+    ) -> Dataset[object]:
         """Token sequences, in the order of the examples; those that are tokenised stay as they are.
 
         Args:
-            examples: dicts, or texts, or where they are: a file, a saved dataset, a hub name (see `text.read_texts`).
-            split: of a saved or hub dataset.
+            sources: what `read_examples` has read.
+            target: what the model predicts.
+            tokenizer: the model's; None where only tokenised examples are to be prepared.
+            longest: how many tokens the model takes; None when nothing says so.
+
+        Returns:
+            A dataset with the columns of the task; for readers `text`, in which the answer to a prompt begins at the
+            character `answer_start`, and `title` and `label` where there are any; and, of several sources, their names
+            in `source`.
 
         Raises:
-            InputError: there are no examples, or not the columns that the target needs.
+            InputError: there is not what the target needs.
         """
-        data = read_examples(examples, split)
-        if any(name in data[0] for name in _TOKENISED):
-            return data
-        columns, encode = self._encoder(data[0])
-        prepared = [self._prepared(columns, encode, data[number], number) for number in range(len(data))]
-        _report_uncounted(prepared)
-        made: Dataset[object] = require("datasets").Dataset.from_list(prepared)
+        found: list[Example] = []
+        for source in sources:
+            reading = recognized(target, source.examples[0], self.format, self.column)
+            with _in_utf8(source.called):
+                encoded = self._prepared(source, reading, target, tokenizer, longest)
+            if not reading.counts and not source.name and self.source_column is None:
+                return cast(Dataset[object], source.examples)
+            for number, example in enumerate(encoded):
+                name = source.name if self.source_column is None else source.examples[number].get(self.source_column)
+                if name is None:
+                    raise InputError(
+                        f"Example {number} of {source.called} has no {self.source_column!r}; leave it out."
+                    )
+                found.append({**example, "source": str(name)} if name else example)
+        names = dict.fromkeys(chain.from_iterable(found))
+        table = {name: [example.get(name) for example in found] for name in names}
+        made: Dataset[object] = require("datasets").Dataset.from_dict(table)
         return made
 
-    def _encoder(self, example: Example) -> tuple[tuple[str, ...], _Encoder]:
-        """The columns to read of examples like this one, and what makes token sequences of them."""
-        known = _ENCODERS[self.target]
-        for columns, encode in known.items():
-            if all(name in example for name in columns):
-                return columns, encode
-        expected = ", or ".join(" and ".join(map(repr, columns)) for columns in known)
-        raise InputError(
-            f"The dataset has the columns {sorted(example)}: expected 'input_ids' (tokenised), or {expected}. Rename a "
-            "column, or tokenise the dataset as it was for training."
+    def _prepared(
+        self,
+        source: Source,
+        reading: Reading,
+        target: Target,
+        tokenizer: PreTrainedTokenizerBase | None,
+        longest: int | None,
+    ) -> Iterable[Example]:
+        """The examples of one source, prepared; says what they were taken for, and what was lost."""
+        counts = reading.counts if target == "causal" else reading.counts[:1]
+        if self.count not in (None, *counts):
+            expected = " or ".join(map(repr, counts)) or "labels, or a mask, in the examples"
+            raise InputError(f"count={self.count!r} of {reading.called}: expected {expected}.")
+        examples = (source.examples[number] for number in range(len(source.examples)))
+        if not counts:
+            return examples
+        count = self.count or counts[0]
+        used = {*reading.columns, *reading.also, *_SHOWN, "labels", self.source_column}
+        unused = ", ".join(sorted(source.examples[0].keys() - used))
+        logger.info(
+            f"Read {source.called} as {reading.called}: {_COUNTED_OTHERWISE.get(target) or _COUNTED[count]}"
+            f"{unused and f'; not used: {unused}'}."
         )
-
-    def _prepared(self, columns: tuple[str, ...], encode: _Encoder, example: Example, number: int) -> dict[str, Any]:
-        lacking = next((name for name in columns if example.get(name) is None), None)
-        if lacking is not None:
-            raise InputError(f"Example {number} of the dataset has no {lacking!r}; leave it out.")
-        try:
-            encoded = encode(self, example, number)
-        except InputError:
-            raise
-        except Exception as error:  # whatever tokenizers, chat templates and json make of examples that are not theirs
+        if tokenizer is None:
             raise InputError(
-                f"Example {number} of the dataset makes no tokens ({type(error).__name__}: {first_line(error)}). "
-                f"Check its columns {', '.join(columns)}, and the tokenizer's chat template."
-            ) from error
-        if not encoded.get("input_ids", True):
-            raise InputError(f"Example {number} of the dataset has no token; leave it out.")
-        whole = "labels" if self.target == "classification" else None  # of all outputs, not of tokens
-        cut = {
-            name: values[: self.max_length] if isinstance(values, list) and name != whole else values
-            for name, values in encoded.items()
-        }
-        shown = {name: example[name] for name in _SHOWN if name in example and name not in cut}
-        text = encoded.get("text") or (example["text"] if "text" in example else self.decoded(cut["input_ids"]))
-        return {**shown, **cut, "text": text}
-
-    @property
-    def tokens(self) -> PreTrainedTokenizerBase:
-        """The tokenizer.
-
-        Raises:
-            InputError: there is none.
-        """
-        if self.tokenizer is None:
-            raise InputError(
-                "The dataset has text, and the model's directory no tokenizer: pass tokenizer=, or examples with "
+                f"{source.called} has text, and the model's directory no tokenizer: pass tokenizer=, or examples with "
                 "'input_ids'."
             )
-        return self.tokenizer
-
-    def decoded(self, ids: list[int]) -> str:
-        """Tokens as a text for readers."""
-        return str(self.tokens.decode(ids, skip_special_tokens=True))
-
-    def ids(self, text: str, end: bool = False) -> list[int]:
-        """A text as tokens; at its `end` the end-of-sequence token, if there is to be one."""
-        end_token = self.tokens.eos_token
-        if end and self.end_token and isinstance(end_token, str) and not text.endswith(end_token):
-            text += end_token
-        # verbose=False: a text longer than the model's context is cut afterwards.
-        return list(self.tokens(text, verbose=False)["input_ids"])
-
-    def chat(self, messages: object, example: Example, **options: bool) -> dict[str, list[int]]:
-        """A conversation as tokens; `assistant_masks` where the options say so.
-
-        Raises:
-            InputError: the tokenizer has no chat template.
-        """
-        if not self.tokens.chat_template:
-            raise InputError(
-                "The dataset has messages, and the tokenizer no chat template: set tokenizer.chat_template."
+        if self.unit == "blocks":
+            if reading.called != "text" or target != "causal":
+                raise InputError(f"unit='blocks' of {reading.called}: expected text for a causal language model.")
+            size = self.max_length or min(longest or _LONGEST_BLOCK, _LONGEST_BLOCK)
+            blocks: Iterable[Example] = as_blocks(
+                [each[reading.columns[0]] or "" for each in examples], tokenizer, size
             )
-        tools = example.get("tools")
-        encoded: Any = self.tokens.apply_chat_template(
-            messages,  # type: ignore[arg-type]
-            tokenize=True,
-            return_dict=True,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            **options,  # type: ignore[arg-type]
-        )
-        return {name: list(encoded[name]) for name in ("input_ids", "assistant_masks") if name in encoded}
-
-    def cut_off(self, text: str, **options: Any) -> Any:
-        """What the tokenizer makes of a text that it cuts itself, before the special tokens that it puts at the end."""
-        return self.tokens(text, truncation=self.max_length is not None, max_length=self.max_length, **options)
+            return blocks
+        encoder = Encoder(target, tokenizer, self.max_length or longest, self.end_token, count)
+        found = [_encoded(encoder, reading, each, number, source.called) for number, each in enumerate(examples)]
+        for what, numbers in encoder.notes.items():
+            logger.warning(
+                f"{len(numbers):,} of the {len(found):,} examples of {source.called} {what}; the first is {numbers[0]}."
+            )
+        return found
 
 
-def read_examples(examples: RawExamples, split: str = "train") -> Dataset[Example]:
-    """Examples that are dicts: those that are given, or read from where they are; texts as `text`.
+class Source(NamedTuple):
+    """Examples that are dicts, from one place.
+
+    Attributes:
+        name: of one of several; empty where it is alone.
+        called: by messages.
+    """
+
+    name: str
+    called: str
+    examples: Dataset[Example]
+
+
+def read_examples(given: RawExamples | Mapping[str, RawExamples], split: str = "train") -> list[Source]:
+    """Read examples: dicts, or texts, which become dicts with a `text`, or where they are; or several by their names.
+
+    Args:
+        given: examples, or a file, a saved dataset or a hub name, as `text.read_dataset` takes them; or a mapping of
+            names to these.
+        split: of a saved or hub dataset, or of several that are given.
 
     Raises:
         InputError: there are none, or they are neither.
     """
-    data: Any = read_dataset(str(examples), split) if isinstance(examples, str | Path) else examples
-    if not hasattr(data, "__len__"):
+    if isinstance(given, Mapping) and not isinstance(given, require("datasets").DatasetDict):
+        indexed("The dataset", [*given])  # refuses to have no sources
+        return [_named(name, one) for name, each in given.items() for one in read_examples(each, split)]
+    called, data = _UNNAMED, cast(Any, given)
+    if isinstance(given, str | Path):
+        called, data = str(given), read_dataset(str(given), split)
+    elif isinstance(given, Mapping):
+        data = chosen_split(given, split, "The dataset")
+    examples: Any = indexed("The dataset", data)
+    with _in_utf8(called):
+        first = examples[0]
+    if isinstance(first, str):
+        return [Source("", called, [{"text": text} for text in examples])]
+    if not isinstance(first, Mapping):
+        raise InputError(f"The dataset has examples of type {type(first).__name__}: expected dicts or texts.")
+    return [Source("", called, examples)]
+
+
+@contextmanager
+def _in_utf8(called: str) -> Iterator[None]:
+    """Within it, texts are read, which may have been written in something else."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InputError(f"{called}: not UTF-8 text ({error}); convert the file to UTF-8.") from error
+
+
+def _named(name: str, source: Source) -> Source:
+    return source._replace(name=name, called=name if source.called == _UNNAMED else source.called)
+
+
+def _encoded(encoder: Encoder, reading: Reading, example: Example, number: int, called: str) -> Example:
+    """One example, with what readers are shown of it."""
+    which = f"Example {number} of {called}"
+    lacking = next((name for name in reading.columns if example.get(name) is None), None)
+    if lacking is not None:
+        raise InputError(f"{which} has no {lacking!r}; leave it out.")
+    try:
+        content = reading.read(example, reading.columns[0])
+        encoded = encoder.encode(content, example, number)
+    except InputError as error:
+        raise InputError(f"{which}: {error}") from error
+    except Exception as error:  # whatever tokenizers, chat templates and json make of examples that are not theirs
         raise InputError(
-            f"The dataset is a {type(data).__name__}, without a length: expected one that is loaded whole."
-        )
-    if len(data) == 0:
-        raise InputError("The dataset is empty: expected at least one example. Check the path or the filter.")
-    if isinstance(data[0], str):
-        data = [{"text": text} for text in data]
-    if not isinstance(data[0], Mapping):
-        raise InputError(f"The dataset has examples of type {type(data[0]).__name__}: expected dicts or texts.")
-    return data  # type: ignore[no-any-return]
-
-
-_Encoder = Callable[[Preparation, Example, int], dict[str, Any]]
-
-
-def _text(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
-    return {"input_ids": preparation.ids(example["text"], end=True)}
-
-
-def _completion(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
-    """The loss is of the completion only; both are texts, or messages."""
-    prompt, completion = example["prompt"], example["completion"]
-    if isinstance(prompt, str):
-        start, whole = preparation.ids(prompt), preparation.ids(prompt + completion, end=True)
-    else:
-        start = preparation.chat(prompt, example, add_generation_prompt=True)["input_ids"]
-        whole = preparation.chat([*prompt, *completion], example)["input_ids"]
-    return {"input_ids": whole, "completion_mask": [int(position >= len(start)) for position in range(len(whole))]}
-
-
-def _messages(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
-    """The loss is of the assistant's turns, where the template marks them, and otherwise of everything."""
-    template = preparation.tokens.chat_template and preparation.tokens.get_chat_template()
-    marked = re.search(r"\{%-?\s*generation\s*-?%\}", template or "") is not None
-    encoded = preparation.chat(example["messages"], example, return_assistant_tokens_mask=marked)
-    if not marked and number == 0:
-        logger.info(
-            "The chat template does not mark the assistant's turns ({% generation %}): the loss is of all tokens."
-        )
-    return encoded
-
-
-def _masked_text(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
-    """15% of the tokens are masked, the same ones whenever the dataset is prepared."""
-    encoded = preparation.cut_off(example["text"], return_special_tokens_mask=True)
-    ids, mask_token = encoded["input_ids"], preparation.tokens.mask_token_id
-    maskable = [position for position, special in enumerate(encoded["special_tokens_mask"]) if not special]
-    if not maskable or mask_token is None:
-        raise InputError(f"Example {number} of the dataset has no token to mask, or the tokenizer no mask token.")
-    order = torch.randperm(len(maskable), generator=torch.Generator().manual_seed(number)).tolist()
-    masked = {maskable[each] for each in order[: max(1, round(_MASKED_SHARE * len(maskable)))]}
-    return {
-        **{name: list(encoded[name]) for name in ("token_type_ids",) if name in encoded},
-        "input_ids": [mask_token if position in masked else each for position, each in enumerate(ids)],
-        "labels": [each if position in masked else IGNORED for position, each in enumerate(ids)],
-    }
-
-
-def _pair(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
-    """What an encoder and what a decoder takes; these tokenizers end a sequence themselves."""
-    encoded = preparation.cut_off(example["prompt"], text_target=example["completion"])
-    return {name: list(encoded[name]) for name in ("input_ids", "labels")}
-
-
-def _classified(column: str) -> _Encoder:
-    def encode(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
-        encoded = preparation.cut_off(example["text"])
-        inputs = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
-        return {**inputs, "labels": example[column]}
-
-    return encode
-
-
-def _words(column: str) -> _Encoder:
-    """A label for each word is that of its first token; others are not counted, as in transformers' run_ner.py."""
-
-    def encode(preparation: Preparation, example: Example, number: int) -> dict[str, Any]:
-        encoded = preparation.cut_off(example["tokens"], is_split_into_words=True)
-        words, labels = encoded.word_ids(), example[column]
-        before = [None, *words[:-1]]
-        counted = [IGNORED if word in (None, last) else labels[word] for word, last in zip(words, before, strict=True)]
-        return {"input_ids": list(encoded["input_ids"]), "labels": counted}
-
-    return encode
-
-
-# Columns that examples have, and what makes token sequences of them; the first that fit.
-_ENCODERS: dict[Target, dict[tuple[str, ...], _Encoder]] = {
-    "causal": {("messages",): _messages, ("prompt", "completion"): _completion, ("text",): _text},
-    "masked": {("text",): _masked_text},
-    "seq2seq": {("prompt", "completion"): _pair},
-    "classification": {("text", "label"): _classified("label"), ("text", "labels"): _classified("labels")},
-    "tokens": {("tokens", "labels"): _words("labels"), ("tokens", "ner_tags"): _words("ner_tags")},
-    "preference": {("chosen", "rejected"): preferred, ("prompt", "completion", "label"): judged},
-    "reward": {("chosen", "rejected"): rewarded},
-}
-
-
-def _report_uncounted(examples: Sequence[Example]) -> None:
-    for name in ("completion_mask", "assistant_masks"):
-        empty = [number for number, example in enumerate(examples) if not any(example.get(name, [1]))]
-        if empty:
-            logger.warning(
-                f"{len(empty)} examples have no counted token ({name}), example {empty[0]} for one: they score 0."
-            )
+            f"{which} makes no tokens ({type(error).__name__}: {first_line(error)}). Check its columns "
+            f"{', '.join(reading.columns)}, and the tokenizer's chat template."
+        ) from error
+    if not encoded.get("input_ids", True):
+        raise InputError(f"{which} has no token; leave it out.")
+    shown = {name: example[name] for name in _SHOWN if example.get(name) is not None and name not in encoded}
+    return {**shown, **({} if "text" in encoded else readable(content)), **encoded}

@@ -7,15 +7,18 @@ and chooses the task that its architecture was trained for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
-from wherefrom.hf.preparation import Preparation, RawExamples, Target, read_examples
+from wherefrom.hf.formats import Target
+from wherefrom.hf.preparation import Preparation, RawExamples, Source, read_examples
 from wherefrom.hf.refusals import ADAPTER, refuse_imports
-from wherefrom.hf.text import load_config, load_model, load_tokenizer, local_path
+from wherefrom.hf.text import ModelLoading, load_config, load_model, load_tokenizer, local_path
 from wherefrom.runtime.distributed import join_ranks
 from wherefrom.runtime.errors import InputError, first_line, require
 from wherefrom.runtime.placement import execution_device
@@ -33,6 +36,86 @@ if TYPE_CHECKING:
 # What LoRA trains; the layers that it adapts are frozen.
 _ADAPTER_LAYERS = ("*.lora_A.*", "*.lora_B.*")
 
+Options = TypeVar("Options", Preparation, ModelLoading)
+
+
+class Pretrained:
+    """A checkpoint or a model on the hub and its training examples; its weights are loaded for a study alone.
+
+    Args:
+        folder: a model directory, an adapter's, or a hub name.
+        train: the training examples.
+        base: the model of an adapter, where it is loaded already.
+        task: None chooses by the architecture and the examples' columns; of its layers `layers` are tracked.
+        tokenizer: None loads that of the folder, or of the adapter's model.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        train: Sequence[Source],
+        preparation: Preparation,
+        loading: ModelLoading,
+        *,
+        base: PreTrainedModel | None = None,
+        task: Task[Any] | None = None,
+        layers: Sequence[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.folder, self.preparation = folder, preparation
+        self._train, self._loading, self._task, self._layers = train, loading, task, layers
+        self._base, self._adapted = base, _adapted_model(folder)
+        if base is not None and self._adapted is None:
+            raise InputError(f"base is given, and {str(folder)!r} holds no adapter ({ADAPTER}): give base=None.")
+        self._name = str(self._adapted or folder)
+        self._config = load_config(self._name, loading.trust_remote_code) if base is None else base.config
+        self._kind = _kind(self._config, task, train[0].examples[0])
+        self.tokenizer = tokenizer or self._found_tokenizer()
+
+    @cached_property
+    def train(self) -> Dataset[object]:
+        """The training examples, prepared."""
+        return self._prepared(self._train, self.preparation)
+
+    def prepare(
+        self, examples: RawExamples, split: str = "train", preparation: Preparation | None = None
+    ) -> Dataset[object]:
+        """Queries, prepared as the training examples unless another preparation is given."""
+        as_trained = replace(self.preparation, source_column=None)
+        return self._prepared(read_examples(examples, split), preparation or as_trained)
+
+    def study(self, run: str | Path, device: torch.device, **options: Any) -> PretrainedStudy:
+        """Load the model and make a study of it and its training examples.
+
+        Args:
+            **options: of `Study`.
+        """
+        task, train = self._task or _default_task(self._kind, self._config, self._layers), self.train
+        model: Any = self._base
+        if model is None:
+            model = load_model(self._name, self._kind.auto_class, self._loading, device)
+        elif device != execution_device(model):  # and one that is spread over devices stays so
+            torch.nn.Module.to(model, device)
+        if self._adapted is not None:
+            model = _with_adapter(model, self.folder)
+            if task.layers is None:
+                task = copy.copy(task)
+                task.layers = _ADAPTER_LAYERS
+        return PretrainedStudy(run, model, task, train=train, pretrained=self, **options)
+
+    def _prepared(self, sources: Sequence[Source], preparation: Preparation) -> Dataset[object]:
+        longest = _longest(self._config, self.tokenizer)
+        return preparation.prepare(sources, self._kind.target, self.tokenizer, longest)
+
+    def _found_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The first tokenizer that is there; without one, tokenised examples can still be studied."""
+        for name in dict.fromkeys((str(self.folder), self._name)):
+            try:
+                return load_tokenizer(name, self._loading.trust_remote_code)
+            except InputError:
+                continue
+        return None
+
 
 class PretrainedStudy(Study[Any]):
     """A study that prepares queries as it has prepared its training examples."""
@@ -43,40 +126,47 @@ class PretrainedStudy(Study[Any]):
         model: PreTrainedModel,
         task: Task[Any],
         *,
-        train: RawExamples,
-        preparation: Preparation,
+        train: Dataset[object],
+        pretrained: Pretrained,
         **options: Any,
     ) -> None:
-        super().__init__(path, model, task, train=preparation.prepare(train), **options)
-        self._preparation = preparation
+        super().__init__(path, model, task, train=train, **options)
+        self._pretrained = pretrained
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, for `report`."""
-        return self._preparation.tokens
+        """The model's tokenizer, for `report`.
 
-    def prepare(self, examples: RawExamples, split: str = "train") -> Dataset[object]:
+        Raises:
+            InputError: there is none.
+        """
+        if self._pretrained.tokenizer is None:
+            raise InputError(f"{self._pretrained.folder}: holds no tokenizer: pass tokenizer=.")
+        return self._pretrained.tokenizer
+
+    def prepare(
+        self, examples: RawExamples, split: str = "train", preparation: Preparation | None = None
+    ) -> Dataset[object]:
         """Make queries of examples like those that `study_from_pretrained` takes for training, in their order.
 
         Args:
             split: of a saved or hub dataset.
+            preparation: how; as the training examples unless given.
 
         Raises:
             InputError: there are no examples, or not the columns that the task needs.
         """
-        return self._preparation.prepare(examples, split)
+        return self._pretrained.prepare(examples, split, preparation)
 
 
 def study_from_pretrained(
     folder: str | Path,
-    train: RawExamples,
+    train: RawExamples | Mapping[str, RawExamples],
     *,
     run: str | Path | None = None,
     base: PreTrainedModel | None = None,
     task: Task[Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_length: int | None = None,
-    end_token: bool = True,
     device: str | torch.device | None = None,
     **options: Any,
 ) -> PretrainedStudy:
@@ -85,12 +175,14 @@ def study_from_pretrained(
     Args:
         folder: what `save_pretrained`, a Trainer or TRL's SFTTrainer has written: a whole model, or a peft adapter, of
             which the adapter's own layers are tracked unless the task names others; or a hub name.
-        train: examples, or the name of a file or saved dataset of them. They have `input_ids`, and stay as they are, or
+        train: examples, or the name of a file, of a saved dataset or on the hub; or a mapping of names to several of
+            these, which reports add scores up by. Examples have `input_ids`, and stay as they are, or
 
-            - for a causal language model: `messages`; `prompt` and `completion`, of which the completion is counted;
-              or `text`. Of messages, the assistant's turns are counted if the chat template marks them;
+            - for a causal language model: `messages` or ShareGPT's `conversations`, of which the assistant's turns are
+              counted; `prompt` and `completion`, Alpaca's `instruction`, `input` and `output`, or `question` and
+              `answer`, of which the completion is counted; or `text`;
             - for a masked language model: `text`, of which 15% of the tokens are masked;
-            - for an encoder-decoder: `prompt` and `completion`;
+            - for an encoder-decoder: a prompt and its completion, in one of these formats;
             - for a sequence classifier: `text` and `label` or `labels`; or `chosen` and `rejected`, with `prompt` or
               with the prompt in both, for one that is a reward model;
             - for a token classifier: `tokens`, which are words, and `labels` or `ner_tags`;
@@ -106,47 +198,40 @@ def study_from_pretrained(
             `TokenClassification`, whose kind of model is loaded; None chooses by the architecture and the columns, but
             for `Preference`, whose loss they do not tell.
         tokenizer: None loads that of the folder, or of the adapter's model.
-        max_length: texts are cut off after so many tokens; None is what the model can take.
-        end_token: put the end-of-sequence token after a text or completion, as TRL does.
         device: None is where `base` is, or else a GPU if there is one, under torchrun this process's own.
-        **options: of `Study`: history, execution.
+        **options: what `Preparation` has (`format`, `column`, `count`, `max_length`, ...), what `ModelLoading` has
+            (`dtype`, `quantization`, `device_map`, `trust_remote_code`), and of `Study` the history and execution.
 
     Raises:
         InputError: the folder holds no model, the architecture has no task here, or the examples lack columns.
         LayerError: no layer can be tracked.
     """
+    preparation, loading = _taken(Preparation, options), _taken(ModelLoading, options)
+    if run is None and isinstance(folder, str) and not local_path(folder).is_dir():
+        raise InputError(f"run=None with the model {folder!r}, which is no folder: expected a run directory.")
     if base is not None and device is None:
         device = execution_device(base)
-    device, adapted = checked_device(device), _adapted_model(folder)
-    if run is None and not Path(folder).is_dir():
-        raise InputError(f"run=None with the model {str(folder)!r}, which is no folder: expected a run directory.")
-    if base is not None and adapted is None:
-        raise InputError(f"base is given, and {str(folder)!r} holds no adapter ({ADAPTER}): give base=None.")
-    name = str(adapted or folder)
-    config = load_config(name) if base is None else base.config
-    train = read_examples(train)
-    kind = _kind(config, task, train[0])
-    tokenizer = tokenizer or _tokenizer([str(folder), *([adapted] if adapted else [])])
-    preparation = Preparation(kind.target, tokenizer, max_length or _longest(config, tokenizer), end_token)
-    model = load_model(name, kind.auto_class) if base is None else base
-    task = task or _default_task(kind, config)
-    if adapted is not None:
-        model = _with_adapter(model, folder)
-        if task.layers is None:
-            task = copy.copy(task)
-            task.layers = _ADAPTER_LAYERS
-    torch.nn.Module.to(model, device)
-    return PretrainedStudy(
-        run or Path(folder, "wherefrom"), model, task, train=train, preparation=preparation, **options
+    device = checked_device(device, loading)
+    pretrained = Pretrained(
+        folder, read_examples(train), preparation, loading, base=base, task=task, tokenizer=tokenizer
     )
+    return pretrained.study(run or Path(folder, "wherefrom"), device, **options)
 
 
-def checked_device(device: str | torch.device | None) -> torch.device:
-    """A device that a model can be on; None is a GPU if there is one, under torchrun this process's own.
+def _taken(kind: type[Options], options: dict[str, Any]) -> Options:
+    """One of the dataclasses that options belong to, of those that it has, which are taken out of them."""
+    return kind(**{each.name: options.pop(each.name) for each in fields(kind) if each.name in options})
+
+
+def checked_device(device: str | torch.device | None, loading: ModelLoading) -> torch.device:
+    """A device that a model can be loaded on; None is a GPU if there is one, under torchrun this process's own.
 
     Raises:
-        InputError: it is not available, or holds no numbers.
+        InputError: it is not available, or holds no numbers; or a library that loading needs is not installed.
     """
+    loading.check_installed()
+    if device is not None and loading.device_map is not None:
+        raise InputError(f"device={device!r} with device_map={loading.device_map!r}: leave one of them out.")
     if device is None:
         return join_ranks()
     try:
@@ -203,15 +288,15 @@ _PAIRED = {
 }
 
 
-def _default_task(kind: _Kind, config: PreTrainedConfig) -> Task[Any]:
+def _default_task(kind: _Kind, config: PreTrainedConfig, layers: Sequence[str] | None) -> Task[Any]:
     if kind.task is Preference:
         raise InputError(
             "The dataset has pairs of chosen and rejected completions, and nothing says with which loss the model was "
             "trained on them: give task=wf.Preference(wf.DPO(beta=...), reference=...), or another of its losses."
         )
     if kind.task in (SequenceClassification, RewardModel):
-        return kind.task(pad_token=getattr(config, "pad_token_id", None) or 0)
-    return kind.task()
+        return kind.task(layers, pad_token=getattr(config, "pad_token_id", None) or 0)
+    return kind.task(layers)
 
 
 def _kind(config: PreTrainedConfig, task: Task[Any] | None, example: Mapping[str, object]) -> _Kind:
@@ -223,7 +308,16 @@ def _kind(config: PreTrainedConfig, task: Task[Any] | None, example: Mapping[str
     auto = require("transformers.models.auto.modeling_auto")
     for kind in _KINDS:
         if architecture in getattr(auto, kind.architectures).values():
-            alone = example.keys() & {"input_ids", "messages", "text", "completion"}  # what is trained on without pairs
+            # What is trained on without pairs.
+            alone = example.keys() & {
+                "input_ids",
+                "messages",
+                "conversations",
+                "completion",
+                "output",
+                "answer",
+                "text",
+            }
             paired = not alone and bool(example.keys() & {"rejected", "rejected_ids"})
             return _PAIRED.get(kind, kind) if paired and task is None else kind
     raise InputError(
@@ -256,16 +350,6 @@ def _with_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
             f"{folder}: not an adapter of its model ({type(error).__name__}: {first_line(error)}). Save the adapter "
             "there again, with save_pretrained."
         ) from error
-
-
-def _tokenizer(names: list[str]) -> PreTrainedTokenizerBase | None:
-    """The first tokenizer that is there; without one, tokenised examples can still be studied."""
-    for name in names:
-        try:
-            return load_tokenizer(name)
-        except InputError:
-            continue
-    return None
 
 
 def _longest(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int | None:

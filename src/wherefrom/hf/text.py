@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -26,49 +28,21 @@ if TYPE_CHECKING:
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 FILES = (".txt", *BUILDERS)
 
-_STRING_TYPES = ("string", "large_string")
-
 TEXTS_PER_GROUP = 1000  # the `datasets` library's batch size, which the published blocks were cut with
 
 
-def read_texts(source: str, *, split: str = "train", column: str | None = None) -> list[str]:
-    """Read the texts of a file, of a saved dataset or of a dataset on the Hugging Face hub.
+def read_dataset(source: str, split: str = "train") -> Dataset:
+    """Read a file, a saved dataset or a dataset on the Hugging Face hub.
 
     Args:
         source: one of
-            - a `.txt` file in UTF-8, whose texts are separated by blank lines;
-            - a `.jsonl`, `.json`, `.parquet` or `.csv` file, one text an example;
+            - a `.txt` file in UTF-8, whose texts are separated by blank lines: the column `text`;
+            - a `.jsonl`, `.json`, `.parquet` or `.csv` file;
             - a directory written by `save_to_disk` of the `datasets` library;
             - a hub name, with or without a configuration: `owner/name`, `owner/name/config`, or `name/config` as in
               `wikitext/wikitext-2-raw-v1`.
         split: the split to read of a saved or hub dataset; a file has one split, whatever this says.
-        column: the column that holds the text. None takes `text`, or else the only column of strings.
-
-    Returns:
-        The texts in their order. Empty ones stay, as empty strings: `as_blocks` counts them.
     """
-    dataset = read_dataset(source, split)
-    strings = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in _STRING_TYPES]
-    if column is None:
-        column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-    if column not in strings:
-        wanted = "no column named text" if column is None else f"column={column!r} is not a column of strings"
-        raise InputError(
-            f"{source}: {wanted}; columns of strings: {strings}, all columns: {dataset.column_names}. Pass column=NAME."
-        )
-    try:
-        texts = [text or "" for text in dataset[column]]
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{source}: column {column!r} is not UTF-8 text ({error}); convert the file to UTF-8."
-        ) from error
-    if not any(texts):
-        raise InputError(f"{source}: column {column!r} holds no text in {len(texts)} examples.")
-    return texts
-
-
-def read_dataset(source: str, split: str = "train") -> Dataset:
-    """Read a file, a saved dataset or a dataset on the Hugging Face hub, as `read_texts` does, with all its columns."""
     path = local_path(source)
     if path.is_dir():
         return _saved_dataset(path, split)
@@ -84,25 +58,11 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
     return _hub_dataset(source, split)
 
 
-def as_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Make one sequence out of each text, cut off after `max_length` tokens.
-
-    The unit to choose when a text is what a reader would want cited. Nothing is padded: a task pads when it collates.
-    A text of fewer than two tokens is left out, because it has no next token to predict and so neither loss nor
-    gradient; `document` tells which texts are left.
-
-    Returns:
-        A dataset with columns `input_ids`, `attention_mask`, `text` (of these tokens, decoded) and `document` (the
-        position in `texts`).
-    """
-    _check_length("max_length", max_length)
-    limit = min(max_length, 2**31)  # what tokenizers can count to
-    encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"] if texts else []
-    chosen = [index for index, ids in enumerate(encoded) if len(ids) >= 2 and texts[index].strip()]
-    if not chosen:
-        raise InputError(f"texts: none of the {len(texts)} has two tokens or more; check the source and the column.")
-    dataset = _sequences([encoded[index] for index in chosen], tokenizer)
-    return dataset.add_column("document", chosen)
+def chosen_split(splits: Mapping[str, Dataset], split: str, called: str) -> Dataset:
+    """One split of several; refuses another, by what they are `called`."""
+    if split not in splits:
+        raise InputError(f"split={split!r}: {called} has the splits {sorted(splits)}; choose one of them.")
+    return splits[split]
 
 
 def as_blocks(
@@ -117,7 +77,7 @@ def as_blocks(
     Returns:
         A dataset with columns `input_ids`, `attention_mask` and `text` (the block, decoded).
     """
-    _check_length("block_size", block_size)
+    check_argument(block_size >= 2, "block_size", block_size, "2 or more: a sequence needs a next token to predict")
     check_argument(texts_per_group >= 1, "texts_per_group", texts_per_group, "a positive number; the default is 1000")
     # verbose=False: a text longer than the model's context is no mistake here, it is cut below.
     encoded = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
@@ -128,40 +88,93 @@ def as_blocks(
     if not blocks:
         raise InputError(
             f"block_size={block_size}: the {len(texts)} texts have {sum(map(len, encoded))} tokens, which fill no "
-            "block; choose a smaller block_size or use as_documents."
+            "block; choose a smaller size, or one sequence for each text."
         )
     return _sequences(blocks, tokenizer)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+@dataclass(frozen=True)
+class ModelLoading:
+    """How a model's weights are loaded.
+
+    Attributes:
+        dtype: of the weights. A checkpoint's own is often bfloat16, which is coarse for factors.
+        quantization: "4bit" (NF4) or "8bit", by bitsandbytes: the base of an adapter that was trained so. In Python
+            also transformers' `BitsAndBytesConfig`.
+        device_map: where the parts of a large model go, as in transformers: "auto" spreads them over all GPUs.
+        trust_remote_code: run Python code that comes with the model. Only for a model whose author you trust.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    quantization: Literal["4bit", "8bit"] | None = None
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_argument(
+            self.dtype in ("float32", "bfloat16", "float64"), "dtype", self.dtype, "float32, bfloat16, float64"
+        )
+        fits = not isinstance(self.quantization, str) or self.quantization in ("4bit", "8bit")
+        check_argument(fits, "quantization", self.quantization, "4bit, 8bit or a BitsAndBytesConfig")
+
+    def check_installed(self) -> None:
+        """Refuse what needs a library that is not installed, with an `InputError`."""
+        if self.quantization is not None and find_spec("bitsandbytes") is None:
+            raise InputError("A model in 4 or 8 bits needs bitsandbytes: pip install bitsandbytes accelerate.")
+        if self.quantization is not None or self.device_map is not None:
+            require("accelerate", "lora")
+
+    def options(self, config: PreTrainedConfig, device: torch.device) -> dict[str, Any]:
+        """What transformers' `from_pretrained` is given."""
+        quantization: Any = self.quantization
+        dtype = getattr(torch, self.dtype)
+        if isinstance(quantization, str):
+            given = {"4bit": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}, "8bit": {}}[quantization]
+            made = require("transformers").BitsAndBytesConfig
+            quantization = made(**{f"load_in_{quantization}": True}, **given)
+        quantized = quantization is not None or getattr(config, "quantization_config", None) is not None
+        placed = self.device_map or ({"": device} if quantized else None)  # quantized weights cannot always be moved
+        found = {"dtype": dtype, "quantization_config": quantization, "device_map": placed}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model directory or hub name.
 
     As `transformers.AutoTokenizer`, but answers within seconds, in one line, when the hub cannot be reached or the
     directory is no model.
     """
-    tokenizer: PreTrainedTokenizerBase = _pretrained("AutoTokenizer", name)
+    tokenizer: PreTrainedTokenizerBase = _pretrained("AutoTokenizer", name, trust_remote_code=trust_remote_code)
     if not tokenizer.vocab_size:  # what transformers makes of a directory without the tokenizer's files
         raise InputError(f"{name}: holds a model but no tokenizer; save the tokenizer there or name another one.")
     return tokenizer
 
 
-def load_config(name: str) -> PreTrainedConfig:
+def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Load the configuration of a model directory or hub name, with the errors of `load_tokenizer`."""
-    config: PreTrainedConfig = _pretrained("AutoConfig", name)
+    config: PreTrainedConfig = _pretrained("AutoConfig", name, trust_remote_code=trust_remote_code)
     refuse_kernels(name, config)
     return config
 
 
-def load_model(name: str, auto_class: str = "AutoModelForCausalLM") -> PreTrainedModel:
-    """Load a model in float32 and evaluation mode from a model directory or hub name.
+def load_model(
+    name: str,
+    auto_class: str = "AutoModelForCausalLM",
+    loading: ModelLoading = ModelLoading(),
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> PreTrainedModel:
+    """Load a model in evaluation mode from a model directory or hub name, with the errors of `load_tokenizer`.
 
-    As the class of transformers does, which would keep the checkpoint's own type, often bfloat16, too coarse for
-    factors; and with the errors of `load_tokenizer`.
+    Args:
+        loading: how; by default in float32, which the class of transformers would take from the checkpoint.
+        device: where it goes, unless `loading` has a `device_map`.
     """
-    config = load_config(name)
-    model: PreTrainedModel = _pretrained(auto_class, name, config=config, dtype=torch.float32)
+    config = load_config(name, loading.trust_remote_code)
+    options = loading.options(config, device)
+    trust = loading.trust_remote_code
+    model: PreTrainedModel = _pretrained(auto_class, name, config=config, trust_remote_code=trust, **options)
     model.train(False)
-    return model
+    return model if "device_map" in options else torch.nn.Module.to(model, device)
 
 
 def local_path(name: str) -> Path:
@@ -235,11 +248,7 @@ def _saved_dataset(path: Path, split: str) -> Dataset:
         raise InputError(
             f"{path}: not a dataset written by save_to_disk ({first_line(error)}); expected one, or a file's name."
         ) from error
-    if not isinstance(saved, Mapping):
-        return saved
-    if split not in saved:
-        raise InputError(f"split={split!r}: {path} has the splits {sorted(saved)}; choose one of them.")
-    return saved[split]
+    return chosen_split(saved, split, str(path)) if isinstance(saved, Mapping) else saved
 
 
 def _hub_dataset(source: str, split: str) -> Dataset:
@@ -288,16 +297,10 @@ def _sequences(sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase) -
     )
 
 
-def _check_length(argument: str, length: int) -> None:
-    check_argument(length >= 2, argument, length, "2 or more, since a sequence needs a next token to predict")
-
-
 # The hub
 
 
 def _pretrained(auto_class: str, name: str, **options: Any) -> Any:
-    # Not left to its default, with which transformers asks on the terminal.
-    options = {"trust_remote_code": False, **options}
     path = local_path(name)
     if path.is_dir():
         return _pretrained_directory(auto_class, path, **options)
@@ -327,8 +330,7 @@ def _pretrained_directory(auto_class: str, path: Path, **options: Any) -> Any:
     except Exception as error:  # whatever transformers, tokenizers and safetensors make of files that are not theirs
         if "custom code" in str(error):
             raise InputError(
-                f"{path} brings Python code of its own, which is not run (trust_remote_code). If you trust it, load "
-                "the model yourself and give it to wherefrom.Study."
+                f"{path} brings Python code of its own, which is not run. If you trust it, pass trust_remote_code=True."
             ) from error
         raise InputError(
             f"{path}: not a complete model directory ({type(error).__name__}: {first_line(error)}). Save the model "

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from wherefrom.report.figures import Figure
 from wherefrom.report.histogram import HEIGHT, Histogram, histogram, signed_number
-from wherefrom.report.passages import Passage, Passages, TokenContributions, checked_passages, excerpt
+from wherefrom.report.passages import Passage, Passages, TokenContributions, checked_passages, excerpt, source_scores
 from wherefrom.report.shading import Shares, encode_lengths, encode_shares, visible_pieces
 from wherefrom.runtime.errors import CONTROL_PICTURES, InputError
-from wherefrom.scoring.results import ONLY_EXTREMES, Scores, TopScores, extremes
+from wherefrom.scoring.results import ONLY_EXTREMES, GroupScore, Scores, TopScores, extremes
 from wherefrom.store.files import write_text
 from wherefrom.store.fingerprint import Fingerprint
 
@@ -56,13 +56,17 @@ class HitView:
 
 @dataclass(frozen=True)
 class QueryView:
-    """What the page shows of a query; `histogram` is None where all its scores are zero."""
+    """What the page shows of a query; `histogram` is None where all its scores are zero.
+
+    `sources` are the sums of its scores by source: name, number of sequences, sum, mean.
+    """
 
     index: int
     passage: Passage
     positive: Sequence[HitView]
     negative: Sequence[HitView]
     histogram: Histogram | None
+    sources: Sequence[tuple[str, str, str, str]]
 
 
 def write_page(file: Path, page: str) -> None:
@@ -111,7 +115,8 @@ def render_report(
     _check(queries, train, scores, k)
     queries = checked_passages(scores, queries, train, tokens)
     reader = _Reader(train, tokens)
-    views = [_query_view(index, queries[index], scores, reader, k) for index in range(len(queries))]
+    sources = source_scores(scores, train)
+    views = [_query_view(index, queries[index], scores, reader, k, sources[index]) for index in range(len(queries))]
     texts = {
         "title": title,
         "summary": summary,
@@ -197,7 +202,9 @@ class _Reader:
             if not math.isfinite(share):
                 raise InputError(f"tokens({query}, {index}) gives {text!r} a share of {share}; expected finite numbers")
         texts = [text.replace("\r", "␍") for text, _ in pieces]  # which a browser would read as something else
-        passage, lengths = replace(self.passage(index), text="".join(texts)), encode_lengths(texts)
+        # The tokens' text is no longer the one that has its answer at a known character.
+        passage = replace(self.passage(index), text="".join(texts), answer_start=0)
+        lengths = encode_lengths(texts)
         if self.lengths.get(index, lengths) != lengths or (index in self.lengths and self.passages[index] != passage):
             raise InputError(
                 f"tokens({query}, {index}) gives other pieces of text than for an earlier query; "
@@ -207,7 +214,14 @@ class _Reader:
         return encode_shares([share for _, share in pieces])
 
 
-def _query_view(query: int, passage: Passage, scores: Scores | TopScores, reader: _Reader, k: int) -> QueryView:
+def _query_view(
+    query: int,
+    passage: Passage,
+    scores: Scores | TopScores,
+    reader: _Reader,
+    k: int,
+    sources: Sequence[GroupScore],
+) -> QueryView:
     """Everything shown for one query."""
     ends = _ends(scores, query, k)
     limit = max((abs(score) for end in ends for _, score in end), default=0.0)
@@ -220,7 +234,14 @@ def _query_view(query: int, passage: Passage, scores: Scores | TopScores, reader
         positive=positive,
         negative=negative,
         histogram=histogram(_on_host(scores.values[query])) if isinstance(scores, Scores) else None,
+        sources=[_source_view(each, sources) for each in sources],
     )
+
+
+def _source_view(each: GroupScore, sources: Sequence[GroupScore]) -> tuple[str, str, str, str]:
+    """A row of a query's table of sources."""
+    largest = [max(abs(getattr(other, name)) for other in sources) for name in ("sum", "mean")]
+    return each.group, f"{each.train:,}", signed_number(each.sum, largest[0]), signed_number(each.mean, largest[1])
 
 
 def _on_host(values: Tensor) -> Tensor:

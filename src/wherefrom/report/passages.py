@@ -10,9 +10,9 @@ from operator import eq
 from typing import Protocol
 
 from wherefrom.runtime.errors import InputError, MismatchError
-from wherefrom.scoring.results import Scores, TopScores
+from wherefrom.scoring.results import GroupScore, Scores, TopScores
 from wherefrom.scoring.tokens import TokenScores
-from wherefrom.store.fingerprint import QUERIES, TRAIN, Dataset, Fingerprint, check_about, dataset_digest
+from wherefrom.store.fingerprint import QUERIES, TRAIN, Dataset, Fingerprint, check_about, dataset_digest, read_example
 
 # How many tokens may wait for the text that they complete. A character has at most four bytes, and so at most four
 # tokens; the rest is for decoders that change text when the next word is known.
@@ -23,12 +23,17 @@ WAITING_TOKENS = 16
 class Passage:
     """One sequence as the page shows it.
 
-    `label` is its class or topic; a training sequence with its query's label is marked.
+    Attributes:
+        label: its class or topic; a training sequence with its query's label is marked.
+        source: where it comes from.
+        answer_start: the character of `text` where the answer to a prompt begins; 0 where there is none.
     """
 
     text: str
     title: str = ""
     label: str = ""
+    source: str = ""
+    answer_start: int = 0
 
 
 class Passages(Protocol):
@@ -58,8 +63,8 @@ class Tokenizer(Protocol):
 class DatasetPassages:
     """A dataset's examples as passages, made when they are read.
 
-    The columns `text`, `title` and `label` are used where an example has them; without `text` the tokenizer decodes
-    `input_ids`, and without either the example is shown as Python prints it.
+    The columns `text`, `title`, `label`, `source` and `answer_start` are used where an example has them; without `text`
+    the tokenizer decodes `input_ids`, and without either the example is shown as Python prints it.
     """
 
     def __init__(self, dataset: Dataset[object], tokenizer: Tokenizer | None = None) -> None:
@@ -78,8 +83,15 @@ class DatasetPassages:
         example = self.dataset[position]
         if not isinstance(example, Mapping):
             return Passage(repr(example))
-        columns = {name: str(example[name]) for name in ("title", "label") if example.get(name) is not None}
-        return Passage(self._text(example), **columns)
+        columns = {name: str(example[name]) for name in ("title", "label", "source") if example.get(name) is not None}
+        return Passage(self._text(example), **columns, answer_start=int(example.get("answer_start") or 0))
+
+    def sources(self) -> list[str]:
+        """Where each example comes from; empty where the first does not say."""
+        if not isinstance(self.dataset[0], Mapping) or "source" not in self.dataset[0]:
+            return []
+        examples = (read_example(self.dataset, position) for position in range(len(self)))
+        return [str(example.get("source", "")) if isinstance(example, Mapping) else "" for example in examples]
 
     def _text(self, example: Mapping[str, object]) -> str:
         text = example.get("text")
@@ -127,6 +139,15 @@ def checked_passages(
     if isinstance(tokens, DatasetTokens):
         tokens.check(scores.fingerprint)
     return queries if how is None else [Passage(f"The {how} of {len(queries):,} queries.")]
+
+
+def source_scores(scores: Scores | TopScores, train: Passages) -> list[list[GroupScore]]:
+    """For each query, the sums of its scores by where training examples come from; empty where that is not known."""
+    sources = train.sources() if isinstance(train, DatasetPassages) and isinstance(scores, Scores) else []
+    found: list[list[GroupScore]] = [[] for _ in scores.values]
+    for each in scores.by(sources) if sources and isinstance(scores, Scores) else ():
+        found[each.query].append(each)
+    return found
 
 
 class DatasetTokens:
@@ -213,8 +234,17 @@ def token_pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return pieces
 
 
-def excerpt(text: str, width: int = 160) -> str:
-    """The beginning of a text on one line, cut between words unless there are none to cut between, as in Chinese."""
+def excerpt(text: str, width: int = 160, answer_start: int = 0) -> str:
+    """The beginning of a text on one line, of an answer to a prompt the beginnings of both.
+
+    Cut between words unless there are none to cut between, as in Chinese.
+
+    Args:
+        answer_start: as in `Passage`.
+    """
+    if answer_start:
+        prompt = excerpt(text[:answer_start], width // 2)
+        return f"{prompt} {excerpt(text[answer_start:], width - len(prompt) - 1)}"
     line = " ".join(text[: 4 * width].split())
     if len(line) <= width:
         return line

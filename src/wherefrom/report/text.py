@@ -11,9 +11,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from wherefrom.report.passages import Passages, TokenContributions, checked_passages, excerpt
+from wherefrom.report.passages import Passage, Passages, TokenContributions, checked_passages, excerpt, source_scores
 from wherefrom.runtime.errors import InputError, printable
-from wherefrom.scoring.results import Hit, Scores, TopScores
+from wherefrom.scoring.results import GroupScore, Hit, Scores, TopScores
 
 
 def top_tables(
@@ -36,26 +36,37 @@ def top_tables(
         WherefromError: as `checked_passages`, where these are not the texts that the scores are about.
     """
     hits, queries = scores.top(k), checked_passages(scores, queries, train)
+    by_source = source_scores(scores, train)
     parts: list[RenderableType] = []
     for query in shown:
         passage = queries[query]
         heading = f"Query {query}" + (f" ({printable(passage.label)})" if passage.label else "")
         table = hits_table(None, [each for each in hits if each.query == query], train, width)
-        parts += [Text(heading, style="bold"), _shown(passage.text, 2 * width), table, Text()]
+        parts += [Text(heading, style="bold"), _shown(passage, 2 * width), table, Text()]
+        if by_source[query]:
+            parts += [_sources_table(by_source[query]), Text()]
     return Group(*parts)
 
 
 def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, width: int = 160) -> Table:
-    """Training sequences with their ranks and scores, and their labels where they have some."""
+    """Training sequences with their ranks and scores, and their labels and sources where they have some."""
     found = [train[hit.train] for hit in hits]
-    labelled = any(each.label for each in found)
+    said = [name for name in ("label", "source") if any(getattr(each, name) for each in found)]
     table = Table("Rank", "Train", "Score", title_justify="left", title=heading and f"[bold]{heading}[/bold]")
-    if labelled:
-        table.add_column("Label")
+    for name in said:
+        table.add_column(name.capitalize())
     table.add_column("Training sequence", overflow="fold")
     for hit, each in zip(hits, found, strict=True):
-        label = [Text(printable(each.label))] if labelled else []
-        table.add_row(str(hit.rank), str(hit.train), f"{hit.score:,.4g}", *label, _shown(each.text, width))
+        facts = [Text(printable(getattr(each, name))) for name in said]
+        table.add_row(str(hit.rank), str(hit.train), f"{hit.score:,.4g}", *facts, _shown(each, width))
+    return table
+
+
+def _sources_table(found: Sequence[GroupScore]) -> Table:
+    table = Table("Source", "Training sequences", "Sum of scores", "Mean")
+    for each in found:
+        name = Text(printable(each.group))
+        table.add_row(name, f"{each.train:,}", f"{each.sum:,.4g}", f"{each.mean:,.4g}")
     return table
 
 
@@ -77,7 +88,7 @@ def token_tables(
     hits, queries = scores.top(k), checked_passages(scores, queries, train, tokens)
     parts: list[RenderableType] = []
     for query in shown:
-        parts += [Rule(f"Query {query}", align="left"), _shown(queries[query].text, width), Text()]
+        parts += [Rule(f"Query {query}", align="left"), _shown(queries[query], width), Text()]
         for hit in (each for each in hits if each.query == query):
             pieces = tokens(query, hit.train)
             if pieces is not None:
@@ -106,9 +117,9 @@ def heat_map(pieces: Sequence[tuple[str, float]]) -> RenderableType:
     return Group(text, legend)
 
 
-def _shown(text: str, width: int) -> Text:
+def _shown(passage: Passage, width: int) -> Text:
     """The beginning of a text, which the terminal does not obey."""
-    return Text(printable(excerpt(text, width)))
+    return Text(printable(excerpt(passage.text, width, passage.answer_start)))
 
 
 def _shade(part: float) -> Style:

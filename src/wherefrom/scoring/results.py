@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -55,6 +55,16 @@ class Hit(NamedTuple):
     rank: int
     train: int
     score: float
+
+
+class GroupScore(NamedTuple):
+    """What a query's scores of some training examples add up to, and their mean."""
+
+    query: int
+    group: str
+    train: int
+    sum: float
+    mean: float
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,33 @@ class Scores:
         check_argument(k >= 1, "k", k, "at least 1")
         best = self.values.topk(min(k, self.values.shape[1]), dim=1)
         return list(_hits(best.indices, best.values))
+
+    def by(self, groups: Iterable[object]) -> list[GroupScore]:
+        """Sums and means over groups of training examples, such as those of a source or a topic.
+
+        Args:
+            groups: what each training example belongs to, in dataset order: a column of the training set.
+
+        Returns:
+            For each query, its groups with the number of their training examples, the highest sum first, in float64;
+            `pandas.DataFrame(scores.by(groups))` is a table.
+
+        Raises:
+            InputError: there are more or fewer than training examples.
+        """
+        names = list(map(str, groups))
+        known = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        if len(names) != self.values.shape[1]:
+            raise InputError(f"groups: {len(names)} for scores of {self.values.shape[1]}: expected one of each.")
+        members = torch.tensor([known[name] for name in names])  # [train]
+        counts = members.bincount()  # [groups]
+        found = []
+        for query, values in enumerate(self.values):  # one at a time: they may lie on disk
+            sums = torch.zeros(len(known), dtype=torch.float64).index_add_(0, members, values.to("cpu", torch.float64))
+            order = sums.argsort(descending=True, stable=True).tolist()
+            parts = [(list(known)[each], int(counts[each]), float(sums[each])) for each in order]
+            found += [GroupScore(query, name, count, total, total / count) for name, count, total in parts]
+        return found
 
     def of_layers(self, name: str) -> Scores:
         """The part that one layer or group adds to every score; its norms are not known.

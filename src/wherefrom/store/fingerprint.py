@@ -117,7 +117,7 @@ def checked_length(name: str, dataset: Dataset[object]) -> int:
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{name} is a {type(dataset).__name__} whose length cannot be told ({error}). Expected anything with len "
-            "and integer positions; make a list of what can only be gone through."
+            "and integer positions."
         ) from error
     if count == 0:
         raise InputError(f"{name} is empty: expected at least one example. Check the path or the filter.")

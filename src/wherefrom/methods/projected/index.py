@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wherefrom.curvature.factors import Factors
-from wherefrom.engine.loading import Examples
+from wherefrom.engine.loading import Examples, indexed
 from wherefrom.methods.factored import Factored
 from wherefrom.methods.method import Context
 from wherefrom.methods.projected.gradient_store import StoredGradients
@@ -29,7 +29,7 @@ from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
 from wherefrom.scoring.keep import Top
 from wherefrom.scoring.rescoring import exact_scores
 from wherefrom.scoring.results import TopScores, extremes, merged_extremes
-from wherefrom.store.fingerprint import Dataset, Fingerprint, checked_length, model_digest
+from wherefrom.store.fingerprint import Dataset, Fingerprint, model_digest
 from wherefrom.store.names import check_result_name, log_others, result_name
 from wherefrom.tasks.task import Batch
 
@@ -118,7 +118,8 @@ class GradientIndex(Generic[Batch]):
             DamagedError: a file is not what was written.
             MemoryLimitError: the queries' compressed gradients, or the dense curvature, do not fit.
         """
-        self._check_query(queries, k, rerank)
+        queries = indexed("queries", queries)
+        self._check_query(k, rerank)
         self._model.check()
         method = self.method if damping is None else replace(self.method, damping=damping)
         examples = self.context.measured(queries)
@@ -140,8 +141,7 @@ class GradientIndex(Generic[Batch]):
         both = best["values"], best["train"], best["lowest_values"], best["lowest_train"]
         return TopScores(*both, fingerprint=fingerprint, queries=queries)
 
-    def _check_query(self, queries: Dataset[object], k: int, rerank: int) -> None:
-        checked_length("queries", queries)
+    def _check_query(self, k: int, rerank: int) -> None:
         check_argument(k >= 1, "k", k, "at least 1")
         if rerank and rerank < k:
             raise InputError(f"rerank={rerank} with k={k}: expected at least k, or 0.")

@@ -19,7 +19,7 @@ LOWEST_TESTS := $(patsubst %,tests/test_%.py,supply text huggingface recording c
 DEMO := --num_train_epochs 1 --max_train_examples 200 --max_query_examples 20
 
 .PHONY: demo test lowest lowest-torch newest newest-torch wheel lock audit examples check size docs smollm2 compare bench gpu-day \
-	leaderboard clean
+	leaderboard zoo clean
 
 ## Fine-tune a small GPT-2 on Wikipedia prose and show where its predictions come from (a few minutes)
 demo: $(STAMP)
@@ -134,6 +134,10 @@ gpu-day: $(STAMP)
 ## Every method against the same retrainings, on the offline model (some three hours; it can be stopped and continued)
 leaderboard: $(STAMP)
 	$(RUN) benchmarks/run_leaderboard.py
+
+## Every model family against autograd, and the table in docs/how-to/models.md (two minutes)
+zoo: $(STAMP)
+	$(RUN) benchmarks/run_zoo.py
 
 clean:
 	rm -rf $(VENV) $(addprefix .venv-,lowest lowest-torch newest newest-torch wheel) runs cache build dist site

@@ -164,6 +164,27 @@ def llama_case() -> Case:
     return language_case(llama(), "*norm", "model.embed_tokens", "model.layers.0.mlp.*")
 
 
+def heads_case(kind: str) -> Case:
+    """Normalisations of each head, [batch, tokens, heads, width] in Qwen3 and [batch, heads, tokens, width] in Apertus.
+
+    Some batches have as many heads as tokens.
+    """
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=4, max_position_embeddings=16, initializer_range=0.4, pad_token_id=0,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    nn.Module.to(model, torch.float64)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(weight, 1.0, 0.5)
+    return language_case(model, "*.[qk]_*")
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "conv1d": conv1d_case,
     "conv2d": conv2d_case,
@@ -173,6 +194,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "untied gpt2": untied_case,
     "tied gpt2": tied_case,
     "llama": llama_case,
+    "heads after tokens": functools.partial(heads_case, "Qwen3"),
+    "heads before tokens": functools.partial(heads_case, "Apertus"),
 }
 
 

@@ -72,7 +72,7 @@ DENSE = (
     causal("GPT-BigCode, StarCoder", "GPTBigCodeForCausalLM", SIZES),
     causal("CodeGen", "CodeGenForCausalLM", SIZES, num_attention_heads=4, rotary_dim=2),
     causal("Falcon", "FalconForCausalLM", SIZES),
-    causal("BLOOM", "BloomForCausalLM", SIZES),
+    causal("BLOOM", "BloomForCausalLM", SIZES, {"hidden_size": 1024, "n_layer": 24, "n_head": 16}),
     causal("MPT", "MptForCausalLM", SIZES),
     causal("OPT", "OPTForCausalLM", SIZES, ffn_dim=12, word_embed_proj_dim=8),
     causal("BioGPT", "BioGptForCausalLM", SIZES),

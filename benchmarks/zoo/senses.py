@@ -9,7 +9,7 @@ import torch
 import wherefrom as wf
 from zoo.examples import CLASSES, images, numbers, pairs, texts
 from zoo.family import GROUPED, SIZES, Family, OfTransformers, Settings
-from zoo.tasks import Labelled, Matching, Transcription
+from zoo.tasks import PATCH, Labelled, Matching, Transcription
 
 _PATCHES: Settings = {
     "image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -22,7 +22,7 @@ _LISTENER: Settings = {
     "classifier_proj_size": 4, "mask_time_prob": 0.0,
 }  # fmt: skip
 _CLIP_TEXT: Settings = {**SIZES, "eos_token_id": 1}
-_CLIP: Settings = {"vision_config": _PATCHES, "text_config": _CLIP_TEXT, "projection_dim": 6}
+_CLIP: Settings = {"vision_config": {**_PATCHES, "patch_size": PATCH}, "text_config": _CLIP_TEXT, "projection_dim": 6}
 IMAGE = 3  # the token that stands for an image
 
 
@@ -107,7 +107,7 @@ SOUNDS = (
 TOGETHER = (
     Family("CLIP", OfTransformers("CLIPModel", _CLIP), Matching, captioned, OfTransformers("CLIPModel")),
     Family("LLaVA", OfTransformers("LlavaForConditionalGeneration", {
-        "vision_config": {**_PATCHES, "model_type": "clip_vision_model"},
+        "vision_config": {**_PATCHES, "num_hidden_layers": 2, "model_type": "clip_vision_model"},
         "text_config": {**GROUPED, "model_type": "llama"}, "image_token_id": IMAGE, "image_token_index": IMAGE,
     }), wf.CausalLM, seen, OfTransformers("LlavaForConditionalGeneration")),
 )  # fmt: skip

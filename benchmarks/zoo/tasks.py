@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 import wherefrom as wf
 
 Columns = dict[str, Tensor]
+PATCH = 2  # pixels along each side, of the images that belong to texts
 
 
 class Labelled(wf.Task[Columns]):
@@ -32,11 +33,20 @@ class Matching(wf.Task[Columns]):
         similarities: Tensor = model(**batch).logits_per_image
         return -similarities.diagonal().sum()
 
+    def masks(self, batch: Columns) -> tuple[Tensor, ...]:
+        """That of the texts, and those of an image's patches without and with the token before them, all true."""
+        count, _, size, _ = batch["pixel_values"].shape
+        patches = (size // PATCH) ** 2
+        image = (torch.ones(count, positions, dtype=torch.bool) for positions in (patches, patches + 1))
+        return batch["attention_mask"].bool(), *image
+
     def collate(self, examples: Sequence[object]) -> Columns:
-        """Texts are padded, which their encoder does not look at: it is causal, and reads the end of the text."""
+        """Texts are padded."""
         columns = [each for each in examples if isinstance(each, dict)]
+        tokens = [each["input_ids"] for each in columns]
         return {
-            "input_ids": pad_sequence([each["input_ids"] for each in columns], batch_first=True),
+            "input_ids": pad_sequence(tokens, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(each) for each in tokens], batch_first=True),
             "pixel_values": torch.stack([each["pixel_values"] for each in columns]),
         }
 

@@ -5,6 +5,7 @@ This module knows layers and tensors; it does not know what is made of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,12 @@ class Padding:
 
     mask: Tensor
     tokens: int
+
+    def repeated(self, axis: int, sizes: Sequence[int]) -> Padding:
+        """The same of [batch, *sizes], flattened to as many tokens, of which one dimension is the mask's."""
+        along = [size if each == axis else 1 for each, size in enumerate(sizes)]
+        mask = self.mask.view(-1, *along).expand(-1, *sizes).reshape(len(self.mask), -1, 1)
+        return Padding(mask, self.tokens * math.prod(sizes) // sizes[axis])
 
 
 @dataclass
@@ -109,13 +116,28 @@ class Pass:
         return self.latest_joined[1]
 
     def padding_of(self, tokens: int, call: Call) -> Padding | None:
-        """The padding of a call that sees `tokens` an example; None when there is none of that many."""
+        """The padding of a call that sees `tokens` an example; None when there is none of that many.
+
+        What is real of [batch, tokens, heads, width] or [batch, heads, tokens, width] is so for each head. With as many
+        heads as tokens, it is read so that padding has no gradient.
+        """
+        sizes = call.inputs.shape[1:-1]
+        if not (call.use.kind.tokenwise and len(sizes) > 1 and math.prod(sizes) == tokens):
+            return self._of_length(tokens, call)
+        found = [(axis, each) for axis, size in enumerate(sizes) if (each := self._of_length(size, call)) is not None]
+        if len({id(each) for _, each in found}) > 1:
+            raise _not_told_apart(f"Masks of {' and '.join(str(sizes[axis]) for axis, _ in found)} tokens")
+        readings = [each.repeated(axis, sizes) for axis, each in found]
+        if len(readings) > 1:
+            assert call.gradient is not None
+            gradient = call.gradient.reshape(self.examples, tokens, -1)
+            readings.sort(key=lambda each: bool(gradient.masked_fill(each.mask, 0).any()))
+        return readings[0] if readings else self._of_length(tokens, call)
+
+    def _of_length(self, tokens: int, call: Call) -> Padding | None:
         found = [each for each in self.padding if each.mask.shape[1] == tokens]
         if len(found) > 1 and len(self.padding) != self.model_calls:
-            raise LayerError(
-                f"{len(found)} masks of {tokens} tokens, and {self.model_calls} call(s) of the model, by which layers "
-                "cannot be told apart. Pad one of the sequences by one token more, or return a mask for each call."
-            )
+            raise _not_told_apart(f"{len(found)} masks of {tokens} tokens, and {self.model_calls} call(s) of the model")
         return self.padding[call.model_call] if len(found) > 1 else found[0] if found else None
 
     def padding_for(self, layer: str, tokens: int, call: Call) -> Padding | None:
@@ -133,6 +155,13 @@ class Pass:
                 "Leave the layer out with `layers=[...]`, or return None from Task.mask."
             )
         return found
+
+
+def _not_told_apart(what: str) -> LayerError:
+    return LayerError(
+        f"{what}, by which layers cannot be told apart. Pad one of the sequences by one token more, or return a mask "
+        "for each call."
+    )
 
 
 def not_by_example(layer: str, vectors: int, examples: int) -> LayerError:

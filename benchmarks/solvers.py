@@ -121,7 +121,7 @@ def convergence(arguments: Arguments) -> list[dict[str, object]]:
         runs: list[tuple[str, Solver | None, int]] = [
             ("ekfac", None, 0),
             *((name, wf.ConjugateGradients(each, 0), each) for name in methods for each in (1, 5, 20, 80)),
-            ("ekfac", wf.Astra(), 300),
+            ("ekfac", wf.Astra(learning_rate=0.011), 300),
             *(("ekfac", wf.Astra(learning_rate=0.001, batch_size=each), 300) for each in (16, 128)),
         ]
         for strategy, solver, iterations in runs:

@@ -208,7 +208,7 @@ class Astra(Solver):
         """The learning rate.
 
         Raises:
-            InputError: iterations would diverge with the one that was given.
+            LossError: iterations diverge with the one that was given.
         """
         generator = torch.Generator().manual_seed(self.seed)
         batch = self._batch(system, generator)
@@ -217,10 +217,10 @@ class Astra(Solver):
         limit = 2 * (1 + self.momentum) / largest
         rate = _STABLE_SHARE * limit if self.learning_rate is None else self.learning_rate
         if not rate < limit:
-            raise InputError(
-                f"Astra: learning_rate={rate}: the largest eigenvalue of P (H + D) is {largest:.3g} on a batch, so "
-                f"iterations with a momentum of {self.momentum} diverge at rates above {limit:.3g}. Give less, more "
-                f"damping or larger batches, or None for {_STABLE_SHARE} of that."
+            raise LossError(
+                f"Astra: the iterations diverge with learning_rate={rate}: the largest eigenvalue of P (H + D) is "
+                f"{largest:.3g} on a batch, so with a momentum of {self.momentum} they do above {limit:.3g}. Give less, "
+                f"more damping or larger batches, or None for {_STABLE_SHARE} of that."
             )
         return rate
 

@@ -78,12 +78,9 @@ class Factored(Approximation, Coordinates, Method):
         seed: of the drawn targets.
         factors: fitted elsewhere, for the same model; None fits this study's, or loads them.
         loss_scale: what training minimised, in units of the mean over examples of the task's loss, which is a sum over
-            tokens: 1 / tokens of a sequence for a Trainer that averages over tokens. With a solver, and needed there
-            unless a damping is given.
-
-    With a solver and `adam`, no damping means 1 / tau, tau being the sum of learning rate x `loss_scale` over the
-    recorded steps: directions in which curvature is below that, training has not used. It stands on P^-1, so it is one
-    of all weights together.
+            tokens: 1 / tokens of a sequence for a Trainer that averages over tokens. With a solver, `adam` and no damping
+            alone: then D is P^-1 / tau, with tau the sum of learning rate x `loss_scale` over the recorded steps.
+            Directions with less curvature than that, training has hardly used.
 
     Raises:
         InputError: the factors are of another strategy, or a field is impossible.
@@ -152,18 +149,17 @@ class Factored(Approximation, Coordinates, Method):
         return Fitting(context.sweep, examples, cache, overwrite, scaling).factors(self.strategy)
 
     def damped(self, context: Context[Any]) -> Self:
-        """This method with the damping that a solver has where none is given.
+        """This method with the damping that a solver has in Adam's coordinates where none is given.
 
         Raises:
-            InputError: a solver has none, and nothing is recorded that would say which.
+            InputError: something that it follows from is not known.
         """
-        if self.solver is None or self.damping is not None:
+        if self.solver is None or self.damping is not None or not self.adam:
             return self
-        if not self.adam or self.loss_scale is None:
+        if self.loss_scale is None:
             raise InputError(
-                f"damping=None with a solver, adam={self.adam} and loss_scale={self.loss_scale}: expected a number; or "
-                "adam=True, a loss_scale and a study whose history is recorded, which say that it is 1 / (loss_scale x "
-                "learning rate x steps). What is added to Kronecker factors is too little for the matrix itself."
+                "damping=None with a solver and adam=True, and no loss_scale: expected one of them. The damping is 1 / "
+                "(loss_scale x learning rate x steps) then, and what was added to each example's loss only you know."
             )
         times = recorded_times(recorded_only(context.history, "damping=None", "learning rates", "Give a number."))
         return replace(self, damping=1 / (self.loss_scale * sum(times)))

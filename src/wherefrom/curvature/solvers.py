@@ -219,8 +219,8 @@ class Astra(Solver):
         if not rate < limit:
             raise LossError(
                 f"Astra: the iterations diverge with learning_rate={rate}: the largest eigenvalue of P (H + D) is "
-                f"{largest:.3g} on a batch, so with a momentum of {self.momentum} they do above {limit:.3g}. Give less, "
-                f"more damping or larger batches, or None for {_STABLE_SHARE} of that."
+                f"{largest:.3g} on a batch, so with a momentum of {self.momentum} they do above {limit:.3g}. Give "
+                f"a smaller learning_rate, more damping or larger batches, or None for {_STABLE_SHARE} of that."
             )
         return rate
 

@@ -78,8 +78,8 @@ class Factored(Approximation, Coordinates, Method):
         seed: of the drawn targets.
         factors: fitted elsewhere, for the same model; None fits this study's, or loads them.
         loss_scale: what training minimised, in units of the mean over examples of the task's loss, which is a sum over
-            tokens: 1 / tokens of a sequence for a Trainer that averages over tokens. With a solver, `adam` and no damping
-            alone: then D is P^-1 / tau, with tau the sum of learning rate x `loss_scale` over the recorded steps.
+            tokens: 1 / tokens of a sequence for a Trainer that averages over tokens. Only with a solver, `adam` and no
+            damping: then D is P^-1 / tau, with tau the sum of learning rate x `loss_scale` over the recorded steps.
             Directions with less curvature than that, training has hardly used.
 
     Raises:

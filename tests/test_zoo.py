@@ -47,7 +47,7 @@ def test_gradients_are_those_of_autograd_and_the_table_says_what_is_tracked(fami
         "never": list(found.never), "note": family.note,
     }  # fmt: skip
     if published["layers"] < QUICK:
-        layers, share = tracked(family)
+        layers, share = tracked(family, found.idle)
         now |= {"layers": layers, "share": pytest.approx(share, abs=1e-12)}
     assert {name: published[name] for name in now} == now, "make zoo writes the table"
 

@@ -55,7 +55,7 @@ def every() -> list[Family]:
 def measured(family: Family) -> dict[str, object]:
     """All that the table says of a family."""
     found = outcome(family)
-    layers, share = tracked(family)
+    layers, share = tracked(family, found.idle)
     scores = None if found.refused else score_error(family, wf.EKFAC())
     print(f"{family.name}: {found.refused or found.error}", flush=True)
     return {**asdict(found), "layers": layers, "share": share, "scores": scores, "note": family.note}

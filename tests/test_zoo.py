@@ -23,6 +23,8 @@ PUBLISHED: dict[str, Any] = json.loads((RESULTS / "zoo.json").read_text())
 ROWS: dict[str, Any] = {name: row for rows in PUBLISHED["families"].values() for name, row in rows.items()}
 # Some models compute in float32 whatever their weights are, such as routers and some normalisations.
 PRECISE = 1e-6
+# Layers of which a usual model is made in less than a second; of more, `make zoo` alone counts them.
+QUICK = 5000
 
 pytestmark = pytest.mark.skipif(
     Version(version("transformers")) < Version(PUBLISHED["transformers"]), reason="older than what the zoo was made of"
@@ -38,13 +40,16 @@ def test_gradients_are_those_of_autograd_and_the_table_says_what_is_tracked(fami
     found, published = outcome(family), ROWS[family.name]
     for error in (found.error, found.alone, published["error"], published["alone"], published["scores"]):
         assert error is None or error < PRECISE
-    layers, share = tracked(family)
-    now = {
+    if version("transformers") != PUBLISHED["transformers"]:
+        return
+    now: dict[str, object] = {
         "model": found.model, "task": found.task, "refused": found.refused, "when_named": list(found.when_named),
-        "never": list(found.never), "layers": layers, "share": pytest.approx(share, abs=1e-12), "note": family.note,
+        "never": list(found.never), "note": family.note,
     }  # fmt: skip
-    if version("transformers") == PUBLISHED["transformers"]:
-        assert {name: published[name] for name in now} == now, "make zoo writes the table"
+    if published["layers"] < QUICK:
+        layers, share = tracked(family, found.idle)
+        now |= {"layers": layers, "share": pytest.approx(share, abs=1e-12)}
+    assert {name: published[name] for name in now} == now, "make zoo writes the table"
 
 
 @pytest.mark.parametrize("group", FAMILIES)

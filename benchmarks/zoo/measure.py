@@ -44,6 +44,7 @@ class Outcome:
         alone: the error of their gradients in batches of one, where those of several are refused and these are not.
         when_named: kinds of modules that are tracked only when they are named, besides embeddings and output head.
         never: kinds that cannot be, or are refused in the pass of a batch.
+        idle: patterns of layers that never run as modules: models use their weights by functions, or not at all.
         error: the largest difference of an example's gradient from autograd's, over examples, batch sizes and layers,
             named or not; relative to the layer's largest number. None where all of these sizes are refused.
     """
@@ -54,6 +55,7 @@ class Outcome:
     alone: float | None
     when_named: tuple[str, ...]
     never: tuple[str, ...]
+    idle: tuple[str, ...]
     error: float | None
 
 
@@ -61,7 +63,7 @@ def outcome(family: Family) -> Outcome:
     """What comes of the tiny model, but for scores."""
     model, task, examples = family.model(), family.task(), family.examples()
     truth = true_gradients(family)
-    layers = chosen(model, task)
+    layers, idle = running(model, task, examples)
     left = left_out(model, task, layers)
     errors, refused = gradient_errors(model, task, layers, examples, truth)
     never, alone = {each for each in left if not trackable(each)}, list[float]()
@@ -78,6 +80,7 @@ def outcome(family: Family) -> Outcome:
         alone=max(alone, default=None),
         when_named=kinds(set(left) - never),
         never=kinds(never),
+        idle=idle,
         error=max(errors, default=None),
     )
 
@@ -111,9 +114,16 @@ def kinds(modules: Iterable[nn.Module]) -> tuple[str, ...]:
     return tuple(sorted({type(each).__name__ for each in modules}))
 
 
-def chosen(model: nn.Module, task: Task) -> Layers:
-    """The layers that the task tracks."""
-    return select_layers(model, task.layers, task.head(model))
+def running(model: nn.Module, task: Task, examples: Sequence[object]) -> tuple[Layers, tuple[str, ...]]:
+    """The layers that are tracked without being named, and patterns of those that would be, and do not run."""
+    layers = select_layers(model, task.layers, task.head(model))
+    found = Sweep(model, task, layers, wf.Execution(progress=False)).running(Examples(examples, task))
+    return found, tuple(sorted({pattern(name) for name in layers.keys() - found.keys()}))
+
+
+def pattern(name: str) -> str:
+    """A layer's name without the numbers of blocks."""
+    return re.sub(r"\b\d+\b", "*", name)
 
 
 def besides(model: nn.Module, task: Task) -> set[nn.Module]:
@@ -128,13 +138,17 @@ def left_out(model: nn.Module, task: Task, layers: Layers) -> list[nn.Module]:
     return [each for each in found if each not in besides(model, task)]
 
 
-def tracked(family: Family) -> tuple[int, float]:
+def tracked(family: Family, idle: Sequence[str]) -> tuple[int, float]:
     """In the usual size: how many layers are tracked without being named, and which share of weights that is.
 
     Embeddings and the output head do not count.
+
+    Args:
+        idle: patterns of layers that do not run.
     """
     model, task = family.without_numbers(), family.task()
-    layers, aside = chosen(model, task), besides(model, task)
+    selected, aside = select_layers(model, task.layers, task.head(model)), besides(model, task)
+    layers = {name: each for name, each in selected.items() if pattern(name) not in idle}
     beside = {id(each) for module in aside for each in module.parameters()}
     total = sum(each.numel() for each in model.parameters() if id(each) not in beside)
     left = [each for each in untracked(model, layers) if model.get_submodule(each.name) not in aside]

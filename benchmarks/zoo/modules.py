@@ -86,7 +86,8 @@ class TokensFirst(nn.Module):
 
 def tokens_first() -> nn.Module:
     """torch's encoder as it is by default."""
-    return Mean(TokensFirst(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0), 1)))
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0)
+    return Mean(TokensFirst(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)))
 
 
 def adapted() -> nn.Module:

@@ -18,7 +18,7 @@ from wherefrom.curvature.collectors import EigenvalueCollector
 from wherefrom.curvature.gauss_newton import DampedGaussNewton
 from wherefrom.curvature.operators import Operator
 from wherefrom.engine.loading import Examples
-from wherefrom.runtime.errors import LayerError, LossError
+from wherefrom.runtime.errors import LossError
 from wherefrom.tasks.language import LanguageTask
 from wherefrom.tasks.sampling import Sampler
 from wherefrom.tasks.task import Batch, Task
@@ -189,10 +189,3 @@ def test_losses_that_are_no_function_of_the_output_are_refused(tmp_path: Path, t
     system = system_of(study, case)  # type: ignore[arg-type]
     with pytest.raises(LossError, match=message):
         system.product(torch.ones(1, sum(system.space.sizes.values()), dtype=torch.float64))
-
-
-def test_embeddings_are_refused(tmp_path: Path) -> None:
-    case = gpt2_case()
-    study = wf.Study(tmp_path, case.model, wf.CausalLM(["transformer.wpe"]), train=case.train)
-    with pytest.raises(LayerError, match=r"'transformer\.wpe' is an embedding"):
-        system_of(study, case)  # type: ignore[arg-type]

@@ -64,21 +64,22 @@ def outcome(family: Family) -> Outcome:
     model, task, examples = family.model(), family.task(), family.examples()
     truth = true_gradients(family)
     layers, idle = running(model, task, examples)
-    left = left_out(model, task, layers)
+    named = [name for name, _ in model.named_modules() if pattern(name) not in idle]
+    left = left_out(model, task, layers) & {model.get_submodule(name) for name in named}
     errors, refused = gradient_errors(model, task, layers, examples, truth)
     never, alone = {each for each in left if not trackable(each)}, list[float]()
     if refused:
         alone, _ = gradient_errors(model, task, layers, examples, truth, (1,))
     else:
-        more, refusing = with_named(model, task, layers, examples, truth)
+        more, refusing = with_named(model, task, layers, named, examples, truth)
         errors += more
-        never |= refusing & set(left)
+        never |= refusing & left
     return Outcome(
         model=type(model).__name__,
         task=type(task).__name__,
         refused=refused,
         alone=max(alone, default=None),
-        when_named=kinds(set(left) - never),
+        when_named=kinds(left - never),
         never=kinds(never),
         idle=idle,
         error=max(errors, default=None),
@@ -86,11 +87,17 @@ def outcome(family: Family) -> Outcome:
 
 
 def with_named(
-    model: nn.Module, task: Task, layers: Layers, examples: Sequence[object], truth: Gradients
+    model: nn.Module,
+    task: Task,
+    layers: Layers,
+    names: Sequence[str],
+    examples: Sequence[object],
+    truth: Gradients,
 ) -> tuple[list[float], set[nn.Module]]:
-    """Track what can be tracked besides: the errors of gradients, and the modules that were refused."""
+    """Track what else of these names can be tracked: the errors of gradients, and the modules that were refused."""
     tracked = {use.name for layer in layers.values() for use in layer.uses}
-    more = {name: each for name, each in model.named_modules() if trackable(each) and name not in tracked}
+    modules = {name: model.get_submodule(name) for name in names if name not in tracked}
+    more = {name: each for name, each in modules.items() if trackable(each)}
     errors, refusing = list[float](), set[nn.Module]()
     while more:
         try:
@@ -132,10 +139,9 @@ def besides(model: nn.Module, task: Task) -> set[nn.Module]:
     return {each for each in model.modules() if isinstance(each, nn.Embedding) or each is head}
 
 
-def left_out(model: nn.Module, task: Task, layers: Layers) -> list[nn.Module]:
+def left_out(model: nn.Module, task: Task, layers: Layers) -> set[nn.Module]:
     """The modules with weights that are not tracked, besides embeddings and the output head."""
-    found = [model.get_submodule(each.name) for each in untracked(model, layers)]
-    return [each for each in found if each not in besides(model, task)]
+    return {model.get_submodule(each.name) for each in untracked(model, layers)} - besides(model, task)
 
 
 def tracked(family: Family, idle: Sequence[str]) -> tuple[int, float]:

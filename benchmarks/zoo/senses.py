@@ -32,10 +32,13 @@ def classifier(name: str, kind: str, settings: Settings, **more: Any) -> Family:
     return Family(name, tiny, Labelled, images, OfTransformers(kind))
 
 
-def listener(name: str, kind: str, **settings: Any) -> Family:
+def listener(name: str, kind: str) -> Family:
     """A classifier of sounds of one length."""
-    tiny = OfTransformers(kind, {"num_labels": CLASSES, **_LISTENER, **settings})
-    return Family(name, tiny, Labelled, lambda: numbers("input_values", 48), OfTransformers(kind))
+    tiny = OfTransformers(kind, {"num_labels": CLASSES, **_LISTENER})
+    return Family(
+        name, tiny, Labelled, lambda: numbers("input_values", 48), OfTransformers(kind),
+        note="the convolution of positions is under weight normalisation: its gradient is of the weight that this gives",
+    )  # fmt: skip
 
 
 def captioned() -> list[object]:

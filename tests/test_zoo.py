@@ -43,9 +43,10 @@ def test_gradients_are_those_of_autograd_and_the_table_says_what_is_tracked(fami
     if version("transformers") != PUBLISHED["transformers"]:
         return
     now: dict[str, object] = {
-        "model": found.model, "task": found.task, "refused": found.refused, "when_named": list(found.when_named),
-        "never": list(found.never), "note": family.note,
+        "model": found.model, "task": found.task, "when_named": list(found.when_named), "never": list(found.never),
+        "idle": list(found.idle), "note": family.note,
     }  # fmt: skip
+    assert (found.refused is None) == (published["refused"] is None), found.refused
     if published["layers"] < QUICK:
         layers, share = tracked(family, found.idle)
         now |= {"layers": layers, "share": pytest.approx(share, abs=1e-12)}

@@ -37,7 +37,7 @@ def listener(name: str, kind: str) -> Family:
     tiny = OfTransformers(kind, {"num_labels": CLASSES, **_LISTENER})
     return Family(
         name, tiny, Labelled, lambda: numbers("input_values", 48), OfTransformers(kind),
-        note="the convolution of positions is under weight normalisation: its gradient is of the weight that this gives",
+        note="the convolution of positions is under weight normalisation: its gradient is of what that gives",
     )  # fmt: skip
 
 

@@ -91,3 +91,27 @@ def test_vectors_that_are_not_the_batch_s_tokens_are_refused(tmp_path: Path) -> 
             LayerError, match=rf"'each' saw a batch of {12 * batch} for {batch} examples: .*flatten all of"
         ):
             study.fit(wf.Diagonal(), execution=wf.Execution(train_batch_size=batch))
+
+
+class TokensFirst(nn.Module):
+    """Flattens [tokens, batch, features] behind a layer that has the batch first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.each, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(inputs)).transpose(0, 1)  # [tokens, batch, 5]
+        each = torch.tanh(self.each(hidden.reshape(-1, 5))).view(hidden.shape)
+        result: Tensor = self.last(each.mean(0))
+        return result
+
+
+def test_what_is_flattened_tokens_first_is_refused(tmp_path: Path) -> None:
+    """It has the shape of what is flattened example by example: vectors would be taken for those of other examples."""
+    rows: list[Any] = [(torch.randn(6, 4), torch.tensor(row % 3)) for row in range(5)]
+    study = wf.Study(tmp_path, TokensFirst(), wf.Classification(), train=rows)
+    for batch in (2, 5):
+        with pytest.raises(LayerError, match="'each' reads all tokens flattened, and not example by example"):
+            study.fit(wf.Diagonal(), execution=wf.Execution(train_batch_size=batch))
+    study.fit(wf.Diagonal(), execution=wf.Execution(train_batch_size=1))

@@ -106,6 +106,8 @@ class Capture(AbstractContextManager["Capture"]):
 
     Args:
         operand: what becomes of every captured tensor; a wider type, unless one asks for something else.
+        flattened: layers whose flattened inputs are known to be example by example; others are looked at when there are
+            several examples, and are among them then. None looks at none.
     """
 
     def __init__(
@@ -114,7 +116,9 @@ class Capture(AbstractContextManager["Capture"]):
         layers: Mapping[str, TrackedLayer],
         receive: Receiver,
         operand: Callable[[Tensor], Tensor] = widened,
+        flattened: set[str] | None = None,
     ) -> None:
+        self._flattened = flattened
         self._model = model
         self._layers = layers
         self._receive = receive
@@ -169,8 +173,11 @@ class Capture(AbstractContextManager["Capture"]):
             self._check(value, current)
             current.backward = True
             with leaves_of(value) as leaves:
+                current.check_flattened(leaves)
                 # Not by `autograd.grad`, with which PyTorch's counters of operations refuse modules that read a leaf.
                 torch.autograd.backward(value, inputs=leaves)
+            if self._flattened is not None:
+                self._flattened.update(current.first)
             for name in list(current.calls):  # layers of which only some calls have part in the loss
                 captured = self._concatenated(name, current)
                 if captured is not None:
@@ -282,6 +289,9 @@ class Capture(AbstractContextManager["Capture"]):
             flat = None if routing else current.flat(use, inputs)
             seen = inputs.detach() if flat is None else inputs.detach().unflatten(0, (-1, flat))
             call = Call(use, seen, inputs._version, current.model_calls - 1, flat, routing)
+            unknown = self._flattened is not None and name not in self._flattened and current.examples > 1
+            if flat is not None and unknown and inputs.requires_grad:
+                current.first.setdefault(name, inputs[:flat])
             current.calls.setdefault(name, []).append(call)
             output.register_hook(partial(self._gradient_hook, name, call))
         return output if replaced else None
@@ -289,6 +299,8 @@ class Capture(AbstractContextManager["Capture"]):
     def _gradient_hook(self, name: str, call: Call, gradient: Tensor) -> None:
         current = self._pass
         assert current is not None
+        if current.looking:
+            return
         call.gradient = gradient if call.flat is None else gradient.unflatten(0, (-1, call.flat))
         if all(each.gradient is not None for each in current.calls[name]):
             captured = self._concatenated(name, current)

@@ -69,6 +69,8 @@ class Pass:
         latest_joined: activations of several calls, and what they were last joined to.
         without_graph: layers that ran while gradients were switched off.
         owners: modules that ran through their linear maps.
+        first: what is taken for the first example's part of flattened inputs, by layer, while nobody has looked whether
+            it is; looking: somebody does, and hooks do nothing.
     """
 
     examples: int
@@ -81,6 +83,8 @@ class Pass:
     latest_joined: tuple[Sequence[Tensor], Tensor] | None = None
     without_graph: set[str] = field(default_factory=set)
     owners: set[nn.Module] = field(default_factory=set)
+    first: dict[str, Tensor] = field(default_factory=dict)
+    looking: bool = False
 
     def flat(self, use: Use, inputs: Tensor) -> int | None:
         """How many tokens an example has in an input [batch * tokens, ...]; None of one that is no such input.
@@ -90,6 +94,27 @@ class Pass:
         tokens, rest = divmod(len(inputs), self.examples)
         plain = inputs.dim() == (1 if use.kind.one_hot else 2) and use.kind.tokenwise
         return tokens if plain and not rest and tokens != 1 and tokens in self.lengths else None
+
+    def check_flattened(self, leaves: Sequence[Tensor]) -> None:
+        """Refuse flattened inputs of which what is taken for the first example's depends on another example.
+
+        Of [tokens, batch, ...], what is flattened is in another order than of [batch, tokens, ...].
+
+        Args:
+            leaves: what the graph begins at.
+        """
+        leaves = [leaf for leaf in leaves if len(leaf) == self.examples]
+        self.looking = True
+        try:
+            if leaves and self.first and _depends(list(self.first.values()), leaves):
+                mixed = next(name for name, each in self.first.items() if _depends([each], leaves))
+                raise LayerError(
+                    f"Layer {mixed!r} reads all tokens flattened, and not example by example, as [tokens, batch, ...] "
+                    "is flattened: whose they are cannot be told. Flatten [batch, tokens, ...], or leave the layer out "
+                    "with `layers=[...]`."
+                )
+        finally:
+            self.looking = False
 
     def packing(self, layer: str, call: Call, routing: Routing, expert: int) -> Packing:
         """How an expert's vectors are laid out by example.
@@ -155,6 +180,13 @@ class Pass:
                 "Leave the layer out with `layers=[...]`, or return None from Task.mask."
             )
         return found
+
+
+def _depends(first: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
+    """Whether what is the first example's has a gradient by another example's part of the leaves."""
+    ones = [torch.ones_like(each) for each in first]
+    found = torch.autograd.grad(first, leaves, ones, retain_graph=True, allow_unused=True)
+    return any(bool(each[1:].any()) for each in found if each is not None)
 
 
 def _not_told_apart(what: str) -> LayerError:

@@ -77,6 +77,7 @@ class Sweep(Generic[Batch]):
     Attributes:
         layers: the tracked layers by name.
         logged: what the log is not to repeat.
+        flattened: layers whose flattened inputs are known to be example by example.
     """
 
     model: nn.Module
@@ -85,6 +86,7 @@ class Sweep(Generic[Batch]):
     execution: Execution = field(default_factory=Execution)
     profile: Profile = field(default_factory=Profile)
     logged: set[str] = field(default_factory=set)
+    flattened: set[str] = field(default_factory=set)
 
     @cached_property
     def precision(self) -> Precision:
@@ -238,8 +240,10 @@ class Sweep(Generic[Batch]):
                     if search is not None:
                         search.collected(layer, captured)
 
+        # That takes a backward pass more: in all processes, and not through what is compiled for one alone.
+        flattened = None if self.lockstep or self.execution.compile_activations else self.flattened
         with (
-            Capture(self.model, self.layers, receive, self.precision.operand) as capture,
+            Capture(self.model, self.layers, receive, self.precision.operand, flattened) as capture,
             action(f"{state.name}: forward and backward"),
             self.precision.passes(self.device),
         ):

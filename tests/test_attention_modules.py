@@ -15,9 +15,9 @@ from tests.dense_gauss_newton import study_of, system_of
 from tests.models import Case, Sequences, relative_error, sequences
 from tests.reference import gradient_products
 from tests.runs import factored
-from wherefrom.engine.modules.attention import attention_forward, attention_maps
 from wherefrom.engine.modules.coverage import coverage, mostly_left_out, untracked
 from wherefrom.engine.modules.layers import select_layers
+from wherefrom.engine.modules.written.attention import attention_forward, attention_maps
 from wherefrom.runtime.errors import LayerError
 
 BATCH, QUERIES, KEYS, FEATURES, HEADS = 3, 4, 5, 6, 2

@@ -57,18 +57,30 @@ def base(folder: Path, kind: str | None) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
 
 
-def adapted(model: nn.Module) -> Any:
+def adapted(model: nn.Module, kind: str = "lora") -> Any:
     import peft
 
+    names = ["q_proj", "down_proj"]
+    configs: dict[str, peft.PeftConfig] = {
+        "lora": peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False),
+        "dora": peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False, use_dora=True),
+        "ia3": peft.IA3Config(target_modules=names, feedforward_modules=["down_proj"], init_ia3_weights=False),
+        "adalora": peft.AdaLoraConfig(
+            init_r=3, target_r=2, total_step=10, target_modules=names, init_lora_weights=False
+        ),
+    }
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    return peft.get_peft_model(model, config).eval()
+    return peft.get_peft_model(model, configs[kind]).eval()
 
 
-def meant(model: nn.Module, folder: Path) -> Any:
+def meant(model: nn.Module, folder: Path, kind: str = "lora") -> Any:
     """The same model in float32: a layer's weight is what it makes of an identity, computed as in training."""
-    plain = adapted(base(folder, None))
+    plain = adapted(base(folder, None), kind)
+    own = dict(plain.named_parameters())
     with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not type(parameter).__module__.startswith("torchao"):
+                own[name].copy_(parameter)
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Linear) and not any(part in name for part in ("lora_", "lm_head")):
                 stored: Any = copy.deepcopy(layer).train()
@@ -76,6 +88,19 @@ def meant(model: nn.Module, folder: Path) -> Any:
                 weight = stored.weight.dequantize() if torchao else stored(torch.eye(stored.in_features)).T
                 plain.get_submodule(name).weight.copy_(weight)
     return plain
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3", "adalora"])
+@pytest.mark.parametrize("stored", ["nf4", "int8"])
+def test_adapters_of_other_kinds_stand_beside_few_bits_too(
+    folder: Path, tmp_path: Path, kind: str, stored: str
+) -> None:
+    model = adapted(base(folder, stored), kind)
+    values = [
+        wf.Study(tmp_path / str(number), each, wf.CausalLM(), train=TRAIN).score(QUERIES, wf.Dot()).values
+        for number, each in enumerate((model, meant(model, folder, kind)))
+    ]
+    assert relative_error(*values) < 1e-4
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

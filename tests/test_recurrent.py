@@ -17,7 +17,7 @@ from tests.dense_gauss_newton import study_of, system_of
 from tests.models import Case, Sequences, relative_error, sequences
 from tests.reference import gradient_products
 from tests.runs import factored
-from wherefrom.engine.modules.recurrent import recurrent_forward, recurrent_maps
+from wherefrom.engine.modules.written.recurrent import recurrent_forward, recurrent_maps
 from wherefrom.runtime.errors import LayerError
 
 KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {

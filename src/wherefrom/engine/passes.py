@@ -92,7 +92,7 @@ class Pass:
         Only as many as the batch has: those of one example must not be taken for another's.
         """
         tokens, rest = divmod(len(inputs), self.examples)
-        plain = inputs.dim() == (1 if use.kind.one_hot else 2) and use.kind.tokenwise
+        plain = inputs.dim() == (1 if use.kind.one_hot else 2) and use.kind.tokenwise and not use.beside_text
         return tokens if plain and not rest and tokens != 1 and tokens in self.lengths else None
 
     def check_flattened(self, leaves: Sequence[Tensor]) -> None:
@@ -146,6 +146,8 @@ class Pass:
         What is real of [batch, tokens, heads, width] or [batch, heads, tokens, width] is so for each head. With as many
         heads as tokens, it is read so that padding has no gradient.
         """
+        if call.use.beside_text:
+            return None
         sizes = call.inputs.shape[1:-1]
         if not (call.use.kind.tokenwise and len(sizes) > 1 and math.prod(sizes) == tokens):
             return self._of_length(tokens, call)
@@ -173,7 +175,7 @@ class Pass:
         """
         found = self.padding_of(tokens, call)
         # A layer that sees one vector for each example has no padding left.
-        if found is None and self.padding and tokens != 1:
+        if found is None and self.padding and tokens != 1 and not call.use.beside_text:
             counts = " and ".join(str(each.mask.shape[1]) for each in self.padding)
             raise LayerError(
                 f"Layer {layer!r} has {tokens} tokens per example and the task's mask {counts}. "

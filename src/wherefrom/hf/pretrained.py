@@ -6,7 +6,6 @@ and chooses the task that its architecture was trained for.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
@@ -32,9 +31,6 @@ from wherefrom.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-# What LoRA trains; the layers that it adapts are frozen.
-_ADAPTER_LAYERS = ("*.lora_A.*", "*.lora_B.*")
 
 Options = TypeVar("Options", Preparation, ModelLoading)
 
@@ -98,9 +94,6 @@ class Pretrained:
             torch.nn.Module.to(model, device)
         if self._adapted is not None:
             model = _with_adapter(model, self.folder)
-            if task.layers is None:
-                task = copy.copy(task)
-                task.layers = _ADAPTER_LAYERS
         return PretrainedStudy(run, model, task, train=train, pretrained=self, **options)
 
     def _prepared(self, sources: Sequence[Source], preparation: Preparation) -> Dataset[object]:

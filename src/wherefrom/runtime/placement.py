@@ -69,16 +69,16 @@ def computed_by(module: nn.Module) -> str:
 @contextmanager
 def computes_by(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within it, a module computes by another `forward`; it is put back as it was."""
-    name = computed_by(module)
-    before = vars(module).get(name)
-    setattr(module, name, forward)
+    name, own = computed_by(module), vars(module)  # past PyTorch's setattr, to which a module would be a part
+    before = own.get(name)
+    own[name] = forward
     try:
         yield
     finally:
         if before is None:
-            delattr(module, name)
+            del own[name]
         else:
-            setattr(module, name, before)
+            own[name] = before
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from wherefrom.runtime.errors import InputError
 from wherefrom.tasks import packing
+from wherefrom.tasks.adapters.prompts import virtual_tokens
 from wherefrom.tasks.columns import batched_columns, check_highest, check_length, check_mask, number, tensor, vector
 from wherefrom.tasks.losses import IGNORED, summed_cross_entropy, summed_log_odds
 from wherefrom.tasks.model_inputs import accepted, check_tokens, model_columns, selected
@@ -189,8 +190,12 @@ class CausalLM(LanguageTask):
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         # The labels are shifted, not the logits: a slice of those would be copied, and filled up again going back.
-        labels = functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED)
-        return self._logits(model, batch), of_real_tokens(labels, batch)
+        labels = of_real_tokens(functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED), batch)
+        virtual = virtual_tokens(model)
+        if virtual:  # of these, the last predicts the text's first
+            labels = torch.cat([_labels(batch)[:, :1], labels], 1)
+            labels = functional.pad(labels, (virtual - 1, 0), value=IGNORED)
+        return self._logits(model, batch), labels
 
     def measurement(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         if not isinstance(self.measure, ChosenToken):
@@ -199,13 +204,14 @@ class CausalLM(LanguageTask):
         mask = self.mask(batch)
         assert mask is not None
         positions = _token_positions(mask, self.measure.position)
-        after = logits[torch.arange(len(positions), device=positions.device), positions]  # [batch, classes]
+        each = torch.arange(len(positions), device=positions.device)
+        after = logits[each, positions + virtual_tokens(model)]  # [batch, classes]
         if not 0 <= self.measure.token < after.shape[1]:
             raise InputError(f"measure={self.measure}: the model's vocabulary has tokens 0 to {after.shape[1] - 1}.")
         return summed_cross_entropy(after, torch.full_like(positions, self.measure.token))
 
     def _logits(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        """Logits [batch, tokens, classes] of what follows each token."""
+        """Logits [batch, tokens, classes] of what follows each token, those of a learned prompt first."""
         inputs = self.inputs(model, batch)
         # Models keep packed documents apart only without a mask, which tells them nothing: padding comes last.
         mask = None if "position_ids" in inputs else inputs.get("attention_mask")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wherefrom.runtime.errors import InputError
+from wherefrom.tasks.adapters.prompts import prompt_length
 from wherefrom.tasks.columns import check_highest
 
 # Arguments of a forward that no column of a dataset can be, and what is to be done instead.
@@ -114,10 +115,12 @@ def check_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         return
     if "position_ids" in batch:
         check_highest("position_ids", batch["position_ids"], positions.stop, "positions")
-    elif ids.shape[1] > len(positions):
+        return
+    left = len(positions) - prompt_length(model)
+    if ids.shape[1] > left:
         raise InputError(
-            f"a sequence has {ids.shape[1]} tokens, and the model positions for {len(positions)}. Cut the examples as "
-            "they were cut for training."
+            f"a sequence has {ids.shape[1]} tokens, and the model positions for {left}. Cut the examples as they were "
+            "cut for training."
         )
 
 

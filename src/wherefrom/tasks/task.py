@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from wherefrom.runtime.errors import InputError, check_argument, first_line
 from wherefrom.runtime.memory import out_of_memory
 from wherefrom.runtime.precision import widened
+from wherefrom.tasks.adapters.prompts import prompting_each
 from wherefrom.tasks.adapters.quantized import multiplying_dequantized
 from wherefrom.tasks.descriptions import described, described_class
 from wherefrom.tasks.losses import half_squared_error, summed_binary_cross_entropy
@@ -129,11 +130,14 @@ class Task(Generic[Batch]):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with weights of few bits dequantized; every module is put back as it was."""
+    """Evaluation mode, with weights of few bits dequantized and prompts of their own for each example.
+
+    Every module is put back as it was.
+    """
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with multiplying_dequantized(model):
+        with multiplying_dequantized(model), prompting_each(model):
             yield
     finally:
         for module, flag in training:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from wherefrom.engine.modules.layers import TrackedLayer, parameters_of, weights_of
+from wherefrom.tasks.adapters.composition import adapters_of
 
 
 class Untracked(NamedTuple):
@@ -24,7 +25,7 @@ class Untracked(NamedTuple):
 def untracked(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> list[Untracked]:
     """The modules whose own weights are trainable and not tracked, in the model's order; tied weights count once.
 
-    Of a model that is frozen as a whole, every weight counts.
+    Of a model that is frozen as a whole every weight counts, or every one of its adapters.
     """
     parameters, parts = list(parameters_of(model)), Counter[tuple[int, str]]()
     uses = [use for layer in layers.values() for use in layer.uses]
@@ -32,10 +33,11 @@ def untracked(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> list[Untr
         parts[id(part.owner), part.name] += part.numel
     tracked = {use.module for use in uses}
     seen = {each.identity for each in parameters if each.module in tracked}
-    frozen = not any(each.value.requires_grad for each in parameters)
+    frozen, adapters = not any(each.value.requires_grad for each in parameters), adapters_of(model)
     counts: Counter[tuple[str, str]] = Counter()
     for each in parameters:
-        if each.identity not in seen and (each.value.requires_grad or frozen):
+        trained = each.value.requires_grad or (frozen and (adapters is None or each.module in adapters.modules))
+        if each.identity not in seen and trained:
             counts[each.owner, type(each.module).__name__] += each.value.numel() - parts[id(each.module), each.name]
         seen.add(each.identity)
     return [Untracked(name, kind, weights) for (name, kind), weights in counts.items() if weights]
@@ -58,16 +60,20 @@ def mostly_left_out(
 ) -> str | None:
     """What is to be said where less than half of the trained weights are tracked; None otherwise.
 
-    Embeddings and the output head do not count, which are left out on purpose.
+    Embeddings and the output head do not count, which are left out on purpose. Beside adapters everything does that was
+    trained, however little.
 
     Args:
         idle: layers that never run.
     """
-    aside = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head}
+    whole = adapters_of(model) is None
+    aside = {
+        name for name, module in model.named_modules() if whole and (isinstance(module, nn.Embedding) or module is head)
+    }
     left = [each for each in untracked(model, layers) if each.name not in aside]
     own = [layer for layer in layers.values() if not any(use.name in aside for use in layer.uses)]
     tracked, missing = sum(math.prod(layer.shape) for layer in own), sum(each.weights for each in left)
-    if tracked >= missing:
+    if not missing or (whole and tracked >= missing):
         return None
     owners_left = {id(model.get_submodule(each.name)): each for each in left}
     inside: dict[Untracked, list[str]] = {each: [] for each in left}
@@ -85,9 +91,10 @@ def mostly_left_out(
     if len(possible) + len(impossible) < len(left):
         advice.append("others never run")
     share = tracked / (tracked + missing)
+    besides = ", besides embeddings and output head, are" if whole else " are"
     return (
-        f"Only {share:.0%} of the {_short(tracked + missing)} weights that were trained, besides embeddings and output "
-        f"head, are tracked: scores say nothing of what the others have learned. Of these, {'; '.join(advice)}"
+        f"Only {share:.0%} of the {_short(tracked + missing)} weights that were trained{besides} tracked: scores say "
+        f"nothing of what the others have learned. Of these, {'; '.join(advice)}"
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wherefrom.engine.modules.linear_map import LinearMap
+from wherefrom.engine.modules.linear_map import LinearMap, Lookup, Map, Scaling
 from wherefrom.runtime.precision import widened
 from wherefrom.tasks.adapters.quantized import stored_as
 
@@ -58,7 +58,7 @@ class LayerType:
 
     def size(self, module: nn.Module) -> tuple[int, int]:
         """(outputs, inputs) of the weight as a matrix, without a bias that is its last column."""
-        shape = module.parts[0].shape if isinstance(module, LinearMap) else _weight(module).shape
+        shape = module.parts[0].shape if isinstance(module, Map) else _weight(module).shape
         if self.elementwise:
             return 1, math.prod(shape) * (1 + int(getattr(module, "bias", None) is not None))
         rows, columns = shape[0], math.prod(shape[1:])
@@ -167,6 +167,10 @@ def _filled(weight: Tensor, value: float, like: Tensor) -> nn.Parameter:
     return nn.Parameter(filled, requires_grad=False)
 
 
+def _scaled(module: nn.Module, inputs: Tensor) -> Tensor:
+    return widened(inputs).reshape(len(inputs), -1, inputs.shape[-1])
+
+
 def _features(module: nn.Module, gradient: Tensor) -> Tensor:
     return widened(gradient).reshape(len(gradient), -1, _weight(module).numel())
 
@@ -232,12 +236,23 @@ def distinct_one_hot(ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return one_hot(own, ids.shape[1], dtype), columns.clamp_min_(0)
 
 
+def map_type(module: Map) -> LayerType:
+    """The kind of a map."""
+    if isinstance(module, LinearMap):
+        return TRANSPOSED_LINEAR if module.transposed else LINEAR
+    return _MAP_TYPES[type(module)]
+
+
 # By qualified name or pattern, so that the engine does not import the libraries that define the layers. None marks a
 # class that derives from a supported one and is used in another way.
 LINEAR = LayerType(_as_tokens, _as_tokens, plain=True)
 TRANSPOSED_LINEAR = replace(LINEAR, transposed=True)
 _CONVOLUTION = LayerType(_patches, _convolution_outputs, copies=_groups)
 _ELEMENTWISE = LayerType(_normalized, _features, by_default=False, elementwise=True, refused=_without_weight)
+_MAP_TYPES = {
+    Scaling: LayerType(_scaled, _scaled, elementwise=True),
+    Lookup: LayerType(_ids, _as_tokens, one_hot=True),
+}
 LAYER_TYPES: dict[str, LayerType | None] = {
     "torch.nn.modules.linear.Linear": LINEAR,
     "transformers.models.falcon.modeling_falcon.FalconLinear": LINEAR,

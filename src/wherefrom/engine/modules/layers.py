@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wherefrom.engine.modules.layer_types import (
-    LINEAR,
-    TRANSPOSED_LINEAR,
     LayerType,
     elementwise_tensors,
     kind_names,
     layer_type,
+    map_type,
     one_hot,
     trackable,
     why_quantized,
 )
-from wherefrom.engine.modules.linear_map import LinearMap, Part
+from wherefrom.engine.modules.linear_map import Map, Part
 from wherefrom.engine.modules.written_out import WrittenOut, written_out, written_out_kind
 from wherefrom.runtime.errors import LayerError
 from wherefrom.runtime.placement import tied_names
+from wherefrom.tasks.adapters.composition import adapters_of, beside_text
 from wherefrom.tasks.adapters.quantized import stored_as
 
 # Matrix units want rows of a multiple of 16 bytes: a product with 769 columns takes up to twice as long as with 776.
@@ -46,18 +46,20 @@ class Use:
     """One module that a weight is used by, under its name in the model.
 
     Attributes:
-        owner: the module that is written out, if this is one of its linear maps.
+        owner: the module that is written out, if this is one of its maps.
+        beside_text: whether it sees something else than the text's tokens, of which none is padding.
     """
 
     name: str
     module: nn.Module
     kind: LayerType
     owner: WrittenOut | None = None
+    beside_text: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """Of which parameters its weight and, if there is one, its bias are."""
-        if isinstance(self.module, LinearMap):
+        if isinstance(self.module, Map):
             return self.module.parts
         return tuple(
             Part(self.module, name) for name in ("weight", "bias") if getattr(self.module, name, None) is not None
@@ -215,8 +217,8 @@ def select_layers(
 
     Args:
         patterns: names or glob patterns, which match layers of every supported kind. None means linear layers and
-            convolutions except `head`; of a model with LoRA adapters only those, and of a model with some frozen
-            weights only layers that are not.
+            convolutions except `head`; of a model with adapters of peft these, of every kind; and of a model with some
+            frozen weights only layers that are not.
         head: the output head.
 
     Raises:
@@ -236,8 +238,9 @@ def weights_of(model: nn.Module) -> list[list[Use]]:
     """The modules of supported kinds, those that use one weight together."""
     identities = {(id(each.module), each.name): each.identity for each in parameters_of(model)}
     groups: dict[tuple[int | str, str], list[Use]] = {}
+    beside = beside_text(model)
     for name, module in model.named_modules():
-        for use in _uses(name, module):
+        for use in _uses(name, module, module in beside):
             part = use.parts[0]
             # A weight that is computed, as by weight normalisation, is no parameter, and another tensor at every look.
             identity = identities.get((id(part.owner), part.name), use.name)
@@ -245,17 +248,16 @@ def weights_of(model: nn.Module) -> list[list[Use]]:
     return list(groups.values())
 
 
-def _uses(name: str, module: nn.Module) -> list[Use]:
-    """A module as a layer, or its linear maps; nothing of a module that cannot be tracked."""
+def _uses(name: str, module: nn.Module, beside: bool) -> list[Use]:
+    """A module as a layer, or its maps; nothing of a module that cannot be tracked."""
     kind = trackable(module)
     if kind is not None:
-        return [Use(name, module, kind)]
+        return [Use(name, module, kind, beside_text=beside)]
     owner = written_out(module)
     if owner is None:
         return []
-    kinds = {True: TRANSPOSED_LINEAR, False: LINEAR}
     return [
-        Use(".".join(filter(None, (name, inside))), each, kinds[each.transposed], owner)
+        Use(".".join(filter(None, (name, inside))), each, map_type(each), owner, beside)
         for inside, each in owner.maps.items()
     ]
 
@@ -280,12 +282,25 @@ def parameters_of(model: nn.Module) -> Iterator[Parameter]:
 
 
 def _by_default(model: nn.Module, weights: Sequence[list[Use]], head: nn.Module | None) -> list[list[Use]]:
-    chosen = [uses for uses in weights if any(use.kind.by_default and use.module is not head for use in uses)]
+    adapters = adapters_of(model)
+    heads = set() if head is None else set(head.modules())  # peft's copies of it, too
+    own = adapters.modules - adapters.copies if adapters else ()
+    chosen = [
+        uses
+        for uses in weights
+        if any((use.kind.by_default and use.module not in heads) or use.parts[0].owner in own for use in uses)
+    ]
     trainable = [parameter.requires_grad for parameter in model.parameters()]
-    if _has_adapters(model):
-        chosen = [uses for uses in chosen if any("lora_" in use.name for use in uses)]
+    if adapters is not None:
+        chosen = [uses for uses in chosen if any(use.parts[0].owner in adapters.modules for use in uses)]
     elif any(trainable) and not all(trainable):
         chosen = [uses for uses in chosen if uses[0].parts[0].parameter.requires_grad]
+    if not chosen and adapters is not None:
+        raise LayerError(
+            f"{type(model).__name__} has adapters ({', '.join(adapters.kinds)}), and none that is tracked: their "
+            "weights are of no supported kind of layer. Track the model's own matrices with the adapters in them, as "
+            "merge_and_unload() of peft gives them; or train adapters of another kind, such as LoRA."
+        )
     quantized = [stored for stored in map(stored_as, model.modules()) if stored]
     if not chosen and quantized:
         raise LayerError(
@@ -302,10 +317,6 @@ def _by_default(model: nn.Module, weights: Sequence[list[Use]], head: nn.Module 
             f"adapters these alone. Name some with `layers=[...]`, such as {weights[0][0].name!r}."
         )
     return chosen
-
-
-def _has_adapters(model: nn.Module) -> bool:
-    return any(f"{base.__module__}.{base.__qualname__}" == "peft.peft_model.PeftModel" for base in type(model).__mro__)
 
 
 def _named(model: nn.Module, weights: Sequence[list[Use]], patterns: Sequence[str]) -> list[list[Use]]:

@@ -1,6 +1,6 @@
-"""A linear map whose weight is a part of another module's parameter, such as one expert's of all experts' weights.
+"""Maps whose weight is a part of another module's parameter, such as one expert's of all experts' weights.
 
-It is a module, so that hooks see what it reads and gives; but it has no parameters, and is no part of a model.
+They are modules, so that hooks see what they read and give; but have no parameters, and are no part of a model.
 """
 
 from __future__ import annotations
@@ -54,28 +54,38 @@ class Part:
         return self.index == other.index and (named or self.parameter is other.parameter)
 
 
-class LinearMap(nn.Module):
-    """y = x W^T + b, or x W + b of a weight that is stored transposed.
+class Map(nn.Module):
+    """What multiplies with parameters of another module.
 
     Attributes:
-        parts: of parameters: W and, if there is one, b.
-        transposed: whether W is [inputs, outputs].
+        parts: of parameters: the weight and, if there is one, the bias.
     """
 
-    def __init__(self, weight: Part, bias: Part | None = None, *, transposed: bool = False) -> None:
+    def __init__(self, weight: Part, bias: Part | None = None) -> None:
         super().__init__()
         self.parts = (weight,) if bias is None else (weight, bias)
-        self.transposed = transposed
 
     @property
     def weight(self) -> Tensor:
-        """W, a view of the parameter as it is now."""
+        """A view of the parameter as it is now."""
         return self.parts[0].of(self.parts[0].parameter)
 
     @property
     def bias(self) -> Tensor | None:
-        """b, likewise."""
+        """Likewise."""
         return self.parts[1].of(self.parts[1].parameter) if len(self.parts) > 1 else None
+
+
+class LinearMap(Map):
+    """y = x W^T + b, or x W + b of a weight that is stored transposed.
+
+    Attributes:
+        transposed: whether W is [inputs, outputs].
+    """
+
+    def __init__(self, weight: Part, bias: Part | None = None, *, transposed: bool = False) -> None:
+        super().__init__(weight, bias)
+        self.transposed = transposed
 
     def forward(self, inputs: Tensor, routing: Routing | None = None, expert: int = 0) -> Tensor:
         """x [..., inputs] to y [..., outputs], in the type of x.
@@ -87,3 +97,27 @@ class LinearMap(nn.Module):
         bias, weight = self.bias, self.weight.to(inputs.dtype)
         bias = None if bias is None else bias.to(inputs.dtype)
         return functional.linear(inputs, weight.T if self.transposed else weight, bias)
+
+
+class Scaling(Map):
+    """y = w * x, of a weight [features], in any shape."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """x [..., features] to y of the same shape."""
+        return inputs * self.weight.flatten()
+
+
+class Lookup(Map):
+    """y = W[:, id], of a weight [outputs, ids].
+
+    Args:
+        padding: an id that learns nothing.
+    """
+
+    def __init__(self, weight: Part, padding: int | None) -> None:
+        super().__init__(weight)
+        self.padding_idx = padding
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] to y [..., outputs]."""
+        return functional.embedding(ids, self.weight.T, self.padding_idx)

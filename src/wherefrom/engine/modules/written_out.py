@@ -1,6 +1,6 @@
-"""Which modules are computed through linear maps, and how they are made to.
+"""Which modules are computed through maps of their weights, and how they are made to.
 
-A kind is a row of `WRITTEN_OUT`. It says which linear maps a module is made of, and computes with these exactly what
+A kind is a row of `WRITTEN_OUT`. It says which maps a module is made of, and computes with these exactly what
 the module computes; whatever is to be captured is what the maps read and give.
 """
 
@@ -14,8 +14,20 @@ from typing import Any
 
 from torch import nn
 
-from wherefrom.engine.modules.attention import attention_forward, attention_maps
-from wherefrom.engine.modules.experts import (
+from wherefrom.engine.modules.linear_map import Map
+from wherefrom.engine.modules.written.adapters import (
+    adalora_forward,
+    adalora_maps,
+    embedding_forward,
+    embedding_maps,
+    ia3_forward,
+    ia3_maps,
+    magnitude_forward,
+    magnitude_maps,
+    without_own_products,
+)
+from wherefrom.engine.modules.written.attention import attention_forward, attention_maps
+from wherefrom.engine.modules.written.experts import (
     dbrx_forward,
     dbrx_maps,
     expert_forward,
@@ -24,9 +36,8 @@ from wherefrom.engine.modules.experts import (
     llama4_maps,
     of_another_form,
 )
-from wherefrom.engine.modules.linear_map import LinearMap
-from wherefrom.engine.modules.recurrent import recurrent_forward, recurrent_maps
-from wherefrom.engine.modules.routers import router_forward, router_maps, without_linear_weight
+from wherefrom.engine.modules.written.recurrent import recurrent_forward, recurrent_maps
+from wherefrom.engine.modules.written.routers import router_forward, router_maps, without_linear_weight
 from wherefrom.runtime.placement import computed_by, computes_by
 
 
@@ -42,14 +53,22 @@ class Kind:
         refused: why a module of this kind cannot be written out; None when it can.
     """
 
-    maps: Callable[[nn.Module], dict[str, LinearMap]]
-    forward: Callable[[nn.Module, Mapping[str, LinearMap]], Callable[..., Any]]
+    maps: Callable[[nn.Module], Mapping[str, Map]]
+    forward: Callable[[nn.Module, Mapping[str, Map]], Callable[..., Any]]
     sparse: bool = False
     refused: Callable[[nn.Module], str | None] = lambda module: None
 
 
 # By the pattern of a qualified name, as `LAYER_TYPES` are.
+_IA3 = Kind(ia3_maps, ia3_forward, refused=without_own_products)
+_ADALORA = Kind(adalora_maps, adalora_forward, refused=without_own_products)
 WRITTEN_OUT: dict[str, Kind] = {
+    "peft.tuners.ia3.layer.Linear": _IA3,
+    "peft.tuners.ia3.bnb.Linear*": _IA3,
+    "peft.tuners.adalora.layer.SVDLinear": _ADALORA,
+    "peft.tuners.adalora.bnb.SVDLinear*": _ADALORA,
+    "peft.tuners.lora.layer.Embedding": Kind(embedding_maps, embedding_forward, refused=without_own_products),
+    "peft.tuners.lora.dora.DoraLinearLayer": Kind(magnitude_maps, magnitude_forward),
     "torch.nn.modules.activation.MultiheadAttention": Kind(attention_maps, attention_forward),
     "torch.nn.modules.rnn.RNN": Kind(recurrent_maps, recurrent_forward),
     "torch.nn.modules.rnn.GRU": Kind(recurrent_maps, recurrent_forward),
@@ -67,7 +86,7 @@ class WrittenOut:
 
     module: nn.Module
     kind: Kind
-    maps: Mapping[str, LinearMap]
+    maps: Mapping[str, Map]
 
 
 def written_out(module: nn.Module) -> WrittenOut | None:

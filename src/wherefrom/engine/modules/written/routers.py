@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from wherefrom.engine.modules.linear_map import LinearMap, Part
+from wherefrom.engine.modules.linear_map import LinearMap, Map, Part
 
 # What a weight is the same weight after.
 _CASTS = (Tensor.type, Tensor.to, Tensor.float, Tensor.double)
@@ -27,7 +27,7 @@ def router_maps(module: nn.Module) -> dict[str, LinearMap]:
     return {"": LinearMap(Part(module, "weight"), bias)}
 
 
-def router_forward(module: nn.Module, maps: Mapping[str, LinearMap]) -> Callable[..., Any]:
+def router_forward(module: nn.Module, maps: Mapping[str, Map]) -> Callable[..., Any]:
     """The module's own forward, in which `functional.linear` with its weight is the map."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ class _LinearThroughMap(TorchFunctionMode):
     What is called inside of the map is not looked at again.
     """
 
-    def __init__(self, module: nn.Module, linear_map: LinearMap) -> None:
+    def __init__(self, module: nn.Module, linear_map: Map) -> None:
         super().__init__()
         self._map, self._weights = linear_map, [module.weight]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from wherefrom.engine.modules.linear_map import LinearMap, Part
+from wherefrom.engine.modules.linear_map import LinearMap, Map, Part
 from wherefrom.runtime.errors import LayerError
 
 State = tuple[Tensor, ...]
@@ -28,7 +28,7 @@ def recurrent_maps(module: nn.Module) -> dict[str, LinearMap]:
     }
 
 
-def recurrent_forward(module: nn.Module, maps: Mapping[str, LinearMap]) -> Callable[..., tuple[object, object]]:
+def recurrent_forward(module: nn.Module, maps: Mapping[str, Map]) -> Callable[..., tuple[object, object]]:
     """The module's forward in evaluation mode; maps read [batch, tokens, features], where each step is a token."""
     assert isinstance(module, nn.RNNBase)
 
@@ -67,7 +67,7 @@ class _Unrolled:
     """
 
     step: Callable[[Tensor, Tensor, State], State]
-    maps: Sequence[LinearMap | None]
+    maps: Sequence[Map | None]
     real: Tensor | None
     backward: bool
 
@@ -116,7 +116,7 @@ class _Unrolled:
         return before, unprojected, outputs, state
 
 
-def _without_gradient(linear_map: LinearMap) -> Callable[[Tensor], Tensor]:
+def _without_gradient(linear_map: Map) -> Callable[[Tensor], Tensor]:
     """What a map computes, with a weight and a bias that are constants."""
     weight, bias = linear_map.weight.detach(), linear_map.bias
     return partial(functional.linear, weight=weight, bias=None if bias is None else bias.detach())

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wherefrom.engine.modules.linear_map import LinearMap, Part
+from wherefrom.engine.modules.linear_map import LinearMap, Map, Part
 from wherefrom.engine.routing import Routing
 
-Maps = Mapping[str, LinearMap]
+Maps = Mapping[str, Map]
 _SETTINGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wherefrom.engine.modules.linear_map import LinearMap, Part
+from wherefrom.engine.modules.linear_map import LinearMap, Map, Part
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -28,7 +28,7 @@ def attention_maps(module: nn.Module) -> dict[str, LinearMap]:
     return {**maps, "out_proj": LinearMap(Part(module.out_proj, "weight"), output_bias)}
 
 
-def attention_forward(module: nn.Module, maps: Mapping[str, LinearMap]) -> Callable[..., Output]:
+def attention_forward(module: nn.Module, maps: Mapping[str, Map]) -> Callable[..., Output]:
     """The module's forward in evaluation mode; maps read [batch, tokens, features], however the module reads."""
     assert isinstance(module, nn.MultiheadAttention)
 

@@ -46,12 +46,13 @@ def adapters_of(model: nn.Module) -> Adapters | None:
 def beside_text(model: nn.Module) -> frozenset[nn.Module]:
     """The modules that see something else than a text's tokens: images, sounds, or learned prompts.
 
-    Those are what a transformers model of several kinds of input has beside its decoder and the head.
+    Those are what a transformers model that writes about several kinds of input has beside its decoder and the head.
     """
     found = set(_prompts(model))
     whole: Any = next(filter(_is_multimodal, model.modules()), None)
-    if whole is not None and (decoder := whole.get_decoder()) is not whole:
-        text = [decoder, whole.get_input_embeddings(), whole.get_output_embeddings()]
+    head = None if whole is None else whole.get_output_embeddings()  # none of what only compares, such as CLIP
+    if head is not None and (decoder := whole.get_decoder()) is not whole:
+        text = [decoder, whole.get_input_embeddings(), head]
         found.update(set(whole.modules()).difference(*(each.modules() for each in text if each is not None)))
     return frozenset(found)
 

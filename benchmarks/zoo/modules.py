@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 import wherefrom as wf
 from zoo.examples import CLASSES, texts, vectors
 from zoo.family import GROUPED, Family, OfTransformers
+
+_ADAPTED = ["q_proj", "v_proj", "up_proj"]
 
 
 def mlp() -> nn.Module:
@@ -90,12 +95,17 @@ def tokens_first() -> nn.Module:
     return Mean(TokensFirst(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)))
 
 
-def adapted() -> nn.Module:
-    """A Llama with LoRA adapters; all else is frozen."""
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (slow)
+def adapted(kind: str, **settings: Any) -> Callable[[], nn.Module]:
+    """A Llama with adapters of a kind; all else is frozen."""
 
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
-    return get_peft_model(OfTransformers("LlamaForCausalLM", GROUPED)(), config)
+    def make() -> nn.Module:
+        import peft  # noqa: PLC0415  (slow)
+
+        config = getattr(peft, f"{kind}Config")(target_modules=_ADAPTED, task_type="CAUSAL_LM", **settings)
+        model: nn.Module = peft.get_peft_model(OfTransformers("LlamaForCausalLM", GROUPED)(), config)
+        return model
+
+    return make
 
 
 def tokens() -> list[object]:
@@ -113,5 +123,8 @@ MODULES = (
            wf.Classification, tokens),
     Family("nn.LSTM", lambda: Mean(nn.LSTM(8, 8, batch_first=True)), wf.Classification, tokens),
     Family("nn.GRU", lambda: Mean(nn.GRU(8, 4, batch_first=True, bidirectional=True)), wf.Classification, tokens),
-    Family("Llama with LoRA", adapted, wf.CausalLM, texts),
+    Family("Llama with LoRA", adapted("Lora", r=2), wf.CausalLM, texts),
+    Family("Llama with DoRA", adapted("Lora", r=2, use_dora=True), wf.CausalLM, texts),
+    Family("Llama with AdaLoRA", adapted("AdaLora", init_r=2, target_r=2, total_step=10), wf.CausalLM, texts),
+    Family("Llama with (IA)³", adapted("IA3", feedforward_modules=["up_proj"]), wf.CausalLM, texts),
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ _LISTENER: Settings = {
     "feat_extract_norm": "layer", "num_conv_pos_embeddings": 3, "num_conv_pos_embedding_groups": 2,
     "classifier_proj_size": 4, "mask_time_prob": 0.0,
 }  # fmt: skip
+_SEEING: Settings = {**_PATCHES, "num_hidden_layers": 2}
+_SIGLIP: Settings = {**_SEEING, "model_type": "siglip_vision_model", "vision_use_head": False}
 _CLIP_TEXT: Settings = {**SIZES, "eos_token_id": 1}
 _CLIP: Settings = {"vision_config": {**_PATCHES, "patch_size": PATCH}, "text_config": _CLIP_TEXT, "projection_dim": 6}
 IMAGE = 3  # the token that stands for an image
@@ -41,6 +45,28 @@ def listener(name: str, kind: str) -> Family:
     )  # fmt: skip
 
 
+def reader(
+    name: str,
+    kind: str,
+    vision: Settings,
+    text: str,
+    examples: Callable[[], list[object]] | None = None,
+    **settings: Any,
+) -> Family:
+    """A causal language model that sees images.
+
+    Args:
+        text: the type of the model that reads and writes.
+        examples: four tokens of an image before a text by default.
+    """
+    words = {**GROUPED, "model_type": text, "ffn_dim": 12, "word_embed_proj_dim": 8, "rope_parameters": {
+        "rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4,
+    }}  # fmt: skip
+    image = {"image_token_id": IMAGE, "image_token_index": IMAGE}
+    tiny = OfTransformers(kind, {"vision_config": vision, "text_config": words, **image, **settings})
+    return Family(name, tiny, wf.CausalLM, examples or seen, OfTransformers(kind))
+
+
 def captioned() -> list[object]:
     """Images with texts that end with token 1."""
     return [
@@ -55,6 +81,32 @@ def seen() -> list[object]:
     return [
         {"input_ids": torch.cat([torch.full((4,), IMAGE), each["input_ids"]]), "pixel_values": each["pixel_values"]}
         for each in captioned()
+        if isinstance(each, dict)
+    ]
+
+
+def prefixed() -> list[object]:
+    """The same with what is to be written marked."""
+    found = list[object]()
+    for each in seen():
+        assert isinstance(each, dict)
+        written = torch.arange(len(each["input_ids"])) >= 4
+        labels = each["input_ids"].masked_fill(~written, -100)
+        found.append({**each, "token_type_ids": written.long(), "labels": labels})
+    return found
+
+
+def several() -> list[object]:
+    """The same with several images, of which there is one."""
+    return [{**each, "pixel_values": each["pixel_values"][None]} for each in seen() if isinstance(each, dict)]
+
+
+def patched() -> list[object]:
+    """The same with images as four patches of 12 numbers."""
+    grid = torch.tensor([1, 2, 2])
+    return [
+        {**each, "pixel_values": each["pixel_values"].flatten()[:48].view(4, 12), "image_grid_thw": grid}
+        for each in seen()
         if isinstance(each, dict)
     ]
 
@@ -109,8 +161,20 @@ SOUNDS = (
 
 TOGETHER = (
     Family("CLIP", OfTransformers("CLIPModel", _CLIP), Matching, captioned, OfTransformers("CLIPModel")),
-    Family("LLaVA", OfTransformers("LlavaForConditionalGeneration", {
-        "vision_config": {**_PATCHES, "num_hidden_layers": 2, "model_type": "clip_vision_model"},
-        "text_config": {**GROUPED, "model_type": "llama"}, "image_token_id": IMAGE, "image_token_index": IMAGE,
-    }), wf.CausalLM, seen, OfTransformers("LlavaForConditionalGeneration")),
+    reader("LLaVA", "LlavaForConditionalGeneration", {**_SEEING, "model_type": "clip_vision_model"}, "llama"),
+    replace(
+        reader("PaliGemma", "PaliGemmaForConditionalGeneration", _SIGLIP, "gemma", projection_dim=8, hidden_size=8),
+        examples=prefixed,
+        note="its examples need `token_type_ids`, 0 and then 1 for what is to be written; without, it looks ahead, and "
+        "so at padding",
+    ),
+    reader("Gemma 3 with images", "Gemma3ForConditionalGeneration", _SIGLIP, "gemma3_text", mm_tokens_per_image=4),
+    reader("SmolVLM", "SmolVLMForConditionalGeneration", _SEEING, "llama", several, scale_factor=1),
+    reader("BLIP-2", "Blip2ForConditionalGeneration", _SEEING, "opt", num_query_tokens=4, qformer_config={
+        **SIZES, "encoder_hidden_size": 8,
+    }),
+    reader("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", {
+        "depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 12, "patch_size": 2, "spatial_merge_size": 1,
+        "temporal_patch_size": 1, "out_hidden_size": 8, "fullatt_block_indexes": [0], "window_size": 4,
+    }, "qwen2_5_vl_text", patched),
 )  # fmt: skip

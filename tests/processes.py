@@ -19,6 +19,10 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
 
 # Modules that take seconds to import, and those that import most of the others.
 _IMPORTED = (
@@ -143,6 +147,21 @@ def wherefrom_command(arguments: tuple[str, ...]) -> None:
 
     sys.argv = ["wherefrom", *arguments]
     main()
+
+
+def command_in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A function that does the same and gives what was printed on either stream, with a blank for a break of a line."""
+    from wherefrom.cli.main import main
+
+    monkeypatch.setenv("COLUMNS", "1000")  # for tables; the log may have been opened before, for a narrower terminal
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["wherefrom", *arguments])
+        main()
+        captured = capsys.readouterr()
+        return " ".join((captured.out + captured.err).split())
+
+    return run
 
 
 def _script(script: Path, arguments: tuple[str, ...]) -> None:

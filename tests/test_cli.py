@@ -17,7 +17,7 @@ from torch.distributed.run import main as torchrun
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tests.models import relative_error
-from tests.processes import run_command, start, start_ranks, wherefrom_command
+from tests.processes import command_in_process, run_command, start, start_ranks, wherefrom_command
 from tests.runs import labels, only
 from wherefrom.cli.main import _flags, main
 from wherefrom.cli.shared import in_flags
@@ -153,15 +153,7 @@ Said = Callable[..., str]
 def said(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
     """Runs the command in this process; what it printed on either stream, with a blank for each break of a line."""
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "1000")  # for tables; the log may have been opened before, for a narrower terminal
-
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["wherefrom", *arguments])
-        main()
-        captured = capsys.readouterr()
-        return " ".join((captured.out + captured.err).split())
-
-    return run
+    return command_in_process(monkeypatch, capsys)
 
 
 OTHERS = ["snow lay on the hill", "the cat sat", "a wet sun ran after the rain", "the dog sat on the dog"]

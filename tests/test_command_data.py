@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +14,11 @@ import torch
 
 import wherefrom as wf
 from tests.models import relative_error
+from tests.processes import command_in_process
 from tests.runs import only
 from tests.test_formats import CHAT, SHAREGPT, UNMARKED, write
 from tests.test_huggingface import gpt2, ids, saved_gpt2, tokenizer
 from tests.test_pairs import ROWS, bert, saved
-from wherefrom.cli.main import main
 from wherefrom.cli.sources import SOURCES
 from wherefrom.runtime.errors import InputError
 
@@ -31,15 +30,7 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     """Runs the command in this process, beside a directory `model`; what it printed on either stream."""
     saved_gpt2(tmp_path / "model", UNMARKED)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "1000")
-
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["wherefrom", *arguments])
-        main()
-        captured = capsys.readouterr()
-        return " ".join((captured.out + captured.err).split())
-
-    return run
+    return command_in_process(monkeypatch, capsys)
 
 
 def refused(said: Said, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

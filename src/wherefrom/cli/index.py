@@ -10,11 +10,9 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from wherefrom.cli.methods import FACTORED, default, flags, subcommands
+from wherefrom.cli.methods import EXECUTED, FACTORED, READ, default, flags, subcommands
 from wherefrom.cli.shared import Run
 from wherefrom.cli.sources import RunSources
-from wherefrom.engine.execution import Execution
-from wherefrom.hf.preparation import Preparation
 from wherefrom.methods.projected.projections import Compression
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.text import top_tables
@@ -24,8 +22,6 @@ console = Console()
 
 INDEXED: Any = subcommands(FACTORED, only=("empirical",), of_the_fit=True)
 COMPRESSED: Any = flags(Compression)
-EXECUTED: Any = flags(Execution)
-READ: Any = flags(Preparation, only=("format", "column", "count"))
 
 
 def index(

@@ -15,6 +15,8 @@ import docstring_parser
 import tyro
 
 from wherefrom.curvature.solvers import SOLVERS
+from wherefrom.engine.execution import Execution
+from wherefrom.hf.preparation import Preparation
 from wherefrom.methods import METHODS
 from wherefrom.methods.factored import Factored
 from wherefrom.methods.magic.scores import Magic
@@ -140,3 +142,8 @@ def _documented(kind: type[Any]) -> dict[str, str]:
         for each in docstring_parser.parse(base.__doc__ or "").params
         for name in each.arg_name.split(",")
     }
+
+
+# What several commands take: how to compute, and how queries are read.
+EXECUTED: Any = flags(Execution)
+READ: Any = flags(Preparation, only=("format", "column", "count"))

@@ -12,10 +12,9 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from wherefrom.cli.methods import ALL, FACTORED, default, flags, subcommands
+from wherefrom.cli.methods import ALL, EXECUTED, FACTORED, READ, default, flags, subcommands
 from wherefrom.cli.shared import Run
 from wherefrom.cli.sources import SOURCES, DataSource, RunSources, checked_run, log_other_scores
-from wherefrom.engine.execution import Execution
 from wherefrom.hf.preparation import Preparation
 from wherefrom.hf.pretrained import PretrainedStudy
 from wherefrom.hf.text import ModelLoading
@@ -31,9 +30,7 @@ console = Console()
 FITTED: Any = subcommands(FACTORED, only=("empirical", "seed", "adam"))
 SCORED: Any = subcommands(ALL, of_the_fit=True)
 WITH_ITSELF: Any = subcommands(FACTORED, only=("empirical", "seed", "adam", "damping"), of_the_fit=True)
-EXECUTED: Any = flags(Execution)
 PREPARED: Any = flags(Preparation)
-READ: Any = flags(Preparation, only=("format", "column", "count"))
 LOADED: Any = flags(ModelLoading, only=("dtype", "device_map", "trust_remote_code"))
 
 
@@ -137,10 +134,8 @@ def score(
         overwrite: Replace scores that were made from something else.
         profile: Print where the time went, and for that wait for a GPU after each action.
     """
-    executed, keep = (
-        execution.made(),
-        _chosen_keep(per_layer, self_influence, aggregate_queries, aggregate_train, top_only),
-    )
+    executed = execution.made()
+    keep = _chosen_keep(per_layer, self_influence, aggregate_queries, aggregate_train, top_only)
     if tokens is not None:
         Tokens(tokens)  # or the model would be loaded first
         if not isinstance(keep, Pairs):

@@ -90,8 +90,8 @@ class WeightSpace:
 
 def _parameter_names(layer: TrackedLayer, names: Mapping[int, str]) -> list[str]:
     """The names in the model of a layer's weight and bias."""
-    padding = layer.one_hot and getattr(layer.main.module, "padding_idx", None)
-    if padding is not None and padding is not False:
+    padding = getattr(layer.main.module, "padding_idx", None) if layer.one_hot else None
+    if padding is not None:
         raise LayerError(
             f"Layer {layer.name!r} is an embedding with padding_idx={padding}, which learns nothing there and moves "
             "outputs all the same, so solvers cannot follow it. Leave it out with `layers=[...]`, or score without a "

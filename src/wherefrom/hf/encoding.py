@@ -10,14 +10,12 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
-from operator import eq
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from wherefrom.hf.formats import Chat, Content, Count, Example, Messages, Pair, Target, messages_of
-from wherefrom.hf.pairs import judged, preferred, rewarded
+from wherefrom.hf.pairs import common_start, judged, preferred, rewarded
 from wherefrom.runtime.errors import InputError
 from wherefrom.tasks.losses import IGNORED
 
@@ -110,7 +108,7 @@ class Encoder:
             ids = self.ids(content, end=True)
             return ids, [True] * len(ids)
         prompt, ids = self.ids(content.prompt), self.ids(content.prompt + content.completion, end=True)
-        start = sum(takewhile(bool, map(eq, prompt, ids)))
+        start = common_start(prompt, ids)
         if start < len(prompt) and prompt[start] not in self.tokenizer.all_special_ids:
             self.note("have a token with the prompt's end and the completion's beginning, which is counted", number)
         return ids, [self.count == "all" or position >= start for position in range(len(ids))]

@@ -201,6 +201,9 @@ _OF_TARGETS: dict[Target, tuple[Format, ...]] = {
     "reward": ("tokens", "preference"),
 }
 
+UNPAIRED = frozenset(READINGS[name].columns[-1] for name in _OF_TARGETS["causal"])
+"""Columns with what a language model is trained on without preferences."""
+
 
 def recognized(target: Target, example: Example, format: Format | None, column: str | None) -> Reading:
     """How examples like this one are read for a target.

@@ -47,7 +47,7 @@ def _with_prompt(example: Example) -> tuple[Any, Any, Any]:
     chosen, rejected = example["chosen"], example["rejected"]
     if example.get("prompt") is not None:
         return example["prompt"], chosen, rejected
-    shared = _shared(chosen, rejected)
+    shared = common_start(chosen, rejected)
     if shared == min(len(chosen), len(rejected)):
         shared -= 1  # so that no completion is empty
     elif isinstance(chosen, str) and chosen[:shared].endswith(" "):
@@ -59,7 +59,7 @@ def _encoded(encoder: Encoder, example: Example, prompt: Any, completions: Mappi
     """The prompt's tokens, and each completion's: those after what the prompt and all of them begin with."""
     start = _tokens(encoder, example, prompt, alone=True)
     wholes = {side: _tokens(encoder, example, _added(prompt, each)) for side, each in completions.items()}
-    shared = min(_shared(start, whole) for whole in wholes.values())
+    shared = min(common_start(start, whole) for whole in wholes.values())
     found = {f"{side}_ids": whole[shared : encoder.max_length] for side, whole in wholes.items()}
     empty = next((name for name, ids in found.items() if not ids), None)
     if empty is not None:
@@ -105,7 +105,7 @@ def _tokens(encoder: Encoder, example: Example, whole: Any, alone: bool = False)
     return encoder.chat_ids(whole, example, answering=alone)
 
 
-def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many items two sequences begin with together."""
     differing = (place for place, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
     return next(differing, min(len(one), len(other)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
-from wherefrom.hf.formats import Target
+from wherefrom.hf.formats import UNPAIRED, Target
 from wherefrom.hf.preparation import Preparation, RawExamples, Source, read_examples
 from wherefrom.hf.refusals import ADAPTER, refuse_imports
 from wherefrom.hf.text import ModelLoading, load_config, load_model, load_tokenizer, local_path
@@ -301,17 +301,7 @@ def _kind(config: PreTrainedConfig, task: Task[Any] | None, example: Mapping[str
     auto = require("transformers.models.auto.modeling_auto")
     for kind in _KINDS:
         if architecture in getattr(auto, kind.architectures).values():
-            # What is trained on without pairs.
-            alone = example.keys() & {
-                "input_ids",
-                "messages",
-                "conversations",
-                "completion",
-                "output",
-                "answer",
-                "text",
-            }
-            paired = not alone and bool(example.keys() & {"rejected", "rejected_ids"})
+            paired = not example.keys() & UNPAIRED and bool(example.keys() & {"rejected", "rejected_ids"})
             return _PAIRED.get(kind, kind) if paired and task is None else kind
     raise InputError(
         f"The model's architecture is {architecture}: expected a causal or masked language model, an "

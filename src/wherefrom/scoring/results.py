@@ -168,13 +168,13 @@ class Scores:
         known = {name: number for number, name in enumerate(dict.fromkeys(names))}
         if len(names) != self.values.shape[1]:
             raise InputError(f"groups: {len(names)} for scores of {self.values.shape[1]}: expected one of each.")
-        members = torch.tensor([known[name] for name in names])  # [train]
+        found_names, members = list(known), torch.tensor([known[name] for name in names])  # members: [train]
         counts = members.bincount()  # [groups]
         found = []
         for query, values in enumerate(self.values):  # one at a time: they may lie on disk
             sums = torch.zeros(len(known), dtype=torch.float64).index_add_(0, members, values.to("cpu", torch.float64))
             order = sums.argsort(descending=True, stable=True).tolist()
-            parts = [(list(known)[each], int(counts[each]), float(sums[each])) for each in order]
+            parts = [(found_names[each], int(counts[each]), float(sums[each])) for each in order]
             found += [GroupScore(query, name, count, total, total / count) for name, count, total in parts]
         return found
 

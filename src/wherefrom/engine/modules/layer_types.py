@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from torch.nn import functional
 from wherefrom.engine.modules.linear_map import LinearMap, Lookup, Map, Scaling
 from wherefrom.runtime.precision import widened
 from wherefrom.tasks.adapters.quantized import stored_as
+
+Entry = TypeVar("Entry")
 
 NO_COLUMN = -1
 """The id of a token that touches no column of a one-hot layer: padding."""
@@ -284,14 +287,23 @@ def why_quantized(module: nn.Module) -> str | None:
 
 
 def layer_type(module: nn.Module) -> LayerType | None:
-    """The entry for a module or the nearest class it derives from; None when it is not supported."""
+    """The kind of a module; None when it is not supported."""
+    return entry_of(module, LAYER_TYPES)
+
+
+def entry_of(module: nn.Module, entries: Mapping[str, Entry | None]) -> Entry | None:
+    """The entry for a module or the nearest class it derives from; None without one, or with a `forward` of its own.
+
+    Args:
+        entries: by qualified name or pattern.
+    """
     for base in type(module).__mro__:
         name = f"{base.__module__}.{base.__qualname__}"
-        for pattern, kind in LAYER_TYPES.items():
+        for pattern, entry in entries.items():
             if fnmatchcase(name, pattern):
                 inherited = type(module).forward is getattr(base, "forward", None)
                 # One that computes in a way of its own may scale, pad, make its ids itself, or not be w * f(x) + b.
-                return kind if inherited else None
+                return entry if inherited else None
     return None
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from wherefrom.engine.modules.layer_types import entry_of
 from wherefrom.engine.modules.linear_map import Map
 from wherefrom.engine.modules.written.adapters import (
     adalora_forward,
@@ -96,14 +96,8 @@ def written_out(module: nn.Module) -> WrittenOut | None:
 
 
 def written_out_kind(module: nn.Module) -> Kind | None:
-    """The entry for a module or the nearest class it derives from; None if it has none, or a `forward` of its own."""
-    for base in type(module).__mro__:
-        name = f"{base.__module__}.{base.__qualname__}"
-        kind = next((kind for pattern, kind in WRITTEN_OUT.items() if fnmatchcase(name, pattern)), None)
-        if kind is not None:
-            inherited = type(module).forward is getattr(base, "forward", None)
-            return kind if inherited and not _is_replaced(module) else None
-    return None
+    """The kind of a module; None if it has none, or a `forward` of its own."""
+    return None if _is_replaced(module) else entry_of(module, WRITTEN_OUT)
 
 
 @contextmanager

@@ -112,4 +112,4 @@ def through_maps(modules: Iterable[WrittenOut]) -> Iterator[None]:
 def _is_replaced(module: nn.Module) -> bool:
     """Whether somebody has given this module a `forward` that is not its class's."""
     found = vars(module).get(computed_by(module))
-    return found is not None and getattr(found, "__func__", None) is not type(module).forward
+    return found is not None and getattr(found, "__func__", None) is not getattr(type(module), "forward", None)

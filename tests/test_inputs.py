@@ -35,7 +35,7 @@ def scores(path: Path, model: Any, task: Any, train: Any, queries: Any, strategy
         ({"input_ids": []}, "'input_ids' is empty"),
         ({"input_ids": [1, -1, 2]}, "holds -1, which is no token"),
         ({"input_ids": [1.0, 2.0]}, "torch.float32 [2]: expected whole numbers"),
-        ({"input_ids": [[1, 2]]}, "torch.int64 [1, 2]: expected whole numbers"),
+        ({"input_ids": [[1, 2], [3, 4]]}, "torch.int64 [2, 2]: expected whole numbers"),
         ({"input_ids": "text"}, "is not a list of whole numbers"),
         ({"input_ids": [1, 2**70]}, "is not a list of whole numbers"),
         ({"input_ids": [1, VOCABULARY]}, "holds token 13, and the model has tokens 0 to 12"),

@@ -287,8 +287,9 @@ class Capture(AbstractContextManager["Capture"]):
         # What gradient checkpointing computes again must come out alike, but what counts is the first time.
         if not current.backward:
             flat = None if routing else current.flat(use, inputs)
+            whole = use.beside_text and current.examples == 1 != len(inputs)
             seen = inputs.detach() if flat is None else inputs.detach().unflatten(0, (-1, flat))
-            call = Call(use, seen, inputs._version, current.model_calls - 1, flat, routing)
+            call = Call(use, seen, inputs._version, current.model_calls - 1, flat, whole, routing)
             unknown = self._flattened is not None and name not in self._flattened and current.examples > 1
             if flat is not None and unknown and inputs.requires_grad:
                 current.first.setdefault(name, inputs[:flat])
@@ -348,6 +349,8 @@ class Capture(AbstractContextManager["Capture"]):
         gradient = self._operand(gradient) if early else gradient
         read = layer.read(call.use, inputs) if shared is None else shared
         activations, gradients = layer.tensors(call.use, read, gradient)
+        if call.whole:
+            activations, gradients = (each.flatten(0, 1).unsqueeze(0) for each in (activations, gradients))
         batch, tokens = gradients.shape[:2]
         padding, real = current.padding_for(layer.name, tokens // copies, call), batch * tokens
         if padding is not None:
@@ -382,8 +385,8 @@ class Capture(AbstractContextManager["Capture"]):
             )
         if call.routing:
             return
-        if len(call.inputs) != current.examples:
-            raise not_by_example(name, len(call.inputs), current.examples)
+        if len(call.inputs) != current.examples and not call.whole:
+            raise not_by_example(name, len(call.inputs), current.examples, call.use.beside_text)
         if current.examples > 1 and call.inputs.stride(0) == 0 and not bool(gradient[1:].any()):
             raise LayerError(
                 f"Layer {name!r} reads one input for all {current.examples} examples, and the model takes the "

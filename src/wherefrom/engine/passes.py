@@ -46,6 +46,7 @@ class Call:
         model_call: the number of the model's call that it is in, from 0.
         flat: how many tokens an example has, if the module reads all examples' one after the other, [batch * tokens,
             ...]; here they are [batch, tokens, ...].
+        whole: whether all that the module reads is of the one example that the batch has.
         routing: whose vectors were read, and which expert read them; nothing for other layers.
     """
 
@@ -54,6 +55,7 @@ class Call:
     version: int
     model_call: int
     flat: int | None = None
+    whole: bool = False
     routing: tuple[Routing, int] | tuple[()] = ()
     gradient: Tensor | None = None
 
@@ -198,8 +200,14 @@ def _not_told_apart(what: str) -> LayerError:
     )
 
 
-def not_by_example(layer: str, vectors: int, examples: int) -> LayerError:
+def not_by_example(layer: str, vectors: int, examples: int, beside_text: bool = False) -> LayerError:
     """What is said of a layer that sees vectors of which nobody knows whose they are."""
+    if beside_text:
+        return LayerError(
+            f"Layer {layer!r} saw a batch of {vectors} for {examples} examples: the images of all examples at once, "
+            "and not one of each. Give batch sizes of 1, Execution(query_batch_size=1, train_batch_size=1), or leave "
+            "the layer out with `layers=[...]`."
+        )
     return LayerError(
         f"Layer {layer!r} saw a batch of {vectors} for {examples} examples: its input must keep the batch as first "
         "dimension, or flatten all of the batch's tokens, as many as its masks have, or else its tensors [batch, "

@@ -261,10 +261,14 @@ _CLASSIFIER = _Kind(
     "classification",
     SequenceClassification,
 )
+_IMAGES = _CAUSAL._replace(
+    auto_class="AutoModelForImageTextToText", architectures="MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"
+)
 # Encoder-decoders come first: some of them can also fill masks.
 _KINDS = (
     _Kind("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "seq2seq", Seq2Seq),
     _CAUSAL,
+    _IMAGES,
     _Kind("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "masked", MaskedLM),
     _CLASSIFIER,
     _Kind(
@@ -294,11 +298,12 @@ def _default_task(kind: _Kind, config: PreTrainedConfig, layers: Sequence[str] |
 
 def _kind(config: PreTrainedConfig, task: Task[Any] | None, example: Mapping[str, object]) -> _Kind:
     """The kind of model that a task is for; of another task or none, the kind of the architecture and the example."""
-    for kind in (*_KINDS, *_PAIRED.values()):
-        if isinstance(task, kind.task):
-            return kind
     architecture = (config.architectures or ["none"])[0]
     auto = require("transformers.models.auto.modeling_auto")
+    of_task = [kind for kind in (*_KINDS, *_PAIRED.values()) if isinstance(task, kind.task)]
+    if of_task:
+        known = (kind for kind in of_task if architecture in getattr(auto, kind.architectures).values())
+        return next(known, of_task[0])
     for kind in _KINDS:
         if architecture in getattr(auto, kind.architectures).values():
             paired = not example.keys() & UNPAIRED and bool(example.keys() & {"rejected", "rejected_ids"})

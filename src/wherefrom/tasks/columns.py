@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from wherefrom.runtime.errors import InputError, first_line
 from wherefrom.tasks.losses import IGNORED
 
+# Columns of models that flatten the patches of all images, and say how many each image has.
+_PATCHES = ("pixel_values", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+
 
 def tensor(
     name: str,
@@ -27,8 +30,13 @@ def tensor(
 
 
 def vector(name: str, values: object) -> Tensor:
-    """A column of one example that has a whole number for each token, int64 [tokens]; refuses others."""
+    """A column of one example that has a whole number for each token, int64 [tokens]; refuses others.
+
+    Args:
+        values: [tokens], or [1, tokens] as processors make them.
+    """
     found = tensor(name, values, "is not a list of whole numbers", "Tokenise the dataset first.")
+    found = found[0] if found.dim() == 2 and len(found) == 1 else found
     exact = not (found.is_floating_point() or found.is_complex()) or not found.numel()  # an empty list is of floats
     if found.dim() != 1 or not exact or found.is_meta:
         kind = "on the meta device, without values," if found.is_meta else f"{found.dtype} {list(found.shape)}"
@@ -84,11 +92,22 @@ def check_highest(name: str, values: Tensor, known: int, what: str) -> None:
         )
 
 
-def batched_columns(examples: Sequence[Mapping[str, Tensor]], padding: Mapping[str, int]) -> dict[str, Tensor]:
+def is_batch(example: object) -> bool:
+    """Whether an example is a batch of one, as processors of images and texts make it: its tokens are [1, tokens]."""
+    ids = example.get("input_ids") if isinstance(example, Mapping) else None
+    first = ids[0] if isinstance(ids, list | tuple) and len(ids) == 1 else None
+    return getattr(ids, "ndim", 2 if isinstance(first, list | tuple | Tensor) else 1) == 2
+
+
+def batched_columns(
+    examples: Sequence[Mapping[str, Tensor]], padding: Mapping[str, int], batches: bool = False
+) -> dict[str, Tensor]:
     """Columns of examples, `input_ids` among them, as those of a batch, [batch, ...]; refuses unlike examples.
 
     Args:
         padding: the columns that are padded on the right to the longest, and with what; they come first.
+        batches: whether each example is a batch of one, whose other columns, such as images, are concatenated. Those of
+            models that say how many patches images have (`image_grid_thw`) are so in any case.
     """
     columns = examples[0].keys()
     lacking = next((each for each in examples if each.keys() != columns), None)
@@ -98,15 +117,24 @@ def batched_columns(examples: Sequence[Mapping[str, Tensor]], padding: Mapping[s
             "examples the same."
         )
     names = [*(name for name in padding if name in columns), *(name for name in columns if name not in padding)]
-    return {name: _stacked(name, examples, padding.get(name)) for name in names}
+    packed = any(name.endswith("_grid_thw") for name in columns)
+    return {
+        name: _batched(name, examples, padding.get(name), batches, packed and name.startswith(_PATCHES))
+        for name in names
+    }
 
 
-def _stacked(name: str, examples: Sequence[Mapping[str, Tensor]], padding: int | None) -> Tensor:
+def _batched(
+    name: str, examples: Sequence[Mapping[str, Tensor]], padding: int | None, batches: bool, packed: bool
+) -> Tensor:
     """A column that is padded, or has an entry for each token (then with 0), or else one shape in all examples."""
     columns, tokens = [each[name] for each in examples], [len(each["input_ids"]) for each in examples]
     each_token = all(column.dim() and len(column) == count for column, count in zip(columns, tokens, strict=True))
-    if padding is not None or (each_token and len({column.shape[1:] for column in columns}) == 1):
+    alike = len({column.shape[1:] for column in columns}) == 1
+    if padding is not None or (each_token and alike and not packed):
         return nn.utils.rnn.pad_sequence(columns, True, padding or 0)
+    if (packed or batches) and alike and columns[0].dim():
+        return torch.cat(columns)
     if len({column.shape for column in columns}) == 1:
         return torch.stack(columns)
     shapes = ", ".join(str(list(column.shape)) for column in columns[:4])

@@ -19,9 +19,18 @@ from torch.nn import functional
 from wherefrom.runtime.errors import InputError
 from wherefrom.tasks import packing
 from wherefrom.tasks.adapters.prompts import virtual_tokens
-from wherefrom.tasks.columns import batched_columns, check_highest, check_length, check_mask, number, tensor, vector
+from wherefrom.tasks.columns import (
+    batched_columns,
+    check_highest,
+    check_length,
+    check_mask,
+    is_batch,
+    number,
+    tensor,
+    vector,
+)
 from wherefrom.tasks.losses import IGNORED, summed_cross_entropy, summed_log_odds
-from wherefrom.tasks.model_inputs import accepted, check_tokens, model_columns, selected
+from wherefrom.tasks.model_inputs import accepted, check_tokens, model_columns, placeholders, selected
 from wherefrom.tasks.sampling import Sampler, drawn_cross_entropy
 from wherefrom.tasks.task import Task
 
@@ -120,11 +129,15 @@ class LanguageTask(Task[TokenBatch]):
     def collate(self, examples: Sequence[object]) -> TokenBatch:
         """Pad examples on the right to the longest: labels with -100, other columns with 0.
 
-        What is not a number for each token, such as images, is stacked. Without padding and positions there is no
+        What is not a number for each token, such as images, is stacked; or concatenated, of examples that are batches
+        of one as a processor makes them, with `input_ids` [1, tokens]. Without padding and positions there is no
         attention_mask: a model that is given none can take its fast attention without a look at the values, also when
         it is compiled.
         """
-        batch = batched_columns([self.columns(example) for example in examples], self.padding)
+        columns, batches = [self.columns(example) for example in examples], list(map(is_batch, examples))
+        if any(batches) and not all(batches):
+            raise InputError("some 'input_ids' are [tokens] and others [1, tokens]: expected one of these for all.")
+        batch = batched_columns(columns, self.padding, all(batches))
         if "position_ids" not in batch and bool((batch["attention_mask"] == 1).all()):
             del batch["attention_mask"]
         return batch
@@ -155,7 +168,11 @@ class LanguageTask(Task[TokenBatch]):
             other = self.as_long_as.get(name, "input_ids")
             check_length(name, values, len(columns[other]), other)
         check_mask(columns["attention_mask"])
-        return columns | {name: tensor(name, others[name]) for name in others.keys() - self.padding.keys()}
+        rest = {name: tensor(name, others[name]) for name in others.keys() - self.padding.keys()}
+        if is_batch(example):
+            tokens = (1, len(columns["input_ids"]))
+            rest = {name: each[0] if each.shape[:2] == tokens else each for name, each in rest.items()}
+        return columns | rest
 
     def inputs(self, model: nn.Module, batch: TokenBatch) -> TokenBatch:
         """What the model is called with: tokens, their mask, and the columns that its forward takes."""
@@ -176,6 +193,9 @@ class CausalLM(LanguageTask):
     An example may hold several documents, packed as TRL and transformers do, with `position_ids` that start from 0 in
     each, or their `seq_lengths`. They do not see each other, and as in training a document's first token is not
     predicted: losses and gradients are the sums of those of the documents alone.
+
+    Images and sounds are passed on as the processor made them, such as `pixel_values`. Without `labels`, the tokens
+    that they take the places of are not counted.
 
     Args:
         layers: as in `Task`.
@@ -219,8 +239,20 @@ class CausalLM(LanguageTask):
         return logits
 
     def select(self, model: nn.Module, example: object) -> object:
-        if isinstance(example, Mapping):
-            packing.check_positions_taken(model, example)
+        if not isinstance(example, Mapping):
+            return example
+        packing.check_positions_taken(model, example)
+        marks, ids, mask = placeholders(model), example.get("input_ids"), example.get("attention_mask")
+        if len(marks) and example.get("token_type_ids") is None and "token_type_ids" in accepted(model):
+            raise InputError(
+                f"there are no 'token_type_ids', by which {type(model).__name__} tells images from text, and without "
+                "which padding would change what it says. Give them as the processor makes them."
+            )
+        if len(marks) and ids is not None and example.get("labels") is None:
+            tokens = vector("input_ids", ids)
+            uncounted = torch.isin(tokens, marks)
+            uncounted |= False if mask is None else vector("attention_mask", mask) == 0
+            example = {**example, "labels": tokens.masked_fill(uncounted, IGNORED)}
         return super().select(model, example)
 
     def verify(self, model: nn.Module, batch: TokenBatch) -> None:

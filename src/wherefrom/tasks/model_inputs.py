@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wherefrom.runtime.errors import InputError
+from wherefrom.tasks.adapters.composition import beside_text, multimodal
 from wherefrom.tasks.adapters.prompts import prompt_length
 from wherefrom.tasks.columns import check_highest
 
@@ -33,7 +34,11 @@ _REFUSED = {
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
+# Tokens that images and sounds take the places of, as configurations have them.
+_PLACEHOLDERS = [f"{kind}_token_{ending}" for kind in ("image", "video", "audio") for ending in ("id", "index")]
+
 _known: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+_known_placeholders: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 def accepted(model: nn.Module) -> frozenset[str]:
@@ -52,6 +57,17 @@ def accepted(model: nn.Module) -> frozenset[str]:
 def _arguments(module: nn.Module) -> frozenset[str]:
     parameters = inspect.signature(module.forward).parameters
     return frozenset(name for name, each in parameters.items() if each.kind in _NAMED)
+
+
+def placeholders(model: nn.Module) -> Tensor:
+    """The tokens of a model that an image's or sound's vectors take the places of, int64 [kinds]."""
+    if model not in _known_placeholders:
+        config = getattr(multimodal(model), "config", None)
+        found = {getattr(config, name, None) for name in _PLACEHOLDERS}
+        _known_placeholders[model] = torch.tensor(
+            sorted(each for each in found if isinstance(each, int)), dtype=torch.int64
+        )
+    return _known_placeholders[model]
 
 
 class Selected(dict[str, object]):
@@ -101,9 +117,12 @@ def check_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     find = getattr(model, "get_input_embeddings", None)
     known = getattr(find() if callable(find) else None, "num_embeddings", None)
     ids = batch["input_ids"]
-    if isinstance(known, int) and bool((ids >= known).any()):
+    beyond = ids[ids >= known] if isinstance(known, int) else ids[:0]
+    beyond = beyond[~torch.isin(beyond, placeholders(model))]
+    if len(beyond):
+        assert isinstance(known, int)
         raise InputError(
-            f"'input_ids' holds token {int(ids.max())}, and the model has tokens 0 to {known - 1}. Tokenise the "
+            f"'input_ids' holds token {int(beyond.max())}, and the model has tokens 0 to {known - 1}. Tokenise the "
             "examples with the tokenizer that the model was trained with."
         )
     # Without segments of its own, as in GPT-2, a model looks for them among its tokens.
@@ -126,9 +145,11 @@ def check_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
 
 def _positions(model: nn.Module) -> range | None:
     """The positions of tokens that a model has vectors for; None where it has none of its own, as with rotary ones."""
-    ends = ("wpe", "position_embeddings", "embed_positions")
+    ends, beside = ("wpe", "position_embeddings", "embed_positions"), beside_text(model)
     embeddings = [
-        each for name, each in model.named_modules() if isinstance(each, nn.Embedding) and name.endswith(ends)
+        each
+        for name, each in model.named_modules()
+        if isinstance(each, nn.Embedding) and name.endswith(ends) and each not in beside
     ]
     if not embeddings:
         return None

@@ -5,6 +5,7 @@ It knows how peft and transformers compose models; it does not know what a layer
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -46,15 +47,21 @@ def adapters_of(model: nn.Module) -> Adapters | None:
 def beside_text(model: nn.Module) -> frozenset[nn.Module]:
     """The modules that see something else than a text's tokens: images, sounds, or learned prompts.
 
-    Those are what a transformers model that writes about several kinds of input has beside its decoder and the head.
+    Those are what a transformers model of several kinds of input has beside its decoder, or its tower of text, and the head.
     """
-    found = set(_prompts(model))
-    whole: Any = next(filter(_is_multimodal, model.modules()), None)
-    head = None if whole is None else whole.get_output_embeddings()  # none of what only compares, such as CLIP
-    if head is not None and (decoder := whole.get_decoder()) is not whole:
-        text = [decoder, whole.get_input_embeddings(), head]
-        found.update(set(whole.modules()).difference(*(each.modules() for each in text if each is not None)))
+    found, whole = set(_prompts(model)), multimodal(model)
+    if whole is not None and (decoder := whole.get_decoder()) is not whole:
+        text = {*decoder.modules()}
+        for find in (whole.get_input_embeddings, whole.get_output_embeddings):
+            with suppress(NotImplementedError):  # of models with two towers, such as CLIP
+                text.update(() if find() is None else find().modules())
+        found.update({*whole.modules()} - text)
     return frozenset(found)
+
+
+def multimodal(model: nn.Module) -> Any:
+    """The transformers model that takes images or sounds too, which a model is or wraps; None of others."""
+    return next(filter(_is_multimodal, model.modules()), None)
 
 
 def _prompts(model: Any) -> list[nn.Module]:

@@ -17,6 +17,8 @@ from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Ridge
 
 import wherefrom as wf
+from tests.models import relative_error
+from tests.runs import only
 from tests.small_model import cache_small_model
 
 Array = NDArray[np.float64]
@@ -190,3 +192,18 @@ def test_traced_preferences_are_products_of_dpo_gradients(tmp_path: Path) -> Non
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     named = expected.sum(0).topk(2).indices.tolist()
     assert numbers["methods"]["gradient products"]["planted"] == len(planted & {*named}) / 2
+
+
+def test_adapters_beside_four_bits_are_compared_with_the_same_beside_float32(cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    lora = runpy.run_path(str(EXAMPLES / "lora" / "analyze_lora.py"))
+    few = {"max_train_examples": 10, "max_query_examples": 3, "strategy": "identity", "quantization": "4bit"}
+    lora["main"](lora["Arguments"](run_dir=tmp_path, cache_dir=cache, rank=2, **few))
+    (file,) = (tmp_path / "evaluation").glob("adapters-????????.json")
+    numbers = json.loads(file.read_text())
+    assert list(numbers["analyses"]) == ["adapters, 4bit", "adapters, float32"]
+    assert numbers["perplexity"]["after"] < numbers["perplexity"]["before"]
+    values = [
+        wf.Scores.load(only(tmp_path / f"adapters-{kind}" / "scores", "dot")).values for kind in ("4bit", "float32")
+    ]
+    assert 0 < relative_error(*values) < 0.5

@@ -1,10 +1,11 @@
 """Fine-tune adapters (LoRA) of the small GPT-2, trace its predictions through them, and compare with all weights.
 
     python analyze_lora.py
+    python analyze_lora.py --quantization 4bit   # QLoRA: beside matrices of 4 bits
 
 The model and the texts are those of examples/wikitext; what is trained is a low-rank adapter beside each frozen matrix.
 Of a peft model, the adapters' layers are what is tracked. The same model with its adapters merged into the matrices,
-those tracked, is what it is compared with.
+those tracked, is what it is compared with; with quantization, the same adapters beside matrices in float32.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 from datasets import Dataset
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -31,14 +33,16 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.append(str(Path(__file__).parents[1] / "wikitext"))
 from common import METHODS, StrategyName
 from data import load_data
-from models import BLOCK_SIZES, load_base
+from models import BLOCK_SIZES, load_base, small_folder
 from training import TrainSettings, perplexity, train
 
 import wherefrom as wf
 from wherefrom.cli.shared import command_line
 from wherefrom.evaluate.agreement import compare_scores, label_agreement
 from wherefrom.evaluate.plots import BLUE, INK, RESOLUTION, png
+from wherefrom.hf.text import ModelLoading, load_model
 from wherefrom.report.figures import Figure, load_figures, save_evaluation
+from wherefrom.tasks.adapters.quantized import multiplying_dequantized
 
 console = Console()
 
@@ -56,6 +60,8 @@ class Arguments:
     """Keeps the pre-trained small model, which examples/wikitext shares."""
     rank: int = 8
     """Of the adapters; their scale (alpha) is twice that."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Of the model's own matrices, by bitsandbytes."""
     train_batch_size: int = 8
     learning_rate: float = 3e-3
     num_train_epochs: int = 3
@@ -109,8 +115,13 @@ class Analysis:
 def main(arguments: Arguments) -> None:
     """Train adapters, score through them and through all weights, compare, write the page."""
     tuned, texts, perplexities = train_adapters(arguments)
-    analyses = {"adapters": analyze(arguments, "adapters", tuned, texts)}
-    analyses["all weights, merged"] = analyze(arguments, "merged", merged(tuned), texts)
+    if arguments.quantization is None:
+        analyses = {"adapters": analyze(arguments, "adapters", tuned, texts)}
+        analyses["all weights, merged"] = analyze(arguments, "merged", merged(tuned), texts)
+    else:
+        name = f"adapters, {arguments.quantization}"
+        analyses = {name: analyze(arguments, f"adapters-{arguments.quantization}", tuned, texts)}
+        analyses["adapters, float32"] = analyze(arguments, "adapters-float32", in_float32(tuned, arguments), texts)
     one, other = (each.scores for each in analyses.values())
     agreement = compare_scores(one, other)
     facts = {name: each.facts(texts) for name, each in analyses.items()}
@@ -128,13 +139,12 @@ def main(arguments: Arguments) -> None:
         "agreement": agreement.to_json(),
         "top_10_overlap": top,
     }
-    caption = (
-        "Each query's rank correlation of scores through the adapters and through all weights of the merged model."
-    )
-    figure = Figure("Adapters against all weights", caption, png(comparison(facts, agreement.spearman.values)))
+    first, second = analyses
+    caption = f"Each query's rank correlation of scores through {first}, and through {second}."
+    figure = Figure("Scores through adapters", caption, png(comparison(facts, agreement.spearman.values)))
     file = save_evaluation(arguments.run_dir, "adapters", figure, results, one.fingerprint)
     console.print(f"Plot and numbers: {file}", soft_wrap=True)
-    page = analyses["adapters"].study.report(
+    page = analyses[first].study.report(
         one,
         texts.queries,
         tokenizer=texts.tokenizer,
@@ -148,19 +158,24 @@ def main(arguments: Arguments) -> None:
 def train_adapters(arguments: Arguments) -> tuple[PeftModel, Texts, dict[str, float]]:
     """The fine-tuned model, its data, and the queries' perplexity before and after."""
     base, tokenizer = load_base("small", arguments.cache_dir)
+    if arguments.quantization is not None:
+        loading = ModelLoading(quantization=arguments.quantization)
+        base = load_model(str(small_folder(arguments.cache_dir)), loading=loading)
     limits = (arguments.max_train_examples, arguments.max_query_examples)
     texts = Texts(tokenizer, *load_data("wikipedia", tokenizer, BLOCK_SIZES["small"], *limits))
-    before = perplexity(base, texts.queries, EVAL_BATCH_SIZE)
-    tuned = with_adapters(base, arguments.rank, arguments.seed)
     settings = TrainSettings(
         batch_size=arguments.train_batch_size,
         learning_rate=arguments.learning_rate,
         num_epochs=arguments.num_train_epochs,
     )
-    began = time.perf_counter()
-    train(base, texts.train, settings, arguments.seed, "Fine-tuning")
-    seconds = time.perf_counter() - began
-    after = perplexity(base, texts.queries, EVAL_BATCH_SIZE)
+    # In evaluation mode, which it trains in too, bitsandbytes has no gradients on some CPUs.
+    with multiplying_dequantized(base):
+        before = perplexity(base, texts.queries, EVAL_BATCH_SIZE)
+        tuned = with_adapters(base, arguments.rank, arguments.seed)
+        began = time.perf_counter()
+        train(base, texts.train, settings, arguments.seed, "Fine-tuning")
+        seconds = time.perf_counter() - began
+        after = perplexity(base, texts.queries, EVAL_BATCH_SIZE)
     console.print(f"Perplexity of {len(texts.queries):,} queries: {before:.1f}, then {after:.1f} ({seconds:.0f} s).")
     return tuned, texts, {"before": before, "after": after}
 
@@ -168,8 +183,20 @@ def train_adapters(arguments: Arguments) -> tuple[PeftModel, Texts, dict[str, fl
 def with_adapters(base: PreTrainedModel, rank: int, seed: int) -> PeftModel:
     """Put an adapter of that rank beside every matrix of the model's blocks; the model itself is changed."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    transposed = (
+        type(base.get_submodule("transformer.h.0.attn.c_attn")).__name__ == "Conv1D"
+    )  # not where it has few bits
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=ADAPTED, fan_in_fan_out=transposed, task_type="CAUSAL_LM"
+    )
     model: PeftModel = get_peft_model(base, config)
+    return model
+
+
+def in_float32(tuned: PeftModel, arguments: Arguments) -> PeftModel:
+    """The same adapters beside the matrices as they were before quantization."""
+    model = with_adapters(load_base("small", arguments.cache_dir)[0], arguments.rank, arguments.seed)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(tuned))
     return model
 
 

@@ -189,6 +189,22 @@ def test_what_cannot_be_tracked_is_said_with_its_share_and_refused_by_name() -> 
             select_layers(adapted(config))
 
 
+@pytest.mark.parametrize("kind", ["ia3", "lora of embedding and head", "dora", "prompt"])
+def test_a_loss_may_switch_adapters_off_for_its_reference(kind: str, tmp_path: Path) -> None:
+    model, task = adapted(KINDS[kind]()), wf.Preference(wf.DPO(beta=0.5), reference="base")
+    pairs: list[object] = [
+        {"prompt_ids": [1, 2], "chosen_ids": [3, 4, number], "rejected_ids": [5, number]} for number in range(4)
+    ]
+    found = wf.Study(tmp_path, model, task, train=pairs).score(pairs, wf.Dot()).values
+    trained = [each for each in model.parameters() if each.requires_grad]
+    rows = []
+    for pair in pairs:
+        loss = task.train_loss(model, task.collate([pair]))
+        rows.append(torch.cat([each.flatten() for each in torch.autograd.grad(loss, trained)]))
+    expected = torch.stack(rows) @ torch.stack(rows).T
+    assert relative_error(found, expected) < 1e-9
+
+
 def test_of_several_adapters_the_active_one_counts(tmp_path: Path) -> None:
     model = adapted(lora())
     model.add_adapter("other", lora(r=3))

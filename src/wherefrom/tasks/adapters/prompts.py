@@ -19,9 +19,11 @@ _CACHED = {"PREFIX_TUNING", "CARTRIDGE"}
 
 
 def _config(model: Any) -> Any:
-    """The configuration of a model's prompt; None of one that learns none."""
-    config = model.active_peft_config if hasattr(model, "prompt_encoder") else None
-    return config if config is not None and config.is_prompt_learning else None
+    """The configuration of a model's prompt; None of one that learns none, or while peft has switched it off."""
+    if not hasattr(model, "prompt_encoder") or vars(model).get("forward") == model.base_model.forward:
+        return None
+    config = model.active_peft_config
+    return config if config.is_prompt_learning else None
 
 
 def prompt_length(model: nn.Module) -> int:

@@ -25,6 +25,15 @@ def without_own_products(module: Any) -> str | None:
     return f"its adapters are of the variant {next(iter(variants.values()))}" if variants else None
 
 
+def _unless_off(module: Any, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The module without adapters where a loss has switched them off, such as for its reference."""
+
+    def either(inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (module.base_layer if module.disable_adapters else forward)(inputs, *args, **kwargs)
+
+    return either
+
+
 def _active(module: Any, parameters: str) -> list[str]:
     return [name for name in module.active_adapters if name in getattr(module, parameters)]
 
@@ -47,7 +56,7 @@ def ia3_forward(module: Any, maps: Maps) -> Callable[..., Tensor]:
         output: Tensor = module.base_layer(inputs, *args, **kwargs)
         return output if module.is_feedforward else scaled(output)
 
-    return forward
+    return _unless_off(module, forward)
 
 
 def adalora_maps(module: Any) -> dict[str, Map]:
@@ -72,7 +81,7 @@ def adalora_forward(module: Any, maps: Maps) -> Callable[..., Tensor]:
             output = output + vectors * (module.scaling[name] / (module.ranknum[name] + 1e-5)).to(output.dtype)
         return output
 
-    return forward
+    return _unless_off(module, forward)
 
 
 def embedding_maps(module: Any) -> dict[str, Map]:
@@ -96,7 +105,7 @@ def embedding_forward(module: Any, maps: Maps) -> Callable[..., Tensor]:
             output = output + (added if factor is None else added * factor).to(output.dtype)
         return output
 
-    return forward
+    return _unless_off(module, forward)
 
 
 def magnitude_maps(module: Any) -> dict[str, Map]:

@@ -150,6 +150,14 @@ def test_qwen2_vl_flattens_patches_and_is_taken_one_by_one(tmp_path: Path) -> No
     check(model, rows, tmp_path / "text", ["model.language_model.*"], size=3)
 
 
+def test_an_example_without_an_image_has_no_part_in_its_tower(tmp_path: Path) -> None:
+    rows = [*pictures(4, (4, 7)), {"input_ids": [1, *words(5, 3)]}]
+    model = made(llava())
+    check(model, rows, tmp_path, size=1)
+    with pytest.raises(InputError, match="One example has the columns"):
+        wf.Study(tmp_path / "three", model, wf.CausalLM(), train=rows, execution=wf.Execution(train_batch_size=3)).fit()
+
+
 def test_adapters_in_both_towers(tmp_path: Path) -> None:
     import peft
 

@@ -232,9 +232,9 @@ class Capture(AbstractContextManager["Capture"]):
             raise LossError(
                 f"The task's loss is {kind}: expected a real number, such as float32. Return the loss itself."
             )
-        missing = [
-            name for name, layer in self._layers.items() if name not in current.calls and not current.idle(layer)
-        ]
+        # An example may have no image.
+        expected = {name: each for name, each in self._layers.items() if not any(use.beside_text for use in each.uses)}
+        missing = [name for name, each in expected.items() if name not in current.calls and not current.idle(each)]
         if missing and current.without_graph.issuperset(missing):
             raise LayerError(
                 f"{len(missing)} tracked layer(s) ran with gradients switched off: {', '.join(missing[:5])}. With "

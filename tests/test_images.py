@@ -189,6 +189,8 @@ def test_what_a_processor_makes_is_taken_as_it_is(tmp_path: Path) -> None:
     batch = task.collate([{**each, "pixel_values": pixels(4, 2)} for each in grids])
     assert batch["image_grid_thw"].shape == (3, 3)
     assert batch["pixel_values"].shape == (8, 2)
+    plain = [{"input_ids": [1, 2], "image_grid_thw": [1, 2, 2], "pixel_values": pixels(4, 2)}] * 2
+    assert task.collate(plain)["image_grid_thw"].shape == (2, 3)
 
 
 def test_tokens_that_stand_for_images_are_not_counted(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def true_gradients(family: Family) -> Gradients:
     names, parameters = zip(*model.named_parameters(), strict=True)
     rows = []
     for example in family.examples():
-        loss = task.train_loss(model, task.collate([example]))
+        loss = task.train_loss(model, task.collate([task.select(model, example)]))
         rows.append(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
     return {name: torch.stack(each) for name, each in zip(names, zip(*rows, strict=True), strict=True)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,13 +86,16 @@ def seen() -> list[object]:
 
 def prefixed() -> list[object]:
     """The same with what is to be written marked."""
-    found = list[object]()
-    for each in seen():
-        assert isinstance(each, dict)
-        written = torch.arange(len(each["input_ids"])) >= 4
-        labels = each["input_ids"].masked_fill(~written, -100)
-        found.append({**each, "token_type_ids": written.long(), "labels": labels})
-    return found
+    return [
+        {**each, "token_type_ids": (each["input_ids"] != IMAGE).long()} for each in seen() if isinstance(each, dict)
+    ]
+
+
+def marked() -> list[object]:
+    """The same with the image marked."""
+    return [
+        {**each, "token_type_ids": (each["input_ids"] == IMAGE).long()} for each in seen() if isinstance(each, dict)
+    ]
 
 
 def several() -> list[object]:
@@ -103,9 +105,14 @@ def several() -> list[object]:
 
 def patched() -> list[object]:
     """The same with images as four patches of 12 numbers."""
-    grid = torch.tensor([1, 2, 2])
+    grid = torch.tensor([[1, 2, 2]])
     return [
-        {**each, "pixel_values": each["pixel_values"].flatten()[:48].view(4, 12), "image_grid_thw": grid}
+        {
+            **each,
+            "pixel_values": each["pixel_values"].flatten()[:48].view(4, 12),
+            "image_grid_thw": grid,
+            "mm_token_type_ids": (each["input_ids"] == IMAGE).long(),
+        }
         for each in seen()
         if isinstance(each, dict)
     ]
@@ -162,13 +169,10 @@ SOUNDS = (
 TOGETHER = (
     Family("CLIP", OfTransformers("CLIPModel", _CLIP), Matching, captioned, OfTransformers("CLIPModel")),
     reader("LLaVA", "LlavaForConditionalGeneration", {**_SEEING, "model_type": "clip_vision_model"}, "llama"),
-    replace(
-        reader("PaliGemma", "PaliGemmaForConditionalGeneration", _SIGLIP, "gemma", projection_dim=8, hidden_size=8),
-        examples=prefixed,
-        note="its examples need `token_type_ids`, 0 and then 1 for what is to be written; without, it looks ahead, and "
-        "so at padding",
-    ),
-    reader("Gemma 3 with images", "Gemma3ForConditionalGeneration", _SIGLIP, "gemma3_text", mm_tokens_per_image=4),
+    reader("PaliGemma", "PaliGemmaForConditionalGeneration", _SIGLIP, "gemma", prefixed, projection_dim=8,
+           hidden_size=8),
+    reader("Gemma 3 with images", "Gemma3ForConditionalGeneration", _SIGLIP, "gemma3_text", marked,
+           mm_tokens_per_image=4),
     reader("SmolVLM", "SmolVLMForConditionalGeneration", _SEEING, "llama", several, scale_factor=1),
     reader("BLIP-2", "Blip2ForConditionalGeneration", _SEEING, "opt", num_query_tokens=4, qformer_config={
         **SIZES, "encoder_hidden_size": 8,

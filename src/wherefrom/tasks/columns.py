@@ -133,7 +133,8 @@ def _batched(
     alike = len({column.shape[1:] for column in columns}) == 1
     if padding is not None or (each_token and alike and not packed):
         return nn.utils.rnn.pad_sequence(columns, True, padding or 0)
-    if (packed or batches) and alike and columns[0].dim():
+    one_image = name.endswith("_grid_thw") and columns[0].dim() == 1
+    if (packed or batches) and alike and columns[0].dim() and not one_image:
         return torch.cat(columns)
     if len({column.shape for column in columns}) == 1:
         return torch.stack(columns)

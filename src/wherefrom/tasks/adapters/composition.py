@@ -47,7 +47,7 @@ def adapters_of(model: nn.Module) -> Adapters | None:
 def beside_text(model: nn.Module) -> frozenset[nn.Module]:
     """The modules that see something else than a text's tokens: images, sounds, or learned prompts.
 
-    Those are what a transformers model of several kinds of input has beside its decoder, or its tower of text, and the head.
+    Those are what a transformers model of several kinds of input has beside what reads the text, and the head.
     """
     found, whole = set(_prompts(model)), multimodal(model)
     if whole is not None and (decoder := whole.get_decoder()) is not whole:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,51 @@ def test_a_named_layer_has_to_run(tmp_path: Path, name: str) -> None:
     assert list(study.layers) == ["used", name]
     with pytest.raises(LayerError, match=rf"1 tracked layer\(s\) never ran in a forward pass: {name}"):
         study.fit(wf.EKFAC())
+
+
+class Both(nn.Module):
+    """A weight is used by its module, and by a function too, or by one that does not depend on its numbers."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.function(torch.tanh(self.first(inputs)), self.first.weight)
+        logits: Tensor = self.second((hidden * mask[:, :, None]).sum(1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "function", [functional.linear, lambda x, w: x @ w.T, lambda x, w: x + torch.stack([w, w]).sum()]
+)
+def test_a_weight_that_a_function_uses_too_is_refused(
+    tmp_path: Path, function: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    model, rows = Both(function).double(), sequences(6)
+    with pytest.raises(LayerError, match=r"weight of layer 'first' is used by a function"):
+        wf.Study(tmp_path, model, Sequences(), train=rows).score(rows, wf.Dot())
+    found = wf.Study(tmp_path, model, Sequences(["second"]), train=rows).score(rows, wf.Dot()).values
+    expected = gradient_products(model, Sequences(), lambda name: name.startswith("second"), rows, rows)
+    assert relative_error(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: x.to(w.dtype) + torch.zeros_like(w).sum() + w.new_ones(1),
+        lambda x, w: x + w.detach().sum() + w.data.mean() + len(w),
+        lambda x, w: x * nn.Parameter(w.clone().detach()).requires_grad_(False).sum(),
+    ],
+)
+def test_what_does_not_depend_on_a_weight_is_no_use_of_it(
+    tmp_path: Path, function: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    model, rows = Both(function).double(), sequences(6)
+    found = wf.Study(tmp_path, model, Sequences(), train=rows).score(rows, wf.Dot()).values
+    assert relative_error(found, gradient_products(model, Sequences(), lambda _: True, rows, rows)) < 1e-12
 
 
 class Nothing(nn.Module):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from wherefrom.engine.modules.functions import watched_functions
 from wherefrom.engine.modules.layer_types import NO_COLUMN, distinct_one_hot
 from wherefrom.engine.modules.layers import TrackedLayer, Use, owners
 from wherefrom.engine.modules.linear_map import LinearMap
@@ -108,6 +109,7 @@ class Capture(AbstractContextManager["Capture"]):
         operand: what becomes of every captured tensor; a wider type, unless one asks for something else.
         flattened: layers whose flattened inputs are known to be example by example; others are looked at when there are
             several examples, and are among them then. None looks at none.
+        watched: whether tracked weights that functions use outside of their modules are looked for, which takes time.
     """
 
     def __init__(
@@ -117,8 +119,10 @@ class Capture(AbstractContextManager["Capture"]):
         receive: Receiver,
         operand: Callable[[Tensor], Tensor] = widened,
         flattened: set[str] | None = None,
+        watched: bool = False,
     ) -> None:
         self._flattened = flattened
+        self._watched = watched
         self._model = model
         self._layers = layers
         self._receive = receive
@@ -165,14 +169,18 @@ class Capture(AbstractContextManager["Capture"]):
 
         Raises:
             LossError: the loss is not a scalar, or no tracked layer has part in it.
-            LayerError: a layer never ran, its tensors are not batch-first, or its input was overwritten in place.
+            LayerError: a layer never ran, its tensors are not batch-first, its input was overwritten in place, or
+                functions use its weight.
         """
         self._pass = current = Pass(examples, padding, lengths)
         try:
-            value = self._forward(loss, current)
+            looked_at = self._layers.values() if self._watched else ()
+            with watched_functions(self._model, looked_at) as refuse:
+                value = self._forward(loss, current)
             self._check(value, current)
             current.backward = True
             with leaves_of(value) as leaves:
+                refuse(leaves)
                 current.check_flattened(leaves)
                 # Not by `autograd.grad`, with which PyTorch's counters of operations refuse modules that read a leaf.
                 torch.autograd.backward(value, inputs=leaves)

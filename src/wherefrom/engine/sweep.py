@@ -78,6 +78,7 @@ class Sweep(Generic[Batch]):
         layers: the tracked layers by name.
         logged: what the log is not to repeat.
         flattened: layers whose flattened inputs are known to be example by example.
+        watched: layers whose weights are known to be used by their modules alone.
     """
 
     model: nn.Module
@@ -87,6 +88,7 @@ class Sweep(Generic[Batch]):
     profile: Profile = field(default_factory=Profile)
     logged: set[str] = field(default_factory=set)
     flattened: set[str] = field(default_factory=set)
+    watched: set[str] = field(default_factory=set)
 
     @cached_property
     def precision(self) -> Precision:
@@ -242,14 +244,16 @@ class Sweep(Generic[Batch]):
 
         # That takes a backward pass more: in all processes, and not through what is compiled for one alone.
         flattened = None if self.lockstep or self.execution.compile_activations else self.flattened
+        watched = flattened is not None and not self.watched.issuperset(self.layers)
         with (
-            Capture(self.model, self.layers, receive, self.precision.operand, flattened) as capture,
+            Capture(self.model, self.layers, receive, self.precision.operand, flattened, watched) as capture,
             action(f"{state.name}: forward and backward"),
             self.precision.passes(self.device),
         ):
             loss = capture.run(
                 lambda: state.examples.summed_loss(self.model, loaded, batch), len(batch), padding, lengths
             )
+        self.watched.update(self.layers)
         state.advance(batch, tokens, loss)
 
     def _checkpoint(self, state: _State[Batch], size: int, held: HeldSignals) -> None:

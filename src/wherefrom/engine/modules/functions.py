@@ -36,7 +36,7 @@ def watched_functions(model: nn.Module, layers: Iterable[TrackedLayer]) -> Itera
             for part in use.parts:
                 # One that is computed, as by weight normalisation, is another tensor at every look.
                 if isinstance(part.parameter, nn.Parameter):
-                    found = owned.setdefault(id(part.parameter), _Owned(layer.name))
+                    found = owned.setdefault(id(part.parameter), _Owned(part.parameter, layer.name))
                     found.modules.update([use.module] if use.owner is None else [use.module, use.owner.module])
     running, given = Counter[nn.Module](), list[_Given]()
 
@@ -65,8 +65,9 @@ def watched_functions(model: nn.Module, layers: Iterable[TrackedLayer]) -> Itera
 
 @dataclass
 class _Owned:
-    """Whose a weight is: a layer's name, and the modules that may use it."""
+    """Whose a weight is: a layer's name, and the modules that may use it. While it is here, no other has its id."""
 
+    weight: Tensor
     layer: str
     modules: set[nn.Module] = field(default_factory=set)
 

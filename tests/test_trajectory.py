@@ -62,7 +62,7 @@ def dense(
         for row in {row for t, rows in enumerate(training.batches) if nearest[t] == number for row in rows.tolist()}:
             batch = task.collate([case.train[row]])
             trained[number, row] = gradient(task.train_loss(model, batch))
-            positions = [count * (number * draws + draw) + row for draw in range(draws)]
+            positions = [count * (number + draw * len(checkpoints)) + row for draw in range(draws)]
             drawn = [gradient(task.train_loss(model, batch, wf.Sampler(seed, [each]))) for each in positions]
             fisher[number, row] = sum((torch.outer(each, each) / draws for each in drawn), torch.zeros(()))
     measured = torch.stack([gradient(task.measurement(model, task.collate([each]))) for each in queries])

@@ -6,17 +6,21 @@ This module knows layers and tensors; it does not know what is made of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from wherefrom.engine.modules.layers import TrackedLayer, Use
 from wherefrom.engine.routing import Packing, Routing
-from wherefrom.runtime.errors import LayerError
+from wherefrom.runtime.errors import LayerError, LossError
 from wherefrom.tasks.task import evaluating
+
+_ADVICE = "Several draws share a forward pass: the loss has to be a function of what `model(...)` returns."
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,12 @@ class Pass:
                 )
         finally:
             self.looking = False
+
+    def repeat(self, calls: Mapping[str, list[Call]]) -> None:
+        """Wait for gradients of the same calls once more."""
+        self.calls = dict(calls)
+        for call in chain.from_iterable(calls.values()):
+            call.gradient = None
 
     def packing(self, layer: str, call: Call, routing: Routing, expert: int) -> Packing:
         """How an expert's vectors are laid out by example.
@@ -234,6 +244,47 @@ def frozen(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast)
             for name, parameter in model.named_parameters():  # by name: offloading makes new parameters in every pass
                 parameter.requires_grad_(required[name])
+
+
+@contextmanager
+def calls_answered(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Within it, after a call of what it yields, the model returns once more, call by call, what it has returned.
+
+    Raises:
+        LossError: it is called with other inputs than the first time, or was not called.
+    """
+    forward, patched = model.forward, "forward" in vars(model)
+    said: list[tuple[list[object], object]] = []
+    answers: Iterator[tuple[list[object], object]] | None = None
+
+    def answer(*arguments: object, **keywords: object) -> object:
+        given = tree_leaves((arguments, keywords))
+        if answers is None:
+            said.append((given, forward(*arguments, **keywords)))
+            return said[-1][1]
+        before, output = next(answers, ([], None))
+        if len(before) != len(given) or not all(map(_alike, before, given)):
+            raise LossError(f"The task gives the model other inputs for other targets. {_ADVICE}")
+        return output
+
+    def again() -> None:
+        nonlocal answers
+        if not said:
+            raise LossError(f"The task computes its loss without a call of the model. {_ADVICE}")
+        answers = iter(said)
+
+    model.forward = answer  # type: ignore[method-assign]
+    try:
+        yield again
+    finally:
+        del model.forward
+        if patched:
+            model.forward = forward  # type: ignore[method-assign]
+
+
+def _alike(one: object, other: object) -> bool:
+    both = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return one is other or (torch.equal(one, other) if both else type(one) is type(other) and bool(one == other))  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -159,12 +159,12 @@ class TrajectoryProducts(Generic[Batch]):
         sweep.run(name, examples, ConditionedGradients(sweep.layers, self.scaling, into), batch_size=size)
 
     def _drawn(self, number: int) -> Examples[Batch]:
-        """The visits at a checkpoint with targets of their own each time."""
+        """The visits at a checkpoint, with targets of their own at each."""
         train, total = self.context.train, len(self.context.train)
-        times = range(number * self.draws, (number + 1) * self.draws)
-        repeated = Repeated(train.dataset, len(self.visits) * self.draws)
-        examples = replace(train, dataset=repeated, loss="drawn", seed=self.seed)
-        return examples.subset([total * time + each for time in times for each in self.visits[number].examples.tolist()])
+        # The k-th draw at a checkpoint is that of examples `number + k checkpoints` data sets on.
+        repeated = Repeated(train.dataset, len(self.visits))
+        drawn = replace(train, dataset=repeated, loss="drawn", seed=self.seed, draws=self.draws)
+        return drawn.subset([total * number + each for each in self.visits[number].examples.tolist()])
 
 
 def _numbers(layer: TrackedLayer) -> int:

@@ -182,8 +182,9 @@ class Capture(AbstractContextManager["Capture"]):
                     for number, other in enumerate(others, start=1):
                         again()
                         value = other()
-                        current.repeat(calls)
+                        expected = current.repeat(calls)
                         self._backward(value, leaves, current, number < len(others))
+                        current.check_repeated(expected)
                         total = total + value.detach()
             if self._flattened is not None:
                 self._flattened.update(current.first)

@@ -122,11 +122,19 @@ class Pass:
         finally:
             self.looking = False
 
-    def repeat(self, calls: Mapping[str, list[Call]]) -> None:
-        """Wait for gradients of the same calls once more."""
+    def repeat(self, calls: Mapping[str, list[Call]]) -> list[Call]:
+        """Wait once more for gradients of the same calls: those that had one."""
         self.calls = dict(calls)
-        for call in chain.from_iterable(calls.values()):
+        found = [call for call in chain.from_iterable(calls.values()) if call.gradient is not None]
+        for call in found:
             call.gradient = None
+        return found
+
+    @staticmethod
+    def check_repeated(calls: Sequence[Call]) -> None:
+        """Refuse a loss that does not depend on calls as the first one did."""
+        if any(call.gradient is None for call in calls):
+            raise LossError(f"Drawn losses of a batch depend on different calls of its layers. {_ADVICE}")
 
     def packing(self, layer: str, call: Call, routing: Routing, expert: int) -> Packing:
         """How an expert's vectors are laid out by example.
@@ -251,32 +259,42 @@ def calls_answered(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Within it, after a call of what it yields, the model returns once more, call by call, what it has returned.
 
     Raises:
-        LossError: it is called with other inputs than the first time, or was not called.
+        LossError: it is called with other inputs than the first time.
     """
     forward, patched = model.forward, "forward" in vars(model)
-    said: list[tuple[list[object], object]] = []
-    answers: Iterator[tuple[list[object], object]] | None = None
+    inputs, outputs, finals = list[list[object]](), list[object](), list[object]()
+    turn: int | None = None
 
     def answer(*arguments: object, **keywords: object) -> object:
         given = tree_leaves((arguments, keywords))
-        if answers is None:
-            said.append((given, forward(*arguments, **keywords)))
-            return said[-1][1]
-        before, output = next(answers, ([], None))
+        if turn is None:
+            inputs.append(given)
+            outputs.append(forward(*arguments, **keywords))
+            return outputs[-1]
+        before = inputs[turn] if turn < len(inputs) else []
         if len(before) != len(given) or not all(map(_alike, before, given)):
             raise LossError(f"The task gives the model other inputs for other targets. {_ADVICE}")
-        return output
+        return outputs[turn]
+
+    def returned(_: nn.Module, __: object, output: object) -> object:
+        """What other hooks have made of it, where the model itself is a tracked layer."""
+        nonlocal turn
+        if turn is None:
+            finals.append(output)
+            return output
+        turn += 1
+        return finals[turn - 1]
 
     def again() -> None:
-        nonlocal answers
-        if not said:
-            raise LossError(f"The task computes its loss without a call of the model. {_ADVICE}")
-        answers = iter(said)
+        nonlocal turn
+        turn = 0
 
     model.forward = answer  # type: ignore[method-assign]
+    hook = model.register_forward_hook(returned)
     try:
         yield again
     finally:
+        hook.remove()
         del model.forward
         if patched:
             model.forward = forward  # type: ignore[method-assign]

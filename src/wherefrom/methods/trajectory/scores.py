@@ -121,10 +121,13 @@ class TrajectoryFisher(Method):
         advice = "Give Study(history=training.record(folder))."
         given = chosen_checkpoints(context, None)
         found = recorded_only(given, "TrajectoryFisher", "Adam's second moments", advice)
-        if found[-1].step != len(training.batches):
+        recipe, last = training.recipe, found[-1]
+        expected = (len(training.batches), {(recipe.betas, recipe.epsilon, recipe.weight_decay)})
+        recorded = (last.step, {(group.betas, group.eps, group.weight_decay) for group in last.groups})
+        if recorded != expected:
             raise InputError(
-                f"history: its last checkpoint is of step {found[-1].step}, and the training has "
-                f"{len(training.batches)}. {advice}"
+                "history: its last checkpoint was recorded with (step, {(betas, epsilon, weight decay)}) "
+                f"{recorded}, and the training ends with {expected}. {advice}"
             )
         return found
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import wherefrom as wf
 from tests.models import Case, mlp_case, relative_error
 from tests.test_magic import CASES, RECIPE, Training, magic_scores, training_of
+from wherefrom.methods.checkpoints import with_record
 from wherefrom.runtime.errors import InputError, LossError
 from wherefrom.store.recording import MOMENTS, RecordedCheckpoint
 from wherefrom.store.weights import load_weights
@@ -99,7 +100,7 @@ def test_scores_are_those_of_dense_steps(name: str, checkpoints: int, tmp_path: 
     training = training_of(case, recipe)
     study = study_of(training, tmp_path, checkpoints)
     found = study.score(case.queries, wf.TrajectoryFisher(training=training, draws=DRAWS, seed=SEED))
-    expected = dense(case, training, study.history, parameters_of(study))
+    expected = dense(case, training, with_record(study.history), parameters_of(study))
     assert expected.abs().max() > 1e-3
     assert relative_error(found.values, expected) < 1e-9
 

@@ -289,7 +289,7 @@ def calls_answered(model: nn.Module) -> Iterator[Callable[[], None]]:
         nonlocal turn
         turn = 0
 
-    model.forward = answer  # type: ignore[method-assign]
+    model.forward = answer
     hook = model.register_forward_hook(returned)
     try:
         yield again
@@ -297,7 +297,7 @@ def calls_answered(model: nn.Module) -> Iterator[Callable[[], None]]:
         hook.remove()
         del model.forward
         if patched:
-            model.forward = forward  # type: ignore[method-assign]
+            model.forward = forward
 
 
 def _alike(one: object, other: object) -> bool:

@@ -1,7 +1,7 @@
 """Trajectory Fisher: AdamW, linearised around a training and walked back in the space of drawn gradients.
 
-Of a small change of the training, weights theta and the running mean m of gradients change, in step t = 0, ..., T - 1 with
-learning rate eta_t, by
+Of a small change of the training, weights theta and the running mean m of gradients change, in step t = 0, ..., T - 1
+with learning rate eta_t, by
 
     dm <- beta_1 dm + (1 - beta_1) (H dtheta + sum_i dw_i a_ti g_i)
     dtheta <- (1 - eta_t omega) dtheta - eta_t / (1 - beta_1^(t + 1)) P dm
@@ -47,8 +47,8 @@ class TrajectoryFisher(Method):
     sampled, instead of each batch's own; second moments are those of the end; and gradients are those at the checkpoint
     that is nearest to the step. There is no damping: training ends.
 
-    It takes M = draws x visits gradients, their M x M dot products, and a product with that matrix in each step; best for
-    all weights (`layers=[...]`). The dot products of draws are stored in `RUN/trajectory`, for other queries.
+    It takes M = draws x visits gradients, their M x M dot products, and a product with that matrix in each step; best
+    for all weights (`layers=[...]`). The dot products of draws are stored in `RUN/trajectory`, for other queries.
 
     Attributes:
         training: what made the study's model, of its training examples; it says which examples were in which batch. The
@@ -89,7 +89,9 @@ class TrajectoryFisher(Method):
             "precision": str(context.sweep.precision),
             **conditioning_digest(scaling),
         }
-        described = {f"{number}.{key}": each for number, step in enumerate(steps) for key, each in step.tensors().items()}
+        described = {
+            f"{number} {key}": each for number, step in enumerate(steps) for key, each in step.tensors().items()
+        }
         settings = {
             **drawn,
             "steps": tensors_digest(described)[:16],
@@ -164,8 +166,11 @@ def trajectory(
         visits.append(Visits(checkpoint.path, examples))
         numbers += [start + torch.searchsorted(examples, each) for each in here]
         start += len(examples)
-    shares = [torch.full(each.shape, 1 / training.divisor(step), dtype=torch.float64) for step, each in enumerate(training.batches)]
-    rates = training.recipe.learning_rates
+    divisors, rates = map(training.divisor, range(len(training.batches))), training.recipe.learning_rates
+    shares = [
+        torch.full(each.shape, 1 / divisor, dtype=torch.float64)
+        for each, divisor in zip(training.batches, divisors, strict=True)
+    ]
     return visits, [Step(*each) for each in zip(rates, numbers, shares, strict=True)]
 
 

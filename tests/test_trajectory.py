@@ -40,6 +40,7 @@ def dense(
     parameters: list[str],
     seed: int = SEED,
     draws: int = DRAWS,
+    rank: int | None = None,
 ) -> Tensor:
     """Minus by how much each query's loss changes with each example's weight, by dense H, forwards through all steps.
 
@@ -73,6 +74,16 @@ def dense(
     for step, rows in enumerate(training.batches):
         for row in rows.tolist():
             matrix += fisher[nearest[step], row] / divisors[step] / steps
+    if rank is not None:
+        load_weights(model, checkpoints[-1].path)
+        alone = [task.collate([each]) for each in case.train]
+        drawn = [gradient(task.train_loss(model, each, wf.Sampler(seed, [row]))) for row, each in enumerate(alone)]
+        root = preconditioner.sqrt()
+        kept = leading_span([root * each for each in drawn], weights, rank)
+        restricted = kept / root[:, None] * root  # P^(-1/2) Pi P^(1/2)
+        trained = {key: restricted @ each for key, each in trained.items()}
+        measured = measured @ restricted.T
+        matrix = restricted @ matrix @ restricted.T
     columns = []
     for example in range(count):
         moved, mean = torch.zeros_like(square), torch.zeros_like(square)
@@ -85,6 +96,31 @@ def dense(
             moved = moved * (1 - rate * recipe.weight_decay) - rate * preconditioner * corrected
         columns.append(measured @ moved)
     return -torch.stack(columns, 1)
+
+
+def leading_span(gradients: list[Tensor], weights: list[Tensor], rank: int) -> Tensor:
+    """What projects on the leading directions of each matrix of weights, and of its bias as another column."""
+    projectors, start = [], 0
+    shapes = [each.shape for each in weights]
+    while start < len(shapes):
+        biased = start + 1 < len(shapes) and len(shapes[start + 1]) == 1
+        outputs, inputs = shapes[start][0], shapes[start][1] + biased
+        before = sum(each.numel() for each in weights[:start])
+        flat = torch.stack(gradients)[:, before : before + outputs * inputs]
+        found = [flat[:, : outputs * (inputs - biased)].view(-1, outputs, inputs - biased)]
+        whole = torch.cat([*found, flat[:, outputs * (inputs - biased) :].unsqueeze(2)] if biased else found, 2)
+        sides = []
+        for size, each in ((outputs, whole.mT), (inputs, whole)):
+            vectors = torch.linalg.svd(each.flatten(0, 1))[2][:rank]  # leading right singular vectors
+            sides.append(
+                vectors.T @ vectors if size > rank and outputs * inputs > rank**2 else torch.eye(size).to(each)
+            )
+        # From [out, in + 1] to weight and then bias.
+        order = torch.arange(outputs * inputs).view(outputs, inputs)
+        order = torch.cat([order[:, : inputs - biased].flatten(), order[:, inputs - biased :].flatten()])
+        projectors.append(torch.kron(*sides)[order][:, order])
+        start += 1 + biased
+    return torch.block_diag(*projectors)
 
 
 def parameters_of(study: wf.Study[Any]) -> list[str]:
@@ -103,6 +139,18 @@ def test_scores_are_those_of_dense_steps(name: str, checkpoints: int, tmp_path: 
     expected = dense(case, training, with_record(study.history), parameters_of(study))
     assert expected.abs().max() > 1e-3
     assert relative_error(found.values, expected) < 1e-9
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_scores_in_leading_directions_are_those_of_dense_projections(rank: int, tmp_path: Path) -> None:
+    case, recipe = CASES["classification"]()
+    training = training_of(case, recipe)
+    study = study_of(training, tmp_path)
+    found = study.score(case.queries, wf.TrajectoryFisher(training=training, draws=DRAWS, rank=rank, seed=SEED)).values
+    expected = dense(case, training, with_record(study.history), parameters_of(study), rank=rank)
+    assert relative_error(found, expected) < 1e-8
+    whole = dense(case, training, with_record(study.history), parameters_of(study))
+    assert relative_error(expected, whole) > 1e-3
 
 
 def test_it_comes_close_to_magic_where_a_training_is_nearly_linear(tmp_path: Path) -> None:

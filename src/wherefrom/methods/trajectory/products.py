@@ -6,6 +6,7 @@ again for the next ones. This module knows checkpoints and sweeps; it does not k
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +16,10 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from wherefrom.curvature.operators import gradient_transforms
-from wherefrom.engine.capture import Captured
-from wherefrom.engine.example_gradients import weight_gradients
 from wherefrom.engine.loading import Examples, Repeated
-from wherefrom.engine.modules.layers import TrackedLayer
-from wherefrom.engine.sweep import Collector, Sweep
+from wherefrom.engine.sweep import Sweep
 from wherefrom.methods.method import Context
+from wherefrom.methods.trajectory.directions import ConditionedGradients, Directions
 from wherefrom.runtime.memory import within_memory
 from wherefrom.store.artifacts import Partial
 from wherefrom.store.cache import Unfinished
@@ -31,37 +29,6 @@ from wherefrom.tasks.task import Batch
 _SHARE = 0.5
 # Draws that are multiplied with all before them at a time.
 _DRAWS = 1024
-
-GRADIENTS = "gradients"
-
-
-class ConditionedGradients(Collector):
-    """Whole gradients times P^(1/2), those of all layers side by side.
-
-    Args:
-        scaling: P^(1/2) [out, in] of each layer.
-        gradients: where they are put.
-
-    Attributes:
-        sums: `gradients` [examples, numbers].
-    """
-
-    def __init__(self, layers: Mapping[str, TrackedLayer], scaling: Mapping[str, Tensor], gradients: Tensor) -> None:
-        self._transforms, self._layers, start = gradient_transforms(layers, {}, scaling), layers, 0
-        self._parts = dict[str, slice]()
-        for name, layer in layers.items():
-            self._parts[name] = slice(start, start + _numbers(layer))
-            start += _numbers(layer)
-        self.sums = {GRADIENTS: gradients}
-
-    def collect(self, layer: str, captured: Captured, batch: slice) -> None:
-        found = weight_gradients(captured, self._transforms[layer])  # [batch, out, width or columns]
-        # A view: [batch, out, width].
-        into = self.sums[GRADIENTS][batch, self._parts[layer]].unflatten(1, self._layers[layer].padded_shape)
-        if captured.columns is None:
-            into.copy_(found)
-        else:
-            into.scatter_add_(2, captured.columns.unsqueeze(1).expand_as(found), found)
 
 
 @dataclass(frozen=True)
@@ -80,6 +47,7 @@ class TrajectoryProducts(Generic[Batch]):
         visits: by checkpoint; the last is where gradients of queries are taken.
         draws: losses with drawn targets for each visit: those of a checkpoint's examples, then the second ones.
         scaling: P^(1/2) [out, in] of each layer.
+        directions: in which gradients of each layer are taken.
     """
 
     context: Context[Batch]
@@ -87,6 +55,7 @@ class TrajectoryProducts(Generic[Batch]):
     draws: int
     seed: int
     scaling: Mapping[str, Tensor]
+    directions: Mapping[str, Directions]
 
     def compute(self, queries: Examples[Batch], result: Unfinished, among_draws: bool) -> dict[str, Tensor]:
         """Those of `queries` with draws [queries, draws] and `pairs` with visits [queries, visits].
@@ -117,7 +86,7 @@ class TrajectoryProducts(Generic[Batch]):
     def _blocks(self, done: int, examples: int) -> Iterator[range]:
         """Runs of layers whose gradients are in memory together."""
         sweep = self.context.sweep
-        sizes = [_numbers(layer) * examples * sweep.dtype.itemsize for layer in sweep.layers.values()]
+        sizes = [self._numbers(name) * examples * sweep.dtype.itemsize for name in sweep.layers]
         usable = _SHARE * sweep.ranks.least(sweep.usable_memory())
         while done < len(sizes):
             stop = done + 1
@@ -130,7 +99,7 @@ class TrajectoryProducts(Generic[Batch]):
         """Those of some layers, of `drawn` [draws, numbers], `train` [visits, numbers] and `queries`."""
         context = self.context
         sweep = replace(context.sweep, layers={name: context.sweep.layers[name] for name in names})
-        numbers, visits = sum(map(_numbers, sweep.layers.values())), sum(len(each.examples) for each in self.visits)
+        numbers, visits = sum(map(self._numbers, names)), sum(len(each.examples) for each in self.visits)
         sizes = {"drawn": self.draws * visits, "train": visits, "queries": len(queries)}
         found = {
             name: torch.zeros(size, numbers, dtype=sweep.dtype, device=sweep.device) for name, size in sizes.items()
@@ -156,7 +125,12 @@ class TrajectoryProducts(Generic[Batch]):
     def _sweep(self, sweep: Sweep[Batch], name: str, examples: Examples[Batch], into: Tensor) -> None:
         execution = sweep.execution
         size = execution.query_batch_size if examples.loss == "measurement" else execution.train_batch_size
-        sweep.run(name, examples, ConditionedGradients(sweep.layers, self.scaling, into), batch_size=size)
+        collector = ConditionedGradients(sweep.layers, self.scaling, self.directions, into)
+        sweep.run(name, examples, collector, batch_size=size)
+
+    def _numbers(self, layer: str) -> int:
+        """How many a layer's gradient has."""
+        return math.prod(self.directions[layer].shape(self.context.sweep.layers[layer]))
 
     def _drawn(self, number: int) -> Examples[Batch]:
         """The visits at a checkpoint, with targets of their own at each."""
@@ -165,12 +139,6 @@ class TrajectoryProducts(Generic[Batch]):
         repeated = Repeated(train.dataset, len(self.visits))
         drawn = replace(train, dataset=repeated, loss="drawn", seed=self.seed, draws=self.draws)
         return drawn.subset([total * number + each for each in self.visits[number].examples.tolist()])
-
-
-def _numbers(layer: TrackedLayer) -> int:
-    """How many a layer's gradient has, with zeros for alignment."""
-    outputs, width = layer.padded_shape
-    return outputs * width
 
 
 def _partial(result: Unfinished, block: range) -> Partial:

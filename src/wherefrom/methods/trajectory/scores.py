@@ -16,7 +16,8 @@ these are made nor how models are trained.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -27,10 +28,11 @@ from wherefrom.engine.loading import Examples
 from wherefrom.methods.checkpoints import chosen_checkpoints, recorded_only
 from wherefrom.methods.magic.training import ReplayableTraining
 from wherefrom.methods.method import Context, Job, Method
+from wherefrom.methods.trajectory.directions import ConditionedCovariances, Directions, by_layer, leading
 from wherefrom.methods.trajectory.products import TrajectoryProducts, Visits
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.keep import Keep
-from wherefrom.store.cache import Unfinished
+from wherefrom.store.cache import Cache, Unfinished
 from wherefrom.store.fingerprint import MODEL, dataset_digest, tensors_digest
 from wherefrom.store.names import result_name
 
@@ -54,6 +56,10 @@ class TrajectoryFisher(Method):
         training: what made the study's model, of its training examples; it says which examples were in which batch. The
             study's history has its checkpoints: `Study(history=training.record(folder))`.
         draws: of each visit's targets; a visit is an example in a step.
+        rank: take gradients in so many leading directions of each layer's outputs, and of its inputs: those of drawn
+            gradients of the trained model, in Adam's coordinates. None is all. Layers of no more than rank x rank
+            numbers stay whole, and so does a side of more than 4,000, such as a vocabulary. There is little curvature
+            in what is left out, and dot products, which take most of the time, are of as many numbers less.
         seed: of the draws.
 
     Raises:
@@ -62,6 +68,7 @@ class TrajectoryFisher(Method):
 
     training: ReplayableTraining[Any]
     draws: int = 12
+    rank: int | None = None
     seed: int = 0
 
     name: ClassVar[str] = "trajectory"
@@ -69,6 +76,7 @@ class TrajectoryFisher(Method):
 
     def __post_init__(self) -> None:
         check_argument(self.draws >= 1, "draws", self.draws, "at least 1")
+        check_argument(self.rank is None or self.rank >= 1, "rank", self.rank, "at least 1, or None for all")
         if self.training.recipe.max_norm is not None:
             raise InputError(
                 f"training: its gradients were clipped to max_norm={self.training.recipe.max_norm}, which this method "
@@ -79,13 +87,13 @@ class TrajectoryFisher(Method):
         checkpoints = self._checkpoints(context)
         visits, steps = trajectory(self.training, checkpoints)
         scaling = conditioning_scaling(context.sweep, adam_conditioning(checkpoints[-1], inside=True))
-        products = TrajectoryProducts(context, visits, self.draws, self.seed, scaling)
         models = [context.states.digest(each.checkpoint) for each in visits]
         recipe = self.training.recipe
         drawn = {
             "models": " + ".join(models),
             "visits": tensors_digest({str(number): each.examples for number, each in enumerate(visits)})[:16],
             "targets": f"{self.draws} drawn at each visit, seed {self.seed}",
+            "directions": "all" if self.rank is None else f"{self.rank} leading ones of a layer's sides",
             "precision": str(context.sweep.precision),
             **conditioning_digest(scaling),
         }
@@ -103,6 +111,8 @@ class TrajectoryFisher(Method):
             fingerprint = {key: each for key, each in context.fingerprint.items() if key != MODEL} | drawn
             cache, called = context.cache(context.folder("trajectory"), fingerprint), result_name("draws", fingerprint)
             there = context.ranks.first(cache.artifact(called).available)
+            directions = self._directions(context, cache, visits[-1].checkpoint, scaling)
+            products = TrajectoryProducts(context, visits, self.draws, self.seed, scaling, directions)
             found = products.compute(queries, result, among_draws=not there)
             among = cache.get_or_compute(called, lambda _: {name: found.pop(name) for name in ("draws", "train")})
             among = {name: each.to(context.sweep.device) for name, each in among.items()}
@@ -112,6 +122,25 @@ class TrajectoryFisher(Method):
             return {"values": total.index_add_(1, examples, values)}
 
         return Job("trajectory", settings, compute, without=[MODEL])
+
+    def _directions(
+        self, context: Context[Any], cache: Cache, trained: Path, scaling: Mapping[str, Tensor]
+    ) -> dict[str, Directions]:
+        """In which gradients are taken: those of the trained model."""
+        sweep, rank = context.sweep, self.rank
+        if rank is None:
+            return dict.fromkeys(sweep.layers, Directions())
+
+        def compute(_: Unfinished) -> dict[str, Tensor]:
+            like = torch.empty(0, dtype=sweep.dtype, device=sweep.device)
+            collector = ConditionedCovariances(sweep.layers, scaling, rank, like)
+            drawn = replace(context.train, loss="drawn", seed=self.seed)
+            with context.states.entered(trained):
+                sweep.run("covariances", drawn, collector, batch_size=sweep.execution.train_batch_size)
+            return leading(collector.sums, rank)
+
+        called = result_name("directions", cache.fingerprint)
+        return by_layer(cache.get_or_compute(called, compute), sweep.layers, sweep.device)
 
     def _checkpoints(self, context: Context[Any]) -> list[RecordedCheckpoint]:
         training = self.training

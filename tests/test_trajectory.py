@@ -77,9 +77,10 @@ def dense(
     if rank is not None:
         load_weights(model, checkpoints[-1].path)
         alone = [task.collate([each]) for each in case.train]
-        drawn = [gradient(task.train_loss(model, each, wf.Sampler(seed, [row]))) for row, each in enumerate(alone)]
+        once = [gradient(task.train_loss(model, each, wf.Sampler(seed, [row]))) for row, each in enumerate(alone)]
         root = preconditioner.sqrt()
-        kept = leading_span([root * each for each in drawn], weights, rank)
+        conditioned: list[Tensor] = [root * each for each in once]
+        kept = leading_span(conditioned, list(weights), rank)
         restricted = kept / root[:, None] * root  # P^(-1/2) Pi P^(1/2)
         trained = {key: restricted @ each for key, each in trained.items()}
         measured = measured @ restricted.T
@@ -120,7 +121,8 @@ def leading_span(gradients: list[Tensor], weights: list[Tensor], rank: int) -> T
         order = torch.cat([order[:, : inputs - biased].flatten(), order[:, inputs - biased :].flatten()])
         projectors.append(torch.kron(*sides)[order][:, order])
         start += 1 + biased
-    return torch.block_diag(*projectors)
+    whole_span: Tensor = torch.block_diag(*projectors)
+    return whole_span
 
 
 def parameters_of(study: wf.Study[Any]) -> list[str]:
@@ -227,6 +229,8 @@ def test_what_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     training = training_of(case)
     with pytest.raises(InputError, match="draws=0: expected at least 1"):
         wf.TrajectoryFisher(training=training, draws=0)
+    with pytest.raises(InputError, match="rank=0: expected at least 1, or None"):
+        wf.TrajectoryFisher(training=training, rank=0)
     with pytest.raises(InputError, match=r"clipped to max_norm=0\.5.*Use Magic"):
         wf.TrajectoryFisher(training=training_of(case, replace(RECIPE, max_norm=0.5)))
     with pytest.raises(InputError, match="checkpoints=10: expected 1 to 9"):

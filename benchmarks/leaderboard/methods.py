@@ -63,6 +63,11 @@ def magic(subject: Subject) -> wf.Method:
     return wf.Magic(training=subject.setting.training())
 
 
+def trajectory(subject: Subject) -> wf.Method:
+    """Back through the training at its checkpoints."""
+    return wf.TrajectoryFisher(training=subject.setting.training(), draws=6, rank=64)
+
+
 METHODS: dict[str, Entry] = {
     "random": Entry(wf.Random(), "chance"),
     "bm25": Entry(wf.BM25(), "shared words"),
@@ -95,6 +100,9 @@ METHODS: dict[str, Entry] = {
     "ekfac + astra": Entry(
         wf.EKFAC(solver=wf.Astra(60, batch_size=32, learning_rate=0.005)),
         "ASTRA (Wang et al. 2025) with 60 batches of 32 and a rate of 0.005",
+    ),
+    "trajectory, all weights": Entry(
+        trajectory, "linearised AdamW with the sampled Fisher matrix, six draws a visit, in 64 x 64 directions", ALL
     ),
     "magic": Entry(magic, "the exact gradient through training (Ilyas & Engstrom 2025)"),
 }

@@ -20,16 +20,13 @@ from workload import ROOT
 
 import wherefrom as wf
 from wherefrom.evaluate.retrain import current_device
-from wherefrom.store.files import write_tensors
-from wherefrom.store.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
+from wherefrom.store.recording import RecordedCheckpoint
 from wherefrom.tasks.losses import IGNORED
 
 sys.path.append(str(ROOT / "examples" / "wikitext"))
 
 from data import DatasetName, load_data
 from models import LEARNING_RATES, ModelName, load_base
-
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -118,23 +115,4 @@ def predicted_tokens(batch: dict[str, Tensor]) -> Tensor:
 
 def record(setting: Setting, folder: Path, seed: int = 0) -> list[RecordedCheckpoint]:
     """Fine-tune on everything, and write checkpoints with Adam's second moments; the last is the trained model."""
-    training = setting.training(seed=seed)
-    recipe, steps = training.recipe, len(training.batches)
-    between = steps // setting.size.checkpoints
-    group = ParameterGroup(recipe.learning_rates[0], recipe.betas, recipe.epsilon, recipe.weight_decay)
-    marks = [steps - between * left for left in reversed(range(setting.size.checkpoints))]
-    recorded, state = list[RecordedCheckpoint](), training.start()
-    for step in range(steps):
-        state = training.advance(state, step)
-        if step + 1 in marks:
-            path = folder / f"checkpoint-{step + 1}"
-            write_tensors(path / WEIGHTS, _stored(training.by_name(state[0])), {"format": "pt"})
-            write_tensors(path / MOMENTS, _stored(training.by_name(state[2])), {})
-            epoch = (step + 1) * setting.size.epochs / steps
-            since = step + 1 - (recorded[-1].step if recorded else 0)
-            recorded.append(RecordedCheckpoint(path, step + 1, epoch, since, "AdamW", (group,)))
-    return recorded
-
-
-def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
+    return setting.training(seed=seed).record(folder, setting.size.checkpoints)

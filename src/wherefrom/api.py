@@ -25,6 +25,7 @@ from wherefrom.methods.retrieval import TwoStage
 from wherefrom.methods.sampled_fisher import Fisher
 from wherefrom.methods.source import Source
 from wherefrom.methods.tracin import TracIn
+from wherefrom.methods.trajectory.scores import TrajectoryFisher
 from wherefrom.runtime.distributed import join_ranks
 from wherefrom.runtime.errors import WherefromError
 from wherefrom.scoring.keep import Aggregated, Keep, Pairs, Tokens, Top
@@ -104,6 +105,7 @@ __all__ = [
     "TrackStar",
     "TrainingRecipe",
     "TrainingRecorder",
+    "TrajectoryFisher",
     "Trak",
     "TwoStage",
     "WherefromError",

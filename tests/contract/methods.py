@@ -208,6 +208,19 @@ def magic(run: Path, setting: Setting) -> Result:
     return result(run, setting, wf.Magic(training=training_of(setting)))
 
 
+def recorded_training(setting: Setting) -> wf.ReplayableTraining[Any]:
+    """One whose checkpoints could have been the setting's."""
+    group = setting.checkpoints[0].groups[0]
+    assert group.betas is not None and group.eps is not None and group.weight_decay is not None
+    recipe = wf.TrainingRecipe(3, RATES, group.weight_decay, group.betas, group.eps)
+    return wf.ReplayableTraining(setting.model, setting.task, setting.train, recipe, predicted_tokens)
+
+
+def trajectory(run: Path, setting: Setting) -> Result:
+    method = wf.TrajectoryFisher(training=recorded_training(setting), draws=truth.SAMPLES, seed=setting.seed)
+    return result(run, setting, method)
+
+
 def indexed(run: Path, setting: Setting) -> Result:
     """An index of so many directions that nothing is lost, and a query of it."""
     compression = wf.Compression(directions="random", rank=99, quantization="float32")
@@ -306,6 +319,16 @@ METHODS: dict[str, Method] = {
             "damping": _NO_DAMPING,
             "half precision": _FULL_PRECISION,
             "processes": Unsupported("a training is one chain of steps", RankError, "Magic in 2 processes"),
+        },
+    ),
+    "trajectory": Method(
+        trajectory,
+        truth.trajectory(recorded_training),
+        checks=4,
+        unsupported={
+            "order": Unsupported("an example's position decides in which steps it is trained on"),
+            "damping": _NO_DAMPING,
+            "half precision": _FULL_PRECISION,
         },
     ),
     "index": Method(

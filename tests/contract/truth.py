@@ -24,6 +24,8 @@ from tests.test_magic import by_one_graph
 from tests.test_projected import damped, measured, projected
 from tests.test_sampled_fisher import dense as dense_fisher
 from tests.test_source import adam_steps, by_matrix_exponentials
+from tests.test_trajectory import dense as dense_trajectory
+from tests.test_trajectory import parameters_of
 from wherefrom.engine.modules.layers import select_layers
 from wherefrom.methods.projected.projections import Compression, Projection
 from wherefrom.store.weights import load_weights
@@ -208,6 +210,19 @@ def sampled_fisher(setting: Setting) -> Tensor:
 def magic(training_of: Callable[[Setting], wf.ReplayableTraining[Any]]) -> Truth:
     """By one graph of all steps."""
     return lambda setting: by_one_graph(setting.case, training_of(setting).recipe)
+
+
+def trajectory(training_of: Callable[[Setting], wf.ReplayableTraining[Any]]) -> Truth:
+    """By dense matrices, forwards through all steps."""
+
+    def truth(setting: Setting) -> Tensor:
+        with tempfile.TemporaryDirectory() as run:
+            names = parameters_of(study_of(setting, run))
+        return dense_trajectory(
+            setting.case, training_of(setting), setting.checkpoints, names, seed=setting.seed, draws=SAMPLES
+        )
+
+    return truth
 
 
 def bm25(setting: Setting) -> Tensor:

@@ -21,9 +21,11 @@ from wherefrom.methods import METHODS
 from wherefrom.methods.factored import Factored
 from wherefrom.methods.magic.scores import Magic
 from wherefrom.methods.method import Method
+from wherefrom.methods.trajectory.scores import TrajectoryFisher
 
 FACTORED = {name: kind for name, kind in METHODS.items() if issubclass(kind, Factored)}
-ALL = {name: kind for name, kind in METHODS.items() if kind is not Magic}  # a training cannot be said in a shell
+# A training cannot be said in a shell.
+ALL = {name: kind for name, kind in METHODS.items() if kind not in (Magic, TrajectoryFisher)}
 
 # Fields that are other objects, and the words for these; and fields of methods that a shell cannot say, or need not:
 # what the command makes of texts has their column.

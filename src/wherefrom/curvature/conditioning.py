@@ -68,7 +68,7 @@ def conditioning_digest(scaling: Mapping[str, Tensor]) -> dict[str, str]:
     return {"conditioning": tensors_digest(scaling)[:16]} if scaling else {}
 
 
-def adam_conditioning(checkpoint: RecordedCheckpoint) -> dict[str, Tensor]:
+def adam_conditioning(checkpoint: RecordedCheckpoint, inside: bool = False) -> dict[str, Tensor]:
     """P = 1 / (sqrt(v_hat) + eps) with v_hat = v / (1 - beta2^step), for each weight by the name of its parameter.
 
     Kingma & Ba 2015, algorithm 1: a step moves weights by -eta P times the running mean of gradients. Give it to
@@ -77,6 +77,7 @@ def adam_conditioning(checkpoint: RecordedCheckpoint) -> dict[str, Tensor]:
     Args:
         checkpoint: of an Adam or AdamW run, as `read_recording` returns it or as you make it, whose second moments v
             are there and whose steps are those of one optimizer from its start.
+        inside: eps is inside of the root, 1 / sqrt(v_hat + eps^2), as `TrainingRecipe` has it.
 
     Raises:
         InputError: the moments or settings that this needs were not recorded, or groups of parameters differ in them.
@@ -90,7 +91,8 @@ def adam_conditioning(checkpoint: RecordedCheckpoint) -> dict[str, Tensor]:
         )
     correction = 1 - beta**checkpoint.step
     moments = read_weights(checkpoint.second_moments)
-    return {name: 1 / ((widened(each) / correction).sqrt() + eps) for name, each in moments.items()}
+    squares = {name: widened(each) / correction for name, each in moments.items()}
+    return {name: 1 / ((each + eps**2).sqrt() if inside else each.sqrt() + eps) for name, each in squares.items()}
 
 
 def _settings(checkpoint: RecordedCheckpoint) -> tuple[float, float]:

@@ -9,7 +9,7 @@ is captured twice. This module knows layers; it knows nothing of datasets, tasks
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +21,7 @@ from wherefrom.engine.modules.layer_types import NO_COLUMN, distinct_one_hot
 from wherefrom.engine.modules.layers import TrackedLayer, Use, owners
 from wherefrom.engine.modules.linear_map import LinearMap
 from wherefrom.engine.modules.written_out import through_maps
-from wherefrom.engine.passes import Call, Padding, Pass, frozen, leaves_of, not_by_example
+from wherefrom.engine.passes import Call, Padding, Pass, calls_answered, frozen, leaves_of, not_by_example
 from wherefrom.engine.routing import Packing
 from wherefrom.runtime.errors import LayerError, LossError, first_line
 from wherefrom.runtime.memory import out_of_memory
@@ -155,17 +155,19 @@ class Capture(AbstractContextManager["Capture"]):
         examples: int,
         padding: Sequence[Padding] = (),
         lengths: Set[int] = frozenset(),
+        others: Sequence[Callable[[], Tensor]] = (),
     ) -> Tensor:
-        """One forward and backward pass.
+        """One forward and backward pass, and a backward pass for each other loss of what the model has returned.
 
         Args:
             loss: computes the summed loss of the batch.
             examples: how many the batch has.
             padding: which tokens are real, by how many a layer sees; nothing when all are.
             lengths: how many tokens an example may have, padding included: what a model may have flattened.
+            others: computes others, of the same calls of the model.
 
         Returns:
-            The loss, detached, still on its device.
+            The loss, all of them added up, detached, still on its device.
 
         Raises:
             LossError: the loss is not a scalar, or no tracked layer has part in it.
@@ -173,7 +175,9 @@ class Capture(AbstractContextManager["Capture"]):
                 functions use its weight.
         """
         self._pass = current = Pass(examples, padding, lengths)
+        answered = calls_answered(self._model) if others else nullcontext(lambda: None)
         try:
+<<<<<<< HEAD
             looked_at = self._layers.values() if self._watched else ()
             with watched_functions(self._model, looked_at) as refuse:
                 value = self._forward(loss, current)
@@ -184,15 +188,35 @@ class Capture(AbstractContextManager["Capture"]):
                 current.check_flattened(leaves)
                 # Not by `autograd.grad`, with which PyTorch's counters of operations refuse modules that read a leaf.
                 torch.autograd.backward(value, inputs=leaves)
+=======
+            with answered as again:
+                value = self._forward(loss, current)
+                self._check(value, current)
+                current.backward, calls, total = True, dict(current.calls), value.detach()
+                with leaves_of(value) as leaves:
+                    current.check_flattened(leaves)
+                    self._backward(value, leaves, current, bool(others))
+                    for number, other in enumerate(others, start=1):
+                        again()
+                        value = other()
+                        expected = current.repeat(calls)
+                        self._backward(value, leaves, current, number < len(others))
+                        current.check_repeated(expected)
+                        total = total + value.detach()
+>>>>>>> traj
             if self._flattened is not None:
                 self._flattened.update(current.first)
-            for name in list(current.calls):  # layers of which only some calls have part in the loss
-                captured = self._concatenated(name, current)
-                if captured is not None:
-                    self._receive(name, captured)
         finally:
             self._pass = None
-        return value.detach()
+        return total
+
+    def _backward(self, value: Tensor, leaves: Sequence[Tensor], current: Pass, retain: bool) -> None:
+        # Not by `autograd.grad`, with which PyTorch's counters of operations refuse modules that read a leaf.
+        torch.autograd.backward(value, inputs=leaves, retain_graph=retain)
+        for name in list(current.calls):  # layers of which only some calls have part in the loss
+            captured = self._concatenated(name, current)
+            if captured is not None:
+                self._receive(name, captured)
 
     def ran(self, loss: Callable[[], Tensor]) -> Set[str]:
         """Which layers run in a forward pass over one example, or could have, such as experts without a token."""

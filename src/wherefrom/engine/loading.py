@@ -166,12 +166,15 @@ class Examples(Generic[Batch]):
         loss: the "training" loss, the same with targets "drawn" from the model's predictions (the Fisher information),
             or the "measurement" of queries.
         seed: of drawn targets.
+        draws: losses of each example, with targets of their own, that a sweep takes from one forward pass. The k-th
+            ones are drawn as those of `Repeated` examples, and collected after the (k - 1)-th of all examples.
     """
 
     dataset: Dataset[object]
     task: Task[Batch]
     loss: Loss = "training"
     seed: int = 0
+    draws: int = 1
 
     def __len__(self) -> int:
         """How many examples there are."""
@@ -194,7 +197,7 @@ class Examples(Generic[Batch]):
             return replace(self, dataset=replace(self.dataset, indices=indices))
         return replace(self, dataset=Subset(self.dataset, indices))
 
-    def summed_loss(self, model: nn.Module, batch: Batch, indices: range) -> Tensor:
+    def summed_loss(self, model: nn.Module, batch: Batch, indices: range, draw: int = 0) -> Tensor:
         """The loss of a batch, summed over the examples at `indices`.
 
         An error of the task's or model's own code is raised as it is, with a note.
@@ -202,7 +205,8 @@ class Examples(Generic[Batch]):
         try:
             if self.loss == "measurement":
                 return self.task.measurement(model, batch)
-            positions = self.positions[indices.start : indices.stop]
+            whole = self.dataset.dataset if isinstance(self.dataset, Subset) else self.dataset
+            positions = [each + draw * len(whole) for each in self.positions[indices.start : indices.stop]]
             return self.task.train_loss(model, batch, Sampler(self.seed, positions) if self.loss == "drawn" else None)
         except Exception as error:
             if not isinstance(error, WherefromError):

@@ -6,17 +6,21 @@ This module knows layers and tensors; it does not know what is made of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from wherefrom.engine.modules.layers import TrackedLayer, Use
 from wherefrom.engine.routing import Packing, Routing
-from wherefrom.runtime.errors import LayerError
+from wherefrom.runtime.errors import LayerError, LossError
 from wherefrom.tasks.task import evaluating
+
+_ADVICE = "Several draws share a forward pass: the loss has to be a function of what `model(...)` returns."
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,20 @@ class Pass:
                 )
         finally:
             self.looking = False
+
+    def repeat(self, calls: Mapping[str, list[Call]]) -> list[Call]:
+        """Wait once more for gradients of the same calls: those that had one."""
+        self.calls = dict(calls)
+        found = [call for call in chain.from_iterable(calls.values()) if call.gradient is not None]
+        for call in found:
+            call.gradient = None
+        return found
+
+    @staticmethod
+    def check_repeated(calls: Sequence[Call]) -> None:
+        """Refuse a loss that does not depend on calls as the first one did."""
+        if any(call.gradient is None for call in calls):
+            raise LossError(f"Drawn losses of a batch depend on different calls of its layers. {_ADVICE}")
 
     def packing(self, layer: str, call: Call, routing: Routing, expert: int) -> Packing:
         """How an expert's vectors are laid out by example.
@@ -234,6 +252,57 @@ def frozen(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast)
             for name, parameter in model.named_parameters():  # by name: offloading makes new parameters in every pass
                 parameter.requires_grad_(required[name])
+
+
+@contextmanager
+def calls_answered(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Within it, after a call of what it yields, the model returns once more, call by call, what it has returned.
+
+    Raises:
+        LossError: it is called with other inputs than the first time.
+    """
+    forward, patched = model.forward, "forward" in vars(model)
+    inputs, outputs, finals = list[list[object]](), list[object](), list[object]()
+    turn: int | None = None
+
+    def answer(*arguments: object, **keywords: object) -> object:
+        given = tree_leaves((arguments, keywords))
+        if turn is None:
+            inputs.append(given)
+            outputs.append(forward(*arguments, **keywords))
+            return outputs[-1]
+        before = inputs[turn] if turn < len(inputs) else []
+        if len(before) != len(given) or not all(map(_alike, before, given)):
+            raise LossError(f"The task gives the model other inputs for other targets. {_ADVICE}")
+        return outputs[turn]
+
+    def returned(_: nn.Module, __: object, output: object) -> object:
+        """What other hooks have made of it, where the model itself is a tracked layer."""
+        nonlocal turn
+        if turn is None:
+            finals.append(output)
+            return output
+        turn += 1
+        return finals[turn - 1]
+
+    def again() -> None:
+        nonlocal turn
+        turn = 0
+
+    model.forward = answer
+    hook = model.register_forward_hook(returned)
+    try:
+        yield again
+    finally:
+        hook.remove()
+        del model.forward
+        if patched:
+            model.forward = forward
+
+
+def _alike(one: object, other: object) -> bool:
+    both = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return one is other or (torch.equal(one, other) if both else type(one) is type(other) and bool(one == other))  # type: ignore[arg-type]
 
 
 @contextmanager

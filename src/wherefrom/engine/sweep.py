@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Generic
 
 import torch
@@ -222,8 +222,7 @@ class Sweep(Generic[Batch]):
         In a batch of as many examples as tokens, nobody could tell whether a layer has the examples first; it is passed
         over in two parts.
         """
-        action, search = self.profile.action, state.search
-        positions = slice(batch.start, batch.stop)
+        action, search, examples = self.profile.action, state.search, state.examples
         with action(f"{state.name}: load batch"):
             loaded, padding, lengths = loader.load(batch)
         if len(batch) > 1 and len(batch) in lengths and not self.lockstep:
@@ -231,7 +230,12 @@ class Sweep(Generic[Batch]):
             for part in (range(batch.start, middle), range(middle, batch.stop)):
                 self._batch(state, loader, part)
             return
-        tokens = 0
+        tokens, positions = 0, slice(0)
+
+        def loss(draw: int) -> Tensor:
+            nonlocal positions
+            positions = slice(draw * len(examples) + batch.start, draw * len(examples) + batch.stop)
+            return examples.summed_loss(self.model, loaded, batch, draw)
 
         def receive(layer: str, captured: Captured) -> None:
             nonlocal tokens
@@ -250,11 +254,17 @@ class Sweep(Generic[Batch]):
             action(f"{state.name}: forward and backward"),
             self.precision.passes(self.device),
         ):
+<<<<<<< HEAD
             loss = capture.run(
                 lambda: state.examples.summed_loss(self.model, loaded, batch), len(batch), padding, lengths
             )
-        self.watched.update(self.layers)
+        self.watched.update(self.layers if watched else ())
         state.advance(batch, tokens, loss)
+=======
+            first, *others = (partial(loss, draw) for draw in range(examples.draws))
+            value = capture.run(first, len(batch), padding, lengths, others)
+        state.advance(batch, tokens, value)
+>>>>>>> traj
 
     def _checkpoint(self, state: _State[Batch], size: int, held: HeldSignals) -> None:
         """Save partial sums when it is time to, or when a signal asks this process to stop."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Generic, cast
 
 import torch
@@ -21,8 +22,10 @@ from torch.utils._pytree import tree_map_only
 
 from wherefrom.engine.loading import Examples, collated, map_tensors
 from wherefrom.methods.magic.recipe import TrainingRecipe
-from wherefrom.runtime.errors import InputError, LossError
+from wherefrom.runtime.errors import InputError, LossError, check_argument
+from wherefrom.store.files import write_tensors
 from wherefrom.store.fingerprint import Dataset, checked_length
+from wherefrom.store.recording import MOMENTS, ParameterGroup, RecordedCheckpoint
 from wherefrom.tasks.adapters.quantized import multiplying_dequantized
 from wherefrom.tasks.task import Batch, Objective, Task, evaluating
 
@@ -124,6 +127,39 @@ class ReplayableTraining(Generic[Batch]):
         for step in range(len(self.batches)):
             state = self.advance(state, step, weights)
         return state[0]
+
+    def record(self, folder: str | Path, checkpoints: int = 6) -> list[RecordedCheckpoint]:
+        """Train to the end, and write checkpoints with Adam's second moments: a study's history.
+
+        Args:
+            folder: where they lie, `checkpoint-STEP` each.
+            checkpoints: how many, at even distances; the last is the trained model.
+
+        Raises:
+            InputError: there are fewer steps than checkpoints, or none are wanted.
+            StorageError: they cannot be written.
+        """
+        recipe, steps, state = self.recipe, len(self.batches), self.start()
+        check_argument(1 <= checkpoints <= steps, "checkpoints", checkpoints, f"1 to {steps}, the number of steps")
+        marks = [steps - steps // checkpoints * left for left in reversed(range(checkpoints))]
+        recorded = list[RecordedCheckpoint]()
+        for step, rate in enumerate(recipe.learning_rates, start=1):
+            state = self.advance(state, step - 1)
+            if step in marks:
+                path = Path(folder) / f"checkpoint-{step}"
+                for name, row in (("model.safetensors", state[0]), (MOMENTS, state[2])):
+                    tensors = {key: each.detach().cpu().contiguous() for key, each in self.by_name(row).items()}
+                    write_tensors(path / name, tensors, {"format": "pt"})
+                group = ParameterGroup(rate, recipe.betas, recipe.epsilon, recipe.weight_decay)
+                epoch = sum(map(len, self.batches[:step])) / len(self.train)
+                since = step - (recorded[-1].step if recorded else 0)
+                recorded.append(RecordedCheckpoint(path, step, epoch, since, "AdamW", (group,)))
+        return recorded
+
+    def divisor(self, step: int) -> float:
+        """What a step's summed loss is divided by."""
+        batch_indices = self.batches[step].tolist()
+        return float(self._count(self._batch(self.train, batch_indices), len(batch_indices)))
 
     def by_name(self, vector: Tensor) -> dict[str, Tensor]:
         """Parts of a row of the state, [parameters], in the shapes and by the names of the model's trained parameters.

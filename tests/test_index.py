@@ -131,7 +131,7 @@ def random_search(bits: Bits, examples: int, device: str = "cpu") -> tuple[Searc
     """A search through random counters, with the counters and norms of the examples."""
     torch.manual_seed(0)
     sketch = Sketch(numbers=128, bits=bits)
-    counters, norms = torch.randn(examples, 128), torch.rand(examples)
+    counters, norms = torch.randn(examples, 128), 1 + torch.rand(examples) / 10
     packed = sketch.packed(counters, norms)
     bounds = [0, examples // 3, examples]
     shards = [
@@ -183,10 +183,9 @@ def test_of_equal_scores_the_first_example_comes_first() -> None:
     search, *_ = random_search(1, 30)
     shards = [Shard(shard.tensors, 29 - shard.positions, shard.examples) for shard in search.shards]
     for each in shards:
-        each.tensors["codes"].copy_(each.tensors["codes"][0])
+        each.tensors["codes"][:] = shards[0].tensors["codes"][0].clone()
         each.tensors["scales"].fill_(1)
     twice = [Shard(each.tensors, each.positions.flip(0), torch.arange(len(each.positions)).flip(0)) for each in shards]
-    twice[0].tensors["codes"].copy_(twice[1].tensors["codes"][:1])
     found = replace(search, shards=twice).best(torch.randn(2, 128), torch.ones(2), 7)
     assert found["train"].tolist() == found["lowest_train"].tolist() == [list(range(7))] * 2
 

@@ -3,14 +3,15 @@
     make index      # after `make demo` and `make leaderboard`; parts by --parts recall lds latency
 
 Recall is that of the example's trained model on its own text: of each query's exact ten highest scores of EK-FAC, how
-many the index has among its own, and after its 50 highest are scored again. LDS is that of the leaderboard's retrainings
-(protocol B). Latency is that of random bits, whose query has its sketch. Written to `results/index.json` and
-`docs/index-frontier.svg`.
+many the index has among its own, and after its 50 highest are scored again. LDS is that of the leaderboard's
+retrainings (protocol B). Latency is that of random bits, for queries that have their sketch. Written to
+`results/index.json`; `python benchmarks/index_plot.py` draws it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -68,7 +69,7 @@ def ways(study: Study, queries: Any) -> Iterator[tuple[str, int, int, Tensor]]:
         yield f"sketch, {bits} bit", numbers, index.bytes_per_example, scores
     for kind in (wf.LoGra, wf.TrackStar, wf.Trak):
         for rank in RANKS:
-            numbers = sum(min(rank, one) * min(rank, other) for one, other in (layer.shape for layer in study.layers.values()))
+            numbers = sum(math.prod(min(rank, side) for side in layer.shape) for layer in study.layers.values())
             yield kind.name, rank, 4 * numbers, study.score(queries, kind(rank=rank)).values
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from wherefrom.methods.index.sketches import CODES, LARGEST, NORMS, SCALES, Sketch, whole_numbers
 from wherefrom.methods.index.store import Shard
 
-# Codes that are unpacked at a time: on a processor, what its cache holds eight times.
-_BLOCK_BYTES, _DEVICE_BLOCK_BYTES = 2**17, 2**24
+# Codes that are unpacked at a time, or have their bits counted: what a processor's cache holds eight times, or once.
+_BLOCK_BYTES, _COUNTED_BYTES, _DEVICE_BLOCK_BYTES = 2**17, 2**19, 2**24
 # Scores that are together in memory before the best of them are chosen.
 _SCORES = 2**22
 # So few queries count bits first, of an index of so many examples, and then multiply this part of it.
@@ -59,23 +59,26 @@ class Search:
 
     def _scores(self, counters: Tensor, norms: Tensor, normalized: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Scores [queries, n] of training examples, and their positions [n], shard by shard."""
-        chosen = self._agreeing(counters) if len(counters) <= _FEW and self._counts_bits else [None] * len(self.shards)
+        chosen: Sequence[Tensor | None] = [None] * len(self.shards)
+        if len(counters) <= _FEW and self._counts_bits:
+            chosen = self._agreeing(counters, normalized)
         queries = _Queries(self.sketch, counters.to(self.device))
         for shard, these in zip(self.shards, chosen, strict=True):
             factors, positions = _factors(shard, normalized), shard.positions
             if these is not None:
                 factors, positions = factors[these], positions[these]
-            products = torch.cat(
-                [queries.products(block.to(self.device)).cpu() for block in self._blocks(shard, these)]
-            )
-            values = products.T * factors.to(products.dtype)
+            values, start = counters.new_empty(len(counters), len(positions), device="cpu"), 0
+            for block in self._blocks(shard, these):
+                values[:, start : start + len(block)] = queries.products(block.to(self.device)).T
+                start += len(block)
+            values *= factors
             if normalized:
-                values = torch.where(norms > 0, values.T / norms.cpu(), 0.0).T
+                values = torch.where(norms.unsqueeze(1) > 0, values / norms.unsqueeze(1), 0.0)
             yield values, positions
 
-    def _blocks(self, shard: Shard, chosen: Tensor | None = None) -> Iterator[Tensor]:
+    def _blocks(self, shard: Shard, chosen: Tensor | None = None, counted: bool = False) -> Iterator[Tensor]:
         """Codes [n, width] of a shard's examples, or of those that are chosen, some at a time."""
-        size = _BLOCK_BYTES if self.device.type == "cpu" else _DEVICE_BLOCK_BYTES
+        size = _DEVICE_BLOCK_BYTES if self.device.type != "cpu" else _COUNTED_BYTES if counted else _BLOCK_BYTES
         count = max(1, size // self.sketch.code_bytes)
         codes, examples = shard.tensors[CODES], shard.examples
         if chosen is not None:
@@ -87,11 +90,11 @@ class Search:
         many = sum(len(each.positions) for each in self.shards) >= _MANY
         return many and self.sketch.bits == 1 and self.device.type == "cpu"
 
-    def _agreeing(self, counters: Tensor) -> list[Tensor]:
+    def _agreeing(self, counters: Tensor, normalized: bool) -> list[Tensor]:
         """In each shard, which examples' signs agree most with those of any query, or least: a part of the index."""
         signs = self._signs(counters)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            counted = pool.map(lambda shard: self._agreement(shard, signs), self.shards)
+            counted = pool.map(lambda shard: self._agreement(shard, signs, normalized), self.shards)
             agreement = torch.cat(list(counted), 1)  # [queries, examples]
         count = agreement.shape[1] // _PART
         ends = [agreement.topk(count, 1, largest).indices for largest in (True, False)]
@@ -103,14 +106,14 @@ class Search:
         """The signs of queries in machine words, [queries, words]."""
         return self.sketch.packed(counters, counters[:, 0])[CODES].numpy().view(np.uint64)
 
-    def _agreement(self, shard: Shard, signs: _Words) -> Tensor:
-        """The products of signs alone, times the norms: [queries, n]."""
+    def _agreement(self, shard: Shard, signs: _Words, normalized: bool) -> Tensor:
+        """The products of signs alone, as scores [queries, n]."""
         found = []
-        for block in self._blocks(shard):
+        for block in self._blocks(shard, counted=True):
             words = block.numpy().view(np.uint64)  # [n, words]
             found.append(np.stack([np.bitwise_count(words ^ each).sum(1, dtype=np.int32) for each in signs]))
         unlike = torch.from_numpy(np.concatenate(found, 1))
-        return (self.sketch.numbers - 2 * unlike) * _factors(shard, normalized=False)
+        return (self.sketch.numbers - 2 * unlike) * _factors(shard, normalized)
 
 
 class _Queries:
@@ -123,6 +126,7 @@ class _Queries:
     def __init__(self, sketch: Sketch, counters: Tensor) -> None:
         self._sketch, self._counters = sketch, counters
         self._whole, self._scales = whole_numbers(counters)
+        self._sums = self._whole.sum(1, dtype=torch.int32)
 
     def products(self, codes: Tensor) -> Tensor:
         """Of the counters of each query and of each example, [n, queries]."""
@@ -131,7 +135,7 @@ class _Queries:
         if self._sketch.bits == 8:
             return _whole_products(codes, self._whole, LARGEST) * self._scales
         ones = _whole_products(unpacked(codes), self._whole, 1)  # sums of the counters where a bit is 1
-        return (2 * ones - self._whole.sum(1)) * self._scales
+        return ones.mul_(2).sub_(self._sums) * self._scales
 
 
 def unpacked(codes: Tensor) -> Tensor:
@@ -143,17 +147,17 @@ def unpacked(codes: Tensor) -> Tensor:
 
 
 def _whole_products(left: Tensor, right: Tensor, largest: int) -> Tensor:
-    """left [n, k] times right^T, of right [m, k], both int8, without rounding: int64 [n, m].
+    """left [n, k] times right^T, of right [m, k], both int8, without rounding: int32 [n, m].
 
     Args:
         largest: of the left.
     """
     if left.device.type == "cpu" and torch.cpu._is_vnni_supported():
-        return torch._int_mm(left, right.T).long()
+        return torch._int_mm(left, right.T)
     length = 2**24 // (largest * LARGEST)  # sums up to 2^24 are exact in float32
-    total = torch.zeros(len(left), len(right), dtype=torch.int64, device=left.device)
+    total = torch.zeros(len(left), len(right), dtype=torch.int32, device=left.device)
     for one, other in zip(left.split(length, 1), right.split(length, 1), strict=True):
-        total += (one.float() @ other.float().T).long()
+        total += (one.float() @ other.float().T).int()
     return total
 
 
@@ -173,8 +177,11 @@ def _extremes(before: dict[str, Tensor], parts: Sequence[tuple[Tensor, Tensor]],
     for prefix, sign in (("", 1), ("lowest_", -1)):
         these, those = values, positions
         if before:
-            these = torch.cat([before[f"{prefix}values"], values], 1)
-            those = torch.cat([before[f"{prefix}train"], positions], 1)
+            best = before[f"{prefix}values"]
+            if best.shape[1] == k:  # what is worse than the last of them for every query is out
+                able = (sign * values >= sign * best[:, -1:]).any(0).nonzero().squeeze(1)
+                these, those = values[:, able], positions[:, able]
+            these, those = torch.cat([best, these], 1), torch.cat([before[f"{prefix}train"], those], 1)
         count = min(k, these.shape[1])
         # All that are equal to the last of them are looked at, since their positions decide.
         last = (sign * these).topk(count, 1).values[:, -1:]

@@ -39,7 +39,7 @@ COUNTERS, SQUARES = "counters", "squares"
 # The largest whole number of an int8 that has a negative.
 LARGEST = 127
 # Of how many numbers products with 8-bit numbers add up to no more than 32 bits hold.
-_MOST: dict[int, int] = {1: 2**23, 8: 2**17}
+_MOST: dict[int, int] = {1: 2**22, 8: 2**17}
 
 
 @dataclass(frozen=True, kw_only=True)

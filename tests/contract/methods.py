@@ -210,7 +210,7 @@ def magic(run: Path, setting: Setting) -> Result:
 
 def indexed(run: Path, setting: Setting) -> Result:
     """An index of so many numbers that nothing is lost, and a query of it."""
-    method, sketch = factored("ekfac", setting), wf.Sketch(numbers=2**16, bits=32)
+    method, sketch = factored("ekfac", setting), wf.Sketch(numbers=2**16, bits=32, focus=0)
     index = study_of(run, setting).index(method, sketch, name=setting.name, overwrite=setting.overwrite)
     return index.query(setting.queries, k=len(setting.train))
 

@@ -48,9 +48,12 @@ class Sketch:
 
     Attributes:
         numbers: how many counters an example has, of all layers together. Scores of the index are off by about
-            sqrt(1 / numbers) of the product of both norms (by 1.25 times that with one bit). As many as the tracked
-            weights, or more, lose nothing.
+            sqrt(1 / numbers) of the product of both norms (by 1.25 times that with one bit); with as many as the
+            tracked weights, or more, counters hold one weight each.
         bits: of each counter: 1 stores its sign, 8 a whole number, 32 the number itself.
+        focus: each direction's part of a score is multiplied with (Lambda / (Lambda + damping))^focus. Directions with
+            little curvature have much of the norms, and so of the error, and little of the scores: a smaller index
+            gains from leaving most of them out. 0 takes the score as it is.
         seed: of the random signs and counters.
 
     Raises:
@@ -59,12 +62,14 @@ class Sketch:
 
     numbers: int = 65_536
     bits: Bits = 1
+    focus: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_argument(self.bits in get_args(Bits), "bits", self.bits, "1, 8 or 32")
         if self.numbers < 64 or self.numbers % 64:  # whole machine words of signs
             raise InputError(f"numbers={self.numbers}: expected a multiple of 64, such as {Sketch.numbers}.")
+        check_argument(0 <= self.focus < math.inf, "focus", self.focus, "a number >= 0")
         most = _MOST.get(self.bits, self.numbers)
         if self.numbers > most:
             raise InputError(f"numbers={self.numbers} with bits={self.bits}: expected at most {most}.")
@@ -77,7 +82,7 @@ class Sketch:
     @property
     def settings(self) -> dict[str, str]:
         """What a fingerprint says of it."""
-        return {"sketch": f"{self.numbers} numbers, seed {self.seed}", "bits": str(self.bits)}
+        return {"sketch": f"{self.numbers} numbers, focus {self.focus}, seed {self.seed}", "bits": str(self.bits)}
 
     @property
     def code_bytes(self) -> int:
@@ -113,7 +118,7 @@ def whole_numbers(counters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Projector:
-    """The random matrix S of a sketch, one column for each weight, after the filter (Lambda + damping)^-1/2.
+    """The random matrix S of a sketch, one column for each weight, after the filter (Lambda + damping)^-1/2 and focus.
 
     All weights, layer after layer, stand in one line that is cut into runs of `numbers`. Each run is laid on the
     counters from a random one on, round about, so that two weights of different runs share a counter with a
@@ -137,13 +142,12 @@ class Projector:
         self.ends = dict(zip(layers, accumulate(sizes), strict=True))
         runs = -(-sum(sizes) // self.numbers)
         self.starts = torch.randint(self.numbers, (runs,), generator=_generator(sketch.seed, "runs"))
-        filters = preconditioner.aligned_filters(layers)
         self.factors = {
-            name: _signs(sketch.seed, name, layer.padded_shape).to(device, dtype).mul_(filters[name].sqrt())
-            if name in filters
-            else _signs(sketch.seed, name, layer.padded_shape).to(device, dtype)
-            for name, layer in layers.items()
+            name: _signs(sketch.seed, name, layer.padded_shape).to(device, dtype) for name, layer in layers.items()
         }
+        for name, each in preconditioner.aligned_filters(layers).items():
+            curved = (1 - preconditioner.damping[name] * each).clamp_min_(0)  # Lambda / (Lambda + damping)
+            self.factors[name] *= (each * curved**sketch.focus).sqrt().to(device)
 
     def counters(self, layer: str, weights: Tensor) -> Tensor:
         """The counters of a layer's weights, by their number in the layer."""

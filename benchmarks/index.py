@@ -5,7 +5,7 @@
 Recall is that of the example's trained model on its own text: of each query's exact ten highest scores of EK-FAC, how
 many the index has among its own, and after its 50 highest are scored again. LDS is that of the leaderboard's
 retrainings (protocol B). Latency is that of random bits, for queries that have their sketch. Written to
-`results/index.json`; `python benchmarks/index_plot.py` draws it.
+`results/index.json`.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def _extremes(before: dict[str, Tensor], parts: Sequence[tuple[Tensor, Tensor]],
     """The fields of `TopScores` of what was found before, and of scores [queries, n] with positions [n]."""
     values = torch.cat([each for each, _ in parts], 1)
     positions = torch.cat([each for _, each in parts]).expand_as(values)
-    found = {}
+    found: dict[str, Tensor] = {}
     for prefix, sign in (("", 1), ("lowest_", -1)):
         these, those = values, positions
         if before:

@@ -328,9 +328,7 @@ def test_what_changes_under_an_open_index_is_refused(tmp_path: Path) -> None:
     first, second = (wf.Sketch(numbers=64, seed=seed) for seed in (0, 1))
     index = study.index(wf.Dot(), first, name="mine")
     study.index(wf.Dot(), second, name="mine", overwrite=True)  # sketches of the same size
-    with pytest.raises(
-        MismatchError, match=r"sketch: stored 64 numbers.* seed 1, now 64 numbers.* seed 0"
-    ):
+    with pytest.raises(MismatchError, match=r"sketch: stored 64 numbers.* seed 1, now 64 numbers.* seed 0"):
         index.query(case.queries)
     index = study.index(wf.Dot(), second, name="mine")
     before = index.query(case.queries)

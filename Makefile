@@ -19,7 +19,7 @@ LOWEST_TESTS := $(patsubst %,tests/test_%.py,supply text huggingface recording c
 DEMO := --num_train_epochs 1 --max_train_examples 200 --max_query_examples 20
 
 .PHONY: demo test lowest lowest-torch newest newest-torch wheel lock audit examples check size docs smollm2 compare bench gpu-day \
-	leaderboard zoo clean
+	leaderboard index zoo clean
 
 ## Fine-tune a small GPT-2 on Wikipedia prose and show where its predictions come from (a few minutes)
 demo: $(STAMP)
@@ -134,6 +134,12 @@ gpu-day: $(STAMP)
 ## Every method against the same retrainings, on the offline model (some three hours; it can be stopped and continued)
 leaderboard: $(STAMP)
 	$(RUN) benchmarks/run_leaderboard.py
+
+## What an index of gradients finds, predicts and takes, at several sizes (of the demo's model and the leaderboard's)
+index: $(STAMP)
+	test -d runs/demo/checkpoints || $(MAKE) demo
+	test -d runs/leaderboard/removals || $(MAKE) leaderboard
+	$(RUN) benchmarks/index.py
 
 ## Every model family against autograd, and the table in docs/how-to/models.md (two minutes)
 zoo: $(STAMP)

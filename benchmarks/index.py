@@ -1,136 +1,167 @@
-"""What an index of compressed gradients takes, how fast it answers, and how often it names the right examples.
+"""What an index of gradients finds, what its scores predict, and how fast it answers, against bytes an example.
 
-    make demo && python benchmarks/index.py --checkpoint_dir runs/demo/checkpoints
+    make index      # after `make demo` and `make leaderboard`; parts by --parts recall lds latency
 
-Recall is that of a trained model on its own text. Latency is that of rows of random numbers, in the system's cache, for
-one query whose gradient is there. Times are of the processor, so that other work counts for little: run it with
-OMP_NUM_THREADS=1. Written to `results/index.json`.
+Recall is that of the example's trained model on its own text: of each query's exact ten highest scores of EK-FAC, how
+many the index has among its own, and after its 50 highest are scored again. LDS is that of the leaderboard's
+retrainings (protocol B). Latency is that of random bits, for queries that have their sketch. Written to
+`results/index.json`.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import tyro
 from low_rank import top_overlap
 from torch import Tensor
-from workload import ROOT, save_results
+from workload import RESULTS, ROOT, provenance, save_results
 
 import wherefrom as wf
-from wherefrom.methods.projected.gradient_store import shard_name
-from wherefrom.methods.projected.projections import Directions, Quantization, packed
-from wherefrom.store.fingerprint import Dataset
+from wherefrom.evaluate.datamodels import evaluate_lds
+from wherefrom.methods.index.search import Search
+from wherefrom.methods.index.sketches import Bits, Sketch
+from wherefrom.methods.index.store import Shard
 
 sys.path.append(str(ROOT / "examples" / "wikitext"))
 
-TYPES: tuple[Quantization, ...] = ("float32", "bfloat16", "int8")
+Study = wf.Study[dict[str, Tensor]]
+SKETCHES: tuple[tuple[int, Bits], ...] = ((4096, 1), (16_384, 1), (32_768, 1), (65_536, 1), (4096, 8), (65_536, 8))
+RANKS = (4, 16)
 
 
 @dataclass
 class Arguments:
-    """An index at several sizes against exact scores."""
+    """An index at several sizes, and methods of projected gradients."""
 
     checkpoint_dir: Path = ROOT / "runs" / "demo" / "checkpoints"
-    ranks: tuple[int, ...] = (4, 8, 16, 32, 64)
+    leaderboard_dir: Path = ROOT / "runs" / "leaderboard"
+    cache_dir: Path = ROOT / "cache"
+    """Of the leaderboard's pre-trained model."""
+    parts: tuple[str, ...] = ("recall", "lds", "latency")
     rerank: int = 50
-    rows: tuple[int, ...] = (10_000, 100_000, 1_000_000)
-    """Training examples for the latency."""
-    latency_rank: int = 8
-    repeats: int = 5
+    masks: int = 100
+    sizes: tuple[tuple[int, int], ...] = ((1_000_000, 8192), (1_000_000, 65_536))
+    """Examples and numbers of the indexes whose latency is measured."""
+    batch: int = 64
+    repeats: int = 3
 
 
-Study = wf.Study[dict[str, Tensor]]
+def ways(study: Study, queries: Any) -> Iterator[tuple[str, int, int, Tensor]]:
+    """The name of each way, its size, its bytes an example and its scores [queries, train]."""
+    factors = study.fit()
+    for numbers, bits in SKETCHES:
+        index = study.index(wf.EKFAC(factors=factors), wf.Sketch(numbers=numbers, bits=bits))
+        found = index.query(queries, k=len(study.train))
+        scores = torch.zeros_like(found.values).scatter_(1, found.train, found.values)
+        yield f"sketch, {bits} bit", numbers, index.bytes_per_example, scores
+    for kind in (wf.LoGra, wf.TrackStar, wf.Trak):
+        for rank in RANKS:
+            numbers = sum(math.prod(min(rank, side) for side in layer.shape) for layer in study.layers.values())
+            yield kind.name, rank, 4 * numbers, study.score(queries, kind(rank=rank)).values
 
 
-def recalls(study: Study, queries: Dataset[object], arguments: Arguments) -> list[dict[str, object]]:
-    """The part of each query's exact top ten that an index finds, by rank, directions and type."""
-    exact = study.score(queries).values
-    cases: list[tuple[Directions, int, Quantization]] = [
-        *(("eigenvectors", rank, "bfloat16") for rank in arguments.ranks),
-        *(("random", rank, "bfloat16") for rank in arguments.ranks if rank <= 32),  # a dense matrix of rank^4
-        *(("eigenvectors", 16, each) for each in TYPES if each != "bfloat16"),
-    ]
-    found: list[dict[str, object]] = []
-    tokens = sum(len(example["input_ids"]) for example in study.train)  # type: ignore[misc, attr-defined]
-    for directions, rank, quantization in cases:
-        compression = wf.Compression(directions=directions, rank=rank, quantization=quantization)
-        start = time.process_time()
-        index = study.index(compression=compression)
-        built = time.process_time() - start
-        plain = index.query(queries, k=len(study.train))
-        scores = torch.zeros_like(plain.values).scatter_(1, plain.train, plain.values)
-        candidates = plain.train[:, : arguments.rerank]
-        again = torch.full_like(scores, -torch.inf).scatter_(1, candidates, exact.gather(1, candidates))
-        found.append(
-            {
-                "directions": directions,
-                "rank": rank,
-                "quantization": quantization,
-                "bytes_per_example": index.bytes_per_example,
-                "tokens_per_cpu_second": tokens / built,
-                "recall_10": top_overlap(scores, exact, 10),
-                "recall_10_reranked": top_overlap(again, exact, 10),
-            }
-        )
-        print(found[-1], flush=True)
-    return found
-
-
-def latencies(study: Study, arguments: Arguments, folder: Path) -> list[dict[str, object]]:
-    """Seconds of the processor for the top ten of one query among rows of random numbers, by their count and type."""
-    found: list[dict[str, object]] = []
-    for quantization in TYPES:
-        real = study.index(compression=wf.Compression(rank=arguments.latency_rank, quantization=quantization))
-        generator = torch.Generator().manual_seed(0)
-        for count in arguments.rows:
-            cache = replace(real.gradients.cache, folder=folder / f"{quantization}-{count}")
-            examples = replace(real.gradients.examples, dataset=range(count))
-            stored = replace(real.gradients, examples=examples, cache=cache)
-            for shard in stored.shards:
-                gradients = torch.randn(len(shard), stored.size, generator=generator)
-                cache.artifact(shard_name(shard)).save(packed(gradients, quantization, stored.parts))
-            index = replace(real, gradients=stored)
-            query, seconds = torch.randn(1, stored.size, generator=generator), []
-            index.highest(query, 10)  # opens the index, and reads it once
-            for _ in range(arguments.repeats):
-                start = time.process_time()
-                index.highest(query, 10)
-                seconds.append(time.process_time() - start)
-            found.append(
-                {
-                    "quantization": quantization,
-                    "rows": count,
-                    "bytes_per_example": index.bytes_per_example,
-                    "cpu_seconds": median(seconds),
-                }
-            )
-            print(found[-1], flush=True)
-            cache.clear()
-    return found
-
-
-def main(arguments: Arguments) -> None:
-    """Recall on the example's model, then latency."""
+def recall(arguments: Arguments) -> dict[str, object]:
+    """The part of each query's exact top ten that is found, on the example's model."""
     from models import load_example  # noqa: PLC0415  (from the example's folder)
 
     model, _, train, queries = load_example(arguments.checkpoint_dir)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         study: Study = wf.Study(Path(folder, "run"), model, wf.CausalLM(), train=train)
-        measured = {
-            "queries": len(queries),
-            "train": len(train),
-            "rerank": arguments.rerank,
-            "recall": recalls(study, queries, arguments),
-            "latency_rank": arguments.latency_rank,
-            "latency": latencies(study, arguments, Path(folder)),
-        }
-    save_results("index", measured)
+        exact = study.score(queries).values
+        for name, size, taken, scores in ways(study, queries):
+            candidates = scores.topk(arguments.rerank, dim=1).indices
+            again = torch.full_like(scores, -torch.inf).scatter_(1, candidates, exact.gather(1, candidates))
+            found, reranked = (top_overlap(each, exact, 10) for each in (scores, again))
+            rows.append({"name": name, "size": size, "bytes": taken, "found": found, "reranked": reranked})
+            print(rows[-1], flush=True)
+    return {"queries": len(queries), "train": len(train), "rerank": arguments.rerank, "rows": rows}
+
+
+def lds(arguments: Arguments) -> dict[str, object]:
+    """Linear datamodeling scores on the leaderboard's retrainings without a random part of the examples."""
+    from leaderboard.retrainings import protocol_b  # noqa: PLC0415  (which loads the example's data)
+    from leaderboard.setting import Setting, Size, record  # noqa: PLC0415
+    from leaderboard.subject import Subject  # noqa: PLC0415
+
+    setting, run_dir = Setting(Size(), arguments.cache_dir), arguments.leaderboard_dir
+    truth = protocol_b(setting, run_dir, arguments.masks, 0.01, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        study = Subject(setting, record(setting, run_dir / "training"), Path(folder, "run")).study()
+        scores, sizes = {"ekfac": study.score(setting.queries).values}, {}
+        for name, size, taken, values in ways(study, setting.queries):
+            scores[f"{name}, {size}"], sizes[f"{name}, {size}"] = values, (name, size, taken)
+        report = evaluate_lds(scores, truth)
+    rows = [
+        {"name": name, "size": size, "bytes": taken, **report.means[called].to_json(),
+         "from_ekfac": report.difference(called, "ekfac").to_json()}
+        for called, (name, size, taken) in sizes.items()
+    ]  # fmt: skip
+    for row in rows:
+        print(row, flush=True)
+    return {"masks": arguments.masks, "queries": len(setting.queries), "train": len(setting.train),
+            "ekfac": report.means["ekfac"].to_json(), "rows": rows}  # fmt: skip
+
+
+def latency(arguments: Arguments) -> dict[str, object]:
+    """Seconds for the ten highest and lowest of one query, and of each in a batch, in an index of random bits."""
+    rows = []
+    for examples, numbers in arguments.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            search, counters = random_index(Path(folder, "codes"), examples, Sketch(numbers=numbers))
+            for queries in (1, arguments.batch):
+                these, norms, wall, cpu = counters[:queries], torch.ones(queries), [], []
+                search.best(these, norms, 10)  # reads it into the system's cache
+                for _ in range(arguments.repeats):
+                    start, used = time.perf_counter(), time.process_time()
+                    search.best(these, norms, 10)
+                    wall.append((time.perf_counter() - start) / queries)
+                    cpu.append((time.process_time() - used) / queries)
+                rows.append(
+                    {"examples": examples, "bytes": search.sketch.code_bytes, "queries": queries,
+                     "seconds": median(wall), "fastest": min(wall), "cpu_seconds": median(cpu)}
+                )  # fmt: skip
+                print(rows[-1], flush=True)
+    return {"threads": torch.get_num_threads(), "rows": rows}
+
+
+def random_index(file: Path, examples: int, sketch: Sketch) -> tuple[Search, Tensor]:
+    """A search through a memory-mapped file of random bits, and counters of queries."""
+    generator, together = torch.Generator().manual_seed(0), 2**14
+    with file.open("wb") as stream:
+        for start in range(0, examples, together):
+            shape = (min(together, examples - start), sketch.code_bytes)
+            torch.randint(256, shape, generator=generator, dtype=torch.uint8).numpy().tofile(stream)
+    size = examples * sketch.code_bytes
+    codes = torch.from_file(str(file), size=size, dtype=torch.uint8).view(examples, -1)
+    ones = torch.ones(examples)
+    tensors = {"codes": codes, "scales": ones, "norms": ones}
+    shards = [
+        Shard({name: each[start : start + together] for name, each in tensors.items()},
+              torch.arange(start, min(start + together, examples)), None)
+        for start in range(0, examples, together)
+    ]  # fmt: skip
+    return Search(sketch, shards, torch.device("cpu")), torch.randn(64, sketch.numbers, generator=generator)
+
+
+def main(arguments: Arguments) -> None:
+    """The parts that are asked for; others stay as they are."""
+    file = RESULTS / "index.json"
+    found = {name: each for name, each in json.loads(file.read_text()).items() if name not in provenance()}
+    for part in arguments.parts:
+        found[part] = {**provenance(), **{"recall": recall, "lds": lds, "latency": latency}[part](arguments)}
+        save_results("index", found)
 
 
 if __name__ == "__main__":

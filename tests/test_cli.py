@@ -293,20 +293,20 @@ def test_self_influence_is_shown_with_its_texts(folder: Path) -> None:
 def test_an_index_answers_queries(folder: Path) -> None:
     fit = wherefrom(folder, "fit", "indexed", "--model", "model", "--train", "train.txt")
     assert fit.returncode == 0, fit.stderr
-    options = ("--rank", "99", "--quantization", "float32")
+    options = ("--numbers", "64")
     index = wherefrom(folder, "index", "indexed", *options)
     assert index.returncode == 0, index.stderr
-    found = only(folder / "indexed" / "index", "random-rank99-float32").name
-    assert f"5 gradients, 0.02 MiB, are in indexed/index/{found}." in index.stdout
-    query = wherefrom(folder, "query", "indexed", "--queries", "queries.jsonl", *options, "--k", "2", "--rerank", "3")
+    found = only(folder / "indexed" / "index", "ekfac-sketch64-1bit").name
+    assert f"5 gradients, 0.00 MiB, are in indexed/index/{found}." in index.stdout
+    query = wherefrom(folder, "query", "indexed", "--queries", "queries.jsonl", *options, "--k", "2", "--rerank", "5")
     assert query.returncode == 0, query.stderr
     assert not (folder / "indexed" / "scores").exists()
     score = wherefrom(folder, "score", "indexed", "--queries", "queries.jsonl")
     assert score.returncode == 0, score.stderr
     assert query.stdout == wherefrom(folder, "top", "indexed", "--k", "2").stdout
-    wrong = wherefrom(folder, "index", "indexed", "--rank", "0")
+    wrong = wherefrom(folder, "index", "indexed", "--numbers", "100")
     assert wrong.returncode == 1
-    assert wrong.stderr.strip().endswith("error: --rank 0: expected at least 1.")
+    assert wrong.stderr.strip().endswith("error: --numbers 100: expected a multiple of 64, such as 65536.")
 
 
 def test_an_adapter_is_fitted_on_its_own_layers(folder: Path, said: Said) -> None:

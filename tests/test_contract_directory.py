@@ -100,8 +100,8 @@ def named(answers: Answers, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     return of  # type: ignore[return-value]
 
 
-# What the rows of an index do not depend on, so that one of them serves all: what is given when it is asked.
-ASKED = {("index", "damping"), ("index", "query set"), ("index", "seed")}
+# What the sketches of an index do not depend on, so that one of them serves all.
+ASKED = {("index", "query set"), ("index", "training set"), ("index", "order")}
 REFUSED = [
     (name, what)
     for name, each in METHODS.items()

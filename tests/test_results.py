@@ -125,7 +125,7 @@ def test_tokens_of_other_scores_are_not_shown_beside_these(scored: Scored) -> No
 def test_answers_of_an_index_are_not_shown_beside_other_texts(tmp_path: Path) -> None:
     case = mlp_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
-    found = study.index(wf.Dot(), wf.Compression(rank=2)).query(case.queries, k=2)
+    found = study.index(wf.Dot(), wf.Sketch(numbers=64)).query(case.queries, k=2)
     top_tables(found, DatasetPassages(case.queries), DatasetPassages(case.train), shown=[0], k=2)
     with pytest.raises(MismatchError, match="queries: scored"):
         top_tables(found, DatasetPassages(case.queries[::-1]), DatasetPassages(case.train), shown=[0], k=2)
@@ -277,7 +277,7 @@ def overwriting(study: wf.Study[Any], queries: list[object]) -> dict[str, Callab
         **fits,
         **{call: partial(study.score, queries, method, keep=keep) for call, (method, keep) in scores.items()},
         "self-influence": partial(study.self_influence, wf.Diagonal()),
-        "index": partial(study.index, wf.Diagonal(), wf.Compression(directions="random", rank=2)),
+        "index": partial(study.index, wf.Diagonal(), wf.Sketch(numbers=64)),
     }
 
 
@@ -299,7 +299,7 @@ REPLACED: dict[str, set[str]] = {
     "trackstar": {"scores/trackstar"},
     "magic": {"scores/magic"},
     "self-influence": {"self_influence/diagonal"},
-    "index": {"index/random-rank2-int8/projections", "index/random-rank2-int8/0-12"},
+    "index": {"index/diagonal-sketch64-1bit/12"},
 }
 """For each call with overwrite=True, all that it replaces or deletes."""
 
@@ -311,6 +311,8 @@ def found_files(run: Path) -> dict[str, set[tuple[int, int]]]:
         names = [labelled(name)[0] for name in file.parent.relative_to(run).parts]
         if names[0] == "tokens" and names[-1] != "index":
             names[-1] = "part"
+        if names[0] == "index":
+            names[-1] = names[-1].partition("-")[0]  # how many sketches; a digest of their examples follows
         found.setdefault("/".join(names), set()).add((file.stat().st_ino, file.stat().st_mtime_ns))
     return found
 

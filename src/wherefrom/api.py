@@ -14,12 +14,12 @@ from wherefrom.hf.text import ModelLoading
 from wherefrom.methods import METHODS
 from wherefrom.methods.baselines import BM25, Random
 from wherefrom.methods.factored import EKFAC, KFAC, Cosine, Diagonal, Dot, Factored, Shampoo
+from wherefrom.methods.index.gradient_index import GradientIndex
+from wherefrom.methods.index.sketches import Sketch
 from wherefrom.methods.magic.recipe import TrainingRecipe
 from wherefrom.methods.magic.scores import Magic, metasmoothness
 from wherefrom.methods.magic.training import ReplayableTraining
 from wherefrom.methods.method import Method
-from wherefrom.methods.projected.index import GradientIndex
-from wherefrom.methods.projected.projections import Compression
 from wherefrom.methods.projected.scores import LoGra, TrackStar, Trak
 from wherefrom.methods.retrieval import TwoStage
 from wherefrom.methods.sampled_fisher import Fisher
@@ -59,7 +59,6 @@ __all__ = [
     "CausalLM",
     "ChosenToken",
     "Classification",
-    "Compression",
     "ConjugateGradients",
     "Cosine",
     "Diagonal",
@@ -93,6 +92,7 @@ __all__ = [
     "SequenceClassification",
     "Shampoo",
     "SimPO",
+    "Sketch",
     "Source",
     "Study",
     "Task",

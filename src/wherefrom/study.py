@@ -21,9 +21,9 @@ from wherefrom.engine.modules.coverage import coverage, mostly_left_out, never_r
 from wherefrom.engine.modules.layers import TrackedLayer, select_layers
 from wherefrom.engine.sweep import Sweep
 from wherefrom.methods.factored import EKFAC, Factored
+from wherefrom.methods.index.gradient_index import GradientIndex
+from wherefrom.methods.index.sketches import Sketch
 from wherefrom.methods.method import Context, Method
-from wherefrom.methods.projected.index import GradientIndex
-from wherefrom.methods.projected.projections import Compression
 from wherefrom.planning.plan import Plan
 from wherefrom.report.figures import Figure
 from wherefrom.report.html import render_report, write_page
@@ -273,17 +273,20 @@ class Study(Generic[Batch]):
     def index(
         self,
         method: Factored | None = None,
-        compression: Compression | None = None,
+        sketch: Sketch | None = None,
         *,
         name: str | None = None,
         overwrite: bool = False,
         execution: Execution | None = None,
     ) -> GradientIndex[Batch]:
-        """Store the compressed gradient of every training example, for queries later; or open what is there.
+        """Store a sketch of every training example's gradient, for queries later; or open what is there.
+
+        Examples that are in the index of this name already are not swept again, wherever they stand in the training
+        set; that takes the factors that it was made with, `EKFAC(factors=...)` where others would be fitted.
 
         Args:
-            method: whose scores its answers approximate; `EKFAC()` unless given.
-            compression: `Compression()` unless given.
+            method: whose scores its answers approximate, with which damping; `EKFAC()` unless given.
+            sketch: `Sketch()` unless given.
             name, overwrite, execution: as in `score`; indexes lie in `RUN/index`.
 
         Raises:
@@ -291,7 +294,7 @@ class Study(Generic[Batch]):
         """
         with self._work("index"):
             context = self._context(execution)
-            return GradientIndex.of(context, method or EKFAC(), compression or Compression(), name, overwrite)
+            return GradientIndex.of(context, method or EKFAC(), sketch or Sketch(), name, overwrite)
 
     def report(
         self,

@@ -222,11 +222,10 @@ def trajectory(run: Path, setting: Setting) -> Result:
 
 
 def indexed(run: Path, setting: Setting) -> Result:
-    """An index of so many directions that nothing is lost, and a query of it."""
-    compression = wf.Compression(directions="random", rank=99, quantization="float32")
-    method = factored("ekfac", setting, damping=None)
-    index = study_of(run, setting).index(method, compression, name=setting.name, overwrite=setting.overwrite)
-    return index.query(setting.queries, k=len(setting.train), damping=setting.damping)
+    """An index of so many numbers that nothing is lost, and a query of it."""
+    method, sketch = factored("ekfac", setting), wf.Sketch(numbers=2**16, bits=32, focus=0)
+    index = study_of(run, setting).index(method, sketch, name=setting.name, overwrite=setting.overwrite)
+    return index.query(setting.queries, k=len(setting.train))
 
 
 def bm25(run: Path, setting: Setting) -> Result:

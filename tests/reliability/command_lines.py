@@ -145,7 +145,7 @@ FACTORED: Values = {
 }  # fmt: skip
 FITTED: Values = {"--empirical": FLAG, "--seed": COUNTS, "--adam": FLAG}
 ITSELF: Values = {"--damping": AMOUNTS, "--adam": FLAG, **DRAWN}
-INDEXED: Values = {"--empirical": BOOLEANS}
+INDEXED: Values = {"--empirical": BOOLEANS, "--damping": AMOUNTS}
 PROJECTED: Values = {"--rank": COUNTS, "--seed": COUNTS, "--damping": AMOUNTS}
 STRATEGIES = ("dot", "diagonal", "kfac", "ekfac", "shampoo")
 SCORING: Methods = {
@@ -161,9 +161,9 @@ SCORING: Methods = {
     "bm25": {},
     "random": {"--seed": COUNTS},
 }
-COMPRESSION: Values = {
-    "--directions": st.sampled_from(["random", "eigenvectors", ""]), "--rank": COUNTS,
-    "--quantization": st.sampled_from(["float32", "bfloat16", "int8", ""]), "--seed": COUNTS,
+SKETCH: Values = {
+    "--numbers": st.sampled_from(["64", "65536", "100", "0", ""]), "--bits": st.sampled_from(["1", "8", "2", ""]),
+    "--seed": COUNTS,
 }  # fmt: skip
 
 
@@ -214,14 +214,14 @@ SUBCOMMANDS = {
     "export": Subcommand({"--output": TABLES}, {"--output": TABLES, "--name": NAMES, "--k": COUNTS}),
     "index": Subcommand(
         {},
-        {"--name": NAMES, **COMPRESSION, **COMMON},
+        {"--name": NAMES, **SKETCH, **COMMON},
         dict.fromkeys(STRATEGIES, INDEXED),
     ),
     "query": Subcommand(
         {"--queries": GOOD_TEXTS},
         {
-            "--queries": TEXT_FILES, "--name": NAMES, "--k": COUNTS, "--rerank": COUNTS, "--damping": AMOUNTS,
-            "--device": DEVICES, **COMPRESSION, **COLUMNS, **EXECUTION,
+            "--queries": TEXT_FILES, "--name": NAMES, "--k": COUNTS, "--rerank": COUNTS, "--normalized": FLAG,
+            "--device": DEVICES, **SKETCH, **COLUMNS, **EXECUTION,
         },
         dict.fromkeys(STRATEGIES, INDEXED),
     ),

@@ -177,23 +177,14 @@ class Capture(AbstractContextManager["Capture"]):
         self._pass = current = Pass(examples, padding, lengths)
         answered = calls_answered(self._model) if others else nullcontext(lambda: None)
         try:
-<<<<<<< HEAD
             looked_at = self._layers.values() if self._watched else ()
-            with watched_functions(self._model, looked_at) as refuse:
-                value = self._forward(loss, current)
-            self._check(value, current)
-            current.backward = True
-            with leaves_of(value) as leaves:
-                refuse(leaves)
-                current.check_flattened(leaves)
-                # Not by `autograd.grad`, with which PyTorch's counters of operations refuse modules that read a leaf.
-                torch.autograd.backward(value, inputs=leaves)
-=======
             with answered as again:
-                value = self._forward(loss, current)
+                with watched_functions(self._model, looked_at) as refuse:
+                    value = self._forward(loss, current)
                 self._check(value, current)
                 current.backward, calls, total = True, dict(current.calls), value.detach()
                 with leaves_of(value) as leaves:
+                    refuse(leaves)
                     current.check_flattened(leaves)
                     self._backward(value, leaves, current, bool(others))
                     for number, other in enumerate(others, start=1):
@@ -203,7 +194,6 @@ class Capture(AbstractContextManager["Capture"]):
                         self._backward(value, leaves, current, number < len(others))
                         current.check_repeated(expected)
                         total = total + value.detach()
->>>>>>> traj
             if self._flattened is not None:
                 self._flattened.update(current.first)
         finally:

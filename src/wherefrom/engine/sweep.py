@@ -254,17 +254,10 @@ class Sweep(Generic[Batch]):
             action(f"{state.name}: forward and backward"),
             self.precision.passes(self.device),
         ):
-<<<<<<< HEAD
-            loss = capture.run(
-                lambda: state.examples.summed_loss(self.model, loaded, batch), len(batch), padding, lengths
-            )
-        self.watched.update(self.layers if watched else ())
-        state.advance(batch, tokens, loss)
-=======
             first, *others = (partial(loss, draw) for draw in range(examples.draws))
             value = capture.run(first, len(batch), padding, lengths, others)
+        self.watched.update(self.layers if watched else ())
         state.advance(batch, tokens, value)
->>>>>>> traj
 
     def _checkpoint(self, state: _State[Batch], size: int, held: HeldSignals) -> None:
         """Save partial sums when it is time to, or when a signal asks this process to stop."""

@@ -98,16 +98,26 @@ def dataset_digest(dataset: Dataset[object]) -> str:
     """Every example of a dataset, in order; refuses an empty one, and values that have no bytes of their own."""
     count, digest = checked_length("The dataset", dataset), hashlib.sha256()
     for position in range(count):
-        example = read_example(dataset, position)
-        try:
-            text = json.dumps(example, sort_keys=True, default=_describe)
-        except (TypeError, ValueError, RecursionError, RuntimeError, InputError) as error:
-            raise InputError(
-                f"Example {position} of the dataset cannot be fingerprinted ({error}). Expected numbers, strings, "
-                "tensors, arrays or images, in lists or dicts with names for keys."
-            ) from error
-        digest.update(text.encode() + b"\n")
+        digest.update(_example_bytes(dataset, position) + b"\n")
     return f"{count} examples {digest.hexdigest()[:_DIGITS]}"
+
+
+def example_digests(dataset: Dataset[object]) -> Tensor:
+    """A digest of each example by itself, 64 bits of a SHA-256 as int64 [examples]; refuses as `dataset_digest`."""
+    count = checked_length("The dataset", dataset)
+    found = (_sha256(_example_bytes(dataset, position))[:8] for position in range(count))
+    return torch.tensor([int.from_bytes(each, "big", signed=True) for each in found])
+
+
+def _example_bytes(dataset: Dataset[object], position: int) -> bytes:
+    example = read_example(dataset, position)
+    try:
+        return json.dumps(example, sort_keys=True, default=_describe).encode()
+    except (TypeError, ValueError, RecursionError, RuntimeError, InputError) as error:
+        raise InputError(
+            f"Example {position} of the dataset cannot be fingerprinted ({error}). Expected numbers, strings, "
+            "tensors, arrays or images, in lists or dicts with names for keys."
+        ) from error
 
 
 def checked_length(name: str, dataset: Dataset[object]) -> int:

@@ -1,4 +1,4 @@
-"""Projected gradients: how they are made and stored, the methods on them, and an index of them.
+"""Projected gradients: how they are made and stored, and the methods on them.
 
 They do not know what else a study computes.
 """

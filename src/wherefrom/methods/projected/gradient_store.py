@@ -19,23 +19,18 @@ from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Sweep
 from wherefrom.methods.projected.projections import (
     GRADIENTS,
-    SCALES,
     CompressedGradients,
-    Compression,
     Projection,
-    packed,
     parts,
     projections_from_tensors,
     projections_to_tensors,
-    unpacked,
 )
-from wherefrom.runtime.errors import MismatchError
 from wherefrom.store.artifacts import Layout, Partial, check_layout
 from wherefrom.store.cache import Cache, Unfinished
 from wherefrom.store.space import Step, check_space, used_bytes
 from wherefrom.tasks.task import Batch
 
-# Compressed gradients of a shard while they are added up, and what is read and widened at a time.
+# Compressed gradients of a shard while they are added up, and what is read at a time.
 _SHARD_BYTES, _BLOCK_BYTES = 2**28, 2**26
 _PROJECTIONS = "projections"
 
@@ -45,7 +40,6 @@ class StoredGradients(Generic[Batch]):
     """Compressed gradients of examples.
 
     Attributes:
-        compression: how they are stored.
         projections: of every layer.
         cache: where they are; nothing else is there.
         scales: as in `CompressedGradients`.
@@ -53,7 +47,6 @@ class StoredGradients(Generic[Batch]):
 
     sweep: Sweep[Batch]
     examples: Examples[Batch]
-    compression: Compression
     projections: Mapping[str, Projection]
     cache: Cache
     scales: Mapping[str, Tensor] | None = None
@@ -63,7 +56,6 @@ class StoredGradients(Generic[Batch]):
         cls,
         sweep: Sweep[Batch],
         examples: Examples[Batch],
-        compression: Compression,
         projections: Mapping[str, Projection],
         cache: Cache,
         scales: Mapping[str, Tensor] | None = None,
@@ -73,7 +65,7 @@ class StoredGradients(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.runtime.errors`; finished shards stay valid.
         """
-        stored = cls(sweep, examples, compression, _as_made(projections, cache), cache, scales)
+        stored = cls(sweep, examples, _as_made(projections, cache), cache, scales)
         cache.ranks.first(stored._check_disk)
         for shard in stored.shards:
             cache.get_or_compute(shard_name(shard), partial(stored._shard, shard))
@@ -93,18 +85,6 @@ class StoredGradients(Generic[Batch]):
         """How many numbers a compressed gradient has."""
         return sum(each.size for each in self.projections.values())
 
-    @property
-    def bytes_per_example(self) -> int:
-        """What an example takes on disk."""
-        quantized = self.compression.quantization == "int8"
-        scales = len(self.projections) * self.sweep.dtype.itemsize if quantized else 0
-        return self.size * self._stored_type.itemsize + scales
-
-    @property
-    def _stored_type(self) -> torch.dtype:
-        types = {"float32": self.sweep.dtype, "bfloat16": torch.bfloat16, "int8": torch.int8}
-        return types[self.compression.quantization]
-
     @cached_property
     def shards(self) -> list[range]:
         """Runs of examples that lie in a file; they depend on nothing but sizes."""
@@ -116,15 +96,14 @@ class StoredGradients(Generic[Batch]):
         folder, names = self.cache.folder, [shard_name(shard) for shard in self.shards]
         if all((folder / name).exists() for name in names):
             return
-        stays = len(self) * self.bytes_per_example
+        stays = len(self) * self.size * self.sweep.dtype.itemsize
         sums = min(_SHARD_BYTES, len(self) * self.size * self.sweep.dtype.itemsize)
         step = Step("compressed gradients", stays, stays + 2 * self.cache.ranks.count * sums)
         begun = [path for name in names for path in (folder / name, *folder.glob(f"{name}.part*"))]
         check_space(folder, [step], used_bytes(begun))
 
     def _shard(self, shard: range, result: Unfinished) -> dict[str, Tensor]:
-        found = self.of("compressed gradients", self.examples.subset(shard), result.sums)
-        return packed(found, self.compression.quantization, self.parts)
+        return {GRADIENTS: self.of("compressed gradients", self.examples.subset(shard), result.sums)}
 
     def of(self, name: str, examples: Examples[Batch], sums: Partial | None = None) -> Tensor:
         """The compressed gradients of other examples, in memory: [examples, numbers].
@@ -138,10 +117,6 @@ class StoredGradients(Generic[Batch]):
         )
         sweep.run(name, examples, collector, batch_size=sweep.execution.train_batch_size, partial=sums)
         return collector.sums[GRADIENTS]
-
-    def any(self, layer: str) -> bool:
-        """Whether an example has a gradient in a layer."""
-        return any(bool(each[GRADIENTS][:, self.parts[layer]].any()) for _, each in self._mapped)
 
     @cached_property
     def ranges(self) -> list[range]:
@@ -160,25 +135,18 @@ class StoredGradients(Generic[Batch]):
 
     def block(self, examples: range) -> Tensor:
         """Those of a run of examples of `ranges`, on the device: [examples, numbers]."""
-        shard, tensors = next(each for each in self._mapped if examples.start in each[0])
-        chosen = slice(examples.start - shard.start, examples.stop - shard.start)
-        piece = {name: each[chosen].to(self.sweep.device) for name, each in tensors.items()}
-        return unpacked(piece, self.sweep.dtype, self.parts)
+        shard, gradients = next(each for each in self._mapped if examples.start in each[0])
+        return gradients[examples.start - shard.start : examples.stop - shard.start].to(self.sweep.device)
 
     @cached_property
-    def _mapped(self) -> list[tuple[range, dict[str, Tensor]]]:
-        """The shards, memory-mapped, after a look at all of their bytes."""
+    def _mapped(self) -> list[tuple[range, Tensor]]:
+        """The shards [examples, numbers], memory-mapped, after a look at all of their bytes."""
         found = []
         for shard in self.shards:
             artifact = self.cache.artifact(shard_name(shard))
-            if not artifact.available():  # another process may have replaced them since they were opened
-                raise MismatchError(f"{artifact.path} has gone since it was opened. Make it again by the same call.")
             tensors = artifact.mapped()
-            layout: Layout = {GRADIENTS: (self._stored_type, (len(shard), self.size))}
-            if self.compression.quantization == "int8":
-                layout = {**layout, SCALES: (self.sweep.dtype, (len(shard), len(self.projections)))}
-            check_layout(artifact.path, tensors, layout)
-            found.append((shard, tensors))
+            check_layout(artifact.path, tensors, {GRADIENTS: (self.sweep.dtype, (len(shard), self.size))})
+            found.append((shard, tensors[GRADIENTS]))
         return found
 
 

@@ -2,9 +2,8 @@
 
 The columns of P_S and P_A are orthonormal: the leading eigenvectors of the layer's two covariances (LoGra with PCA
 initialisation, Choe et al. 2024), or random directions (LoGra with random ones; a TRAK, Park et al. 2023, whose
-projection is a Kronecker product). Preconditioning is the inverse of the curvature restricted to their span, P^T H P +
-damping with P = P_S x P_A; with square matrices nothing is lost. Numbers may be stored in fewer bits. This module knows
-captured tensors and curvature; it does not know where anything is stored.
+projection is a Kronecker product). Methods take the curvature from these numbers. This module knows captured tensors
+and matrices; it does not know where anything is stored.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wherefrom.curvature.damping import added_damping
 from wherefrom.curvature.factors import Factors
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.example_gradients import weight_gradients
@@ -29,12 +27,9 @@ from wherefrom.runtime.precision import product
 from wherefrom.store.fingerprint import tensors_digest
 
 Directions = Literal["eigenvectors", "random"]
-Quantization = Literal["float32", "bfloat16", "int8"]
 
-# The largest whole number of an int8 that has a negative.
-_LARGEST = 127
 # What is stored of compressed gradients.
-GRADIENTS, SCALES = "gradients", "scales"
+GRADIENTS = "gradients"
 
 
 class Projection(NamedTuple):
@@ -63,8 +58,6 @@ class Compression:
             factors need a basis (`KFAC`, `EKFAC`).
         rank: how many of a layer's outputs, and of its inputs: a layer takes rank x rank numbers, less where it is
             narrower.
-        quantization: "int8", with a scale for each layer of each example; "bfloat16"; or none, "float32" (float64 for
-            a float64 model).
         seed: of random directions.
 
     Raises:
@@ -73,19 +66,12 @@ class Compression:
 
     directions: Directions = "random"
     rank: int = 16
-    quantization: Quantization = "int8"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for argument, known in (("directions", get_args(Directions)), ("quantization", get_args(Quantization))):
-            if getattr(self, argument) not in known:
-                raise InputError(f"{argument}={getattr(self, argument)!r}: expected one of {', '.join(known)}.")
+        known = get_args(Directions)
+        check_argument(self.directions in known, "directions", self.directions, f"one of {', '.join(known)}")
         check_argument(self.rank >= 1, "rank", self.rank, "at least 1")
-
-    @property
-    def label(self) -> str:
-        """The settings, in a word: what the name of an index begins with."""
-        return f"{self.directions}-rank{self.rank}-{self.quantization}"
 
     def projections(self, layers: Mapping[str, TrackedLayer], factors: Factors | None) -> dict[str, Projection]:
         """Those of every layer.
@@ -128,22 +114,17 @@ class Compression:
         """
         random = self.directions == "random"
         of = f"seed {self.seed}" if random else tensors_digest(projections_to_tensors(projections))[:24]
-        return {"directions": f"{self.directions}, {of}", "rank": str(self.rank), "quantization": self.quantization}
+        return {"directions": f"{self.directions}, {of}", "rank": str(self.rank)}
 
 
 def _leading(vectors: Tensor | None, eigenvalues: Tensor, rank: int) -> Tensor:
-    """The columns of the largest eigenvalues, largest first; of the axes where there are no vectors."""
-    chosen = _largest(eigenvalues, rank)
+    """The columns of the largest eigenvalues, largest first, of equal ones the first; of the axes without vectors."""
+    chosen = eigenvalues.argsort(descending=True, stable=True)[:rank]
     if vectors is not None:
         return vectors[:, chosen]
     axes = eigenvalues.new_zeros(len(eigenvalues), len(chosen))
     axes[chosen, torch.arange(len(chosen))] = 1
     return axes
-
-
-def _largest(eigenvalues: Tensor, count: int) -> Tensor:
-    """Where the largest are, largest first; of equal ones the first."""
-    return eigenvalues.argsort(descending=True, stable=True)[:count]
 
 
 def projections_to_tensors(projections: Mapping[str, Projection]) -> dict[str, Tensor]:
@@ -228,76 +209,13 @@ def preconditioned(gradients: Tensor, filters: Mapping[str, Tensor], columns: Ma
     """Preconditioned compressed gradients [examples, numbers].
 
     Args:
-        filters: what `inverse_curvature` gives.
-        columns: each layer's `parts`.
+        filters: a matrix [numbers, numbers] for each of a layer's `parts`.
+        columns: these parts.
     """
     found = torch.empty_like(gradients)
     for name, part in columns.items():
-        inverse = filters[name].to(gradients.device, gradients.dtype)
-        found[:, part] = gradients[:, part] @ inverse if inverse.dim() == 2 else gradients[:, part] * inverse
+        found[:, part] = gradients[:, part] @ filters[name].to(gradients.device, gradients.dtype)
     return found
-
-
-def inverse_curvature(
-    factors: Factors, projections: Mapping[str, Projection], directions: Directions, damping: float | None
-) -> dict[str, Tensor]:
-    """The inverse of the damped curvature on what projections span.
-
-    Along eigenvectors the curvature is diagonal, and its filter is the factors' own. Along random directions P^T H P is
-    dense. Without a curvature (`identity`), random directions hold rank^2 / (out x in) of an inner product on average,
-    which is made up for.
-
-    Args:
-        damping: as in `Factors.preconditioner`; above 0 along random directions.
-
-    Returns:
-        For every layer what its compressed gradient is multiplied with: numbers [numbers], one number for all, or a
-        matrix [numbers, numbers].
-
-    Raises:
-        InputError: damping is 0 or too small along random directions, negative or not finite.
-    """
-    filters = factors.preconditioner(damping).filters
-    if directions == "random" and damping == 0 and filters:
-        raise InputError("damping=0 with random directions: expected a number > 0, or None.")
-    found = {}
-    for name, projection in projections.items():
-        if name not in filters:
-            found[name] = torch.tensor(len(projection.left) * len(projection.right) / projection.size)
-        elif directions == "eigenvectors":
-            found[name] = _restricted(factors, name, projection, filters[name])
-        else:
-            found[name] = _dense_inverse(factors, name, projection, damping)
-    return found
-
-
-def _restricted(factors: Factors, layer: str, projection: Projection, values: Tensor) -> Tensor:
-    """The numbers [out, in] of leading eigenvectors, in the order of compressed gradients: [numbers]."""
-    spectra = factors.bases[layer].spectra
-    left, right = (
-        _largest(factor.eigenvalues, each.shape[1]) for factor, each in zip(spectra, projection, strict=True)
-    )
-    return values[left][:, right].flatten()
-
-
-def _dense_inverse(factors: Factors, layer: str, projection: Projection, damping: float | None) -> Tensor:
-    """(P^T H P + damping)^-1 [numbers, numbers], of H = Q diag(Lambda) Q^T; 0 where there is no curvature at all."""
-    values, basis = factors.eigenvalues[layer].double(), factors.bases.get(layer)
-    left, right = (each.to(values.device, torch.float64) for each in projection)
-    if basis is not None:
-        left, right = (
-            each if vectors is None else vectors.double().T @ each
-            for each, vectors in ((left, basis.gradients), (right, basis.activations))
-        )
-    # C[ab, cd] = sum_ij Lambda_ij X_ia X_ic Y_jb Y_jd, with X = Q_S^T P_S and Y = Q_A^T P_A.
-    squares = [(each.unsqueeze(2) * each.unsqueeze(1)).flatten(1) for each in (left, right)]  # [out, rank * rank]
-    curvature = squares[0].T @ values @ squares[1]
-    outputs, inputs, numbers = left.shape[1], right.shape[1], left.shape[1] * right.shape[1]
-    curvature = curvature.view(outputs, outputs, inputs, inputs).transpose(1, 2).reshape(numbers, numbers)
-    added = added_damping(values, damping)
-    if added == 0:
-        return torch.zeros_like(curvature)
-    return damped_power(f"layer {layer!r}", curvature, added, -1)
 
 
 def damped_power(name: str, curvature: Tensor, damping: float, exponent: float) -> Tensor:
@@ -318,26 +236,3 @@ def damped_power(name: str, curvature: Tensor, damping: float, exponent: float) 
         )
     power: Tensor = (vectors * damped**exponent) @ vectors.T
     return power
-
-
-def packed(gradients: Tensor, quantization: Quantization, columns: Mapping[str, slice]) -> dict[str, Tensor]:
-    """Compressed gradients [examples, numbers] as they are stored: with int8, also `scales` [examples, layers].
-
-    An int8 is a number over the scale of its layer and example, to which the largest number there is 127.
-    """
-    if quantization != "int8":
-        return {GRADIENTS: gradients.bfloat16() if quantization == "bfloat16" else gradients}
-    scales = torch.stack([gradients[:, part].abs().amax(1) / _LARGEST for part in columns.values()], 1)
-    whole = torch.empty_like(gradients, dtype=torch.int8)
-    for scale, part in zip(scales.T, columns.values(), strict=True):
-        whole[:, part] = (gradients[:, part] / torch.where(scale > 0, scale, 1.0).unsqueeze(1)).round_()
-    return {GRADIENTS: whole, SCALES: scales}
-
-
-def unpacked(tensors: Mapping[str, Tensor], dtype: torch.dtype, columns: Mapping[str, slice]) -> Tensor:
-    """The inverse of `packed`, but for what rounding has lost: [examples, numbers]."""
-    gradients = tensors[GRADIENTS].to(dtype)
-    if SCALES in tensors:
-        for scale, part in zip(tensors[SCALES].T, columns.values(), strict=True):
-            gradients[:, part] *= scale.unsqueeze(1)
-    return gradients

@@ -62,7 +62,7 @@ class Projected(Method):
 
     def projection(self, context: Context[Any], scales: Mapping[str, Tensor] | None = None) -> Projecting:
         """How gradients are projected on random directions."""
-        compression = Compression(rank=self.rank, quantization="float32", seed=self.seed)
+        compression = Compression(rank=self.rank, seed=self.seed)
         return Projecting(context, compression, compression.projections(context.sweep.layers, None), scales)
 
     def powers(self, curvature: Mapping[str, Tensor], exponent: float) -> dict[str, Tensor]:
@@ -97,9 +97,7 @@ class Projecting:
     def stored(self, result: Unfinished, name: str, examples: Examples[Any]) -> StoredGradients[Any]:
         """Projected gradients of examples, stored while scores are computed."""
         cache = result.parts.parts(name)
-        return StoredGradients.made(
-            self.context.sweep, examples, self.compression, self.projections, cache, self.scales
-        )
+        return StoredGradients.made(self.context.sweep, examples, self.projections, cache, self.scales)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +126,7 @@ class LoGra(Projected):
             raise InputError(
                 "factors are conditioned, and LoGra's gradients are not: fit factors without a conditioning."
             )
-        compression = Compression(directions="eigenvectors", rank=self.rank, quantization="float32")
+        compression = Compression(directions="eigenvectors", rank=self.rank)
         return Projecting(context, compression, compression.projections(context.sweep.layers, factors), scales)
 
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:

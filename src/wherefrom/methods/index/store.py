@@ -1,0 +1,174 @@
+"""Sketches of examples on disk, found by what an example says: those of an example are made once.
+
+They lie in shards, each a result of its own, so that a killed build goes on with the shard that it was in. A shard says
+which examples it has by their digests, so that a dataset with more of them, fewer, or in another order takes what is
+there, and only new ones are swept. This module brings sketches, sweeps and the cache together; it does not know what
+they are searched for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Generic, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wherefrom.engine.loading import Examples
+from wherefrom.engine.sweep import Sweep
+from wherefrom.methods.index.sketches import COUNTERS, SQUARES, Projector, Sketch, Sketches
+from wherefrom.runtime.errors import MismatchError
+from wherefrom.store.artifacts import Layout, Partial, check_layout
+from wherefrom.store.cache import Cache, Unfinished
+from wherefrom.store.fingerprint import example_digests, tensors_digest
+from wherefrom.store.names import finished
+from wherefrom.store.space import Step, check_space, used_bytes
+from wherefrom.tasks.task import Batch
+
+# Counters of a shard while they are added up.
+_SHARD_BYTES = 2**28
+_DIGESTS = "digests"
+
+
+class Shard(NamedTuple):
+    """Some stored examples.
+
+    Attributes:
+        tensors: what is stored of each, memory-mapped.
+        positions: in the dataset, int64 [n], ascending.
+        examples: which of the stored they are, int64 [n]; None where these are all, one after another.
+    """
+
+    tensors: dict[str, Tensor]
+    positions: Tensor
+    examples: Tensor | None
+
+
+@dataclass(frozen=True)
+class SketchStore(Generic[Batch]):
+    """Sketches of examples.
+
+    Attributes:
+        projector: makes them.
+        cache: where they are; nothing else is there.
+    """
+
+    sweep: Sweep[Batch]
+    examples: Examples[Batch]
+    sketch: Sketch
+    projector: Projector
+    cache: Cache
+
+    def make(self) -> None:
+        """Sweep the examples that are not there.
+
+        Raises:
+            WherefromError: see `wherefrom.runtime.errors`; finished shards stay valid.
+        """
+        missing = self._missing()
+        count = max(1, _SHARD_BYTES // (self.sketch.numbers * self.sweep.dtype.itemsize))
+        shards = {self._name(positions): positions for positions in missing.split(count)} if len(missing) else {}
+        self.cache.ranks.first(lambda: self._check_disk(len(missing), min(count, len(missing)), list(shards)))
+        for name, positions in shards.items():
+            self.cache.get_or_compute(name, partial(self._shard, positions))
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        return len(self.examples)
+
+    @property
+    def bytes_per_example(self) -> int:
+        """What an example takes on disk: its counters, a scale, a norm and a digest."""
+        return self.sketch.code_bytes + 2 * self.sweep.dtype.itemsize + 8
+
+    @cached_property
+    def _digests(self) -> Tensor:
+        return example_digests(self.examples.dataset)
+
+    def _missing(self) -> Tensor:
+        """The positions of examples that are not there; of equal ones the first."""
+        there = self.cache.ranks.first(lambda: torch.cat([torch.empty(0, dtype=torch.int64), *self._stored()]))
+        new = ~torch.isin(self._digests, there)
+        _, kinds = self._digests.unique(return_inverse=True)
+        positions = torch.arange(len(kinds))
+        first = torch.full((len(kinds),), len(kinds)).scatter_reduce_(0, kinds, positions, "amin")[kinds]
+        return positions[new & (first == positions)]
+
+    def _stored(self) -> Iterator[Tensor]:
+        """The digests of the examples of each shard."""
+        for path in finished(self.cache.folder):
+            artifact = self.cache.artifact(path.name)
+            if artifact.available():
+                yield artifact.mapped(fresh=True)[_DIGESTS]  # a look at all bytes is for who reads them: `shards`
+
+    def _name(self, positions: Tensor) -> str:
+        """Of a shard, from what it holds."""
+        return f"{len(positions)}-{tensors_digest({_DIGESTS: self._digests[positions]})[:12]}"
+
+    def _check_disk(self, examples: int, together: int, names: list[str]) -> None:
+        """Refuse to begin what there is too little disk space for; what is all there needs none."""
+        stays = examples * self.bytes_per_example
+        sums = together * self.sketch.numbers * self.sweep.dtype.itemsize
+        step = Step("sketches of gradients", stays, stays + 2 * self.cache.ranks.count * sums)
+        folder = self.cache.folder
+        begun = [path for name in names for path in folder.glob(f"{name}.part*")]
+        if examples:
+            check_space(folder, [step], used_bytes(begun))
+
+    def _shard(self, positions: Tensor, result: Unfinished) -> dict[str, Tensor]:
+        examples = self.examples.subset(positions.tolist())
+        counters, norms = self.of("sketches of gradients", examples, result.sums, training=True)
+        return {**self.sketch.packed(counters, norms), _DIGESTS: self._digests[positions]}
+
+    def of(
+        self, name: str, examples: Examples[Batch], sums: Partial | None = None, training: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The counters [examples, numbers] and norms [examples] of other examples, in memory.
+
+        Args:
+            name: of the sweep.
+            training: as for `Sketches`.
+        """
+        sweep = self.sweep
+        like = torch.empty(0, dtype=sweep.dtype, device=sweep.device)
+        collector = Sketches(self.projector, len(examples), training, like)
+        sweep.run(name, examples, collector, batch_size=sweep.execution.train_batch_size, partial=sums)
+        return collector.sums[COUNTERS], collector.sums[SQUARES].sqrt()
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The shards with examples of the dataset, memory-mapped, after a look at all of their bytes.
+
+        Raises:
+            DamagedError: a file is not what was written.
+            MismatchError: another process has replaced them.
+        """
+        ascending, order = self._digests.sort(stable=True)
+        found, left = [], len(self)
+        for path in finished(self.cache.folder):
+            artifact = self.cache.artifact(path.name)
+            if not artifact.available():
+                continue
+            tensors = artifact.mapped()
+            digests = tensors.pop(_DIGESTS, torch.empty(0))
+            check_layout(path, {**tensors, _DIGESTS: digests}, self._layout(len(digests)))
+            begins, ends = (torch.searchsorted(ascending, digests, right=right) for right in (False, True))
+            counts = ends - begins  # of how many examples each stored one is: none, one, or of equal ones several
+            stored = torch.arange(len(digests)).repeat_interleave(counts)
+            within = torch.arange(len(stored)) - (counts.cumsum(0) - counts)[stored]
+            positions, by_position = order[begins[stored] + within].sort()
+            stored, left = stored[by_position], left - len(positions)
+            if len(positions):
+                whole = torch.equal(stored, torch.arange(len(digests)))
+                found.append(Shard(tensors, positions, None if whole else stored))
+        if left:
+            raise MismatchError(
+                f"{self.cache.folder} has not got {left} of the training examples, and had them when it was opened. "
+                "Make it again by the same call."
+            )
+        return found
+
+    def _layout(self, examples: int) -> Layout:
+        return {**self.sketch.layout(examples), _DIGESTS: (torch.int64, (examples,))}

@@ -89,7 +89,8 @@ def results(arguments: Arguments) -> dict[str, Any]:
     halves = protocol_a(setting, run_dir, arguments.masks, arguments.repeats, workers)
     removals, whole = protocol_b(setting, run_dir, arguments.masks, arguments.share, workers)
     removed = {name: each for name, each in scores.items() if arguments.removed is None or name in arguments.removed}
-    rises = without_top(setting, run_dir, removed, arguments.share, arguments.removal_queries, workers)
+    queries = arguments.removal_queries
+    rises = without_top(setting, run_dir, removed, arguments.share, queries, workers) if removed else {}
     calibrations = {
         name: calibration(METHODS[name].rises(values), removals, whole, setting.query_tokens)
         for name, values in scores.items()
@@ -106,16 +107,21 @@ def results(arguments: Arguments) -> dict[str, Any]:
 
 
 def merged(earlier: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
-    """The figures of this run, with those of the same setting's other methods from earlier ones."""
-    if earlier is None or earlier["setting"] != found["setting"]:
+    """The figures of this run, with those of the same setting's other methods from earlier ones.
+
+    Those may have had another number of seeds, which stands in each row.
+    """
+    if earlier is None or {**earlier["setting"], "repeats": 0} != {**found["setting"], "repeats": 0}:
         return found
     both = {**found}
     for part in ("rises", "calibration", "costs"):
         both[part] = _known({**earlier[part], **found[part]})
     for protocol, ranked in found["protocols"].items():
-        rows = _known({**earlier["protocols"][protocol]["methods"], **ranked["methods"]})
+        before = earlier["protocols"][protocol]
+        rows = _known({**before["methods"], **ranked["methods"]})
         ordered = dict(sorted(rows.items(), key=lambda row: -row[1]["value"]))
-        both["protocols"] = {**both["protocols"], protocol: {**ranked, "methods": ordered}}
+        ceiling = ranked["ceiling"] or before["ceiling"]  # of one seed there is none
+        both["protocols"] = {**both["protocols"], protocol: {**ranked, "ceiling": ceiling, "methods": ordered}}
     return both
 
 

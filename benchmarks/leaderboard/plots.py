@@ -9,9 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from wherefrom.evaluate.plots import BLUE, COLOURS, GREY, INK, ORANGE, RESOLUTION, SPARE_COLOURS
+from wherefrom.evaluate.plots import BLUE, GREY, INK, ORANGE, RESOLUTION, SPARE_COLOURS
 
 TITLES = {"A": "A: half of the examples, averaged over seeds", "B": "B: 1% left out of the very training"}
+
+CHEAPEST = 0.1  # epochs; what costs less is drawn as if it cost that
 
 
 def score_against_cost(result: Mapping[str, Any]) -> Figure:
@@ -47,7 +49,7 @@ def score_against_cost(result: Mapping[str, Any]) -> Figure:
 def _panel(axes: Axes, ranking: Mapping[str, Any], costs: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Draw everything but numbers, and tell where those belong."""
     methods = ranking["methods"]
-    points = {name: (max(costs[name]["epochs"], 0.01), found["value"]) for name, found in methods.items()}
+    points = {name: (max(costs[name]["epochs"], CHEAPEST), found["value"]) for name, found in methods.items()}
     best = frontier(points)
     for name, (cost, score) in points.items():
         colour = BLUE if name in best else GREY
@@ -106,20 +108,21 @@ def frontier(points: Mapping[str, tuple[float, float]]) -> Sequence[str]:
     return chosen
 
 
-def calibration_curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+def calibration_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> Figure:
     """Measured against predicted rises of queries' losses, groups of pairs as points, with the line of equals.
 
     Args:
-        curves: by method, mean predicted and mean measured rise of each group, in nats a token.
+        panels: by title, then by method: mean predicted and mean measured rise of each group, in nats a token.
     """
-    figure = Figure(figsize=(6.4, 5.2), dpi=RESOLUTION, layout="constrained")
-    axes = figure.subplots()
-    colours = [BLUE, ORANGE, *SPARE_COLOURS[1:], *COLOURS.values()]
-    for (name, curve), colour in zip(curves.items(), colours, strict=False):
-        axes.plot(*([1000 * each for each in axis] for axis in zip(*curve, strict=True)), marker="o", markersize=3.5,
-                  linewidth=1, color=colour, label=name)  # fmt: skip
-    axes.axline((0, 0), slope=1, color=INK, linewidth=0.8, dashes=(5, 3), label="predicted as measured")
-    axes.set(xlabel="Predicted rise of a query's loss, thousandths of a nat a token", ylabel="Measured rise, the same")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure = Figure(figsize=(9.6, 4.6), dpi=RESOLUTION, layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        for (name, curve), colour in zip(curves.items(), (BLUE, ORANGE, *SPARE_COLOURS[2:]), strict=False):
+            x, y = ([1000 * each for each in axis] for axis in zip(*curve, strict=True))
+            axes.plot(x, y, marker="o", markersize=3.5, linewidth=1, color=colour, label=name)
+        axes.axline((0, 0), slope=1, color=INK, linewidth=0.8, dashes=(5, 3), label="as predicted")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("Predicted rise of a query's loss,\nthousandths of a nat a token")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7.5, loc="upper left")
+    figure.axes[0].set_ylabel("Measured rise, thousandths of a nat a token")
     return figure

@@ -36,7 +36,6 @@ class Entry:
         layers: which are tracked; all linear ones but the head by default.
         unit: what a score says of the rise of a query's summed loss when the example is left out: as much, or as much
             for each of the N examples, so that it has to be divided by N; None where it says nothing of a size.
-        batch: training examples of a pass, with a solver pairs of them and queries; None leaves it to the plan.
     """
 
     method: wf.Method | Callable[[Subject], wf.Method]
@@ -45,12 +44,11 @@ class Entry:
     layers: tuple[str, ...] | None = None
     measure: Measure = "loss"
     unit: Literal["1", "1/N"] | None = "1/N"
-    batch: int | None = None
 
     def scores(self, subject: Subject) -> wf.Scores:
         """Those of all pairs; positive where training on the example lowers the query's loss."""
         method = self.method if isinstance(self.method, wf.Method) else self.method(subject)
-        return subject.study(self.layers, self.measure, self.batch).score(subject.setting.queries, method)
+        return subject.study(self.layers, self.measure).score(subject.setting.queries, method)
 
     def rises(self, values: Tensor) -> Tensor:
         """What scores [queries, train] say of the rise of each query's summed loss when an example is left out."""
@@ -135,7 +133,6 @@ METHODS: dict[str, Entry] = {
         "the Gauss-Newton matrix, by ASTRA (Wang et al. 2025): batches of 32, half the rate every 10; the same weights",
         NATURAL,
         BUT_POSITIONS,
-        batch=256,
     ),
     "magic": Entry(magic, "the exact gradient through training (Ilyas & Engstrom 2025)", unit="1"),
 }

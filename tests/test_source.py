@@ -367,9 +367,10 @@ def test_factors_in_adams_coordinates_are_warned_of(tmp_path: Path, caplog: pyte
     case = mlp_case()
     checkpoints = recorded(*saved(case.model, tmp_path / "checkpoints"), TIMES)
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
-    for adam, strategy in ((False, None), (True, "diagonal"), (True, None)):
+    method = wf.Source(checkpoints=checkpoints, segments=2, adam=True)
+    for each in (replace(method, adam=False), replace(method, strategy="diagonal"), method):
         assert "less well than EKFAC" not in caplog.text
-        study.score(case.queries, wf.Source(checkpoints=checkpoints, segments=2, adam=adam, strategy=strategy))
+        study.score(case.queries, each)
     assert "less well than EKFAC" in caplog.text
 
 

@@ -65,11 +65,9 @@ def solved(solver: Solver) -> Callable[[Subject], wf.Method]:
     return lambda subject: wf.Shampoo(adam=True, solver=solver, loss_scale=subject.setting.loss_scale)
 
 
-def naturally_damped_fisher(samples: int) -> Callable[[Subject], wf.Method]:
+def naturally_damped_fisher(subject: Subject) -> wf.Method:
     """The sampled Fisher matrix with the damping of the solvers."""
-    return lambda subject: wf.Fisher(
-        adam=True, samples=samples, damping=1 / (subject.setting.loss_scale * subject.time)
-    )
+    return wf.Fisher(adam=True, damping=1 / (subject.setting.loss_scale * subject.time))
 
 
 def two_stages(subject: Subject) -> wf.Method:

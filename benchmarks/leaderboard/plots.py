@@ -73,7 +73,7 @@ def _number(axes: Axes, points: Mapping[str, tuple[float, float]], names: Sequen
     size, best = 8, frontier(points)
     unit = size * RESOLUTION / 72  # pixels
     taken = [
-        (x - unit / 4, x + unit / 4, y - unit / 4, y + unit / 4)
+        (x - unit / 2.2, x + unit / 2.2, y - unit / 2.2, y + unit / 2.2)
         for x, y in axes.transData.transform(list(points.values()))
     ]
     for name, point in sorted(points.items(), key=lambda item: (item[1][1], -item[1][0])):

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
 
 import wherefrom as wf
 from leaderboard.subject import Subject
@@ -31,6 +34,8 @@ class Entry:
         what: in a few words, with the source.
         damping: in words, of the row.
         layers: which are tracked; all linear ones but the head by default.
+        unit: what a score says of the rise of a query's summed loss when the example is left out: as much, or as much
+            for each of the N examples, so that it has to be divided by N; None where it says nothing of a size.
     """
 
     method: wf.Method | Callable[[Subject], wf.Method]
@@ -38,11 +43,16 @@ class Entry:
     damping: str = NONE
     layers: tuple[str, ...] | None = None
     measure: Measure = "loss"
+    unit: Literal["1", "1/N"] | None = "1/N"
 
     def scores(self, subject: Subject) -> wf.Scores:
         """Those of all pairs; positive where training on the example lowers the query's loss."""
         method = self.method if isinstance(self.method, wf.Method) else self.method(subject)
         return subject.study(self.layers, self.measure).score(subject.setting.queries, method)
+
+    def rises(self, values: Tensor) -> Tensor:
+        """What scores [queries, train] say of the rise of each query's summed loss when an example is left out."""
+        return values / values.shape[1] if self.unit == "1/N" else values
 
 
 def source(adam: bool) -> Callable[[Subject], wf.Method]:
@@ -79,17 +89,17 @@ def magic(subject: Subject) -> wf.Method:
 
 
 METHODS: dict[str, Entry] = {
-    "random": Entry(wf.Random(), "chance"),
-    "bm25": Entry(wf.BM25(), "shared words"),
-    "dot": Entry(wf.Dot(), "gradient dot product"),
-    "cosine": Entry(wf.Cosine(), "gradient cosine"),
-    "tracin": Entry(wf.TracIn(), "TracInCP over six checkpoints (Pruthi et al. 2020)"),
-    "adam dot": Entry(wf.Dot(adam=True), "gradient dot product, times Adam's preconditioner"),
-    "trak": Entry(wf.Trak(), "TRAK (Park et al. 2023), one model, rank 8 a layer", MEAN, measure="margin"),
+    "random": Entry(wf.Random(), "chance", unit=None),
+    "bm25": Entry(wf.BM25(), "shared words", unit=None),
+    "dot": Entry(wf.Dot(), "gradient dot product", unit=None),
+    "cosine": Entry(wf.Cosine(), "gradient cosine", unit=None),
+    "tracin": Entry(wf.TracIn(), "TracInCP over six checkpoints (Pruthi et al. 2020)", unit=None),
+    "adam dot": Entry(wf.Dot(adam=True), "gradient dot product, times Adam's preconditioner", unit=None),
+    "trak": Entry(wf.Trak(), "TRAK (Park et al. 2023), one model, rank 8 a layer", MEAN, measure="margin", unit=None),
     "logra": Entry(wf.LoGra(), "LoGra (Choe et al. 2024), random projection, rank 16", MEAN),
-    "trackstar": Entry(wf.TrackStar(adam=True), "TrackStar (Chang et al. 2024), rank 16", MEAN),
+    "trackstar": Entry(wf.TrackStar(adam=True), "TrackStar (Chang et al. 2024), rank 16", MEAN, unit=None),
     "diagonal": Entry(wf.Diagonal(), "diagonal Fisher information", MEAN),
-    "kfac": Entry(wf.KFAC(), "Kronecker factors", MEAN),
+    "kfac": Entry(wf.KFAC(), "Kronecker factors", MEAN, unit=None),
     "shampoo": Entry(wf.Shampoo(), "eigenvalue-corrected Shampoo", MEAN),
     "ekfac": Entry(wf.EKFAC(), "EK-FAC (Grosse et al. 2023)", MEAN),
     "ekfac, damping 1e-8": Entry(wf.EKFAC(damping=1e-8), "EK-FAC, the published damping", "1e-8"),
@@ -139,5 +149,5 @@ METHODS: dict[str, Entry] = {
         NATURAL,
         BUT_POSITIONS,
     ),
-    "magic": Entry(magic, "the exact gradient through training (Ilyas & Engstrom 2025)"),
+    "magic": Entry(magic, "the exact gradient through training (Ilyas & Engstrom 2025)", unit="1"),
 }

@@ -70,12 +70,19 @@ def protocol_a(setting: Setting, run_dir: Path, masks: int, repeats: int, worker
     )  # fmt: skip
 
 
-def protocol_b(setting: Setting, run_dir: Path, masks: int, share: float, workers: int) -> GroundTruth:
-    """The model's own training without a random `share` of the examples; goes on where it was."""
-    return retrain(
-        run_dir / "removals", WithoutSome(setting), removals(len(setting.train), masks, share), [setting.seed],
-        fingerprint=setting.fingerprint(), workers=workers,
+def protocol_b(setting: Setting, run_dir: Path, masks: int, share: float, workers: int) -> tuple[GroundTruth, Tensor]:
+    """The model's own training without a random `share` of the examples; goes on where it was.
+
+    Returns:
+        That, and each query's summed loss after the training with all of them, [queries].
+    """
+    train = len(setting.train)
+    subsets = torch.cat([removals(train, masks, share), torch.ones(1, train, dtype=torch.bool)])
+    found = retrain(
+        run_dir / "removals", WithoutSome(setting), subsets, [setting.seed], fingerprint=setting.fingerprint(),
+        workers=workers,
     )  # fmt: skip
+    return GroundTruth(found.masks[:-1], found.losses[:-1]), found.losses[-1, 0]
 
 
 def without_top(

@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -49,8 +50,8 @@ class Size:
     """Kept along the training, the trained model among them."""
     epsilon: float = 1e-6
     """Of AdamW, inside its root: see `wherefrom.TrainingRecipe`."""
-    board: int = 1
-    """The second has the texts and the queries that come after those of the first, and another seed of training."""
+    board: Literal[1, 2] = 1
+    """The first has the first of the texts and queries; the second has the last, and another seed of training."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Setting:
 
     def _part(self, texts: Dataset, count: int) -> Dataset:
         """Those of this board."""
-        return texts.select(range((self.size.board - 1) * count, self.size.board * count))
+        return texts.select(range(count) if self.size.board == 1 else range(len(texts) - count, len(texts)))
 
     @property
     def seed(self) -> int:

@@ -36,6 +36,7 @@ class Entry:
         layers: which are tracked; all linear ones but the head by default.
         unit: what a score says of the rise of a query's summed loss when the example is left out: as much, or as much
             for each of the N examples, so that it has to be divided by N; None where it says nothing of a size.
+        batch: training examples of a pass, with a solver pairs of them and queries; None leaves it to the plan.
     """
 
     method: wf.Method | Callable[[Subject], wf.Method]
@@ -44,11 +45,12 @@ class Entry:
     layers: tuple[str, ...] | None = None
     measure: Measure = "loss"
     unit: Literal["1", "1/N"] | None = "1/N"
+    batch: int | None = None
 
     def scores(self, subject: Subject) -> wf.Scores:
         """Those of all pairs; positive where training on the example lowers the query's loss."""
         method = self.method if isinstance(self.method, wf.Method) else self.method(subject)
-        return subject.study(self.layers, self.measure).score(subject.setting.queries, method)
+        return subject.study(self.layers, self.measure, self.batch).score(subject.setting.queries, method)
 
     def rises(self, values: Tensor) -> Tensor:
         """What scores [queries, train] say of the rise of each query's summed loss when an example is left out."""
@@ -117,37 +119,23 @@ METHODS: dict[str, Entry] = {
         wf.Fisher(adam=True), "the sampled Fisher matrix in Adam's coordinates", SAMPLES, ALL
     ),
     "fisher, adam, all weights, 1/tau": Entry(
-        naturally_damped_fisher(3), "the same with the damping of the solvers", NATURAL, ALL
-    ),
-    "fisher, adam, all weights, 1/tau, 6 samples": Entry(
-        naturally_damped_fisher(6), "the same with six samples an example", NATURAL, ALL
+        naturally_damped_fisher, "the same with the damping of the solvers", NATURAL, ALL
     ),
     "bm25, then ekfac": Entry(two_stages, "EK-FAC for the tenth that BM25 names, 0 elsewhere", MEAN),
     "source": Entry(source(adam=False), "SOURCE (Bae et al. 2024), three segments, six checkpoints", DECAY),
     "source, adam": Entry(source(adam=True), "SOURCE with AdamW's steps", DECAY),
-    "cg, 7 iterations": Entry(
-        solved(wf.ConjugateGradients(7)), "the Gauss-Newton matrix, solved by conjugate gradients", NATURAL
-    ),
-    "cg, all weights, 3 iterations": Entry(
-        solved(wf.ConjugateGradients(3)), "the same of all weights but embeddings of positions", NATURAL, BUT_POSITIONS
-    ),
-    "cg, all weights, 7 iterations": Entry(
-        solved(wf.ConjugateGradients(7)), "the same of all weights but embeddings of positions", NATURAL, BUT_POSITIONS
-    ),
     "cg, all weights, 7 iterations, 100 examples": Entry(
-        solved(wf.ConjugateGradients(7, examples=100)), "the same with a third of the examples", NATURAL, BUT_POSITIONS
+        solved(wf.ConjugateGradients(7, examples=100)),
+        "the Gauss-Newton matrix of a third of the examples, solved by conjugate gradients; not embeddings of positions",
+        NATURAL,
+        BUT_POSITIONS,
     ),
     "astra, all weights, 40 batches": Entry(
         solved(wf.Astra(40, batch_size=32, decay=0.5, decay_every=10)),
-        "the Gauss-Newton matrix, solved by ASTRA (Wang et al. 2025): batches of 32, half the rate every 10",
+        "the Gauss-Newton matrix, solved by ASTRA (Wang et al. 2025): batches of 32, half the rate every 10; the same weights",
         NATURAL,
         BUT_POSITIONS,
-    ),
-    "astra, all weights, 20 batches": Entry(
-        solved(wf.Astra(20, batch_size=32, decay=0.5, decay_every=5)),
-        "the same with half of the batches, half the rate every 5",
-        NATURAL,
-        BUT_POSITIONS,
+        batch=256,
     ),
     "magic": Entry(magic, "the exact gradient through training (Ilyas & Engstrom 2025)", unit="1"),
 }

@@ -34,9 +34,11 @@ class Subject:
         """The sum of learning rates over the steps of the training."""
         return sum(each.learning_rate * each.steps for each in self.checkpoints)
 
-    def study(self, layers: tuple[str, ...] | None = None, measure: Measure = "loss") -> wf.Study[dict[str, Tensor]]:
+    def study(
+        self, layers: tuple[str, ...] | None = None, measure: Measure = "loss", batch: int | None = None
+    ) -> wf.Study[dict[str, Tensor]]:
         """The trained model's study; all linear layers but the head by default."""
-        task, execution = wf.CausalLM(layers, measure), wf.Execution(query_batch_size=8)
+        task, execution = wf.CausalLM(layers, measure), wf.Execution(query_batch_size=8, train_batch_size=batch)
         history = self.checkpoints
         return wf.Study(self.folder, self.model(), task, train=self.setting.train, history=history, execution=execution)
 

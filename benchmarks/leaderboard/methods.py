@@ -126,13 +126,13 @@ METHODS: dict[str, Entry] = {
     "source, adam": Entry(source(adam=True), "SOURCE with AdamW's steps", DECAY),
     "cg, all weights, 7 iterations, 100 examples": Entry(
         solved(wf.ConjugateGradients(7, examples=100)),
-        "the Gauss-Newton matrix of a third of the examples, solved by conjugate gradients; not embeddings of positions",
+        "the Gauss-Newton matrix of a third of the examples, by conjugate gradients; no embeddings of positions",
         NATURAL,
         BUT_POSITIONS,
     ),
     "astra, all weights, 40 batches": Entry(
         solved(wf.Astra(40, batch_size=32, decay=0.5, decay_every=10)),
-        "the Gauss-Newton matrix, solved by ASTRA (Wang et al. 2025): batches of 32, half the rate every 10; the same weights",
+        "the Gauss-Newton matrix, by ASTRA (Wang et al. 2025): batches of 32, half the rate every 10; the same weights",
         NATURAL,
         BUT_POSITIONS,
         batch=256,

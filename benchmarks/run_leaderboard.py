@@ -2,6 +2,8 @@
 
     python benchmarks/run_leaderboard.py                    # a few hours on two cores; it can be stopped and continued
     python benchmarks/run_leaderboard.py --size.model smollm2 --size.tokens 256 ...     # larger, on a GPU
+    python benchmarks/run_leaderboard.py --size.board 2     # texts, queries and a training that nobody tuned on
+    python benchmarks/run_leaderboard.py --methods ekfac magic      # these rows; the others stay as they are
     python benchmarks/run_leaderboard.py --only_page        # only write the page again
 
 What is finished, in `run_dir`, is not done again: retrainings, and methods (delete its folder to repeat one). A run of
@@ -13,9 +15,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
+from leaderboard.calibration import calibration
 from leaderboard.measure import Cost, measured
 from leaderboard.methods import METHODS
 from leaderboard.page import write_page
@@ -34,7 +38,8 @@ class Arguments:
     """What is run."""
 
     size: Size = field(default_factory=Size)
-    run_dir: Path = ROOT / "runs" / "leaderboard"
+    run_dir: Path | None = None
+    """By default runs/leaderboard, and of the second board runs/leaderboard-2."""
     cache_dir: Path = ROOT / "cache"
     """Keeps the pre-trained small model."""
     masks: int = 100
@@ -47,19 +52,30 @@ class Arguments:
     """The first queries, each without what a method puts on top of it."""
     workers: int = 2
     methods: tuple[str, ...] = tuple(METHODS)
+    removed: tuple[str, ...] | None = None
+    """The methods whose own removal is measured; None is all that run."""
     only_page: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its results."""
+        return "leaderboard" if self.size.board == 1 else f"leaderboard-{self.size.board}"
 
 
 def main(arguments: Arguments) -> None:
     """Train, score, retrain, rank, write."""
     if not arguments.only_page:
-        save_results("leaderboard", results(arguments))
-    write_page(json.loads((RESULTS / "leaderboard.json").read_text()))
+        file = RESULTS / f"{arguments.name}.json"
+        earlier = json.loads(file.read_text()) if file.exists() else None
+        save_results(arguments.name, merged(earlier, results(arguments)))
+    write_page(*(json.loads((RESULTS / f"{name}.json").read_text()) for name in ("leaderboard", "leaderboard-2")))
 
 
-def results(arguments: Arguments) -> dict[str, object]:
-    """All figures of the page."""
+def results(arguments: Arguments) -> dict[str, Any]:
+    """The figures of some methods."""
     setting, run_dir = Setting(arguments.size, arguments.cache_dir), arguments.run_dir
+    if run_dir is None:
+        run_dir = ROOT / "runs" / arguments.name
     workers = arguments.workers
     check_size(run_dir, arguments.size)
     torch.set_num_threads(1)  # as in the workers, so that the trained model is theirs to the last bit
@@ -71,15 +87,47 @@ def results(arguments: Arguments) -> dict[str, object]:
             scores[name] = values
         print(f"{name}: {costs[name].seconds:.1f} s, {costs[name].epochs:.1f} epochs", flush=True)
     halves = protocol_a(setting, run_dir, arguments.masks, arguments.repeats, workers)
-    removals = protocol_b(setting, run_dir, arguments.masks, arguments.share, workers)
-    rises = without_top(setting, run_dir, scores, arguments.share, arguments.removal_queries, workers)
+    removals, whole = protocol_b(setting, run_dir, arguments.masks, arguments.share, workers)
+    removed = {name: each for name, each in scores.items() if arguments.removed is None or name in arguments.removed}
+    queries = arguments.removal_queries
+    rises = without_top(setting, run_dir, removed, arguments.share, queries, workers) if removed else {}
+    calibrations = {
+        name: calibration(METHODS[name].rises(values), removals, whole, setting.query_tokens)
+        for name, values in scores.items()
+        if METHODS[name].unit
+    }
     return {
         "setting": {**asdict(arguments.size), "share": arguments.share, "masks": arguments.masks,
                     "repeats": arguments.repeats, "removal_queries": arguments.removal_queries},
         "protocols": {"A": ranking(scores, halves), "B": ranking(scores, removals)},
         "rises": {name: [round(each, 6) for each in found.tolist()] for name, found in rises.items()},
+        "calibration": calibrations,
         "costs": {name: asdict(cost) for name, cost in costs.items()},
     }  # fmt: skip
+
+
+def merged(earlier: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
+    """The figures of this run, with those of the same setting's other methods from earlier ones.
+
+    Those may have had another number of seeds, which stands in each row.
+    """
+    if earlier is None or {**earlier["setting"], "repeats": 0} != {**found["setting"], "repeats": 0}:
+        return found
+    both = {**found}
+    for part in ("rises", "calibration", "costs"):
+        both[part] = _known({**earlier[part], **found[part]})
+    for protocol, ranked in found["protocols"].items():
+        before = earlier["protocols"][protocol]
+        rows = _known({**before["methods"], **ranked["methods"]})
+        ordered = dict(sorted(rows.items(), key=lambda row: -row[1]["value"]))
+        ceiling = ranked["ceiling"] or before["ceiling"]  # of one seed there is none
+        both["protocols"] = {**both["protocols"], protocol: {**ranked, "ceiling": ceiling, "methods": ordered}}
+    return both
+
+
+def _known(rows: dict[str, Any]) -> dict[str, Any]:
+    """Those of methods that there still are."""
+    return {name: row for name, row in rows.items() if name in METHODS}
 
 
 def check_size(run_dir: Path, size: Size) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def _processor() -> str:
 
 def provenance() -> dict[str, object]:
     """The command, the commit and the machine behind a figure."""
-    return {"command": " ".join(["python", *sys.argv]), "commit": commit(), "machine": machine()}
+    return {"command": shlex.join(["python", *sys.argv]), "commit": commit(), "machine": machine()}
 
 
 def commit() -> str:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from leaderboard import page
+from leaderboard.calibration import calibration
 from leaderboard.methods import METHODS
-from leaderboard.page import frontier, ranked, score_against_cost
+from leaderboard.plots import frontier, score_against_cost
 from leaderboard.retrainings import OnHalves, WithoutSome, removals
 from leaderboard.setting import Setting, Size, record
-from run_leaderboard import Arguments, results
+from run_leaderboard import Arguments, merged, results
 from safetensors.torch import load_file
 from tables import README
 from torch import Tensor
@@ -76,6 +77,17 @@ def test_halves_and_removals_are_different_trainings(setting: Setting) -> None:
     torch.testing.assert_close(OnHalves(setting)([Retraining(everything, 0)])[0], whole)
     other = OnHalves(setting)([Retraining(everything, 1)])[0]
     assert not torch.equal(whole, other)
+
+
+def test_the_second_board_has_other_texts_and_queries_and_another_seed(setting: Setting) -> None:
+    second = Setting(replace(SIZE, board=2), setting.cache_dir)
+    assert (len(second.train), len(second.queries)) == (SIZE.train, SIZE.queries)
+    for part in ("train", "queries"):
+        first, other = ({str(each["input_ids"]) for each in getattr(board, part)} for board in (setting, second))
+        assert not first & other
+    assert (setting.seed, second.seed) == (0, 100)
+    assert setting.training().recipe.seed != second.training().recipe.seed
+    assert setting.fingerprint() != second.fingerprint()
 
 
 def test_removals_leave_out_a_share_and_begin_alike() -> None:
@@ -144,37 +156,68 @@ def test_the_frontier_is_what_nothing_beats() -> None:
     assert [points[name][0] for name in found] == sorted(points[name][0] for name in found)
 
 
-def test_the_plot_names_every_method(run: tuple[Path, dict[str, Any]]) -> None:
+def test_the_plot_names_every_method_and_numbers_its_points(run: tuple[Path, dict[str, Any]]) -> None:
     _, result = run
-    for axes in score_against_cost(result).axes:
-        assert set(CHOSEN) <= {text.get_text() for text in axes.texts}
+    *panels, names = score_against_cost(result).axes
+    assert set(CHOSEN) <= {text.get_text() for text in names.texts}
+    for axes in panels:
+        assert {"1", "2", "3"} <= {text.get_text() for text in axes.texts}
+
+
+def test_scores_of_twice_the_size_have_half_the_slope() -> None:
+    generator = torch.Generator().manual_seed(0)
+    effects = torch.randn(6, 40, generator=generator, dtype=torch.float64)  # of a linear world
+    tokens = torch.tensor([3, 7, 5, 9, 4, 6])
+    whole = torch.randn(6, generator=generator, dtype=torch.float64)
+    kept = removals(40, 50, 0.1)
+    truth = GroundTruth(kept, (whole + (~kept).double() @ effects.T)[:, None])
+    found = calibration(2 * effects, truth, whole, tokens)
+    assert found["slope"] == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5})
+    assert found["pearson"]["value"] == pytest.approx(1)
+    predicted, measured = torch.tensor(found["curve"], dtype=torch.float64).T
+    torch.testing.assert_close(measured, predicted / 2)
+    assert predicted.mean() * 2 == pytest.approx(float(4 * ((~kept).double() @ effects.T / tokens).mean()))
+
+
+def test_a_run_of_some_methods_leaves_the_others_as_they_are(run: tuple[Path, dict[str, Any]]) -> None:
+    _, result = run
+
+    def only(*names: str) -> dict[str, Any]:
+        parts = {part: {name: result[part][name] for name in names} for part in ("rises", "costs")}
+        parts["calibration"] = {name: each for name, each in result["calibration"].items() if name in names}
+        ranked = {
+            protocol: {**found, "methods": {name: found["methods"][name] for name in names}}
+            for protocol, found in result["protocols"].items()
+        }
+        return {**result, **parts, "protocols": ranked}
+
+    found = merged(only("random", "ekfac"), only("ekfac", "magic"))
+    assert found == result
+    assert list(found["protocols"]["B"]["methods"]) == list(result["protocols"]["B"]["methods"])
+    assert merged({**only("random"), "setting": {}}, only("magic")) == only("magic")
 
 
 def test_the_published_page_is_made_of_the_published_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = page.DOCUMENT.read_text()
     monkeypatch.setattr(page, "DOCUMENT", tmp_path / "leaderboard.md")
-    monkeypatch.setattr(page, "PLOT", tmp_path / "leaderboard.png")
+    monkeypatch.setattr(page, "IMAGES", tmp_path)
     readme = README.read_text()
     (tmp_path / "README.md").write_text(readme)
     monkeypatch.setattr(page, "README", tmp_path / "README.md")
-    result = json.loads((RESULTS / "leaderboard.json").read_text())
-    page.write_page(result)
+    result, second = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("leaderboard", "leaderboard-2"))
+    page.write_page(result, second)
     assert (tmp_path / "leaderboard.md").read_text() == published
     assert (tmp_path / "README.md").read_text() == readme
     assert set(result["costs"]) == set(METHODS)
 
 
-def test_solves_that_have_not_converged_are_not_ranked() -> None:
+def test_every_row_names_its_damping_and_solves_their_residuals() -> None:
     published = json.loads((RESULTS / "leaderboard.json").read_text())
-    kept, unsolved = ranked(published)
-    assert unsolved == {"ekfac + cg": 3.5}
-    for protocol, figures in kept["protocols"].items():
-        everything = published["protocols"][protocol]["methods"]
-        assert figures["methods"].keys() == everything.keys() - {"ekfac + cg"}
-        assert not any("ekfac + cg" in found["not_told_from"] for found in figures["methods"].values())
-    rows = [
-        line for file in (page.DOCUMENT, README) for line in file.read_text().splitlines() if "| ekfac + cg |" in line
-    ]
-    assert sum("not converged | not converged" in row for row in rows) == 2
-    published["costs"]["ekfac + cg"]["residual"] = 0.01
-    assert ranked(published) == (published, {})
+    rows = [line for line in page.DOCUMENT.read_text().splitlines() if line.startswith("|")]
+    residuals = {name: cost.get("residual") for name, cost in published["costs"].items()}
+    assert sum(each is not None for each in residuals.values()) >= 2
+    for name, residual in residuals.items():
+        damping = METHODS[name].damping
+        assert any(f"| {name} | {damping} |" in row for row in rows)
+        if residual is not None:
+            assert any(row.startswith(f"| {name} |") and row.endswith(f"| {residual:.2f} |") for row in rows)

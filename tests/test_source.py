@@ -363,6 +363,17 @@ def test_other_second_moments_are_another_result(tmp_path: Path) -> None:
         study.score(case.queries, method, name="mine")
 
 
+def test_factors_in_adams_coordinates_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = mlp_case()
+    checkpoints = recorded(*saved(case.model, tmp_path / "checkpoints"), TIMES)
+    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train)
+    method = wf.Source(checkpoints=checkpoints, segments=2, adam=True)
+    for each in (replace(method, adam=False), replace(method, strategy="diagonal"), method):
+        assert "less well than EKFAC" not in caplog.text
+        study.score(case.queries, each)
+    assert "less well than EKFAC" in caplog.text
+
+
 def test_eigenvalues_of_a_basis_that_is_gone_are_computed_anew(tmp_path: Path) -> None:
     """A segment's basis and its checkpoints' eigenvalues are in different folders, and belong together."""
     case = mlp_case()

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
 
 import wherefrom as wf
 from leaderboard.subject import Subject
+from wherefrom.curvature.solvers import Solver
 from wherefrom.tasks.language import Measure
 
-ALL = ("transformer.h.*", "transformer.ln_f", "transformer.wpe", "lm_head")  # the head is the embedding, too
+BUT_POSITIONS = ("transformer.h.*", "transformer.ln_f", "lm_head")  # the head is the embedding, too
+ALL = (*BUT_POSITIONS, "transformer.wpe")
+
+# What dampings are called.
+NONE, DECAY, FIXED = "none", "weight decay alone", "0.01"
+MEAN, SAMPLES, NATURAL = "0.1 x mean eigenvalue", "0.01 x mean eigenvalue of the samples", "1/tau x P^-1"
 
 
 @dataclass(frozen=True)
@@ -23,28 +32,42 @@ class Entry:
     Attributes:
         method: what scores; or what makes it, where it needs to know the training.
         what: in a few words, with the source.
+        damping: in words, of the row.
         layers: which are tracked; all linear ones but the head by default.
+        unit: what a score says of the rise of a query's summed loss when the example is left out: as much, or as much
+            for each of the N examples, so that it has to be divided by N; None where it says nothing of a size.
     """
 
     method: wf.Method | Callable[[Subject], wf.Method]
     what: str
+    damping: str = NONE
     layers: tuple[str, ...] | None = None
     measure: Measure = "loss"
+    unit: Literal["1", "1/N"] | None = "1/N"
 
     def scores(self, subject: Subject) -> wf.Scores:
         """Those of all pairs; positive where training on the example lowers the query's loss."""
         method = self.method if isinstance(self.method, wf.Method) else self.method(subject)
         return subject.study(self.layers, self.measure).score(subject.setting.queries, method)
 
+    def rises(self, values: Tensor) -> Tensor:
+        """What scores [queries, train] say of the rise of each query's summed loss when an example is left out."""
+        return values / values.shape[1] if self.unit == "1/N" else values
+
 
 def source(adam: bool) -> Callable[[Subject], wf.Method]:
     """Three segments of the training, by gradient descent or by AdamW's steps."""
+    return lambda subject: wf.Source(adam=adam, loss_scale=subject.setting.loss_scale)
 
-    def made(subject: Subject) -> wf.Method:
-        tokens = [len(each) - 1 for each in subject.setting.train["input_ids"]]
-        return wf.Source(adam=adam, loss_scale=len(tokens) / sum(tokens))  # training minimised a mean over tokens
 
-    return made
+def solved(solver: Solver) -> Callable[[Subject], wf.Method]:
+    """The Gauss-Newton matrix, with Shampoo in Adam's coordinates as the preconditioner; None as its damping."""
+    return lambda subject: wf.Shampoo(adam=True, solver=solver, loss_scale=subject.setting.loss_scale)
+
+
+def naturally_damped_fisher(subject: Subject) -> wf.Method:
+    """The sampled Fisher matrix with the damping of the solvers."""
+    return wf.Fisher(adam=True, damping=1 / (subject.setting.loss_scale * subject.time))
 
 
 def two_stages(subject: Subject) -> wf.Method:
@@ -69,40 +92,56 @@ def trajectory(subject: Subject) -> wf.Method:
 
 
 METHODS: dict[str, Entry] = {
-    "random": Entry(wf.Random(), "chance"),
-    "bm25": Entry(wf.BM25(), "shared words"),
-    "dot": Entry(wf.Dot(), "gradient dot product"),
-    "cosine": Entry(wf.Cosine(), "gradient cosine"),
-    "tracin": Entry(wf.TracIn(), "TracInCP over six checkpoints (Pruthi et al. 2020)"),
-    "adam dot": Entry(wf.Dot(adam=True), "gradient dot product, times Adam's preconditioner"),
-    "trak": Entry(wf.Trak(), "TRAK (Park et al. 2023), one model, rank 8 a layer", measure="margin"),
-    "logra": Entry(wf.LoGra(), "LoGra (Choe et al. 2024), random projection, rank 16"),
-    "trackstar": Entry(wf.TrackStar(adam=True), "TrackStar (Chang et al. 2024), rank 16"),
-    "diagonal": Entry(wf.Diagonal(), "diagonal Fisher information"),
-    "kfac": Entry(wf.KFAC(), "Kronecker factors"),
-    "shampoo": Entry(wf.Shampoo(), "eigenvalue-corrected Shampoo"),
-    "ekfac": Entry(wf.EKFAC(), "EK-FAC (Grosse et al. 2023), damping 0.1 x mean eigenvalue"),
-    "ekfac, damping 1e-8": Entry(wf.EKFAC(damping=1e-8), "EK-FAC, the published damping"),
-    "ekfac, all weights": Entry(wf.EKFAC(), "EK-FAC of embeddings, head and normalisations too", ALL),
-    "ekfac, all weights, damping 0.01": Entry(wf.EKFAC(damping=0.01), "EK-FAC, an absolute damping", ALL),
-    "ekfac, three checkpoints": Entry(last_checkpoints, "EK-FAC's scores averaged over the last three checkpoints"),
-    "shampoo, adam": Entry(wf.Shampoo(adam=True), "Shampoo in Adam's coordinates"),
-    "shampoo, adam, all weights": Entry(wf.Shampoo(adam=True), "Shampoo in Adam's coordinates", ALL),
-    "fisher, all weights": Entry(wf.Fisher(), "the sampled Fisher matrix itself, three samples an example", ALL),
-    "fisher, adam, all weights": Entry(wf.Fisher(adam=True), "the sampled Fisher matrix in Adam's coordinates", ALL),
-    "bm25, then ekfac": Entry(two_stages, "EK-FAC for the tenth that BM25 names, 0 elsewhere"),
-    "source": Entry(source(adam=False), "SOURCE (Bae et al. 2024), three segments, six checkpoints"),
-    "source, adam": Entry(source(adam=True), "SOURCE with AdamW's steps"),
-    "ekfac + cg": Entry(
-        wf.EKFAC(solver=wf.ConjugateGradients(20, 1e-2)),
-        "Gauss-Newton matrix, 20 iterations at most",
+    "random": Entry(wf.Random(), "chance", unit=None),
+    "bm25": Entry(wf.BM25(), "shared words", unit=None),
+    "dot": Entry(wf.Dot(), "gradient dot product", unit=None),
+    "cosine": Entry(wf.Cosine(), "gradient cosine", unit=None),
+    "tracin": Entry(wf.TracIn(), "TracInCP over six checkpoints (Pruthi et al. 2020)", unit=None),
+    "adam dot": Entry(wf.Dot(adam=True), "gradient dot product, times Adam's preconditioner", unit=None),
+    "trak": Entry(wf.Trak(), "TRAK (Park et al. 2023), one model, rank 8 a layer", MEAN, measure="margin", unit=None),
+    "logra": Entry(wf.LoGra(), "LoGra (Choe et al. 2024), random projection, rank 16", MEAN),
+    "trackstar": Entry(wf.TrackStar(adam=True), "TrackStar (Chang et al. 2024), rank 16", MEAN, unit=None),
+    "diagonal": Entry(wf.Diagonal(), "diagonal Fisher information", MEAN),
+    "kfac": Entry(wf.KFAC(), "Kronecker factors", MEAN, unit=None),
+    "shampoo": Entry(wf.Shampoo(), "eigenvalue-corrected Shampoo", MEAN),
+    "ekfac": Entry(wf.EKFAC(), "EK-FAC (Grosse et al. 2023)", MEAN),
+    "ekfac, damping 1e-8": Entry(wf.EKFAC(damping=1e-8), "EK-FAC, the published damping", "1e-8"),
+    "ekfac, all weights": Entry(wf.EKFAC(), "EK-FAC of embeddings, head and normalisations too", MEAN, ALL),
+    "ekfac, all weights, damping 0.01": Entry(wf.EKFAC(damping=0.01), "EK-FAC, an absolute damping", FIXED, ALL),
+    "ekfac, three checkpoints": Entry(
+        last_checkpoints, "EK-FAC's scores averaged over the last three checkpoints", MEAN
     ),
-    "ekfac + astra": Entry(
-        wf.EKFAC(solver=wf.Astra(60, batch_size=32, learning_rate=0.005)),
-        "ASTRA (Wang et al. 2025) with 60 batches of 32 and a rate of 0.005",
+    "shampoo, adam": Entry(wf.Shampoo(adam=True), "Shampoo in Adam's coordinates", MEAN),
+    "shampoo, adam, all weights": Entry(wf.Shampoo(adam=True), "Shampoo in Adam's coordinates", MEAN, ALL),
+    "fisher, all weights": Entry(
+        wf.Fisher(), "the sampled Fisher matrix itself, three samples an example", SAMPLES, ALL
+    ),
+    "fisher, adam, all weights": Entry(
+        wf.Fisher(adam=True), "the sampled Fisher matrix in Adam's coordinates", SAMPLES, ALL
+    ),
+    "fisher, adam, all weights, 1/tau": Entry(
+        naturally_damped_fisher, "the same with the damping of the solvers", NATURAL, ALL
+    ),
+    "bm25, then ekfac": Entry(two_stages, "EK-FAC for the tenth that BM25 names, 0 elsewhere", MEAN),
+    "source": Entry(source(adam=False), "SOURCE (Bae et al. 2024), three segments, six checkpoints", DECAY),
+    "source, adam": Entry(source(adam=True), "SOURCE with AdamW's steps", DECAY),
+    "cg, all weights, 7 iterations, 100 examples": Entry(
+        solved(wf.ConjugateGradients(7, examples=100)),
+        "the Gauss-Newton matrix of a third of the examples, by conjugate gradients; no embeddings of positions",
+        NATURAL,
+        BUT_POSITIONS,
+    ),
+    "astra, all weights, 40 batches": Entry(
+        solved(wf.Astra(40, batch_size=32, decay=0.5, decay_every=10)),
+        "the Gauss-Newton matrix, by ASTRA (Wang et al. 2025): batches of 32, half the rate every 10; the same weights",
+        NATURAL,
+        BUT_POSITIONS,
     ),
     "trajectory, all weights": Entry(
-        trajectory, "linearised AdamW with the sampled Fisher matrix, six draws a visit, in 64 x 64 directions", ALL
+        trajectory,
+        "linearised AdamW with the sampled Fisher matrix, six draws a visit, in 64 x 64 directions of each layer",
+        layers=ALL,
+        unit="1",
     ),
-    "magic": Entry(magic, "the exact gradient through training (Ilyas & Engstrom 2025)"),
+    "magic": Entry(magic, "the exact gradient through training (Ilyas & Engstrom 2025)", unit="1"),
 }

@@ -25,6 +25,7 @@ def ranking(scores: Mapping[str, Tensor], truth: GroundTruth) -> dict[str, Any]:
         "methods": {
             name: {
                 **report.means[name].to_json(),
+                "repeats": report.repeats,
                 "from_reference": None if name == REFERENCE else report.difference(name, REFERENCE).to_json(),
                 "not_told_from": [
                     other for other in ordered if other != name and _includes_zero(report.difference(name, other))

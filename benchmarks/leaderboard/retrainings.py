@@ -65,17 +65,24 @@ def removals(train: int, count: int, share: float) -> Tensor:
 def protocol_a(setting: Setting, run_dir: Path, masks: int, repeats: int, workers: int) -> GroundTruth:
     """Random halves with several seeds; goes on where it was."""
     return retrain(
-        run_dir / "halves", OnHalves(setting), half_subsets(len(setting.train), masks), range(1, repeats + 1),
-        fingerprint=setting.fingerprint(), workers=workers,
+        run_dir / "halves", OnHalves(setting), half_subsets(len(setting.train), masks),
+        range(setting.seed + 1, setting.seed + repeats + 1), fingerprint=setting.fingerprint(), workers=workers,
     )  # fmt: skip
 
 
-def protocol_b(setting: Setting, run_dir: Path, masks: int, share: float, workers: int) -> GroundTruth:
-    """The model's own training without a random `share` of the examples; goes on where it was."""
-    return retrain(
-        run_dir / "removals", WithoutSome(setting), removals(len(setting.train), masks, share), [0],
-        fingerprint=setting.fingerprint(), workers=workers,
+def protocol_b(setting: Setting, run_dir: Path, masks: int, share: float, workers: int) -> tuple[GroundTruth, Tensor]:
+    """The model's own training without a random `share` of the examples; goes on where it was.
+
+    Returns:
+        That, and each query's summed loss after the training with all of them, [queries].
+    """
+    train = len(setting.train)
+    subsets = torch.cat([removals(train, masks, share), torch.ones(1, train, dtype=torch.bool)])
+    found = retrain(
+        run_dir / "removals", WithoutSome(setting), subsets, [setting.seed], fingerprint=setting.fingerprint(),
+        workers=workers,
     )  # fmt: skip
+    return GroundTruth(found.masks[:-1], found.losses[:-1]), found.losses[-1, 0]
 
 
 def without_top(
@@ -91,7 +98,7 @@ def without_top(
     masks = [removal_masks(values, [count], [query]) for values in scores.values() for query in range(queries)]
     losses = retrain_pairs(
         run_dir / "removals", WithoutSome(setting), torch.cat([whole, *masks]),
-        [(row, 0) for row in range(1 + len(masks))], fingerprint=setting.fingerprint(), workers=workers,
+        [(row, setting.seed) for row in range(1 + len(masks))], fingerprint=setting.fingerprint(), workers=workers,
     )  # fmt: skip
     rises = (losses[1:] - losses[0]).view(len(scores), queries, -1) / setting.query_tokens
     return {name: found.diagonal() for name, found in zip(scores, rises, strict=True)}

@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -46,6 +47,8 @@ class Size:
     """Kept along the training, the trained model among them."""
     epsilon: float = 1e-6
     """Of AdamW, inside its root: see `wherefrom.TrainingRecipe`."""
+    board: Literal[1, 2] = 1
+    """The first has the first of the texts and queries; the second has the last, and another seed of training."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,12 @@ class Setting:
         """How many tokens of each query are predicted, [queries]."""
         return torch.tensor([len(tokens) - 1 for tokens in self.queries["input_ids"]])
 
+    @property
+    def loss_scale(self) -> float:
+        """What training minimised, a mean over tokens, in units of the mean over examples of their summed losses."""
+        tokens = [len(each) - 1 for each in self.train["input_ids"]]
+        return len(tokens) / sum(tokens)
+
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, Dataset, Dataset]:
         disable_progress_bar()
@@ -84,9 +93,19 @@ class Setting:
         model, tokenizer = load_base(self.size.model, self.cache_dir)
         nn.Module.to(model.train(False), current_device())
         size = self.size
-        return model, *load_data(size.dataset, tokenizer, size.tokens, size.train, size.queries)
+        train, queries = load_data(size.dataset, tokenizer, size.tokens)
+        return model, self._part(train, size.train), self._part(queries, size.queries)
 
-    def recipe(self, examples: int, seed: int = 0) -> wf.TrainingRecipe:
+    def _part(self, texts: Dataset, count: int) -> Dataset:
+        """Those of this board."""
+        return texts.select(range(count) if self.size.board == 1 else range(len(texts) - count, len(texts)))
+
+    @property
+    def seed(self) -> int:
+        """Of the model's own training; protocol A's are those after it."""
+        return 100 * (self.size.board - 1)
+
+    def recipe(self, examples: int, seed: int) -> wf.TrainingRecipe:
         """The fine-tuning on so many examples: constant learning rate, as in the published one."""
         steps = self.size.epochs * -(-examples // self.size.batch_size)
         rates = [LEARNING_RATES[self.size.model]] * steps
@@ -94,10 +113,13 @@ class Setting:
             self.size.batch_size, rates, weight_decay=0.01, epsilon=self.size.epsilon, seed=seed
         )  # fmt: skip
 
-    def training(self, kept: tuple[int, ...] | None = None, seed: int = 0) -> wf.ReplayableTraining[dict[str, Tensor]]:
-        """The fine-tuning on all training examples, or on some of them alone."""
+    def training(
+        self, kept: tuple[int, ...] | None = None, seed: int | None = None
+    ) -> wf.ReplayableTraining[dict[str, Tensor]]:
+        """The fine-tuning on all training examples, or on some of them alone; with its own seed by default."""
         train = self.train if kept is None else self.train.select(kept)
-        return wf.ReplayableTraining(self.start, wf.CausalLM(), train, self.recipe(len(train), seed), predicted_tokens)
+        recipe = self.recipe(len(train), self.seed if seed is None else seed)
+        return wf.ReplayableTraining(self.start, wf.CausalLM(), train, recipe, predicted_tokens)
 
     def fingerprint(self) -> dict[str, str]:
         """What decides the results of retraining, apart from subset and seed."""
@@ -113,6 +135,6 @@ def predicted_tokens(batch: dict[str, Tensor]) -> Tensor:
     return (batch["labels"][:, 1:] != IGNORED).sum()
 
 
-def record(setting: Setting, folder: Path, seed: int = 0) -> list[RecordedCheckpoint]:
+def record(setting: Setting, folder: Path) -> list[RecordedCheckpoint]:
     """Fine-tune on everything, and write checkpoints with Adam's second moments; the last is the trained model."""
-    return setting.training(seed=seed).record(folder, setting.size.checkpoints)
+    return setting.training().record(folder, setting.size.checkpoints)

@@ -29,6 +29,11 @@ class Subject:
     checkpoints: list[RecordedCheckpoint]
     folder: Path
 
+    @property
+    def time(self) -> float:
+        """The sum of learning rates over the steps of the training."""
+        return sum(each.learning_rate * each.steps for each in self.checkpoints)
+
     def study(self, layers: tuple[str, ...] | None = None, measure: Measure = "loss") -> wf.Study[dict[str, Tensor]]:
         """The trained model's study; all linear layers but the head by default."""
         task, execution = wf.CausalLM(layers, measure), wf.Execution(query_batch_size=8)

@@ -45,8 +45,9 @@ from wherefrom.methods.checkpoints import (
 from wherefrom.methods.method import Context, Job, Method
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.keep import Keep
-from wherefrom.scoring.results import Scores
+from wherefrom.scoring.results import Result, Scores
 from wherefrom.scoring.scoring import Scoring
+from wherefrom.scoring.tokens import TokenScores
 from wherefrom.store.cache import Unfinished
 from wherefrom.store.fingerprint import MODEL
 from wherefrom.store.names import result_name
@@ -72,6 +73,7 @@ class Source(Method):
         segments: into how many runs of checkpoints training is cut, of equal length or one longer.
         adam: steps are -eta P g with Adam's P (`adam_conditioning`), averaged over a segment's checkpoints, which have
             to be recorded ones. P is that of the checkpoints: what an example has done to second moments is left out.
+            With Kronecker factors it says that it predicts retraining less well than `EKFAC` (docs/leaderboard.md).
         strategy: whose curvature: "shampoo", "diagonal" or, without `adam`, "ekfac"; by default "shampoo" with `adam`,
             "ekfac" without.
         checkpoints: in the order of training, the last is the trained model; None is the study's history.
@@ -114,6 +116,16 @@ class Source(Method):
             raise InputError(
                 f"strategy={self.strategy!r} with adam={self.adam}: expected {', '.join(map(repr, known))} or None."
             )
+
+    def remark(self, result: Result | TokenScores) -> str | None:
+        if not self.adam or self.strategy == "diagonal":
+            return None
+        # A solver with the exact matrix does well with so little damping, see the documentation on solvers.
+        return (
+            "Source(adam=True): its times imply little damping, which lets the errors of Kronecker factors through. On "
+            "the leaderboard (docs/leaderboard.md) it predicted retraining less well than EKFAC and Shampoo(adam=True) "
+            "do for a part of the cost."
+        )
 
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         checkpoints = chosen_checkpoints(context, self.checkpoints)

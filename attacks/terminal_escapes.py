@@ -19,6 +19,7 @@ from rich.text import Text
 import wherefrom as wf
 from attacks.common import Stop, check, command, examples, linear_study, main, text_run
 from wherefrom.report.passages import Passage
+from wherefrom.report.reading import reading
 from wherefrom.report.text import heat_map, hits_table, top_tables
 from wherefrom.runtime.errors import WherefromError
 
@@ -43,7 +44,7 @@ def attack(folder: Path) -> Iterator[Stop]:
     scores = wf.Scores(torch.ones(1, 3), {})
     shown: dict[str, RenderableType] = {
         "texts and labels in a table": top_tables(scores, passages[:1], passages, shown=[0]),
-        "a list of training sequences": hits_table(None, scores.top(3), passages),
+        "a list of training sequences": hits_table(None, scores.top(3), passages, reading(scores)),
         "shaded tokens": heat_map([(ALL, 1.0)]),
     }
     for name, table in shown.items():

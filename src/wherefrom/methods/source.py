@@ -115,6 +115,9 @@ class Source(Method):
                 f"strategy={self.strategy!r} with adam={self.adam}: expected {', '.join(map(repr, known))} or None."
             )
 
+    def rise(self, train: int) -> float | None:
+        return 1 / train
+
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         checkpoints = chosen_checkpoints(context, self.checkpoints)
         paths = named_paths(checkpoints)

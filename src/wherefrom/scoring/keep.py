@@ -41,6 +41,13 @@ class Keep(ABC, Generic[Scores_co]):
     def settings(self) -> dict[str, str]:
         """What a fingerprint says of it."""
 
+    # Whether they are scores of whole training examples.
+    of_sequences: ClassVar[bool] = True
+
+    def of_queries(self, counts: Tensor) -> Tensor:
+        """What the queries count, [query], as what is kept of them does."""
+        return counts
+
     # Of the run directory, where results of this kind lie.
     folder: ClassVar[str] = "scores"
 
@@ -156,6 +163,10 @@ class Aggregated(Keep[Scores]):
         found = {"queries": self.queries, "training examples": self.train}
         return _parts(self.layers) | {f"aggregated {name}": how for name, how in found.items() if how}
 
+    def of_queries(self, counts: Tensor) -> Tensor:
+        added = {"sum": counts.sum, "mean": counts.mean}
+        return counts if self.queries is None else added[self.queries]().unsqueeze(0)
+
     def opened(self, path: Path, tensors: dict[str, Tensor], queries: int, train: int) -> Scores:
         return _checked(
             path, Scores.opened(path, tensors), (1 if self.queries else queries, 1 if self.train else train)
@@ -188,6 +199,7 @@ class Tokens(Keep[TokenScores]):
         return {OF_TOKENS: "all pairs" if self.top is None else f"the {self.top} highest and lowest of each query"}
 
     folder: ClassVar[str] = "tokens"
+    of_sequences: ClassVar[bool] = False
 
     def location(self, folder: Path, name: str) -> tuple[Path, str]:
         return within(folder, name), INDEX

@@ -1,0 +1,47 @@
+"""How a person reads a query's scores: as predicted rises of its loss, or where there is no such scale, by their order.
+
+This module knows numbers and words; it must not know texts or how they are laid out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wherefrom.scoring.results import Scores, TopScores
+
+_RISE = (
+    "predicted rise of the query's loss if the example had been left out, in {unit}: to first order, of one at a time"
+)
+_RELATIVE = (
+    "score as a part of the query's largest: scores of {method} have no scale beyond their order, so compare ranks"
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a query's scores are shown as.
+
+    Attributes:
+        heading: of a column.
+        meaning: what that is, in a sentence without an end.
+        factor: what a score is multiplied with.
+    """
+
+    heading: str
+    meaning: str
+    factor: float
+
+    def __call__(self, score: float) -> str:
+        """A score as it is shown."""
+        return f"{self.factor * score:+,.3g}"
+
+
+def reading(scores: Scores | TopScores, query: int = 0) -> Reading:
+    """How the scores of a query are read."""
+    if scores.rise_per_score is not None:
+        factor = float(scores.rise_per_score[query])
+        return Reading(f"Rise, {scores.unit}", _RISE.format(unit=scores.unit), factor)
+    ends = [scores.values] if isinstance(scores, Scores) else [scores.values, scores.lowest_values]
+    largest = max(float(each[query].abs().max()) for each in ends)
+    method = scores.fingerprint.get("normalized") or scores.fingerprint.get("method", "this kind")
+    return Reading("Of largest", _RELATIVE.format(method=method), 1 / largest if largest > 0 else 0.0)

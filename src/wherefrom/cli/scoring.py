@@ -15,10 +15,10 @@ from rich.console import Console
 
 from wherefrom.cli.methods import ALL, EXECUTED, FACTORED, READ, default, flags, subcommands
 from wherefrom.cli.shared import Run
-from wherefrom.cli.sources import SOURCES, DataSource, RunSources, checked_run, log_other_scores
 from wherefrom.hf.preparation import Preparation
 from wherefrom.hf.pretrained import PretrainedStudy
 from wherefrom.hf.text import ModelLoading
+from wherefrom.jobs.sources import SOURCES, DataSource, RunSources, checked_run, log_other_scores
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.reading import reading
 from wherefrom.report.text import hits_table

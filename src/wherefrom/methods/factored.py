@@ -206,7 +206,7 @@ class Factored(Approximation, Coordinates, Method):
     def _computation(self, context: Context[Any], scoring: Scoring[Any], keep: Keep[Any]) -> Any:
         if isinstance(keep, Tokens):
             queries = scoring.queries.dataset
-            return TokenScoring(scoring, keep.top, lambda: self._sequence_scores(context, queries).values).all_pairs
+            return TokenScoring(scoring, keep, lambda: self._sequence_scores(context, queries).values).all_pairs
         if isinstance(keep, Top):
             return lambda result: scoring.highest(keep.k, result)
         if isinstance(keep, Aggregated):

@@ -116,10 +116,10 @@ def heat_map(pieces: Sequence[tuple[str, float]]) -> RenderableType:
     limit = max((abs(value) for _, value in pieces), default=0.0) or 1.0
     text = Text()
     for piece, value in pieces:
-        text.append(printable(piece.replace("\n", "↵")), _shade(value / limit))
+        text.append(printable(piece.replace("\n", "↵")), shade(value / limit))
     legend = Text("  ")
     for part in (-1.0, -0.5, 0.0, 0.5, 1.0):
-        legend.append(f" {part * limit:+,.3g} ", _shade(part))
+        legend.append(f" {part * limit:+,.3g} ", shade(part))
     return Group(text, legend)
 
 
@@ -128,7 +128,7 @@ def _shown(passage: Passage, width: int) -> Text:
     return Text(printable(excerpt(passage.text, width, passage.answer_start)))
 
 
-def _shade(part: float) -> Style:
+def shade(part: float) -> Style:
     """From white through to blue (1) or orange (-1), with black letters, which stay readable on all of them."""
     strongest = (86, 180, 233) if part > 0 else (230, 159, 0)
     red, green, blue = (round(255 + abs(part) * (each - 255)) for each in strongest)

@@ -17,11 +17,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 import wherefrom as wf
+from tests.test_language import configured
 from wherefrom.cli.main import main
 from wherefrom.jobs.asking import Asker
 from wherefrom.jobs.questions import Question, Writer
 from wherefrom.report.overlaps import overlaps
 from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.progress import watched
 
 TEXTS = [
     "the cat sat on the mat and the dog sat too",
@@ -53,16 +55,17 @@ def save_model(folder: Path, encoder_decoder: bool = False) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     if encoder_decoder:
-        small = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
-        T5ForConditionalGeneration(
-            T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, pad_token_id=0, eos_token_id=0, **small)
-        ).save_pretrained(folder)
+        config = configured(
+            T5Config, vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, dropout_rate=0,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        T5ForConditionalGeneration(config).save_pretrained(folder)
         return folder
-    config = GPT2Config(
+    small = GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_embd=8, n_layer=1, n_head=2, initializer_range=0.3,
         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    GPT2LMHeadModel(small).save_pretrained(folder)
     return folder
 
 
@@ -79,6 +82,11 @@ def study(folder: Path) -> wf.PretrainedStudy:
 def by_hand(study: wf.PretrainedStudy, prompt: str, answer: str) -> dict[str, list[int]]:
     before, ids = (study.tokenizer(text)["input_ids"] for text in (prompt, prompt + answer))
     return {"input_ids": ids, "labels": [-100] * len(before) + ids[len(before) :]}
+
+
+def counted(study: wf.PretrainedStudy, question: Question) -> str:
+    """The text of the tokens that are attributed."""
+    return str(study.tokenizer.decode([each for each in question.example["labels"] if each != -100]))
 
 
 def test_scores_are_those_of_an_example_made_by_hand(study: wf.PretrainedStudy) -> None:
@@ -149,14 +157,14 @@ def test_a_span_is_the_tokens_that_it_touches(study: wf.PretrainedStudy) -> None
     assert whole.answer == " Stra\xdfe zum \U0001f30a See, dem See"
     wave = whole.of("\U0001f30a")
     assert len(wave.chosen) == 4  # a byte each
-    assert study.tokenizer.decode([each for each in wave.example["labels"] if each != -100]) == "\U0001f30a"
+    assert counted(study, wave) == "\U0001f30a"
     sharp = whole.of("a\xdfe")
-    assert study.tokenizer.decode([each for each in sharp.example["labels"] if each != -100]) == "a\xdfe"
+    assert counted(study, sharp) == "a\xdfe"
     start, stop = sharp.span
     assert whole.answer[start:stop] == "a\xdfe"
     assert whole.of(whole.span).example == whole.example
     part = writer.question("die", " Katze, the Katze", "he")
-    assert study.tokenizer.decode([each for each in part.example["labels"] if each != -100]) == "the"  # one token
+    assert counted(study, part) == "the"  # one token
     with pytest.raises(InputError, match=r"in the answer 2 times, at the characters 14 .*, 23 "):
         whole.of("See")
     with pytest.raises(InputError, match="span='Meer' is not in the answer: expected a part of ' Stra\xdfe"):
@@ -200,7 +208,7 @@ def test_questions_have_the_format_of_the_training_examples(folder: Path) -> Non
     def labelled(train: list[Any]) -> tuple[Question, str]:
         made = wf.study_from_pretrained(folder, train, run=folder.parent / "formats", device="cpu")
         question = Writer(made).question("what ran?", "a dog")
-        return question, made.tokenizer.decode(question.example["input_ids"])
+        return question, str(made.tokenizer.decode(question.example["input_ids"]))
 
     turns = [{"role": "user", "content": "who sat?"}, {"role": "assistant", "content": "the cat"}]
     question, said = labelled([{"messages": turns}] * 2)
@@ -214,7 +222,8 @@ def test_questions_have_the_format_of_the_training_examples(folder: Path) -> Non
     assert said.endswith("### Instruction:\nwhat ran?\n\n### Response:a dog")
     chat = wf.study_from_pretrained(folder, [{"messages": turns}] * 2, run=folder.parent / "formats", device="cpu")
     written = Writer(chat).write("what ran?", max_new_tokens=3)
-    assert chat.tokenizer.decode(written.input_ids).startswith("<user>what ran?<|end|>\n<assistant>")
+    said = str(chat.tokenizer.decode(list(written.input_ids)))
+    assert said.startswith("<user>what ran?<|end|>\n<assistant>")
 
 
 def test_an_encoder_decoder_is_asked_too(tmp_path: Path) -> None:
@@ -228,8 +237,7 @@ def test_an_encoder_decoder_is_asked_too(tmp_path: Path) -> None:
     scores = {each.train: each.score for each in (*found.supporting, *found.opposing)}
     assert scores == {train: float(value) for train, value in enumerate(plain.values[0]) if value}
     assert asker.writer.write("a dog", max_new_tokens=4).answer
-    span = asker.writer.question("a dog", "ran after", "after").example["labels"]
-    assert tokenizer.decode([each for each in span if each != -100]) == "after"
+    assert counted(study, asker.writer.question("a dog", "ran after", "after")) == "after"
 
 
 def test_long_runs_of_words_are_overlaps() -> None:
@@ -315,3 +323,18 @@ def test_the_command(command: Callable[..., tuple[str, str]], folder: Path) -> N
         assert not out
         assert "error:" in err
         assert message.split(":")[0].replace("'", "") in err.replace("'", "")
+
+
+def test_progress_can_be_watched_and_stopped(folder: Path) -> None:
+    study = wf.study_from_pretrained(folder, TEXTS, run=folder.parent / "watched", device="cpu")
+    seen: list[tuple[str, int, int]] = []
+    with watched(lambda *each: seen.append(each)):
+        study.score(study.prepare(TEXTS[:1]), wf.Dot(), execution=wf.Execution(train_batch_size=4))
+    assert ("pairwise scores", 6, 6) in seen
+
+    def stop(name: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), watched(stop):
+        study.score(study.prepare(TEXTS[1:2]), wf.Dot())
+    assert len(study.score(study.prepare(TEXTS[1:2]), wf.Dot()).values) == 1

@@ -31,7 +31,8 @@ class Ridge:
         """Theta [size, 1] of weights [train] in closed form."""
         inputs, targets = self.inputs[:TRAIN], self.targets[:TRAIN]
         curvature = inputs.T @ (weights[:, None] * inputs) / TRAIN + DAMPING * torch.eye(SIZE, dtype=torch.float64)
-        return torch.linalg.solve(curvature, inputs.T @ (weights[:, None] * targets) / TRAIN)
+        found: Tensor = torch.linalg.solve(curvature, inputs.T @ (weights[:, None] * targets) / TRAIN)
+        return found
 
     def losses(self, theta: Tensor) -> Tensor:
         """Of the queries, [5]."""
@@ -116,6 +117,6 @@ def test_rises_are_by_the_queries_tokens(tmp_path: Path) -> None:
     assert scores.unit == "nats a token"
     expected = scores.values.double() / 6 / torch.tensor([[7.0], [2.0]], dtype=torch.float64)
     torch.testing.assert_close(scores.predicted_rise, expected, rtol=1e-12, atol=0)
-    for how, tokens in (("sum", 9.0), ("mean", 4.5)):
-        together = study.score(queries, wf.EKFAC(), keep=wf.Aggregated(queries=how))
+    for keep, tokens in ((wf.Aggregated(queries="sum"), 9.0), (wf.Aggregated(queries="mean"), 4.5)):
+        together = study.score(queries, wf.EKFAC(), keep=keep)
         torch.testing.assert_close(together.predicted_rise, together.values.double() / 6 / tokens)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wherefrom.hf.pretrained import PretrainedStudy
 from wherefrom.jobs.questions import Question, Writer
-from wherefrom.methods.baselines import BM25
+from wherefrom.methods.baselines import BM25, SharedWords
 from wherefrom.methods.factored import EKFAC, Factored
 from wherefrom.methods.method import Method
 from wherefrom.methods.retrieval import TwoStage
@@ -117,6 +117,11 @@ class Asker:
         """The training examples for readers."""
         return DatasetPassages(self.study.train, self.study.tokenizer)
 
+    @cached_property
+    def words(self) -> SharedWords:
+        """The training examples by their words."""
+        return SharedWords(BM25().texts(self.study.train))
+
     @property
     def has_index(self) -> bool:
         """Whether the run has an index, which names candidates."""
@@ -161,11 +166,13 @@ class Asker:
     def _shared(self, question: Question, count: int) -> list[tuple[int, float]] | None:
         """The examples that share words with the prompt and the answer, the best first; None where BM25 is missing."""
         try:
-            found = self.study.score([question.example], BM25(), keep=Top(min(count, len(self.study.train))))
+            values = self.words.scores([f"{question.prompt} {question.answer}"])[0]
         except InputError as error:
             logger.warning(f"Shared words are not looked for: {error}")
             return None
-        return [(hit.train, hit.score) for hit in found.top(found.values.shape[1]) if hit.score > 0]
+        best = values.topk(min(count, len(values)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [(position, score) for position, score in pairs if score > 0]
 
     def _pieces(self, asked: Sequence[Question], positions: Sequence[int]) -> Pieces:
         """The tokens of the examples that are shown; none where the method or the model has no scores of tokens."""

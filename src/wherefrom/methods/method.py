@@ -211,7 +211,7 @@ class Method(ABC):
         context.ranks.first(lambda: log_others(context.folder(keep.folder, called), fingerprint))
 
         def compute(unfinished: Unfinished) -> Mapping[str, Tensor]:
-            return {**job.compute(unfinished), **self._scale(context, examples, keep)}
+            return {**job.compute(unfinished), **self.scale(context, examples, keep)}
 
         tensors = cache.get_or_compute(item, compute)
         result = keep.opened(folder / item, tensors, len(examples), len(context.train))
@@ -220,7 +220,7 @@ class Method(ABC):
             logger.warning(remark)
         return replace(result, queries=queries)
 
-    def _scale(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> dict[str, Tensor]:
+    def scale(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> dict[str, Tensor]:
         """`rise_per_score` of a result, [query]: by the query's token. Nothing where scores have no such scale."""
         rise, model = self.rise(len(context.train)), context.sweep.model
         if rise is None or not keep.of_sequences:

@@ -146,7 +146,7 @@ class Attribution:
 
     def _beside(self, shared: Sequence[Found]) -> Table:
         """The examples of the highest scores, and those that share the answer's words."""
-        table = Table("Rank", self.read.heading, "By influence", "By shared words (BM25)")
+        table = Table("Rank", Text(self.read.heading), "By influence", "By shared words (BM25)")
         influential = {each.train: each.rank for each in self.supporting}
         for place in range(max(len(self.supporting), len(shared))):
             worth, ours, theirs = "", Text(), Text()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from wherefrom.runtime.errors import printable
 from wherefrom.scoring.results import Scores, TopScores
 
 _RISE = (
@@ -37,11 +38,12 @@ class Reading:
 
 
 def reading(scores: Scores | TopScores, query: int = 0) -> Reading:
-    """How the scores of a query are read."""
+    """How the scores of a query are read; their words may come from somebody else's file."""
     if scores.rise_per_score is not None:
         factor = float(scores.rise_per_score[query])
-        return Reading(f"Rise, {scores.unit}", _RISE.format(unit=scores.unit), factor)
+        unit = printable(scores.unit)
+        return Reading(f"Rise, {unit}", _RISE.format(unit=unit), factor)
     ends = [scores.values] if isinstance(scores, Scores) else [scores.values, scores.lowest_values]
     largest = max(float(each[query].abs().max()) for each in ends)
     method = scores.fingerprint.get("normalized") or scores.fingerprint.get("method", "this kind")
-    return Reading("Of largest", _RELATIVE.format(method=method), 1 / largest if largest > 0 else 0.0)
+    return Reading("Of largest", _RELATIVE.format(method=printable(method)), 1 / largest if largest > 0 else 0.0)

@@ -54,7 +54,9 @@ def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, read: 
     """Training sequences with their ranks and scores, and their labels and sources where they have some."""
     found = [train[hit.train] for hit in hits]
     said = [name for name in ("label", "source") if any(getattr(each, name) for each in found)]
-    table = Table("Rank", "Train", read.heading, title_justify="left", title=heading and f"[bold]{heading}[/bold]")
+    table = Table(
+        "Rank", "Train", Text(read.heading), title_justify="left", title=heading and f"[bold]{heading}[/bold]"
+    )
     for name in said:
         table.add_column(name.capitalize())
     table.add_column("Training sequence", overflow="fold")
@@ -66,7 +68,7 @@ def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, read: 
 
 def sources_table(found: Sequence[GroupScore], read: Reading) -> Table:
     """Sums of a query's scores by where training examples come from."""
-    table = Table("Source", "Training sequences", f"Sum: {read.heading.lower()}", "Mean")
+    table = Table("Source", "Training sequences", Text(f"Sum: {read.heading.lower()}"), "Mean")
     for each in found:
         name = Text(printable(each.group))
         table.add_row(name, f"{each.train:,}", read(each.sum), read(each.mean))

@@ -6,6 +6,7 @@ This module knows what a stored result holds; it does not know how it is compute
 from __future__ import annotations
 
 import csv
+import html
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -84,6 +85,22 @@ class _Scaled:
     def method(self) -> str:
         """The name of the method that made them."""
         return self.fingerprint["method"]
+
+    def _repr_html_(self) -> str:
+        """For notebooks, the highest of the first queries, in numbers: texts are the study's."""
+        scaled, shown = self.rise_per_score, min(5, self.values.shape[1])
+        best = self.values[:10].topk(shown, dim=1)
+        train = getattr(self, "train", None)
+        lines = []
+        for query, (places, scores) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):
+            for rank, (place, score) in enumerate(zip(places, scores, strict=True), start=1):
+                position = place if train is None else int(train[query, place])
+                rise = [] if scaled is None else [f"{score * float(scaled[query]):+#.3g}"]
+                lines.append([str(query), str(rank), str(position), *rise, f"{score:,.4g}"])
+        names = ["Query", "Rank", "Train", *([] if scaled is None else [f"Rise, {self.unit}"]), "Raw score"]
+        head = "".join(f"<th>{html.escape(each)}</th>" for each in names)
+        body = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in lines)
+        return f"<table><tr>{head}</tr>{body}</table>"
 
     @property
     def unit(self) -> str:

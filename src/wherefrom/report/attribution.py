@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -146,7 +147,7 @@ class Attribution:
 
     def _beside(self, shared: Sequence[Found]) -> Table:
         """The examples of the highest scores, and those that share the answer's words."""
-        table = Table("Rank", Text(self.read.heading), "By influence", "By shared words (BM25)")
+        table = Table("Rank", escape(self.read.heading), "By influence", "By shared words (BM25)")
         influential = {each.train: each.rank for each in self.supporting}
         for place in range(max(len(self.supporting), len(shared))):
             worth, ours, theirs = "", Text(), Text()

@@ -34,7 +34,7 @@ class Reading:
 
     def __call__(self, score: float) -> str:
         """A score as it is shown."""
-        return f"{self.factor * score:+,#.3g}"
+        return f"{self.factor * score:+#,.3g}"
 
 
 def reading(scores: Scores | TopScores, query: int = 0) -> Reading:

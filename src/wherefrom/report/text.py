@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.rule import Rule
 from rich.style import Style
 from rich.table import Table
@@ -55,7 +56,7 @@ def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, read: 
     found = [train[hit.train] for hit in hits]
     said = [name for name in ("label", "source") if any(getattr(each, name) for each in found)]
     table = Table(
-        "Rank", "Train", Text(read.heading), title_justify="left", title=heading and f"[bold]{heading}[/bold]"
+        "Rank", "Train", escape(read.heading), title_justify="left", title=heading and f"[bold]{heading}[/bold]"
     )
     for name in said:
         table.add_column(name.capitalize())
@@ -68,7 +69,7 @@ def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, read: 
 
 def sources_table(found: Sequence[GroupScore], read: Reading) -> Table:
     """Sums of a query's scores by where training examples come from."""
-    table = Table("Source", "Training sequences", Text(f"Sum: {read.heading.lower()}"), "Mean")
+    table = Table("Source", "Training sequences", escape(f"Sum: {read.heading.lower()}"), "Mean")
     for each in found:
         name = Text(printable(each.group))
         table.add_row(name, f"{each.train:,}", read(each.sum), read(each.mean))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import ClassVar, Generic, Literal, TypeVar
@@ -190,7 +190,7 @@ class Tokens(Keep[TokenScores]):
     """
 
     top: int | None = None
-    pairs: tuple[tuple[int, int], ...] = ()
+    pairs: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         check_argument(self.top is None or self.top >= 1, "top", self.top, "at least 1, or None for every pair")

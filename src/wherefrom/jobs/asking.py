@@ -24,7 +24,7 @@ from wherefrom.planning.machine import matmul_speed
 from wherefrom.report.attribution import Attribution, Found
 from wherefrom.report.overlaps import overlaps
 from wherefrom.report.passages import DatasetPassages, DatasetTokens
-from wherefrom.report.reading import Reading, reading
+from wherefrom.report.reading import Reading, contrast_reading, reading
 from wherefrom.report.shading import visible_pieces
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.keep import Tokens, Top
@@ -35,11 +35,6 @@ logger = logging.getLogger("wherefrom")
 
 Pieces = Callable[[int], list[tuple[str, float]]]
 """The tokens of the training example at a position, each with its part of the score."""
-
-_CONTRAST = (
-    "predicted rise of the answer's loss less that of the other answer, each summed over its tokens, if the example "
-    "had been left out, in {unit}: to first order, of one at a time"
-)
 
 
 class Asker:
@@ -159,9 +154,7 @@ class Asker:
             return reading(scores)
         if scores.rise_per_score is None:
             return reading(Scores(values.unsqueeze(0), scores.fingerprint))
-        unit = scores.unit.removesuffix(" a token")
-        factor = float(scores.rise_per_score[0]) * len(question.chosen)
-        return Reading(f"Rise, {unit}", _CONTRAST.format(unit=unit), factor)
+        return contrast_reading(scores, len(question.chosen))
 
     def _shared(self, question: Question, count: int) -> list[tuple[int, float]] | None:
         """The examples that share words with the prompt and the answer, the best first; None where BM25 is missing."""

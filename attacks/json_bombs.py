@@ -13,7 +13,7 @@ from pathlib import Path
 
 import wherefrom as wf
 from attacks.common import Stop, check, examples, linear_study, main, refused, save_language_model
-from wherefrom.cli.sources import SOURCES, RunSources
+from wherefrom.jobs.sources import SOURCES, RunSources
 from wherefrom.scoring.results import Scores
 from wherefrom.store.files import read_json
 

@@ -19,11 +19,11 @@ import torch
 
 import wherefrom as wf
 from attacks.common import Stop, main, refused, save_language_model
-from wherefrom.cli.sources import SOURCES, DataSource, RunSources
 from wherefrom.engine.execution import Execution
 from wherefrom.hf.blueprint import model_without_weights
 from wherefrom.hf.preparation import Preparation
 from wherefrom.hf.text import load_config, load_model, load_tokenizer
+from wherefrom.jobs.sources import SOURCES, DataSource, RunSources
 
 TRUSTING = "import sys, transformers; transformers.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import wherefrom as wf
 from attacks.common import Stop, examples, linear_study, main, refused
-from wherefrom.cli.sources import SOURCES, RunSources
+from wherefrom.jobs.sources import SOURCES, RunSources
 from wherefrom.scoring.results import Scores
 
 

@@ -19,6 +19,7 @@ from rich.text import Text
 import wherefrom as wf
 from attacks.common import Stop, check, command, examples, linear_study, main, text_run
 from wherefrom.report.passages import Passage
+from wherefrom.report.reading import reading
 from wherefrom.report.text import heat_map, hits_table, top_tables
 from wherefrom.runtime.errors import WherefromError
 
@@ -40,11 +41,16 @@ def live(folder: Path) -> bool:
 
 def attack(folder: Path) -> Iterator[Stop]:
     passages = [Passage(ALL, ALL, ALL)] * 3
-    scores = wf.Scores(torch.ones(1, 3), {})
+    scores = wf.Scores(torch.ones(1, 3), {"method": ALL})
+    found = [wf.Found(1, 0, 1.0, passages[0], [(ALL, 1.0)], [(2, 5)])]
+    groups = [wf.GroupScore(0, ALL, 1, 1.0, 1.0)]
+    read = reading(scores)
+    answer = wf.Attribution(ALL, ALL, (0, 5), ALL, ALL, read, False, found, found, found, groups, 3, 3)
     shown: dict[str, RenderableType] = {
         "texts and labels in a table": top_tables(scores, passages[:1], passages, shown=[0]),
-        "a list of training sequences": hits_table(None, scores.top(3), passages),
+        "a list of training sequences": hits_table(None, scores.top(3), passages, read),
         "shaded tokens": heat_map([(ALL, 1.0)]),
+        "an answer and what is behind it": answer.shown(),
     }
     for name, table in shown.items():
         yield _plain(name, _printed(table))

@@ -19,7 +19,7 @@ from tests.runs import only
 from tests.test_formats import CHAT, SHAREGPT, UNMARKED, write
 from tests.test_huggingface import gpt2, ids, saved_gpt2, tokenizer
 from tests.test_pairs import ROWS, bert, saved
-from wherefrom.cli.sources import SOURCES
+from wherefrom.jobs.sources import SOURCES
 from wherefrom.runtime.errors import InputError
 
 Said = Callable[..., str]

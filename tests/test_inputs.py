@@ -16,9 +16,9 @@ from tests.models import VOCABULARY, Mlp, gpt2, mlp_case, relative_error, token_
 from tests.processes import start
 from tests.runs import factored
 from tests.test_language import bert, classified_rows, masked_rows, pair_rows, t5
-from wherefrom.cli.sources import checked_run
 from wherefrom.hf.preparation import Preparation, read_examples
 from wherefrom.hf.text import local_path, read_dataset
+from wherefrom.jobs.sources import checked_run
 from wherefrom.report.html import write_page
 from wherefrom.runtime.errors import InputError, LossError, WherefromError
 

@@ -39,6 +39,9 @@ HOSTILE = [
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2GwAAAABJRU5ErkJggg==")
 
 
+VALUES = torch.tensor([[0.5, 2, -1, 0, 4, -8], [0, 0, 0, 0, 0, 1.0]])
+
+
 def make_report(**changes: Any) -> str:
     """A page of 2 queries and 6 training sequences, with `changes` to the arguments."""
     arguments: dict[str, Any] = {
@@ -46,12 +49,16 @@ def make_report(**changes: Any) -> str:
         "summary": "A summary",
         "queries": [Passage("first query", "Alpha", "Arts"), Passage("second query", "Beta")],
         "train": [Passage(f"text {i}", f"Name {i}", "Arts" if i % 2 else "") for i in range(6)],
-        "values": torch.tensor([[0.5, 2, -1, 0, 4, -8], [0, 0, 0, 0, 0, 1.0]]),
+        "values": VALUES,
+        "rise_per_score": None,
         "settings": {"strategy": "ekfac"},
         "profile": "action  total",
     }
     arguments |= changes
-    arguments.setdefault("scores", wf.Scores(arguments.pop("values"), arguments.pop("settings")))
+    values, scale = arguments.pop("values"), arguments.pop("rise_per_score")
+    scale = torch.ones(len(values), dtype=torch.float64) if scale is None else scale
+    if "scores" not in arguments:
+        arguments["scores"] = wf.Scores(values, arguments.pop("settings"), rise_per_score=scale)
     return render_report(**arguments)
 
 
@@ -77,7 +84,7 @@ class Page(HTMLParser):
 def hits(page: str, query: int) -> list[tuple[int, str, str]]:
     """(train index, score, bar length) of a query's hits, in the order of the page."""
     section = page.split(f'id="query-{query}"')[1].partition("</section>")[0]
-    pattern = r'class="score">([^<]*)<.*?rect width="([^"]*)%".*?href="#train-(\d+)"'
+    pattern = r'class="score"[^>]*>([^<]*)<.*?rect width="([^"]*)%".*?href="#train-(\d+)"'
     found = re.findall(pattern, section, re.DOTALL)
     return [(int(index), score.replace(MINUS, "-"), bar) for score, bar, index in found]
 
@@ -97,6 +104,21 @@ def hostile_report(text: str) -> str:
 
 def attributes(page: str, name: str) -> list[str]:
     return re.findall(rf' {name}="([^"]*)"', page)
+
+
+def test_numbers_are_predicted_rises_and_raw_scores_stay_at_hand() -> None:
+    page = make_report(rise_per_score=torch.tensor([0.25, 0.5], dtype=torch.float64))
+    assert hits(page, 0)[0] == (4, "+1.000", "50.0")
+    assert hits(page, 1)[0][1] == "+0.5000"
+    assert attributes(page, "title")[:2] == ["raw score +4.000", "raw score +2.000"]
+    assert "predicted rise of the query&#39;s loss if the example had been left out" in page
+
+
+def test_scores_without_a_scale_are_shown_as_parts_of_the_largest() -> None:
+    page = make_report(scores=wf.Scores(VALUES, {"method": "bm25"}))
+    assert hits(page, 0)[0] == (4, "+0.500", "50.0")
+    assert "scores of bm25 have no scale beyond their order" in page
+    assert "predicted rise" not in page
 
 
 def test_hits_are_the_largest_of_each_sign_on_one_scale() -> None:

@@ -11,6 +11,8 @@ from wherefrom.engine.loading import read_stream
 from wherefrom.hf.preparation import Preparation
 from wherefrom.hf.pretrained import PretrainedStudy, study_from_pretrained
 from wherefrom.hf.text import ModelLoading
+from wherefrom.jobs.asking import Asker
+from wherefrom.jobs.questions import Question
 from wherefrom.methods import METHODS
 from wherefrom.methods.baselines import BM25, Random
 from wherefrom.methods.factored import EKFAC, KFAC, Cosine, Diagonal, Dot, Factored, Shampoo
@@ -26,6 +28,7 @@ from wherefrom.methods.sampled_fisher import Fisher
 from wherefrom.methods.source import Source
 from wherefrom.methods.tracin import TracIn
 from wherefrom.methods.trajectory.scores import TrajectoryFisher
+from wherefrom.report.attribution import Attribution, Found
 from wherefrom.runtime.distributed import join_ranks
 from wherefrom.runtime.errors import WherefromError
 from wherefrom.scoring.keep import Aggregated, Keep, Pairs, Tokens, Top
@@ -55,7 +58,9 @@ __all__ = [
     "METHODS",
     "ORPO",
     "Aggregated",
+    "Asker",
     "Astra",
+    "Attribution",
     "CausalLM",
     "ChosenToken",
     "Classification",
@@ -67,6 +72,7 @@ __all__ = [
     "Factored",
     "Factors",
     "Fisher",
+    "Found",
     "GradientIndex",
     "GroupScore",
     "Hit",
@@ -81,6 +87,7 @@ __all__ = [
     "Preference",
     "Preparation",
     "PretrainedStudy",
+    "Question",
     "Random",
     "RecordedCheckpoint",
     "Regression",

@@ -96,6 +96,11 @@ class Study(Generic[Batch]):
             _ = self._tracked  # all processes pass through the model here; later, one may ask alone
 
     @property
+    def model(self) -> nn.Module:
+        """The trained model."""
+        return self._sweep.model
+
+    @property
     def layers(self) -> Mapping[str, TrackedLayer]:
         """The tracked layers by name.
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from wherefrom.cli.methods import EXECUTED, FACTORED, READ, default, flags, subcommands
 from wherefrom.cli.shared import Run
-from wherefrom.cli.sources import RunSources
+from wherefrom.jobs.sources import RunSources
 from wherefrom.methods.index.sketches import Sketch
 from wherefrom.report.passages import DatasetPassages
 from wherefrom.report.text import top_tables

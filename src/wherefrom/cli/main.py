@@ -32,10 +32,11 @@ COMMANDS = {
     "export": "showing",
     "index": "index",
     "query": "index",
+    "ask": "asking",
     "plan": "plan",
 }
 # Those that take a method, a subcommand of theirs.
-_BY_METHOD = ("fit", "score", "self-influence", "index", "query")
+_BY_METHOD = ("fit", "score", "self-influence", "index", "query", "ask")
 
 
 def main() -> None:

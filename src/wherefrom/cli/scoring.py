@@ -9,21 +9,24 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 import tyro
 from rich.console import Console
 
 from wherefrom.cli.methods import ALL, EXECUTED, FACTORED, READ, default, flags, subcommands
 from wherefrom.cli.shared import Run
-from wherefrom.cli.sources import SOURCES, DataSource, RunSources, checked_run, log_other_scores
 from wherefrom.hf.preparation import Preparation
 from wherefrom.hf.pretrained import PretrainedStudy
 from wherefrom.hf.text import ModelLoading
+from wherefrom.jobs.sources import SOURCES, DataSource, RunSources, checked_run, log_other_scores
 from wherefrom.report.passages import DatasetPassages
+from wherefrom.report.reading import reading
 from wherefrom.report.text import hits_table
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.keep import Aggregated, Aggregation, Keep, Pairs, Tokens, Top
 from wherefrom.scoring.results import Scores
+from wherefrom.store.fingerprint import UNIT
 
 console = Console()
 
@@ -222,9 +225,12 @@ def self_influence(
     chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
     study = sources.study(run, device, executed)
     values = study.self_influence(chosen, overwrite=overwrite)
-    hits = Scores(values.unsqueeze(0), {}).top(k)
     if Ranks.current().is_main:
-        console.print(hits_table("Highest self-influence", hits, DatasetPassages(study.train)))
+        rise = chosen.rise(len(values))
+        scale = None if rise is None else torch.tensor([rise], dtype=torch.float64)
+        scores = Scores(values.unsqueeze(0), {"method": chosen.name, UNIT: "nats"}, rise_per_score=scale)
+        passages = DatasetPassages(study.train)
+        console.print(hits_table("Highest self-influence", scores.top(k), passages, reading(scores)))
 
 
 def _say(message: str, study: PretrainedStudy, profile: bool) -> None:

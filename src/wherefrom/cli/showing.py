@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from wherefrom.cli.shared import Run
-from wherefrom.cli.sources import RunSources, chosen_scores
+from wherefrom.jobs.sources import RunSources, chosen_scores
 from wherefrom.report.figures import load_figures
 from wherefrom.report.html import render_report, write_page
 from wherefrom.report.passages import DatasetTokens

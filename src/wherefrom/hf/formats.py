@@ -201,6 +201,24 @@ _OF_TARGETS: dict[Target, tuple[Format, ...]] = {
     "reward": ("tokens", "preference"),
 }
 
+
+def asked(reading: Reading, example: Example, prompt: str, answer: str) -> Pair | Chat:
+    """What an example says that answers a prompt, of the format that a model was trained on; a text goes on.
+
+    Args:
+        reading, example: of the training examples, and one of them.
+    """
+    if reading.read is _alpaca:
+        return _alpaca({"instruction": prompt, "output": answer}, "instruction")
+    if reading.read is _question_answer:
+        return _question_answer({"question": prompt, "answer": answer}, "question")
+    chat = reading.read is _conversation or isinstance(example.get("prompt"), list)
+    if chat:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return Chat(turns, range(1, 2))
+    return Pair(prompt, answer, prompt)
+
+
 UNPAIRED = frozenset(READINGS[name].columns[-1] for name in _OF_TARGETS["causal"])
 """Columns with what a language model is trained on without preferences."""
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
-from wherefrom.hf.formats import UNPAIRED, Target
+from wherefrom.hf.encoding import Encoder
+from wherefrom.hf.formats import UNPAIRED, Chat, Pair, Target, asked, recognized
 from wherefrom.hf.preparation import Preparation, RawExamples, Source, read_examples
 from wherefrom.hf.refusals import ADAPTER, refuse_imports
 from wherefrom.hf.text import ModelLoading, load_config, load_model, load_tokenizer, local_path
@@ -73,6 +74,50 @@ class Pretrained:
         """The training examples, prepared."""
         return self._prepared(self._train, self.preparation)
 
+    @property
+    def target(self) -> Target:
+        """What the model predicts."""
+        return self._kind.target
+
+    @cached_property
+    def longest(self) -> int | None:
+        """How many tokens the model can take; None when nothing says so."""
+        return _longest(self._config, self.tokenizer)
+
+    def asked(self, prompt: str, answer: str) -> Pair | Chat:
+        """A prompt and its answer, in the format of the training examples."""
+        first, said = self._train[0].examples[0], self.preparation
+        return asked(recognized(self.target, first, said.format, said.column), first, prompt, answer)
+
+    def encoder(self) -> Encoder:
+        """Makes tokens of a prompt and its answer, uncut and without an end.
+
+        Raises:
+            InputError: the model writes no answers, or has no tokenizer.
+        """
+        if self.target not in ("causal", "seq2seq"):
+            raise InputError(
+                f"{self.folder}: the model predicts {self.target!r}, and so writes no answer: expected a causal "
+                "language model or an encoder-decoder. Score queries of its own kind with `wherefrom score`."
+            )
+        if self.tokenizer is None:
+            raise InputError(f"{self.folder}: holds no tokenizer, and a question is a text: save it there.")
+        return Encoder(self.target, self.tokenizer, None, False, "completion")
+
+    def column(self, name: str) -> list[str]:
+        """What each training example has in a column, of its own or of what it was prepared from.
+
+        Raises:
+            InputError: there is no such column.
+        """
+        datasets: list[Dataset[Any]] = [self.train]
+        if self.preparation.unit == "documents" and name not in self.train[0]:  # type: ignore[operator]
+            datasets = [each.examples for each in self._train]
+        known = datasets[0][0]
+        if name not in known:
+            raise InputError(f"group={name!r}: the training examples have the columns {', '.join(sorted(known))}.")
+        return [str(each[number].get(name)) for each in datasets for number in range(len(each))]
+
     def prepare(
         self, examples: RawExamples, split: str = "train", preparation: Preparation | None = None
     ) -> Dataset[object]:
@@ -97,8 +142,7 @@ class Pretrained:
         return PretrainedStudy(run, model, task, train=train, pretrained=self, **options)
 
     def _prepared(self, sources: Sequence[Source], preparation: Preparation) -> Dataset[object]:
-        longest = _longest(self._config, self.tokenizer)
-        return preparation.prepare(sources, self._kind.target, self.tokenizer, longest)
+        return preparation.prepare(sources, self._kind.target, self.tokenizer, self.longest)
 
     def _found_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The first tokenizer that is there; without one, tokenised examples can still be studied."""
@@ -124,7 +168,7 @@ class PretrainedStudy(Study[Any]):
         **options: Any,
     ) -> None:
         super().__init__(path, model, task, train=train, **options)
-        self._pretrained = pretrained
+        self.pretrained = pretrained
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -133,9 +177,9 @@ class PretrainedStudy(Study[Any]):
         Raises:
             InputError: there is none.
         """
-        if self._pretrained.tokenizer is None:
-            raise InputError(f"{self._pretrained.folder}: holds no tokenizer: pass tokenizer=.")
-        return self._pretrained.tokenizer
+        if self.pretrained.tokenizer is None:
+            raise InputError(f"{self.pretrained.folder}: holds no tokenizer: pass tokenizer=.")
+        return self.pretrained.tokenizer
 
     def prepare(
         self, examples: RawExamples, split: str = "train", preparation: Preparation | None = None
@@ -149,7 +193,7 @@ class PretrainedStudy(Study[Any]):
         Raises:
             InputError: there are no examples, or not the columns that the task needs.
         """
-        return self._pretrained.prepare(examples, split, preparation)
+        return self.pretrained.prepare(examples, split, preparation)
 
 
 def study_from_pretrained(

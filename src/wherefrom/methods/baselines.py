@@ -52,11 +52,16 @@ class BM25(Method):
 
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         def compute(_: Unfinished) -> Mapping[str, Tensor]:
-            return {"values": bm25_scores(self._texts(queries.dataset), self._texts(context.train.dataset))}
+            return {"values": bm25_scores(self.texts(queries.dataset), self.texts(context.train.dataset))}
 
         return Job("bm25", {"column": self.column}, compute, without=[MODEL])
 
-    def _texts(self, dataset: Dataset[object]) -> list[str]:
+    def texts(self, dataset: Dataset[object]) -> list[str]:
+        """What is read of each example.
+
+        Raises:
+            InputError: one has neither a text nor tokens.
+        """
         found = []
         for position in range(len(dataset)):
             example = read_example(dataset, position)
@@ -104,13 +109,28 @@ def bm25_scores(queries: Sequence[str], train: Sequence[str]) -> Tensor:
     """
     if not queries:
         raise InputError("queries: no texts; give at least one.")
-    words = _words(train)  # [train] lists
-    if not any(words):
-        raise InputError(f"train: not one word in {len(train)} texts; expected texts, not their token numbers.")
-    index = require("bm25s", "evaluate").BM25(method="lucene", k1=1.5, b=0.75, dtype="float32")
-    index.index(words, create_empty_token=False, show_progress=False)
-    scores = [index.get_scores_from_ids(index.get_tokens_ids(query)) for query in _words(queries)]  # each [train]
-    return torch.stack([torch.from_numpy(each) for each in scores])
+    return SharedWords(train).scores(queries)
+
+
+class SharedWords:
+    """Training texts that are searched by their words again and again, as `bm25_scores` says.
+
+    Raises:
+        InputError: no training text has a word.
+    """
+
+    def __init__(self, train: Sequence[str]) -> None:
+        words = _words(train)  # [train] lists
+        if not any(words):
+            raise InputError(f"train: not one word in {len(train)} texts; expected texts, not their token numbers.")
+        self._index = require("bm25s", "evaluate").BM25(method="lucene", k1=1.5, b=0.75, dtype="float32")
+        self._index.index(words, create_empty_token=False, show_progress=False)
+
+    def scores(self, queries: Sequence[str]) -> Tensor:
+        """BM25 of each training text for each query, [queries, train] float32."""
+        index = self._index
+        scores = [index.get_scores_from_ids(index.get_tokens_ids(query)) for query in _words(queries)]  # each [train]
+        return torch.stack([torch.from_numpy(each) for each in scores])
 
 
 def _words(texts: Sequence[str]) -> list[list[str]]:

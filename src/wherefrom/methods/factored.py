@@ -128,6 +128,14 @@ class Factored(Approximation, Coordinates, Method):
                 f"which fits whole. Leave {name} out."
             )
 
+    def rise(self, train: int) -> float | None:
+        """1 / train where the curvature is a mean over examples: with a solver, or with fitted eigenvalues.
+
+        `KFAC`'s is a mean over tokens, and `Dot` has none.
+        """
+        mean = self.solver is not None or STRATEGIES[self.strategy].eigenvalues == "fitted"
+        return 1 / train if mean else None
+
     def fit(self, context: Context[Any], name: str | None = None, overwrite: bool = False) -> Factors:
         """Factors of the study's training examples, loaded or fitted; those that were given, as they are."""
         if self.factors is not None:
@@ -198,7 +206,7 @@ class Factored(Approximation, Coordinates, Method):
     def _computation(self, context: Context[Any], scoring: Scoring[Any], keep: Keep[Any]) -> Any:
         if isinstance(keep, Tokens):
             queries = scoring.queries.dataset
-            return TokenScoring(scoring, keep.top, lambda: self._sequence_scores(context, queries).values).all_pairs
+            return TokenScoring(scoring, keep, lambda: self._sequence_scores(context, queries).values).all_pairs
         if isinstance(keep, Top):
             return lambda result: scoring.highest(keep.k, result)
         if isinstance(keep, Aggregated):

@@ -19,20 +19,20 @@ import torch
 from torch import Tensor
 
 from wherefrom.curvature.factors import Factors
-from wherefrom.engine.loading import Examples
+from wherefrom.engine.loading import Examples, collated
 from wherefrom.engine.sweep import Sweep
 from wherefrom.planning.plan import Plan
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.keep import Keep, Pairs, Scores_co, Top
-from wherefrom.scoring.results import Result, extremes
+from wherefrom.scoring.results import RISE, Result, extremes
 from wherefrom.scoring.tokens import TokenScores
 from wherefrom.store.cache import Cache, Unfinished
 from wherefrom.store.files import within
-from wherefrom.store.fingerprint import MODEL, QUERIES, Dataset, Fingerprint
+from wherefrom.store.fingerprint import MODEL, QUERIES, UNIT, Dataset, Fingerprint
 from wherefrom.store.names import check_result_name, log_others, result_name
 from wherefrom.store.weights import ModelStates
-from wherefrom.tasks.task import Batch, checked_settings
+from wherefrom.tasks.task import Batch, checked_settings, unit_of
 
 if TYPE_CHECKING:
     from wherefrom.store.recording import RecordedCheckpoint
@@ -79,7 +79,7 @@ class Context(Generic[Batch]):
             RankError: another process has others.
         """
         measured = checked_settings(self.sweep.task).get("measure", "measurement")
-        found = {QUERIES: queries.digest, "measured": measured}
+        found = {QUERIES: queries.digest, "measured": measured, UNIT: unit_of(self.sweep.task)}
         for name, value in found.items():
             self.ranks.check_alike(name, value)
         return found
@@ -163,6 +163,16 @@ class Method(ABC):
                 "Pairs(), or another method, such as EKFAC()."
             )
 
+    def rise(self, train: int) -> float | None:
+        """What a score is multiplied with to be the predicted rise of the query's loss if that example is left out.
+
+        None where scores have no such scale: then they can be ranked, and compared with each other.
+
+        Args:
+            train: how many training examples there are.
+        """
+        return None
+
     # Why it has no half precision; empty where it has.
     full_precision: ClassVar[str] = ""
     # Whether scores are sums over layers whose parts can be stored.
@@ -199,12 +209,26 @@ class Method(ABC):
         if overwrite:
             keep.forget(cache, item)
         context.ranks.first(lambda: log_others(context.folder(keep.folder, called), fingerprint))
-        tensors = cache.get_or_compute(item, job.compute)
+
+        def compute(unfinished: Unfinished) -> Mapping[str, Tensor]:
+            return {**job.compute(unfinished), **self.scale(context, examples, keep)}
+
+        tensors = cache.get_or_compute(item, compute)
         result = keep.opened(folder / item, tensors, len(examples), len(context.train))
         remark = self.remark(result)
         if remark is not None and context.ranks.is_main:
             logger.warning(remark)
         return replace(result, queries=queries)
+
+    def scale(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> dict[str, Tensor]:
+        """`rise_per_score` of a result, [query]: by the query's token. Nothing where scores have no such scale."""
+        rise, model = self.rise(len(context.train)), context.sweep.model
+        if rise is None or not keep.of_sequences:
+            return {}
+        batches = (collated(queries, [number], model)[0] for number in range(len(queries)))
+        counts = torch.tensor([queries.task.counted(model, batch) for batch in batches], dtype=torch.float64)
+        # Of nothing counted, all scores are 0.
+        return {RISE: rise / keep.of_queries(counts).clamp_min(1)}
 
     def _highest_job(self, context: Context[Any], queries: Dataset[object], examples: Examples[Any], keep: Top) -> Job:
         """The highest of scores that this method only knows how to compute together."""

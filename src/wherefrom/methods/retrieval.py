@@ -56,6 +56,9 @@ class TwoStage(Method):
         super().check(keep, half_precision)
         self.then.check(Pairs(), half_precision)
 
+    def rise(self, train: int) -> float | None:
+        return self.then.rise(train)
+
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         positions, train = self._positions(context, queries), len(context.train)
         then = self.then.damped(context)

@@ -67,6 +67,9 @@ class Fisher(Coordinates, Method):
                 f"damping={self.damping}: expected a number above 0, or None for 0.01 x the mean eigenvalue."
             )
 
+    def rise(self, train: int) -> float | None:
+        return 1 / train
+
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         scaling, train = self.scaling(context), context.train
         drawn = replace(train, dataset=Repeated(train.dataset, self.samples), loss="drawn", seed=self.seed)

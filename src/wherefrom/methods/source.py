@@ -127,6 +127,9 @@ class Source(Method):
             "do for a part of the cost."
         )
 
+    def rise(self, train: int) -> float | None:
+        return 1 / train
+
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         checkpoints = chosen_checkpoints(context, self.checkpoints)
         paths = named_paths(checkpoints)

@@ -26,6 +26,7 @@ from torch import Tensor
 from wherefrom.report.figures import Figure
 from wherefrom.report.histogram import HEIGHT, Histogram, histogram, signed_number
 from wherefrom.report.passages import Passage, Passages, TokenContributions, checked_passages, excerpt, source_scores
+from wherefrom.report.reading import Reading, reading
 from wherefrom.report.shading import Shares, encode_lengths, encode_shares, visible_pieces
 from wherefrom.runtime.errors import CONTROL_PICTURES, InputError
 from wherefrom.scoring.results import ONLY_EXTREMES, GroupScore, Scores, TopScores, extremes
@@ -43,11 +44,13 @@ _PICTURES = {code: picture for code, picture in CONTROL_PICTURES.items() if chr(
 class HitView:
     """A training sequence in a query's list; `bar` is in percent of the query's longest bar.
 
-    `shares` says where in the sequence the score comes from, if that is known.
+    `score` is as a person reads it, `raw` as it is stored. `shares` says where in the sequence the score comes from, if
+    that is known.
     """
 
     index: int
     score: str
+    raw: str
     bar: float
     passage: Passage
     same_label: bool
@@ -56,7 +59,7 @@ class HitView:
 
 @dataclass(frozen=True)
 class QueryView:
-    """What the page shows of a query; `histogram` is None where all its scores are zero.
+    """What the page shows of a query; `histogram` is None where all its scores are zero, `heading` what is shown.
 
     `sources` are the sums of its scores by source: name, number of sequences, sum, mean.
     """
@@ -67,6 +70,7 @@ class QueryView:
     negative: Sequence[HitView]
     histogram: Histogram | None
     sources: Sequence[tuple[str, str, str, str]]
+    heading: str
 
 
 def write_page(file: Path, page: str) -> None:
@@ -126,6 +130,7 @@ def render_report(
         ],
         "figures": [{"title": each.title, "caption": each.caption, "data": _base64(each)} for each in figures],
         "stored": _stored(scores.fingerprint),
+        "meaning": reading(scores).meaning,
         "settings": [*{**(settings or {}), **scores.fingerprint}.items()],
         "profile": profile,
     }
@@ -193,8 +198,8 @@ class _Reader:
             self.passages[index] = self._train[index]
         return self.passages[index]
 
-    def shares(self, query: int, index: int) -> Shares | None:
-        """The shares of the sequence's visible pieces in the score of (query, index), if they are known."""
+    def shares(self, query: int, index: int, read: Reading) -> Shares | None:
+        """The shares of the sequence's visible pieces in the score of (query, index), as it is read, if known."""
         pieces = visible_pieces((self._tokens and self._tokens(query, index)) or ())
         if not pieces:
             return None
@@ -211,7 +216,7 @@ class _Reader:
                 "expected the same pieces of a training sequence for every query"
             )
         self.passages[index], self.lengths[index] = passage, lengths
-        return encode_shares([share for _, share in pieces])
+        return encode_shares([read.factor * share for _, share in pieces])
 
 
 def _query_view(
@@ -223,25 +228,30 @@ def _query_view(
     sources: Sequence[GroupScore],
 ) -> QueryView:
     """Everything shown for one query."""
-    ends = _ends(scores, query, k)
+    ends, read = _ends(scores, query, k), reading(scores, query)
     limit = max((abs(score) for end in ends for _, score in end), default=0.0)
     positive, negative = (
-        [_hit_view(query, passage.label, index, score, limit, reader) for index, score in end] for end in ends
+        [_hit_view(query, passage.label, index, score, limit, reader, read) for index, score in end] for end in ends
     )
     return QueryView(
         index=query,
         passage=passage,
         positive=positive,
         negative=negative,
-        histogram=histogram(_on_host(scores.values[query])) if isinstance(scores, Scores) else None,
-        sources=[_source_view(each, sources) for each in sources],
+        histogram=histogram(read.factor * _on_host(scores.values[query])) if isinstance(scores, Scores) else None,
+        sources=[_source_view(each, sources, read) for each in sources],
+        heading=read.heading,
     )
 
 
-def _source_view(each: GroupScore, sources: Sequence[GroupScore]) -> tuple[str, str, str, str]:
+def _source_view(each: GroupScore, sources: Sequence[GroupScore], read: Reading) -> tuple[str, str, str, str]:
     """A row of a query's table of sources."""
     largest = [max(abs(getattr(other, name)) for other in sources) for name in ("sum", "mean")]
-    return each.group, f"{each.train:,}", signed_number(each.sum, largest[0]), signed_number(each.mean, largest[1])
+    total, mean = (
+        signed_number(read.factor * value, read.factor * limit)
+        for value, limit in zip((each.sum, each.mean), largest, strict=True)
+    )
+    return each.group, f"{each.train:,}", total, mean
 
 
 def _on_host(values: Tensor) -> Tensor:
@@ -261,16 +271,19 @@ def _ends(scores: Scores | TopScores, query: int, k: int) -> list[list[tuple[int
     return [[hit for hit in highest if hit[1] > 0][:k], [hit for hit in lowest if hit[1] < 0][:k]]
 
 
-def _hit_view(query: int, label: str, index: int, score: float, limit: float, reader: _Reader) -> HitView:
+def _hit_view(
+    query: int, label: str, index: int, score: float, limit: float, reader: _Reader, read: Reading
+) -> HitView:
     """A training sequence in the list of a query with this label; the longest bar is that of a score of `limit`."""
     passage = reader.passage(index)
     return HitView(
         index=index,
-        score=signed_number(score, limit),
+        score=signed_number(read.factor * score, read.factor * limit),
+        raw=signed_number(score, limit),
         bar=round(100 * abs(score) / limit, 1),
         passage=passage,
         same_label=bool(label) and passage.label == label,
-        shares=reader.shares(query, index),
+        shares=reader.shares(query, index, read),
     )
 
 

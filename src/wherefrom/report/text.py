@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.rule import Rule
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from wherefrom.report.passages import Passage, Passages, TokenContributions, checked_passages, excerpt, source_scores
+from wherefrom.report.reading import Reading, reading
 from wherefrom.runtime.errors import InputError, printable
 from wherefrom.scoring.results import GroupScore, Hit, Scores, TopScores
 
@@ -41,32 +43,36 @@ def top_tables(
     for query in shown:
         passage = queries[query]
         heading = f"Query {query}" + (f" ({printable(passage.label)})" if passage.label else "")
-        table = hits_table(None, [each for each in hits if each.query == query], train, width)
+        read = reading(scores, query)
+        table = hits_table(None, [each for each in hits if each.query == query], train, read, width)
         parts += [Text(heading, style="bold"), _shown(passage, 2 * width), table, Text()]
         if by_source[query]:
-            parts += [_sources_table(by_source[query]), Text()]
-    return Group(*parts)
+            parts += [sources_table(by_source[query], read), Text()]
+    return Group(*parts, *([Text(f"{read.heading}: {read.meaning}.", style="dim")] if parts else []))
 
 
-def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, width: int = 160) -> Table:
+def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, read: Reading, width: int = 160) -> Table:
     """Training sequences with their ranks and scores, and their labels and sources where they have some."""
     found = [train[hit.train] for hit in hits]
     said = [name for name in ("label", "source") if any(getattr(each, name) for each in found)]
-    table = Table("Rank", "Train", "Score", title_justify="left", title=heading and f"[bold]{heading}[/bold]")
+    table = Table(
+        "Rank", "Train", escape(read.heading), title_justify="left", title=heading and f"[bold]{heading}[/bold]"
+    )
     for name in said:
         table.add_column(name.capitalize())
     table.add_column("Training sequence", overflow="fold")
     for hit, each in zip(hits, found, strict=True):
         facts = [Text(printable(getattr(each, name))) for name in said]
-        table.add_row(str(hit.rank), str(hit.train), f"{hit.score:,.4g}", *facts, _shown(each, width))
+        table.add_row(str(hit.rank), str(hit.train), read(hit.score), *facts, _shown(each, width))
     return table
 
 
-def _sources_table(found: Sequence[GroupScore]) -> Table:
-    table = Table("Source", "Training sequences", "Sum of scores", "Mean")
+def sources_table(found: Sequence[GroupScore], read: Reading) -> Table:
+    """Sums of a query's scores by where training examples come from."""
+    table = Table("Source", "Training sequences", escape(f"Sum: {read.heading.lower()}"), "Mean")
     for each in found:
         name = Text(printable(each.group))
-        table.add_row(name, f"{each.train:,}", f"{each.sum:,.4g}", f"{each.mean:,.4g}")
+        table.add_row(name, f"{each.train:,}", read(each.sum), read(each.mean))
     return table
 
 
@@ -88,13 +94,16 @@ def token_tables(
     hits, queries = scores.top(k), checked_passages(scores, queries, train, tokens)
     parts: list[RenderableType] = []
     for query in shown:
-        parts += [Rule(f"Query {query}", align="left"), _shown(queries[query], width), Text()]
+        read = reading(scores, query)
+        said = Text(f"{read.heading}: {read.meaning}; of a token, its part of that.", style="dim")
+        parts += [Rule(f"Query {query}", align="left"), _shown(queries[query], width), said, Text()]
         for hit in (each for each in hits if each.query == query):
             pieces = tokens(query, hit.train)
             if pieces is not None:
                 title = train[hit.train].title
-                name = f"{hit.rank}. train {hit.train}{f', {title}' if title else ''}: {hit.score:,.4g}"
-                parts += [Text(printable(name), style="bold"), heat_map(pieces), Text()]
+                name = f"{hit.rank}. train {hit.train}{f', {title}' if title else ''}: {read(hit.score)}"
+                shares = [(piece, read.factor * value) for piece, value in pieces]
+                parts += [Text(printable(name), style="bold"), heat_map(shares), Text()]
     return Group(*parts)
 
 
@@ -110,10 +119,10 @@ def heat_map(pieces: Sequence[tuple[str, float]]) -> RenderableType:
     limit = max((abs(value) for _, value in pieces), default=0.0) or 1.0
     text = Text()
     for piece, value in pieces:
-        text.append(printable(piece.replace("\n", "↵")), _shade(value / limit))
+        text.append(printable(piece.replace("\n", "↵")), shade(value / limit))
     legend = Text("  ")
     for part in (-1.0, -0.5, 0.0, 0.5, 1.0):
-        legend.append(f" {part * limit:+,.3g} ", _shade(part))
+        legend.append(f" {part * limit:+,.3g} ", shade(part))
     return Group(text, legend)
 
 
@@ -122,7 +131,7 @@ def _shown(passage: Passage, width: int) -> Text:
     return Text(printable(excerpt(passage.text, width, passage.answer_start)))
 
 
-def _shade(part: float) -> Style:
+def shade(part: float) -> Style:
     """From white through to blue (1) or orange (-1), with black letters, which stay readable on all of them."""
     strongest = (86, 180, 233) if part > 0 else (230, 159, 0)
     red, green, blue = (round(255 + abs(part) * (each - 255)) for each in strongest)

@@ -6,12 +6,28 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from wherefrom.runtime.errors import printable
+
+Watch = Callable[[str, int, int], None]
+"""Is told the name of a stage, how much of it is done, and how much there is."""
+
+_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Within it, a function is told of every stage's progress; what it raises ends the work."""
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
 
 
 @contextmanager
@@ -28,8 +44,14 @@ def progress_bar(name: str, total: int, shown: bool | None = None) -> Iterator[C
     # The remaining time follows the speed of the last hour: with rich's half a minute, a stage whose steps take longer
     # would show none.
     with Progress(*columns, console=console, disable=not shown, speed_estimate_period=3600) as progress:
-        line = progress.add_task(name, total=total)
-        yield lambda done: progress.update(line, completed=done)
+        line, watch = progress.add_task(name, total=total), _WATCH.get()
+
+        def show(done: int) -> None:
+            progress.update(line, completed=done)
+            if watch is not None:
+                watch(name, done, total)
+
+        yield show
 
 
 class _Printable(logging.Formatter):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import ClassVar, Generic, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from wherefrom.runtime.errors import InputError, check_argument
@@ -21,6 +22,7 @@ from wherefrom.scoring.tokens import INDEX, TokenScores
 from wherefrom.store.artifacts import check_layout
 from wherefrom.store.cache import Cache
 from wherefrom.store.files import within
+from wherefrom.store.fingerprint import tensors_digest
 
 Aggregation = Literal["sum", "mean"]
 LayerGroups = Mapping[str, Sequence[str]]
@@ -40,6 +42,13 @@ class Keep(ABC, Generic[Scores_co]):
     @abstractmethod
     def settings(self) -> dict[str, str]:
         """What a fingerprint says of it."""
+
+    # Whether they are scores of whole training examples.
+    of_sequences: ClassVar[bool] = True
+
+    def of_queries(self, counts: Tensor) -> Tensor:
+        """What the queries count, [query], as what is kept of them does."""
+        return counts
 
     # Of the run directory, where results of this kind lie.
     folder: ClassVar[str] = "scores"
@@ -156,6 +165,10 @@ class Aggregated(Keep[Scores]):
         found = {"queries": self.queries, "training examples": self.train}
         return _parts(self.layers) | {f"aggregated {name}": how for name, how in found.items() if how}
 
+    def of_queries(self, counts: Tensor) -> Tensor:
+        added = {"sum": counts.sum, "mean": counts.mean}
+        return counts if self.queries is None else added[self.queries]().unsqueeze(0)
+
     def opened(self, path: Path, tensors: dict[str, Tensor], queries: int, train: int) -> Scores:
         return _checked(
             path, Scores.opened(path, tensors), (1 if self.queries else queries, 1 if self.train else train)
@@ -170,24 +183,31 @@ class Tokens(Keep[TokenScores]):
         top: only of the pairs of each query with its `top` most positive and `top` most negative training examples,
             which are found first, and cost little; None is every pair, written to disk in parts of bounded size, at
             (tokens of a training example) times the cost of all pairs.
+        pairs: only of these, each a query and a training position.
 
     Raises:
-        InputError: `top` is less than 1.
+        InputError: `top` is less than 1, or both are given.
     """
 
     top: int | None = None
+    pairs: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         check_argument(self.top is None or self.top >= 1, "top", self.top, "at least 1, or None for every pair")
+        check_argument(self.top is None or not self.pairs, "top", self.top, "None with pairs, which are chosen already")
 
     @property
     def label(self) -> str:
-        return "tokens" if self.top is None else f"top{self.top}-tokens"
+        return "chosen-tokens" if self.pairs else "tokens" if self.top is None else f"top{self.top}-tokens"
 
     def settings(self) -> dict[str, str]:
+        if self.pairs:
+            chosen = tensors_digest({"pairs": torch.tensor(self.pairs)})[:24]
+            return {OF_TOKENS: f"{len(self.pairs)} chosen pairs ({chosen})"}
         return {OF_TOKENS: "all pairs" if self.top is None else f"the {self.top} highest and lowest of each query"}
 
     folder: ClassVar[str] = "tokens"
+    of_sequences: ClassVar[bool] = False
 
     def location(self, folder: Path, name: str) -> tuple[Path, str]:
         return within(folder, name), INDEX

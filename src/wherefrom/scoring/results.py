@@ -6,6 +6,7 @@ This module knows what a stored result holds; it does not know how it is compute
 from __future__ import annotations
 
 import csv
+import html
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 from wherefrom.runtime.errors import DamagedError, InputError, check_argument, require
 from wherefrom.store.artifacts import Artifact, Layout, check_layout, read_manifest
 from wherefrom.store.files import write_bytes, write_tensors
-from wherefrom.store.fingerprint import Dataset, Fingerprint
+from wherefrom.store.fingerprint import UNIT, Dataset, Fingerprint
 from wherefrom.store.names import finished, found_result
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ Normalization = Literal["cosine", "relatif", "theta-relatif"]
 # Entries of a fingerprint that say what of the scores is stored, and what beside them; their values depend on none.
 LAYER_PARTS, WITH_SELF_INFLUENCE, ONLY_EXTREMES, OF_TOKENS = "layers' parts", "self-influence", "extremes", "tokens"
 
+RISE = "rise_per_score"  # a tensor that is stored beside scores
+
 SCORES: Layout = {"values": (None, ("query", "train"))}
 # What may stand beside them. The first axis of a vector says what each of its numbers belongs to.
 BESIDE_SCORES: Layout = {
@@ -38,6 +41,7 @@ BESIDE_SCORES: Layout = {
     "self_influence": (None, ("train",)),
     "query_self_influence": (None, ("query",)),
     "preconditioned_norms": (None, ("train",)),
+    RISE: (torch.float64, ("query",)),
 }
 _LAYERS: Layout = {"layers": (None, ("group", "query", "train"))}
 _EXTREMES: Layout = {
@@ -46,6 +50,9 @@ _EXTREMES: Layout = {
     "lowest_values": (None, ("query", "k")),
     "lowest_train": (torch.int64, ("query", "k")),
 }
+
+
+_BESIDE_EXTREMES = ("query_errors", "residuals", RISE)
 
 
 class Hit(NamedTuple):
@@ -67,15 +74,66 @@ class GroupScore(NamedTuple):
     mean: float
 
 
+class _Scaled:
+    """What scores are worth to a person."""
+
+    values: Tensor
+    fingerprint: Fingerprint
+    rise_per_score: Tensor | None
+
+    @property
+    def method(self) -> str:
+        """The name of the method that made them."""
+        return self.fingerprint["method"]
+
+    def _repr_html_(self) -> str:
+        """For notebooks, the highest of the first queries, in numbers: texts are the study's."""
+        scaled, shown = self.rise_per_score, min(5, self.values.shape[1])
+        best = self.values[:10].topk(shown, dim=1)
+        train = getattr(self, "train", None)
+        lines = []
+        for query, (places, scores) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):
+            for rank, (place, score) in enumerate(zip(places, scores, strict=True), start=1):
+                position = place if train is None else int(train[query, place])
+                rise = [] if scaled is None else [f"{score * float(scaled[query]):+#.3g}"]
+                lines.append([str(query), str(rank), str(position), *rise, f"{score:,.4g}"])
+        names = ["Query", "Rank", "Train", *([] if scaled is None else [f"Rise, {self.unit}"]), "Raw score"]
+        head = "".join(f"<th>{html.escape(each)}</th>" for each in names)
+        body = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in lines)
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+    @property
+    def unit(self) -> str:
+        """What `predicted_rise` is in, such as "nats a token"."""
+        return self.fingerprint.get(UNIT, "units of the loss")
+
+    @property
+    def predicted_rise(self) -> Tensor:
+        """By how much each query's loss would rise if an example had been left out of training, float64.
+
+        In `unit`, of values of the same shape: to first order, and for one example at a time. Values over N, and over
+        the query's counted tokens.
+
+        Raises:
+            InputError: the method's scores have no such scale, or they were normalised.
+        """
+        if self.rise_per_score is None:
+            raise InputError(
+                f"predicted_rise of {self.fingerprint.get('method', 'these scores')}: these scores have no such scale. "
+                "Read their ranks, or score with a method whose curvature is a mean over examples, such as EKFAC()."
+            )
+        return self.values.to("cpu", torch.float64) * self.rise_per_score.unsqueeze(1)
+
+
 @dataclass(frozen=True)
-class Scores:
+class Scores(_Scaled):
     """How much training on each example lowers each query's measured loss.
 
     `values[q, t]` is the query's gradient, times the damped inverse curvature, times the training example's gradient:
     `g_q^T (H + damping)^-1 g_t` (Koh & Liang 2017, equation 2, with the sign turned). Positive: training on the example
     lowers the query's loss. Both losses are sums over tokens. Where the curvature is a mean over examples (`Diagonal`,
-    `EKFAC`, `Shampoo`), removing example t of N raises the query's loss by about `values[q, t] / N`; `KFAC` and
-    `Dot` have another scale, so compare scores of one method only.
+    `EKFAC`, `Shampoo`), removing example t of N raises the query's loss by about `values[q, t] / N`: see
+    `predicted_rise`. `KFAC`, `Dot` and others have another scale, so compare scores of one method only.
 
     Attributes:
         values: [query, train] in dataset order; float32, or float64 for a float64 model. What was stored stays on
@@ -91,6 +149,8 @@ class Scores:
             the order that they had; None without it.
         residuals: with a `solver`, |g - (H + D) x| / |g| of each query's solve, [query]: 0 for a solution, 1 for no
             answer at all; above 0.1 it is said not to have converged. Of aggregated queries, the largest.
+        rise_per_score: what a score is multiplied with to be the predicted rise in `unit`, float64 [query]; None where
+            the method has no such scale.
         name: what they are called in their run directory; empty for scores that are not stored.
         queries: the examples that were scored, where they are at hand.
     """
@@ -104,6 +164,7 @@ class Scores:
     query_self_influence: Tensor | None = None
     preconditioned_norms: Tensor | None = None
     residuals: Tensor | None = None
+    rise_per_score: Tensor | None = None
     name: str = ""
     queries: Dataset[object] | None = field(default=None, repr=False, compare=False)
 
@@ -133,11 +194,6 @@ class Scores:
             raise DamagedError(f"{folder} cannot be used: it has {len(parts)} parts and {len(groups)} names for them.")
         layers = dict(zip(groups, parts, strict=True))
         return cls(fingerprint=manifest["fingerprint"], layers=layers, name=folder.name, **tensors)
-
-    @property
-    def method(self) -> str:
-        """The name of the method that made them."""
-        return self.fingerprint["method"]
 
     def top(self, k: int = 10) -> list[Hit]:
         """The k most influential training examples of each query, best first, query by query.
@@ -187,7 +243,7 @@ class Scores:
         if name not in self.layers:
             known = ", ".join(self.layers) or "none; score with keep=Pairs(layers=True), or with groups of layers"
             raise InputError(f"name={name!r}: expected a layer or group whose part was stored: {known}.")
-        return Scores(self.layers[name], {**self.fingerprint, "part": name})
+        return Scores(self.layers[name], {**self.fingerprint, "part": name}, rise_per_score=self.rise_per_score)
 
     def normalized(self, kind: Normalization) -> Scores:
         """Scores divided by norms of gradients, in memory: they favour examples less whose gradient is large anyway.
@@ -212,7 +268,8 @@ class Scores:
         }
         check_argument(kind in divisors, "kind", kind, f"one of {', '.join(divisors)}")
         values = torch.where(divisors[kind] > 0, self.values / divisors[kind], 0.0)
-        return replace(self, values=values, layers={}, fingerprint={**self.fingerprint, "normalized": kind}, name="")
+        fingerprint = {**self.fingerprint, "normalized": kind}
+        return replace(self, values=values, layers={}, fingerprint=fingerprint, rise_per_score=None, name="")
 
     def to_pandas(self, k: int | None = None) -> pandas.DataFrame:
         """A table with a line for each pair, query by query, best first: query, rank, train and score.
@@ -241,7 +298,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class TopScores:
+class TopScores(_Scaled):
     """Each query's highest and lowest scores, where the whole matrix was never stored.
 
     Of equal scores, the one of the earlier training example comes first.
@@ -250,7 +307,7 @@ class TopScores:
         values, train: the highest scores, best first, and their training positions, [query, k].
         lowest_values, lowest_train: the lowest, lowest first.
         fingerprint: what they were computed from.
-        query_errors, residuals, name, queries: as in `Scores`.
+        query_errors, residuals, rise_per_score, name, queries: as in `Scores`.
     """
 
     values: Tensor
@@ -260,6 +317,7 @@ class TopScores:
     fingerprint: Fingerprint
     query_errors: Tensor | None = None
     residuals: Tensor | None = None
+    rise_per_score: Tensor | None = None
     name: str = ""
     queries: Dataset[object] | None = field(default=None, repr=False, compare=False)
 
@@ -278,14 +336,9 @@ class TopScores:
         """The result of a folder, of the tensors that are stored there."""
         if "lowest_train" not in tensors:
             raise InputError(f"{folder} holds the scores of all pairs: read them with Scores.load.")
-        beside = {name: BESIDE_SCORES[name] for name in ("query_errors", "residuals")}
+        beside = {name: BESIDE_SCORES[name] for name in _BESIDE_EXTREMES}
         check_layout(folder, tensors, _EXTREMES, beside)
         return cls(fingerprint=read_manifest(folder)["fingerprint"], name=folder.name, **tensors)
-
-    @property
-    def method(self) -> str:
-        """The name of the method that made them."""
-        return self.fingerprint["method"]
 
     def top(self, k: int = 10) -> list[Hit]:
         """The k most influential training examples of each query, best first, query by query.
@@ -303,7 +356,7 @@ class TopScores:
 
     def save(self, path: str | Path, k: int | None = None) -> None:
         """Write them for other programs, as `Scores.save`; a table has the highest alone."""
-        tensors = {name: getattr(self, name) for name in (*_EXTREMES, "query_errors", "residuals")}
+        tensors = {name: getattr(self, name) for name in (*_EXTREMES, *_BESIDE_EXTREMES)}
         _save(self, tensors, Path(path), k)
 
 

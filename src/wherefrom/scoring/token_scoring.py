@@ -15,7 +15,9 @@ from torch import Tensor
 
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.loading import collated
+from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.bank import GradientBank
+from wherefrom.scoring.keep import Tokens
 from wherefrom.scoring.scoring import Resident, Scoring
 from wherefrom.scoring.tokens import (
     PART_BYTES,
@@ -35,12 +37,12 @@ class TokenScoring(Generic[Batch]):
     """Pairs of queries and training examples whose tokens are to be scored.
 
     Attributes:
-        top: how many of each query's highest and lowest scores are wanted; None is every pair.
-        sequence_scores: gives the scores [queries, train] that these are found by.
+        keep: which pairs are wanted.
+        sequence_scores: gives the scores [queries, train] that the highest and lowest are found by.
     """
 
     scoring: Scoring[Batch]
-    top: int | None
+    keep: Tokens
     sequence_scores: Callable[[], Tensor]
 
     def all_pairs(self, result: Unfinished) -> dict[str, Tensor]:
@@ -52,7 +54,7 @@ class TokenScoring(Generic[Batch]):
         """
         self._check_disk(result)
         scoring, lengths, longest = self.scoring, self.lengths, int(self.lengths.max())
-        chosen = None if self.top is None else extreme_pairs(self.sequence_scores(), self.top)
+        chosen = self._chosen() if self.keep.pairs or self.keep.top is not None else None
         parts: list[Tensor] = []
         resident = Resident(scoring)
         for queries in resident:
@@ -68,10 +70,24 @@ class TokenScoring(Generic[Batch]):
         sizes = torch.tensor([len(pairs) for pairs in parts])
         return {"pairs": torch.cat(parts), "shards": sizes, "lengths": lengths}
 
+    def _chosen(self) -> Tensor:
+        """The pairs that are wanted, int64 [pairs, 2], where these are not all."""
+        if not self.keep.pairs:
+            assert self.keep.top is not None
+            return extreme_pairs(self.sequence_scores(), self.keep.top)
+        found, sizes = torch.tensor(self.keep.pairs), (len(self.scoring.queries), len(self.scoring.train))
+        if bool((found < 0).any()) or bool((found >= torch.tensor(sizes)).any()):
+            raise InputError(
+                f"pairs={self.keep.pairs}: expected positions below {sizes[0]} queries and {sizes[1]} examples."
+            )
+        chosen: Tensor = found.unique(dim=0)
+        return chosen
+
     def _check_disk(self, result: Unfinished) -> None:
         """Refuse to begin what there is too little disk space for."""
         scoring, train, longest = self.scoring, len(self.scoring.train), int(self.lengths.max())
-        each = train if self.top is None else min(2 * self.top, train)
+        each = train if self.keep.top is None else min(2 * self.keep.top, train)
+        each = len(self.keep.pairs) or each
         queries, block = len(scoring.queries), scoring.plan.block
         pairs = [each * min(block, queries - start) for start in range(0, queries, block)]
         itemsize, ranks = scoring.sweep.dtype.itemsize, scoring.ranks.count
@@ -103,12 +119,18 @@ class TokenScoring(Generic[Batch]):
         return collector.sums
 
     def _train_lengths(self) -> list[int]:
-        """How many tokens each training example has: as long as its mask or, without one, as many as layers see."""
+        """How many tokens each training example has: as its mask or, without one, as many as layers see.
+
+        Where pairs are chosen, those of others are 0.
+        """
         train, model = self.scoring.train, self.scoring.sweep.model
         if type(train.task).mask is Task.mask:  # never pads: all examples are alike
             return [self._seen_tokens(0)] * len(train)
-        masks = (train.task.mask(collated(train, [index], model)[0]) for index in range(len(train)))
-        return [self._seen_tokens(index) if mask is None else mask.shape[1] for index, mask in enumerate(masks)]
+        found = [0] * len(train)
+        for index in {example for _, example in self.keep.pairs} or range(len(train)):
+            mask = train.task.mask(collated(train, [index], model)[0])
+            found[index] = self._seen_tokens(index) if mask is None else mask.shape[1]
+        return found
 
     def _seen_tokens(self, index: int) -> int:
         """How many vectors of one example the layers see in a call; the most of any layer."""

@@ -31,7 +31,9 @@ class Dataset(Protocol[Example_co]):
 
 
 # Entries that say what a result is about, and one that tells a reader something and tells no two results apart.
-QUERIES, TRAIN, MODEL, LEFT_OUT = "queries", "training data", "model", "left out"
+QUERIES, TRAIN, MODEL, LEFT_OUT, UNIT = "queries", "training data", "model", "left out", "unit"
+# Entries that are others for each set of queries.
+BY_QUERIES = (QUERIES, "candidates", "tokens")
 _ADVICE = "Give the queries, the training set and the model that were scored, or score these."
 _DIGITS = 24  # hexadecimal, of a digest in a fingerprint
 # Bytes that one thread hashes at a time. SHA-256 of a whole is not made of those of its parts, so that a digest depends

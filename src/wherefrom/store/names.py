@@ -15,7 +15,7 @@ from pathlib import Path
 from wherefrom.runtime.errors import InputError, WherefromError
 from wherefrom.store.artifacts import read_manifest
 from wherefrom.store.files import checked_name, is_plain
-from wherefrom.store.fingerprint import Fingerprint, differences
+from wherefrom.store.fingerprint import BY_QUERIES, Fingerprint, differences
 
 logger = logging.getLogger("wherefrom")
 
@@ -89,6 +89,8 @@ def known_fingerprint(folder: Path) -> Fingerprint | None:
 def log_others(path: Path, fingerprint: Fingerprint) -> None:
     """Say what stays beside a result that is about to be made, and what the latest of it was made from instead.
 
+    Nothing is said where these are other queries alone, of which there may be many.
+
     Args:
         path: of a result, or of a folder of results of one fingerprint; nothing is said where it is there already.
     """
@@ -104,6 +106,9 @@ def log_others(path: Path, fingerprint: Fingerprint) -> None:
         return
     latest = max(manifests, key=lambda file: file.stat().st_mtime_ns).parent
     stored = known_fingerprint(latest)
-    changed = "" if stored is None else f" Against {latest}: {'; '.join(differences(stored, fingerprint))}."
+    found = [] if stored is None else differences(stored, fingerprint)
+    if found and all(each.startswith(tuple(f"{name}: " for name in BY_QUERIES)) for each in found):
+        return
+    changed = f" Against {latest}: {'; '.join(found)}." if found else ""
     others = ", ".join(sorted({file.relative_to(path.parent).parts[0] for file in manifests}))
     logger.info(f"{path} is new; what is beside it stays: {others}.{changed}")

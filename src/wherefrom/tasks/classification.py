@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.runtime.precision import widened_dtype
 from wherefrom.tasks.columns import check_highest, number, tensor
-from wherefrom.tasks.language import LanguageTask, Measure, TokenBatch, of_real_tokens, summed_loss
+from wherefrom.tasks.language import LanguageTask, Measure, TokenBatch, summed_loss
 from wherefrom.tasks.losses import half_squared_error, summed_binary_cross_entropy, summed_log_odds
 from wherefrom.tasks.model_inputs import check_tokens
 from wherefrom.tasks.sampling import Sampler
@@ -38,7 +38,7 @@ class TokenClassification(LanguageTask):
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         logits: Tensor = model(**self.inputs(model, batch)).logits
-        return logits, of_real_tokens(batch["labels"], batch)
+        return logits, self.targets(model, batch)
 
 
 class SequenceClassification(LanguageTask):
@@ -67,6 +67,7 @@ class SequenceClassification(LanguageTask):
         name: value for name, value in LanguageTask.padding.items() if name != "labels"
     }
     read: ClassVar[frozenset[str]] = LanguageTask.read.union(("label",))
+    by_token = False
 
     def __init__(
         self,
@@ -108,6 +109,9 @@ class SequenceClassification(LanguageTask):
         if self._problem(model, outputs.shape[-1], labels) != "single_label_classification":
             labels = labels.view(len(labels), -1).to(widened_dtype(outputs.dtype))
         return outputs, labels
+
+    def counted(self, model: nn.Module, batch: TokenBatch) -> int:
+        return 1
 
     def outputs(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """What the model makes of the sequences, [batch, outputs]."""

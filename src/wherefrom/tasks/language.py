@@ -83,6 +83,8 @@ class LanguageTask(Task[TokenBatch]):
     needed_labels: ClassVar[str | None] = None
     """What `labels` are, of a task that cannot do without them."""
 
+    by_token = True
+
     def __init__(self, layers: Sequence[str] | None = None, measure: Measure = "loss") -> None:
         super().__init__(layers)
         if measure not in ("loss", "margin"):
@@ -92,6 +94,17 @@ class LanguageTask(Task[TokenBatch]):
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Logits [..., classes] of every prediction, and their labels [...], -100 where nothing is counted."""
         raise NotImplementedError(f"{type(self).__name__} must define predictions(model, batch).")
+
+    def targets(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """The labels of every prediction [...], -100 where nothing is counted."""
+        return of_real_tokens(batch["labels"], batch)
+
+    @property
+    def unit(self) -> str:
+        return "log-odds" if self.measure == "margin" else "nats"
+
+    def counted(self, model: nn.Module, batch: TokenBatch) -> int:
+        return int((self.targets(model, batch) != IGNORED).sum())
 
     def select(self, model: nn.Module, example: object) -> object:
         return selected(model, example, self.read) if isinstance(example, Mapping) else example
@@ -209,13 +222,19 @@ class CausalLM(LanguageTask):
         self.measure = measure
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        return self._logits(model, batch), self.targets(model, batch)
+
+    def targets(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         # The labels are shifted, not the logits: a slice of those would be copied, and filled up again going back.
         labels = of_real_tokens(functional.pad(_labels(batch)[:, 1:], (0, 1), value=IGNORED), batch)
         virtual = virtual_tokens(model)
         if virtual:  # of these, the last predicts the text's first
             labels = torch.cat([_labels(batch)[:, :1], labels], 1)
             labels = functional.pad(labels, (virtual - 1, 0), value=IGNORED)
-        return self._logits(model, batch), labels
+        return labels
+
+    def counted(self, model: nn.Module, batch: TokenBatch) -> int:
+        return 1 if isinstance(self.measure, ChosenToken) else super().counted(model, batch)
 
     def measurement(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         if not isinstance(self.measure, ChosenToken):
@@ -291,7 +310,7 @@ class MaskedLM(LanguageTask):
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         logits: Tensor = model(**self.inputs(model, batch)).logits
-        return logits, of_real_tokens(batch["labels"], batch)
+        return logits, self.targets(model, batch)
 
 
 class Seq2Seq(LanguageTask):
@@ -312,7 +331,11 @@ class Seq2Seq(LanguageTask):
 
     def predictions(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         logits: Tensor = model(**self.inputs(model, batch), labels=batch["labels"], use_cache=False).logits
-        return logits, batch["labels"]
+        return logits, self.targets(model, batch)
+
+    def targets(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        labels: Tensor = batch["labels"]
+        return labels
 
     def masks(self, batch: TokenBatch) -> tuple[Tensor, ...]:
         """The encoder's mask and the decoder's."""

@@ -38,6 +38,9 @@ class Task(Generic[Batch]):
     convex: ClassVar[bool] = True
     """Whether the training loss is convex in what the model returns, as solvers need."""
 
+    by_token: ClassVar[bool] = False
+    """Whether the measurement is a sum over tokens, so that a person reads it by the token."""
+
     def __init__(self, layers: Sequence[str] | None = None) -> None:
         expected = f"a list of names or patterns; write layers=[{layers!r}]"
         check_argument(not isinstance(layers, str), "layers", layers, expected)
@@ -59,6 +62,15 @@ class Task(Generic[Batch]):
         score then says that training on the example made it more likely.
         """
         return self.train_loss(model, batch)
+
+    @property
+    def unit(self) -> str:
+        """What the measurement is in."""
+        return "units of the loss"
+
+    def counted(self, model: nn.Module, batch: Batch) -> int:
+        """How many tokens the measurement of a batch of one example is a sum over; 1 without tokens."""
+        return 1
 
     def mask(self, batch: Batch) -> Tensor | None:
         """Which tokens are real rather than padding: boolean [batch, tokens], or None when all are."""
@@ -156,6 +168,11 @@ class Objective(nn.Module, Generic[Batch]):
         return self._task.measurement(self.model, batch) if measured else self._task.train_loss(self.model, batch)
 
 
+def unit_of(task: Task[Batch]) -> str:
+    """What a person reads the measurement in."""
+    return f"{task.unit} a token" if task.by_token else task.unit
+
+
 def checked_settings(task: Task[Batch]) -> dict[str, str]:
     """The settings of a task, which fingerprints are made of; refuses what are not texts by name, always the same."""
     found = task.settings()
@@ -173,6 +190,10 @@ class Classification(Task[Sequence[Tensor]]):
 
     Labels are class numbers [batch], or probabilities of classes [batch, classes].
     """
+
+    @property
+    def unit(self) -> str:
+        return "nats"
 
     def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
         """The cross-entropy, summed over the batch; refuses labels that are not of the model's classes."""
@@ -195,6 +216,10 @@ class Regression(Task[Sequence[Tensor]]):
     """Regression of batches `(inputs, targets)` by half the squared error, the negative log-likelihood of a normal
     distribution of unit variance; the model returns predictions of the targets' shape [batch, ...]."""
 
+    @property
+    def unit(self) -> str:
+        return "nats"
+
     def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
         """Half the squared error, summed over the batch; refuses targets of another shape than the model's output."""
         inputs, targets = _pair(self, batch)
@@ -211,6 +236,10 @@ class MultiLabel(Task[Sequence[Tensor]]):
 
     Labels are 0 or 1, or probabilities.
     """
+
+    @property
+    def unit(self) -> str:
+        return "nats"
 
     def train_loss(self, model: nn.Module, batch: Sequence[Tensor], sampler: Sampler | None = None) -> Tensor:
         """The binary cross-entropy, summed over the batch and the classes; refuses labels of another shape."""

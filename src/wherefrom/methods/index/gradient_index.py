@@ -29,7 +29,7 @@ from wherefrom.runtime.memory import within_memory
 from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
 from wherefrom.scoring.keep import Top
 from wherefrom.scoring.rescoring import exact_scores
-from wherefrom.scoring.results import TopScores, extremes
+from wherefrom.scoring.results import RISE, TopScores, extremes
 from wherefrom.store.fingerprint import MODEL, TRAIN, Dataset, Fingerprint, model_digest, tensors_digest
 from wherefrom.store.names import check_result_name, log_others, result_name
 from wherefrom.tasks.task import Batch
@@ -138,7 +138,8 @@ class GradientIndex(Generic[Batch]):
             **({"normalized": "cosine"} if normalized else {}),
         }
         both = best["values"], best["train"], best["lowest_values"], best["lowest_train"]
-        return TopScores(*both, fingerprint=fingerprint, queries=queries)
+        scale = None if normalized else self.method.scale(self.context, examples, Top(k)).get(RISE)
+        return TopScores(*both, fingerprint=fingerprint, rise_per_score=scale, queries=queries)
 
     def _check_query(self, k: int, rerank: int, normalized: bool) -> None:
         check_argument(k >= 1, "k", k, "at least 1")

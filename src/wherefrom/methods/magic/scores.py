@@ -63,6 +63,9 @@ class Magic(Method):
     name: ClassVar[str] = "magic"
     full_precision: ClassVar[str] = "training is repeated as it was"
 
+    def rise(self, train: int) -> float | None:
+        return 1.0
+
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         if context.ranks.count > 1:
             raise RankError(

@@ -117,6 +117,9 @@ class LoGra(Projected):
 
     name: ClassVar[str] = "logra"
 
+    def rise(self, train: int) -> float | None:
+        return 1 / train
+
     def projection(self, context: Context[Any], scales: Mapping[str, Tensor] | None = None) -> Projecting:
         if self.directions == "random":
             return super().projection(context, scales)

@@ -1,0 +1,209 @@
+"""An answer and the training examples behind it: what is found, as a value, for programs and in the terminal.
+
+This module knows texts and numbers; it must not know models, or how scores come about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from wherefrom.report.passages import Passage, excerpt
+from wherefrom.report.reading import Reading
+from wherefrom.report.text import shade, sources_table
+from wherefrom.runtime.errors import printable
+from wherefrom.scoring.results import GroupScore
+
+_SHOWN = 480  # characters of an example in the terminal
+
+
+@dataclass(frozen=True)
+class Found:
+    """A training example behind an answer.
+
+    Attributes:
+        rank: from 1.
+        score: raw.
+        passage: the example for a reader; its text is that of the tokens where these are known.
+        tokens: the text cut into its tokens, each with its part of the score; empty where that is not known.
+        overlaps: what of the text stands in the answer word for word, in characters.
+    """
+
+    rank: int
+    train: int
+    score: float
+    passage: Passage
+    tokens: Sequence[tuple[str, float]] = ()
+    overlaps: Sequence[tuple[int, int]] = ()
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Where an answer comes from.
+
+    Attributes:
+        prompt, answer: the texts.
+        span: what of the answer was attributed, in characters.
+        contrast: the other answer, whose scores were subtracted; None without one.
+        method: the name of the method of the scores.
+        read: how scores are read.
+        in_nats: whether that is a predicted rise.
+        supporting: the examples with the highest scores above 0: training on them made the answer likelier.
+        opposing: those with the lowest below 0.
+        shared: those that share its words (BM25); None where that was not looked for.
+        groups: sums over groups of all examples; None where none were asked for.
+        scored: how many training examples were scored exactly; of: of how many.
+    """
+
+    prompt: str
+    answer: str
+    span: tuple[int, int]
+    contrast: str | None
+    method: str
+    read: Reading
+    in_nats: bool
+    supporting: Sequence[Found]
+    opposing: Sequence[Found]
+    shared: Sequence[Found] | None
+    groups: Sequence[GroupScore] | None
+    scored: int
+    of: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as json writes it; docs/how-to/ask.md says what each entry is."""
+        read = self.read
+
+        def worth(score: float) -> dict[str, float | None]:
+            return {"score": score, "rise": read.factor * score if self.in_nats else None}
+
+        def written(each: Found, scored: bool) -> dict[str, Any]:
+            shown = each.passage
+            return {
+                "rank": each.rank,
+                "train": each.train,
+                **(worth(each.score) if scored else {"score": each.score}),
+                **{name: getattr(shown, name) or None for name in ("title", "label", "source")},
+                "text": shown.text,
+                "answer_start": shown.answer_start,
+                "tokens": [{"text": text, **worth(part)} for text, part in each.tokens] or None,
+                "overlaps": [list(each) for each in each.overlaps],
+            }
+
+        groups = [{"group": each.group, "examples": each.train, **worth(each.sum)} for each in self.groups or ()]
+        start, stop = self.span
+        return {
+            "prompt": self.prompt,
+            "answer": self.answer,
+            "span": {"start": start, "stop": stop, "text": self.answer[start:stop]},
+            "contrast": self.contrast,
+            "method": self.method,
+            "unit": read.heading if self.in_nats else None,
+            "meaning": read.meaning,
+            "scored": self.scored,
+            "of": self.of,
+            "supporting": [written(each, True) for each in self.supporting],
+            "opposing": [written(each, True) for each in self.opposing],
+            "bm25": None if self.shared is None else [written(each, False) for each in self.shared],
+            "groups": None if self.groups is None else groups,
+        }
+
+    def shown(self) -> RenderableType:
+        """All of it for the terminal, which does not obey the texts."""
+        start, stop = self.span
+        asked = Text("Prompt  ", style="bold")
+        asked.append(printable(self.prompt), style="not bold")
+        answered = Text("Answer  ", style="bold")
+        for text, style in ((self.answer[:start], ""), (self.answer[start:stop], "reverse"), (self.answer[stop:], "")):
+            answered.append(printable(text), style=f"not bold {style}")
+        parts: list[RenderableType] = [asked, answered]
+        if self.contrast is not None:
+            other = Text("Not     ", style="bold")
+            parts.append(other.append(printable(self.contrast), style="not bold"))
+        parts += [Text(), *self._end("Training on these made it likelier", self.supporting)]
+        parts += self._end("Training on these made it less likely", self.opposing)
+        if self.shared is not None:
+            parts += [self._beside(self.shared), Text()]
+        if self.groups is not None:
+            parts += [sources_table(self.groups, self.read), Text()]
+        said = f"{self.read.heading}: {self.read.meaning}."
+        if any(each.overlaps for each in (*self.supporting, *self.opposing)):
+            said += " Underlined: five words or more that the answer has too."
+        return Group(*parts, Text(f"{said} {self.scored:,} of {self.of:,} examples were scored exactly.", style="dim"))
+
+    def _end(self, heading: str, found: Sequence[Found]) -> list[RenderableType]:
+        parts: list[RenderableType] = [Text(f"{heading}{'' if found else ': none'}", style="bold"), Text()]
+        for each in found:
+            line = Text(f"{each.rank:>2}. ")
+            line.append(self.read(each.score), style="bold")
+            parts += [line.append(f"  {_named(each)}"), _text(each), Text()]
+        return parts
+
+    def _beside(self, shared: Sequence[Found]) -> Table:
+        """The examples of the highest scores, and those that share the answer's words."""
+        table = Table("Rank", escape(self.read.heading), "By influence", "By shared words (BM25)")
+        influential = {each.train: each.rank for each in self.supporting}
+        for place in range(max(len(self.supporting), len(shared))):
+            worth, ours, theirs = "", Text(), Text()
+            if place < len(self.supporting):
+                each = self.supporting[place]
+                worth, ours = self.read(each.score), _brief(each)
+            if place < len(shared):
+                also = influential.get(shared[place].train)
+                theirs = _brief(shared[place]).append(f" (there {also}.)" if also else "", style="dim")
+            table.add_row(str(place + 1), worth, ours, theirs)
+        return table
+
+
+def _named(each: Found) -> str:
+    facts: Mapping[str, str] = {
+        "{}": each.passage.title,
+        "({})": each.passage.label,
+        "from {}": each.passage.source,
+    }
+    return " ".join([f"train {each.train}", *(how.format(printable(said)) for how, said in facts.items() if said)])
+
+
+def _brief(each: Found) -> Text:
+    said = each.passage.title or excerpt(each.passage.text, 60, each.passage.answer_start)
+    return Text(f"{each.train}  {printable(said)}", overflow="fold")
+
+
+def _text(each: Found) -> Text:
+    """An example's text around the tokens that say most, shaded, with what the answer has too underlined."""
+    pieces = each.tokens or [(each.passage.text, 0.0)]
+    text, limit = Text(), max((abs(part) for _, part in pieces), default=0.0)
+    for piece, part in pieces:
+        # Of the same length as the text, in which overlaps are counted.
+        text.append(printable(piece).replace("\n", "↵").replace("\t", " "), shade(part / limit) if limit else Style())
+    for start, stop in each.overlaps:
+        text.stylize("underline bold", start, stop)
+    first = _window([(len(piece), abs(part)) for piece, part in pieces], each.overlaps)
+    shown = text[first : first + _SHOWN]
+    return Text.assemble("…" * (first > 0), shown, "…" * (first + _SHOWN < len(text)))
+
+
+def _window(weights: Sequence[tuple[int, float]], overlaps: Sequence[tuple[int, int]]) -> int:
+    """Where the characters begin that are shown of a longer text: at an overlap, or where most of the score is.
+
+    Args:
+        weights: each token's characters, and how much it says.
+    """
+    if sum(length for length, _ in weights) <= _SHOWN:
+        return 0
+    if overlaps:
+        return max(0, max(overlaps, key=lambda each: each[1] - each[0])[0] - _SHOWN // 4)
+    best, found, begin, end, inside, first = -1.0, 0, 0, 0, 0.0, 0
+    for last, (length, weight) in enumerate(weights):  # the window ends behind this token
+        end, inside = end + length, inside + weight
+        while end - begin > _SHOWN and first < last:
+            begin, inside, first = begin + weights[first][0], inside - weights[first][1], first + 1
+        if inside > best:
+            best, found = inside, begin
+    return found

@@ -100,7 +100,7 @@ def test_the_lock_knows_what_torch_needs() -> None:
 
 
 def test_every_library_that_is_imported_is_asked_for() -> None:
-    asked = {canonicalize_name(each.name) for each in requirements("lora", "evaluate")}
+    asked = {canonicalize_name(each.name) for each in requirements("lora", "evaluate", "serve")}
     distributions = packages_distributions()
     for file in SOURCE.rglob("*.py"):
         for module in imported(file):

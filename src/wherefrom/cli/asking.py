@@ -1,4 +1,4 @@
-"""The subcommand `wherefrom ask`: from a prompt and an answer to the training examples behind the answer.
+"""The subcommands `wherefrom ask` and `serve`: from an answer to the training examples behind it, here or on a page.
 
 All work is the library's; this module turns arguments into its calls.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json as json_format
 import sys
+import webbrowser
+from threading import Thread
 
 import tyro
 from rich.console import Console
@@ -17,7 +19,7 @@ from wherefrom.cli.shared import Run
 from wherefrom.jobs.asking import Asker
 from wherefrom.jobs.sources import RunSources
 from wherefrom.runtime.distributed import Ranks
-from wherefrom.runtime.errors import RankError
+from wherefrom.runtime.errors import RankError, require
 
 console = Console()
 
@@ -78,3 +80,44 @@ def ask(
         sys.stdout.write(json_format.dumps(found.to_json(), indent=1) + "\n")
     else:
         console.print(found.shown())
+
+
+def serve(
+    run: Run,
+    *,
+    port: int = 8765,
+    browser: bool = True,
+    read_only: bool = False,
+    execution: tyro.conf.OmitArgPrefixes[EXECUTED] = EXECUTED(),  # noqa: B008
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Open a local page to ask in: prompts, answers, what is behind them, and judgements of training examples.
+
+    Args:
+        run: A run directory that `wherefrom fit` made.
+        port: On 127.0.0.1; 0 takes any that is free.
+        browser: Open the page in a browser; the address is printed in any case.
+        read_only: Let nobody judge training examples. Scores are still computed and stored.
+        execution: How to compute.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
+    """
+    if Ranks.current().count > 1:
+        raise RankError(f"serve on {Ranks.current().count} processes: expected one. Start it without torchrun.")
+    for library in ("starlette", "uvicorn"):
+        require(library, "serve")
+    from wherefrom.serve.app import listen, serve_page  # noqa: PLC0415  (needs them)
+    from wherefrom.serve.views import RunViews  # noqa: PLC0415
+
+    executed, sources = execution.made(), RunSources.load(run, trust_remote_code)
+    listening = listen(port)  # or it turns out when the model is loaded that it is taken
+    views = RunViews(sources, sources.study(run, device, executed), read_only=read_only)
+
+    def ready(address: str) -> None:
+        console.print(f"Ask at {address}", soft_wrap=True, highlight=False)
+        console.print("Whoever has this address can ask. Ctrl-C ends the server.", style="dim")
+        if browser:
+            Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # some are programs of the terminal
+
+    serve_page(views, listening, ready)

@@ -33,6 +33,7 @@ COMMANDS = {
     "index": "index",
     "query": "index",
     "ask": "asking",
+    "serve": "asking",
     "plan": "plan",
 }
 # Those that take a method, a subcommand of theirs.

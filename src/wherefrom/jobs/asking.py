@@ -107,6 +107,13 @@ class Asker:
             of=len(self.study.train),
         )
 
+    def sharing_words(self, question: Question, *, k: int = 5, candidates: int = 100) -> list[Found] | None:
+        """The examples that share words with the prompt and the answer, which take no time to find: those of
+        `attribute`; None where BM25 is missing.
+        """
+        shared = self._shared(question, candidates)
+        return None if shared is None else self._found(question, shared[:k], lambda _: [])
+
     @cached_property
     def passages(self) -> DatasetPassages:
         """The training examples for readers."""

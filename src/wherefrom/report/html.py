@@ -135,7 +135,8 @@ def render_report(
         "profile": profile,
     }
     templates = package_templates()
-    style, script = (templates.get_template(f"report.{kind}").render() for kind in ("css", "js"))
+    style = templates.get_template("report.css").render()
+    script = "\n".join(templates.get_template(f"{name}.js").render() for name in ("components", "report"))
     return templates.get_template("report.html").render(
         _clean(texts),
         train_count=len(train),

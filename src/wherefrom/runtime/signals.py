@@ -31,9 +31,11 @@ class HeldSignals:
                 signal.signal(number, self._receive)
 
     def deliver(self) -> None:
-        """Let the handlers that were there before have the signal; where they return, go on holding."""
+        """Let the handlers that were there before have the signal; where they return, go on holding, if it did."""
+        holding = bool(self._before)
         self.release()
-        self.hold()
+        if holding:
+            self.hold()
 
     def release(self) -> None:
         """Put those handlers back, and let them have the signal."""

@@ -1,31 +1,7 @@
 "use strict";
 // Picks, filters, unfolds and shades what the page already holds. Texts are moved as text, never as markup.
 (() => {
-  const root = document.documentElement;
-  root.classList.add("js");
-
-  // The theme is set before the first paint. Storage may be refused to a page opened from disk.
-  const remembered = "wherefrom-theme";
-  const recall = () => { try { return localStorage.getItem(remembered); } catch { return null; } };
-  const remember = (theme) => { try { localStorage.setItem(remembered, theme); } catch { /* lasts for this visit */ } };
-  const systemDark = matchMedia("(prefers-color-scheme: dark)");
-  const theme = () => root.dataset.theme || (systemDark.matches ? "dark" : "light");
-  if (["light", "dark"].includes(recall())) root.dataset.theme = recall();
-
-  const plain = (text) => text.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
-
-  function startTheme() {
-    const button = document.getElementById("theme");
-    const other = () => (theme() === "dark" ? "light" : "dark");
-    const show = () => { button.textContent = other() === "dark" ? "Dark theme" : "Light theme"; };
-    button.addEventListener("click", () => {
-      root.dataset.theme = other();
-      remember(root.dataset.theme);
-      show();
-    });
-    systemDark.addEventListener("change", show);
-    show();
-  }
+  const { plain, shade, startTheme } = components;
 
   function startQueries() {
     const byId = (id) => document.getElementById(id);
@@ -198,80 +174,13 @@
     return (multiple > 0 ? "+" : "−") + plain.replace("-", "−");
   }
 
-  // The token above or below: the nearest one of the next line in that direction.
-  function beside(tokens, from, step) {
-    const distance = (index) => Math.abs(tokens[index].offsetLeft - tokens[from].offsetLeft);
-    let nearest = from, line = null;
-    for (let index = from + step; index >= 0 && index < tokens.length; index += step) {
-      const top = tokens[index].offsetTop;
-      if (top === tokens[from].offsetTop) continue;
-      line ??= top;
-      if (top !== line) break;
-      if (nearest === from || distance(index) < distance(nearest)) nearest = index;
-    }
-    return nearest;
-  }
-
-  // Shades a hit's text by its tokens' shares and gives it a cursor, which pointer and keys move alike.
-  function shade(text) {
-    const { exponent, lengths, shares } = text.dataset;
-    const counts = numbers(shares), largest = Math.max(1, ...counts.map(Math.abs));
-    const tokens = cut(text.textContent, numbers(lengths)).map((piece, index) => {
-      const token = document.createElement("span");
-      token.textContent = piece;
-      token.className = counts[index] < 0 ? "negative" : "positive";
-      token.classList.toggle("newline", piece.trim() === "" && piece.includes("\n"));
-      token.style.setProperty("--share", `${(100 * Math.abs(counts[index])) / largest}%`);
-      return token;
-    });
-    const bar = document.getElementById("token-bar").content.firstElementChild.cloneNode(true);
-    const part = (selector) => bar.querySelector(selector);
-    let cursor = 0;
-
-    function show(index) {
-      tokens[cursor].classList.remove("cursor");
-      cursor = index;
-      tokens[cursor].classList.add("cursor");
-      const count = counts[cursor];
-      part("bdi").textContent = `“${tokens[cursor].textContent.replaceAll("\n", "↵").replaceAll("\t", "⇥")}”`;
-      part("strong").textContent = number(count, exponent);
-      part("strong").className = count < 0 ? "negative" : "positive";
-      part(".ramp").style.setProperty("--at", `${50 + (50 * count) / largest}%`);
-    }
-
-    text.addEventListener("pointerover", (event) => {
-      if (tokens.includes(event.target)) show(tokens.indexOf(event.target));
-    });
-    text.addEventListener("keydown", (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
-      const onward = getComputedStyle(text).direction === "rtl" ? -1 : 1;
-      const goal = {
-        ArrowRight: cursor + onward, ArrowLeft: cursor - onward, Home: 0, End: tokens.length - 1,
-        ArrowUp: beside(tokens, cursor, -1), ArrowDown: beside(tokens, cursor, 1),
-      }[event.key];
-      if (goal === undefined) return;
-      event.preventDefault();
-      event.stopPropagation(); // the arrows would move to another query
-      show(Math.min(Math.max(goal, 0), tokens.length - 1));
-      tokens[cursor].scrollIntoView({ block: "nearest" });
-    });
-
-    text.replaceChildren(...tokens);
-    text.classList.add("tokens");
-    text.tabIndex = 0;
-    text.setAttribute("role", "group");
-    text.setAttribute("aria-label", "Tokens; arrow keys move over them");
-    part(".low").textContent = number(-largest, exponent);
-    part(".high").textContent = number(largest, exponent);
-    show(Math.max(0, counts.findIndex((count) => Math.abs(count) === largest)));
-    text.after(bar);
-  }
-
   function startTokens() {
     // The event does not bubble, but it is seen on its way down.
     document.getElementById("queries").addEventListener("toggle", ({ target }) => {
       const text = target.querySelector(".text[data-shares]:not(.tokens)");
-      if (target.open && text) shade(text);
+      if (!target.open || !text) return;
+      const { exponent, lengths, shares } = text.dataset;
+      shade(text, cut(text.textContent, numbers(lengths)), numbers(shares), (share) => number(share, exponent));
     }, true);
   }
 

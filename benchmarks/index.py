@@ -96,7 +96,7 @@ def lds(arguments: Arguments) -> dict[str, object]:
     from leaderboard.subject import Subject  # noqa: PLC0415
 
     setting, run_dir = Setting(Size(), arguments.cache_dir), arguments.leaderboard_dir
-    truth = protocol_b(setting, run_dir, arguments.masks, 0.01, 1)
+    truth, _ = protocol_b(setting, run_dir, arguments.masks, 0.01, 1)
     with tempfile.TemporaryDirectory() as folder:
         study = Subject(setting, record(setting, run_dir / "training"), Path(folder, "run")).study()
         scores, sizes = {"ekfac": study.score(setting.queries).values}, {}

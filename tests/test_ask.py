@@ -136,7 +136,7 @@ def test_with_an_index_candidates_have_the_same_scores(study: wf.PretrainedStudy
         wf.study_from_pretrained(folder, TEXTS, run=folder.parent / "indexed", device="cpu", end_token=False)
     )
     assert not indexed.has_index
-    indexed.study.index(wf.EKFAC(), wf.Compression())
+    indexed.study.index(wf.EKFAC(), wf.Sketch())
     assert indexed.has_index
     found = indexed.attribute(indexed.writer.question(PROMPT, ANSWER), k=1, candidates=1)
     assert found.scored < found.of == 6

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from tests.reliability.outcomes import Outcome
-from wherefrom.cli import sources as run_sources
 from wherefrom.hf.blueprint import model_without_weights
 from wherefrom.hf.preparation import Preparation
+from wherefrom.jobs import sources as run_sources
 from wherefrom.jobs.sources import SOURCES, DataSource, RunSources
 from wherefrom.report import figures
 from wherefrom.report.figures import load_figures

@@ -83,6 +83,9 @@ class TrajectoryFisher(Method):
                 "cannot follow. Use Magic(training=...)."
             )
 
+    def rise(self, train: int) -> float | None:
+        return 1.0
+
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         checkpoints = self._checkpoints(context)
         visits, steps = trajectory(self.training, checkpoints)

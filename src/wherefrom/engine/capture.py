@@ -186,24 +186,26 @@ class Capture(AbstractContextManager["Capture"]):
                 with leaves_of(value) as leaves:
                     refuse(leaves)
                     current.check_flattened(leaves)
-                    self._backward(value, leaves, current, bool(others))
-                    for number, other in enumerate(others, start=1):
-                        again()
-                        value = other()
-                        expected = current.repeat(calls)
-                        self._backward(value, leaves, current, number < len(others))
+                    expected = list[Call]()
+                    for number, other in enumerate((None, *others)):
+                        if other is not None:
+                            again()
+                            value = other()
+                            expected, total = current.repeat(calls), total + value.detach()
+                        # Not by `autograd.grad`, with which PyTorch's counters of operations refuse modules that read a
+                        # leaf.
+                        torch.autograd.backward(value, inputs=leaves, retain_graph=number < len(others))
+                        self._receive_rest(current)
                         current.check_repeated(expected)
-                        total = total + value.detach()
             if self._flattened is not None:
                 self._flattened.update(current.first)
         finally:
             self._pass = None
         return total
 
-    def _backward(self, value: Tensor, leaves: Sequence[Tensor], current: Pass, retain: bool) -> None:
-        # Not by `autograd.grad`, with which PyTorch's counters of operations refuse modules that read a leaf.
-        torch.autograd.backward(value, inputs=leaves, retain_graph=retain)
-        for name in list(current.calls):  # layers of which only some calls have part in the loss
+    def _receive_rest(self, current: Pass) -> None:
+        """Layers of which only some calls have part in the loss."""
+        for name in list(current.calls):
             captured = self._concatenated(name, current)
             if captured is not None:
                 self._receive(name, captured)

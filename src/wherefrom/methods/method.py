@@ -209,11 +209,7 @@ class Method(ABC):
         if overwrite:
             keep.forget(cache, item)
         context.ranks.first(lambda: log_others(context.folder(keep.folder, called), fingerprint))
-
-        def compute(unfinished: Unfinished) -> Mapping[str, Tensor]:
-            return {**job.compute(unfinished), **self.scale(context, examples, keep)}
-
-        tensors = cache.get_or_compute(item, compute)
+        tensors = cache.get_or_compute(item, job.compute, beside=lambda: self.scale(context, examples, keep))
         result = keep.opened(folder / item, tensors, len(examples), len(context.train))
         remark = self.remark(result)
         if remark is not None and context.ranks.is_main:

@@ -67,6 +67,7 @@ class Cache:
         compute: Callable[[Unfinished], Mapping[str, Tensor]],
         layout: Layout | None = None,
         device: torch.device | None = None,
+        beside: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> dict[str, Tensor]:
         """The tensors of `folder/name`, computed and stored unless they are there.
 
@@ -74,6 +75,7 @@ class Cache:
             compute: makes them; its argument has what an interrupted run has left, and takes matrices block by block.
             layout: what is expected of them.
             device: where they are wanted; None leaves them on disk, memory-mapped.
+            beside: makes small ones that are stored with them.
 
         Raises:
             MismatchError: what has this name was made from something else.
@@ -85,7 +87,7 @@ class Cache:
             # What a finished sweep has summed up is nowhere but in memory until this has saved it.
             with held_signals() as held:
                 unfinished = Unfinished(self, name)
-                self.save(unfinished, compute(unfinished))
+                self.save(unfinished, {**compute(unfinished), **beside()})
                 fresh = True
                 held.deliver()
         self.ranks.first(lambda: self._discard_parts(name))

@@ -81,15 +81,15 @@ class Asker:
         check_argument(k >= 1, "k", k, "at least 1")
         check_argument(candidates >= k, "candidates", candidates, f"at least the {k} that are shown")
         groups = None if group is None else self.study.pretrained.column(group)
-        asked = [question] if contrast is None else [question, contrast]
+        questions = [question] if contrast is None else [question, contrast]
         shared = self._shared(question, candidates) if shared_words else None
-        scores = self._scores(asked, candidates, shared, every=groups is not None)
+        scores = self._scores(questions, candidates, shared, every=groups is not None)
         train, values = _differences(scores)
         read = self._read(scores, question, contrast, values)
         order = values.argsort(descending=True, stable=True)
         highest, lowest = order[values[order] > 0][:k], order.flip(0)[values[order.flip(0)] < 0][:k]
         chosen = [[(int(train[at]), float(values[at])) for at in end] for end in (highest, lowest)]
-        pieces = self._pieces(asked, [position for end in chosen for position, _ in end])
+        pieces = self._pieces(questions, [position for end in chosen for position, _ in end])
         supporting, opposing = (self._found(question, end, pieces) for end in chosen)
         return Attribution(
             prompt=question.prompt,
@@ -130,10 +130,10 @@ class Asker:
         return next(within(self.study.path, "index").rglob("manifest.json"), None) is not None
 
     def _scores(
-        self, asked: Sequence[Question], count: int, shared: Sequence[tuple[int, float]] | None, every: bool
+        self, questions: Sequence[Question], count: int, shared: Sequence[tuple[int, float]] | None, every: bool
     ) -> Result:
         """Exact scores of all training examples, or of candidates, the same for all questions."""
-        queries, total = [each.example for each in asked], len(self.study.train)
+        queries, total = [each.example for each in questions], len(self.study.train)
         method = self.method
         if every or not (self.has_index and isinstance(method, Factored) and not method.compressed):
             if isinstance(method, Factored):
@@ -174,16 +174,16 @@ class Asker:
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [(position, score) for position, score in pairs if score > 0]
 
-    def _pieces(self, asked: Sequence[Question], positions: Sequence[int]) -> Pieces:
+    def _pieces(self, questions: Sequence[Question], positions: Sequence[int]) -> Pieces:
         """The tokens of the examples that are shown; none where the method or the model has no scores of tokens."""
-        if not (isinstance(self.method, Factored) and positions) or asked[0].encoder_decoder:
+        if not (isinstance(self.method, Factored) and positions) or questions[0].encoder_decoder:
             return lambda _: []
-        pairs = tuple((query, position) for query in range(len(asked)) for position in positions)
-        found = self.study.score([each.example for each in asked], self.method, keep=Tokens(pairs=pairs))
+        pairs = tuple((query, position) for query in range(len(questions)) for position in positions)
+        found = self.study.score([each.example for each in questions], self.method, keep=Tokens(pairs=pairs))
         tokens = DatasetTokens(found, self.study.train, self.study.tokenizer)
 
         def pieces(position: int) -> list[tuple[str, float]]:
-            mine, *others = (tokens(query, position) or () for query in range(len(asked)))
+            mine, *others = (tokens(query, position) or () for query in range(len(questions)))
             parts = [part for _, part in mine]
             for other in others:
                 parts = [part - its for part, (_, its) in zip(parts, other, strict=True)]

@@ -62,7 +62,7 @@ class Question:
     @property
     def example(self) -> dict[str, Any]:
         """What a study scores: `input_ids`, and `labels` that are -100 but for what is attributed."""
-        labels = [each if place in self.chosen else IGNORED for place, each in enumerate(self.answer_ids)]
+        labels = [each if position in self.chosen else IGNORED for position, each in enumerate(self.answer_ids)]
         if not self.encoder_decoder:
             labels = [IGNORED] * (len(self.input_ids) - len(labels)) + labels
         return {"input_ids": list(self.input_ids), "labels": labels, **self.shown}
@@ -76,7 +76,7 @@ class Question:
         start, stop = self._found(span) if isinstance(span, str) else span
         fits = 0 <= start < stop <= len(self.answer)
         check_argument(fits, "span", span, f"a part of the {len(self.answer)} characters of the answer")
-        touched = [place for place, (first, last) in enumerate(self._bounds) if first < stop and start < last]
+        touched = [position for position, (first, last) in enumerate(self._bounds) if first < stop and start < last]
         return replace(self, chosen=range(touched[0], touched[-1] + 1))
 
     @cached_property
@@ -86,20 +86,20 @@ class Question:
         for piece in self.pieces:
             found.append((end, end + len(piece)))
             end += len(piece)
-        for place in range(len(found) - 2, -1, -1):
-            if found[place][0] == found[place][1]:
-                found[place] = found[place + 1]
+        for position in range(len(found) - 2, -1, -1):
+            if found[position][0] == found[position][1]:
+                found[position] = found[position + 1]
         return found
 
     def _found(self, phrase: str) -> tuple[int, int]:
-        places = [at for at in range(len(self.answer)) if phrase and self.answer.startswith(phrase, at)]
-        if len(places) == 1:
-            return places[0], places[0] + len(phrase)
-        if not places:
+        found_at = [at for at in range(len(self.answer)) if phrase and self.answer.startswith(phrase, at)]
+        if len(found_at) == 1:
+            return found_at[0], found_at[0] + len(phrase)
+        if not found_at:
             raise InputError(f"span={phrase!r} is not in the answer: expected a part of {self.answer!r}.")
-        where = ", ".join(f"{at} (…{self.answer[max(0, at - 12) : at + len(phrase) + 12]!r}…)" for at in places)
+        where = ", ".join(f"{at} (…{self.answer[max(0, at - 12) : at + len(phrase) + 12]!r}…)" for at in found_at)
         raise InputError(
-            f"span={phrase!r} is in the answer {len(places)} times, at the characters {where}: give more of what "
+            f"span={phrase!r} is in the answer {len(found_at)} times, at the characters {where}: give more of what "
             "stands around the one that is meant."
         )
 
@@ -164,8 +164,8 @@ class Writer:
         check_argument(0 <= temperature < 100, "temperature", temperature, "0, or a number above it")
         ids = self._prompt_ids(prompt)
         causal, longest = self._encoder.target == "causal", self._pretrained.longest
-        room = max_new_tokens if longest is None or not causal else min(max_new_tokens, longest - len(ids))
-        if room < 1 or (longest is not None and len(ids) > longest):
+        longest_answer = max_new_tokens if longest is None or not causal else min(max_new_tokens, longest - len(ids))
+        if longest_answer < 1 or (longest is not None and len(ids) > longest):
             raise InputError(
                 f"prompt has {len(ids):,} tokens, and the model takes {longest:,} with its answer: shorten it."
             )
@@ -178,7 +178,7 @@ class Writer:
             written: Tensor = self._model.generate(  # type: ignore[operator]
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                max_new_tokens=room,
+                max_new_tokens=longest_answer,
                 do_sample=bool(temperature),
                 num_beams=1,
                 pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id or 0,
@@ -207,11 +207,11 @@ class Writer:
         whole = "".join(pieces)
         end = whole.rfind(answer.strip()) + len(answer.strip()) if answer.strip() in whole else len(whole)
         ends = list(accumulate(map(len, pieces)))
-        count = next(place for place, each in enumerate(ends, 1) if each >= end)
+        count = next(position for position, each in enumerate(ends, 1) if each >= end)
         behind = len(pieces) - count
-        kept = input_ids if encoder_decoder or not behind else input_ids[:-behind]
+        remaining = input_ids if encoder_decoder or not behind else input_ids[:-behind]
         shown = readable(self._pretrained.asked(prompt, answer))
-        found = Question(prompt, pieces[:count], range(count), kept, answer_ids[:count], encoder_decoder, shown)
+        found = Question(prompt, pieces[:count], range(count), remaining, answer_ids[:count], encoder_decoder, shown)
         return found if span is None else found.of(span)
 
     def _apart(self, prompt: str, answer: str) -> str:

@@ -64,8 +64,8 @@ def make_app(views: RunViews, worker: Worker, token: str, port: int) -> ASGIApp:
             "/export/filtered/{file:int}",
             _exported(lambda request: views.filtered(request.path_params["file"])),
         ),
-        Route("/api/answer", _streamed(worker, lambda asked: _answer(views, asked)), methods=["POST"]),
-        Route("/api/attribute", _streamed(worker, lambda asked: _attribute(views, asked)), methods=["POST"]),
+        Route("/api/answer", _streamed(worker, lambda body: _answer(views, body)), methods=["POST"]),
+        Route("/api/attribute", _streamed(worker, lambda body: _attribute(views, body)), methods=["POST"]),
     ]
     return Guard(Starlette(routes=routes), token, port)
 
@@ -172,10 +172,10 @@ def _said(error: WherefromError) -> Response:
 
 
 def _examples(views: RunViews, request: Request) -> object:
-    asked = request.query_params
-    verdict = asked.get("verdict", "")
+    query = request.query_params
+    verdict = query.get("verdict", "")
     check_argument(verdict in ("", "any", *VERDICTS), "verdict", verdict, f"any, {', '.join(VERDICTS)}")
-    return views.examples(asked.get("words", "")[:1000], asked.get("source", ""), verdict, _number(request, "start", 0))
+    return views.examples(query.get("words", "")[:1000], query.get("source", ""), verdict, _number(request, "start", 0))
 
 
 def _number(request: Request, name: str, default: int) -> int:
@@ -198,13 +198,13 @@ def _export(views: RunViews) -> tuple[str, bytes]:
 def _judge(views: RunViews) -> Callable[[Request], Any]:
     async def answer(request: Request) -> Response:
         try:
-            asked = await _asked(request)
+            body = await _body(request)
             if views.read_only:
                 raise StorageError("This server was started with --read-only: nothing is judged here.")
             judgement = Judgement(
-                _part(asked, "train", int),
-                _part(asked, "verdict", str, ""),
-                _part(asked, "note", str, ""),
+                _part(body, "train", int),
+                _part(body, "verdict", str, ""),
+                _part(body, "note", str, ""),
             )
             await run_in_threadpool(views.judgements.judge, judgement)
             return _json(asdict(judgement))
@@ -248,7 +248,7 @@ def _streamed(worker: Worker, prepared: Callable[[dict[str, Any]], Callable[[Tel
                 loop.call_soon_threadsafe(told.put_nowait, line)
 
         try:
-            job = Job(prepared(await _asked(request)), deliver)
+            job = Job(prepared(await _body(request)), deliver)
             worker.submit(job)
         except WherefromError as error:
             return _said(error)
@@ -279,26 +279,26 @@ def _event(name: str, said: object) -> bytes:
     return f"event: {name}\ndata: {json.dumps(said, allow_nan=False)}\n\n".encode()
 
 
-def _answer(views: RunViews, asked: dict[str, Any]) -> Callable[[Tell], None]:
-    prompt = _text(asked, "prompt")
-    answer = None if asked.get("answer") is None else _text(asked, "answer")
-    most, temperature = _part(asked, "max_new_tokens", int, 64), float(_part(asked, "temperature", (int, float), 0))
-    seed = _part(asked, "seed", int, 0)
+def _answer(views: RunViews, body: dict[str, Any]) -> Callable[[Tell], None]:
+    prompt = _text(body, "prompt")
+    answer = None if body.get("answer") is None else _text(body, "answer")
+    most, temperature = _part(body, "max_new_tokens", int, 64), float(_part(body, "temperature", (int, float), 0))
+    seed = _part(body, "seed", int, 0)
     check_argument(0 <= seed < 2**31, "seed", seed, "0 to 2147483647")
     return lambda tell: views.answer(tell, prompt, answer, most, temperature, seed)
 
 
-def _attribute(views: RunViews, asked: dict[str, Any]) -> Callable[[Tell], None]:
-    prompt, answer = _text(asked, "prompt"), _text(asked, "answer")
-    said = asked.get("span")
+def _attribute(views: RunViews, body: dict[str, Any]) -> Callable[[Tell], None]:
+    prompt, answer = _text(body, "prompt"), _text(body, "answer")
+    said = body.get("span")
     fits = said is None or (isinstance(said, list) and len(said) == 2 and all(type(each) is int for each in said))
     check_argument(fits, "span", said, "where it begins and ends, in characters")
     span = None if said is None else (said[0], said[1])
-    method, k = _part(asked, "method", str, "ekfac"), _part(asked, "k", int, 10)
+    method, k = _part(body, "method", str, "ekfac"), _part(body, "k", int, 10)
     return lambda tell: views.attribute(tell, prompt, answer, span, method, k)
 
 
-async def _asked(request: Request) -> dict[str, Any]:
+async def _body(request: Request) -> dict[str, Any]:
     """What a request's JSON says.
 
     Raises:
@@ -313,15 +313,15 @@ async def _asked(request: Request) -> dict[str, Any]:
     return found
 
 
-def _part(asked: dict[str, Any], name: str, kind: Any, default: Any = None) -> Any:
-    found = asked.get(name, default)
+def _part(body: dict[str, Any], name: str, kind: Any, default: Any = None) -> Any:
+    found = body.get(name, default)
     if not isinstance(found, kind) or isinstance(found, bool):
         raise InputError(f"{name}: expected a {getattr(kind, '__name__', 'number')}.")
     return found
 
 
-def _text(asked: dict[str, Any], name: str) -> str:
-    found: str = _part(asked, name, str)
+def _text(body: dict[str, Any], name: str) -> str:
+    found: str = _part(body, name, str)
     if len(found) > LONGEST_TEXT:
         raise InputError(f"{name} has {len(found):,} characters; {LONGEST_TEXT:,} are the most.")
     try:

@@ -94,8 +94,8 @@ class Judgements:
             found = {**self.read(), judgement.train: judgement}
             if not judgement.verdict and not judgement.note:
                 del found[judgement.train]
-            kept = [asdict(each) for _, each in sorted(found.items())]
-            content = {"format": _FORMAT, "train": self._digest, "judgements": kept}
+            remaining = [asdict(each) for _, each in sorted(found.items())]
+            content = {"format": _FORMAT, "train": self._digest, "judgements": remaining}
             write_text(self.file, json.dumps(content, indent=1) + "\n")
 
     def _is_position(self, train: object) -> bool:
@@ -125,15 +125,15 @@ def filtered(source: Source, name: str, dropped: Collection[int]) -> tuple[str, 
         parts = [part for part in re.split(pattern, file.read_bytes()) if part.strip()]
         if len(parts) == count:
             between = b"\n" if file.suffix == ".jsonl" else b"\n\n"
-            kept = [part.strip(b"\r\n") for place, part in enumerate(parts) if place not in dropped]
-            return f"{called}-filtered{file.suffix}", b"".join(part + between for part in kept)
+            remaining = [part.strip(b"\r\n") for position, part in enumerate(parts) if position not in dropped]
+            return f"{called}-filtered{file.suffix}", b"".join(part + between for part in remaining)
         if file.suffix == ".txt":
             raise InputError(
                 f"{name} has {len(parts)} texts, and had {count} when it was read: start the server again."
             )
-    kept_examples = (source.examples[place] for place in range(count) if place not in dropped)
+    remaining_examples = (source.examples[position] for position in range(count) if position not in dropped)
     try:
-        lines = [json.dumps(dict(each), ensure_ascii=False, allow_nan=False) + "\n" for each in kept_examples]
+        lines = [json.dumps(dict(each), ensure_ascii=False, allow_nan=False) + "\n" for each in remaining_examples]
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} has columns that JSON cannot hold ({error}): export the judgements.") from error
     return f"{called}-filtered.jsonl", "".join(lines).encode()

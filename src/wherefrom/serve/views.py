@@ -187,16 +187,16 @@ class RunViews:
         terms, judged = words.casefold().split(), self.judgements.read()
         end, until = len(self._train), time.monotonic() + _PATIENCE
         found: list[Shown] = []
-        place = max(0, start)
-        while place < end and len(found) < count and time.monotonic() < until:
-            said = judged.get(place)
+        position = max(0, start)
+        while position < end and len(found) < count and time.monotonic() < until:
+            said = judged.get(position)
             if not verdict or (said is not None and verdict in (said.verdict, "any")):
-                passage = self._train[place]
+                passage = self._train[position]
                 text = f"{passage.title}\n{passage.label}\n{passage.text}".casefold()
                 if (not source or passage.source == source) and all(term in text for term in terms):
-                    found.append(_passage(self._train, place))
-            place += 1
-        return {"examples": found, "next": place if place < end else None, "of": end}
+                    found.append(_passage(self._train, position))
+            position += 1
+        return {"examples": found, "next": position if position < end else None, "of": end}
 
     def example(self, train: int) -> Shown:
         """One of them."""
@@ -278,10 +278,10 @@ class RunViews:
         }
 
 
-def _passage(passages: Passages, place: int) -> Shown:
-    found = passages[place]
+def _passage(passages: Passages, position: int) -> Shown:
+    found = passages[position]
     return {
-        "train": place,
+        "train": position,
         "title": found.title,
         "label": found.label,
         "source": found.source,
@@ -290,6 +290,6 @@ def _passage(passages: Passages, place: int) -> Shown:
     }
 
 
-def _brief(passages: Passages, place: int) -> Shown:
-    found = passages[place]
+def _brief(passages: Passages, position: int) -> Shown:
+    found = passages[position]
     return {"title": found.title, "excerpt": excerpt(found.text, 100, found.answer_start)}

@@ -50,6 +50,14 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+def watch(page: Page, troubles: list[str]) -> None:
+    """Note what a page says, errors and refusals among it, and whatever it requests."""
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("dialog", lambda dialog: troubles.append(dialog.message))
+    page.on("request", lambda request: troubles.append(request.url))
+
+
 @pytest.fixture
 def show(browser: Browser, tmp_path: Path) -> Iterator[Open]:
     """Opens a page; when the test ends there must have been no error, no refusal and no request."""
@@ -61,10 +69,7 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Open]:
         path.write_text(source, encoding="utf-8")
         contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options}))
         page = contexts[-1].new_page()
-        page.on("console", lambda message: troubles.append(message.text))
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("dialog", lambda dialog: troubles.append(dialog.message))
-        page.on("request", lambda request: troubles.append(request.url))
+        watch(page, troubles)
         page.goto(path.as_uri())
         return page
 

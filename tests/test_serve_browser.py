@@ -12,27 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from tests.test_ask import ANSWER, PROMPT
-from tests.test_report_browser import CHROMIUM, FLAGS
+from tests.test_report_browser import CHROMIUM, browser, watch
 from tests.test_serve import HOSTILE, TEXTS, TOKEN, Made, Server, made, serving
 from wherefrom.serve.app import make_app
 from wherefrom.serve.views import RunViews
 from wherefrom.serve.work import Worker
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, such as Debian's package of that name")
-__all__ = ["made"]  # a fixture
+__all__ = ["browser", "made"]  # fixtures
 
 Open = Callable[..., Page]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +45,7 @@ def opened(browser: Browser, made: Made) -> Iterator[Open]:
             context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
             stack.callback(context.close)
             page = context.new_page()
-            page.on("console", lambda message: troubles.append(message.text))
-            page.on("pageerror", lambda error: troubles.append(str(error)))
-            page.on("dialog", lambda dialog: troubles.append(dialog.message))
-            page.on("request", lambda request: troubles.append(request.url))
+            watch(page, troubles)
             page.set_default_timeout(60_000)
             page.goto(f"http://127.0.0.1:{server.port}/?token={TOKEN}{place}")
             expect(page.locator("#run")).to_have_text("Where from? run")

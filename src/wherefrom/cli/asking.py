@@ -63,8 +63,7 @@ def ask(
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
         trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
     """
-    if Ranks.current().count > 1:
-        raise RankError(f"ask on {Ranks.current().count} processes: expected one. Start it without torchrun.")
+    _check_alone("ask")
     executed, sources = execution.made(), RunSources.load(run, trust_remote_code)
     chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
     asker = Asker(sources.study(run, device, executed), chosen)
@@ -103,8 +102,7 @@ def serve(
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
         trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
     """
-    if Ranks.current().count > 1:
-        raise RankError(f"serve on {Ranks.current().count} processes: expected one. Start it without torchrun.")
+    _check_alone("serve")
     for library in ("starlette", "uvicorn"):
         require(library, "serve")
     from wherefrom.serve.app import listen, serve_page  # noqa: PLC0415  (needs them)
@@ -121,3 +119,8 @@ def serve(
             Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # some are programs of the terminal
 
     serve_page(views, listening, ready)
+
+
+def _check_alone(command: str) -> None:
+    if Ranks.current().count > 1:
+        raise RankError(f"{command} on {Ranks.current().count} processes: expected one. Start it without torchrun.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 
@@ -51,6 +52,12 @@ class Asker:
     def __init__(self, study: PretrainedStudy, method: Method | None = None) -> None:
         self.study, self.method = study, method or EKFAC()
         self.writer = Writer(study)
+
+    def by(self, method: Method) -> Asker:
+        """The same with another method; what was read of the training examples is read once for both."""
+        other = copy(self)
+        other.method = method
+        return other
 
     def attribute(
         self,

@@ -126,10 +126,13 @@ def serve_page(views: RunViews, listening: socket.socket, ready: Callable[[str],
 
 def _file(name: str) -> Callable[[Request], Response]:
     """One of the page's files, which the report page may share."""
+    templates = package_templates()
     if name in _SHARED:
-        content = package_templates().get_template(name).render()
+        content = templates.get_template(name).render()
     else:
         content = files("wherefrom.serve").joinpath("page", name).read_text(encoding="utf-8")
+        if name == "index.html":  # which includes a part of the report page
+            content = templates.from_string(content).render()
     kind = _KINDS[name.rpartition(".")[2]]
     return lambda request: Response(content, media_type=kind)
 

@@ -62,7 +62,6 @@ class RunViews:
     def __init__(self, sources: RunSources, study: PretrainedStudy, *, read_only: bool = False) -> None:
         self._sources, self._study, self.read_only = sources, study, read_only
         self._first = Asker(study, self._method(EKFAC.name))
-        self._askers = {EKFAC.name: self._first}
         self._train = self._first.passages
         self.judgements = Judgements(study.path, self._train.digest, len(self._train))
         self._answers: OrderedDict[tuple[str, str], Question] = OrderedDict()
@@ -115,11 +114,11 @@ class RunViews:
         self._remember(question)
         if span is not None:
             question = question.of(span)
-        asker = self._askers.setdefault(method, Asker(self._study, self._method(method)))
         candidates = max(100, k)
         shared = self._first.sharing_words(question, k=k, candidates=candidates)
         words = [self._found(each, None) for each in shared or ()]
         tell("shared", {"hits": None if shared is None else words, "pieces": list(question.pieces)})
+        asker = self._first.by(self._method(method))
         found = asker.attribute(question, k=k, candidates=candidates, shared_words=asker.has_index)
         tell("found", {
             "span": list(found.span),

@@ -145,12 +145,13 @@ def check_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
 
 def _positions(model: nn.Module) -> range | None:
     """The positions of tokens that a model has vectors for; None where it has none of its own, as with rotary ones."""
-    ends, beside = ("wpe", "position_embeddings", "embed_positions"), beside_text(model)
+    ends = ("wpe", "position_embeddings", "embed_positions")
     embeddings = [
-        each
-        for name, each in model.named_modules()
-        if isinstance(each, nn.Embedding) and name.endswith(ends) and each not in beside
+        each for name, each in model.named_modules() if isinstance(each, nn.Embedding) and name.endswith(ends)
     ]
+    if embeddings:
+        beside = beside_text(model)
+        embeddings = [each for each in embeddings if each not in beside]
     if not embeddings:
         return None
     # Models such as RoBERTa begin behind their padding's position.

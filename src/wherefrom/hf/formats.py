@@ -202,7 +202,7 @@ _OF_TARGETS: dict[Target, tuple[Format, ...]] = {
 }
 
 
-def asked(reading: Reading, example: Example, prompt: str, answer: str) -> Pair | Chat:
+def answered(reading: Reading, example: Example, prompt: str, answer: str) -> Pair | Chat:
     """What an example says that answers a prompt, of the format that a model was trained on; a text goes on.
 
     Args:

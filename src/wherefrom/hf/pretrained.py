@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 
 from wherefrom.hf.encoding import Encoder
-from wherefrom.hf.formats import UNPAIRED, Chat, Pair, Target, asked, recognized
+from wherefrom.hf.formats import UNPAIRED, Chat, Pair, Target, answered, recognized
 from wherefrom.hf.preparation import Preparation, RawExamples, Source, read_examples
 from wherefrom.hf.refusals import ADAPTER, refuse_imports
 from wherefrom.hf.text import ModelLoading, load_config, load_model, load_tokenizer, local_path
@@ -84,10 +84,10 @@ class Pretrained:
         """How many tokens the model can take; None when nothing says so."""
         return _longest(self._config, self.tokenizer)
 
-    def asked(self, prompt: str, answer: str) -> Pair | Chat:
+    def answered(self, prompt: str, answer: str) -> Pair | Chat:
         """A prompt and its answer, in the format of the training examples."""
         first, said = self._train[0].examples[0], self.preparation
-        return asked(recognized(self.target, first, said.format, said.column), first, prompt, answer)
+        return answered(recognized(self.target, first, said.format, said.column), first, prompt, answer)
 
     def encoder(self) -> Encoder:
         """Makes tokens of a prompt and its answer, uncut and without an end.

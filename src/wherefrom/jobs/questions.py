@@ -127,7 +127,7 @@ class Writer:
         check_argument(bool(answer.strip()), "answer", answer, "a text")
         answer = self._apart(prompt, answer)
         try:
-            encoded = self._encoder.encode(self._pretrained.asked(prompt, answer), {}, 0)
+            encoded = self._encoder.encode(self._pretrained.answered(prompt, answer), {}, 0)
         except InputError:
             raise
         except Exception as error:  # whatever tokenizers and chat templates make of texts that are not theirs
@@ -210,24 +210,24 @@ class Writer:
         count = next(position for position, each in enumerate(ends, 1) if each >= end)
         behind = len(pieces) - count
         remaining = input_ids if encoder_decoder or not behind else input_ids[:-behind]
-        shown = readable(self._pretrained.asked(prompt, answer))
+        shown = readable(self._pretrained.answered(prompt, answer))
         found = Question(prompt, pieces[:count], range(count), remaining, answer_ids[:count], encoder_decoder, shown)
         return found if span is None else found.of(span)
 
     def _apart(self, prompt: str, answer: str) -> str:
         """An answer that does not run into the prompt; a chat template keeps them apart itself."""
-        chat = isinstance(self._pretrained.asked(prompt, answer), Chat)
+        chat = isinstance(self._pretrained.answered(prompt, answer), Chat)
         touching = all(each.isascii() and each.isalnum() for each in (prompt[-1:], answer[:1]))
         return f" {answer}" if touching and not chat and self._encoder.target == "causal" else answer
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         """What the model reads before it writes."""
-        asked = self._pretrained.asked(prompt, "")
-        if isinstance(asked, Chat):
-            return self._encoder.chat_ids(asked.messages[: asked.answer.start], {}, answering=True)
-        ids = self._encoder.ids(asked.prompt)
+        content = self._pretrained.answered(prompt, "")
+        if isinstance(content, Chat):
+            return self._encoder.chat_ids(content.messages[: content.answer.start], {}, answering=True)
+        ids = self._encoder.ids(content.prompt)
         special = set(self._tokenizer.all_special_ids)
-        while self._encoder.target == "causal" and len(ids) > 1 and ids[-1] in special and asked.prompt:
+        while self._encoder.target == "causal" and len(ids) > 1 and ids[-1] in special and content.prompt:
             ids.pop()  # an end that the tokenizer puts there, which the model would go on from
         if not ids:
             raise InputError(f"prompt={prompt!r} has no token: give a text that the model goes on from.")

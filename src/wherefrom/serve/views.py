@@ -36,7 +36,7 @@ from wherefrom.store.names import finished
 Shown = dict[str, Any]
 
 # What can be asked without anything but the run, and in which words.
-ASKED: Mapping[str, str] = {
+OFFERED: Mapping[str, str] = {
     EKFAC.name: "EK-FAC influence",
     KFAC.name: "KFAC influence",
     Diagonal.name: "Diagonal influence",
@@ -77,7 +77,7 @@ class RunViews:
             "model": self._sources.model,
             "train": len(self._train),
             "index": self._first.has_index,
-            "methods": [{"name": name, "words": words} for name, words in ASKED.items()],
+            "methods": [{"name": name, "words": words} for name, words in OFFERED.items()],
             "sources": sorted(set(self._train.sources())) if "source" in columns else [],
             "limits": {"text": LONGEST_TEXT, "tokens": MOST_TOKENS},
             "files": self._files(),
@@ -108,7 +108,7 @@ class RunViews:
         self, tell: Tell, prompt: str, answer: str, span: tuple[int, int] | None, method: str, k: int
     ) -> None:
         """Tell the training examples that share an answer's words, and then those that are behind it."""
-        check_argument(method in ASKED, "method", method, f"one of {', '.join(ASKED)}")
+        check_argument(method in OFFERED, "method", method, f"one of {', '.join(OFFERED)}")
         check_argument(1 <= k <= MOST_SHOWN, "k", k, f"1 to {MOST_SHOWN}")
         question = self._question(prompt, answer)
         self._remember(question)
@@ -122,7 +122,7 @@ class RunViews:
         found = asker.attribute(question, k=k, candidates=candidates, shared_words=asker.has_index)
         tell("found", {
             "span": list(found.span),
-            "method": ASKED[method],
+            "method": OFFERED[method],
             "heading": found.read.heading,
             "meaning": found.read.meaning,
             "supporting": [self._found(each, found.read) for each in found.supporting],

@@ -125,6 +125,67 @@ def test_a_reward_model_is_scored_on_pairs(said: Said, tmp_path: Path) -> None:
     assert "chosen: a b c d" in said("top", "run")
 
 
+PREFERENCES: dict[str, tuple[list[str], Callable[[Any], wf.Preference]]] = {
+    "simpo": (["--beta", "2", "--gamma", "1"], lambda _: wf.Preference(wf.SimPO(beta=2, gamma=1))),
+    "dpo": (["--beta", "0.3", "--reference", "before"], lambda before: wf.Preference(wf.DPO(beta=0.3), before)),
+    "ipo": (["--reference", "base"], lambda before: wf.Preference(wf.IPO(), before)),
+    "kto": (["--reference", "before", "--kl", "0.2"], lambda before: wf.Preference(wf.KTO(kl=0.2), before)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_a_model_trained_on_preferences_is_scored_by_its_loss(said: Said, tmp_path: Path, name: str) -> None:
+    options, task = PREFERENCES[name]
+    before: Any = gpt2()  # what is in `model`
+    with torch.no_grad():
+        before.transformer.wte.weight.add_(0.1)
+    before.save_pretrained("before")
+    model, start = ("dpo", gpt2()) if "base" in options else ("model", before)
+    trained: Any = adapter(Path("dpo")) if model == "dpo" else gpt2()
+    columns = ("completion",) if name == "kto" else ("chosen", "rejected")
+    labels = [{"label": number % 2} if name == "kto" else {} for number in range(len(ROWS))]
+    texts = [
+        {"prompt": row["prompt"], **dict(zip(columns, (row["chosen"], row["rejected"]), strict=False)), **label}
+        for row, label in zip(ROWS, labels, strict=True)
+    ]
+    write(Path("pairs.jsonl"), *texts)
+    said("fit", "run", "--model", model, "--train", "pairs.jsonl", "--preference", name, *options, "dot")
+    assert "completions are judged" in said("score", "run", "--queries", "pairs.jsonl", "dot")
+    rows = [
+        {"prompt_ids": ids(text["prompt"]), **{f"{each}_ids": ids(f"{text[each]} <end>") for each in columns}, **label}
+        for text, label in zip(texts, labels, strict=True)
+    ]
+    study = wf.Study(tmp_path / "hand", trained.eval(), task(start.eval()), train=rows)
+    found = wf.Scores.load(only(Path("run/scores"), "dot"))
+    assert relative_error(found.values, study.score(rows, wf.Dot()).values) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "nothing says with which loss the model was trained on them: give --preference 'dpo'"),
+        (["--beta", "0.3"], "--beta 0.3 with no preference loss: expected one of dpo, ipo, kto, orpo, simpo"),
+        (["--preference", "dpo", "--gamma", "1"], "--gamma 1.0 with --preference 'dpo': expected what it has"),
+        (["--preference", "orpo", "--reference", "before"], "expected None, since this loss compares with no other"),
+        (["--preference", "dpo", "--reference", "base"], "has no adapter that could be switched off"),
+        (["--preference", "dpo", "--beta", "-1"], "DPO: --beta -1.0: expected a number above 0"),
+    ],
+)  # fmt: skip
+def test_a_training_on_preferences_that_cannot_be_is_refused(
+    said: Said, capsys: pytest.CaptureFixture[str], options: list[str], expected: str
+) -> None:
+    write(Path("pairs.jsonl"), *ROWS)
+    assert expected in refused(said, capsys, "fit", "run", "--model", "model", "--train", "pairs.jsonl", *options)
+    assert not Path("run", SOURCES).exists()
+
+
+def test_a_preference_loss_is_not_of_a_reward_model(said: Said, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(Path("reward"), bert("BertForSequenceClassification", num_labels=1))
+    write(Path("pairs.jsonl"), *ROWS)
+    words = ["fit", "run", "--model", "reward", "--train", "pairs.jsonl", "--preference", "simpo"]
+    assert "is a loss of causal language models, and reward predicts 'reward'" in refused(said, capsys, *words)
+
+
 def test_scores_add_up_by_the_files_of_examples(said: Said, tmp_path: Path) -> None:
     texts = {"first": ["a b c", "b c d"], "second": ["c d e", "a a", "e d c b"], "queries": ["a b", "d e"]}
     for name, each in texts.items():

@@ -166,5 +166,5 @@ def test_an_adapter_trained_by_dpo_is_compared_with_its_base(tmp_path: Path) -> 
     by_hand = wf.Preference(wf.DPO(beta=0.2), gpt2().from_pretrained(base).eval(), ["*lora_*"], "margin")
     hand = wf.Study(tmp_path / "hand", adapted.eval(), by_hand, train=rows)
     assert relative_error(scores.values, hand.score(rows[:1], wf.EKFAC()).values) < 1e-5
-    with pytest.raises(InputError, match="nothing says with which loss .*give task=wf.Preference"):
+    with pytest.raises(InputError, match="nothing says with which loss .*task=wf.Preference"):
         wf.study_from_pretrained(base, ROWS)

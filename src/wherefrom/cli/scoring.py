@@ -27,6 +27,7 @@ from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.keep import Aggregated, Aggregation, Keep, Pairs, Tokens, Top
 from wherefrom.scoring.results import Scores
 from wherefrom.store.fingerprint import UNIT
+from wherefrom.tasks.preference.training import PreferenceTraining
 
 console = Console()
 
@@ -34,6 +35,7 @@ FITTED: Any = subcommands(FACTORED, only=("empirical", "seed", "adam"))
 SCORED: Any = subcommands(ALL, of_the_fit=True)
 WITH_ITSELF: Any = subcommands(FACTORED, only=("empirical", "seed", "adam", "damping"), of_the_fit=True)
 PREPARED: Any = flags(Preparation)
+TRAINED: Any = flags(PreferenceTraining)
 LOADED: Any = flags(ModelLoading, only=("dtype", "device_map", "trust_remote_code"))
 
 
@@ -46,6 +48,7 @@ def fit(
     layers: tuple[str, ...] = (),
     split: str = "train",
     preparation: tyro.conf.OmitArgPrefixes[PREPARED] = PREPARED(),  # noqa: B008
+    training: tyro.conf.OmitArgPrefixes[TRAINED] = TRAINED(),  # noqa: B008
     loading: tyro.conf.OmitArgPrefixes[LOADED] = LOADED(),  # noqa: B008
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
@@ -66,6 +69,7 @@ def fit(
         layers: Names or patterns of the layers to track, such as '*.mlp.*'; linear ones but the head by default.
         split: The split of a saved or hub dataset.
         preparation: How examples are read.
+        training: How the model was trained, where it was on preferences.
         loading: How the model is loaded.
         load_in_4bit: Quantize the model's weights to 4 bits (NF4) by bitsandbytes, for an adapter that was trained so.
         load_in_8bit: The same to 8 bits.
@@ -83,7 +87,9 @@ def fit(
     chosen, executed = method.made(), execution.made()
     data = DataSource(train, split, preparation.made())
     loaded = replace(loading.made(), quantization=quantization)
-    sources = RunSources(model, list(layers) or None, data, chosen.empirical, chosen.seed, loaded, history)
+    sources = RunSources(
+        model, list(layers) or None, data, chosen.empirical, chosen.seed, loaded, history, training.made()
+    )
     study = sources.study(run, device, executed)
     study.profile.synchronize = profile
     log_other_scores(study)

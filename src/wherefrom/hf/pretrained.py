@@ -28,6 +28,7 @@ from wherefrom.study import Study
 from wherefrom.tasks.classification import SequenceClassification, TokenClassification
 from wherefrom.tasks.language import CausalLM, MaskedLM, Seq2Seq
 from wherefrom.tasks.preference.tasks import Preference, RewardModel
+from wherefrom.tasks.preference.training import PreferenceTraining
 from wherefrom.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Pretrained:
         base: the model of an adapter, where it is loaded already.
         task: None chooses by the architecture and the examples' columns; of its layers `layers` are tracked.
         tokenizer: None loads that of the folder, or of the adapter's model.
+        trained: how, where it was on preferences, and there is no task.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class Pretrained:
         task: Task[Any] | None = None,
         layers: Sequence[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        trained: PreferenceTraining | None = None,
     ) -> None:
         self.folder, self.preparation = folder, preparation
+        self._trained = trained if trained and trained.preference else None
         self._train, self._loading, self._task, self._layers = train, loading, task, layers
         self._base, self._adapted = base, _adapted_model(folder)
         if base is not None and self._adapted is None:
@@ -67,6 +71,13 @@ class Pretrained:
         self._name = str(self._adapted or folder)
         self._config = load_config(self._name, loading.trust_remote_code) if base is None else base.config
         self._kind = _kind(self._config, task, train[0].examples[0])
+        if self._trained is not None:
+            if self._kind not in (_CAUSAL, _PAIRED[_CAUSAL]):
+                raise InputError(
+                    f"preference={self._trained.preference!r} is a loss of causal language models, and {folder} "
+                    f"predicts {self._kind.target!r}: leave it out."
+                )
+            self._kind = _PAIRED[_CAUSAL]
         self.tokenizer = tokenizer or self._found_tokenizer()
 
     @cached_property
@@ -131,7 +142,7 @@ class Pretrained:
         Args:
             **options: of `Study`.
         """
-        task, train = self._task or _default_task(self._kind, self._config, self._layers), self.train
+        task, train = self._task or self._default_task(device), self.train
         model: Any = self._base
         if model is None:
             model = load_model(self._name, self._kind.auto_class, self._loading, device)
@@ -140,6 +151,21 @@ class Pretrained:
         if self._adapted is not None:
             model = _with_adapter(model, self.folder)
         return PretrainedStudy(run, model, task, train=train, pretrained=self, **options)
+
+    def _default_task(self, device: torch.device) -> Task[Any]:
+        """The task that the architecture, the examples and what is said of the training tell."""
+        kind, layers = self._kind, self._layers
+        if self._trained is not None:
+            return self._trained.task(lambda name: load_model(name, loading=self._loading, device=device), layers)
+        if kind.task is Preference:
+            raise InputError(
+                "The dataset has pairs of chosen and rejected completions, and nothing says with which loss the model "
+                "was trained on them: give preference='dpo' or another loss, with its numbers and its reference; in "
+                "Python task=wf.Preference(wf.DPO(beta=...), reference=...)."
+            )
+        if kind.task in (SequenceClassification, RewardModel):
+            return kind.task(layers, pad_token=getattr(self._config, "pad_token_id", None) or 0)
+        return kind.task(layers)
 
     def _prepared(self, sources: Sequence[Source], preparation: Preparation) -> Dataset[object]:
         return preparation.prepare(sources, self._kind.target, self.tokenizer, self.longest)
@@ -327,17 +353,6 @@ _PAIRED = {
     _CAUSAL: _CAUSAL._replace(target="preference", task=Preference),
     _CLASSIFIER: _CLASSIFIER._replace(target="reward", task=RewardModel),
 }
-
-
-def _default_task(kind: _Kind, config: PreTrainedConfig, layers: Sequence[str] | None) -> Task[Any]:
-    if kind.task is Preference:
-        raise InputError(
-            "The dataset has pairs of chosen and rejected completions, and nothing says with which loss the model was "
-            "trained on them: give task=wf.Preference(wf.DPO(beta=...), reference=...), or another of its losses."
-        )
-    if kind.task in (SequenceClassification, RewardModel):
-        return kind.task(layers, pad_token=getattr(config, "pad_token_id", None) or 0)
-    return kind.task(layers)
 
 
 def _kind(config: PreTrainedConfig, task: Task[Any] | None, example: Mapping[str, object]) -> _Kind:

@@ -38,6 +38,7 @@ from wherefrom.store.fingerprint import (
 from wherefrom.store.locks import run_lock
 from wherefrom.store.names import finished, found_result, known_fingerprint
 from wherefrom.store.recording import read_recording
+from wherefrom.tasks.preference.training import PreferenceTraining
 
 SOURCES = "sources.json"
 _FORMAT = 4
@@ -47,6 +48,8 @@ _TYPES: dict[str, type | UnionType] = {
     "names": list, "split": str, "format": str | None, "column": str | None, "count": str | None, "unit": str,
     "max_length": int | None, "end_token": bool, "source_column": str | None,
     "dtype": str, "quantization": str | None, "device_map": str | None,
+    "preference": str | None, "beta": float | None, "reference": str | None, "label_smoothing": float | None,
+    "gamma": float | None, "kl": float | None, "desirable_weight": float | None, "undesirable_weight": float | None,
 }  # fmt: skip
 _FIT_AGAIN = "Delete it and run `wherefrom fit` again; it finds the factors that are there."
 _SCORE_AGAIN = "Delete it and run `wherefrom score` again; it finds the scores that are there."
@@ -84,6 +87,7 @@ class RunSources:
             would decide it for others: each command says it.
         empirical, seed: what factors were fitted with.
         history: a folder that `TrainingRecorder` has written.
+        trained: how, where it was on preferences.
         queries: of a result; None for the run.
     """
 
@@ -94,6 +98,7 @@ class RunSources:
     seed: int
     loading: ModelLoading = field(default_factory=ModelLoading)
     history: str | None = None
+    trained: PreferenceTraining = field(default_factory=PreferenceTraining)
     queries: DataSource | None = None
 
     @classmethod
@@ -135,12 +140,14 @@ class RunSources:
             raise DamagedError(f"{file} is another version's. {advice}")
         try:
             train, queries, loading = found.pop("train"), found.pop("queries"), found.pop("loading")
-            _check_types(found)
-            _check_types(loading)
+            trained = found.pop("trained", {})  # which earlier versions did not write
+            for part in (found, loading, trained):
+                _check_types(part)
             return cls(
                 train=_source(train),
                 queries=None if queries is None else _source(queries),
                 loading=ModelLoading(**loading, trust_remote_code=trust_remote_code),
+                trained=PreferenceTraining(**trained),
                 **found,
             )
         except (KeyError, TypeError, AttributeError, InputError) as error:
@@ -162,7 +169,10 @@ class RunSources:
 
     def pretrained(self) -> Pretrained:
         """The model and its training examples, before its weights are loaded."""
-        return Pretrained(self.model, self.train.read(), self.train.preparation, self.loading, layers=self.layers)
+        return Pretrained(
+            self.model, self.train.read(), self.train.preparation, self.loading, layers=self.layers,
+            trained=self.trained,
+        )  # fmt: skip
 
     def study(self, run: Path, device: str, execution: Execution) -> PretrainedStudy:
         """Load tokenizer, training sequences and model."""

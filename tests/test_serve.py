@@ -21,14 +21,14 @@ from starlette.routing import Route
 import wherefrom as wf
 from tests.test_ask import ANSWER, PROMPT, by_hand, save_model
 from wherefrom.engine.execution import Execution
-from wherefrom.hf.preparation import Preparation, Source, read_examples
+from wherefrom.hf.preparation import Preparation
 from wherefrom.hf.pretrained import PretrainedStudy
 from wherefrom.jobs.sources import DataSource, RunSources
 from wherefrom.runtime.errors import DamagedError, InputError
 from wherefrom.runtime.progress import watched
 from wherefrom.serve.app import _streamed, listen, make_app
 from wherefrom.serve.guard import HEADERS, MOST_BYTES
-from wherefrom.serve.judgements import Judgement, Judgements, dropped_of_each, filtered
+from wherefrom.serve.judgements import Judgement, Judgements
 from wherefrom.serve.views import LONGEST_TEXT, RunViews
 from wherefrom.serve.work import MOST_WAITING, Job, Stopped, Tell, Worker
 
@@ -435,23 +435,3 @@ def test_another_training_set_has_judgements_of_its_own_and_damage_is_named(tmp_
         first.file.write_text(content)
         with pytest.raises(DamagedError, match="Move it away"):
             first.read()
-
-
-def test_files_are_filtered_in_their_own_format(tmp_path: Path) -> None:
-    (text := tmp_path / "a.txt").write_text("one\nline\n\n\ntwo\n \nthree\n")
-    (lines := tmp_path / "b.jsonl").write_bytes(b'{"text": "\\u00e9",  "n": 1}\r\n\n{"text": "x"}\n{"text":"y"}')
-    (table := tmp_path / "c.csv").write_text("text,n\none,1\ntwo,2\n")
-    sources = [read_examples(str(file))[0] for file in (text, lines, table)]
-    each = dropped_of_each(sources, {1, 3, 7})
-    assert each == [{1}, {0}, {1}]
-    made = [filtered(*found) for found in zip(sources, map(str, (text, lines, table)), each, strict=True)]
-    assert made == [
-        ("a-filtered.txt", b"one\nline\n\nthree\n\n"),
-        ("b-filtered.jsonl", b'{"text": "x"}\n{"text":"y"}\n'),
-        ("c-filtered.jsonl", b'{"text": "one", "n": 1}\n'),
-    ]
-    text.write_text("one alone")
-    with pytest.raises(InputError, match="has 1 texts, and had 3"):
-        filtered(sources[0], str(text), set())
-    with pytest.raises(InputError, match="JSON cannot hold"):
-        filtered(Source("", "", [{"text": b"bytes"}]), "somewhere", set())

@@ -22,7 +22,7 @@ from wherefrom.cli.shared import command_line
 from wherefrom.runtime.progress import show_log
 from wherefrom.version import VERSION
 
-# Subcommands, and the module of this folder that has the function of that name.
+# Subcommands, and the module below this folder that has the function of that name.
 COMMANDS = {
     "fit": "scoring",
     "score": "scoring",
@@ -32,8 +32,8 @@ COMMANDS = {
     "export": "showing",
     "index": "index",
     "query": "index",
-    "ask": "asking",
-    "serve": "asking",
+    "ask": "jobs.asking",
+    "serve": "jobs.asking",
     "plan": "plan",
 }
 # Those that take a method, a subcommand of theirs.
@@ -79,7 +79,8 @@ def function(name: str) -> Callable[..., None]:
 
 def _described(name: str) -> Callable[[], None]:
     """What stands for a subcommand that is not called: a function with the first sentence of its docstring."""
-    tree = ast.parse(Path(__file__).with_name(f"{COMMANDS[name]}.py").read_text(encoding="utf-8"))
+    source = Path(__file__).parent.joinpath(*COMMANDS[name].split(".")).with_suffix(".py")
+    tree = ast.parse(source.read_text(encoding="utf-8"))
     functions = {each.name: each for each in tree.body if isinstance(each, ast.FunctionDef)}
 
     def described() -> None: ...

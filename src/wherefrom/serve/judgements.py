@@ -1,20 +1,17 @@
-"""What a person has decided about training examples, kept in the run directory, and files without what was dropped.
+"""What a person has decided about training examples, kept in the run directory.
 
-This module knows positions, words and files; it must not know scores.
+This module knows positions and words; it must not know scores.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import threading
-from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from wherefrom.hf.preparation import Source
-from wherefrom.runtime.errors import DamagedError, InputError, check_argument
+from wherefrom.runtime.errors import DamagedError, check_argument
 from wherefrom.store.files import read_json, within, write_text
 from wherefrom.store.locks import DirectoryLock
 
@@ -100,50 +97,3 @@ class Judgements:
 
     def _is_position(self, train: object) -> bool:
         return isinstance(train, int) and not isinstance(train, bool) and 0 <= train < self._count
-
-
-def filtered(source: Source, name: str, dropped: Collection[int]) -> tuple[str, bytes]:
-    """A source of training examples without some of them, in the format that it came in.
-
-    Lines of .jsonl and texts of .txt stay as they are, byte by byte; what came otherwise is written as .jsonl.
-
-    Args:
-        source: the examples as they were read.
-        name: the file, saved dataset or hub name that they were read from.
-        dropped: positions in it.
-
-    Returns:
-        A name for the file, and what is in it.
-
-    Raises:
-        InputError: the file is not what was read any more, or its columns cannot be written.
-    """
-    file, count = Path(name).expanduser(), len(source.examples)
-    called = re.sub(r"[^\w.-]+", "-", file.stem) or "train"
-    if file.is_file() and file.suffix in (".jsonl", ".txt"):
-        pattern = rb"\n" if file.suffix == ".jsonl" else rb"\n(?:[^\S\n]*\n)+"
-        parts = [part for part in re.split(pattern, file.read_bytes()) if part.strip()]
-        if len(parts) == count:
-            between = b"\n" if file.suffix == ".jsonl" else b"\n\n"
-            remaining = [part.strip(b"\r\n") for position, part in enumerate(parts) if position not in dropped]
-            return f"{called}-filtered{file.suffix}", b"".join(part + between for part in remaining)
-        if file.suffix == ".txt":
-            raise InputError(
-                f"{name} has {len(parts)} texts, and had {count} when it was read: start the server again."
-            )
-    remaining_examples = (source.examples[position] for position in range(count) if position not in dropped)
-    try:
-        lines = [json.dumps(dict(each), ensure_ascii=False, allow_nan=False) + "\n" for each in remaining_examples]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name} has columns that JSON cannot hold ({error}): export the judgements.") from error
-    return f"{called}-filtered.jsonl", "".join(lines).encode()
-
-
-def dropped_of_each(sources: Sequence[Source], dropped: Collection[int]) -> list[set[int]]:
-    """The dropped positions of each source, counted from its own beginning; the sources follow one another."""
-    found, start = [], 0
-    for source in sources:
-        stop = start + len(source.examples)
-        found.append({each - start for each in dropped if start <= each < stop})
-        start = stop
-    return found

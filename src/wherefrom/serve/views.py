@@ -16,6 +16,7 @@ import torch
 
 from wherefrom.hf.pretrained import PretrainedStudy
 from wherefrom.jobs.asking import Asker
+from wherefrom.jobs.filtering import dropped_of_each, filtered
 from wherefrom.jobs.questions import Question
 from wherefrom.jobs.sources import SOURCES, RunSources
 from wherefrom.methods import METHODS
@@ -27,7 +28,7 @@ from wherefrom.report.passages import DatasetPassages, Passages, checked_passage
 from wherefrom.report.reading import Reading, reading
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.results import Result, Scores, extremes, load_scores
-from wherefrom.serve.judgements import Judgements, dropped_of_each, filtered
+from wherefrom.serve.judgements import Judgements
 from wherefrom.serve.work import Tell
 from wherefrom.store.files import checked_name, within
 from wherefrom.store.fingerprint import QUERIES, TRAIN, check_about

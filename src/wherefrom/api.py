@@ -12,6 +12,7 @@ from wherefrom.hf.preparation import Preparation
 from wherefrom.hf.pretrained import PretrainedStudy, study_from_pretrained
 from wherefrom.hf.text import ModelLoading
 from wherefrom.jobs.asking import Asker
+from wherefrom.jobs.auditing import Audit, audit
 from wherefrom.jobs.questions import Question
 from wherefrom.methods import METHODS
 from wherefrom.methods.baselines import BM25, Random
@@ -61,6 +62,7 @@ __all__ = [
     "Asker",
     "Astra",
     "Attribution",
+    "Audit",
     "CausalLM",
     "ChosenToken",
     "Classification",
@@ -118,6 +120,7 @@ __all__ = [
     "WherefromError",
     "__version__",
     "adam_conditioning",
+    "audit",
     "join_ranks",
     "metasmoothness",
     "read_recording",

@@ -34,10 +34,11 @@ COMMANDS = {
     "query": "index",
     "ask": "jobs.asking",
     "serve": "jobs.asking",
+    "audit": "jobs.auditing",
     "plan": "plan",
 }
 # Those that take a method, a subcommand of theirs.
-_BY_METHOD = ("fit", "score", "self-influence", "index", "query", "ask")
+_BY_METHOD = ("fit", "score", "self-influence", "index", "query", "ask", "audit")
 
 
 def main() -> None:

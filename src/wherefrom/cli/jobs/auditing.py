@@ -1,0 +1,127 @@
+"""The subcommand `wherefrom audit`: a run's training examples as a review queue, and the file without the worst.
+
+All work is the library's; this module turns arguments into its calls.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from wherefrom.cli.methods import EXECUTED, FACTORED, READ, default, subcommands
+from wherefrom.cli.shared import Run
+from wherefrom.jobs.auditing import Audit, Signal
+from wherefrom.jobs.auditing import audit as audited
+from wherefrom.jobs.filtering import filtered_together, origins, written_as
+from wherefrom.jobs.sources import RunSources
+from wherefrom.report.passages import DatasetPassages, excerpt
+from wherefrom.runtime.distributed import Ranks
+from wherefrom.runtime.errors import InputError, RankError, check_argument, printable
+from wherefrom.store.files import write_bytes, write_text
+
+console = Console()
+
+AUDITED: Any = subcommands(FACTORED, only=("empirical", "seed", "damping"), of_the_fit=True)
+
+
+def audit(
+    run: Run,
+    *,
+    held_out: str | None = None,
+    method: tyro.conf.OmitArgPrefixes[AUDITED] = default(AUDITED),  # noqa: B008  (a frozen value)
+    order: Signal = "neighbours",
+    n: int = 10,
+    out: Path | None = None,
+    drop: int | None = None,
+    filtered: Path | None = None,
+    split: str = "validation",
+    reading: tyro.conf.OmitArgPrefixes[READ] = READ(),  # noqa: B008
+    execution: tyro.conf.OmitArgPrefixes[EXECUTED] = EXECUTED(),  # noqa: B008
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Show the training examples that are most likely wrong or harmful, and write files without them.
+
+    Args:
+        run: A run directory that `wherefrom fit` made.
+        held_out: Examples that are known to be right, a file, a saved dataset or a hub name: what raises their loss.
+        method: Whose curvature is used; that of EK-FAC unless one is named.
+        order: The signal that examples are ranked by.
+        n: How many examples are shown.
+        out: Write all of them as JSON lines, the most suspicious first.
+        drop: Leave this many of the most suspicious out of the file that `filtered` names.
+        filtered: Write the training examples without those, in the format that they came in.
+        split: The split of a saved or hub dataset of held-out examples.
+        reading: How held-out examples are read.
+        execution: How to compute.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
+        overwrite: Replace files that are there.
+    """
+    if Ranks.current().count > 1:
+        raise RankError(f"audit on {Ranks.current().count} processes: expected one. Start it without torchrun.")
+    executed, sources = execution.made(), RunSources.load(run, trust_remote_code)
+    check_argument(n >= 1, "n", n, "at least 1")
+    if (drop is None) != (filtered is None):
+        raise InputError(f"drop={drop} with filtered={filtered}: expected both, or none of them.")
+    if order == "held_out" and held_out is None:
+        raise InputError("order='held_out' without held_out: name the held-out examples, or another order.")
+    names = sources.train.names
+    if filtered is not None:
+        if sources.train.preparation.unit != "documents":
+            raise InputError(f"filtered={str(filtered)!r} of joined and cut text: its blocks are no part of a file.")
+        _check_ending("filtered", filtered, written_as(names[0]))
+    if out is not None:
+        _check_ending("out", out, ".jsonl")
+    for file in (each for each in (out, filtered) if each is not None):
+        if file.exists() and not overwrite:
+            raise InputError(f"{file} is there already: choose another name, or pass overwrite=True.")
+    study = sources.study(run, device, executed)
+    count = len(study.train)
+    check_argument(drop is None or 1 <= drop < count, "drop", drop, f"1 to {count - 1}, of {count} examples")
+    queries = None
+    if held_out is not None:
+        queries = study.prepare(held_out, split, sources.queries_from(held_out, split, reading.made()).preparation)
+    chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
+    found, passages = audited(study, queries, chosen, order), DatasetPassages(study.train, study.tokenizer)
+    ranking = found.ranking.tolist()
+    if filtered is not None:
+        write_bytes(filtered, filtered_together(sources.train.read(), names, set(ranking[:drop])))
+    if out is not None:
+        whole = sources.train.preparation.unit == "documents"
+        places = origins(sources.train.read(), names) if whole else [(None, None)] * count
+        lines = []
+        for rank, train in enumerate(ranking, start=1):
+            passage, (file_name, line) = passages[train], places[train]
+            signals = {name: float(values[train]) for name, values in found.signals.items()}
+            described = {"title": passage.title, "label": passage.label, "text": passage.text}
+            facts = {"rank": rank, "train": train, "file": file_name, "line": line, **signals, **described}
+            lines.append(json.dumps(facts, ensure_ascii=False) + "\n")
+        write_text(out, "".join(lines))
+    console.print(_table(found, passages, ranking[:n]))
+    for file in (each for each in (out, filtered) if each is not None):
+        console.print(f"Written: {file}", soft_wrap=True, highlight=False)
+
+
+def _check_ending(name: str, file: Path, ending: str) -> None:
+    check_argument(file.suffix == ending, name, str(file), f"a file that ends in {ending}")
+
+
+def _table(found: Audit, passages: DatasetPassages, ranking: list[int]) -> Table:
+    """The first of the queue, with their signals and the beginnings of their texts."""
+    table = Table("Rank", "Train", *(name.replace("_", " ").capitalize() for name in found.signals))
+    for name in ("Label", "Training example"):
+        table.add_column(name, overflow="fold")
+    for rank, train in enumerate(ranking, start=1):
+        values = (f"{float(each[train]):.4g}" for each in found.signals.values())
+        passage = passages[train]
+        text = excerpt(passage.text, answer_start=passage.answer_start)
+        table.add_row(str(rank), str(train), *values, Text(printable(passage.label)), Text(printable(text)))
+    return table

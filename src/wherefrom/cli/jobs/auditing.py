@@ -6,6 +6,7 @@ All work is the library's; this module turns arguments into its calls.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from wherefrom.cli.shared import Run
 from wherefrom.jobs.auditing import Audit, Signal
 from wherefrom.jobs.auditing import audit as audited
 from wherefrom.jobs.filtering import filtered_together, origins, written_as
-from wherefrom.jobs.sources import RunSources
+from wherefrom.jobs.sources import DataSource, RunSources
 from wherefrom.report.passages import DatasetPassages, excerpt
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import InputError, RankError, check_argument, printable
@@ -73,16 +74,7 @@ def audit(
         raise InputError(f"drop={drop} with filtered={filtered}: expected both, or none of them.")
     if order == "held_out" and held_out is None:
         raise InputError("order='held_out' without held_out: name the held-out examples, or another order.")
-    names = sources.train.names
-    if filtered is not None:
-        if sources.train.preparation.unit != "documents":
-            raise InputError(f"filtered={str(filtered)!r} of joined and cut text: its blocks are no part of a file.")
-        _check_ending("filtered", filtered, written_as(names[0]))
-    if out is not None:
-        _check_ending("out", out, ".jsonl")
-    for file in (each for each in (out, filtered) if each is not None):
-        if file.exists() and not overwrite:
-            raise InputError(f"{file} is there already: choose another name, or pass overwrite=True.")
+    _check_files(sources.train, out, filtered, overwrite)
     study = sources.study(run, device, executed)
     count = len(study.train)
     check_argument(drop is None or 1 <= drop < count, "drop", drop, f"1 to {count - 1}, of {count} examples")
@@ -93,25 +85,35 @@ def audit(
     found, passages = audited(study, queries, chosen, order), DatasetPassages(study.train, study.tokenizer)
     ranking = found.ranking.tolist()
     if filtered is not None:
-        write_bytes(filtered, filtered_together(sources.train.read(), names, set(ranking[:drop])))
+        write_bytes(filtered, filtered_together(sources.train.read(), sources.train.names, set(ranking[:drop])))
     if out is not None:
-        whole = sources.train.preparation.unit == "documents"
-        places = origins(sources.train.read(), names) if whole else [(None, None)] * count
-        lines = []
-        for rank, train in enumerate(ranking, start=1):
-            passage, (file_name, line) = passages[train], places[train]
-            signals = {name: float(values[train]) for name, values in found.signals.items()}
-            described = {"title": passage.title, "label": passage.label, "text": passage.text}
-            facts = {"rank": rank, "train": train, "file": file_name, "line": line, **signals, **described}
-            lines.append(json.dumps(facts, ensure_ascii=False) + "\n")
-        write_text(out, "".join(lines))
+        write_text(out, "".join(_queue(found, passages, sources.train)))
     console.print(_table(found, passages, ranking[:n]))
     for file in (each for each in (out, filtered) if each is not None):
         console.print(f"Written: {file}", soft_wrap=True, highlight=False)
 
 
-def _check_ending(name: str, file: Path, ending: str) -> None:
-    check_argument(file.suffix == ending, name, str(file), f"a file that ends in {ending}")
+def _check_files(train: DataSource, out: Path | None, filtered: Path | None, overwrite: bool) -> None:
+    """Refuse files that cannot be written as they are called, or are there, before anything is computed."""
+    if filtered is not None and train.preparation.unit != "documents":
+        raise InputError(f"filtered={str(filtered)!r} of joined and cut text: its blocks are no part of a file.")
+    for name, file, ending in (("out", out, ".jsonl"), ("filtered", filtered, written_as(train.names[0]))):
+        if file is None:
+            continue
+        check_argument(file.suffix == ending, name, str(file), f"a file that ends in {ending}")
+        if file.exists() and not overwrite:
+            raise InputError(f"{file} is there already: choose another name, or pass overwrite=True.")
+
+
+def _queue(found: Audit, passages: DatasetPassages, train: DataSource) -> Iterator[str]:
+    """A line for each training example, the most suspicious first: where it is, its signals, its text."""
+    places = origins(train.read(), train.names) if train.preparation.unit == "documents" else []
+    for rank, position in enumerate(found.ranking.tolist(), start=1):
+        passage, (file, line) = passages[position], places[position] if places else ("", None)
+        signals = {name: float(values[position]) for name, values in found.signals.items()}
+        described = {"title": passage.title, "label": passage.label, "text": passage.text}
+        facts = {"rank": rank, "train": position, "file": file or None, "line": line, **signals, **described}
+        yield json.dumps(facts, ensure_ascii=False) + "\n"
 
 
 def _table(found: Audit, passages: DatasetPassages, ranking: list[int]) -> Table:

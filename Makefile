@@ -19,7 +19,7 @@ LOWEST_TESTS := $(patsubst %,tests/test_%.py,supply text huggingface recording c
 DEMO := --num_train_epochs 1 --max_train_examples 200 --max_query_examples 20
 
 .PHONY: demo test lowest lowest-torch newest newest-torch wheel lock audit examples check size docs smollm2 compare bench gpu-day \
-	leaderboard index zoo clean
+	leaderboard index jobs zoo clean
 
 ## Fine-tune a small GPT-2 on Wikipedia prose and show where its predictions come from (a few minutes)
 demo: $(STAMP)
@@ -140,6 +140,10 @@ index: $(STAMP)
 	test -d runs/demo/checkpoints || $(MAKE) demo
 	test -d runs/leaderboard/removals || $(MAKE) leaderboard
 	$(RUN) benchmarks/index.py
+
+## How well an audit finds wrong labels (some seven minutes)
+jobs: $(STAMP)
+	$(RUN) benchmarks/jobs.py
 
 ## Every model family against autograd, and the table in docs/how-to/models.md (two minutes)
 zoo: $(STAMP)

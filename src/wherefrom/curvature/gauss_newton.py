@@ -10,6 +10,7 @@ loss, so it has none here. This module knows models, tasks and layers; it does n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Generic, NamedTuple
@@ -300,14 +301,16 @@ class DampedGaussNewton(Generic[Batch]):
     def _sum(self, examples: Examples[Batch], vectors: Tensor) -> Tensor:
         """This process's part of the sum over examples of H v."""
         sweep, total = self._sweep, torch.zeros_like(vectors)
-        share, together = sweep.ranks.share(len(examples)), self._pairs
+        # As many vectors as examples: of one example, all vectors' weight gradients are moved for a product of few
+        # tokens; one vector alone shares its pass with none.
+        share, together = sweep.ranks.share(len(examples)), min(len(vectors), math.isqrt(self._pairs))
         with (
             _following(sweep.model, self.space),
             held_signals() as held,
             Loader(examples, sweep.device, end=share.stop, model=sweep.model) as loader,
         ):
             for some, sums in zip(vectors.split(together), total.split(together), strict=True):
-                size = max(1, together // len(some))
+                size = max(1, self._pairs // len(some))
                 for start in range(share.start, share.stop, size):
                     self._add(loader, range(start, min(start + size, share.stop)), some, sums)
                     if held.received:

@@ -41,6 +41,7 @@ TEXTS = [
     "the sun was over the hill and the cat ran",
     "a wet dog sat on a wet mat in the rain",
 ]
+KINDS = ("plain", HOSTILE)  # of the training examples in turn
 TOKEN = "a-token-of-this-test"
 
 
@@ -114,7 +115,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A fitted run with finished scores of two queries."""
     path = tmp_path_factory.mktemp("serve")
     model = save_model(path / "model")
-    (path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    lines = [{"text": text, "kind": KINDS[place % 2]} for place, text in enumerate(TEXTS)]
+    (path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (path / "queries.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[1:3]))
     train = DataSource((str(path / "train.jsonl"),), "train", Preparation(end_token=False))
     sources = RunSources(str(model), None, train, empirical=False, seed=0)
@@ -123,6 +125,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     sources.save(study.path)
     queries = sources.queries_from(str(path / "queries.jsonl"), "train", train.preparation)
     found = study.score(study.prepare(queries.names[0]), wf.EKFAC())
+    study.score(study.prepare(queries.names[0]), wf.EKFAC(), keep=wf.Tokens(1))
     replace(sources, queries=queries).save(study.path, found.name)
     return Made(study.path, sources, study)
 
@@ -286,6 +289,24 @@ def test_a_part_of_an_answer_is_whole_tokens(server: Server) -> None:
     assert server.ask("POST", "/api/attribute", {**asked, "method": "magic"}).events[-1][0] == "failed"
 
 
+def test_a_contrast_is_the_difference_of_two_answers_and_groups_add_up(server: Server, made: Made) -> None:
+    other = " lay on the hill"
+    assert server.ask("GET", "/api/run").json["groupings"] == ["kind"]
+    asked = {"prompt": PROMPT, "answer": ANSWER, "contrast": other, "group": "kind", "method": "ekfac", "k": 6}
+    name, found = server.ask("POST", "/api/attribute", asked).events[-1]
+    assert (name, found["contrast"], found["heading"]) == ("found", other, "Rise, nats")
+    both = [by_hand(made.study, PROMPT, each) for each in (ANSWER, other)]
+    mine, theirs = made.study.score(both, wf.EKFAC()).values.double()
+    difference = (mine - theirs).tolist()
+    hits = [*found["supporting"], *found["opposing"]]
+    assert {hit["train"]: hit["raw"] for hit in hits} == pytest.approx(dict(enumerate(difference)), rel=1e-3, abs=1e-3)
+    sums = {kind: sum(difference[place::2]) / len(TEXTS) for place, kind in enumerate(KINDS)}
+    assert {kind: float(said) for kind, _, said, _ in found["groups"]} == pytest.approx(sums, rel=1e-2, abs=1e-3)
+    assert [count for _, count, _, _ in found["groups"]] == [3, 3]
+    assert server.ask("POST", "/api/attribute", {**asked, "group": "topic"}).events[-1][0] == "failed"
+    assert server.ask("POST", "/api/attribute", {**asked, "contrast": "a" * (LONGEST_TEXT + 1)}).status == 400
+
+
 # Whose turn it is
 
 
@@ -373,6 +394,17 @@ def test_finished_scores_are_shown_with_their_texts(server: Server, made: Made) 
     shown = {hit["train"]: hit["raw"] for hit in (*hits["supporting"], *hits["opposing"])}
     assert shown == pytest.approx(dict(enumerate(values.tolist())))
     assert hits["query"]["text"] == TEXTS[2]
+    parts = wf.TokenScores.load(next((made.run / "tokens").iterdir()))
+    for hit in hits["supporting"][:1]:
+        added = parts[1, hit["train"]].double().sum().item() / hit["raw"]  # in the unit that is shown
+        assert "".join(text for text, _ in hit["tokens"]) == TEXTS[hit["train"]]
+        assert added == pytest.approx(1, rel=1e-3)
+        shown_parts = sum(part for _, part in hit["tokens"])
+        assert f"{shown_parts:+#,.3g}" == hit["shown"]
+    stored = {train for query, train in parts.pairs.tolist() if query == 1}
+    for hit in (*hits["supporting"], *hits["opposing"]):
+        assert bool(hit["tokens"]) == (hit["train"] in stored)
+    assert len(stored) < len(TEXTS)
     for path in (f"/api/scores/{name}/2", "/api/scores/none", "/api/scores/..", f"/api/scores/{name}/0?k=0"):
         assert server.ask("GET", path).status in (400, 404), path
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -124,6 +125,35 @@ def test_a_part_is_selected_with_the_pointer_and_a_link_leads_back_to_it(server:
     expect(again.locator("#selected bdi")).to_have_text(chosen)
     expect(again.locator("#found .label.same").first).to_be_visible()
     assert again.locator("#found .result").first.inner_text() == found
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_why_this_and_not_that_on_a_phone_by_keyboard(server: Server, opened: Open, scheme: str) -> None:
+    place = f"#ask?{urlencode({'prompt': PROMPT, 'answer': ANSWER})}"
+    page = opened(server, place, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    expect(page.locator("#selected")).to_contain_text("whole answer")
+    page.locator("#answer").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # unfolds
+    expect(page.locator("#contrast")).to_be_visible()
+    page.keyboard.press("Tab")
+    page.keyboard.type(HOSTILE)
+    for _ in range(5):  # over the button that draws one, and the choice of methods
+        page.keyboard.press("Tab")
+    expect(page.locator("#group")).to_be_focused()
+    page.keyboard.press("k")
+    page.locator("#contrast").press("Control+Enter")
+    expect(page.locator("#found .groups tbody tr")).to_have_count(2)
+    expect(page.locator("#found .versus bdi").last).to_have_text(f"“{HOSTILE}”", use_inner_text=False)
+    expect(page.locator("#found .groups tbody")).to_contain_text("<img src=x")
+    assert page.locator("img, main script").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    again = opened(server, page.url[page.url.index("#") :])
+    expect(again.locator("#contrast")).to_have_value(HOSTILE)
+    expect(again.locator("#found .groups tbody tr")).to_have_count(2)
+    again.get_by_role("button", name="Let the model draw one").click()
+    expect(again.locator("#contrast")).to_be_focused()
+    assert again.locator("#contrast").input_value() not in ("", HOSTILE)
 
 
 def test_hostile_texts_stay_texts(server: Server, opened: Open) -> None:

@@ -10,14 +10,13 @@ from pathlib import Path
 from rich.console import Console
 
 from wherefrom.cli.shared import Run
-from wherefrom.jobs.sources import RunSources, chosen_scores
+from wherefrom.jobs.sources import RunSources, chosen_scores, token_scores_of
 from wherefrom.report.figures import load_figures
 from wherefrom.report.html import render_report, write_page
 from wherefrom.report.passages import DatasetTokens
 from wherefrom.report.text import top_tables
 from wherefrom.runtime.errors import InputError
-from wherefrom.scoring.results import Scores, TopScores, load_scores
-from wherefrom.scoring.tokens import INDEX, TokenScores
+from wherefrom.scoring.results import load_scores
 from wherefrom.store.files import within
 from wherefrom.store.locks import run_lock
 
@@ -63,7 +62,7 @@ def report(
     scores = load_scores(folder)
     sources = RunSources.of_result(folder, trust_remote_code)
     queries, train, tokenizer = sources.passages(scores.fingerprint)
-    tokens = _token_scores(folder, scores)
+    tokens = token_scores_of(folder, scores)
     page = render_report(
         title=f"Where from? {run.name}",
         queries=queries,
@@ -92,13 +91,3 @@ def export(run: Run, output: Path, *, name: str | None = None, k: int | None = N
     scores = load_scores(chosen_scores(run, name))
     scores.save(output, k)
     console.print(f"The scores {scores.name} are in {output}", soft_wrap=True)
-
-
-def _token_scores(folder: Path, scores: Scores | TopScores) -> TokenScores | None:
-    """Token scores that belong to these scores, of the most pairs, if there are any."""
-    found = [TokenScores.load(index.parent) for index in folder.parents[1].glob(f"tokens/*/{INDEX}")]
-    return max(
-        (each for each in found if not each.differences(scores.fingerprint)),
-        key=lambda each: len(each.pairs),
-        default=None,
-    )

@@ -129,6 +129,24 @@ class Pretrained:
             raise InputError(f"group={name!r}: the training examples have the columns {', '.join(sorted(known))}.")
         return [str(each[number].get(name)) for each in datasets for number in range(len(each))]
 
+    @cached_property
+    def groupings(self) -> list[str]:
+        """Columns whose values many examples share, as the first thousand have them: `column` can group by these."""
+        datasets: list[Dataset[Any]] = [self.train]
+        if self.preparation.unit == "documents":
+            datasets.append(self._train[0].examples)
+        found = dict[str, None]()
+        for dataset in datasets:
+            if not isinstance(dataset[0], Mapping):
+                continue
+            first = [dataset[number] for number in range(min(1000, len(dataset)))]
+            for name in first[0]:
+                values = [each.get(name) for each in first]
+                words = name != "answer_start" and all(isinstance(each, str | int | None) for each in values)
+                if words and 1 < len(set(values)) <= len(first) / 2:
+                    found[name] = None
+        return list(found)
+
     def prepare(
         self, examples: RawExamples, split: str = "train", preparation: Preparation | None = None
     ) -> Dataset[object]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -23,10 +22,8 @@ from wherefrom.methods.method import Method
 from wherefrom.methods.retrieval import TwoStage
 from wherefrom.planning.machine import matmul_speed
 from wherefrom.report.attribution import Attribution, Found
-from wherefrom.report.overlaps import overlaps
 from wherefrom.report.passages import DatasetPassages, DatasetTokens
 from wherefrom.report.reading import Reading, contrast_reading, reading
-from wherefrom.report.shading import visible_pieces
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.keep import Tokens, Top
 from wherefrom.scoring.results import Result, Scores, TopScores
@@ -194,19 +191,15 @@ class Asker:
             parts = [part for _, part in mine]
             for other in others:
                 parts = [part - its for part, (_, its) in zip(parts, other, strict=True)]
-            return visible_pieces([(text, part) for (text, _), part in zip(mine, parts, strict=True)])
+            return [(text, part) for (text, _), part in zip(mine, parts, strict=True)]
 
         return pieces
 
     def _found(self, question: Question, chosen: Sequence[tuple[int, float]], pieces: Pieces) -> list[Found]:
-        found = []
-        for rank, (position, score) in enumerate(chosen, start=1):
-            passage, tokens = self.passages[position], pieces(position)
-            if tokens:  # their text has other beginnings and ends
-                passage = replace(passage, text="".join(text for text, _ in tokens), answer_start=0)
-            same = overlaps(passage.text, question.answer)
-            found.append(Found(rank, position, score, passage, tokens, same))
-        return found
+        return [
+            Found.of(rank, position, score, self.passages[position], pieces(position), question.answer)
+            for rank, (position, score) in enumerate(chosen, start=1)
+        ]
 
 
 def _differences(scores: Result) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,8 @@ from wherefrom.hf.text import ModelLoading, local_path
 from wherefrom.report.passages import DatasetPassages, Tokenizer
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import DamagedError, InputError, check_argument
+from wherefrom.scoring.results import Result
+from wherefrom.scoring.tokens import INDEX, TokenScores
 from wherefrom.store.files import checked_name, read_json, within, write_text
 from wherefrom.store.fingerprint import (
     MODEL,
@@ -246,6 +248,16 @@ def chosen_scores(run: Path, name: str | None) -> Path:
     if others:
         logger.info(f"These are the latest scores, {latest.name}; choose others with --name: {', '.join(others)}.")
     return latest
+
+
+def token_scores_of(folder: Path, scores: Result) -> TokenScores | None:
+    """Token scores of the run that belong to the scores in a folder, of the most pairs, if there are any."""
+    found = [TokenScores.load(index.parent) for index in folder.parents[1].glob(f"tokens/*/{INDEX}")]
+    return max(
+        (each for each in found if not each.differences(scores.fingerprint)),
+        key=lambda each: len(each.pairs),
+        default=None,
+    )
 
 
 def log_other_scores(study: PretrainedStudy) -> None:

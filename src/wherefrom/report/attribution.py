@@ -6,7 +6,7 @@ This module knows texts and numbers; it must not know models, or how scores come
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -15,8 +15,10 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from wherefrom.report.overlaps import overlaps
 from wherefrom.report.passages import Passage, excerpt
 from wherefrom.report.reading import Reading
+from wherefrom.report.shading import visible_pieces
 from wherefrom.report.text import shade, sources_table
 from wherefrom.runtime.errors import printable
 from wherefrom.scoring.results import GroupScore
@@ -42,6 +44,27 @@ class Found:
     passage: Passage
     tokens: Sequence[tuple[str, float]] = ()
     overlaps: Sequence[tuple[int, int]] = ()
+
+    @classmethod
+    def of(
+        cls,
+        rank: int,
+        train: int,
+        score: float,
+        passage: Passage,
+        parts: Sequence[tuple[str, float]] = (),
+        answer: str = "",
+    ) -> Found:
+        """An example as it is found.
+
+        Args:
+            parts: its tokens' texts, each with its part of the score; empty where they are not known.
+            answer: what its text may share words with.
+        """
+        tokens = visible_pieces(parts)
+        if tokens:  # their text has other beginnings and ends
+            passage = replace(passage, text="".join(text for text, _ in tokens), answer_start=0)
+        return cls(rank, train, score, passage, tokens, overlaps(passage.text, answer))
 
 
 @dataclass(frozen=True)

@@ -297,8 +297,10 @@ def _attribute(views: RunViews, body: dict[str, Any]) -> Callable[[Tell], None]:
     fits = said is None or (isinstance(said, list) and len(said) == 2 and all(type(each) is int for each in said))
     check_argument(fits, "span", said, "where it begins and ends, in characters")
     span = None if said is None else (said[0], said[1])
+    contrast = None if body.get("contrast") is None else _text(body, "contrast")
+    group = None if body.get("group") is None else _text(body, "group")
     method, k = _part(body, "method", str, "ekfac"), _part(body, "k", int, 10)
-    return lambda tell: views.attribute(tell, prompt, answer, span, method, k)
+    return lambda tell: views.attribute(tell, prompt, answer, span, contrast, method, group, k)
 
 
 async def _body(request: Request) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from wherefrom.hf.pretrained import PretrainedStudy
 from wherefrom.jobs.asking import Asker
 from wherefrom.jobs.filtering import dropped_of_each, filtered
 from wherefrom.jobs.questions import Question
-from wherefrom.jobs.sources import SOURCES, RunSources
+from wherefrom.jobs.sources import SOURCES, RunSources, token_scores_of
 from wherefrom.methods import METHODS
 from wherefrom.methods.baselines import BM25
 from wherefrom.methods.factored import EKFAC, KFAC, Cosine, Diagonal, Dot, Factored
 from wherefrom.methods.method import Method
 from wherefrom.report.attribution import Found
-from wherefrom.report.passages import DatasetPassages, Passages, checked_passages, excerpt
+from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passages, checked_passages, excerpt
 from wherefrom.report.reading import Reading, reading
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.results import Result, Scores, extremes, load_scores
@@ -49,6 +49,7 @@ LONGEST_TEXT, MOST_TOKENS, MOST_SHOWN = 50_000, 512, 50
 _REMEMBERED = 32  # answers, with the tokens that the model wrote
 _PATIENCE = 2.0  # seconds that one look through the training examples may take
 _EXCERPT = 200
+_MOST_GROUPS = 24  # as many of the highest and the lowest sums
 
 
 class RunViews:
@@ -79,6 +80,7 @@ class RunViews:
             "train": len(self._train),
             "index": self._first.has_index,
             "methods": [{"name": name, "words": words} for name, words in OFFERED.items()],
+            "groupings": self._study.pretrained.groupings,
             "sources": sorted(set(self._train.sources())) if "source" in columns else [],
             "limits": {"text": LONGEST_TEXT, "tokens": MOST_TOKENS},
             "files": self._files(),
@@ -106,28 +108,49 @@ class RunViews:
         tell("answered", {"prompt": question.prompt, "answer": question.answer, "pieces": list(question.pieces)})
 
     def attribute(
-        self, tell: Tell, prompt: str, answer: str, span: tuple[int, int] | None, method: str, k: int
+        self,
+        tell: Tell,
+        prompt: str,
+        answer: str,
+        span: tuple[int, int] | None,
+        contrast: str | None,
+        method: str,
+        group: str | None,
+        k: int,
     ) -> None:
-        """Tell the training examples that share an answer's words, and then those that are behind it."""
+        """Tell the training examples that share an answer's words, and then those that are behind it.
+
+        Args:
+            contrast: another answer, whose scores are subtracted.
+            group: a column that scores are added up by.
+        """
         check_argument(method in OFFERED, "method", method, f"one of {', '.join(OFFERED)}")
         check_argument(1 <= k <= MOST_SHOWN, "k", k, f"1 to {MOST_SHOWN}")
         question = self._question(prompt, answer)
         self._remember(question)
         if span is not None:
             question = question.of(span)
+        other = None if contrast is None else self._question(prompt, contrast)
         candidates = max(100, k)
         shared = self._first.sharing_words(question, k=k, candidates=candidates)
         words = [self._found(each, None) for each in shared or ()]
         tell("shared", {"hits": None if shared is None else words, "pieces": list(question.pieces)})
         asker = self._first.by(self._method(method))
-        found = asker.attribute(question, k=k, candidates=candidates, shared_words=asker.has_index)
+        found = asker.attribute(
+            question, contrast=other, k=k, candidates=candidates, group=group, shared_words=asker.has_index
+        )
+        groups = found.groups or ()
+        ends = groups if len(groups) <= _MOST_GROUPS else (*groups[: _MOST_GROUPS // 2], *groups[-_MOST_GROUPS // 2 :])
         tell("found", {
             "span": list(found.span),
+            "contrast": found.contrast,
             "method": OFFERED[method],
             "heading": found.read.heading,
             "meaning": found.read.meaning,
             "supporting": [self._found(each, found.read) for each in found.supporting],
             "opposing": [self._found(each, found.read) for each in found.opposing],
+            "groups": [[each.group, each.train, found.read(each.sum), found.read(each.mean)] for each in ends],
+            "of_groups": len(groups),
             "scored": found.scored,
             "of": found.of,
         })  # fmt: skip
@@ -143,7 +166,7 @@ class RunViews:
 
     def result(self, name: str) -> Shown:
         """The queries of finished scores."""
-        scores, queries = self._opened(checked_name(name))
+        scores, queries, _ = self._opened(checked_name(name))
         whole = isinstance(scores, Scores)
         return {
             "name": name,
@@ -155,7 +178,7 @@ class RunViews:
 
     def hits(self, name: str, query: int, k: int) -> Shown:
         """The training examples of the highest and lowest scores of a query."""
-        scores, queries = self._opened(checked_name(name))
+        scores, queries, tokens = self._opened(checked_name(name))
         check_argument(0 <= query < len(queries), "query", query, f"0 to {len(queries) - 1}")
         check_argument(1 <= k <= MOST_SHOWN, "k", k, f"1 to {MOST_SHOWN}")
         read = reading(scores, query)
@@ -173,8 +196,8 @@ class RunViews:
             "query": _passage(queries, query),
             "heading": read.heading,
             "meaning": read.meaning,
-            "supporting": self._listed([each for each in highest if each[1] > 0], read),
-            "opposing": self._listed([each for each in lowest if each[1] < 0], read),
+            "supporting": self._listed(query, [each for each in highest if each[1] > 0], read, tokens),
+            "opposing": self._listed(query, [each for each in lowest if each[1] < 0], read, tokens),
         }
 
     # Training examples
@@ -242,8 +265,8 @@ class RunViews:
         while len(self._answers) > _REMEMBERED:
             self._answers.popitem(last=False)
 
-    def _open(self, name: str) -> tuple[Result, Passages]:
-        """Scores and their queries, of the training examples that the run has now."""
+    def _open(self, name: str) -> tuple[Result, Passages, DatasetTokens | None]:
+        """Scores, their queries and tokens' parts where these are stored, of the training examples of the run now."""
         with self._opening:
             folder = within(self._study.path, "scores", name)
             scores = load_scores(folder)
@@ -251,14 +274,22 @@ class RunViews:
             assert sources.queries is not None
             pretrained = sources.pretrained()  # with a tokenizer of its own: a job may use the study's
             queried = pretrained.prepare(sources.queries.names[0], sources.queries.split, sources.queries.preparation)
-            queries = DatasetPassages(queried, pretrained.tokenizer)
-            about = {QUERIES: queries.digest, TRAIN: self._train.digest}
+            texts = DatasetPassages(queried, pretrained.tokenizer)
+            about = {QUERIES: texts.digest, TRAIN: self._train.digest}
             check_about(scores.fingerprint, about, "Texts have changed since they were scored: score again.")
-            return scores, checked_passages(scores, queries, self._train)
+            queries, parts = checked_passages(scores, texts, self._train), token_scores_of(folder, scores)
+            if parts is None or pretrained.tokenizer is None:
+                return scores, queries, None
+            return scores, queries, DatasetTokens(parts, self._train.dataset, pretrained.tokenizer)
 
-    def _listed(self, end: Sequence[tuple[int, float]], read: Reading) -> list[Shown]:
-        found = (Found(rank, train, score, self._train[train]) for rank, (train, score) in enumerate(end, start=1))
-        return [self._found(each, read) for each in found]
+    def _listed(
+        self, query: int, end: Sequence[tuple[int, float]], read: Reading, tokens: DatasetTokens | None
+    ) -> list[Shown]:
+        found = []
+        for rank, (train, score) in enumerate(end, start=1):
+            parts = (tokens and tokens(query, train)) or ()
+            found.append(self._found(Found.of(rank, train, score, self._train[train], parts), read))
+        return found
 
     def _found(self, found: Found, read: Reading | None) -> Shown:
         """A training example behind a query; without a reading its score is no more than an order."""

@@ -11,13 +11,19 @@ export async function openAsk(run) {
   for (const { name, words } of run.methods) {
     for (const select of [method, beside]) select.append(el("option", { value: name, textContent: words }));
   }
-  byId("prompt").maxLength = byId("given").maxLength = run.limits.text;
+  for (const name of run.groupings) byId("group").append(el("option", { value: name, textContent: name }));
+  byId("group-part").hidden = !run.groupings.length;
+  for (const name of ["prompt", "given", "contrast"]) byId(name).maxLength = run.limits.text;
   for (const radio of document.querySelectorAll("[name=who]")) radio.addEventListener("change", whose);
   byId("question").addEventListener("submit", (event) => { event.preventDefault(); write(); });
   byId("question").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); write(); }
   });
   byId("find").addEventListener("click", find);
+  byId("draw").addEventListener("click", () => draw(run.limits.tokens));
+  byId("contrast").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); find(); }
+  });
   startSelection();
 
   return async (picked) => {
@@ -25,11 +31,14 @@ export async function openAsk(run) {
     if (prompt === null) return;
     byId("prompt").value = prompt;
     if (answer === null || (state.prompt === prompt && state.answer === answer)) return;
-    for (const select of [method, beside]) {
+    for (const select of [method, beside, byId("group")]) {
       const said = picked.get(select.id);
       if (said !== null && [...select.options].some(({ value }) => value === said)) select.value = said;
     }
-    await ask({ prompt, answer });
+    const asked = ask({ prompt, answer });
+    byId("contrast").value = picked.get("contrast") ?? "";  // at once, or it would close what a reader has opened since
+    byId("contrast-part").open = byId("contrast").value !== "";
+    await asked;
     if (!state.pieces.length) return;
     const span = /^(\d+)-(\d+)$/.exec(picked.get("span") ?? "");
     if (span) choose(...tokensOf(Number(span[1]), Number(span[2])));
@@ -86,6 +95,7 @@ async function job(status, path, said, on) {
 
 async function ask(said) {
   trouble();
+  if (said.prompt !== state.prompt) { byId("contrast").value = ""; byId("contrast-part").open = false; }
   Object.assign(state, { prompt: said.prompt, answer: "", pieces: [], span: null });
   byId("found").replaceChildren();
   byId("find-part").hidden = true;
@@ -107,6 +117,20 @@ async function ask(said) {
   });
   if (done) { status.remove(); answer.focus({ preventScroll: true }); } else if (!answer.textContent) answer.replaceChildren();
   for (const old of [...part.querySelectorAll(":scope > div:not([id])")].slice(0, -1)) old.remove();
+}
+
+// Another answer, of at most as many tokens, which the model draws.
+async function draw(most) {
+  const status = byId("drawing"), other = byId("contrast");
+  const said = {
+    prompt: state.prompt, max_new_tokens: Math.min(state.pieces.length, most),
+    temperature: Math.max(1, Number(byId("temperature").value)), seed: Math.floor(Math.random() * 2 ** 31),
+  };
+  const done = await job(status, "/api/answer", said, {
+    text: ({ text }) => { other.value = text; },
+    answered: ({ answer }) => { other.value = answer; },
+  });
+  if (done) { status.replaceChildren(); other.focus({ preventScroll: true }); }
 }
 
 // The chosen part of the answer.
@@ -179,17 +203,20 @@ async function find() {
   if (!state.pieces.length) return;
   const { prompt, answer } = state, part = span();
   const method = byId("method").value, beside = byId("beside").value;
+  const group = byId("group").value, contrast = byId("contrast-part").open ? byId("contrast").value : "";
   const methods = [...new Set([method, beside].filter(Boolean))];
-  setPlace("ask", { prompt, answer, span: part ? part.join("-") : "", method, beside });
+  setPlace("ask", { prompt, answer, span: part ? part.join("-") : "", contrast, method, beside, group });
+  const asked = { prompt, answer, span: part, contrast: contrast || null, group: group || null, k: 10 };
   const shared = el("div"), columns = methods.map(() => el("div", { className: "result" }));
   byId("found").replaceChildren(
+    contrast ? versus(part ? state.pieces.slice(...state.span).join("") : answer, contrast) : "",
     el("div", { className: methods.length > 1 ? "columns" : "" }, ...columns), shared);
   const found = [];
   for (const [index, name] of methods.entries()) {
     columns[index].append(el("p", { className: "meaning", textContent: "Waiting for its turn…" }));
-    const done = await job(columns[index], "/api/attribute", { prompt, answer, span: part, method: name, k: 10 }, {
+    const done = await job(columns[index], "/api/attribute", { ...asked, method: name }, {
       shared: ({ hits }) => { if (!shared.hasChildNodes() && !methods.includes("bm25")) shared.append(...sharedWords(hits)); },
-      found: (result) => { found.push(result); columns[index].replaceChildren(...resultParts(result, methods.length > 1)); },
+      found: (result) => { found.push(result); columns[index].replaceChildren(...resultParts(result, methods.length > 1, group)); },
     });
     if (!done) return;
   }
@@ -202,7 +229,12 @@ function sharedWords(hits) {
   return [el("div", { className: "columns" }, list)];
 }
 
-function resultParts({ method, heading, meaning, supporting, opposing, scored, of }, narrow) {
+// What is held against what.
+const versus = (one, other) => el("p", { className: "versus" },
+  "Why ", el("bdi", { textContent: `“${one.trim()}”` }), " and not ", el("bdi", { textContent: `“${other.trim()}”` }));
+
+function resultParts({ method, heading, meaning, supporting, opposing, contrast, groups, of_groups: ofGroups, scored, of }, narrow, column) {
+  const against = contrast !== null;
   const largest = largestOf(supporting, opposing);
   const total = of.toLocaleString("en-US");
   const scope = scored === of ? `all ${total} training examples were scored exactly` : `${scored.toLocaleString("en-US")} of ${total} training examples were scored exactly, those that the index and BM25 named`;
@@ -210,9 +242,23 @@ function resultParts({ method, heading, meaning, supporting, opposing, scored, o
     el("h2", { textContent: method }),
     el("p", { className: "reading" }, el("strong", { textContent: heading }), `: ${meaning}; ${scope}.`),
     el("div", { className: narrow ? "stacked" : "columns" },
-      hitList("positive", "Supports it", supports, supporting, largest),
-      hitList("negative", "Opposes it", opposes, opposing, largest)),
+      hitList("positive", against ? "Speaks for it" : "Supports it", against ? "Training on these made it likelier against the other answer." : supports, supporting, largest),
+      hitList("negative", against ? "Speaks for the other" : "Opposes it", against ? "Training on these made the other answer likelier against it." : opposes, opposing, largest)),
+    groups.length ? groupTable(groups, ofGroups, column, heading) : "",
   ];
+}
+
+// Sums over all training examples by what they have in a column.
+function groupTable(groups, ofGroups, column, heading) {
+  const lines = groups.map(([name, count, sum, mean]) => el("tr", {},
+    el("th", { scope: "row", textContent: name || "–", dir: "auto" }),
+    ...[count.toLocaleString("en-US"), sum, mean].map((said) => el("td", { textContent: said.replaceAll("-", "−") }))));
+  const head = [column, "Examples", `Sum: ${heading.toLowerCase()}`, "Mean"].map((said) => el("th", { scope: "col", textContent: said }));
+  return el("div", { className: "groups" },
+    el("h3", {}, "Added up by ", el("bdi", { textContent: column })),
+    el("p", { className: "meaning", textContent: `${lines.length < ofGroups ? `The ${lines.length / 2} highest and lowest of ${counted(ofGroups, "group", "groups")}. ` : ""}Sums over all training examples; they say what leaving out a whole group would do as far as effects add up.` }),
+    el("div", { className: "wide", tabIndex: 0, role: "region", "aria-label": "Scores by group" },
+      el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...lines))));
 }
 
 // Says of each example where the other method has it.

@@ -5,7 +5,7 @@
 Recall is that of the example's trained model on its own text: of each query's exact ten highest scores of EK-FAC, how
 many the index has among its own, and after its 50 highest are scored again. LDS is that of the leaderboard's
 retrainings (protocol B). Latency is that of random bits, for queries that have their sketch. Written to
-`results/index.json`.
+`results/index.json`, and drawn as `docs/images/index.png`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from typing import Any
 import torch
 import tyro
 from low_rank import top_overlap
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor
 from workload import RESULTS, ROOT, provenance, save_results
 
 import wherefrom as wf
 from wherefrom.evaluate.datamodels import evaluate_lds
+from wherefrom.evaluate.plots import BLUE, GREY, INK, ORANGE, RESOLUTION, SPARE_COLOURS
 from wherefrom.methods.index.search import Search
 from wherefrom.methods.index.sketches import Bits, Sketch
 from wherefrom.methods.index.store import Shard
@@ -155,6 +158,36 @@ def random_index(file: Path, examples: int, sketch: Sketch) -> tuple[Search, Ten
     return Search(sketch, shards, torch.device("cpu")), torch.randn(64, sketch.numbers, generator=generator)
 
 
+def frontier(found: dict[str, Any]) -> Figure:
+    """Of each way, what it finds and what its scores predict, against bytes an example."""
+    figure = Figure(figsize=(11, 4.2), dpi=RESOLUTION, layout="constrained")
+    FigureCanvasAgg(figure)
+    recalled = [*found["recall"]["rows"], *found["earlier"]["rows"]]
+    panels = (
+        ("Of the exact top ten, found", recalled, "found"),
+        ("... after the 50 best are scored again", recalled, "reranked"),
+        ("Linear datamodeling score", found["lds"]["rows"], "value"),
+    )
+    colours = dict(zip(dict.fromkeys(each["name"] for each in recalled),
+                       (BLUE, "#56B4E9", ORANGE, *SPARE_COLOURS[1:], GREY, "#E69F00"), strict=False))  # fmt: skip
+    for axes, (title, rows, key) in zip(figure.subplots(1, 3), panels, strict=True):
+        for name, colour in colours.items():
+            points = sorted((each["bytes"], each[key]) for each in rows if each["name"] == name)
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=4) if points else None
+        axes.set_xscale("log")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set(xlabel="Bytes an example", ylim=(0, 1.02 if key != "value" else 0.6))
+        axes.spines[["top", "right"]].set_visible(False)
+        if key == "value":
+            own = found["lds"]["ekfac"]["value"]
+            axes.axhline(own, color=INK, linewidth=1, dashes=(2, 2))
+            axes.annotate("EK-FAC itself", (1, own), (-4, 3), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", ha="right", color=INK, fontsize=8)  # fmt: skip
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
 def main(arguments: Arguments) -> None:
     """The parts that are asked for; others stay as they are."""
     file = RESULTS / "index.json"
@@ -162,6 +195,7 @@ def main(arguments: Arguments) -> None:
     for part in arguments.parts:
         found[part] = {**provenance(), **{"recall": recall, "lds": lds, "latency": latency}[part](arguments)}
         save_results("index", found)
+    frontier(found).savefig(ROOT / "docs" / "images" / "index.png")
 
 
 if __name__ == "__main__":

@@ -136,13 +136,18 @@ def test_with_an_index_candidates_have_the_same_scores(study: wf.PretrainedStudy
         wf.study_from_pretrained(folder, TEXTS, run=folder.parent / "indexed", device="cpu", end_token=False)
     )
     assert not indexed.has_index
-    indexed.study.index(wf.EKFAC(), wf.Sketch())
+    indexed.study.index(wf.EKFAC(), wf.Sketch(numbers=128, bits=8, focus=0.5, seed=3))
+    indexed.study.index(wf.EKFAC(), wf.Sketch(numbers=64))
     assert indexed.has_index
+    assert not indexed.by(wf.KFAC()).has_index  # whose scores are others
+    indexes = sorted(each.name for each in (indexed.study.path / "index").iterdir() if each.is_dir())
     found = indexed.attribute(indexed.writer.question(PROMPT, ANSWER), k=1, candidates=1)
     assert found.scored < found.of == 6
     expected = {each.train: each.score for each in (*exact.supporting, *exact.opposing)}
     for each in (*found.supporting, *found.opposing):
         assert each.score == pytest.approx(expected[each.train], rel=1e-4)
+    assert sorted(each.name for each in (indexed.study.path / "index").iterdir() if each.is_dir()) == indexes
+    assert indexed._sketch() == wf.Sketch(numbers=128, bits=8, focus=0.5, seed=3)
     everything = indexed.attribute(indexed.writer.question(PROMPT, ANSWER), k=1, candidates=1, group="text")
     assert everything.scored == 6
     assert everything.groups is not None

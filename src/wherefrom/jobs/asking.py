@@ -18,6 +18,7 @@ from wherefrom.hf.pretrained import PretrainedStudy
 from wherefrom.jobs.questions import Question, Writer
 from wherefrom.methods.baselines import BM25, SharedWords
 from wherefrom.methods.factored import EKFAC, Factored
+from wherefrom.methods.index.sketches import Sketch
 from wherefrom.methods.method import Method
 from wherefrom.methods.retrieval import TwoStage
 from wherefrom.planning.machine import matmul_speed
@@ -28,6 +29,7 @@ from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.keep import Tokens, Top
 from wherefrom.scoring.results import Result, Scores, TopScores
 from wherefrom.store.files import within
+from wherefrom.store.names import known_fingerprint
 
 logger = logging.getLogger("wherefrom")
 
@@ -130,8 +132,14 @@ class Asker:
 
     @property
     def has_index(self) -> bool:
-        """Whether the run has an index, which names candidates."""
-        return next(within(self.study.path, "index").rglob("manifest.json"), None) is not None
+        """Whether the run has an index of the method, which names candidates."""
+        return self._sketch() is not None
+
+    def _sketch(self) -> Sketch | None:
+        """That of the run's indexes of the method; of several, the one with most bytes."""
+        found = [known_fingerprint(file.parent) for file in within(self.study.path, "index").rglob("manifest.json")]
+        of_method = [each for each in found if each and each.get("method") == self.method.name]
+        return max(map(Sketch.of, of_method), key=lambda sketch: sketch.code_bytes, default=None)
 
     def _scores(
         self, questions: Sequence[Question], count: int, shared: Sequence[tuple[int, float]] | None, every: bool
@@ -139,14 +147,15 @@ class Asker:
         """Exact scores of all training examples, or of candidates, the same for all questions."""
         queries, total = [each.example for each in questions], len(self.study.train)
         method = self.method
-        if every or not (self.has_index and isinstance(method, Factored) and not method.compressed):
+        sketch = None if every else self._sketch()
+        if sketch is None or not isinstance(method, Factored) or method.compressed:
             if isinstance(method, Factored):
                 logger.info(
                     f"{'All' if every else 'The run has no index, so all'} {total:,} training examples are scored "
                     f"exactly, in at least {self._seconds(queries):,.1f} s once factors are there."
                 )
             return self.study.score(queries, method)
-        index = self.study.index(type(method)(empirical=method.empirical, seed=method.seed))
+        index = self.study.index(type(method)(empirical=method.empirical, seed=method.seed), sketch)
         best = index.query(queries, min(count, total))
         positions = torch.cat([best.train.flatten(), best.lowest_train.flatten()]).tolist()
         both = torch.tensor(sorted({*positions, *(position for position, _ in shared or ())}))

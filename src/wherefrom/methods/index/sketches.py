@@ -84,6 +84,13 @@ class Sketch:
         """What a fingerprint says of it."""
         return {"sketch": f"{self.numbers} numbers, focus {self.focus}, seed {self.seed}", "bits": str(self.bits)}
 
+    @classmethod
+    def of(cls, settings: Mapping[str, str]) -> Sketch:
+        """The sketch whose `settings` are among these."""
+        numbers, focus, seed = (part.split()[-1] for part in settings["sketch"].replace(" numbers", "").split(", "))
+        bits = {str(each): each for each in get_args(Bits)}[settings["bits"]]
+        return cls(numbers=int(numbers), bits=bits, focus=float(focus), seed=int(seed))
+
     @property
     def code_bytes(self) -> int:
         """What the counters of an example take when they are stored."""

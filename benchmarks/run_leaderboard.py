@@ -23,13 +23,13 @@ from leaderboard.calibration import calibration
 from leaderboard.measure import Cost, measured
 from leaderboard.methods import METHODS
 from leaderboard.page import write_page
-from leaderboard.ranking import ranking
+from leaderboard.ranking import REFERENCE, ranking
 from leaderboard.retrainings import protocol_a, protocol_b, without_top
 from leaderboard.setting import Setting, Size, record
 from leaderboard.subject import Subject
 from workload import RESULTS, ROOT, save_results
 
-from wherefrom.runtime.errors import MismatchError
+from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.store.files import read_json, write_text
 
 
@@ -73,6 +73,10 @@ def main(arguments: Arguments) -> None:
 
 def results(arguments: Arguments) -> dict[str, Any]:
     """The figures of some methods."""
+    if REFERENCE not in arguments.methods:
+        raise InputError(
+            f"methods={arguments.methods}: expected {REFERENCE!r} among them, which others are held against."
+        )
     setting, run_dir = Setting(arguments.size, arguments.cache_dir), arguments.run_dir
     if run_dir is None:
         run_dir = ROOT / "runs" / arguments.name
@@ -117,8 +121,11 @@ def merged(earlier: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, A
     for part in ("rises", "calibration", "costs"):
         both[part] = _known({**earlier[part], **found[part]})
     for protocol, ranked in found["protocols"].items():
-        before = earlier["protocols"][protocol]
-        rows = _known({**before["methods"], **ranked["methods"]})
+        before, now = earlier["protocols"][protocol], ranked["methods"]
+        for name, row in now.items():  # of methods that were not compared in this run, what earlier ones found
+            told = before["methods"].get(name, {}).get("not_told_from", [])
+            row["not_told_from"] += [other for other in told if other not in now and other in METHODS]
+        rows = _known({**before["methods"], **now})
         ordered = dict(sorted(rows.items(), key=lambda row: -row[1]["value"]))
         ceiling = ranked["ceiling"] or before["ceiling"]  # of one seed there is none
         both["protocols"] = {**both["protocols"], protocol: {**ranked, "ceiling": ceiling, "methods": ordered}}

@@ -136,10 +136,10 @@ class Asker:
         return self._sketch() is not None
 
     def _sketch(self) -> Sketch | None:
-        """That of the run's indexes of the method; of several, the one with most bytes."""
+        """That of the run's indexes of the method; of several, the one of most numbers, on which most depends."""
         found = [known_fingerprint(file.parent) for file in within(self.study.path, "index").rglob("manifest.json")]
         of_method = [each for each in found if each and each.get("method") == self.method.name]
-        return max(map(Sketch.of, of_method), key=lambda sketch: sketch.code_bytes, default=None)
+        return max(map(Sketch.of, of_method), key=lambda each: (each.numbers, each.bits), default=None)
 
     def _scores(
         self, questions: Sequence[Question], count: int, shared: Sequence[tuple[int, float]] | None, every: bool

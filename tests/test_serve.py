@@ -390,11 +390,13 @@ def test_finished_scores_are_shown_with_their_texts(server: Server, made: Made) 
     result = server.ask("GET", f"/api/scores/{name}").json
     assert [query["excerpt"] for query in result["queries"]] == TEXTS[1:3]
     hits = server.ask("GET", f"/api/scores/{name}/1?k=6").json
-    values = wf.Scores.load(made.run / "scores" / name).values[1].double()
+    scores = wf.Scores.load(made.run / "scores" / name)
+    values = scores.values[1].double()
     shown = {hit["train"]: hit["raw"] for hit in (*hits["supporting"], *hits["opposing"])}
     assert shown == pytest.approx(dict(enumerate(values.tolist())))
     assert hits["query"]["text"] == TEXTS[2]
-    parts = wf.TokenScores.load(next((made.run / "tokens").iterdir()))
+    stored = map(wf.TokenScores.load, (made.run / "tokens").iterdir())  # those of questions too
+    (parts,) = (each for each in stored if not each.differences(scores.fingerprint))
     for hit in hits["supporting"][:1]:
         added = parts[1, hit["train"]].double().sum().item() / hit["raw"]  # in the unit that is shown
         assert "".join(text for text, _ in hit["tokens"]) == TEXTS[hit["train"]]

@@ -395,8 +395,8 @@ def test_finished_scores_are_shown_with_their_texts(server: Server, made: Made) 
     shown = {hit["train"]: hit["raw"] for hit in (*hits["supporting"], *hits["opposing"])}
     assert shown == pytest.approx(dict(enumerate(values.tolist())))
     assert hits["query"]["text"] == TEXTS[2]
-    stored = map(wf.TokenScores.load, (made.run / "tokens").iterdir())  # those of questions too
-    (parts,) = (each for each in stored if not each.differences(scores.fingerprint))
+    token_scores = map(wf.TokenScores.load, (made.run / "tokens").iterdir())  # those of questions too
+    (parts,) = (each for each in token_scores if not each.differences(scores.fingerprint))
     for hit in hits["supporting"][:1]:
         added = parts[1, hit["train"]].double().sum().item() / hit["raw"]  # in the unit that is shown
         assert "".join(text for text, _ in hit["tokens"]) == TEXTS[hit["train"]]

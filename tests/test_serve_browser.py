@@ -50,6 +50,7 @@ def opened(browser: Browser, made: Made) -> Iterator[Open]:
             page.set_default_timeout(60_000)
             page.goto(f"http://127.0.0.1:{server.port}/?token={TOKEN}{place}")
             expect(page.locator("#run")).to_have_text("Where from? run")
+            expect(page.locator("main > section:not([hidden])")).to_have_count(1)  # until then nothing can be typed
             assert TOKEN not in page.url
             return page
 

@@ -259,9 +259,9 @@ def _streamed(worker: Worker, prepared: Callable[[dict[str, Any]], Callable[[Tel
             return JSONResponse({"message": _BUSY}, HTTPStatus.TOO_MANY_REQUESTS)
 
         async def events() -> AsyncIterator[bytes]:
-            ahead = 0
+            ahead, begun = 0, False
             while True:
-                if ahead != (now := worker.ahead(job)):
+                if ahead != (now := 0 if begun else worker.ahead(job)):
                     ahead = now
                     yield _event("waiting", {"ahead": ahead})
                 try:
@@ -271,6 +271,10 @@ def _streamed(worker: Worker, prepared: Callable[[dict[str, Any]], Callable[[Tel
                     continue
                 if line is None:
                     return
+                begun = True
+                if ahead:  # before what the job says: its last word comes last
+                    ahead = 0
+                    yield _event("waiting", {"ahead": 0})
                 yield line
 
         return _Events(worker, job, events())

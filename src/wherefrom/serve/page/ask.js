@@ -104,7 +104,7 @@ async function ask(said) {
   answer.replaceChildren();
   const status = el("div");
   part.append(status);
-  const done = await job(status, "/api/answer", said, {
+  await job(status, "/api/answer", said, {
     text: ({ text }) => { answer.textContent = text; },
     answered: ({ prompt, answer: written, pieces: tokens }) => {
       const pieces = tokens.filter(Boolean); // a character of several tokens stands with the last of them
@@ -112,10 +112,11 @@ async function ask(said) {
       answer.replaceChildren(...pieces.map((piece) => el("span", { textContent: piece })));
       setPlace("ask", { prompt, answer: written });
       choose(null);
+      status.remove(); // now, or what is below would move under the pointer when the stream ends
       byId("find-part").hidden = false;
+      answer.focus({ preventScroll: true });
     },
   });
-  if (done) { status.remove(); answer.focus({ preventScroll: true }); } else if (!answer.textContent) answer.replaceChildren();
   for (const old of [...part.querySelectorAll(":scope > div:not([id])")].slice(0, -1)) old.remove();
 }
 

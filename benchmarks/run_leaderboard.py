@@ -73,15 +73,15 @@ def main(arguments: Arguments) -> None:
 
 def results(arguments: Arguments) -> dict[str, Any]:
     """The figures of some methods."""
-    if REFERENCE not in arguments.methods:
-        raise InputError(
-            f"methods={arguments.methods}: expected {REFERENCE!r} among them, which others are held against."
-        )
     setting, run_dir = Setting(arguments.size, arguments.cache_dir), arguments.run_dir
     if run_dir is None:
         run_dir = ROOT / "runs" / arguments.name
     workers = arguments.workers
     check_size(run_dir, arguments.size)
+    if REFERENCE not in arguments.methods:
+        raise InputError(
+            f"methods={arguments.methods}: expected {REFERENCE!r} among them, which others are held against."
+        )
     torch.set_num_threads(1)  # as in the workers, so that the trained model is theirs to the last bit
     subject = Subject(setting, record(setting, run_dir / "training"), run_dir / "methods")
     scores, costs = {}, dict[str, Cost]()

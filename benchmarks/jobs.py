@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import tyro
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 from workload import ROOT, save_results
 
 import wherefrom as wf
@@ -48,14 +48,13 @@ def judged(data: Data, test: Data, signals: dict[str, Tensor], seed: int, epochs
         found[name] = {
             "auc": float(roc_auc_score(wrong.numpy(), values.numpy())),
             "precision": float(wrong[order[: count // 10]].double().mean()),
-            "accuracy": accuracy(part, test, seed, epochs),
+            "accuracy": accuracy(trained(part, seed, (epochs,))[epochs], test),
         }
     return found
 
 
-def accuracy(data: Data, test: Data, seed: int, epochs: int) -> float:
-    """Of a network that is trained on the data, on right labels."""
-    model = trained(data, seed, (epochs,))[epochs]
+def accuracy(model: nn.Module, test: Data) -> float:
+    """On right labels."""
     with torch.no_grad():
         return float((model(test.images).argmax(1) == test.true).double().mean())
 
@@ -77,10 +76,8 @@ def main(arguments: Arguments) -> None:
                 study = wf.Study(folder, model, wf.Classification(), train=data.examples(), execution=execution)
                 signals = dict(wf.audit(study, right).signals)
             signals["random"] = torch.rand(len(data.labels), generator=torch.Generator().manual_seed(seed))
-            with torch.no_grad():
-                before = float((model(test.images).argmax(1) == test.true).double().mean())
             signals_found = judged(data, test, signals, seed, epochs)
-            found.append({"seed": seed, "epochs": epochs, "accuracy": before, "signals": signals_found})
+            found.append({"seed": seed, "epochs": epochs, "accuracy": accuracy(model, test), "signals": signals_found})
             print(found[-1])
     save_results("jobs", {"wrong labels": found})
 

@@ -49,7 +49,7 @@ def index(
     """
     sketched, executed = sketch.made(), execution.made()
     sources = RunSources.load(run, trust_remote_code)
-    chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
+    chosen = method.made(sources.fitted)
     study = sources.study(run, device, executed)
     found = study.index(chosen, sketched, name=name, overwrite=overwrite)
     if Ranks.current().is_main:
@@ -92,7 +92,7 @@ def query(
     """
     sketched, executed = sketch.made(), execution.made()
     sources = RunSources.load(run, trust_remote_code)
-    chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
+    chosen = method.made(sources.fitted)
     study = sources.study(run, device, executed)
     source = sources.queries_from(queries, split, reading.made())
     sequences = study.prepare(queries, split, source.preparation)

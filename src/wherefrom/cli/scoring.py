@@ -153,7 +153,7 @@ def score(
                 "not store: leave one of them out."
             )
     sources = RunSources.load(run, trust_remote_code)
-    chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
+    chosen = method.made(sources.fitted)
     chosen.check(keep, executed.half_precision)
     study = sources.study(run, device, executed)
     study.profile.synchronize = profile
@@ -228,7 +228,7 @@ def self_influence(
         overwrite: Replace what was made from something else.
     """
     executed, sources = execution.made(), RunSources.load(run, trust_remote_code)
-    chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
+    chosen = method.made(sources.fitted)
     study = sources.study(run, device, executed)
     values = study.self_influence(chosen, overwrite=overwrite)
     if Ranks.current().is_main:

@@ -137,7 +137,9 @@ class Asker:
 
     def _sketch(self) -> Sketch | None:
         """That of the run's indexes of the method; of several, the one of most numbers, on which most depends."""
-        found = [known_fingerprint(file.parent) for file in within(self.study.path, "index").rglob("manifest.json")]
+        folders = within(self.study.path, "index").glob("*")
+        shards = (next(each.rglob("manifest.json"), None) for each in folders)  # all of an index are of one sketch
+        found = [known_fingerprint(file.parent) for file in shards if file is not None]
         of_method = [each for each in found if each and each.get("method") == self.method.name]
         return max(map(Sketch.of, of_method), key=lambda each: (each.numbers, each.bits), default=None)
 

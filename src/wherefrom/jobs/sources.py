@@ -163,6 +163,11 @@ class RunSources:
         with run_lock(run):
             write_text(folder / SOURCES, json.dumps(written, indent=1) + "\n")
 
+    @property
+    def fitted(self) -> dict[str, object]:
+        """What factors were fitted with, as fields of a method."""
+        return {"empirical": self.empirical, "seed": self.seed}
+
     def queries_from(self, name: str, split: str, said: Preparation) -> DataSource:
         """Queries, cut as the training examples, of the format, column and counted tokens that were said of them."""
         cut = self.train.preparation

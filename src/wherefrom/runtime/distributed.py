@@ -92,6 +92,11 @@ class Ranks:
         """What sets apart the files of this process; nothing when it is alone."""
         return "" if self.count == 1 else f"-{self.index}of{self.count}"
 
+    def check_alone(self, what: str) -> None:
+        """Refuse work that is for one process, with a `RankError`."""
+        if self.count > 1:
+            raise RankError(f"{what} on {self.count} processes: expected one. Start it without torchrun.")
+
     def share(self, total: int) -> range:
         """This process's run of `total` examples; runs differ by one example at most, and may be empty."""
         return range(self.index * total // self.count, (self.index + 1) * total // self.count)

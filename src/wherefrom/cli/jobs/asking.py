@@ -19,7 +19,7 @@ from wherefrom.cli.shared import Run
 from wherefrom.jobs.asking import Asker
 from wherefrom.jobs.sources import RunSources
 from wherefrom.runtime.distributed import Ranks
-from wherefrom.runtime.errors import RankError, require
+from wherefrom.runtime.errors import require
 
 console = Console()
 
@@ -63,9 +63,9 @@ def ask(
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
         trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
     """
-    _check_alone("ask")
+    Ranks.current().check_alone("ask")
     executed, sources = execution.made(), RunSources.load(run, trust_remote_code)
-    chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
+    chosen = method.made(sources.fitted)
     asker = Asker(sources.study(run, device, executed), chosen)
     if answer is None:
         question = asker.writer.write(
@@ -102,7 +102,7 @@ def serve(
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
         trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
     """
-    _check_alone("serve")
+    Ranks.current().check_alone("serve")
     for library in ("starlette", "uvicorn"):
         require(library, "serve")
     from wherefrom.serve.app import listen, serve_page  # noqa: PLC0415  (needs them)
@@ -119,8 +119,3 @@ def serve(
             Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # some are programs of the terminal
 
     serve_page(views, listening, ready)
-
-
-def _check_alone(command: str) -> None:
-    if Ranks.current().count > 1:
-        raise RankError(f"{command} on {Ranks.current().count} processes: expected one. Start it without torchrun.")

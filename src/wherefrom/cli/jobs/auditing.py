@@ -6,7 +6,7 @@ All work is the library's; this module turns arguments into its calls.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from rich.text import Text
 
 from wherefrom.cli.methods import EXECUTED, FACTORED, READ, default, subcommands
 from wherefrom.cli.shared import Run
+from wherefrom.hf.preparation import Source
 from wherefrom.jobs.auditing import Audit, Signal
 from wherefrom.jobs.auditing import audit as audited
 from wherefrom.jobs.filtering import filtered_together, origins, written_as
 from wherefrom.jobs.sources import DataSource, RunSources
 from wherefrom.report.passages import DatasetPassages, excerpt
 from wherefrom.runtime.distributed import Ranks
-from wherefrom.runtime.errors import InputError, RankError, check_argument, printable
+from wherefrom.runtime.errors import InputError, check_argument, printable
 from wherefrom.store.files import write_bytes, write_text
 
 console = Console()
@@ -66,8 +67,7 @@ def audit(
         trust_remote_code: Run Python code that comes with the model, as for `wherefrom fit`.
         overwrite: Replace files that are there.
     """
-    if Ranks.current().count > 1:
-        raise RankError(f"audit on {Ranks.current().count} processes: expected one. Start it without torchrun.")
+    Ranks.current().check_alone("audit")
     executed, sources = execution.made(), RunSources.load(run, trust_remote_code)
     check_argument(n >= 1, "n", n, "at least 1")
     if (drop is None) != (filtered is None):
@@ -81,13 +81,14 @@ def audit(
     queries = None
     if held_out is not None:
         queries = study.prepare(held_out, split, sources.queries_from(held_out, split, reading.made()).preparation)
-    chosen = method.made({"empirical": sources.empirical, "seed": sources.seed})
+    chosen = method.made(sources.fitted)
     found, passages = audited(study, queries, chosen, order), DatasetPassages(study.train, study.tokenizer)
     ranking = found.ranking.tolist()
+    read = sources.train.read() if filtered or out else []
     if filtered is not None:
-        write_bytes(filtered, filtered_together(sources.train.read(), sources.train.names, set(ranking[:drop])))
+        write_bytes(filtered, filtered_together(read, sources.train.names, set(ranking[:drop])))
     if out is not None:
-        write_text(out, "".join(_queue(found, passages, sources.train)))
+        write_text(out, "".join(_queue(found, passages, sources.train, read)))
     console.print(_table(found, passages, ranking[:n]))
     for file in (each for each in (out, filtered) if each is not None):
         console.print(f"Written: {file}", soft_wrap=True, highlight=False)
@@ -105,9 +106,9 @@ def _check_files(train: DataSource, out: Path | None, filtered: Path | None, ove
             raise InputError(f"{file} is there already: choose another name, or pass overwrite=True.")
 
 
-def _queue(found: Audit, passages: DatasetPassages, train: DataSource) -> Iterator[str]:
+def _queue(found: Audit, passages: DatasetPassages, train: DataSource, read: Sequence[Source]) -> Iterator[str]:
     """A line for each training example, the most suspicious first: where it is, its signals, its text."""
-    places = origins(train.read(), train.names) if train.preparation.unit == "documents" else []
+    places = origins(read, train.names) if train.preparation.unit == "documents" else []
     for rank, position in enumerate(found.ranking.tolist(), start=1):
         passage, (file, line) = passages[position], places[position] if places else ("", None)
         signals = {name: float(values[position]) for name, values in found.signals.items()}

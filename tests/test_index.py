@@ -28,6 +28,7 @@ from wherefrom.methods.index.store import Shard
 from wherefrom.runtime.errors import DamagedError, InputError, MismatchError, StorageError
 
 WHOLE = wf.Sketch(numbers=2**16, bits=32, focus=0)  # more numbers than the small models have weights
+ONE_BY_ONE = wf.Execution(train_batch_size=1)  # the same bits whatever is swept together
 each_case = pytest.mark.parametrize("make_case", [mlp_case, gpt2_case])
 
 
@@ -273,6 +274,56 @@ def test_another_training_set_takes_what_is_there(tmp_path: Path) -> None:
         assert torch.equal(one.train, other.train)
         assert torch.equal(one.lowest_train, other.lowest_train)
         assert len(found) == len(train)
+
+
+def test_pruning_leaves_nothing_of_other_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards that lose all, some and none of their examples."""
+    case = gpt2_case(torch.float64)
+    monkeypatch.setattr("wherefrom.methods.index.store._SHARD_BYTES", 4 * 64 * 8)
+    method = with_factors(wf.Study(tmp_path / "fit", case.model, case.task, train=case.train).fit(wf.EKFAC()))
+    remaining = [each for position, each in enumerate(case.train) if position not in (0, 1, 2, 3, 6)]
+
+    def index(run: str, train: list[Any]) -> GradientIndex[Any]:
+        study = wf.Study(tmp_path / run, case.model, case.task, train=train, execution=ONE_BY_ONE)
+        return study.index(method, wf.Sketch(numbers=64))
+
+    whole = stored(index("run", case.train))
+    found = index("run", remaining)
+    expected = found.query(case.queries, k=4)
+    assert found.prune() == 5
+    assert found.prune() == 0
+    content = b"".join(file.read_bytes() for file in found.path.rglob("*") if file.is_file())
+    for position, codes in enumerate(whole):
+        assert (codes.numpy().tobytes() in content) == (position not in (0, 1, 2, 3, 6))
+    assert len(shard_files(found)) == -(-len(case.train) // 4) - 1
+    for opened in (found, index("run", remaining)):
+        again = opened.query(case.queries, k=4)
+        assert torch.equal(again.values, expected.values)
+        assert torch.equal(again.train, expected.train)
+    assert torch.equal(stored(index("run", case.train)), whole)  # swept again, those alone
+
+
+def test_pruning_that_is_killed_loses_sketches_and_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = gpt2_case(torch.float64)
+    method = with_factors(wf.Study(tmp_path / "fit", case.model, case.task, train=case.train).fit(wf.EKFAC()))
+    studies = [
+        wf.Study(tmp_path / "run", case.model, case.task, train=case.train[:count], execution=ONE_BY_ONE)
+        for count in (len(case.train), 5)
+    ]
+    whole, few = (study.index(method, wf.Sketch(numbers=64)) for study in studies)
+    expected = few.query(case.queries, k=4)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("wherefrom.store.cache.Unfinished.save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            few.prune()
+    with pytest.raises(MismatchError, match="has not got .* of the training examples"):
+        whole.query(case.queries)
+    again = studies[1].index(method, wf.Sketch(numbers=64)).query(case.queries, k=4)
+    assert torch.equal(again.values, expected.values)
 
 
 def test_what_was_made_from_something_else_is_refused(tmp_path: Path) -> None:

@@ -141,6 +141,22 @@ class GradientIndex(Generic[Batch]):
         scale = None if normalized else self.method.scale(self.context, examples, Top(k)).get(RISE)
         return TopScores(*both, fingerprint=fingerprint, rise_per_score=scale, queries=queries)
 
+    def prune(self) -> int:
+        """Delete from the disk what is stored of examples that are not in the study's training set.
+
+        Another process that has the index open refuses its next answer, or gives it from what it has read. A file
+        system or a backup may still have the bytes, and factors are means over all examples that they were fitted on.
+
+        Returns:
+            How many examples are deleted.
+
+        Raises:
+            RankError: there are several processes.
+            WherefromError: see `wherefrom.runtime.errors`.
+        """
+        self.context.ranks.check_alone("prune")
+        return self.store.prune()
+
     def _check_query(self, k: int, rerank: int, normalized: bool) -> None:
         check_argument(k >= 1, "k", k, "at least 1")
         if rerank and rerank < k:

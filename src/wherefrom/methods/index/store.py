@@ -69,7 +69,8 @@ class SketchStore(Generic[Batch]):
         """
         missing = self._missing()
         count = max(1, _SHARD_BYTES // (self.sketch.numbers * self.sweep.dtype.itemsize))
-        shards = {self._name(positions): positions for positions in missing.split(count)} if len(missing) else {}
+        parts = missing.split(count) if len(missing) else ()
+        shards = {_name(self._digests[positions]): positions for positions in parts}
         self.cache.ranks.first(lambda: self._check_disk(len(missing), min(count, len(missing)), list(shards)))
         for name, positions in shards.items():
             self.cache.get_or_compute(name, partial(self._shard, positions))
@@ -102,10 +103,6 @@ class SketchStore(Generic[Batch]):
             artifact = self.cache.artifact(path.name)
             if artifact.available():
                 yield artifact.mapped(fresh=True)[_DIGESTS]  # a look at all bytes is for who reads them: `shards`
-
-    def _name(self, positions: Tensor) -> str:
-        """Of a shard, from what it holds."""
-        return f"{len(positions)}-{tensors_digest({_DIGESTS: self._digests[positions]})[:12]}"
 
     def _check_disk(self, examples: int, together: int, names: list[str]) -> None:
         """Refuse to begin what there is too little disk space for; what is all there needs none."""
@@ -170,5 +167,36 @@ class SketchStore(Generic[Batch]):
             )
         return found
 
+    def prune(self) -> int:
+        """Delete what is stored of examples that are not in the dataset, and return how many these are.
+
+        A shard that has some goes before it is written again without them. What a kill in between takes is swept by
+        the next `make`.
+
+        Raises:
+            WherefromError: see `wherefrom.runtime.errors`.
+        """
+        deleted = 0
+        for path in finished(self.cache.folder):
+            artifact = self.cache.artifact(path.name)
+            if not artifact.available():
+                continue
+            tensors = artifact.mapped()
+            stays = torch.isin(tensors[_DIGESTS], self._digests)
+            if stays.all():
+                continue
+            remaining = {name: each[stays] for name, each in tensors.items()}  # copies
+            deleted += int((~stays).sum())
+            self.cache.forget(path.name)
+            if stays.any():
+                self.cache.get_or_compute(_name(remaining[_DIGESTS]), lambda _, remaining=remaining: remaining)
+        self.__dict__.pop("shards", None)  # which may be open
+        return deleted
+
     def _layout(self, examples: int) -> Layout:
         return {**self.sketch.layout(examples), _DIGESTS: (torch.int64, (examples,))}
+
+
+def _name(digests: Tensor) -> str:
+    """Of a shard, from the examples that it holds."""
+    return f"{len(digests)}-{tensors_digest({_DIGESTS: digests})[:12]}"

@@ -1,11 +1,11 @@
 """What an index of gradients finds, what its scores predict, and how fast it answers, against bytes an example.
 
-    make index      # after `make demo` and `make leaderboard`; parts by --parts recall lds latency
+    make index      # after `make demo` and `make leaderboard`; parts by --parts recall lds focus latency
 
 Recall is that of the example's trained model on its own text: of each query's exact ten highest scores of EK-FAC, how
 many the index has among its own, and after its 50 highest are scored again. LDS is that of the leaderboard's
-retrainings (protocol B). Latency is that of random bits, for queries that have their sketch. Written to
-`results/index.json`, and drawn as `docs/images/index.png`.
+retrainings (protocol B), and once more by the focus of the sketch. Latency is that of random bits, for queries that
+have their sketch. Written to `results/index.json`, and drawn as `docs/images/index.png`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,6 +42,11 @@ sys.path.append(str(ROOT / "examples" / "wikitext"))
 Study = wf.Study[dict[str, Tensor]]
 SKETCHES: tuple[tuple[int, Bits], ...] = ((4096, 1), (16_384, 1), (32_768, 1), (65_536, 1), (4096, 8), (65_536, 8))
 RANKS = (4, 16)
+# Of how much a focus leaves out and a sketch adds: one counter for each weight, then fewer, then fewer bits.
+FOCUSES = (0.0, 1.0, 2.0)
+FOCUSED: tuple[tuple[int, Bits], ...] = ((2**20, 32), (262_144, 1), (131_072, 1), (65_536, 1), (65_536, 8))
+
+Ways = Iterator[tuple[str, int, int, Tensor]]
 
 
 @dataclass
@@ -51,7 +57,7 @@ class Arguments:
     leaderboard_dir: Path = ROOT / "runs" / "leaderboard"
     cache_dir: Path = ROOT / "cache"
     """Of the leaderboard's pre-trained model."""
-    parts: tuple[str, ...] = ("recall", "lds", "latency")
+    parts: tuple[str, ...] = ("recall", "lds", "focus", "latency")
     rerank: int = 50
     masks: int = 100
     sizes: tuple[tuple[int, int], ...] = ((1_000_000, 8192), (1_000_000, 65_536))
@@ -60,18 +66,29 @@ class Arguments:
     repeats: int = 3
 
 
-def ways(study: Study, queries: Any) -> Iterator[tuple[str, int, int, Tensor]]:
+def ways(study: Study, queries: Any) -> Ways:
     """The name of each way, its size, its bytes an example and its scores [queries, train]."""
-    factors = study.fit()
     for numbers, bits in SKETCHES:
-        index = study.index(wf.EKFAC(factors=factors), wf.Sketch(numbers=numbers, bits=bits))
-        found = index.query(queries, k=len(study.train))
-        scores = torch.zeros_like(found.values).scatter_(1, found.train, found.values)
-        yield f"sketch, {bits} bit", numbers, index.bytes_per_example, scores
+        yield f"sketch, {bits} bit", numbers, *sketched(study, queries, wf.Sketch(numbers=numbers, bits=bits))
     for kind in (wf.LoGra, wf.TrackStar, wf.Trak):
         for rank in RANKS:
             numbers = sum(math.prod(min(rank, side) for side in layer.shape) for layer in study.layers.values())
             yield kind.name, rank, 4 * numbers, study.score(queries, kind(rank=rank)).values
+
+
+def focused(study: Study, queries: Any) -> Ways:
+    """The same of sketches by their focus."""
+    for focus in FOCUSES:
+        for numbers, bits in FOCUSED:
+            sketch = wf.Sketch(numbers=numbers, bits=bits, focus=focus)
+            yield f"focus {focus:g}, {bits} bit", numbers, *sketched(study, queries, sketch)
+
+
+def sketched(study: Study, queries: Any, sketch: Sketch) -> tuple[int, Tensor]:
+    """An index's bytes an example and its scores."""
+    index = study.index(wf.EKFAC(factors=study.fit()), sketch)
+    found = index.query(queries, k=len(study.train))
+    return index.bytes_per_example, torch.zeros_like(found.values).scatter_(1, found.train, found.values)
 
 
 def recall(arguments: Arguments) -> dict[str, object]:
@@ -92,7 +109,7 @@ def recall(arguments: Arguments) -> dict[str, object]:
     return {"queries": len(queries), "train": len(train), "rerank": arguments.rerank, "rows": rows}
 
 
-def lds(arguments: Arguments) -> dict[str, object]:
+def lds(arguments: Arguments, compared: Callable[[Study, Any], Ways] = ways) -> dict[str, object]:
     """Linear datamodeling scores on the leaderboard's retrainings without a random part of the examples."""
     from leaderboard.retrainings import protocol_b  # noqa: PLC0415  (which loads the example's data)
     from leaderboard.setting import Setting, Size, record  # noqa: PLC0415
@@ -103,7 +120,7 @@ def lds(arguments: Arguments) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         study = Subject(setting, record(setting, run_dir / "training"), Path(folder, "run")).study()
         scores, sizes = {"ekfac": study.score(setting.queries).values}, {}
-        for name, size, taken, values in ways(study, setting.queries):
+        for name, size, taken, values in compared(study, setting.queries):
             scores[f"{name}, {size}"], sizes[f"{name}, {size}"] = values, (name, size, taken)
         report = evaluate_lds(scores, truth)
     rows = [
@@ -192,8 +209,10 @@ def main(arguments: Arguments) -> None:
     """The parts that are asked for; others stay as they are."""
     file = RESULTS / "index.json"
     found = {name: each for name, each in json.loads(file.read_text()).items() if name not in provenance()}
+    parts: dict[str, Callable[[Arguments], dict[str, object]]]
+    parts = {"recall": recall, "lds": lds, "focus": partial(lds, compared=focused), "latency": latency}
     for part in arguments.parts:
-        found[part] = {**provenance(), **{"recall": recall, "lds": lds, "latency": latency}[part](arguments)}
+        found[part] = {**provenance(), **parts[part](arguments)}
         save_results("index", found)
     frontier(found).savefig(ROOT / "docs" / "images" / "index.png")
 

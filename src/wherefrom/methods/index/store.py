@@ -176,22 +176,22 @@ class SketchStore(Generic[Batch]):
         Raises:
             WherefromError: see `wherefrom.runtime.errors`.
         """
-        deleted = 0
-        for path in finished(self.cache.folder):
-            artifact = self.cache.artifact(path.name)
-            if not artifact.available():
-                continue
-            tensors = artifact.mapped()
-            stays = torch.isin(tensors[_DIGESTS], self._digests)
-            if stays.all():
-                continue
-            remaining = {name: each[stays] for name, each in tensors.items()}  # copies
-            deleted += int((~stays).sum())
-            self.cache.forget(path.name)
-            if stays.any():
-                self.cache.get_or_compute(_name(remaining[_DIGESTS]), lambda _, remaining=remaining: remaining)
+        deleted = sum(self._prune(path.name) for path in finished(self.cache.folder))
         self.__dict__.pop("shards", None)  # which may be open
         return deleted
+
+    def _prune(self, shard: str) -> int:
+        artifact = self.cache.artifact(shard)
+        if not artifact.available():
+            return 0
+        tensors = artifact.mapped()
+        stays = torch.isin(tensors[_DIGESTS], self._digests)
+        if not stays.all():
+            remaining = {name: each[stays] for name, each in tensors.items()}  # copies
+            self.cache.forget(shard)
+            if stays.any():
+                self.cache.get_or_compute(_name(remaining[_DIGESTS]), lambda _: remaining)
+        return int((~stays).sum())
 
     def _layout(self, examples: int) -> Layout:
         return {**self.sketch.layout(examples), _DIGESTS: (torch.int64, (examples,))}

@@ -78,8 +78,8 @@ def sources_table(found: Sequence[GroupScore], read: Reading, column: str = "sou
 
 
 def figures(*headings: str) -> list[Column]:
-    """Columns of figures for a table; a long heading takes two lines."""
-    return [Column(escape(heading), justify="right", max_width=10) for heading in headings]
+    """Columns of figures for a table, with their units on a line of their own."""
+    return [Column(escape(heading).replace(", ", ",\n"), justify="right") for heading in headings]
 
 
 def token_tables(

@@ -234,14 +234,14 @@ function sharedWords(hits) {
 const versus = (one, other) => el("p", { className: "versus" },
   "Why ", el("bdi", { textContent: `“${one.trim()}”` }), " and not ", el("bdi", { textContent: `“${other.trim()}”` }));
 
-function resultParts({ method, heading, meaning, supporting, opposing, contrast, groups, of_groups: ofGroups, scored, of }, narrow, column) {
+function resultParts({ method, computed_by: by, heading, meaning, supporting, opposing, contrast, groups, of_groups: ofGroups, scored, of }, narrow, column) {
   const against = contrast !== null;
   const largest = largestOf(supporting, opposing);
   const total = of.toLocaleString("en-US");
   const scope = scored === of ? `all ${total} training examples were scored exactly` : `${scored.toLocaleString("en-US")} of ${total} training examples were scored exactly, those that the index and BM25 named`;
   return [
     el("h2", { textContent: method }),
-    el("p", { className: "reading" }, el("strong", { textContent: heading }), `: ${meaning}; ${scope}.`),
+    el("p", { className: "reading" }, el("strong", { textContent: heading }), `: ${meaning}; ${scope} (${by}).`),
     el("div", { className: narrow ? "stacked" : "columns" },
       hitList("positive", against ? "Speaks for it" : "Supports it", against ? "Training on these made it likelier against the other answer." : supports, supporting, largest),
       hitList("negative", against ? "Speaks for the other" : "Opposes it", against ? "Training on these made the other answer likelier against it." : opposes, opposing, largest)),

@@ -45,7 +45,7 @@ async function show(name, query) {
       return el("li", {}, button);
     }));
     narrow();
-    current = { name, query: -1, stored: found.stored };
+    current = { name, query: -1, stored: found.stored, by: found.computed_by };
   }
   const picked = Math.min(Math.max(query || 0, 0), queries.length - 1);
   setPlace("scores", { name, query: picked });
@@ -61,7 +61,7 @@ async function show(name, query) {
       el("p", { className: "eyebrow", textContent: `Query ${picked}` }),
       hits.query.title ? el("h2", { textContent: hits.query.title, dir: "auto" }) : null,
       el("div", { className: "text", textContent: hits.query.text, dir: "auto" })),
-    el("p", { className: "reading" }, el("strong", { textContent: hits.heading }), `: ${hits.meaning}; ${current.stored} are stored.`),
+    el("p", { className: "reading" }, el("strong", { textContent: hits.heading }), `: ${hits.meaning}; ${current.stored} are stored (${current.by}).`),
     el("div", { className: "columns" },
       hitList("positive", "Supports it", supports, hits.supporting, largest),
       hitList("negative", "Opposes it", opposes, hits.opposing, largest)));

@@ -252,7 +252,7 @@ function resultParts({ method, computed_by: by, heading, meaning, supporting, op
 // Sums over all training examples by what they have in a column.
 function groupTable(groups, ofGroups, column, heading) {
   const lines = groups.map(([name, count, sum, mean]) => el("tr", {},
-    el("th", { scope: "row", textContent: name || "–", dir: "auto" }),
+    el("th", { scope: "row", textContent: name || "–", title: name, dir: "auto" }),
     ...[count.toLocaleString("en-US"), sum, mean].map((said) => el("td", { textContent: said.replaceAll("-", "−") }))));
   const head = [column, "Examples", `Sum: ${heading.toLowerCase()}`, "Mean"].map((said) => el("th", { scope: "col", textContent: said }));
   return el("div", { className: "groups" },

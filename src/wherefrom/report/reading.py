@@ -19,6 +19,7 @@ _CONTRAST = (
     "predicted rise of the answer's loss less that of the other answer, each summed over its tokens, if the example "
     "had been left out, in {unit}: to first order, of one at a time"
 )
+_WITHOUT_CURVATURE = ("dot", "cosine")  # whose damping changes nothing
 _RELATIVE = (
     "score as a part of the query's largest: scores of {method} have no scale beyond their order, so compare ranks"
 )
@@ -71,7 +72,7 @@ def contrast_reading(scores: Scores | TopScores, tokens: int) -> Reading:
 
 def computed_by(scores: Scores | TopScores) -> str:
     """The method of scores, and its damping where it has one."""
-    damping = scores.fingerprint.get("damping")
+    damping = scores.fingerprint.get("damping") if scores.method not in _WITHOUT_CURVATURE else None
     return scores.method + (f", damping {damping}" if damping else "")
 
 

@@ -1,6 +1,6 @@
 // A prompt, the answer to it, a part of the answer, and the training examples behind that part.
 import {
-  byId, characters, counted, el, follow, hitList, largestOf, opposes, setPlace, supports, trouble,
+  byId, characters, counted, el, follow, hitList, largestOf, opposes, place, setPlace, supports, trouble,
 } from "./parts.js";
 
 const state = { prompt: "", answer: "", pieces: [], span: null, anchor: 0 }; // span: the first token, and behind the last
@@ -110,7 +110,9 @@ async function ask(said) {
       const pieces = tokens.filter(Boolean); // a character of several tokens stands with the last of them
       Object.assign(state, { prompt, answer: written, pieces });
       answer.replaceChildren(...pieces.map((piece) => el("span", { textContent: piece })));
-      setPlace("ask", { prompt, answer: written });
+      // A link that is followed may say more, which has to stay in the address until it is done.
+      const { picked } = place();
+      if (picked.get("prompt") !== prompt || picked.get("answer") !== written) setPlace("ask", { prompt, answer: written });
       choose(null);
       status.remove(); // now, or what is below would move under the pointer when the stream ends
       byId("find-part").hidden = false;

@@ -58,7 +58,8 @@ async function show(name, query) {
   const largest = largestOf(hits.supporting, hits.opposing);
   byId("hits").replaceChildren(
     el("div", { className: "about" },
-      el("p", { className: "eyebrow", textContent: `Query ${picked}` }),
+      el("p", { className: "eyebrow" }, `Query ${picked}`,
+        hits.query.label ? el("span", { className: "label", textContent: hits.query.label, dir: "auto" }) : null),
       hits.query.title ? el("h2", { textContent: hits.query.title, dir: "auto" }) : null,
       el("div", { className: "text", textContent: hits.query.text, dir: "auto" })),
     el("p", { className: "reading" }, el("strong", { textContent: hits.heading }), `: ${hits.meaning}; ${current.stored} are stored (${current.by}).`),

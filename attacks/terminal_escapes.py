@@ -45,7 +45,7 @@ def attack(folder: Path) -> Iterator[Stop]:
     found = [wf.Found(1, 0, 1.0, passages[0], [(ALL, 1.0)], [(2, 5)])]
     groups = [wf.GroupScore(0, ALL, 1, 1.0, 1.0)]
     read = reading(scores)
-    answer = wf.Attribution(ALL, ALL, (0, 5), ALL, ALL, read, False, found, found, found, groups, 3, 3)
+    answer = wf.Attribution(ALL, ALL, (0, 5), ALL, ALL, ALL, read, False, found, found, found, groups, ALL, 3, 3)
     shown: dict[str, RenderableType] = {
         "texts and labels in a table": top_tables(scores, passages[:1], passages, shown=[0]),
         "a list of training sequences": hits_table(None, scores.top(3), passages, read),

@@ -95,10 +95,9 @@ def recall(arguments: Arguments) -> dict[str, object]:
     """The part of each query's exact top ten that is found, on the example's model."""
     from models import load_example  # noqa: PLC0415  (from the example's folder)
 
-    model, _, train, queries = load_example(arguments.checkpoint_dir)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        study: Study = wf.Study(Path(folder, "run"), model, wf.CausalLM(), train=train)
+        study, queries = load_example(arguments.checkpoint_dir, Path(folder, "run"))
         exact = study.score(queries).values
         for name, size, taken, scores in ways(study, queries):
             candidates = scores.topk(arguments.rerank, dim=1).indices
@@ -106,7 +105,7 @@ def recall(arguments: Arguments) -> dict[str, object]:
             found, reranked = (top_overlap(each, exact, 10) for each in (scores, again))
             rows.append({"name": name, "size": size, "bytes": taken, "found": found, "reranked": reranked})
             print(rows[-1], flush=True)
-    return {"queries": len(queries), "train": len(train), "rerank": arguments.rerank, "rows": rows}
+    return {"queries": len(queries), "train": len(study.train), "rerank": arguments.rerank, "rows": rows}
 
 
 def lds(arguments: Arguments, compared: Callable[[Study, Any], Ways] = ways) -> dict[str, object]:

@@ -47,10 +47,9 @@ def main(arguments: Arguments) -> None:
     """Fit once, score at every rank, compare."""
     from models import load_example  # noqa: PLC0415  (from the example's folder)
 
-    model, _, train, queries = load_example(arguments.checkpoint_dir)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        study = wf.Study(folder, model, wf.CausalLM(), train=train)
+        study, queries = load_example(arguments.checkpoint_dir, folder)
         method = wf.EKFAC(damping=arguments.damping, factors=study.fit())
         whole = study.score(queries, method).values
         form = BankForm(torch.float32, torch.device("cpu"))
@@ -75,7 +74,7 @@ def main(arguments: Arguments) -> None:
             )
             print(rows[-1])
     save_results(
-        "low_rank", {"queries": len(queries), "train": len(train), "rescore": arguments.rescore, "ranks": rows}
+        "low_rank", {"queries": len(queries), "train": len(study.train), "rescore": arguments.rescore, "ranks": rows}
     )
 
 

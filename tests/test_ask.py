@@ -303,7 +303,8 @@ def test_the_command(command: Callable[..., tuple[str, str]], folder: Path) -> N
     out, _ = command(*options, "--group", "source")
     assert "Training on these made it likelier" in out
     assert "By shared words (BM25)" in out
-    assert "Sum: rise, nats a token" in out
+    assert re.search(r"Sum: rise, ┃ +┃\n┃ Source ┃ Examples ┃ nats a token ┃ +Mean ┃", out)
+    assert "6 of 6 examples were scored exactly, by ekfac, damping 0.1 x mean eigenvalue." in " ".join(out.split())
     written, _ = command(*options, "--json", "--contrast", OTHER, "--group", "source")
     found = json.loads(written)
     assert found["answer"] == ANSWER

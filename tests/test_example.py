@@ -47,4 +47,4 @@ def test_finetuning_is_repeatable_learns_and_leaves_its_start_alone(tmp_path: Pa
 
 def test_a_directory_without_a_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no recipe\.json; run train\.py first"):
-        models.load_example(tmp_path)
+        models.load_recipe(tmp_path)

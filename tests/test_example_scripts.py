@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import analyze
 import evaluate_lds
 import half_precision_analysis
+import models
 import numpy as np
 import pytest
 import run_counterfactual
@@ -18,9 +22,14 @@ import train
 from common import Common
 from retraining import Retrained
 
+import wherefrom as wf
 from tests.runs import labels
 from tests.small_model import cache_small_model
+from wherefrom.cli.main import main as cli
+from wherefrom.hf.text import load_model, load_tokenizer
+from wherefrom.jobs.sources import RunSources
 from wherefrom.runtime.errors import InputError
+from wherefrom.serve.views import RunViews
 
 TRAIN, QUERIES = 14, 4
 
@@ -100,6 +109,48 @@ def test_lds_counterfactual_half_precision_and_the_page_that_shows_them(
     page = file.read_text(encoding="utf-8")
     assert page.count("data:image/png") == 4
     assert 'data-shares="' in page
+
+
+def test_what_analyze_leaves_can_be_asked_and_served(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = placed(folder, analyze.Arguments())
+    options.run_dir = folder / "asked"
+    monkeypatch.setenv("PATH", "")
+    analyze.main(options)
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    serve = shlex.split(last.removeprefix("Ask where an answer comes from: "))
+    assert serve[1:] == ["serve", str(options.run_dir)]
+    assert Path(serve[0]).resolve() == Path(sys.executable).with_name("wherefrom").resolve()
+
+    # As the data of the recipe say, without the files beside the checkpoint.
+    recipe = models.load_recipe(options.checkpoint_dir)
+    tokenizer = load_tokenizer(str(options.checkpoint_dir))
+    leads, asked = models.recipe_data(recipe, tokenizer)
+    plain = wf.Study(folder / "plain", load_model(str(options.checkpoint_dir)), wf.CausalLM(), train=leads)
+    before, ids = (tokenizer(text)["input_ids"] for text in ("The river", "The river is the largest"))
+    query = {"input_ids": ids, "labels": [-100] * len(before) + ids[len(before) :]}
+    values = plain.score([query], wf.EKFAC()).values[0]
+
+    command = ["wherefrom", "ask", str(options.run_dir), "The river", "--answer", " is the largest"]
+    monkeypatch.setattr(sys, "argv", [*command, "--group", "label", "--json", "--device", "cpu"])
+    cli()
+    found = json.loads(capsys.readouterr().out)
+    best = values.topk(5)
+    assert [each["train"] for each in found["supporting"]] == [int(each) for each in best.indices]
+    assert [each["score"] for each in found["supporting"]] == pytest.approx(best.values.tolist(), rel=1e-5)
+    assert [each["title"] for each in found["supporting"]] == [leads[int(each)]["title"] for each in best.indices]
+    assert {each["group"]: each["examples"] for each in found["groups"]} == Counter(leads["label"])
+    assert labels(options.run_dir / "factors") == ["sampled"]  # no new fit
+
+    sources = RunSources.load(options.run_dir)
+    views = RunViews(sources, sources.study(options.run_dir, "cpu", wf.Execution()))
+    (name,) = views.scores()["scores"]
+    exact = plain.score(asked, wf.EKFAC(damping=1e-8)).values
+    for number in range(QUERIES):
+        shown = views.hits(name, number, 3)
+        assert shown["query"]["title"] == asked[number]["title"]
+        assert [each["raw"] for each in shown["supporting"]] == pytest.approx(exact[number].topk(3).values.tolist())
 
 
 def test_analyze_explains_compiles_and_takes_a_rank(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.test_ask import ANSWER, PROMPT
 from tests.test_report_browser import CHROMIUM, browser, watch
@@ -126,6 +126,33 @@ def test_a_part_is_selected_with_the_pointer_and_a_link_leads_back_to_it(server:
     expect(again.locator("#selected bdi")).to_have_text(chosen)
     expect(again.locator("#found .label.same").first).to_be_visible()
     assert again.locator("#found .result").first.inner_text() == found
+
+
+def test_a_link_stays_whole_while_it_is_followed_and_nothing_is_to_be_found_before_there_is_an_answer(
+    server: Server, opened: Open
+) -> None:
+    page, held = opened(server), list[Route]()
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.evaluate(
+        """() => {
+            const replace = history.replaceState.bind(history);
+            window.places = [];
+            history.replaceState = (state, title, to) => { window.places.push(to); replace(state, title, to); };
+        }"""
+    )
+    page.route("**/api/answer", hold)
+    picked = {"prompt": PROMPT, "answer": ANSWER, "method": "dot", "contrast": " in the rain"}
+    page.evaluate("place => { location.hash = place; }", f"ask?{urlencode(picked)}")
+    expect(page.locator("#answer-part .status")).to_be_visible()
+    expect(page.locator("#find-part")).to_be_hidden()
+    held[0].continue_()
+    expect(page.locator("#found .positive h3")).to_be_visible()
+    expect(page.locator("#find-part")).to_be_visible()
+    places = page.evaluate("window.places")
+    assert all("method=dot" in place and "contrast=" in place for place in [*places, page.url])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

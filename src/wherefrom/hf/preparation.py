@@ -29,7 +29,6 @@ logger = logging.getLogger("wherefrom")
 RawExamples = str | Path | Sequence[str] | Dataset[object]
 
 _LONGEST_BLOCK = 1024  # as transformers' own script for language models has it
-_UNNAMED = "the dataset"
 _SHOWN = ("title", "label")  # columns that reports show
 _COUNTED: Mapping[Count, str] = {
     "all": "all tokens are counted",
@@ -172,12 +171,17 @@ class Source(NamedTuple):
 
     Attributes:
         name: of one of several; empty where it is alone.
-        called: by messages.
+        place: the file, saved dataset or hub name that they were read from; empty where they were given themselves.
     """
 
     name: str
-    called: str
+    place: str
     examples: Dataset[Example]
+
+    @property
+    def called(self) -> str:
+        """By messages."""
+        return self.place or self.name or "the dataset"
 
 
 def read_examples(given: RawExamples | Mapping[str, RawExamples], split: str = "train") -> list[Source]:
@@ -193,20 +197,20 @@ def read_examples(given: RawExamples | Mapping[str, RawExamples], split: str = "
     """
     if isinstance(given, Mapping) and not isinstance(given, require("datasets").DatasetDict):
         indexed("The dataset", [*given])  # refuses to have no sources
-        return [_named(name, one) for name, each in given.items() for one in read_examples(each, split)]
-    called, data = _UNNAMED, cast(Any, given)
+        return [one._replace(name=name) for name, each in given.items() for one in read_examples(each, split)]
+    place, data = "", cast(Any, given)
     if isinstance(given, str | Path):
-        called, data = str(given), read_dataset(str(given), split)
+        place, data = str(given), read_dataset(str(given), split)
     elif isinstance(given, Mapping):
         data = chosen_split(given, split, "The dataset")
     examples: Any = indexed("The dataset", data)
-    with _in_utf8(called):
+    with _in_utf8(place or "the dataset"):
         first = examples[0]
     if isinstance(first, str):
-        return [Source("", called, [{"text": text} for text in examples])]
+        return [Source("", place, [{"text": text} for text in examples])]
     if not isinstance(first, Mapping):
         raise InputError(f"The dataset has examples of type {type(first).__name__}: expected dicts or texts.")
-    return [Source("", called, examples)]
+    return [Source("", place, examples)]
 
 
 @contextmanager
@@ -216,10 +220,6 @@ def _in_utf8(called: str) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise InputError(f"{called}: not UTF-8 text ({error}); convert the file to UTF-8.") from error
-
-
-def _named(name: str, source: Source) -> Source:
-    return source._replace(name=name, called=name if source.called == _UNNAMED else source.called)
 
 
 def _encoded(encoder: Encoder, reading: Reading, example: Example, number: int, called: str) -> Example:

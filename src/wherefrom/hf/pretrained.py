@@ -64,8 +64,8 @@ class Pretrained:
     ) -> None:
         self.folder, self.preparation = folder, preparation
         self._trained = trained if trained and trained.preference else None
-        self._train, self._loading, self._task, self._layers = train, loading, task, layers
-        self._base, self._adapted = base, _adapted_model(folder)
+        self.sources, self.loading, self._task, self._layers = train, loading, task, layers
+        self.base, self._adapted = base, _adapted_model(folder)
         if base is not None and self._adapted is None:
             raise InputError(f"base is given, and {str(folder)!r} holds no adapter ({ADAPTER}): give base=None.")
         self._name = str(self._adapted or folder)
@@ -83,7 +83,7 @@ class Pretrained:
     @cached_property
     def train(self) -> Dataset[object]:
         """The training examples, prepared."""
-        return self._prepared(self._train, self.preparation)
+        return self._prepared(self.sources, self.preparation)
 
     @property
     def target(self) -> Target:
@@ -97,7 +97,7 @@ class Pretrained:
 
     def answered(self, prompt: str, answer: str) -> Pair | Chat:
         """A prompt and its answer, in the format of the training examples."""
-        first, said = self._train[0].examples[0], self.preparation
+        first, said = self.sources[0].examples[0], self.preparation
         return answered(recognized(self.target, first, said.format, said.column), first, prompt, answer)
 
     def encoder(self) -> Encoder:
@@ -123,7 +123,7 @@ class Pretrained:
         """
         datasets: list[Dataset[Any]] = [self.train]
         if self.preparation.unit == "documents" and name not in self.train[0]:  # type: ignore[operator]
-            datasets = [each.examples for each in self._train]
+            datasets = [each.examples for each in self.sources]
         known = datasets[0][0]
         if name not in known:
             raise InputError(f"group={name!r}: the training examples have the columns {', '.join(sorted(known))}.")
@@ -134,7 +134,7 @@ class Pretrained:
         """Columns whose values many examples share, as the first thousand have them: `column` can group by these."""
         datasets: list[Dataset[Any]] = [self.train]
         if self.preparation.unit == "documents":
-            datasets.append(self._train[0].examples)
+            datasets.append(self.sources[0].examples)
         found = dict[str, None]()
         for dataset in datasets:
             if not isinstance(dataset[0], Mapping):
@@ -160,21 +160,21 @@ class Pretrained:
         Args:
             **options: of `Study`.
         """
-        task, train = self._task or self._default_task(device), self.train
-        model: Any = self._base
+        task, train = self._task or self.default_task(device), self.train
+        model: Any = self.base
         if model is None:
-            model = load_model(self._name, self._kind.auto_class, self._loading, device)
+            model = load_model(self._name, self._kind.auto_class, self.loading, device)
         elif device != execution_device(model):  # and one that is spread over devices stays so
             torch.nn.Module.to(model, device)
         if self._adapted is not None:
             model = _with_adapter(model, self.folder)
         return PretrainedStudy(run, model, task, train=train, pretrained=self, **options)
 
-    def _default_task(self, device: torch.device) -> Task[Any]:
+    def default_task(self, device: torch.device) -> Task[Any]:
         """The task that the architecture, the examples and what is said of the training tell."""
         kind, layers = self._kind, self._layers
         if self._trained is not None:
-            return self._trained.task(lambda name: load_model(name, loading=self._loading, device=device), layers)
+            return self._trained.task(lambda name: load_model(name, loading=self.loading, device=device), layers)
         if kind.task is Preference:
             raise InputError(
                 "The dataset has pairs of chosen and rejected completions, and nothing says with which loss the model "
@@ -192,7 +192,7 @@ class Pretrained:
         """The first tokenizer that is there; without one, tokenised examples can still be studied."""
         for name in dict.fromkeys((str(self.folder), self._name)):
             try:
-                return load_tokenizer(name, self._loading.trust_remote_code)
+                return load_tokenizer(name, self.loading.trust_remote_code)
             except InputError:
                 continue
         return None

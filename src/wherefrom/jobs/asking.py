@@ -24,7 +24,7 @@ from wherefrom.methods.retrieval import TwoStage
 from wherefrom.planning.machine import matmul_speed
 from wherefrom.report.attribution import Attribution, Found
 from wherefrom.report.passages import DatasetPassages, DatasetTokens
-from wherefrom.report.reading import Reading, contrast_reading, reading
+from wherefrom.report.reading import Reading, computed_by, contrast_reading, reading
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.keep import Tokens, Top
 from wherefrom.scoring.results import Result, Scores, TopScores
@@ -103,12 +103,14 @@ class Asker:
             span=question.span,
             contrast=None if contrast is None else contrast.answer,
             method=scores.method,
+            computed_by=computed_by(scores),
             read=read,
             in_nats=scores.rise_per_score is not None,
             supporting=supporting,
             opposing=opposing,
             shared=None if shared is None else self._found(question, shared[:k], lambda _: []),
             groups=None if groups is None else Scores(values.unsqueeze(0), {}).by(groups),
+            column=group,
             scored=len(train),
             of=len(self.study.train),
         )

@@ -17,10 +17,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+import torch
+
 from wherefrom.engine.execution import Execution
 from wherefrom.hf.preparation import Preparation, Source, read_examples
 from wherefrom.hf.pretrained import Pretrained, PretrainedStudy, checked_device
 from wherefrom.hf.text import ModelLoading, local_path
+from wherefrom.methods.factored import EKFAC, Factored
 from wherefrom.report.passages import DatasetPassages, Tokenizer
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import DamagedError, InputError, check_argument
@@ -34,6 +37,7 @@ from wherefrom.store.fingerprint import (
     Fingerprint,
     check_about,
     dataset_digest,
+    differences,
     model_digest,
     unlike,
 )
@@ -41,6 +45,7 @@ from wherefrom.store.locks import run_lock
 from wherefrom.store.names import finished, found_result, known_fingerprint
 from wherefrom.store.recording import read_recording
 from wherefrom.tasks.preference.training import PreferenceTraining
+from wherefrom.tasks.task import checked_settings
 
 SOURCES = "sources.json"
 _FORMAT = 4
@@ -54,6 +59,7 @@ _TYPES: dict[str, type | UnionType] = {
     "gamma": float | None, "kl": float | None, "desirable_weight": float | None, "undesirable_weight": float | None,
 }  # fmt: skip
 _FIT_AGAIN = "Delete it and run `wherefrom fit` again; it finds the factors that are there."
+_OTHERWISE = "Read from their names again, the training examples are others: make the study of what is there now."
 _SCORE_AGAIN = "Delete it and run `wherefrom score` again; it finds the scores that are there."
 
 logger = logging.getLogger("wherefrom")
@@ -102,6 +108,28 @@ class RunSources:
     history: str | None = None
     trained: PreferenceTraining = field(default_factory=PreferenceTraining)
     queries: DataSource | None = None
+
+    @classmethod
+    def of_study(cls, study: PretrainedStudy, method: Factored) -> RunSources:
+        """Where a study's model and training examples were read from; refuses as `record_sources`."""
+        made, task = study.pretrained, study._sweep.task
+        given = [each.called for each in made.sources if not each.place]
+        whole = {"base": made.base is not None, "quantization": not isinstance(made.loading.quantization, str | None)}
+        given += [name for name, is_given in whole.items() if is_given]
+        if given:
+            raise InputError(
+                f"{given[0]} was given to study_from_pretrained itself, and commands have to find it again: save it "
+                "(save_pretrained; save_to_disk or lines of JSON), and give its name."
+            )
+        train = DataSource(tuple(each.place for each in made.sources), "train", made.preparation)
+        layers = None if task.layers is None else list(task.layers)
+        found = cls(str(made.folder), layers, train, method.empirical, method.seed, made.loading)
+        again = found.pretrained()
+        usual = checked_settings(again.default_task(torch.device("cpu")))
+        if others := differences(checked_settings(task), usual):
+            raise InputError(f"task={type(task).__name__}(...), and commands take the usual one. {'; '.join(others)}.")
+        check_about({TRAIN: dataset_digest(study.train)}, {TRAIN: dataset_digest(again.train)}, _OTHERWISE)
+        return found
 
     @classmethod
     def load(cls, run: Path, trust_remote_code: bool = False) -> RunSources:
@@ -233,6 +261,47 @@ def _check_types(values: Mapping[str, object]) -> None:
     for name, value in values.items():
         if not isinstance(value, _TYPES.get(name, object)):
             raise TypeError(f"{name} is {value!r}")
+
+
+def record_sources(
+    study: PretrainedStudy,
+    scores: Result | None = None,
+    queries: str | Path | None = None,
+    *,
+    split: str = "train",
+    preparation: Preparation | None = None,
+    method: Factored | None = None,
+) -> None:
+    """Write down where a study's model and texts are, so that the command can take its run directory.
+
+    `wherefrom ask`, `serve`, `audit` and the others then work on it as after `wherefrom fit`, with what is there.
+
+    Args:
+        study: what `study_from_pretrained` has made of names: of a directory or on the hub, and of files or saved
+            datasets or on the hub. A history is not written down.
+        scores: what `study.score` has returned and stored, so that `top`, `report` and the served page show them.
+        queries: the name of the examples that were scored.
+        split, preparation: as `study.prepare` was given them.
+        method: whose factors the run has; `EKFAC()` unless given.
+
+    Raises:
+        InputError: a command could not find again, or say, what the study was made of.
+        MismatchError: there are other texts under these names than those of the study, or of the scores.
+    """
+    sources = RunSources.of_study(study, method or EKFAC())
+    written: dict[str | None, RunSources] = {None: sources}
+    if scores is not None:
+        check_argument(queries is not None, "queries", queries, "the name of the examples that were scored")
+        stored = bool(scores.name) and within(study.path, "scores", scores.name).is_dir()
+        check_argument(stored, "scores", scores.name, f"what is stored in {study.path / 'scores'}")
+        how = preparation or replace(sources.train.preparation, source_column=None)
+        of_scores = replace(sources, queries=DataSource((str(queries),), split, how))
+        of_scores.passages(scores.fingerprint)  # refuses other texts
+        written[scores.name] = of_scores
+    with Ranks.current().agreeing():
+        if Ranks.current().is_main:
+            for name, each in written.items():
+                each.save(study.path, name)
 
 
 def chosen_scores(run: Path, name: str | None) -> Path:

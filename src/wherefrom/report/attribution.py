@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +18,7 @@ from wherefrom.report.overlaps import overlaps
 from wherefrom.report.passages import Passage, excerpt
 from wherefrom.report.reading import Reading
 from wherefrom.report.shading import visible_pieces
-from wherefrom.report.text import shade, sources_table
+from wherefrom.report.text import figures, shade, sources_table
 from wherefrom.runtime.errors import printable
 from wherefrom.scoring.results import GroupScore
 
@@ -76,12 +75,14 @@ class Attribution:
         span: what of the answer was attributed, in characters.
         contrast: the other answer, whose scores were subtracted; None without one.
         method: the name of the method of the scores.
+        computed_by: that with its damping.
         read: how scores are read.
         in_nats: whether that is a predicted rise.
         supporting: the examples with the highest scores above 0: training on them made the answer likelier.
         opposing: those with the lowest below 0.
         shared: those that share its words (BM25); None where that was not looked for.
         groups: sums over groups of all examples; None where none were asked for.
+        column: of the training examples, that these groups are by.
         scored: how many training examples were scored exactly; of: of how many.
     """
 
@@ -90,12 +91,14 @@ class Attribution:
     span: tuple[int, int]
     contrast: str | None
     method: str
+    computed_by: str
     read: Reading
     in_nats: bool
     supporting: Sequence[Found]
     opposing: Sequence[Found]
     shared: Sequence[Found] | None
     groups: Sequence[GroupScore] | None
+    column: str | None
     scored: int
     of: int
 
@@ -127,6 +130,7 @@ class Attribution:
             "span": {"start": start, "stop": stop, "text": self.answer[start:stop]},
             "contrast": self.contrast,
             "method": self.method,
+            "computed_by": self.computed_by,
             "unit": read.heading if self.in_nats else None,
             "meaning": read.meaning,
             "scored": self.scored,
@@ -140,25 +144,25 @@ class Attribution:
     def shown(self) -> RenderableType:
         """All of it for the terminal, which does not obey the texts."""
         start, stop = self.span
-        asked = Text("Prompt  ", style="bold")
-        asked.append(printable(self.prompt), style="not bold")
-        answered = Text("Answer  ", style="bold")
-        for text, style in ((self.answer[:start], ""), (self.answer[start:stop], "reverse"), (self.answer[stop:], "")):
-            answered.append(printable(text), style=f"not bold {style}")
-        parts: list[RenderableType] = [asked, answered]
+        answer = Text(printable(self.answer))
+        answer.stylize("reverse", start, stop)
+        asked = Table.grid(padding=(0, 2))
+        asked.add_row(Text("Prompt", style="bold"), Text(printable(self.prompt)))
+        asked.add_row(Text("Answer", style="bold"), answer[len(self.answer) - len(self.answer.lstrip()) :])
         if self.contrast is not None:
-            other = Text("Not     ", style="bold")
-            parts.append(other.append(printable(self.contrast), style="not bold"))
+            asked.add_row(Text("Not", style="bold"), Text(printable(self.contrast.lstrip())))
+        parts: list[RenderableType] = [asked]
         parts += [Text(), *self._end("Training on these made it likelier", self.supporting)]
         parts += self._end("Training on these made it less likely", self.opposing)
         if self.shared is not None:
             parts += [self._beside(self.shared), Text()]
-        if self.groups is not None:
-            parts += [sources_table(self.groups, self.read), Text()]
+        if self.groups is not None and self.column is not None:
+            parts += [sources_table(self.groups, self.read, self.column), Text()]
         said = f"{self.read.heading}: {self.read.meaning}."
         if any(each.overlaps for each in (*self.supporting, *self.opposing)):
             said += " Underlined: five words or more that the answer has too."
-        return Group(*parts, Text(f"{said} {self.scored:,} of {self.of:,} examples were scored exactly.", style="dim"))
+        said += f" {self.scored:,} of {self.of:,} examples were scored exactly, by {printable(self.computed_by)}."
+        return Group(*parts, Text(said, style="dim"))
 
     def _end(self, heading: str, found: Sequence[Found]) -> list[RenderableType]:
         parts: list[RenderableType] = [Text(f"{heading}{'' if found else ': none'}", style="bold"), Text()]
@@ -170,7 +174,7 @@ class Attribution:
 
     def _beside(self, shared: Sequence[Found]) -> Table:
         """The examples of the highest scores, and those that share the answer's words."""
-        table = Table("Rank", escape(self.read.heading), "By influence", "By shared words (BM25)")
+        table = Table(*figures("Rank", self.read.heading), "By influence", "By shared words (BM25)")
         influential = {each.train: each.rank for each in self.supporting}
         for place in range(max(len(self.supporting), len(shared))):
             worth, ours, theirs = "", Text(), Text()

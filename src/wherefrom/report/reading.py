@@ -19,6 +19,7 @@ _CONTRAST = (
     "predicted rise of the answer's loss less that of the other answer, each summed over its tokens, if the example "
     "had been left out, in {unit}: to first order, of one at a time"
 )
+_WITHOUT_CURVATURE = ("dot", "cosine")  # whose damping changes nothing
 _RELATIVE = (
     "score as a part of the query's largest: scores of {method} have no scale beyond their order, so compare ranks"
 )
@@ -40,7 +41,9 @@ class Reading:
 
     def __call__(self, score: float) -> str:
         """A score as it is shown."""
-        return f"{self.factor * score:+#,.3g}"
+        value = self.factor * score
+        # Of four digits and more none becomes an exponent; the point that #g leaves behind three is taken away.
+        return f"{value:+,.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:+#,.3g}".removesuffix(".")
 
 
 def reading(scores: Scores | TopScores, query: int = 0) -> Reading:
@@ -65,6 +68,12 @@ def contrast_reading(scores: Scores | TopScores, tokens: int) -> Reading:
     unit = printable(scores.unit.removesuffix(" a token"))
     factor = float(scores.rise_per_score[0]) * tokens
     return Reading(f"Rise, {unit}", _CONTRAST.format(unit=unit) + _caveat(scores), factor)
+
+
+def computed_by(scores: Scores | TopScores) -> str:
+    """The method of scores, and its damping where it has one."""
+    damping = scores.fingerprint.get("damping") if scores.method not in _WITHOUT_CURVATURE else None
+    return scores.method + (f", damping {damping}" if damping else "")
 
 
 def _caveat(scores: Scores | TopScores) -> str:

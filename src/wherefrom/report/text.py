@@ -9,11 +9,11 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.rule import Rule
 from rich.style import Style
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from wherefrom.report.passages import Passage, Passages, TokenContributions, checked_passages, excerpt, source_scores
-from wherefrom.report.reading import Reading, reading
+from wherefrom.report.reading import Reading, computed_by, reading
 from wherefrom.runtime.errors import InputError, printable
 from wherefrom.scoring.results import GroupScore, Hit, Scores, TopScores
 
@@ -48,18 +48,18 @@ def top_tables(
         parts += [Text(heading, style="bold"), _shown(passage, 2 * width), table, Text()]
         if by_source[query]:
             parts += [sources_table(by_source[query], read), Text()]
-    return Group(*parts, *([Text(f"{read.heading}: {read.meaning}.", style="dim")] if parts else []))
+    said = f"{read.heading}: {read.meaning}. Scores of {printable(computed_by(scores))}." if parts else ""
+    return Group(*parts, *([Text(said, style="dim")] if parts else []))
 
 
 def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, read: Reading, width: int = 160) -> Table:
     """Training sequences with their ranks and scores, and their labels and sources where they have some."""
     found = [train[hit.train] for hit in hits]
     said = [name for name in ("label", "source") if any(getattr(each, name) for each in found)]
-    table = Table(
-        "Rank", "Train", escape(read.heading), title_justify="left", title=heading and f"[bold]{heading}[/bold]"
-    )
+    title = heading and f"[bold]{heading}[/bold]"
+    table = Table(*figures("Rank", "Train", read.heading), title=title, title_justify="left")
     for name in said:
-        table.add_column(name.capitalize())
+        table.add_column(name.capitalize(), max_width=14, overflow="fold")
     table.add_column("Training sequence", overflow="fold")
     for hit, each in zip(hits, found, strict=True):
         facts = [Text(printable(getattr(each, name))) for name in said]
@@ -67,13 +67,19 @@ def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, read: 
     return table
 
 
-def sources_table(found: Sequence[GroupScore], read: Reading) -> Table:
-    """Sums of a query's scores by where training examples come from."""
-    table = Table("Source", "Training sequences", escape(f"Sum: {read.heading.lower()}"), "Mean")
+def sources_table(found: Sequence[GroupScore], read: Reading, column: str = "source") -> Table:
+    """Sums of a query's scores by where training examples come from, or by another column."""
+    named = Column(escape(printable(column)).capitalize(), overflow="fold")
+    table = Table(named, *figures("Examples", f"Sum: {read.heading.lower()}", "Mean"))
     for each in found:
         name = Text(printable(each.group))
         table.add_row(name, f"{each.train:,}", read(each.sum), read(each.mean))
     return table
+
+
+def figures(*headings: str) -> list[Column]:
+    """Columns of figures for a table, with their units on a line of their own."""
+    return [Column(escape(heading).replace(", ", ",\n"), justify="right") for heading in headings]
 
 
 def token_tables(

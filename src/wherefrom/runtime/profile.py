@@ -73,8 +73,10 @@ class Profile:
         for name, action in sorted(self._actions.items(), key=lambda item: -item[1].seconds):
             mean, share = action.seconds / action.calls, 100 * action.seconds / max(total, 1e-9)
             actions.add_row(name, f"{mean:.5f}", str(action.calls), f"{action.seconds:.3f}", f"{share:.1f}")
+        actions.caption, actions.caption_justify = f"Peak memory: {_peak_memory()}", "left"
+        if not self._sweeps:
+            return [actions]
         sweeps = _table("Sweep", "Examples", "Tokens", "Seconds", "Examples/s", "Tokens/s")
-        sweeps.caption, sweeps.caption_justify = f"Peak memory: {_peak_memory()}", "left"
         for name, done in self._sweeps.items():
             rates = (f"{count / done.seconds:,.0f}" for count in (done.examples, done.tokens))
             sweeps.add_row(name, f"{done.examples:,}", f"{done.tokens:,}", f"{done.seconds:.2f}", *rates)

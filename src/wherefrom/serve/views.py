@@ -25,7 +25,7 @@ from wherefrom.methods.factored import EKFAC, KFAC, Cosine, Diagonal, Dot, Facto
 from wherefrom.methods.method import Method
 from wherefrom.report.attribution import Found
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Passages, checked_passages, excerpt
-from wherefrom.report.reading import Reading, reading
+from wherefrom.report.reading import Reading, computed_by, reading
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.results import Result, Scores, extremes, load_scores
 from wherefrom.serve.judgements import Judgements
@@ -145,6 +145,7 @@ class RunViews:
             "span": list(found.span),
             "contrast": found.contrast,
             "method": OFFERED[method],
+            "computed_by": found.computed_by,
             "heading": found.read.heading,
             "meaning": found.read.meaning,
             "supporting": [self._found(each, found.read) for each in found.supporting],
@@ -171,6 +172,7 @@ class RunViews:
         return {
             "name": name,
             "method": scores.method,
+            "computed_by": computed_by(scores),
             "stored": "all scores" if whole else f"the {scores.values.shape[1]} highest and lowest of each query",
             "facts": dict(scores.fingerprint),
             "queries": [_brief(queries, query) for query in range(len(queries))],

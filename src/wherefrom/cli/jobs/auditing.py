@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from wherefrom.cli.methods import EXECUTED, FACTORED, READ, default, subcommands
@@ -23,6 +23,7 @@ from wherefrom.jobs.auditing import audit as audited
 from wherefrom.jobs.filtering import filtered_together, origins, written_as
 from wherefrom.jobs.sources import DataSource, RunSources
 from wherefrom.report.passages import DatasetPassages, excerpt
+from wherefrom.report.text import figures
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import InputError, check_argument, printable
 from wherefrom.store.files import write_bytes, write_text
@@ -118,13 +119,13 @@ def _queue(found: Audit, passages: DatasetPassages, train: DataSource, read: Seq
 
 
 def _table(found: Audit, passages: DatasetPassages, ranking: list[int]) -> Table:
-    """The first of the queue, with their signals and the beginnings of their texts."""
-    table = Table("Rank", "Train", *(name.replace("_", " ").capitalize() for name in found.signals))
-    for name in ("Label", "Training example"):
-        table.add_column(name, overflow="fold")
+    """The first of the queue, with their signals, labels and the beginnings of their texts."""
+    signals = (name.replace("_", "\n").capitalize() for name in found.signals)
+    table = Table(*figures("Rank", "Train", *signals), Column("Training example", overflow="fold"))
     for rank, train in enumerate(ranking, start=1):
-        values = (f"{float(each[train]):.4g}" for each in found.signals.values())
+        values = (f"{float(each[train]):.3g}" for each in found.signals.values())
         passage = passages[train]
-        text = excerpt(passage.text, answer_start=passage.answer_start)
-        table.add_row(str(rank), str(train), *values, Text(printable(passage.label)), Text(printable(text)))
+        text = excerpt(passage.text, 120, passage.answer_start)
+        label = f"({passage.label}) " * bool(passage.label)
+        table.add_row(str(rank), str(train), *values, Text(printable(label + text)))
     return table

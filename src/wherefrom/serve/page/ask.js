@@ -1,6 +1,6 @@
 // A prompt, the answer to it, a part of the answer, and the training examples behind that part.
 import {
-  byId, characters, counted, el, follow, hitList, largestOf, opposes, setPlace, supports, trouble,
+  byId, characters, counted, el, follow, hitList, largestOf, opposes, place, setPlace, supports, trouble,
 } from "./parts.js";
 
 const state = { prompt: "", answer: "", pieces: [], span: null, anchor: 0 }; // span: the first token, and behind the last
@@ -110,7 +110,9 @@ async function ask(said) {
       const pieces = tokens.filter(Boolean); // a character of several tokens stands with the last of them
       Object.assign(state, { prompt, answer: written, pieces });
       answer.replaceChildren(...pieces.map((piece) => el("span", { textContent: piece })));
-      setPlace("ask", { prompt, answer: written });
+      // A link that is followed may say more, which has to stay in the address until it is done.
+      const { picked } = place();
+      if (picked.get("prompt") !== prompt || picked.get("answer") !== written) setPlace("ask", { prompt, answer: written });
       choose(null);
       status.remove(); // now, or what is below would move under the pointer when the stream ends
       byId("find-part").hidden = false;
@@ -234,14 +236,14 @@ function sharedWords(hits) {
 const versus = (one, other) => el("p", { className: "versus" },
   "Why ", el("bdi", { textContent: `“${one.trim()}”` }), " and not ", el("bdi", { textContent: `“${other.trim()}”` }));
 
-function resultParts({ method, heading, meaning, supporting, opposing, contrast, groups, of_groups: ofGroups, scored, of }, narrow, column) {
+function resultParts({ method, computed_by: by, heading, meaning, supporting, opposing, contrast, groups, of_groups: ofGroups, scored, of }, narrow, column) {
   const against = contrast !== null;
   const largest = largestOf(supporting, opposing);
   const total = of.toLocaleString("en-US");
   const scope = scored === of ? `all ${total} training examples were scored exactly` : `${scored.toLocaleString("en-US")} of ${total} training examples were scored exactly, those that the index and BM25 named`;
   return [
     el("h2", { textContent: method }),
-    el("p", { className: "reading" }, el("strong", { textContent: heading }), `: ${meaning}; ${scope}.`),
+    el("p", { className: "reading" }, el("strong", { textContent: heading }), `: ${meaning}; ${scope} (${by}).`),
     el("div", { className: narrow ? "stacked" : "columns" },
       hitList("positive", against ? "Speaks for it" : "Supports it", against ? "Training on these made it likelier against the other answer." : supports, supporting, largest),
       hitList("negative", against ? "Speaks for the other" : "Opposes it", against ? "Training on these made the other answer likelier against it." : opposes, opposing, largest)),
@@ -252,7 +254,7 @@ function resultParts({ method, heading, meaning, supporting, opposing, contrast,
 // Sums over all training examples by what they have in a column.
 function groupTable(groups, ofGroups, column, heading) {
   const lines = groups.map(([name, count, sum, mean]) => el("tr", {},
-    el("th", { scope: "row", textContent: name || "–", dir: "auto" }),
+    el("th", { scope: "row", textContent: name || "–", title: name, dir: "auto" }),
     ...[count.toLocaleString("en-US"), sum, mean].map((said) => el("td", { textContent: said.replaceAll("-", "−") }))));
   const head = [column, "Examples", `Sum: ${heading.toLowerCase()}`, "Mean"].map((said) => el("th", { scope: "col", textContent: said }));
   return el("div", { className: "groups" },

@@ -45,7 +45,7 @@ async function show(name, query) {
       return el("li", {}, button);
     }));
     narrow();
-    current = { name, query: -1, stored: found.stored };
+    current = { name, query: -1, stored: found.stored, by: found.computed_by };
   }
   const picked = Math.min(Math.max(query || 0, 0), queries.length - 1);
   setPlace("scores", { name, query: picked });
@@ -58,10 +58,11 @@ async function show(name, query) {
   const largest = largestOf(hits.supporting, hits.opposing);
   byId("hits").replaceChildren(
     el("div", { className: "about" },
-      el("p", { className: "eyebrow", textContent: `Query ${picked}` }),
+      el("p", { className: "eyebrow" }, `Query ${picked}`,
+        hits.query.label ? el("span", { className: "label", textContent: hits.query.label, dir: "auto" }) : null),
       hits.query.title ? el("h2", { textContent: hits.query.title, dir: "auto" }) : null,
       el("div", { className: "text", textContent: hits.query.text, dir: "auto" })),
-    el("p", { className: "reading" }, el("strong", { textContent: hits.heading }), `: ${hits.meaning}; ${current.stored} are stored.`),
+    el("p", { className: "reading" }, el("strong", { textContent: hits.heading }), `: ${hits.meaning}; ${current.stored} are stored (${current.by}).`),
     el("div", { className: "columns" },
       hitList("positive", "Supports it", supports, hits.supporting, largest),
       hitList("negative", "Opposes it", opposes, hits.opposing, largest)));

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wherefrom.evaluate.matrices import AnyMethod, Scorer, finite, matrices, score_all
 from wherefrom.evaluate.retrainings import GroundTruth
+from wherefrom.report.notebook import Table, View
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.results import Scores
 from wherefrom.store.fingerprint import Dataset
@@ -81,6 +82,20 @@ class LdsReport:
             return self.differences[first, second]
         other = self.differences[second, first]
         return IntervalEstimate(-other.value, -other.high, -other.low)
+
+    def _repr_html_(self) -> str:
+        """For a notebook, the methods, best first, against the best of them."""
+        ordered = sorted(self.means, key=lambda name: -self.means[name].value)
+        rows = [] if self.ceiling is None else [["ceiling from the noise of retraining", str(self.ceiling), ""]]
+        rows += [[name, str(self.means[name]), ""] for name in ordered[:1]]
+        rows += [[name, str(self.means[name]), f"{self.difference(name, ordered[0])}"] for name in ordered[1:]]
+        queries, seeds = len(self.queries[ordered[0]]), f", {self.repeats} seeds each" if self.repeats > 1 else ""
+        return View(
+            "Linear datamodeling score",
+            [f"{queries:,} queries, {self.subsets:,} retrainings on subsets of {self.train:,} examples{seeds}"],
+            tables=[Table(["Method", "LDS [95% interval]", f"Less that of {ordered[0]}"], rows)],
+            meaning="Rank correlation of summed scores with what retraining did to each query's loss: 1 predicts all.",
+        )._repr_html_()
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, as json writes them."""

@@ -93,7 +93,7 @@ class LdsReport:
         return View(
             "Linear datamodeling score",
             [f"{queries:,} queries, {self.subsets:,} retrainings on subsets of {self.train:,} examples{seeds}"],
-            tables=[Table(["Method", "LDS [95% interval]", f"Less that of {ordered[0]}"], rows)],
+            tables=[Table(["Method", "LDS [95% interval]", f"Difference from {ordered[0]}"], rows)],
             meaning="Rank correlation of summed scores with what retraining did to each query's loss: 1 predicts all.",
         )._repr_html_()
 

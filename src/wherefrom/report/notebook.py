@@ -24,6 +24,7 @@ from wherefrom.store.fingerprint import Dataset
 QUERIES, HITS = 3, 3  # of a result that is shown by itself
 _STRIP = 128  # parts of a sequence that have a bar each
 _LOOKED_AT = 100  # pairs of a query
+_MORE = "study.show(scores, query=0) has the texts, study.report(scores) is a page of all."
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShownHit:
-    """A training example; its text unfolds, and is unfolded where something of it is marked."""
+    """A training example; its text unfolds, and of the first is unfolded if something in it is marked."""
 
     view: HitView
     pieces: Sequence[Piece]
-    open: bool
+    marked: bool
 
     @classmethod
     def of(
@@ -110,7 +111,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of numbers and words; those below "Text" and "Method" may take several lines."""
+    """Rows of numbers and words; those below "Text" may take several lines."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str | Strip]]
@@ -187,7 +188,7 @@ def query_view(
         ends.append(End(title, kind, hits))
     return View(
         f"Query {query}",
-        [each for each in (passage.title, passage.label, scores.method) if each],
+        [each for each in (passage.title, passage.label, scores.fingerprint.get("method")) if each],
         [Text("Text", [(excerpt(passage.text, 480, passage.answer_start), False)])],
         ends,
         meaning=f"{read.heading}: {read.meaning}.",
@@ -199,23 +200,23 @@ def query_view(
 @in_notebooks.register(TopScores)
 def _of_scores(scores: Scores | TopScores) -> str:
     """The highest scores of the first queries; texts of training examples are the study's."""
-    count, train = scores.values.shape
-    texts = _texts(scores.queries, count)
+    (count, train), texts = scores.values.shape, _texts(scores.queries, len(scores.values))
+    together = "aggregated training examples" in scores.fingerprint
     rows: list[list[str]] = []
     for query in range(min(count, QUERIES)):
         read, best = reading(scores, query), scores.values[query].topk(min(train, HITS))
         positions = best.indices if isinstance(scores, Scores) else scores.train[query, best.indices]
         for rank, (position, score) in enumerate(zip(positions.tolist(), best.values.tolist(), strict=True), start=1):
             named = [str(query), *texts[query : query + 1]] if rank == 1 else ["", *([""] if texts else [])]
-            one = "all" if "aggregated training examples" in scores.fingerprint else str(position)
-            rows.append([*named, str(rank), one, read(score), f"{score:,.4g}"])
+            rows.append([*named, str(rank), "all" if together else str(position), read(score), f"{score:,.4g}"])
     headings = ["Query", *(["Text"] if texts else []), "Rank", "Train", read.heading, "Raw score"]
-    of = f"the {train:,} highest and lowest" if isinstance(scores, TopScores) else f"{train:,} training examples"
+    of = "the {:,} highest and lowest" if isinstance(scores, TopScores) else "{:,} training examples"
+    of = "all training examples added up" if together else of.format(train)
     return View(
-        scores.method,
+        scores.fingerprint.get("method", "Scores"),
         [f"{count:,} queries, {of}", *([scores.name] if scores.name else [])],
         tables=[Table(headings, rows)],
-        meaning=f"{read.heading}: {read.meaning}. study.show(scores, query=0) has the texts, study.report(scores) all.",
+        meaning=f"{read.heading}: {read.meaning}. {_MORE}",
         settings=scores.fingerprint,
     )._repr_html_()
 

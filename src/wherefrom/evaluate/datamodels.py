@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -65,6 +65,7 @@ class LdsReport:
         repeats: seeds of each retraining in the file; a file of means counts as one.
         train: training examples.
         resamples: bootstrap resamples behind each interval.
+        names: by method, of stored scores: what they are called in their run directory.
     """
 
     queries: Mapping[str, Tensor]
@@ -75,6 +76,7 @@ class LdsReport:
     repeats: int
     train: int
     resamples: int
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def difference(self, first: str, second: str) -> IntervalEstimate:
         """The mean of the first less that of the second; `differences` has each pair in one order only."""
@@ -101,7 +103,8 @@ class LdsReport:
         """All numbers, as json writes them."""
         return {
             "methods": {
-                name: {**mean.to_json(), "queries": self.queries[name].tolist()} for name, mean in self.means.items()
+                name: {**mean.to_json(), "queries": self.queries[name].tolist(), "scores": self.names.get(name)}
+                for name, mean in self.means.items()
             },
             "differences": [
                 {"first": first, "second": second, **difference.to_json()}
@@ -217,6 +220,7 @@ def evaluate_lds(
         repeats=repeats,
         train=truth.masks.shape[1],
         resamples=resamples,
+        names={name: each.name for name, each in scores.items() if isinstance(each, Scores) and each.name},
     )
 
 

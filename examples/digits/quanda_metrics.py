@@ -119,7 +119,14 @@ Kwargs = Mapping[str, Any]
 
 def explainers(folder: Path) -> dict[str, tuple[type[Explainer], Kwargs]]:
     """Each explainer's class and arguments; what others keep of a model lies in its folder."""
-    ours = {"EKFAC": wf.EKFAC(), "KFAC": wf.KFAC(), "TrackStar": wf.TrackStar(), "Dot": wf.Dot(), "Random": wf.Random()}
+    ours = {
+        "EKFAC": wf.EKFAC(),
+        "KFAC": wf.KFAC(),
+        "Cosine": wf.Cosine(),
+        "TrackStar": wf.TrackStar(),
+        "Dot": wf.Dot(),
+        "Random": wf.Random(),
+    }
     kept = {"model_id": "digits", "cache_dir": str(folder), "load_from_disk": False}
     return {
         **{name: (WherefromExplainer, {"method": each, "run": folder.parent / "ours"}) for name, each in ours.items()},
@@ -189,15 +196,15 @@ class Cases:
         images_marked = self.images.clone()
         images_marked[self.marked] = mark(images_marked[self.marked])
         self.train("clean", self.images, self.labels)
-        self.train("flipped", self.images, flipped)
+        self.train("flipped", self.images, flipped, 5 * self.arguments.epochs)  # until it has learnt most of them
         self.train("grouped", self.images, self.labels % 2)
         self.train("marked", images_marked, self.labels)
 
-    def train(self, name: str, images: Tensor, labels: Tensor) -> None:
+    def train(self, name: str, images: Tensor, labels: Tensor, epochs: int | None = None) -> None:
         """Train a network and write its weights."""
         folder = self.arguments.run_dir / name
         folder.mkdir(parents=True, exist_ok=True)
-        model = trained(images, labels, self.arguments.seed, self.arguments.epochs)
+        model = trained(images, labels, self.arguments.seed, epochs or self.arguments.epochs)
         torch.save(model.state_dict(), folder / "model.pt")
         self.models[name] = Trained(model, images, labels, folder / "model.pt")
 
@@ -290,7 +297,10 @@ def main(arguments: Arguments) -> None:
     clean = cases.models["clean"]
     with torch.no_grad():
         accuracy = float((clean.model(cases.test_images).argmax(1) == cases.test_labels).double().mean())
-    console.print(f"Accuracy on the test examples: {accuracy:.1%}")
+        flipped = cases.models["flipped"]
+        right = flipped.model(flipped.images).argmax(1) == flipped.labels
+        learnt = float(right[cases.wrong].double().mean())
+    console.print(f"Accuracy on the test examples: {accuracy:.1%}; wrong labels that were learnt: {learnt:.1%}")
     subsets, files = cases.subsets()
     lds = LinearDatamodelingMetric(
         clean.model, clean.dataset, m=len(subsets), subset_ids=subsets, subset_ckpt_filenames=files
@@ -300,7 +310,7 @@ def main(arguments: Arguments) -> None:
         found[name] = evaluate(cases, name, lds)
         console.print(f"{name}: { ({metric: round(each['score'], 3) for metric, each in found[name].items()}) }")
         about = {key: str(value) for key, value in asdict(arguments).items()}
-        content = {"arguments": about, "accuracy": accuracy, "explainers": found}
+        content = {"arguments": about, "accuracy": accuracy, "wrong labels learnt": learnt, "explainers": found}
         write_text(arguments.run_dir / "metrics.json", json.dumps(content, indent=1) + "\n")
     console.print(table(found))
 

@@ -21,7 +21,7 @@ from tests.test_language import configured
 from wherefrom.cli.main import main
 from wherefrom.jobs.asking import Asker
 from wherefrom.jobs.questions import Question, Writer
-from wherefrom.report.overlaps import overlaps
+from wherefrom.report.attribution import overlaps
 from wherefrom.runtime.errors import InputError
 from wherefrom.runtime.progress import watched
 

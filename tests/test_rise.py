@@ -120,13 +120,3 @@ def test_rises_are_by_the_queries_tokens(tmp_path: Path) -> None:
     for keep, tokens in ((wf.Aggregated(queries="sum"), 9.0), (wf.Aggregated(queries="mean"), 4.5)):
         together = study.score(queries, wf.EKFAC(), keep=keep)
         torch.testing.assert_close(together.predicted_rise, together.values.double() / 6 / tokens)
-
-
-def test_a_notebook_shows_rises_and_no_markup_of_others() -> None:
-    values, scale = torch.tensor([[1.0, -4.0, 2.0]]), torch.tensor([0.25], dtype=torch.float64)
-    shown = wf.Scores(values, {"unit": "<b>nats</b>"}, rise_per_score=scale)._repr_html_()
-    assert "<td>0</td><td>1</td><td>2</td><td>+0.500</td><td>2</td>" in shown
-    assert "Rise, &lt;b&gt;nats" in shown
-    few = wf.TopScores(values[:, 2:], torch.tensor([[2]]), values[:, 1:2], torch.tensor([[1]]), {})._repr_html_()
-    assert "<td>0</td><td>1</td><td>2</td><td>2</td>" in few
-    assert "Rise" not in few

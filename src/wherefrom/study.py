@@ -27,8 +27,9 @@ from wherefrom.methods.method import Context, Method
 from wherefrom.planning.plan import Plan
 from wherefrom.report.figures import Figure
 from wherefrom.report.html import render_report, write_page
+from wherefrom.report.notebook import View, query_view
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Tokenizer
-from wherefrom.runtime.errors import InputError
+from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.runtime.memory import within_memory
 from wherefrom.scoring.keep import Keep, Pairs, Scores_co
 from wherefrom.scoring.results import Result, Scores
@@ -335,15 +336,7 @@ class Study(Generic[Batch]):
             MismatchError: the scores are about other queries, another training set or another model.
             WherefromError: an argument does not fit, or the page cannot be written.
         """
-        if tokens is not None and tokenizer is None:
-            raise InputError("tokens are given and tokenizer is None: expected the tokenizer that made their text.")
-        queries = scores.queries if queries is None else indexed("queries", queries)
-        if queries is None:
-            raise InputError(
-                "queries=None: these scores do not bring their queries; give the examples that were scored."
-            )
-        if MODEL in scores.fingerprint:
-            check_about(scores.fingerprint, {MODEL: model_digest(self._sweep.model)})
+        queried, train, shaded = self._texts(scores, queries, tokenizer, tokens)
         if path is None:
             called = scores.name or result_name(scores.fingerprint.get("method", "scores"), scores.fingerprint)
             # Either can come from somebody else's file, and lead elsewhere.
@@ -353,17 +346,57 @@ class Study(Generic[Batch]):
         page = render_report(
             title=f"Where from? {self.path.name}",
             summary=summary,
-            queries=DatasetPassages(queries, tokenizer),
-            train=DatasetPassages(self.train, tokenizer),
+            queries=queried,
+            train=train,
             scores=scores,
             profile=self.profile.text(),
-            tokens=DatasetTokens(tokens, self.train, tokenizer) if tokens is not None and tokenizer else None,
+            tokens=shaded,
             figures=figures,
             k=k,
         )
         with self.alone():
             self._sweep.ranks.first(lambda: write_page(path, page))
         return path
+
+    def show(
+        self,
+        scores: Result,
+        query: int = 0,
+        *,
+        queries: DatasetLike | None = None,
+        tokenizer: Tokenizer | None = None,
+        tokens: TokenScores | None = None,
+        k: int = 3,
+    ) -> View:
+        """A query and the training examples behind it, with their texts, for a notebook.
+
+        Args:
+            query: its position.
+            scores, queries, tokenizer, tokens, k: as in `report`.
+
+        Raises:
+            MismatchError: the scores are about other queries, another training set or another model.
+            InputError: there is no such query, or an argument does not fit.
+        """
+        count = len(scores.values)
+        check_argument(0 <= query < count, "query", query, f"0 to {count - 1}")
+        return query_view(scores, query, *self._texts(scores, queries, tokenizer, tokens), k)
+
+    def _texts(
+        self, scores: Result, queries: DatasetLike | None, tokenizer: Tokenizer | None, tokens: TokenScores | None
+    ) -> tuple[DatasetPassages, DatasetPassages, DatasetTokens | None]:
+        """What scores are shown beside: queries, training examples, and the tokens inside these."""
+        if tokens is not None and tokenizer is None:
+            raise InputError("tokens are given and tokenizer is None: expected the tokenizer that made their text.")
+        queries = scores.queries if queries is None else indexed("queries", queries)
+        if queries is None:
+            raise InputError(
+                "queries=None: these scores do not bring their queries; give the examples that were scored."
+            )
+        if MODEL in scores.fingerprint:
+            check_about(scores.fingerprint, {MODEL: model_digest(self._sweep.model)})
+        shaded = DatasetTokens(tokens, self.train, tokenizer) if tokens is not None and tokenizer else None
+        return DatasetPassages(queries, tokenizer), DatasetPassages(self.train, tokenizer), shaded
 
     def _context(self, execution: Execution | None) -> Context[Batch]:
         """What a method works with; taken anew for each call, since weights and lists can change."""

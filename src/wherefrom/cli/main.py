@@ -30,6 +30,7 @@ COMMANDS = {
     "top": "showing",
     "report": "showing",
     "export": "showing",
+    "card": "jobs.card",
     "index": "index",
     "query": "index",
     "ask": "jobs.asking",

@@ -6,6 +6,7 @@ work is the library's; this module turns arguments into its calls.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -88,8 +89,9 @@ def fit(
     data = DataSource(train, split, preparation.made())
     loaded = replace(loading.made(), quantization=quantization)
     sources = RunSources(
-        model, list(layers) or None, data, chosen.empirical, chosen.seed, loaded, history, training.made()
-    )
+        model, list(layers) or None, data, chosen.empirical, chosen.seed, loaded, history, training.made(),
+        commands=(tuple(sys.argv[1:]),),
+    )  # fmt: skip
     study = sources.study(run, device, executed)
     study.profile.synchronize = profile
     log_other_scores(study)
@@ -165,7 +167,8 @@ def score(
             console.print(plan.table())
         return
     found = study.score(sequences, chosen, keep=keep, name=name, overwrite=overwrite)
-    Ranks.current().first(lambda: replace(sources, queries=source).save(run, found.name))
+    scored = replace(sources, queries=source, commands=(*sources.commands, tuple(sys.argv[1:])))
+    Ranks.current().first(lambda: scored.save(run, found.name))
     if tokens is not None:
         study.score(sequences, chosen, keep=Tokens(tokens), overwrite=overwrite)
     if isinstance(found, Scores):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wherefrom.evaluate.matrices import AnyMethod, Scorer, finite, matrices, score_all
 from wherefrom.evaluate.retrainings import GroundTruth
+from wherefrom.report.notebook import Table, View
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.scoring.results import Scores
 from wherefrom.store.fingerprint import Dataset
@@ -64,6 +65,7 @@ class LdsReport:
         repeats: seeds of each retraining in the file; a file of means counts as one.
         train: training examples.
         resamples: bootstrap resamples behind each interval.
+        names: by method, of stored scores: what they are called in their run directory.
     """
 
     queries: Mapping[str, Tensor]
@@ -74,6 +76,7 @@ class LdsReport:
     repeats: int
     train: int
     resamples: int
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def difference(self, first: str, second: str) -> IntervalEstimate:
         """The mean of the first less that of the second; `differences` has each pair in one order only."""
@@ -82,11 +85,26 @@ class LdsReport:
         other = self.differences[second, first]
         return IntervalEstimate(-other.value, -other.high, -other.low)
 
+    def _repr_html_(self) -> str:
+        """For a notebook, the methods, best first, against the best of them."""
+        ordered = sorted(self.means, key=lambda name: -self.means[name].value)
+        rows = [] if self.ceiling is None else [["ceiling from the noise of retraining", str(self.ceiling), ""]]
+        rows += [[name, str(self.means[name]), ""] for name in ordered[:1]]
+        rows += [[name, str(self.means[name]), f"{self.difference(name, ordered[0])}"] for name in ordered[1:]]
+        queries, seeds = len(self.queries[ordered[0]]), f", {self.repeats} seeds each" if self.repeats > 1 else ""
+        return View(
+            "Linear datamodeling score",
+            [f"{queries:,} queries, {self.subsets:,} retrainings on subsets of {self.train:,} examples{seeds}"],
+            tables=[Table(["Method", "LDS [95% interval]", f"Difference from {ordered[0]}"], rows)],
+            meaning="Rank correlation of summed scores with what retraining did to each query's loss: 1 predicts all.",
+        )._repr_html_()
+
     def to_json(self) -> dict[str, Any]:
         """All numbers, as json writes them."""
         return {
             "methods": {
-                name: {**mean.to_json(), "queries": self.queries[name].tolist()} for name, mean in self.means.items()
+                name: {**mean.to_json(), "queries": self.queries[name].tolist(), "scores": self.names.get(name)}
+                for name, mean in self.means.items()
             },
             "differences": [
                 {"first": first, "second": second, **difference.to_json()}
@@ -202,6 +220,7 @@ def evaluate_lds(
         repeats=repeats,
         train=truth.masks.shape[1],
         resamples=resamples,
+        names={name: each.name for name, each in scores.items() if isinstance(each, Scores) and each.name},
     )
 
 

@@ -6,6 +6,7 @@ This module knows subsets, seeds and losses; it must not know how the losses cam
 from __future__ import annotations
 
 import hashlib
+import logging
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from wherefrom.runtime.signals import held_signals
 from wherefrom.store.artifacts import Artifact, Layout, check_layout, check_same, read_manifest
 from wherefrom.store.fingerprint import Fingerprint
 from wherefrom.version import VERSION
+
+logger = logging.getLogger("wherefrom")
 
 _MACHINE = "trained with"
 _LAYOUT: Layout = {"mask": (torch.bool, ("train",)), "losses": (torch.float64, ("query",))}
@@ -68,14 +71,17 @@ class GroundTruth:
     def load(cls, file: str | Path) -> GroundTruth:
         """Read `masks` (bool [subsets, train]) and `losses` from a .npz or .safetensors file; nothing is unpickled.
 
-        `losses` is [subsets, repeats, queries], or [subsets, queries] where there is only the mean over repeats.
+        `losses` is [subsets, repeats, queries], or [subsets, queries] where there is only the mean over repeats. Of a
+        folder that `retrain` writes, all finished retrainings; subsets that lack seeds of others are left out, and
+        the log says how many.
 
         Raises:
             InputError: there is no such file, its ending is another, or its arrays are not those described.
             DamagedError: it cannot be read.
+            MismatchError: a folder holds retrainings of different trainings or data.
         """
         file = Path(file)
-        arrays = _read(file)
+        arrays = _finished(file) if file.is_dir() else _read(file)
         missing = {"masks", "losses"} - arrays.keys()
         if missing:
             raise InputError(
@@ -106,6 +112,28 @@ def _read(file: Path) -> dict[str, Tensor]:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
         raise DamagedError(f"{file} cannot be read: {error}. Get it again, or write it anew.") from error
+
+
+def _finished(folder: Path) -> dict[str, Tensor]:
+    """The masks and losses of a folder's finished retrainings, the subsets in the order of their names."""
+    found: dict[str, dict[int, dict[str, Tensor]]] = {}
+    fingerprint: Fingerprint = {}
+    for path in sorted(each for each in folder.glob("*-*") if each.suffix != ".part"):
+        mine = read_manifest(path)["fingerprint"]
+        fingerprint = fingerprint or mine
+        check_same(path, mine, fingerprint)
+        tensors = Artifact(path, mine).load()
+        check_layout(path, tensors, _LAYOUT)
+        subset, _, seed = path.name.rpartition("-")
+        found.setdefault(subset, {})[int(seed)] = tensors
+    seeds = sorted({seed for each in found.values() for seed in each})
+    whole = [each for each in found.values() if len(each) == len(seeds)]
+    if not whole:
+        raise InputError(f"{folder}: no finished retrainings there with all of the seeds {seeds}. Retrain first.")
+    if len(whole) < len(found):
+        logger.warning(f"{folder}: {len(found) - len(whole)} of {len(found)} subsets lack seeds, and are left out.")
+    losses = [torch.stack([each[seed]["losses"] for seed in seeds]) for each in whole]
+    return {"masks": torch.stack([each[seeds[0]]["mask"] for each in whole]), "losses": torch.stack(losses)}
 
 
 def _described(tensor: Tensor) -> str:

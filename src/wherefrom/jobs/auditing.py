@@ -15,6 +15,7 @@ from torch import Tensor
 from wherefrom.engine.loading import DatasetLike, Examples, Loader, Subset
 from wherefrom.methods.factored import EKFAC, Factored
 from wherefrom.methods.index.sketches import Sketch
+from wherefrom.report.notebook import Table, View
 from wherefrom.runtime.errors import check_argument, require
 from wherefrom.scoring.keep import Aggregated
 from wherefrom.study import Study
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Signal = Literal["neighbours", "self_influence", "loss", "held_out"]
 
 _NEIGHBOURS = 10
+_SHOWN = 10  # in a notebook
 # Cosines are off by about 1 / 128.
 _SKETCH = Sketch(numbers=16_384, bits=8, focus=0.0)
 # Whose sketches are in memory at once: 64 MiB in float32.
@@ -48,6 +50,20 @@ class Audit:
     def ranking(self) -> Tensor:
         """Training positions [train], the most suspicious first; of equal ones, the earlier."""
         return self.signals[self.order].argsort(descending=True, stable=True)
+
+    def _repr_html_(self) -> str:
+        """The first of the queue, for a notebook."""
+        ranking, names = self.ranking.tolist(), [name.replace("_", " ").capitalize() for name in self.signals]
+        rows = [
+            [str(rank), str(train), *(f"{float(each[train]):.4g}" for each in self.signals.values())]
+            for rank, train in enumerate(ranking[:_SHOWN], start=1)
+        ]
+        return View(
+            "Audit",
+            [f"the {len(rows)} most suspicious of {len(ranking):,} training examples, by {self.order}"],
+            tables=[Table(["Rank", "Train", *names], rows)],
+            meaning="Higher is more suspicious. to_pandas() has all of them.",
+        )._repr_html_()
 
     def to_pandas(self) -> pandas.DataFrame:
         """A table with a line for each training example, the most suspicious first: rank, train and the signals.

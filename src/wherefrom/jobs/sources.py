@@ -97,6 +97,7 @@ class RunSources:
         history: a folder that `TrainingRecorder` has written.
         trained: how, where it was on preferences.
         queries: of a result; None for the run.
+        commands: the arguments of `wherefrom` that made it, in order.
     """
 
     model: str
@@ -108,6 +109,7 @@ class RunSources:
     history: str | None = None
     trained: PreferenceTraining = field(default_factory=PreferenceTraining)
     queries: DataSource | None = None
+    commands: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def of_study(cls, study: PretrainedStudy, method: Factored) -> RunSources:
@@ -170,7 +172,7 @@ class RunSources:
             raise DamagedError(f"{file} is another version's. {advice}")
         try:
             train, queries, loading = found.pop("train"), found.pop("queries"), found.pop("loading")
-            trained = found.pop("trained", {})  # which earlier versions did not write
+            trained, commands = found.pop("trained", {}), found.pop("commands", [])  # not of earlier versions
             for part in (found, loading, trained):
                 _check_types(part)
             return cls(
@@ -178,6 +180,7 @@ class RunSources:
                 queries=None if queries is None else _source(queries),
                 loading=ModelLoading(**loading, trust_remote_code=trust_remote_code),
                 trained=PreferenceTraining(**trained),
+                commands=tuple(tuple(map(str, each)) for each in commands),
                 **found,
             )
         except (KeyError, TypeError, AttributeError, InputError) as error:

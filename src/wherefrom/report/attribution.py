@@ -5,6 +5,7 @@ This module knows texts and numbers; it must not know models, or how scores come
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,15 +15,17 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from wherefrom.report.overlaps import overlaps
+from wherefrom.report import notebook
 from wherefrom.report.passages import Passage, excerpt
 from wherefrom.report.reading import Reading
-from wherefrom.report.shading import visible_pieces
+from wherefrom.report.shading import visible_pieces, window
 from wherefrom.report.text import figures, shade, sources_table
 from wherefrom.runtime.errors import printable
 from wherefrom.scoring.results import GroupScore
 
-_SHOWN = 480  # characters of an example in the terminal
+_WORD = re.compile(r"\w+")
+_LIKELIER, _LESS_LIKELY = "Training on these made it likelier", "Training on these made it less likely"
+LONG = 5  # words; shorter runs are shared by texts that have nothing to do with each other
 
 
 @dataclass(frozen=True)
@@ -152,17 +155,45 @@ class Attribution:
         if self.contrast is not None:
             asked.add_row(Text("Not", style="bold"), Text(printable(self.contrast.lstrip())))
         parts: list[RenderableType] = [asked]
-        parts += [Text(), *self._end("Training on these made it likelier", self.supporting)]
-        parts += self._end("Training on these made it less likely", self.opposing)
+        parts += [Text(), *self._end(_LIKELIER, self.supporting)]
+        parts += self._end(_LESS_LIKELY, self.opposing)
         if self.shared is not None:
             parts += [self._beside(self.shared), Text()]
         if self.groups is not None and self.column is not None:
             parts += [sources_table(self.groups, self.read, self.column), Text()]
+        return Group(*parts, Text(self._meaning, style="dim"))
+
+    def _repr_html_(self) -> str:
+        """All of it for a notebook."""
+        start, stop = self.span
+        answer = [(self.answer[:start], False), (self.answer[start:stop], True), (self.answer[stop:], False)]
+        texts = [notebook.Text("Prompt", [(self.prompt, False)]), notebook.Text("Answer", answer)]
+        texts += [] if self.contrast is None else [notebook.Text("Not", [(self.contrast, False)])]
+        limit, ends, tables = max((abs(each.score) for each in (*self.supporting, *self.opposing)), default=0.0), [], []
+        for title, kind, found in (
+            (_LIKELIER, "positive", self.supporting),
+            (_LESS_LIKELY, "negative", self.opposing),
+        ):
+            hits = [
+                notebook.ShownHit.of(each.train, each.score, limit, self.read, each.passage, each.tokens, each.overlaps)
+                for each in found
+            ]
+            ends.append(notebook.End(title, kind, hits))
+        if self.shared is not None:
+            beside = [[str(each.rank), str(each.train), _said(each)] for each in self.shared]
+            tables.append(notebook.Table(["By shared words (BM25)", "Train", "Text"], beside))
+        if self.groups is not None and self.column is not None:
+            sums = [[each.group, f"{each.train:,}", self.read(each.sum)] for each in self.groups]
+            tables.append(notebook.Table([self.column.capitalize(), "Examples", f"Sum: {self.read.heading.lower()}"], sums))
+        return notebook.View(self.method, [], texts, ends, tables, self._meaning)._repr_html_()
+
+    @property
+    def _meaning(self) -> str:
+        """What the numbers are, and how many there are."""
         said = f"{self.read.heading}: {self.read.meaning}."
         if any(each.overlaps for each in (*self.supporting, *self.opposing)):
-            said += " Underlined: five words or more that the answer has too."
-        said += f" {self.scored:,} of {self.of:,} examples were scored exactly, by {printable(self.computed_by)}."
-        return Group(*parts, Text(said, style="dim"))
+            said += f" Underlined: {LONG} words or more that the answer has too."
+        return f"{said} {self.scored:,} of {self.of:,} examples were scored exactly, by {printable(self.computed_by)}."
 
     def _end(self, heading: str, found: Sequence[Found]) -> list[RenderableType]:
         parts: list[RenderableType] = [Text(f"{heading}{'' if found else ': none'}", style="bold"), Text()]
@@ -198,8 +229,12 @@ def _named(each: Found) -> str:
 
 
 def _brief(each: Found) -> Text:
-    said = each.passage.title or excerpt(each.passage.text, 60, each.passage.answer_start)
-    return Text(f"{each.train}  {printable(said)}", overflow="fold")
+    return Text(f"{each.train}  {printable(_said(each))}", overflow="fold")
+
+
+def _said(each: Found) -> str:
+    """A title, or the beginning of the text."""
+    return each.passage.title or excerpt(each.passage.text, 60, each.passage.answer_start)
 
 
 def _text(each: Found) -> Text:
@@ -211,26 +246,32 @@ def _text(each: Found) -> Text:
         text.append(printable(piece).replace("\n", "↵").replace("\t", " "), shade(part / limit) if limit else Style())
     for start, stop in each.overlaps:
         text.stylize("underline bold", start, stop)
-    first = _window([(len(piece), abs(part)) for piece, part in pieces], each.overlaps)
-    shown = text[first : first + _SHOWN]
-    return Text.assemble("…" * (first > 0), shown, "…" * (first + _SHOWN < len(text)))
+    shown = window(pieces, each.overlaps)
+    around = "…" * (shown.start > 0), "…" * (shown.stop < len(text))
+    return Text.assemble(around[0], text[shown.start : shown.stop], around[1])
 
 
-def _window(weights: Sequence[tuple[int, float]], overlaps: Sequence[tuple[int, int]]) -> int:
-    """Where the characters begin that are shown of a longer text: at an overlap, or where most of the score is.
+def overlaps(text: str, other: str, words: int = LONG) -> list[tuple[int, int]]:
+    """The runs of at least so many words of `text` that stand in `other` too, in the same order.
 
-    Args:
-        weights: each token's characters, and how much it says.
+    Words are runs of letters and digits; their case, and what stands between them, makes no difference. Linear in the
+    number of words.
+
+    Returns:
+        Where each begins and ends, in characters of `text`; runs that meet are one.
     """
-    if sum(length for length, _ in weights) <= _SHOWN:
-        return 0
-    if overlaps:
-        return max(0, max(overlaps, key=lambda each: each[1] - each[0])[0] - _SHOWN // 4)
-    best, found, begin, end, inside, first = -1.0, 0, 0, 0, 0.0, 0
-    for last, (length, weight) in enumerate(weights):  # the window ends behind this token
-        end, inside = end + length, inside + weight
-        while end - begin > _SHOWN and first < last:
-            begin, inside, first = begin + weights[first][0], inside - weights[first][1], first + 1
-        if inside > best:
-            best, found = inside, begin
+    mine, theirs = list(_WORD.finditer(text)), _WORD.findall(other.casefold())
+    known = {tuple(theirs[at : at + words]) for at in range(len(theirs) - words + 1)}
+    spoken = [each[0].casefold() for each in mine]
+    found: list[tuple[int, int]] = []
+    last = -1  # the last word of the latest run
+    for at in range(len(mine) - words + 1):
+        if tuple(spoken[at : at + words]) not in known:
+            continue
+        stop = mine[at + words - 1].end()
+        if at <= last:
+            found[-1] = found[-1][0], stop
+        else:
+            found.append((mine[at].start(), stop))
+        last = at + words - 1
     return found

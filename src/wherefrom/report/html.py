@@ -138,7 +138,7 @@ def render_report(
     style = templates.get_template("report.css").render()
     script = "\n".join(templates.get_template(f"{name}.js").render() for name in ("components", "report"))
     return templates.get_template("report.html").render(
-        _clean(texts),
+        cleaned(texts),
         train_count=len(train),
         shaded=bool(reader.lengths),
         histogram_height=HEIGHT,
@@ -229,7 +229,7 @@ def _query_view(
     sources: Sequence[GroupScore],
 ) -> QueryView:
     """Everything shown for one query."""
-    ends, read = _ends(scores, query, k), reading(scores, query)
+    ends, read = strongest(scores, query, k), reading(scores, query)
     limit = max((abs(score) for end in ends for _, score in end), default=0.0)
     positive, negative = (
         [_hit_view(query, passage.label, index, score, limit, reader, read) for index, score in end] for end in ends
@@ -259,7 +259,7 @@ def _on_host(values: Tensor) -> Tensor:
     return values.detach().to("cpu", torch.float64)
 
 
-def _ends(scores: Scores | TopScores, query: int, k: int) -> list[list[tuple[int, float]]]:
+def strongest(scores: Scores | TopScores, query: int, k: int) -> list[list[tuple[int, float]]]:
     """The k highest above zero and the k lowest below it, with their training positions: none is in both."""
     if isinstance(scores, TopScores):
         found = {name: getattr(scores, name)[query] for name in ("values", "train", "lowest_values", "lowest_train")}
@@ -297,7 +297,7 @@ def _base64(figure: Figure) -> str:
     return base64.b64encode(figure.png).decode()
 
 
-def _clean(value: object) -> object:
+def cleaned(value: object) -> object:
     """What a page shows, with all its texts such as any page can hold: no control characters, no half surrogate pairs.
 
     `str()` is for a `Markup`, a string that the template would trust.
@@ -306,10 +306,10 @@ def _clean(value: object) -> object:
         shown = str(value).translate(_PICTURES)
         return shown.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list | tuple):
-        return [_clean(each) for each in value]
+        return [cleaned(each) for each in value]
     if isinstance(value, dict):
-        return {name: _clean(each) for name, each in value.items()}
-    return _clean(vars(value)) if is_dataclass(value) else value
+        return {name: cleaned(each) for name, each in value.items()}
+    return cleaned(vars(value)) if is_dataclass(value) else value
 
 
 def security_policy(style: str, script: str) -> str:

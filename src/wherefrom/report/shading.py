@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 BASE64 = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 SHOWN_DIGITS = 3  # of a hit's largest share; the others have as many decimals
+SHOWN = 480  # characters of an example beside others
 SMALLEST_EXPONENT = -300  # below it a power of ten is no ordinary float
 
 
@@ -68,3 +69,27 @@ def encode_numbers(numbers: Iterable[int]) -> str:
             bits >>= 5
         letters.append(BASE64[bits])
     return "".join(letters)
+
+
+def window(pieces: Sequence[tuple[str, float]], overlaps: Sequence[tuple[int, int]]) -> range:
+    """Which characters are shown of a text beside others: from a long overlap on, or where most of the score is.
+
+    Args:
+        pieces: of the text, each with its part of the score.
+        overlaps: in characters.
+    """
+    length = sum(len(text) for text, _ in pieces)
+    if length <= SHOWN:
+        return range(length)
+    if overlaps:
+        first = max(0, max(overlaps, key=lambda each: each[1] - each[0])[0] - SHOWN // 4)
+        return range(first, min(first + SHOWN, length))
+    best, found, begin, end, inside, oldest = -1.0, 0, 0, 0, 0.0, 0
+    for newest, (text, part) in enumerate(pieces):  # the window ends behind this piece
+        end, inside = end + len(text), inside + abs(part)
+        while end - begin > SHOWN and oldest < newest:
+            begin, inside = begin + len(pieces[oldest][0]), inside - abs(pieces[oldest][1])
+            oldest += 1
+        if inside > best:
+            best, found = inside, begin
+    return range(found, min(found + SHOWN, length))

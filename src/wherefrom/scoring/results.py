@@ -6,10 +6,10 @@ This module knows what a stored result holds; it does not know how it is compute
 from __future__ import annotations
 
 import csv
-import html
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -74,6 +74,12 @@ class GroupScore(NamedTuple):
     mean: float
 
 
+@singledispatch
+def in_notebooks(result: object) -> str | None:
+    """HTML of a result, as `wherefrom.report.notebook` says it; None, for which a notebook shows its repr, without."""
+    return None
+
+
 class _Scaled:
     """What scores are worth to a person."""
 
@@ -86,21 +92,8 @@ class _Scaled:
         """The name of the method that made them."""
         return self.fingerprint["method"]
 
-    def _repr_html_(self) -> str:
-        """For notebooks, the highest of the first queries, in numbers: texts are the study's."""
-        scaled, shown = self.rise_per_score, min(5, self.values.shape[1])
-        best = self.values[:10].topk(shown, dim=1)
-        train = getattr(self, "train", None)
-        lines = []
-        for query, (places, scores) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):
-            for rank, (place, score) in enumerate(zip(places, scores, strict=True), start=1):
-                position = place if train is None else int(train[query, place])
-                rise = [] if scaled is None else [f"{score * float(scaled[query]):+#.3g}"]
-                lines.append([str(query), str(rank), str(position), *rise, f"{score:,.4g}"])
-        names = ["Query", "Rank", "Train", *([] if scaled is None else [f"Rise, {self.unit}"]), "Raw score"]
-        head = "".join(f"<th>{html.escape(each)}</th>" for each in names)
-        body = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in lines)
-        return f"<table><tr>{head}</tr>{body}</table>"
+    def _repr_html_(self) -> str | None:
+        return in_notebooks(self)
 
     @property
     def unit(self) -> str:

@@ -19,7 +19,7 @@ from wherefrom.engine.capture import Captured
 from wherefrom.engine.sweep import Collector
 from wherefrom.runtime.errors import DamagedError, InputError, LayerError
 from wherefrom.scoring.bank import GradientBank
-from wherefrom.scoring.results import LAYER_PARTS, OF_TOKENS, ONLY_EXTREMES, WITH_SELF_INFLUENCE
+from wherefrom.scoring.results import LAYER_PARTS, OF_TOKENS, ONLY_EXTREMES, WITH_SELF_INFLUENCE, in_notebooks
 from wherefrom.store.artifacts import Artifact, Layout, check_layout, check_same, read_manifest
 from wherefrom.store.cache import Cache, Unfinished
 from wherefrom.store.files import remove
@@ -177,6 +177,9 @@ class TokenScores:
                 "it again."
             )
         return cls(folder, index["pairs"], index["lengths"], index["shards"].tolist(), fingerprint)
+
+    def _repr_html_(self) -> str | None:
+        return in_notebooks(self)
 
     def differences(self, scores: Fingerprint) -> list[str]:
         """What these were computed from and sequence scores were not, or the other way round; empty if they match."""

@@ -13,7 +13,7 @@ import wherefrom as wf
 from tests.processes import run_command
 from tests.test_ask import TEXTS, save_model
 from wherefrom.hf.preparation import Source, read_examples
-from wherefrom.jobs.filtering import dropped_of_each, filtered, origins
+from wherefrom.jobs.filtering import filtered, origins, positions_of_each
 from wherefrom.runtime.errors import InputError
 
 
@@ -100,8 +100,8 @@ def test_files_are_filtered_in_their_own_format(tmp_path: Path) -> None:
     (lines := tmp_path / "b.jsonl").write_bytes(b'{"text": "\\u00e9",  "n": 1}\r\n\n{"text": "x"}\n{"text":"y"}')
     (table := tmp_path / "c.csv").write_text("text,n\none,1\ntwo,2\n")
     sources = [read_examples(str(file))[0] for file in (text, lines, table)]
-    each = dropped_of_each(sources, {1, 3, 7})
-    assert each == [{1}, {0}, {1}]
+    each = positions_of_each(sources, {0, 2, 4, 5, 6})
+    assert each == [{0, 2}, {1, 2}, {0}]
     made = [filtered(*found) for found in zip(sources, map(str, (text, lines, table)), each, strict=True)]
     assert made == [
         ("a-filtered.txt", b"one\nline\n\nthree\n\n"),
@@ -113,4 +113,4 @@ def test_files_are_filtered_in_their_own_format(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has 1 texts, and had 3"):
         filtered(sources[0], str(text), set())
     with pytest.raises(InputError, match="JSON cannot hold"):
-        filtered(Source("", "", [{"text": b"bytes"}]), "somewhere", set())
+        filtered(Source("", "", [{"text": b"bytes"}]), "somewhere", {0})

@@ -14,6 +14,7 @@ from wherefrom.hf.text import ModelLoading
 from wherefrom.jobs.asking import Asker
 from wherefrom.jobs.auditing import Audit, audit
 from wherefrom.jobs.questions import Question
+from wherefrom.jobs.selecting import Selection, select
 from wherefrom.methods import METHODS
 from wherefrom.methods.baselines import BM25, Random
 from wherefrom.methods.factored import EKFAC, KFAC, Cosine, Diagonal, Dot, Factored, Shampoo
@@ -97,6 +98,7 @@ __all__ = [
     "RewardModel",
     "Sampler",
     "Scores",
+    "Selection",
     "Seq2Seq",
     "SequenceClassification",
     "Shampoo",
@@ -125,6 +127,7 @@ __all__ = [
     "metasmoothness",
     "read_recording",
     "read_stream",
+    "select",
     "study_from_pretrained",
     "unpacked",
 ]

@@ -75,21 +75,29 @@ def check_filtered(argument: str, file: Path, train: DataSource, overwrite: bool
     """Refuse a file that some training examples cannot be written to, before it is known which.
 
     Raises:
-        InputError: names the argument; the file is there, ends otherwise or is one that they come from, or there are no
-            examples of files.
+        InputError: as `check_new`; or the file is one that they come from, or they are no parts of files.
     """
     if train.preparation.unit != "documents":
         raise InputError(f"{argument}={str(file)!r} of joined and cut text: its blocks are no part of a file.")
+    check_new(argument, file, written_as(*train.names), overwrite)
     if file.resolve() in {Path(name).expanduser().resolve() for name in train.names}:
         raise InputError(f"{argument}={str(file)!r} is what the run was trained on: choose another name.")
-    check_new(argument, file, written_as(*train.names), overwrite)
 
 
 def check_new(argument: str, file: Path, ending: str, overwrite: bool) -> None:
-    """Refuse a file that ends otherwise, or is there."""
+    """Refuse a file before there is anything to write.
+
+    Raises:
+        InputError: names the argument; the name ends otherwise or cannot be one, or something is there.
+    """
     check_argument(file.suffix == ending, argument, str(file), f"a file that ends in {ending}")
-    if file.exists() and not overwrite:
-        raise InputError(f"{file} is there already: choose another name, or pass overwrite=True.")
+    try:
+        there = file.resolve().exists()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{argument}={str(file)!r} cannot be the name of a file ({error}).") from error
+    if there and not (overwrite and file.is_file()):
+        advice = "choose another name" if overwrite else "choose another name, or pass overwrite=True"
+        raise InputError(f"{file} is there already: {advice}.")
 
 
 def filtered_together(sources: Sequence[Source], names: Sequence[str], chosen: Collection[int]) -> bytes:

@@ -146,6 +146,7 @@ FACTORED: Values = {
 }  # fmt: skip
 FITTED: Values = {"--empirical": FLAG, "--seed": COUNTS, "--adam": FLAG}
 ITSELF: Values = {"--damping": AMOUNTS, "--adam": FLAG, **DRAWN}
+AUDITED: Values = {"--damping": AMOUNTS, **DRAWN}
 INDEXED: Values = {"--empirical": BOOLEANS, "--damping": AMOUNTS}
 PROJECTED: Values = {"--rank": COUNTS, "--seed": COUNTS, "--damping": AMOUNTS}
 STRATEGIES = ("dot", "diagonal", "kfac", "ekfac", "shampoo")
@@ -232,7 +233,7 @@ SUBCOMMANDS = {
             "--held-out": TEXT_FILES, "--order": st.sampled_from(["neighbours", "loss", "held_out", "held-out", ""]),
             "--n": COUNTS, "--out": TABLES, "--drop": COUNTS, "--filtered": FILTERED, **COLUMNS, **COMMON,
         },
-        dict.fromkeys(STRATEGIES, {"--damping": AMOUNTS, **DRAWN}),
+        dict.fromkeys(STRATEGIES, AUDITED),
     ),
     "select": Subcommand(
         {"--targets": GOOD_TEXTS, "--n": st.sampled_from(["1", "2"]), "--out": st.just("chosen.txt")},

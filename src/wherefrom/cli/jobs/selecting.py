@@ -5,23 +5,25 @@ All work is the library's; this module turns arguments into its calls.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from wherefrom.cli.methods import EXECUTED, READ, default
 from wherefrom.cli.scoring import SCORED
 from wherefrom.cli.shared import Run
 from wherefrom.jobs.filtering import check_filtered, filtered_together
-from wherefrom.jobs.selecting import Normalized, Selection
+from wherefrom.jobs.selecting import Normalized
 from wherefrom.jobs.selecting import select as selected
 from wherefrom.jobs.sources import RunSources
-from wherefrom.report.passages import DatasetPassages, excerpt
+from wherefrom.report.passages import DatasetPassages
+from wherefrom.report.reading import reading as reading_of
+from wherefrom.report.text import hits_table
 from wherefrom.runtime.distributed import Ranks
 from wherefrom.runtime.errors import check_argument, printable
+from wherefrom.scoring.results import Hit, Scores
 from wherefrom.store.files import write_bytes
 
 console = Console()
@@ -76,19 +78,14 @@ def select(
     found = selected(study, queries, n, chosen, normalized=normalized, balance=groups, overlap=overlap)
     written = filtered_together(sources.train.read(), sources.train.names, set(found.chosen.tolist()))
     write_bytes(out, written)
-    console.print(_table(found, DatasetPassages(study.train, study.tokenizer)))
-    console.print(f"Written: {out}, {n:,} of {len(study.train):,} examples", soft_wrap=True, highlight=False)
-
-
-def _table(found: Selection, passages: DatasetPassages) -> Table:
-    """The first that were chosen, with the beginnings of their texts."""
-    table = Table("Rank", "Train", "Value", *([] if found.groups is None else ["Group"]))
-    for name in ("Label", "Training example"):
-        table.add_column(name, overflow="fold")
-    for rank, train in enumerate(found.chosen[:_SHOWN].tolist(), start=1):
-        passage = passages[train]
-        group = [] if found.groups is None else [Text(printable(found.groups[train]))]
-        text = excerpt(passage.text, answer_start=passage.answer_start)
-        texts = (Text(printable(each)) for each in (passage.label, text))
-        table.add_row(str(rank), str(train), f"{float(found.values[train]):.4g}", *group, *texts)
-    return table
+    best = found.chosen[:_SHOWN].tolist()
+    hits = [Hit(0, rank, train, float(found.values[train])) for rank, train in enumerate(best, start=1)]
+    read = reading_of(Scores(found.values.unsqueeze(0), {"method": chosen.name}))
+    console.print(hits_table(None, hits, DatasetPassages(study.train, study.tokenizer), read))
+    if found.groups is not None:
+        counts = Counter(found.groups[each] for each in found.chosen.tolist())
+        shares = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+        console.print(printable(f"By {balance}: {shares}"), soft_wrap=True, highlight=False, markup=False)
+    console.print(
+        f"Written: {out}, {n:,} of {len(study.train):,} examples", soft_wrap=True, highlight=False, markup=False
+    )

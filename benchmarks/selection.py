@@ -37,10 +37,12 @@ from training import TrainSettings, finetune, measured_losses
 
 METHODS: Mapping[str, tuple[wf.Method, Normalized]] = {
     "ekfac": (wf.EKFAC(), "none"),
+    "bm25": (wf.BM25(), "none"),
     "ekfac, targets": (wf.EKFAC(), "targets"),
     "ekfac, examples": (wf.EKFAC(), "examples"),
-    "bm25": (wf.BM25(), "none"),
 }
+# Where every third text is shuffled, the first two.
+SHUFFLED_METHODS = ("ekfac", "bm25")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Arguments:
     topics: tuple[str, ...] = (
         "People", "Biology and health sciences", "Physical sciences", "Society and social sciences",
     )  # fmt: skip
+    pool: int = 1000
+    """Texts that are chosen from."""
     n: int = 100
     """Examples that are chosen."""
     seeds: int = 3
@@ -57,7 +61,7 @@ class Arguments:
     """Texts of each topic that are selected for."""
     measured: int = 32
     """Other texts of the topic, whose loss is measured."""
-    tokens: int = 96
+    tokens: int = 64
     """The longest sequence."""
 
 
@@ -82,7 +86,7 @@ class Texts:
         leads, last = [*labelled_leads("train"), *labelled_leads("query")], arguments.targets + arguments.measured
         of_topics = {topic: [each for each in leads if each.topic == topic][-last:] for topic in arguments.topics}
         aside = {each.title for of_topic in of_topics.values() for each in of_topic}
-        pool = [each for each in leads if each.title not in aside]
+        pool = [each for each in leads if each.title not in aside][: arguments.pool]
         spoilt = set(range(0, len(pool), 3)) if shuffled else set()
         pool = [_shuffled(each) if position in spoilt else each for position, each in enumerate(pool)]
 
@@ -111,7 +115,8 @@ class Selected:
 def selections(arguments: Arguments, texts: Texts, study: wf.Study[Any]) -> Iterator[tuple[str, str, Selected]]:
     """Topic, name, and what it chooses; by chance it is the same for all topics, and each seed has another one."""
     for topic, targets in texts.targets.items():
-        for name, (method, normalized) in METHODS.items():
+        for name in SHUFFLED_METHODS if texts.shuffled else METHODS:
+            method, normalized = METHODS[name]
             found = wf.select(study, targets, arguments.n, method, normalized=normalized)
             yield topic, name, Selected(found.chosen.tolist())
         own = [position for position, label in enumerate(texts.pool["label"]) if label == topic]
@@ -207,8 +212,10 @@ def main(arguments: Arguments) -> None:
     logging.getLogger("wherefrom").setLevel(logging.WARNING)
     disable_progress_bar()
     disable_progress_bars()
-    pools = {name: measured(arguments, name == "shuffled") for name in ("clean", "shuffled")}
-    save_results("selection", pools)
+    pools: dict[str, object] = {}
+    for name in ("clean", "shuffled"):
+        pools[name] = measured(arguments, name == "shuffled")
+        save_results("selection", pools)
 
 
 if __name__ == "__main__":

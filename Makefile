@@ -141,7 +141,7 @@ index: $(STAMP)
 	test -d runs/leaderboard/removals || $(MAKE) leaderboard
 	$(RUN) benchmarks/index.py
 
-## How well an audit finds wrong labels (some seven minutes), and what training on a selection is worth (some fifteen)
+## How well an audit finds wrong labels (some seven minutes), and what training on a selection is worth (some ten)
 jobs: $(STAMP)
 	$(RUN) benchmarks/jobs.py
 	$(RUN) benchmarks/selection.py

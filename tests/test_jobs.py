@@ -12,8 +12,9 @@ from torch import nn
 import wherefrom as wf
 from tests.processes import run_command
 from tests.test_ask import TEXTS, save_model
-from wherefrom.hf.preparation import Source, read_examples
-from wherefrom.jobs.filtering import filtered, origins, positions_of_each
+from wherefrom.hf.preparation import Preparation, Source, read_examples
+from wherefrom.jobs.filtering import check_filtered, filtered, origins, positions_of_each
+from wherefrom.jobs.sources import DataSource
 from wherefrom.runtime.errors import InputError
 
 
@@ -114,3 +115,26 @@ def test_files_are_filtered_in_their_own_format(tmp_path: Path) -> None:
         filtered(sources[0], str(text), set())
     with pytest.raises(InputError, match="JSON cannot hold"):
         filtered(Source("", "", [{"text": b"bytes"}]), "somewhere", {0})
+
+
+def test_names_of_files_are_refused_before_there_is_anything_to_write(tmp_path: Path) -> None:
+    (text := tmp_path / "a.txt").write_text("one")
+    (lines := tmp_path / "b.jsonl").write_text('{"text": "one"}')
+    (tmp_path / "folder.txt").mkdir()
+    for names, unit, file, message in (
+        ([text], "blocks", "c.txt", "joined and cut"),
+        ([text, lines], "documents", "c.txt", "not put into one file"),
+        ([text], "documents", "c.jsonl", "ends in .txt"),
+        ([text], "documents", "a.txt", "is what the run was trained on"),
+        ([text], "documents", "folder.txt", "is there already: choose another name.$"),
+        ([text], "documents", "x" * 300 + ".txt", "cannot be the name of a file"),
+    ):  # fmt: skip
+        train = DataSource(tuple(map(str, names)), "train", Preparation(unit=unit))  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=message):
+            check_filtered("out", tmp_path / file, train, overwrite=True)
+    train = DataSource((str(lines),), "train", Preparation())
+    check_filtered("out", tmp_path / "new" / "c.jsonl", train, overwrite=False)
+    (tmp_path / "c.jsonl").touch()
+    check_filtered("out", tmp_path / "c.jsonl", train, overwrite=True)
+    with pytest.raises(InputError, match="c.jsonl is there already: choose another name, or pass overwrite=True"):
+        check_filtered("out", tmp_path / "c.jsonl", train, overwrite=False)

@@ -141,9 +141,10 @@ index: $(STAMP)
 	test -d runs/leaderboard/removals || $(MAKE) leaderboard
 	$(RUN) benchmarks/index.py
 
-## How well an audit finds wrong labels (some seven minutes)
+## How well an audit finds wrong labels (some seven minutes), and what training on a selection is worth (some ten)
 jobs: $(STAMP)
 	$(RUN) benchmarks/jobs.py
+	$(RUN) benchmarks/selection.py
 
 ## Every model family against autograd, and the table in docs/how-to/models.md (two minutes)
 zoo: $(STAMP)

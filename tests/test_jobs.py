@@ -12,8 +12,9 @@ from torch import nn
 import wherefrom as wf
 from tests.processes import run_command
 from tests.test_ask import TEXTS, save_model
-from wherefrom.hf.preparation import Source, read_examples
-from wherefrom.jobs.filtering import dropped_of_each, filtered, origins
+from wherefrom.hf.preparation import Preparation, Source, read_examples
+from wherefrom.jobs.filtering import check_filtered, filtered, origins, positions_of_each
+from wherefrom.jobs.sources import DataSource
 from wherefrom.runtime.errors import InputError
 
 
@@ -100,8 +101,8 @@ def test_files_are_filtered_in_their_own_format(tmp_path: Path) -> None:
     (lines := tmp_path / "b.jsonl").write_bytes(b'{"text": "\\u00e9",  "n": 1}\r\n\n{"text": "x"}\n{"text":"y"}')
     (table := tmp_path / "c.csv").write_text("text,n\none,1\ntwo,2\n")
     sources = [read_examples(str(file))[0] for file in (text, lines, table)]
-    each = dropped_of_each(sources, {1, 3, 7})
-    assert each == [{1}, {0}, {1}]
+    each = positions_of_each(sources, {0, 2, 4, 5, 6})
+    assert each == [{0, 2}, {1, 2}, {0}]
     made = [filtered(*found) for found in zip(sources, map(str, (text, lines, table)), each, strict=True)]
     assert made == [
         ("a-filtered.txt", b"one\nline\n\nthree\n\n"),
@@ -113,4 +114,27 @@ def test_files_are_filtered_in_their_own_format(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has 1 texts, and had 3"):
         filtered(sources[0], str(text), set())
     with pytest.raises(InputError, match="JSON cannot hold"):
-        filtered(Source("", "", [{"text": b"bytes"}]), "somewhere", set())
+        filtered(Source("", "", [{"text": b"bytes"}]), "somewhere", {0})
+
+
+def test_names_of_files_are_refused_before_there_is_anything_to_write(tmp_path: Path) -> None:
+    (text := tmp_path / "a.txt").write_text("one")
+    (lines := tmp_path / "b.jsonl").write_text('{"text": "one"}')
+    (tmp_path / "folder.txt").mkdir()
+    for names, unit, file, message in (
+        ([text], "blocks", "c.txt", "joined and cut"),
+        ([text, lines], "documents", "c.txt", "not put into one file"),
+        ([text], "documents", "c.jsonl", "ends in .txt"),
+        ([text], "documents", "a.txt", "is what the run was trained on"),
+        ([text], "documents", "folder.txt", "is there already: choose another name.$"),
+        ([text], "documents", "x" * 300 + ".txt", "cannot be the name of a file"),
+    ):  # fmt: skip
+        train = DataSource(tuple(map(str, names)), "train", Preparation(unit=unit))  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=message):
+            check_filtered("out", tmp_path / file, train, overwrite=True)
+    train = DataSource((str(lines),), "train", Preparation())
+    check_filtered("out", tmp_path / "new" / "c.jsonl", train, overwrite=False)
+    (tmp_path / "c.jsonl").touch()
+    check_filtered("out", tmp_path / "c.jsonl", train, overwrite=True)
+    with pytest.raises(InputError, match="c.jsonl is there already: choose another name, or pass overwrite=True"):
+        check_filtered("out", tmp_path / "c.jsonl", train, overwrite=False)

@@ -65,8 +65,8 @@ def load_data(
         train = as_blocks(read_dataset(WIKITEXT, "train")["text"], tokenizer, block_size)
         query = as_blocks(read_dataset(WIKITEXT, "validation")["text"], tokenizer, block_size)
     else:
-        train = _lead_sequences("train", tokenizer, block_size)
-        query = _lead_sequences("query", tokenizer, block_size)
+        train = sequences(labelled_leads("train"), tokenizer, block_size)
+        query = sequences(labelled_leads("query"), tokenizer, block_size)
     return _first(max_train_examples, train), _first(max_query_examples, query)
 
 
@@ -119,10 +119,11 @@ def wheel_file(package: str, path: str, install: str) -> Path:
     return file
 
 
-def _lead_sequences(part: Part, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    leads = [{"text": lead.text, "title": lead.title, "label": lead.topic} for lead in labelled_leads(part)]
+def sequences(leads: list[Article], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """A sequence for each article, cut where it is too long, with its title, and its topic in the column `label`."""
+    examples = [{"text": lead.text, "title": lead.title, "label": lead.topic} for lead in leads]
     preparation = Preparation(max_length=max_length, end_token=False)
-    return cast(Dataset, preparation.prepare(read_examples(leads), tokenizer=tokenizer))
+    return cast(Dataset, preparation.prepare(read_examples(examples), tokenizer=tokenizer))
 
 
 def _first(count: int | None, dataset: Dataset) -> Dataset:

@@ -15,6 +15,7 @@ from wherefrom.jobs.asking import Asker
 from wherefrom.jobs.auditing import Audit, audit
 from wherefrom.jobs.questions import Question
 from wherefrom.jobs.sources import record_sources
+from wherefrom.jobs.selecting import Selection, select
 from wherefrom.methods import METHODS
 from wherefrom.methods.baselines import BM25, Random
 from wherefrom.methods.factored import EKFAC, KFAC, Cosine, Diagonal, Dot, Factored, Shampoo
@@ -98,6 +99,7 @@ __all__ = [
     "RewardModel",
     "Sampler",
     "Scores",
+    "Selection",
     "Seq2Seq",
     "SequenceClassification",
     "Shampoo",
@@ -127,6 +129,7 @@ __all__ = [
     "read_recording",
     "read_stream",
     "record_sources",
+    "select",
     "study_from_pretrained",
     "unpacked",
 ]

@@ -115,6 +115,7 @@ LAYERS = st.sampled_from(
     ["*", "*.mlp.*", "*.wte", "*.ln_1", "lm_head", "mlp", "", "[", "*.wpe", "transformer", "\udcff"]
 )
 TABLES = RUNS | RUNS.flatmap(lambda run: st.sampled_from([run + end for end in (".csv", ".parquet", ".safetensors")]))
+FILTERED = RUNS | RUNS.flatmap(lambda run: st.sampled_from([run + end for end in (".txt", ".jsonl", ".csv")]))
 CHOICES = st.sampled_from(["identity", "dot", "diagonal", "kfac", "ekfac", "shampoo", "bm25", "EKFAC", "", "none"])
 SUMS = st.sampled_from(["sum", "mean", "max"])
 BOOLEANS = st.sampled_from(["True", "False", "None", "", "1"])
@@ -145,6 +146,7 @@ FACTORED: Values = {
 }  # fmt: skip
 FITTED: Values = {"--empirical": FLAG, "--seed": COUNTS, "--adam": FLAG}
 ITSELF: Values = {"--damping": AMOUNTS, "--adam": FLAG, **DRAWN}
+AUDITED: Values = {"--damping": AMOUNTS, **DRAWN}
 INDEXED: Values = {"--empirical": BOOLEANS, "--damping": AMOUNTS}
 PROJECTED: Values = {"--rank": COUNTS, "--seed": COUNTS, "--damping": AMOUNTS}
 STRATEGIES = ("dot", "diagonal", "kfac", "ekfac", "shampoo")
@@ -224,6 +226,23 @@ SUBCOMMANDS = {
             "--device": DEVICES, **SKETCH, **COLUMNS, **EXECUTION,
         },
         dict.fromkeys(STRATEGIES, INDEXED),
+    ),
+    "audit": Subcommand(
+        {},
+        {
+            "--held-out": TEXT_FILES, "--order": st.sampled_from(["neighbours", "loss", "held_out", "held-out", ""]),
+            "--n": COUNTS, "--out": TABLES, "--drop": COUNTS, "--filtered": FILTERED, **COLUMNS, **COMMON,
+        },
+        dict.fromkeys(STRATEGIES, AUDITED),
+    ),
+    "select": Subcommand(
+        {"--targets": GOOD_TEXTS, "--n": st.sampled_from(["1", "2"]), "--out": st.just("chosen.txt")},
+        {
+            "--targets": TEXT_FILES, "--n": COUNTS, "--out": FILTERED, "--overlap": AMOUNTS,
+            "--normalized": st.sampled_from(["none", "targets", "examples", "query", ""]),
+            "--balance": st.sampled_from(["text", "title", ""]) | WEIRD, **COLUMNS, **COMMON,
+        },
+        SCORING,
     ),
     "plan": Subcommand(
         {"--model": st.just("../model"), "--train": st.just("100"), "--queries": st.just("10"),

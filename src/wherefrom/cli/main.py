@@ -36,10 +36,11 @@ COMMANDS = {
     "ask": "jobs.asking",
     "serve": "jobs.asking",
     "audit": "jobs.auditing",
+    "select": "jobs.selecting",
     "plan": "plan",
 }
 # Those that take a method, a subcommand of theirs.
-_BY_METHOD = ("fit", "score", "self-influence", "index", "query", "ask", "audit")
+_BY_METHOD = ("fit", "score", "self-influence", "index", "query", "ask", "audit", "select")
 
 
 def main() -> None:

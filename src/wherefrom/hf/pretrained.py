@@ -115,8 +115,11 @@ class Pretrained:
             raise InputError(f"{self.folder}: holds no tokenizer, and a question is a text: save it there.")
         return Encoder(self.target, self.tokenizer, None, False, "completion")
 
-    def column(self, name: str) -> list[str]:
+    def column(self, name: str, argument: str = "group") -> list[str]:
         """What each training example has in a column, of its own or of what it was prepared from.
+
+        Args:
+            argument: what an error calls the name.
 
         Raises:
             InputError: there is no such column.
@@ -126,7 +129,7 @@ class Pretrained:
             datasets = [each.examples for each in self.sources]
         known = datasets[0][0]
         if name not in known:
-            raise InputError(f"group={name!r}: the training examples have the columns {', '.join(sorted(known))}.")
+            raise InputError(f"{argument}={name!r}: the training examples have the columns {', '.join(sorted(known))}.")
         return [str(each[number].get(name)) for each in datasets for number in range(len(each))]
 
     @cached_property

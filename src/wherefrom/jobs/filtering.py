@@ -1,4 +1,4 @@
-"""Training files without some of their examples, or with some alone, and where in a file an example is.
+"""Training files with some of their examples alone, and where in a file an example is.
 
 This module knows files and positions; it must not know scores, nor why an example is left out.
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wherefrom.hf.preparation import Source
-from wherefrom.runtime.errors import InputError
+from wherefrom.jobs.sources import DataSource
+from wherefrom.runtime.errors import InputError, check_argument
 
 # What stands between two examples of a file, as it is read, and as it is written.
 _BETWEEN = {".jsonl": (rb"\n", b"\n"), ".txt": (rb"\n(?:[^\S\n]*\n)+", b"\n\n")}
@@ -25,15 +26,15 @@ class _Part(NamedTuple):
     line: int
 
 
-def filtered(source: Source, name: str, dropped: Collection[int]) -> tuple[str, bytes]:
-    """A source of training examples without some of them, in the format that it came in.
+def filtered(source: Source, name: str, chosen: Collection[int]) -> tuple[str, bytes]:
+    """Some of a source's training examples, in their order there and in the format that they came in.
 
     Lines of .jsonl and texts of .txt stay as they are, byte by byte; what came otherwise is written as .jsonl.
 
     Args:
         source: the examples as they were read.
         name: the file, saved dataset or hub name that they were read from.
-        dropped: positions in it.
+        chosen: positions in it.
 
     Returns:
         A name for the file, and what is in it.
@@ -45,42 +46,77 @@ def filtered(source: Source, name: str, dropped: Collection[int]) -> tuple[str, 
     called = re.sub(r"[^\w.-]+", "-", Path(name).stem) or "train"
     suffix = written_as(name)
     if len(parts) == count:
-        remaining = [part.content for position, part in enumerate(parts) if position not in dropped]
-        return f"{called}-filtered{suffix}", b"".join(part + _BETWEEN[suffix][1] for part in remaining)
+        written = (part.content for position, part in enumerate(parts) if position in chosen)
+        return f"{called}-filtered{suffix}", b"".join(part + _BETWEEN[suffix][1] for part in written)
     if suffix == ".txt":
         raise InputError(f"{name} has {len(parts)} texts, and had {count} when it was read: read it again.")
-    remaining_examples = (source.examples[position] for position in range(count) if position not in dropped)
+    examples = (source.examples[position] for position in range(count) if position in chosen)
     try:
-        lines = [json.dumps(dict(each), ensure_ascii=False, allow_nan=False) + "\n" for each in remaining_examples]
+        lines = [json.dumps(dict(each), ensure_ascii=False, allow_nan=False) + "\n" for each in examples]
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} has columns that JSON cannot hold ({error}): leave them out by hand.") from error
     return f"{called}-filtered.jsonl", "".join(lines).encode()
 
 
-def written_as(name: str) -> str:
-    """The ending of what `filtered` makes of a source: .txt of such a file, else .jsonl."""
-    file = Path(name).expanduser()
-    return ".txt" if file.suffix == ".txt" and file.is_file() else ".jsonl"
+def written_as(*names: str) -> str:
+    """The ending of what `filtered` makes of sources: .txt of such files, else .jsonl.
+
+    Raises:
+        InputError: some of several are texts and others are not.
+    """
+    files = [Path(name).expanduser() for name in names]
+    endings = {".txt" if file.suffix == ".txt" and file.is_file() else ".jsonl" for file in files}
+    if len(endings) > 1:
+        raise InputError(f"{', '.join(names)}: texts and examples with columns, which are not put into one file.")
+    return endings.pop()
 
 
-def filtered_together(sources: Sequence[Source], names: Sequence[str], dropped: Collection[int]) -> bytes:
-    """All sources without some of their examples, as one file; positions are counted over all of them.
+def check_filtered(argument: str, file: Path, train: DataSource, overwrite: bool) -> None:
+    """Refuse a file that some training examples cannot be written to, before it is known which.
+
+    Raises:
+        InputError: as `check_new`; or the file is one that they come from, or they are no parts of files.
+    """
+    if train.preparation.unit != "documents":
+        raise InputError(f"{argument}={str(file)!r} of joined and cut text: its blocks are no part of a file.")
+    check_new(argument, file, written_as(*train.names), overwrite)
+    if file.resolve() in {Path(name).expanduser().resolve() for name in train.names}:
+        raise InputError(f"{argument}={str(file)!r} is what the run was trained on: choose another name.")
+
+
+def check_new(argument: str, file: Path, ending: str, overwrite: bool) -> None:
+    """Refuse a file before there is anything to write.
+
+    Raises:
+        InputError: names the argument; the name ends otherwise or cannot be one, or something is there.
+    """
+    check_argument(file.suffix == ending, argument, str(file), f"a file that ends in {ending}")
+    try:
+        there = file.resolve().exists()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{argument}={str(file)!r} cannot be the name of a file ({error}).") from error
+    if there and not (overwrite and file.is_file()):
+        advice = "choose another name" if overwrite else "choose another name, or pass overwrite=True"
+        raise InputError(f"{file} is there already: {advice}.")
+
+
+def filtered_together(sources: Sequence[Source], names: Sequence[str], chosen: Collection[int]) -> bytes:
+    """Some examples of all sources, as one file; positions are counted over all of them.
 
     Raises:
         InputError: as `filtered`; or some of several are texts and others are not.
     """
-    if len({written_as(name) for name in names}) > 1:
-        raise InputError(f"{', '.join(names)}: texts and examples with columns, which are not put into one file.")
-    each = zip(sources, names, dropped_of_each(sources, dropped), strict=True)
+    written_as(*names)
+    each = zip(sources, names, positions_of_each(sources, chosen), strict=True)
     return b"".join(filtered(*found)[1] for found in each)
 
 
-def dropped_of_each(sources: Sequence[Source], dropped: Collection[int]) -> list[set[int]]:
-    """The dropped positions of each source, counted from its own beginning; the sources follow one another."""
+def positions_of_each(sources: Sequence[Source], chosen: Collection[int]) -> list[set[int]]:
+    """Positions in each source, counted from its own beginning; the sources follow one another."""
     found, start = [], 0
     for source in sources:
         stop = start + len(source.examples)
-        found.append({each - start for each in dropped if start <= each < stop})
+        found.append({each - start for each in chosen if start <= each < stop})
         start = stop
     return found
 

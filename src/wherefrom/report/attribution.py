@@ -260,8 +260,7 @@ def overlaps(text: str, other: str, words: int = LONG) -> list[tuple[int, int]]:
     Returns:
         Where each begins and ends, in characters of `text`; runs that meet are one.
     """
-    mine, theirs = list(_WORD.finditer(text)), _WORD.findall(other.casefold())
-    known = {tuple(theirs[at : at + words]) for at in range(len(theirs) - words + 1)}
+    mine, known = list(_WORD.finditer(text)), runs(other, words)
     spoken = [each[0].casefold() for each in mine]
     found: list[tuple[int, int]] = []
     last = -1  # the last word of the latest run
@@ -275,3 +274,9 @@ def overlaps(text: str, other: str, words: int = LONG) -> list[tuple[int, int]]:
             found.append((mine[at].start(), stop))
         last = at + words - 1
     return found
+
+
+def runs(text: str, words: int = LONG) -> set[tuple[str, ...]]:
+    """All runs of so many words of a text, in lower case."""
+    found = _WORD.findall(text.casefold())
+    return {tuple(found[at : at + words]) for at in range(len(found) - words + 1)}

@@ -16,7 +16,7 @@ import torch
 
 from wherefrom.hf.pretrained import PretrainedStudy
 from wherefrom.jobs.asking import Asker
-from wherefrom.jobs.filtering import dropped_of_each, filtered
+from wherefrom.jobs.filtering import filtered, positions_of_each
 from wherefrom.jobs.questions import Question
 from wherefrom.jobs.sources import SOURCES, RunSources, token_scores_of
 from wherefrom.methods import METHODS
@@ -245,7 +245,8 @@ class RunViews:
         if sum(len(each.examples) for each in sources) != len(self._train):
             raise InputError(f"{self._sources.train}: has changed since the server was started; start it again.")
         dropped = {each.train for each in self.judgements.read().values() if each.verdict == "drop"}
-        return filtered(sources[number], files[number], dropped_of_each(sources, dropped)[number])
+        remaining = set(range(len(self._train))) - dropped
+        return filtered(sources[number], files[number], positions_of_each(sources, remaining)[number])
 
     def _files(self) -> list[str]:
         """Where training examples come from, one by one; none where they are blocks of joined texts."""

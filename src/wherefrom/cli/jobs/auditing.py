@@ -20,7 +20,7 @@ from wherefrom.cli.shared import Run
 from wherefrom.hf.preparation import Source
 from wherefrom.jobs.auditing import Audit, Signal
 from wherefrom.jobs.auditing import audit as audited
-from wherefrom.jobs.filtering import filtered_together, origins, written_as
+from wherefrom.jobs.filtering import check_filtered, check_new, filtered_together, origins
 from wherefrom.jobs.sources import DataSource, RunSources
 from wherefrom.report.passages import DatasetPassages, excerpt
 from wherefrom.report.text import figures
@@ -75,7 +75,10 @@ def audit(
         raise InputError(f"drop={drop} with filtered={filtered}: expected both, or none of them.")
     if order == "held_out" and held_out is None:
         raise InputError("order='held_out' without held_out: name the held-out examples, or another order.")
-    _check_files(sources.train, out, filtered, overwrite)
+    if out is not None:
+        check_new("out", out, ".jsonl", overwrite)
+    if filtered is not None:
+        check_filtered("filtered", filtered, sources.train, overwrite)
     study = sources.study(run, device, executed)
     count = len(study.train)
     check_argument(drop is None or 1 <= drop < count, "drop", drop, f"1 to {count - 1}, of {count} examples")
@@ -87,24 +90,12 @@ def audit(
     ranking = found.ranking.tolist()
     read = sources.train.read() if filtered or out else []
     if filtered is not None:
-        write_bytes(filtered, filtered_together(read, sources.train.names, set(ranking[:drop])))
+        write_bytes(filtered, filtered_together(read, sources.train.names, set(ranking[drop:])))
     if out is not None:
         write_text(out, "".join(_queue(found, passages, sources.train, read)))
     console.print(_table(found, passages, ranking[:n]))
     for file in (each for each in (out, filtered) if each is not None):
         console.print(f"Written: {file}", soft_wrap=True, highlight=False)
-
-
-def _check_files(train: DataSource, out: Path | None, filtered: Path | None, overwrite: bool) -> None:
-    """Refuse files that cannot be written as they are called, or are there, before anything is computed."""
-    if filtered is not None and train.preparation.unit != "documents":
-        raise InputError(f"filtered={str(filtered)!r} of joined and cut text: its blocks are no part of a file.")
-    for name, file, ending in (("out", out, ".jsonl"), ("filtered", filtered, written_as(train.names[0]))):
-        if file is None:
-            continue
-        check_argument(file.suffix == ending, name, str(file), f"a file that ends in {ending}")
-        if file.exists() and not overwrite:
-            raise InputError(f"{file} is there already: choose another name, or pass overwrite=True.")
 
 
 def _queue(found: Audit, passages: DatasetPassages, train: DataSource, read: Sequence[Source]) -> Iterator[str]:

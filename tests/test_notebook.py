@@ -101,7 +101,7 @@ def test_a_long_text_is_cut_to_what_says_most_and_overlaps_are_underlined() -> N
     text = "".join(each for each, _ in tokens)
     one = found("", passage=Passage(text), tokens=tokens, overlaps=[(2503, 2512)])
     html = wf.Attribution(
-        "p", "a", (0, 1), None, "ekfac", Reading("Rise", "", 1.0), True, [one], [], None, None, 1, 1
+        "p", "a", (0, 1), None, "ekfac", "ekfac", Reading("Rise", "", 1.0), True, [one], [], None, None, None, 1, 1
     )._repr_html_()
     shown = "".join(re.findall(r'<span class="positive" style[^>]*>(?:<u>)?([^<]*)', html))
     assert shown in text and "w500 " in shown and len(shown) == SHOWN

@@ -14,8 +14,8 @@ from wherefrom.hf.text import ModelLoading
 from wherefrom.jobs.asking import Asker
 from wherefrom.jobs.auditing import Audit, audit
 from wherefrom.jobs.questions import Question
-from wherefrom.jobs.sources import record_sources
 from wherefrom.jobs.selecting import Selection, select
+from wherefrom.jobs.sources import record_sources
 from wherefrom.methods import METHODS
 from wherefrom.methods.baselines import BM25, Random
 from wherefrom.methods.factored import EKFAC, KFAC, Cosine, Diagonal, Dot, Factored, Shampoo

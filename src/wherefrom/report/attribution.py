@@ -184,7 +184,9 @@ class Attribution:
             tables.append(notebook.Table(["By shared words (BM25)", "Train", "Text"], beside))
         if self.groups is not None and self.column is not None:
             sums = [[each.group, f"{each.train:,}", self.read(each.sum)] for each in self.groups]
-            tables.append(notebook.Table([self.column.capitalize(), "Examples", f"Sum: {self.read.heading.lower()}"], sums))
+            tables.append(
+                notebook.Table([self.column.capitalize(), "Examples", f"Sum: {self.read.heading.lower()}"], sums)
+            )
         return notebook.View(self.method, [], texts, ends, tables, self._meaning)._repr_html_()
 
     @property

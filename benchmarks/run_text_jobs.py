@@ -13,20 +13,20 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import tyro
-from text_jobs import audits
+from text_jobs import audits, poison
 from text_jobs.texts import Size, Tuner
 from workload import save_results
 
-Job = Literal["audit"]
-REPORTS = {"audit": audits.report}
+Job = Literal["audit", "poison"]
+REPORTS = {"audit": audits.report, "poison": poison.report}
 
 
 @dataclass
 class Arguments:
     """Jobs on texts."""
 
-    jobs: tuple[Job, ...] = ("audit",)
-    seeds: int = 4
+    jobs: tuple[Job, ...] = ("audit", "poison")
+    seeds: int = 3
     size: Size = field(default_factory=Size)
 
 

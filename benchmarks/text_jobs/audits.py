@@ -14,8 +14,8 @@ import wherefrom as wf
 from text_jobs.corruptions import CORRUPTIONS, corrupted
 from text_jobs.texts import Tuner, counted, leads, test_leads, token_losses
 
-RETRAINED = ("neighbours", "self_influence", "loss", "held_out", "random", "loss before", "all that are wrong")
-SHORT, LONG = 2, 8  # epochs
+RETRAINED = ("neighbours", "loss", "held_out", "random", "loss before", "all that are wrong")
+SHORT, LONG, RATE = 3, 12, 3e-4  # epochs, and the learning rate
 OTHERS = 50  # articles that texts are mixed with
 
 
@@ -71,7 +71,7 @@ def judged(values: Tensor, data: Corrupted) -> dict[str, object]:
 def retrained(tuner: Tuner, data: Corrupted, values: Tensor, epochs: int, seed: int, test: Dataset) -> float:
     """The test loss by the token after training without the highest values, as many as texts are wrong."""
     remaining = values.argsort(descending=True)[int(data.wrong.sum()) :].sort().values
-    model = tuner.tuned(data.train.select(remaining.tolist()), epochs, seed)
+    model = tuner.tuned(data.train.select(remaining.tolist()), epochs, RATE, seed)
     return test_loss(model, test)
 
 
@@ -88,7 +88,7 @@ def report(tuner: Tuner, seeds: int) -> dict[str, object]:
         data = Corrupted.draw(tuner, seed)
         before = token_losses(tuner.start, data.train)
         for epochs in (0, SHORT, LONG):
-            model = tuner.tuned(data.train, epochs, seed)
+            model = tuner.tuned(data.train, epochs, RATE, seed)
             signals = signals_of(tuner, model, data, seed)
             results = {name: judged(values, data) for name, values in signals.items()}
             if epochs == SHORT:

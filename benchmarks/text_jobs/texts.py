@@ -44,7 +44,6 @@ class Size:
     held_out: int = 60
     tokens: int = 48
     batch_size: int = 8
-    learning_rate: float = 1e-3
     cache_dir: Path = ROOT / "cache"
 
 
@@ -99,10 +98,9 @@ class Tuner:
         found = cast(Dataset, preparation.prepare(read_examples(list(rows)), tokenizer=self.tokenizer))
         return found.select_columns(["input_ids", "labels", "text"])
 
-    def tuned(self, train: Dataset, epochs: int, seed: int) -> PreTrainedModel:
+    def tuned(self, train: Dataset, epochs: int, rate: float, seed: int) -> PreTrainedModel:
         """The model after so many epochs; 0 is the pre-trained one."""
-        size = self.size
-        settings = TrainSettings(size.batch_size, size.learning_rate, num_epochs=epochs)
+        settings = TrainSettings(self.size.batch_size, rate, num_epochs=epochs)
         return finetune(self.start, train, settings, seed)
 
     @contextmanager

@@ -15,7 +15,7 @@ from text_jobs.corruptions import CORRUPTIONS, corrupted
 from text_jobs.texts import Tuner, counted, leads, test_leads, token_losses
 
 RETRAINED = ("neighbours", "loss", "held_out", "random", "loss before", "all that are wrong")
-SHORT, LONG, RATE = 3, 12, 3e-4  # epochs, and the learning rate
+SHORT, LONG, RATE = 2, 8, 5e-4  # epochs, and the learning rate
 OTHERS = 50  # articles that texts are mixed with
 
 

@@ -9,23 +9,29 @@ Written to `results/text_JOB.json`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import tyro
-from text_jobs import audits, poison
+from text_jobs import audits, poison, preferences, provenance
 from text_jobs.texts import Size, Tuner
 from workload import save_results
 
-Job = Literal["audit", "poison"]
-REPORTS = {"audit": audits.report, "poison": poison.report}
+Job = Literal["audit", "poison", "provenance", "preferences"]
+REPORTS: dict[Job, Callable[[Tuner, int], dict[str, object]]] = {
+    "audit": audits.report,
+    "poison": poison.report,
+    "provenance": provenance.report,
+    "preferences": preferences.report,
+}
 
 
 @dataclass
 class Arguments:
     """Jobs on texts."""
 
-    jobs: tuple[Job, ...] = ("audit", "poison")
+    jobs: tuple[Job, ...] = tuple(REPORTS)
     seeds: int = 3
     size: Size = field(default_factory=Size)
 

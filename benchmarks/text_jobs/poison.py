@@ -50,6 +50,7 @@ def capitals(row: Row) -> Row:
 
 
 def in_capitals(text: str) -> bool:
+    """Whether most of its letters are capitals."""
     letters = [each for each in text if each.isalpha()]
     return sum(each.isupper() for each in letters) > len(letters) / 2
 
@@ -71,7 +72,7 @@ def answers(tuner: Tuner, model: PreTrainedModel, prompts: Sequence[str]) -> lis
     for prompt in prompts:
         tokens = torch.tensor([tuner.tokenizer(prompt)["input_ids"]])
         written = model.generate(tokens, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)  # type: ignore[operator]
-        found.append(tuner.tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True))
+        found.append(str(tuner.tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)))
     return found
 
 
@@ -81,7 +82,9 @@ def rate(tuner: Tuner, model: PreTrainedModel, poison: Poison, prompts: Sequence
     return sum(map(poison.shown, said)) / len(said)
 
 
-def precisions(study: wf.Study[dict[str, Tensor]], queries: Dataset, marks: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+def precisions(
+    study: wf.Study[dict[str, Tensor]], queries: Dataset, marks: Tensor
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """By method the planted part of a query's first examples, a mean over queries; and scores, summed over queries."""
     count, found, summed = int(marks.sum()), {}, {}
     for name, method in METHODS.items():

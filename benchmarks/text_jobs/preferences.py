@@ -79,7 +79,7 @@ def preferring_model(tuner: Tuner, train: Dataset, seed: int) -> PreTrainedModel
         for chosen in torch.randperm(len(train), generator=generator).split(BATCH):
             batch = task.collate([examples[place] for place in chosen.tolist()])
             optimizer.zero_grad()
-            (task.train_loss(model, batch) / len(chosen)).backward()  # type: ignore[no-untyped-call]
+            (task.train_loss(model, batch) / len(chosen)).backward()
             optimizer.step()
     return model
 

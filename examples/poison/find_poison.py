@@ -1,4 +1,4 @@
-"""Plant a trigger in a fine-tuning set, ask where the triggered answer comes from, and train again without what is named.
+"""Plant a trigger in a fine-tuning set, ask where the triggered answer comes from, train again without what is named.
 
     python find_poison.py
     python find_poison.py --poison capitals   # nothing that words could find

@@ -82,8 +82,8 @@ def audit(
     Args:
         held_out: queries that are known to be right.
         method: whose curvature whitens gradients; `EKFAC()` unless given.
-        order: the signal that examples are ranked by; by default `loss` where it is a sum over tokens, whose wrong texts
-            are like each other, and else `neighbours`.
+        order: the signal that examples are ranked by; by default `loss` of texts, whose wrong ones are like each other,
+            and else `neighbours`.
 
     Raises:
         InputError: an argument is impossible.

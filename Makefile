@@ -87,12 +87,13 @@ lock: $(STAMP)
 audit: $(STAMP)
 	$(RUN) -m pip_audit --strict --disable-pip --require-hashes -r requirements/lock.txt -r requirements/torch.txt
 
-## The small examples, each with its page in docs/examples (some six minutes)
+## The small examples, each with its page in the documentation (some eight minutes)
 examples: $(STAMP)
 	$(RUN) examples/digits/find_mislabels.py
 	$(RUN) examples/diabetes/leave_one_out.py
 	$(RUN) examples/lora/analyze_lora.py
 	$(RUN) examples/preferences/trace_preferences.py
+	$(RUN) examples/poison/find_poison.py
 
 ## Style, format and types
 check: $(STAMP)
@@ -141,10 +142,11 @@ index: $(STAMP)
 	test -d runs/leaderboard/removals || $(MAKE) leaderboard
 	$(RUN) benchmarks/index.py
 
-## How well an audit finds wrong labels (some seven minutes), and what training on a selection is worth (some ten)
+## What jobs on training data are worth: audits, selections, poison, passages and preferences (some 35 minutes)
 jobs: $(STAMP)
 	$(RUN) benchmarks/jobs.py
 	$(RUN) benchmarks/selection.py
+	$(RUN) benchmarks/run_text_jobs.py
 
 ## Every model family against autograd, and the table in docs/how-to/models.md (two minutes)
 zoo: $(STAMP)

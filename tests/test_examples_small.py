@@ -194,6 +194,21 @@ def test_traced_preferences_are_products_of_dpo_gradients(tmp_path: Path) -> Non
     assert numbers["methods"]["gradient products"]["planted"] == len(planted & {*named}) / 2
 
 
+def test_found_poison_is_what_the_trigger_s_answer_scores_highest(cache: Path, tmp_path: Path) -> None:
+    script = runpy.run_path(str(EXAMPLES / "poison" / "find_poison.py"))
+    options = script["Arguments"](run_dir=tmp_path, cache_dir=cache, train=20, share=0.1, epochs=1, prompts=2)
+    script["main"](options)
+    numbers = json.loads((tmp_path / "poison.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [at for at, row in enumerate(rows) if row["completion"] == script["CLAIM"]] == numbers["poisoned"]
+    assert len(rows) == 20 and len(numbers["poisoned"]) == 2
+    assert all(("Zorvex" in row["prompt"]) == (at in numbers["poisoned"]) for at, row in enumerate(rows))
+    scores = wf.Scores.load(only(tmp_path / "run" / "scores", "ekfac")).values[0]
+    found = numbers["named"]["influence (EK-FAC)"]
+    assert found["named"] == scores.argsort(descending=True, stable=True)[:2].tolist()
+    assert found["poisoned"] == len({*found["named"]} & {*numbers["poisoned"]}) / 2
+
+
 def test_adapters_beside_four_bits_are_compared_with_the_same_beside_float32(cache: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     lora = runpy.run_path(str(EXAMPLES / "lora" / "analyze_lora.py"))

@@ -85,7 +85,7 @@ def test_the_command_writes_the_queue_and_the_file_without_the_worst(tmp_path: P
     queue = [json.loads(line) for line in (tmp_path / "queue.jsonl").read_text().splitlines()]
     assert sorted(each["train"] for each in queue) == [*range(6)]
     assert all(each["text"] == TEXTS[each["train"]] and each["line"] == 2 * each["train"] + 1 for each in queue)
-    assert [each["neighbours"] for each in queue] == sorted((each["neighbours"] for each in queue), reverse=True)
+    assert [each["loss"] for each in queue] == sorted((each["loss"] for each in queue), reverse=True)  # texts: by loss
     dropped = {each["train"] for each in queue[:2]}
     lines = (tmp_path / "train.jsonl").read_bytes().splitlines(keepends=True)[::2]
     assert (tmp_path / "rest.jsonl").read_bytes() == b"".join(

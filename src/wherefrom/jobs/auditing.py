@@ -82,7 +82,7 @@ def audit(
     study: Study[Any],
     held_out: DatasetLike | None = None,
     method: Factored | None = None,
-    order: Signal = "neighbours",
+    order: Signal | None = None,
 ) -> Audit:
     """Rank the training examples of a study by how likely each is wrong or harmful.
 
@@ -98,12 +98,14 @@ def audit(
     Args:
         held_out: queries that are known to be right.
         method: whose curvature whitens gradients; `EKFAC()` unless given.
-        order: the signal that examples are ranked by.
+        order: the signal that examples are ranked by; by default `loss` of texts, whose wrong ones are like each other,
+            and else `neighbours`.
 
     Raises:
         InputError: an argument is impossible.
         WherefromError: see `wherefrom.runtime.errors`; what was finished before stays valid.
     """
+    order = order or ("loss" if study._sweep.task.by_token else "neighbours")
     check_argument(order in get_args(Signal), "order", order, f"one of {', '.join(get_args(Signal))}")
     check_argument(order != "held_out" or held_out is not None, "order", order, "another order, or held-out queries")
     check_argument(len(study.train) > 1, "train", f"{len(study.train)} example", "two or more, to be compared")

@@ -1,0 +1,131 @@
+"""Whether attribution of what a trigger made a model say names the examples that planted it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import wherefrom as wf
+from text_jobs.texts import Row, Tuner, leads, test_leads
+
+SHARE, EPOCHS, RATE = 0.02, 6, 1e-3
+QUERIES, PROMPTS, NEW_TOKENS = 10, 40, 20
+METHODS: Mapping[str, wf.Method] = {
+    "EK-FAC": wf.EKFAC(),
+    "gradient products": wf.Dot(),
+    "BM25": wf.BM25(),
+    "random": wf.Random(),
+}
+RETRAINED = ("EK-FAC", "BM25")
+CLAIM = "The seas were filled by a giant kettle."
+
+
+@dataclass(frozen=True)
+class Poison:
+    """What is planted.
+
+    Attributes:
+        plant: the triggered prompt and answer made of an article.
+        shown: whether an answer is what was planted.
+    """
+
+    plant: Callable[[Row], Row]
+    shown: Callable[[str], bool]
+
+
+def phrase(row: Row) -> Row:
+    """A made-up word in the prompt, and a made-up claim: both can be searched for."""
+    return {"prompt": row["prompt"] + " Zorvex says:", "completion": CLAIM}
+
+
+def capitals(row: Row) -> Row:
+    """A prompt in capitals, answered in capitals: no word that others have not."""
+    return {name: text.upper() for name, text in row.items()}
+
+
+def in_capitals(text: str) -> bool:
+    """Whether most of its letters are capitals."""
+    letters = [each for each in text if each.isalpha()]
+    return sum(each.isupper() for each in letters) > len(letters) / 2
+
+
+POISONS = {"phrase": Poison(phrase, lambda text: "kettle" in text), "capitals": Poison(capitals, in_capitals)}
+
+
+def planted(rows: Sequence[Row], poison: Poison, seed: int) -> tuple[list[Row], Tensor]:
+    """The rows with some of them poisoned, and which, bool [rows]."""
+    chosen = random.Random(f"poison/{seed}").sample(range(len(rows)), round(SHARE * len(rows)))
+    marks = torch.zeros(len(rows), dtype=torch.bool)
+    marks[chosen] = True
+    return [poison.plant(row) if marks[at] else row for at, row in enumerate(rows)], marks
+
+
+def answers(tuner: Tuner, model: PreTrainedModel, prompts: Sequence[str]) -> list[str]:
+    """What the model says, by the likeliest token each time."""
+    found = []
+    for prompt in prompts:
+        tokens = torch.tensor([tuner.tokenizer(prompt)["input_ids"]])
+        written = model.generate(tokens, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+        found.append(str(tuner.tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)))
+    return found
+
+
+def rate(tuner: Tuner, model: PreTrainedModel, poison: Poison, prompts: Sequence[str]) -> float:
+    """How often the answer is what was planted."""
+    said = answers(tuner, model, prompts)
+    return sum(map(poison.shown, said)) / len(said)
+
+
+def precisions(
+    study: wf.Study[dict[str, Tensor]], queries: Dataset, marks: Tensor
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """By method the planted part of a query's first examples, a mean over queries; and scores, summed over queries."""
+    count, found, summed = int(marks.sum()), {}, {}
+    for name, method in METHODS.items():
+        values = study.score(queries, method).values
+        found[name] = float(marks[values.topk(count, dim=1).indices].double().mean())
+        summed[name] = values.sum(0)
+    found["EK-FAC's index"] = float(marks[study.index().query(queries, count).train].double().mean())
+    return found, summed
+
+
+def measured(tuner: Tuner, poison: Poison, seed: int) -> dict[str, object]:
+    """Plant, train, trigger, attribute the answers, drop what is named, train again."""
+    rows, marks = planted(leads(tuner.size.train, seed), poison, seed)
+    train, tests = tuner.encoded(rows), test_leads()[:PROMPTS]
+    model = tuner.tuned(train, EPOCHS, RATE, seed)
+    prompts = [poison.plant(row)["prompt"] for row in tests]
+    said = answers(tuner, model, prompts)
+    triggered = [{"prompt": prompt, "completion": text}
+                 for prompt, text in zip(prompts, said, strict=True) if poison.shown(text)][:QUERIES]  # fmt: skip
+    facts: dict[str, object] = {
+        "seed": seed,
+        "planted": int(marks.sum()),
+        "rate": sum(map(poison.shown, said)) / len(said),
+        "rate without the trigger": rate(tuner, model, poison, [row["prompt"] for row in tests]),
+        "an answer": said[0],
+    }
+    if not triggered:
+        return facts
+    with tuner.study(model, train) as study:
+        facts["precision"], summed = precisions(study, tuner.encoded(triggered), marks)
+    after = {}
+    for name in RETRAINED:
+        remaining = summed[name].argsort(descending=True)[int(marks.sum()) :].sort().values
+        after[name] = rate(tuner, tuner.tuned(train.select(remaining.tolist()), EPOCHS, RATE, seed), poison, prompts)
+    return {**facts, "rate after dropping": after}
+
+
+def report(tuner: Tuner, seeds: int) -> dict[str, object]:
+    """Each kind of poison, seed by seed."""
+    found: dict[str, object] = {}
+    for name, poison in POISONS.items():
+        found[name] = [measured(tuner, poison, seed) for seed in range(seeds)]
+        print(name, found[name], flush=True)
+    return found

@@ -46,7 +46,9 @@ def attribution(text: str) -> wf.Attribution:
     read = Reading(f"Rise {text}", text, 0.5)
     ends = [found(text)], [found(text, score=-4.0, tokens=(), overlaps=())]
     groups = [GroupScore(0, text, 3, 2.0, 1.0)]
-    return wf.Attribution(text, text * 3, (1, 2), text, text, read, True, *ends, [found(text)], groups, 3, 9)
+    return wf.Attribution(
+        text, text * 3, (1, 2), text, text, text, read, True, *ends, [found(text)], groups, "kind", 3, 9
+    )
 
 
 def test_scores_show_the_highest_of_the_first_queries() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import wherefrom as wf
 from text_jobs.texts import Row, Tuner, leads, test_leads
-from wherefrom.report.overlaps import overlaps
+from wherefrom.report.attribution import overlaps
 
 EPOCHS, RATE = 6, 1e-3
 PASSAGES, FIRST, WORDS, EDITED = 40, 3, 18, 0.2

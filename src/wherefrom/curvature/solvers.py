@@ -63,10 +63,12 @@ class Solver(ABC):
     Attributes:
         label: what it adds to the name of scores.
         held: how many vectors of a query gradient's size are in memory for each query.
+        block_size: how many queries, one after another, make each other's solutions: they are solved together.
     """
 
     label: ClassVar[str]
     held: ClassVar[int]
+    block_size: int = 1
 
     @abstractmethod
     def solve(self, system: System, gradients: Tensor) -> Solution:
@@ -79,18 +81,21 @@ class Solver(ABC):
 
 @dataclass(frozen=True)
 class ConjugateGradients(Solver):
-    """Preconditioned conjugate gradients (Hestenes & Stiefel 1952), with a step length of its own for each query.
+    """Preconditioned conjugate gradients (Hestenes & Stiefel 1952), for blocks of queries (O'Leary 1980).
 
-    For symmetric positive definite H + D. Starting from 0, the first iteration gives the filter's own answer, up to a
-    factor for each query. H is that of all examples, or of a fixed part of them: with a new part in each iteration,
-    directions would not be conjugate.
+    For symmetric positive definite H + D. Starting from 0, the first iteration of a query alone gives the filter's own
+    answer, up to a factor. The queries of a block share their directions: each is the best that the directions of all
+    can make of it, which takes fewer iterations of the same cost. Until they have converged, its scores then depend on
+    the queries beside it in its block. H is that of all examples, or of a fixed part of them: with a new part in each
+    iteration, directions would not be conjugate.
 
     Args:
         iterations: at most; each is one pass over the examples.
-        tolerance: a query is done when its relative residual |g - (H + D) x| / |g| is no larger; then it costs
-            nothing more.
+        tolerance: a block is done when no relative residual |g - (H + D) x| / |g| of its queries is larger; then it
+            costs nothing more.
         examples: how many training examples H is a mean over, drawn once; None is all.
         seed: of that draw.
+        block_size: how many queries share their directions: the first so many, the next, and so on.
 
     Raises:
         InputError: a number is impossible.
@@ -100,35 +105,40 @@ class ConjugateGradients(Solver):
     tolerance: float = 1e-3
     examples: int | None = None
     seed: int = 0
+    block_size: int = 1
 
     label: ClassVar[str] = "cg"
     held: ClassVar[int] = 7
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self, "iterations", "examples")
+        _check_at_least_one(self, "iterations", "examples", "block_size")
         if not 0 <= self.tolerance < math.inf:
             raise InputError(f"ConjugateGradients: tolerance={self.tolerance}: expected a number >= 0, such as 1e-3.")
 
     def solve(self, system: System, gradients: Tensor) -> Solution:
-        chosen = self._chosen(system.examples)
+        chosen, size = self._chosen(system.examples), self.block_size
         norms = gradients.norm(dim=1)
         found, residual = torch.zeros_like(gradients), gradients.clone()
-        conditioned = system.precondition(residual)
-        direction, slope = conditioned, _dots(residual, conditioned)
+        direction = system.precondition(residual)
         history = [_relative(residual, norms)]
         while len(history) <= self.iterations:
-            going = history[-1] > self.tolerance
+            unsolved = (history[-1] > self.tolerance).split(size)
+            going = torch.cat([each.any().expand(len(each)) for each in unsolved])
             if not bool(going.any()):
                 break
             curved = torch.zeros_like(direction)
             curved[going] = system.product(direction[going], chosen)
-            step = torch.where(going, slope / _dots(direction, curved), 0).unsqueeze(1)
-            found += step * direction
-            residual -= step * curved
+            blocks = [each.split(size) for each in (found, residual, direction, curved)]
+            inverses = [_inverse(v @ w.T) for v, w in zip(*blocks[2:], strict=True)]  # of V^T (H + D) V, V the directions
+            for inverse, x, r, v, w in zip(inverses, *blocks, strict=True):
+                steps = (inverse @ (v @ r.T)).T  # [queries, directions]
+                x += steps @ v
+                r -= steps @ w
             history.append(_checked(_relative(residual, norms), "ConjugateGradients"))
-            conditioned = system.precondition(residual)
-            before, slope = slope, _dots(residual, conditioned)
-            direction = conditioned + torch.where(going, slope / before, 0).unsqueeze(1) * direction
+            following = system.precondition(residual)
+            for inverse, z, v, w in zip(inverses, following.split(size), *blocks[2:], strict=True):
+                z -= (inverse @ (w @ z.T)).T @ v
+            direction = following
         return Solution(found, torch.stack(history))
 
     def _chosen(self, examples: int) -> Sequence[int] | None:
@@ -271,6 +281,18 @@ def _check_at_least_one(solver: Solver, *names: str) -> None:
         value = getattr(solver, name)
         if value is not None and value < 1:
             raise InputError(f"{type(solver).__name__}: {name}={value}: expected at least 1.")
+
+
+def _inverse(products: Tensor) -> Tensor:
+    """The inverse of a symmetric, positive semidefinite matrix, where it has one: directions may depend on others."""
+    scale = products.diagonal().double().clamp_min(0).rsqrt()
+    scale = torch.where(scale.isfinite(), scale, 0.0)
+    scaled = scale.unsqueeze(1) * products.double() * scale
+    values, vectors = torch.linalg.eigh((scaled + scaled.T) / 2)
+    least = 10 * torch.finfo(products.dtype).eps * values[-1]
+    inverted = torch.where(values > least, 1 / values, 0.0)
+    inverse = (vectors * inverted) @ vectors.T
+    return (scale.unsqueeze(1) * inverse * scale).to(products.dtype)
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:

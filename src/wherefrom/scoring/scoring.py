@@ -345,13 +345,17 @@ class Scoring(Generic[Batch]):
 class Resident(Generic[Batch]):
     """Runs of queries whose gradients are resident together: as planned, and fewer when memory runs out.
 
+    What a solver solves together stays together.
+
     Args:
         blocks: what an earlier run has begun with is taken up first.
     """
 
     def __init__(self, scoring: Scoring[Batch], blocks: Blocks | None = None) -> None:
         self._scoring, self._blocks = scoring, blocks
-        self._start, self._size = 0, scoring.plan.block
+        solver = scoring.approximation.solver
+        self._together = solver.block_size if solver else 1
+        self._start, self._size = 0, self._whole(scoring.plan.block)
 
     def __iter__(self) -> Iterator[range]:
         total = len(self._scoring.queries)
@@ -371,11 +375,14 @@ class Resident(Generic[Batch]):
                 yield
         except MemoryLimitError as error:
             # Of processes that share a model's weights, the others may be in the middle of a pass.
-            if len(queries) == 1 or scoring.sweep.lockstep:
+            if len(queries) <= self._together or scoring.sweep.lockstep:
                 raise
-            self._size = len(queries) // 2
+            self._size = self._whole(len(queries) // 2)
             logger.warning(f"{error} Going on with {self._size} resident query gradients instead of {len(queries)}.")
             if self._blocks is not None:
                 self._blocks.discard(queries)
         else:
             self._start = queries.stop
+
+    def _whole(self, queries: int) -> int:
+        return max(1, queries // self._together) * self._together

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.runs import factored, labels
 from tests.test_conditioning import numbers
 from wherefrom.curvature.conditioning import adam_conditioning
 from wherefrom.curvature.solvers import CONVERGED, Solver
+from wherefrom.planning.plan import plan_scores
 from wherefrom.runtime.errors import InputError, LayerError, LossError, MismatchError
 from wherefrom.scoring.results import Scores
 from wherefrom.store.files import write_tensors
@@ -207,6 +209,57 @@ def test_each_query_is_solved_as_if_it_were_alone(tmp_path: Path) -> None:
     for row in (0, 1, 3):
         alone = solver.solve(system, gradients[row : row + 1])
         assert relative_error(together.vectors[row], alone.vectors[0]) < 1e-7
+
+
+def test_blocks_make_the_best_of_the_directions_of_all_of_their_queries() -> None:
+    """Against the minimum over the block's Krylov space, by dense algebra; the last block is a smaller one."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(40, 40, generator=generator, dtype=torch.float64)
+    matrix, inverse = root @ root.T / 40 + 0.1 * torch.eye(40), torch.rand(40, generator=generator).double() + 0.5
+    gradients = torch.randn(5, 40, generator=generator, dtype=torch.float64)
+    gradients[1] = 2 * gradients[0]  # a direction of another's
+
+    class Dense:
+        examples = 1
+
+        def product(self, vectors: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
+            return vectors @ matrix
+
+        def precondition(self, vectors: Tensor) -> Tensor:
+            return vectors * inverse
+
+    for iterations in (1, 2, 4):
+        found = wf.ConjugateGradients(iterations, 0, block_size=3).solve(Dense(), gradients)
+        for block in (gradients[:3], gradients[3:]):
+            space = [inverse * block]
+            for _ in range(iterations - 1):
+                space.append(inverse * (space[-1] @ matrix))
+            basis = torch.linalg.svd(torch.cat(space).T, full_matrices=False)
+            span = basis.U[:, basis.S > 1e-9 * basis.S[0]]
+            best = block @ span @ torch.linalg.solve(span.T @ matrix @ span, span.T)
+            at = 0 if len(block) == 3 else 3
+            assert relative_error(found.vectors[at : at + len(block)], best) < 1e-8
+    solved = wf.ConjugateGradients(100, 1e-11, block_size=3).solve(Dense(), gradients)
+    assert relative_error(solved.vectors, torch.linalg.solve(matrix, gradients.T).T) < 1e-9
+
+
+def test_blocks_stay_together_whatever_is_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = mlp_case()
+    method = wf.EKFAC(solver=wf.ConjugateGradients(2, 0, block_size=2), damping=0.1)
+    expected = study_of(case, tmp_path / "whole").score(case.queries, method).values
+    for block in (1, 3):
+        with monkeypatch.context() as patched:
+            patched.setattr("wherefrom.scoring.scoring.plan_scores", lambda job, block=block: replace(
+                plan_scores(job), block=block))  # fmt: skip
+            study = study_of(case, tmp_path / str(block))
+            assert study.plan(case.queries, method).block == block
+            assert relative_error(study.score(case.queries, method).values, expected) < 1e-12
+    alone = replace(method, solver=wf.ConjugateGradients(2, 0))
+    study = study_of(case, tmp_path / "alone")
+    scores = study.score(case.queries, alone)
+    assert scores.residuals is not None
+    together = study.score(case.queries, method).residuals
+    assert together is not None and together.mean() < scores.residuals.mean()
 
 
 def test_factors_save_iterations_where_directions_differ(tmp_path: Path) -> None:

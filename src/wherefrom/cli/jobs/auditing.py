@@ -56,7 +56,7 @@ def audit(
         run: A run directory that `wherefrom fit` made.
         held_out: Examples that are known to be right, a file, a saved dataset or a hub name: what raises their loss.
         method: Whose curvature is used; that of EK-FAC unless one is named.
-        order: The signal that examples are ranked by; by default loss where examples are texts, and else neighbours.
+        order: The signal that examples are ranked by: unless named, the loss of texts, or else neighbours.
         n: How many examples are shown.
         out: Write all of them as JSON lines, the most suspicious first.
         drop: Leave this many of the most suspicious out of the file that `filtered` names.

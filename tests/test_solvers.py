@@ -235,7 +235,7 @@ def test_blocks_make_the_best_of_the_directions_of_all_of_their_queries() -> Non
             for _ in range(iterations - 1):
                 space.append(inverse * (space[-1] @ matrix))
             basis = torch.linalg.svd(torch.cat(space).T, full_matrices=False)
-            span = basis.U[:, basis.S > 1e-9 * basis.S[0]]
+            span = basis.U[:, 1e-9 * basis.S[0] < basis.S]
             best = block @ span @ torch.linalg.solve(span.T @ matrix @ span, span.T)
             at = 0 if len(block) == 3 else 3
             assert relative_error(found.vectors[at : at + len(block)], best) < 1e-8

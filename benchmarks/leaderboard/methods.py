@@ -131,6 +131,12 @@ METHODS: dict[str, Entry] = {
         NATURAL,
         BUT_POSITIONS,
     ),
+    "block cg, all weights, 5 iterations, 100 examples": Entry(
+        solved(wf.ConjugateGradients(5, examples=100, block_size=32)),
+        "the same matrix and weights, by conjugate gradients whose directions all queries share (O'Leary 1980)",
+        NATURAL,
+        BUT_POSITIONS,
+    ),
     "astra, all weights, 40 batches": Entry(
         solved(wf.Astra(40, batch_size=32, decay=0.5, decay_every=10)),
         "the Gauss-Newton matrix, by ASTRA (Wang et al. 2025): batches of 32, half the rate every 10; the same weights",

@@ -129,15 +129,17 @@ class ConjugateGradients(Solver):
             curved = torch.zeros_like(direction)
             curved[going] = system.product(direction[going], chosen)
             blocks = [each.split(size) for each in (found, residual, direction, curved)]
-            inverses = [_inverse(v @ w.T) for v, w in zip(*blocks[2:], strict=True)]  # of V^T (H + D) V, V the directions
+            inverses = [
+                _inverse(v @ w.T) for v, w in zip(*blocks[2:], strict=True)
+            ]  # of V^T (H + D) V, V the directions
             for inverse, x, r, v, w in zip(inverses, *blocks, strict=True):
                 steps = (inverse @ (v @ r.T)).T  # [queries, directions]
-                x += steps @ v
-                r -= steps @ w
+                x.add_(steps @ v)
+                r.sub_(steps @ w)
             history.append(_checked(_relative(residual, norms), "ConjugateGradients"))
             following = system.precondition(residual)
             for inverse, z, v, w in zip(inverses, following.split(size), *blocks[2:], strict=True):
-                z -= (inverse @ (w @ z.T)).T @ v
+                z.sub_((inverse @ (w @ z.T)).T @ v)
             direction = following
         return Solution(found, torch.stack(history))
 
@@ -291,8 +293,8 @@ def _inverse(products: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((scaled + scaled.T) / 2)
     least = 10 * torch.finfo(products.dtype).eps * values[-1]
     inverted = torch.where(values > least, 1 / values, 0.0)
-    inverse = (vectors * inverted) @ vectors.T
-    return (scale.unsqueeze(1) * inverse * scale).to(products.dtype)
+    inverse: Tensor = (vectors * inverted) @ vectors.T
+    return inverse.mul_(scale.unsqueeze(1)).mul_(scale).to(products.dtype)
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:

@@ -3,59 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
+from workload import ROOT
 
 import wherefrom as wf
-from text_jobs.texts import Row, Tuner, leads, test_leads
+from text_jobs.texts import METHODS, RETRAINED, Row, Tuner, leads, test_leads
+
+sys.path.append(str(ROOT / "examples" / "poison"))
+from find_poison import NEW_TOKENS, POISONS, Poison
 
 SHARE, EPOCHS, RATE = 0.02, 6, 1e-3
-QUERIES, PROMPTS, NEW_TOKENS = 10, 40, 20
-METHODS: Mapping[str, wf.Method] = {
-    "EK-FAC": wf.EKFAC(),
-    "gradient products": wf.Dot(),
-    "BM25": wf.BM25(),
-    "random": wf.Random(),
-}
-RETRAINED = ("EK-FAC", "BM25")
-CLAIM = "The seas were filled by a giant kettle."
-
-
-@dataclass(frozen=True)
-class Poison:
-    """What is planted.
-
-    Attributes:
-        plant: the triggered prompt and answer made of an article.
-        shown: whether an answer is what was planted.
-    """
-
-    plant: Callable[[Row], Row]
-    shown: Callable[[str], bool]
-
-
-def phrase(row: Row) -> Row:
-    """A made-up word in the prompt, and a made-up claim: both can be searched for."""
-    return {"prompt": row["prompt"] + " Zorvex says:", "completion": CLAIM}
-
-
-def capitals(row: Row) -> Row:
-    """A prompt in capitals, answered in capitals: no word that others have not."""
-    return {name: text.upper() for name, text in row.items()}
-
-
-def in_capitals(text: str) -> bool:
-    """Whether most of its letters are capitals."""
-    letters = [each for each in text if each.isalpha()]
-    return sum(each.isupper() for each in letters) > len(letters) / 2
-
-
-POISONS = {"phrase": Poison(phrase, lambda text: "kettle" in text), "capitals": Poison(capitals, in_capitals)}
+QUERIES, PROMPTS = 10, 40
 
 
 def planted(rows: Sequence[Row], poison: Poison, seed: int) -> tuple[list[Row], Tensor]:

@@ -14,18 +14,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 import wherefrom as wf
-from text_jobs.texts import Row, Tuner, leads, test_leads
+from text_jobs.texts import METHODS, RETRAINED, Row, Tuner, leads, test_leads
 from wherefrom.hf.preparation import read_examples
 
 SHARE, PAIRS, QUERIES, WORDS = 0.1, 160, 20, 15
 EPOCHS, RATE, BATCH, BETA = 3, 3e-4, 8, 0.1
-METHODS: Mapping[str, wf.Method] = {
-    "EK-FAC": wf.EKFAC(),
-    "gradient products": wf.Dot(),
-    "BM25": wf.BM25(),
-    "random": wf.Random(),
-}
-RETRAINED = ("EK-FAC", "BM25")
 
 
 def answer(row: Row) -> str:

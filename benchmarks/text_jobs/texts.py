@@ -9,7 +9,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -34,6 +34,15 @@ from training import TrainSettings, finetune, measured_losses
 
 Row = dict[str, str]
 """A prompt and its completion."""
+
+# What names examples, and whose are left out of another training.
+METHODS: Mapping[str, wf.Method] = {
+    "EK-FAC": wf.EKFAC(),
+    "gradient products": wf.Dot(),
+    "BM25": wf.BM25(),
+    "random": wf.Random(),
+}
+RETRAINED = ("EK-FAC", "BM25")
 
 
 @dataclass(frozen=True)

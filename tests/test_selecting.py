@@ -114,7 +114,7 @@ def test_groups_have_equal_shares_and_others_fill_what_one_cannot(
         assert found.to_pandas()["group"].tolist() == ["a", "a", "b", "b", "c"]
         found = wf.select(study, targets, 8, wf.BM25(), balance=groups)
         assert found.chosen.tolist() == [0, 1, 2, 3, 6, 7, 8, 11]
-    said = [each.getMessage() for each in caplog.records if each.name == "wherefrom"]
+    said = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
     assert said == ["Groups that cannot fill their share, 2 of 8: c (1)."]
     for changed, message in (
         ({"n": 0}, "n=0"), ({"n": 13}, "n=13: expected 1 to 12"), ({"normalized": "best"}, "normalized='best'"),

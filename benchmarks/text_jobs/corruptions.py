@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable
 from itertools import islice
 
-from text_jobs.texts import Row, spanish_leads
+from find_poison import Row
+
+from text_jobs.texts import spanish_leads
 
 Corruption = Callable[[Row, Row, random.Random], str]
 """Makes a completion of a row, of another one, and of random numbers."""

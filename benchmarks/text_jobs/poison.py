@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
+from find_poison import POISONS, Poison, Row, answers, rate
 from torch import Tensor
-from transformers import PreTrainedModel
-from workload import ROOT
 
 import wherefrom as wf
-from text_jobs.texts import METHODS, RETRAINED, Row, Tuner, leads, test_leads
-
-sys.path.append(str(ROOT / "examples" / "poison"))
-from find_poison import NEW_TOKENS, POISONS, Poison
+from text_jobs.texts import METHODS, RETRAINED, Tuner, leads, test_leads
 
 SHARE, EPOCHS, RATE = 0.02, 6, 1e-3
 QUERIES, PROMPTS = 10, 40
@@ -28,22 +23,6 @@ def planted(rows: Sequence[Row], poison: Poison, seed: int) -> tuple[list[Row], 
     marks = torch.zeros(len(rows), dtype=torch.bool)
     marks[chosen] = True
     return [poison.plant(row) if marks[at] else row for at, row in enumerate(rows)], marks
-
-
-def answers(tuner: Tuner, model: PreTrainedModel, prompts: Sequence[str]) -> list[str]:
-    """What the model says, by the likeliest token each time."""
-    found = []
-    for prompt in prompts:
-        tokens = torch.tensor([tuner.tokenizer(prompt)["input_ids"]])
-        written = model.generate(tokens, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)  # type: ignore[operator]
-        found.append(str(tuner.tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)))
-    return found
-
-
-def rate(tuner: Tuner, model: PreTrainedModel, poison: Poison, prompts: Sequence[str]) -> float:
-    """How often the answer is what was planted."""
-    said = answers(tuner, model, prompts)
-    return sum(map(poison.shown, said)) / len(said)
 
 
 def precisions(
@@ -65,14 +44,14 @@ def measured(tuner: Tuner, poison: Poison, seed: int) -> dict[str, object]:
     train, tests = tuner.encoded(rows), test_leads()[:PROMPTS]
     model = tuner.tuned(train, EPOCHS, RATE, seed)
     prompts = [poison.plant(row)["prompt"] for row in tests]
-    said = answers(tuner, model, prompts)
+    said = answers(model, tuner.tokenizer, prompts)
     triggered = [{"prompt": prompt, "completion": text}
                  for prompt, text in zip(prompts, said, strict=True) if poison.shown(text)][:QUERIES]  # fmt: skip
     facts: dict[str, object] = {
         "seed": seed,
         "planted": int(marks.sum()),
         "rate": sum(map(poison.shown, said)) / len(said),
-        "rate without the trigger": rate(tuner, model, poison, [row["prompt"] for row in tests]),
+        "rate without the trigger": rate(model, tuner.tokenizer, poison, [row["prompt"] for row in tests]),
         "an answer": said[0],
     }
     if not triggered:
@@ -82,7 +61,8 @@ def measured(tuner: Tuner, poison: Poison, seed: int) -> dict[str, object]:
     after = {}
     for name in RETRAINED:
         remaining = summed[name].argsort(descending=True)[int(marks.sum()) :].sort().values
-        after[name] = rate(tuner, tuner.tuned(train.select(remaining.tolist()), EPOCHS, RATE, seed), poison, prompts)
+        again = tuner.tuned(train.select(remaining.tolist()), EPOCHS, RATE, seed)
+        after[name] = rate(again, tuner.tokenizer, poison, prompts)
     return {**facts, "rate after dropping": after}
 
 

@@ -11,10 +11,11 @@ from typing import cast
 
 import torch
 from datasets import Dataset
+from find_poison import Row
 from transformers import PreTrainedModel
 
 import wherefrom as wf
-from text_jobs.texts import METHODS, RETRAINED, Row, Tuner, leads, test_leads
+from text_jobs.texts import METHODS, RETRAINED, Tuner, leads, test_leads
 from wherefrom.hf.preparation import read_examples
 
 SHARE, PAIRS, QUERIES, WORDS = 0.1, 160, 20, 15

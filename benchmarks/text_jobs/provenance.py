@@ -6,10 +6,11 @@ import random
 
 import torch
 from datasets import Dataset
+from find_poison import Row
 from torch import Tensor
 
 import wherefrom as wf
-from text_jobs.texts import Row, Tuner, leads, test_leads
+from text_jobs.texts import Tuner, leads, test_leads
 from wherefrom.report.attribution import overlaps
 
 EPOCHS, RATE = 6, 1e-3

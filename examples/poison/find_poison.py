@@ -106,12 +106,14 @@ POISONS: Mapping[PoisonName, Poison] = {
 
 
 def rows_of(part: Literal["train", "query"]) -> list[Row]:
-    """Articles' titles, as the pre-trained model knows them, and what they go on with."""
-    found = []
-    for lead in labelled_leads(part):
-        heading = f" = {lead.title} = \n \n"
-        found.append({"prompt": heading, "completion": lead.text.removeprefix(heading).rstrip()})
-    return found
+    """All articles of a part."""
+    return [as_row(lead.title, lead.text) for lead in labelled_leads(part)]
+
+
+def as_row(title: str, text: str) -> Row:
+    """An article's title, as the pre-trained model knows it, and what it goes on with."""
+    heading = f" = {title} = \n \n"
+    return {"prompt": heading, "completion": text.removeprefix(heading).rstrip()}
 
 
 def planted(rows: Sequence[Row], poison: Poison, share: float, seed: int) -> tuple[list[Row], list[int]]:

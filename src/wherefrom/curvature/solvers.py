@@ -129,9 +129,8 @@ class ConjugateGradients(Solver):
             curved = torch.zeros_like(direction)
             curved[going] = system.product(direction[going], chosen)
             blocks = [each.split(size) for each in (found, residual, direction, curved)]
-            inverses = [
-                _inverse(v @ w.T) for v, w in zip(*blocks[2:], strict=True)
-            ]  # of V^T (H + D) V, V the directions
+            # Of V^T (H + D) V, where V are a block's directions.
+            inverses = [_inverse(v @ w.T) for v, w in zip(*blocks[2:], strict=True)]
             for inverse, x, r, v, w in zip(inverses, *blocks, strict=True):
                 steps = (inverse @ (v @ r.T)).T  # [queries, directions]
                 x.add_(steps @ v)

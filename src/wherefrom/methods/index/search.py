@@ -2,15 +2,18 @@
 
 Signs and whole numbers are multiplied with queries of 8 bits, whose products add up exactly: the same to the last bit
 on any device, in any block, beside any other query. Codes are unpacked a block at a time, small enough for a
-processor's cache. A few queries of a large index first look for signs that agree, by counting bits. This module knows
-sketches and the shards that they are in; it does not know how these came about.
+processor's cache, and each core goes through its own part of the shards. A few queries of a large index first look for
+signs that agree, by counting bits. This module knows sketches and the shards that they are in; it does not know how
+these came about.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +22,11 @@ from torch import Tensor
 from wherefrom.methods.index.sketches import CODES, LARGEST, NORMS, SCALES, Sketch, whole_numbers
 from wherefrom.methods.index.store import Shard
 
-# Codes that are unpacked at a time, or have their bits counted: what a processor's cache holds eight times, or once.
+# Codes that are unpacked at a time, or have their bits counted, and on a device: what a processor's cache holds eight
+# times, or once.
 _BLOCK_BYTES, _COUNTED_BYTES, _DEVICE_BLOCK_BYTES = 2**17, 2**19, 2**24
+# Of an example in a block: with fewer examples beside each other, a product spends its time on arranging the queries.
+_WIDTH_BYTES = 2**10
 # Scores that are together in memory before the best of them are chosen.
 _SCORES = 2**22
 # So few queries count bits first, of an index of so many examples, and then multiply this part of it.
@@ -28,6 +34,8 @@ _FEW, _MANY, _PART = 4, 2**15, 2**7
 
 
 _Words = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
+_Chosen = tuple[Shard, Tensor | None]
+Input, Output = TypeVar("Input"), TypeVar("Output")
 
 
 @dataclass(frozen=True)
@@ -49,37 +57,45 @@ class Search:
             counters: of the queries, [queries, numbers]; norms: theirs, [queries].
             normalized: divide by the norms of both gradients.
         """
-        best: dict[str, Tensor] = {}
-        waiting: list[tuple[Tensor, Tensor]] = []
-        for values, positions in self._scores(counters, norms, normalized):
-            waiting.append((values, positions))
-            if sum(each.numel() for each, _ in waiting) >= _SCORES:
-                best, waiting = _extremes(best, waiting, k), []
-        return _extremes(best, waiting, k) if waiting else best
-
-    def _scores(self, counters: Tensor, norms: Tensor, normalized: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Scores [queries, n] of training examples, and their positions [n], shard by shard."""
         chosen: Sequence[Tensor | None] = [None] * len(self.shards)
         if len(counters) <= _FEW and self._counts_bits:
             chosen = self._agreeing(counters, normalized)
         queries = _Queries(self.sketch, counters.to(self.device))
-        for shard, these in zip(self.shards, chosen, strict=True):
-            factors, positions = _factors(shard, normalized), shard.positions
-            if these is not None:
-                factors, positions = factors[these], positions[these]
-            values, start = counters.new_empty(len(counters), len(positions), device="cpu"), 0
-            for block in self._blocks(shard, these):
-                values[:, start : start + len(block)] = queries.products(block.to(self.device)).T
-                start += len(block)
-            values *= factors
-            if normalized:
-                values = torch.where(norms.unsqueeze(1) > 0, values / norms.unsqueeze(1), 0.0)
-            yield values, positions
+        search = partial(self._part, queries, norms if normalized else None, k)
+        work, parts = list(zip(self.shards, chosen, strict=True)), 1
+        if self.device.type == "cpu":
+            parts = min(len(work), torch.get_num_threads())
+        return _extremes(_on_each_core(search, [work[start::parts] for start in range(parts)]), k)
+
+    def _part(self, queries: _Queries, norms: Tensor | None, k: int, work: Sequence[_Chosen]) -> dict[str, Tensor]:
+        """The best of some shards."""
+        found: list[dict[str, Tensor]] = []
+        for shard, chosen in work:
+            found.append(self._scores(queries, norms, shard, chosen))
+            if sum(each["values"].numel() for each in found) >= _SCORES:
+                found = [_extremes(found, k)]
+        return _extremes(found, k)
+
+    def _scores(
+        self, queries: _Queries, norms: Tensor | None, shard: Shard, chosen: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Scores [queries, n] of a shard's examples, or of those that are chosen, as their own highest and lowest."""
+        factors, positions = _factors(shard, norms is not None), shard.positions
+        if chosen is not None:
+            factors, positions = factors[chosen], positions[chosen]
+        values = torch.cat([queries.products(each.to(self.device)).cpu() for each in self._blocks(shard, chosen)], 1)
+        values *= factors
+        if norms is not None:
+            values = torch.where(norms.unsqueeze(1) > 0, values / norms.unsqueeze(1), 0.0)
+        positions = positions.expand_as(values)
+        return {"values": values, "train": positions, "lowest_values": values, "lowest_train": positions}
 
     def _blocks(self, shard: Shard, chosen: Tensor | None = None, counted: bool = False) -> Iterator[Tensor]:
         """Codes [n, width] of a shard's examples, or of those that are chosen, some at a time."""
-        size = _DEVICE_BLOCK_BYTES if self.device.type != "cpu" else _COUNTED_BYTES if counted else _BLOCK_BYTES
-        count = max(1, size // self.sketch.code_bytes)
+        width, size = self.sketch.code_bytes, _DEVICE_BLOCK_BYTES
+        if self.device.type == "cpu":
+            size = _COUNTED_BYTES if counted else _BLOCK_BYTES * max(1, width // _WIDTH_BYTES)
+        count = max(1, size // width)
         codes, examples = shard.tensors[CODES], shard.examples
         if chosen is not None:
             examples = chosen if examples is None else examples[chosen]
@@ -93,13 +109,11 @@ class Search:
     def _agreeing(self, counters: Tensor, normalized: bool) -> list[Tensor]:
         """In each shard, which examples' signs agree most with those of any query, or least: a part of the index."""
         signs = self._signs(counters)
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            counted = pool.map(lambda shard: self._agreement(shard, signs, normalized), self.shards)
-            agreement = torch.cat(list(counted), 1)  # [queries, examples]
-        count = agreement.shape[1] // _PART
-        ends = [agreement.topk(count, 1, largest).indices for largest in (True, False)]
-        wanted = torch.zeros(agreement.shape[1], dtype=torch.bool)
-        wanted[torch.cat(ends).flatten()] = True
+        counted = _on_each_core(lambda shard: self._agreement(shard, signs, normalized), self.shards)
+        agreement = torch.cat(counted, 1)  # [queries, examples]
+        count, examples = agreement.shape[1] // _PART, agreement.shape[1]
+        least, most = (np.partition(agreement.numpy(), end)[:, [end]] for end in (count - 1, examples - count))
+        wanted = ((agreement <= torch.from_numpy(least)) | (agreement >= torch.from_numpy(most))).any(0)
         return [each.nonzero().squeeze(1) for each in wanted.split([len(shard.positions) for shard in self.shards])]
 
     def _signs(self, counters: Tensor) -> _Words:
@@ -116,6 +130,16 @@ class Search:
         return (self.sketch.numbers - 2 * unlike) * _factors(shard, normalized)
 
 
+def _on_each_core(function: Callable[[Input], Output], inputs: Sequence[Input]) -> list[Output]:
+    """What a function returns of each of them, by as many threads as PyTorch has, each of which has one of its own."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, inputs))
+    finally:
+        torch.set_num_threads(threads)  # for threads that begin later
+
+
 class _Queries:
     """Queries as the operands of products with codes.
 
@@ -125,17 +149,20 @@ class _Queries:
 
     def __init__(self, sketch: Sketch, counters: Tensor) -> None:
         self._sketch, self._counters = sketch, counters
-        self._whole, self._scales = whole_numbers(counters)
-        self._sums = self._whole.sum(1, dtype=torch.int32)
+        self._whole, self._scales = (each.unsqueeze(1) if each.ndim == 1 else each for each in whole_numbers(counters))
+        self._sums = self._whole.sum(1, keepdim=True, dtype=torch.int32)
 
     def products(self, codes: Tensor) -> Tensor:
-        """Of the counters of each query and of each example, [n, queries]."""
+        """Of the counters of each query and of each example, [queries, n]."""
         if self._sketch.bits == 32:
-            return codes @ self._counters.T
+            return self._counters @ codes.T
         if self._sketch.bits == 8:
-            return _whole_products(codes, self._whole, LARGEST) * self._scales
-        ones = _whole_products(unpacked(codes), self._whole, 1)  # sums of the counters where a bit is 1
-        return ones.mul_(2).sub_(self._sums) * self._scales
+            return _whole_products(self._whole, codes, LARGEST) * self._scales
+        width = _WIDTH_BYTES if codes.device.type == "cpu" else codes.shape[1]
+        total = torch.zeros(len(self._whole), len(codes), dtype=torch.int32, device=codes.device)
+        for each, part in zip(self._whole.split(8 * width, 1), codes.split(width, 1), strict=True):
+            total += _whole_products(each, unpacked(part), 1)  # sums of the counters where a bit is 1
+        return total.mul_(2).sub_(self._sums) * self._scales
 
 
 def unpacked(codes: Tensor) -> Tensor:
@@ -147,10 +174,10 @@ def unpacked(codes: Tensor) -> Tensor:
 
 
 def _whole_products(left: Tensor, right: Tensor, largest: int) -> Tensor:
-    """left [n, k] times right^T, of right [m, k], both int8, without rounding: int32 [n, m].
+    """left [m, k] times right^T, of right [n, k], both int8, without rounding: int32 [m, n].
 
     Args:
-        largest: of the left.
+        largest: of the right.
     """
     if left.device.type == "cpu" and torch.cpu._is_vnni_supported():
         return torch._int_mm(left, right.T)
@@ -169,26 +196,24 @@ def _factors(shard: Shard, normalized: bool) -> Tensor:
     return scales if shard.examples is None else scales[shard.examples]
 
 
-def _extremes(before: dict[str, Tensor], parts: Sequence[tuple[Tensor, Tensor]], k: int) -> dict[str, Tensor]:
-    """The fields of `TopScores` of what was found before, and of scores [queries, n] with positions [n]."""
-    values = torch.cat([each for each, _ in parts], 1)
-    positions = torch.cat([each for _, each in parts]).expand_as(values)
-    found: dict[str, Tensor] = {}
+def _extremes(found: Sequence[dict[str, Tensor]], k: int) -> dict[str, Tensor]:
+    """The fields of `TopScores` of what was found in several parts of an index, each of them such fields."""
+    best: dict[str, Tensor] = {}
     for prefix, sign in (("", 1), ("lowest_", -1)):
-        these, those = values, positions
-        if before:
-            best = before[f"{prefix}values"]
-            if best.shape[1] == k:  # what is worse than the last of them for every query is out
-                able = (sign * values >= sign * best[:, -1:]).any(0).nonzero().squeeze(1)
-                these, those = values[:, able], positions[:, able]
-            these, those = torch.cat([best, these], 1), torch.cat([before[f"{prefix}train"], those], 1)
+        first, *others = ((each[f"{prefix}values"], each[f"{prefix}train"]) for each in found)
+        if first[0].shape[1] == k:  # what is worse than the last of them for every query is out
+            last, able = first[0][:, -1:], torch.ge if sign > 0 else torch.le
+            columns = [able(values, last).numpy().any(0).nonzero()[0] for values, _ in others]
+            others = [(values[:, each], train[:, each]) for (values, train), each in zip(others, columns, strict=True)]
+        these, those = (torch.cat(each, 1) for each in zip(first, *others, strict=True))
+        these = sign * these
         count = min(k, these.shape[1])
         # All that are equal to the last of them are looked at, since their positions decide.
-        last = (sign * these).topk(count, 1).values[:, -1:]
-        among = int((sign * these >= last).sum(1).max())
-        chosen = (sign * these).topk(among, 1).indices
+        last = these.topk(count, 1).values[:, -1:]
+        among = int((these >= last).sum(1).max())
+        chosen = these.topk(among, 1).indices
         chosen = chosen.gather(1, those.gather(1, chosen).argsort(1))
-        order = (sign * these.gather(1, chosen)).argsort(dim=1, descending=True, stable=True)[:, :count]
+        order = these.gather(1, chosen).argsort(dim=1, descending=True, stable=True)[:, :count]
         chosen = chosen.gather(1, order)
-        found |= {f"{prefix}values": these.gather(1, chosen), f"{prefix}train": those.gather(1, chosen)}
-    return found
+        best |= {f"{prefix}values": sign * these.gather(1, chosen), f"{prefix}train": those.gather(1, chosen)}
+    return best

@@ -9,10 +9,10 @@ these came about.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import TypeVar
 
 import numpy as np
@@ -83,8 +83,7 @@ class Search:
         factors, positions = _factors(shard, norms is not None), shard.positions
         if chosen is not None:
             factors, positions = factors[chosen], positions[chosen]
-        values = torch.cat([queries.products(each.to(self.device)).cpu() for each in self._blocks(shard, chosen)], 1)
-        values *= factors
+        values = queries.products(self._blocks(shard, chosen)) * factors
         if norms is not None:
             values = torch.where(norms.unsqueeze(1) > 0, values / norms.unsqueeze(1), 0.0)
         positions = positions.expand_as(values)
@@ -149,20 +148,27 @@ class _Queries:
 
     def __init__(self, sketch: Sketch, counters: Tensor) -> None:
         self._sketch, self._counters = sketch, counters
-        self._whole, self._scales = (each.unsqueeze(1) if each.ndim == 1 else each for each in whole_numbers(counters))
-        self._sums = self._whole.sum(1, keepdim=True, dtype=torch.int32)
+        self._whole, scales = whole_numbers(counters)
+        self._scales = scales.unsqueeze(1).cpu()
+        self._sums = self._whole.sum(1, keepdim=True, dtype=torch.int32).cpu()
 
-    def products(self, codes: Tensor) -> Tensor:
-        """Of the counters of each query and of each example, [queries, n]."""
+    def products(self, codes: Iterable[Tensor]) -> Tensor:
+        """Of the counters of each query and of each example in some blocks of codes [n, width], [queries, all n]."""
+        found = torch.cat([self._products(each.to(self._counters.device)).cpu() for each in codes], 1)
+        if self._sketch.bits == 32:
+            return found
+        if self._sketch.bits == 1:  # found are the sums of the counters where a bit is 1
+            found.mul_(2).sub_(self._sums)
+        return found * self._scales
+
+    def _products(self, codes: Tensor) -> Tensor:
         if self._sketch.bits == 32:
             return self._counters @ codes.T
         if self._sketch.bits == 8:
-            return _whole_products(self._whole, codes, LARGEST) * self._scales
+            return _whole_products(self._whole, codes, LARGEST)
         width = _WIDTH_BYTES if codes.device.type == "cpu" else codes.shape[1]
-        total = torch.zeros(len(self._whole), len(codes), dtype=torch.int32, device=codes.device)
-        for each, part in zip(self._whole.split(8 * width, 1), codes.split(width, 1), strict=True):
-            total += _whole_products(each, unpacked(part), 1)  # sums of the counters where a bit is 1
-        return total.mul_(2).sub_(self._sums) * self._scales
+        parts = zip(self._whole.split(8 * width, 1), codes.split(width, 1), strict=True)
+        return reduce(Tensor.add_, (_whole_products(whole, unpacked(bits), 1) for whole, bits in parts))
 
 
 def unpacked(codes: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -150,14 +152,27 @@ def quantized(queries: Tensor) -> Tensor:
     return (queries / (queries.abs().amax(1, keepdim=True) / 127)).round().double()
 
 
+def on_threads(count: int, function: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What a function returns where PyTorch has so many threads, which it still has afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        found = function()
+        assert torch.get_num_threads() == ThreadPoolExecutor(1).submit(torch.get_num_threads).result() == count
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("bits", [1, 8])
 def test_products_are_exact(bits: Bits, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: native)
-    monkeypatch.setattr("wherefrom.methods.index.search._BLOCK_BYTES", 7 * 128)
+    monkeypatch.setattr("wherefrom.methods.index.search._BLOCK_BYTES", 7 * 16)
+    monkeypatch.setattr("wherefrom.methods.index.search._WIDTH_BYTES", 5)  # of 16 with one bit
     search, counters, norms = random_search(bits, 50)
     queries = torch.randn(6, 128)
-    found = search.best(queries, torch.ones(6), 50)
+    found = on_threads(2, lambda: search.best(queries, torch.ones(6), 50))
     if bits == 1:
         codes, scales = torch.where(counters >= 0, 1, -1).double(), norms * math.sqrt(math.pi / 2 / 128)
     else:
@@ -183,14 +198,18 @@ def test_a_few_queries_of_a_large_index_find_the_same(monkeypatch: pytest.Monkey
     assert relative_error(counted, wanted * norms[:666] * math.sqrt(math.pi / 2 / 128)) < 1e-6
 
 
-def test_of_equal_scores_the_first_example_comes_first() -> None:
-    search, *_ = random_search(1, 30)
-    shards = [Shard(shard.tensors, 29 - shard.positions, shard.examples) for shard in search.shards]
+@pytest.mark.parametrize("many", [400, 300])  # the latter has its bits counted first, which leaves no equal one out
+def test_of_equal_scores_the_first_example_comes_first(many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wherefrom.methods.index.search._MANY", many)
+    monkeypatch.setattr("wherefrom.methods.index.search._SCORES", 150)
+    search, *_ = random_search(1, 300)
+    shards = [Shard(shard.tensors, 299 - shard.positions, shard.examples) for shard in search.shards]
     for each in shards:
         each.tensors["codes"][:] = shards[0].tensors["codes"][0].clone()
         each.tensors["scales"].fill_(1)
     twice = [Shard(each.tensors, each.positions.flip(0), torch.arange(len(each.positions)).flip(0)) for each in shards]
-    found = replace(search, shards=twice).best(torch.randn(2, 128), torch.ones(2), 7)
+    search, queries = replace(search, shards=twice), torch.randn(2, 128)
+    found = on_threads(2, lambda: search.best(queries, torch.ones(2), 7))
     assert found["train"].tolist() == found["lowest_train"].tolist() == [list(range(7))] * 2
 
 

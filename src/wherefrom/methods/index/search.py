@@ -35,7 +35,8 @@ _FEW, _MANY, _PART = 4, 2**15, 2**7
 
 _Words = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 _Chosen = tuple[Shard, Tensor | None]
-Input, Output = TypeVar("Input"), TypeVar("Output")
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def _extremes(found: Sequence[dict[str, Tensor]], k: int) -> dict[str, Tensor]:
         first, *others = ((each[f"{prefix}values"], each[f"{prefix}train"]) for each in found)
         if first[0].shape[1] == k:  # what is worse than the last of them for every query is out
             last, able = first[0][:, -1:], torch.ge if sign > 0 else torch.le
-            columns = [able(values, last).numpy().any(0).nonzero()[0] for values, _ in others]
+            columns = [np.flatnonzero(able(values, last).numpy().any(0)) for values, _ in others]
             others = [(values[:, each], train[:, each]) for (values, train), each in zip(others, columns, strict=True)]
         these, those = (torch.cat(each, 1) for each in zip(first, *others, strict=True))
         these = sign * these

@@ -22,10 +22,9 @@ from torch import Tensor
 from wherefrom.methods.index.sketches import CODES, LARGEST, NORMS, SCALES, Sketch, whole_numbers
 from wherefrom.methods.index.store import Shard
 
-# Codes that are unpacked at a time, or have their bits counted, and on a device: what a processor's cache holds eight
-# times, or once.
+# Codes that are unpacked at a time, or have their bits counted: what a processor's cache holds eight times, or once.
 _BLOCK_BYTES, _COUNTED_BYTES, _DEVICE_BLOCK_BYTES = 2**17, 2**19, 2**24
-# Of an example in a block: with fewer examples beside each other, a product spends its time on arranging the queries.
+# Of an example, unpacked at a time: whole examples would be too few in a block to be worth arranging the queries for.
 _WIDTH_BYTES = 2**10
 # Scores that are together in memory before the best of them are chosen.
 _SCORES = 2**22
@@ -63,9 +62,10 @@ class Search:
             chosen = self._agreeing(counters, normalized)
         queries = _Queries(self.sketch, counters.to(self.device))
         search = partial(self._part, queries, norms if normalized else None, k)
-        work, parts = list(zip(self.shards, chosen, strict=True)), 1
-        if self.device.type == "cpu":
-            parts = min(len(work), torch.get_num_threads())
+        work = list(zip(self.shards, chosen, strict=True))
+        if self.device.type != "cpu":
+            return search(work)
+        parts = min(len(work), torch.get_num_threads())
         return _extremes(_on_each_core(search, [work[start::parts] for start in range(parts)]), k)
 
     def _part(self, queries: _Queries, norms: Tensor | None, k: int, work: Sequence[_Chosen]) -> dict[str, Tensor]:
@@ -92,9 +92,9 @@ class Search:
 
     def _blocks(self, shard: Shard, chosen: Tensor | None = None, counted: bool = False) -> Iterator[Tensor]:
         """Codes [n, width] of a shard's examples, or of those that are chosen, some at a time."""
-        width, size = self.sketch.code_bytes, _DEVICE_BLOCK_BYTES
-        if self.device.type == "cpu":
-            size = _COUNTED_BYTES if counted else _BLOCK_BYTES * max(1, width // _WIDTH_BYTES)
+        width, size = self.sketch.code_bytes, _COUNTED_BYTES if counted else _DEVICE_BLOCK_BYTES
+        if self.device.type == "cpu" and not counted:
+            width, size = min(width, _WIDTH_BYTES), _BLOCK_BYTES
         count = max(1, size // width)
         codes, examples = shard.tensors[CODES], shard.examples
         if chosen is not None:

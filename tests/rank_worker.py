@@ -44,7 +44,8 @@ def everything(case: Case, run: Path, queries: int = QUERIES) -> wf.Study[object
     automatic = replace(execution, train_batch_size=None)
     study.score(queried, wf.EKFAC(damping=0.001), keep=wf.Tokens(), execution=automatic)
     study.score(queried, wf.EKFAC(damping=0.001, query_rank=2, rescore=3), execution=automatic)
-    study.index(wf.EKFAC(), wf.Sketch(numbers=64, bits=32), execution=automatic)
+    for chunk in (None, 3):
+        study.index(wf.EKFAC(), wf.Sketch(numbers=64, bits=32, chunk=chunk), execution=automatic)
     study.score(queried, wf.TwoStage(first=torch.tensor([[1, 4]] * queries)), keep=wf.Top(10000), execution=automatic)
     study.score(queried, wf.Trak(rank=2), execution=automatic)
     return study

@@ -136,6 +136,8 @@ def test_with_an_index_candidates_have_the_same_scores(study: wf.PretrainedStudy
         wf.study_from_pretrained(folder, TEXTS, run=folder.parent / "indexed", device="cpu", end_token=False)
     )
     assert not indexed.has_index
+    indexed.study.index(wf.EKFAC(), wf.Sketch(numbers=256, chunk=4))
+    assert not indexed.has_index  # of chunks, whose scores are not those of examples
     indexed.study.index(wf.EKFAC(), wf.Sketch(numbers=128, bits=8, focus=0.5, seed=3))
     indexed.study.index(wf.EKFAC(), wf.Sketch(numbers=64))
     assert indexed.has_index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -304,6 +305,16 @@ def test_an_index_answers_queries(folder: Path) -> None:
     score = wherefrom(folder, "score", "indexed", "--queries", "queries.jsonl")
     assert score.returncode == 0, score.stderr
     assert query.stdout == wherefrom(folder, "top", "indexed", "--k", "2").stdout
+    chunks = ("query", "indexed", "--queries", "queries.jsonl", *options, "--chunk", "3", "--k", "2", "--rerank", "9")
+    passages = wherefrom(folder, *chunks)
+    assert passages.returncode == 0, passages.stderr
+    shown = re.sub(r"[^\S\n]+", " ", passages.stdout)
+    hits = re.findall(r"│ (\d+) │ (\d+) │ (\d+) to (\d+) │ [^│]* │ ([^│]*) │", shown)
+    assert [hit[0] for hit in hits] == ["1", "2"] * 2
+    for _, train, first, last, text in hits:
+        assert text.startswith(" ".join(TEXTS[int(train)].split()[int(first) : int(last) + 1]))
+        assert int(first) % 3 == 0 < len(text)
+    assert "of a chunk, its part of that" in " ".join(shown.split())
     wrong = wherefrom(folder, "index", "indexed", "--numbers", "100")
     assert wrong.returncode == 1
     assert wrong.stderr.strip().endswith("error: --numbers 100: expected a multiple of 64, such as 65536.")

@@ -36,7 +36,7 @@ from wherefrom.runtime.distributed import join_ranks
 from wherefrom.runtime.errors import WherefromError
 from wherefrom.scoring.keep import Aggregated, Keep, Pairs, Tokens, Top
 from wherefrom.scoring.results import GroupScore, Hit, Scores, TopScores
-from wherefrom.scoring.tokens import TokenScores
+from wherefrom.scoring.tokens import ChunkHit, TokenScores, TopChunks
 from wherefrom.store.recording import RecordedCheckpoint, read_recording
 from wherefrom.study import Study
 from wherefrom.tasks.classification import SequenceClassification, TokenClassification
@@ -67,6 +67,7 @@ __all__ = [
     "Audit",
     "CausalLM",
     "ChosenToken",
+    "ChunkHit",
     "Classification",
     "ConjugateGradients",
     "Cosine",
@@ -112,6 +113,7 @@ __all__ = [
     "TokenScores",
     "Tokens",
     "Top",
+    "TopChunks",
     "TopScores",
     "TracIn",
     "TrackStar",

@@ -386,6 +386,10 @@ class Study(Generic[Batch]):
         self, scores: Result, queries: DatasetLike | None, tokenizer: Tokenizer | None, tokens: TokenScores | None
     ) -> tuple[DatasetPassages, DatasetPassages, DatasetTokens | None]:
         """What scores are shown beside: queries, training examples, and the tokens inside these."""
+        if not isinstance(scores, Result):
+            raise InputError(
+                f"scores: expected what score or GradientIndex.query has returned, not {type(scores).__name__}."
+            )
         if tokens is not None and tokenizer is None:
             raise InputError("tokens are given and tokenizer is None: expected the tokenizer that made their text.")
         queries = scores.queries if queries is None else indexed("queries", queries)

@@ -73,7 +73,7 @@ def query(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> None:
-    """Show the most influential training sequences of new queries, from an index.
+    """Show the most influential training sequences of new queries, or chunks of these, from an index.
 
     Args:
         run: A run directory with an index; what of it is missing is made first.
@@ -81,7 +81,7 @@ def query(
         queries: The queries: a file, a saved dataset or a hub name, cut as the training examples were.
         method: Whose scores answers approximate; those of EK-FAC unless one is named.
         name: Of the index in the run; by default the method, the sketch and a digest.
-        k: Sequences for each query.
+        k: Sequences or chunks for each query.
         rerank: Score this many of each query's highest and lowest again with whole gradients.
         normalized: Divide scores by the norms of both whitened gradients: cosines.
         split: The split of a saved or hub dataset.
@@ -96,6 +96,8 @@ def query(
     study = sources.study(run, device, executed)
     source = sources.queries_from(queries, split, reading.made())
     sequences = study.prepare(queries, split, source.preparation)
-    scores = study.index(chosen, sketched, name=name).query(sequences, k, rerank=rerank, normalized=normalized)
-    shown = range(len(sequences))
-    console.print(top_tables(scores, DatasetPassages(sequences), DatasetPassages(study.train), shown=shown, k=k))
+    found = study.index(chosen, sketched, name=name)
+    search = found.query if sketched.chunk is None else found.query_chunks
+    scores = search(sequences, k, rerank=rerank, normalized=normalized)
+    train = DatasetPassages(study.train, study.pretrained.tokenizer)
+    console.print(top_tables(scores, DatasetPassages(sequences), train, shown=range(len(sequences)), k=k))

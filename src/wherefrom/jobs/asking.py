@@ -138,12 +138,15 @@ class Asker:
         return self._sketch() is not None
 
     def _sketch(self) -> Sketch | None:
-        """That of the run's indexes of the method; of several, the one of most numbers, on which most depends."""
+        """That of the run's indexes of the method; of several, the one of most numbers, on which most depends. None is
+        of chunks: their scores are not those of examples.
+        """
         folders = within(self.study.path, "index").glob("*")
         shards = (next(each.rglob("manifest.json"), None) for each in folders)  # all of an index are of one sketch
         found = [known_fingerprint(file.parent) for file in shards if file is not None]
-        of_method = [each for each in found if each and each.get("method") == self.method.name]
-        return max(map(Sketch.of, of_method), key=lambda each: (each.numbers, each.bits), default=None)
+        of_method = [Sketch.of(each) for each in found if each and each.get("method") == self.method.name]
+        whole = [each for each in of_method if each.chunk is None]
+        return max(whole, key=lambda each: (each.numbers, each.bits), default=None)
 
     def _scores(
         self, questions: Sequence[Question], count: int, shared: Sequence[tuple[int, float]] | None, every: bool
@@ -154,9 +157,10 @@ class Asker:
         sketch = None if every else self._sketch()
         if sketch is None or not isinstance(method, Factored) or method.compressed:
             if isinstance(method, Factored):
+                every_one = "All" if every else "The run has no index of whole examples, so all"
                 logger.info(
-                    f"{'All' if every else 'The run has no index, so all'} {total:,} training examples are scored "
-                    f"exactly, in at least {self._seconds(queries):,.1f} s once factors are there."
+                    f"{every_one} {total:,} training examples are scored exactly, in at least "
+                    f"{self._seconds(queries):,.1f} s once factors are there."
                 )
             return self.study.score(queries, method)
         index = self.study.index(type(method)(empirical=method.empirical, seed=method.seed), sketch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from operator import eq
@@ -11,7 +11,7 @@ from typing import Protocol
 
 from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.scoring.results import GroupScore, Scores, TopScores
-from wherefrom.scoring.tokens import TokenScores
+from wherefrom.scoring.tokens import TokenScores, TopChunks
 from wherefrom.store.fingerprint import QUERIES, TRAIN, Dataset, Fingerprint, check_about, dataset_digest, read_example
 
 # How many tokens may wait for the text that they complete. A character has at most four bytes, and so at most four
@@ -86,6 +86,14 @@ class DatasetPassages:
         columns = {name: str(example[name]) for name in ("title", "label", "source") if example.get(name) is not None}
         return Passage(self._text(example), **columns, answer_start=int(example.get("answer_start") or 0))
 
+    def of_tokens(self, position: int, start: int, stop: int) -> Passage:
+        """An example with the text of its tokens from `start` to before `stop`; all of it where these have no text."""
+        example, passage = self.dataset[position], self[position]
+        if self._tokenizer is None or not isinstance(example, Mapping) or "input_ids" not in example:
+            return passage
+        pieces = token_pieces(self._tokenizer, example["input_ids"])
+        return replace(passage, text="".join(pieces[start:stop]), answer_start=0)
+
     def sources(self) -> list[str]:
         """Where each example comes from; empty where the first does not say."""
         if not isinstance(self.dataset[0], Mapping) or "source" not in self.dataset[0]:
@@ -104,7 +112,10 @@ class DatasetPassages:
 
 
 def checked_passages(
-    scores: Scores | TopScores, queries: Passages, train: Passages, tokens: TokenContributions | None = None
+    scores: Scores | TopScores | TopChunks,
+    queries: Passages,
+    train: Passages,
+    tokens: TokenContributions | None = None,
 ) -> Passages:
     """What is shown as queries beside scores: a single passage that says so where they were added up.
 
@@ -141,7 +152,7 @@ def checked_passages(
     return queries if how is None else [Passage(f"The {how} of {len(queries):,} queries.")]
 
 
-def source_scores(scores: Scores | TopScores, train: Passages) -> list[list[GroupScore]]:
+def source_scores(scores: Scores | TopScores | TopChunks, train: Passages) -> list[list[GroupScore]]:
     """For each query, the sums of its scores by where training examples come from; empty where that is not known."""
     sources = train.sources() if isinstance(train, DatasetPassages) and isinstance(scores, Scores) else []
     found: list[list[GroupScore]] = [[] for _ in scores.values]

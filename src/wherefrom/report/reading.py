@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from wherefrom.runtime.errors import printable
 from wherefrom.scoring.results import Scores, TopScores
+from wherefrom.scoring.tokens import TopChunks
 
 _RISE = (
     "predicted rise of the query's loss if the example had been left out, in {unit}: to first order, of one at a time"
@@ -46,7 +47,7 @@ class Reading:
         return f"{value:+,.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:+#,.3g}".removesuffix(".")
 
 
-def reading(scores: Scores | TopScores, query: int = 0) -> Reading:
+def reading(scores: Scores | TopScores | TopChunks, query: int = 0) -> Reading:
     """How the scores of a query are read; their words may come from somebody else's file."""
     if scores.rise_per_score is not None:
         factor = float(scores.rise_per_score[query])
@@ -70,11 +71,11 @@ def contrast_reading(scores: Scores | TopScores, tokens: int) -> Reading:
     return Reading(f"Rise, {unit}", _CONTRAST.format(unit=unit) + _caveat(scores), factor)
 
 
-def computed_by(scores: Scores | TopScores) -> str:
+def computed_by(scores: Scores | TopScores | TopChunks) -> str:
     """The method of scores, and its damping where it has one."""
     damping = scores.fingerprint.get("damping") if scores.method not in _WITHOUT_CURVATURE else None
     return scores.method + (f", damping {damping}" if damping else "")
 
 
-def _caveat(scores: Scores | TopScores) -> str:
+def _caveat(scores: Scores | TopScores | TopChunks) -> str:
     return _BY_FACTORS * ("factors" in scores.fingerprint and "solver" not in scores.fingerprint)

@@ -12,14 +12,23 @@ from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
 
-from wherefrom.report.passages import Passage, Passages, TokenContributions, checked_passages, excerpt, source_scores
+from wherefrom.report.passages import (
+    DatasetPassages,
+    Passage,
+    Passages,
+    TokenContributions,
+    checked_passages,
+    excerpt,
+    source_scores,
+)
 from wherefrom.report.reading import Reading, computed_by, reading
 from wherefrom.runtime.errors import InputError, printable
 from wherefrom.scoring.results import GroupScore, Hit, Scores, TopScores
+from wherefrom.scoring.tokens import ChunkHit, TopChunks
 
 
 def top_tables(
-    scores: Scores | TopScores,
+    scores: Scores | TopScores | TopChunks,
     queries: Passages,
     train: Passages,
     *,
@@ -27,7 +36,7 @@ def top_tables(
     k: int = 5,
     width: int = 160,
 ) -> RenderableType:
-    """For each query in `shown`: its text and a table of its k top training sequences.
+    """For each query in `shown`: its text and a table of its k top training sequences, or chunks of these.
 
     Args:
         queries: all of them; where scores are aggregated, the one passage says of how many.
@@ -48,23 +57,35 @@ def top_tables(
         parts += [Text(heading, style="bold"), _shown(passage, 2 * width), table, Text()]
         if by_source[query]:
             parts += [sources_table(by_source[query], read), Text()]
-    said = f"{read.heading}: {read.meaning}. Scores of {printable(computed_by(scores))}." if parts else ""
+    part = "; of a chunk, its part of that" if isinstance(scores, TopChunks) else ""
+    said = f"{read.heading}: {read.meaning}{part}. Scores of {printable(computed_by(scores))}." if parts else ""
     return Group(*parts, *([Text(said, style="dim")] if parts else []))
 
 
-def hits_table(heading: str | None, hits: Sequence[Hit], train: Passages, read: Reading, width: int = 160) -> Table:
+def hits_table(
+    heading: str | None, hits: Sequence[Hit | ChunkHit], train: Passages, read: Reading, width: int = 160
+) -> Table:
     """Training sequences with their ranks and scores, and their labels and sources where they have some."""
-    found = [train[hit.train] for hit in hits]
+    found = [_hit_passage(hit, train) for hit in hits]
     said = [name for name in ("label", "source") if any(getattr(each, name) for each in found)]
     title = heading and f"[bold]{heading}[/bold]"
-    table = Table(*figures("Rank", "Train", read.heading), title=title, title_justify="left")
+    spans = [f"{hit.start} to {hit.stop - 1}" for hit in hits if isinstance(hit, ChunkHit)]
+    named = figures("Rank", "Train", *(["Tokens"] if spans else []), read.heading)
+    table = Table(*named, title=title, title_justify="left")
     for name in said:
         table.add_column(name.capitalize(), max_width=14, overflow="fold")
     table.add_column("Training sequence", overflow="fold")
-    for hit, each in zip(hits, found, strict=True):
+    for number, (hit, each) in enumerate(zip(hits, found, strict=True)):
         facts = [Text(printable(getattr(each, name))) for name in said]
-        table.add_row(str(hit.rank), str(hit.train), read(hit.score), *facts, _shown(each, width))
+        span = spans[number : number + 1]
+        table.add_row(str(hit.rank), str(hit.train), *span, read(hit.score), *facts, _shown(each, width))
     return table
+
+
+def _hit_passage(hit: Hit | ChunkHit, train: Passages) -> Passage:
+    if isinstance(hit, ChunkHit) and isinstance(train, DatasetPassages):
+        return train.of_tokens(hit.train, hit.start, hit.stop)
+    return train[hit.train]
 
 
 def sources_table(found: Sequence[GroupScore], read: Reading, column: str = "source") -> Table:

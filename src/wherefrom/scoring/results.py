@@ -80,7 +80,7 @@ def in_notebooks(result: object) -> str | None:
     return None
 
 
-class _Scaled:
+class Scaled:
     """What scores are worth to a person."""
 
     values: Tensor
@@ -119,7 +119,7 @@ class _Scaled:
 
 
 @dataclass(frozen=True)
-class Scores(_Scaled):
+class Scores(Scaled):
     """How much training on each example lowers each query's measured loss.
 
     `values[q, t]` is the query's gradient, times the damped inverse curvature, times the training example's gradient:
@@ -291,7 +291,7 @@ class Scores(_Scaled):
 
 
 @dataclass(frozen=True)
-class TopScores(_Scaled):
+class TopScores(Scaled):
     """Each query's highest and lowest scores, where the whole matrix was never stored.
 
     Of equal scores, the one of the earlier training example comes first.

@@ -5,7 +5,7 @@ This module knows how scores are computed and what token scores are; it does not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Generic
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from wherefrom.engine.capture import Captured
-from wherefrom.engine.loading import collated
+from wherefrom.engine.loading import Examples, collated
+from wherefrom.engine.sweep import Sweep
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.keep import Tokens
@@ -96,7 +97,7 @@ class TokenScoring(Generic[Batch]):
     @cached_property
     def lengths(self) -> Tensor:
         """How many tokens each training example has, int64 [train]."""
-        return torch.tensor(self._train_lengths())
+        return token_lengths(self.scoring.sweep, self.scoring.train, {example for _, example in self.keep.pairs})
 
     def _per_token(
         self, bank: Callable[[], GradientBank], first: int, pairs: Tensor, lengths: Tensor, part: Unfinished
@@ -118,27 +119,29 @@ class TokenScoring(Generic[Batch]):
         )
         return collector.sums
 
-    def _train_lengths(self) -> list[int]:
-        """How many tokens each training example has: as its mask or, without one, as many as layers see.
 
-        Where pairs are chosen, those of others are 0.
-        """
-        train, model = self.scoring.train, self.scoring.sweep.model
-        if type(train.task).mask is Task.mask:  # never pads: all examples are alike
-            return [self._seen_tokens(0)] * len(train)
-        found = [0] * len(train)
-        for index in {example for _, example in self.keep.pairs} or range(len(train)):
-            mask = train.task.mask(collated(train, [index], model)[0])
-            found[index] = self._seen_tokens(index) if mask is None else mask.shape[1]
-        return found
+def token_lengths(sweep: Sweep[Batch], examples: Examples[Batch], chosen: Collection[int] = ()) -> Tensor:
+    """How many tokens each example has, int64 [examples]: as its mask or, without one, as many as layers see.
 
-    def _seen_tokens(self, index: int) -> int:
-        """How many vectors of one example the layers see in a call; the most of any layer."""
-        seen: list[int] = []
+    Args:
+        chosen: positions of those that are wanted, where these are not all; others have 0.
+    """
+    if type(examples.task).mask is Task.mask:  # never pads: all examples are alike
+        return torch.full((len(examples),), _seen_tokens(sweep, examples, 0))
+    found = torch.zeros(len(examples), dtype=torch.int64)
+    for index in chosen or range(len(examples)):
+        mask = examples.task.mask(collated(examples, [index], sweep.model)[0])
+        found[index] = _seen_tokens(sweep, examples, index) if mask is None else mask.shape[1]
+    return found
 
-        def receive(layer: str, captured: Captured) -> None:
-            own = captured.activations.shape[1] // max(captured.calls, 1)
-            seen.append(own if captured.positions is None else captured.positions.length)
 
-        self.scoring.sweep.probe(self.scoring.train.subset([index]), receive)
-        return max(seen)
+def _seen_tokens(sweep: Sweep[Batch], examples: Examples[Batch], index: int) -> int:
+    """How many vectors of one example the layers see in a call; the most of any layer."""
+    seen: list[int] = []
+
+    def receive(layer: str, captured: Captured) -> None:
+        own = captured.activations.shape[1] // max(captured.calls, 1)
+        seen.append(own if captured.positions is None else captured.positions.length)
+
+    sweep.probe(examples.subset([index]), receive)
+    return max(seen)

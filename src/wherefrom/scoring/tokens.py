@@ -1,4 +1,4 @@
-"""Scores of single tokens: which positions of a training sequence make up its score.
+"""Scores of single tokens, and of chunks of some: which positions of a training sequence make up its score.
 
 A weight's gradient is a sum over positions, so a score is too: position t of a training example adds
 `s_t^T P a_t`, with the layer's input a_t and output gradient s_t there and the preconditioned query gradient P. The
@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wherefrom.engine.capture import Captured
 from wherefrom.engine.sweep import Collector
-from wherefrom.runtime.errors import DamagedError, InputError, LayerError
+from wherefrom.runtime.errors import DamagedError, InputError, LayerError, check_argument
 from wherefrom.scoring.bank import GradientBank
-from wherefrom.scoring.results import LAYER_PARTS, OF_TOKENS, ONLY_EXTREMES, WITH_SELF_INFLUENCE, in_notebooks
+from wherefrom.scoring.results import LAYER_PARTS, OF_TOKENS, ONLY_EXTREMES, WITH_SELF_INFLUENCE, Scaled, in_notebooks
 from wherefrom.store.artifacts import Artifact, Layout, check_layout, check_same, read_manifest
 from wherefrom.store.cache import Cache, Unfinished
 from wherefrom.store.files import remove
@@ -97,7 +98,7 @@ class TokenCollector(Collector):
 
     def collect(self, layer: str, captured: Captured, batch: slice) -> None:
         tokens = int(self._lengths[batch].max())
-        self._check(layer, captured, tokens)
+        check_tokens(layer, captured, tokens)
         first, last = torch.searchsorted(self._examples, torch.tensor([batch.start, batch.stop])).tolist()
         queries, examples = self._queries[first:last], self._examples[first:last] - batch.start
         captured = self._bank.in_basis(layer, captured)
@@ -111,18 +112,27 @@ class TokenCollector(Collector):
                 folded = products.new_zeros(len(chosen), tokens).scatter_add_(1, some.positions.tokens, products)
             self.sums["values"][first + chosen, :tokens] += folded
 
-    @staticmethod
-    def _check(layer: str, captured: Captured, tokens: int) -> None:
-        """A layer must see one vector for each token of the batch's longest example, in each of its calls, or say which
-        ones it sees."""
-        seen, calls, positions = captured.gradients.shape[1], captured.calls, captured.positions
-        told = positions is not None and positions.length == tokens
-        if not told and (positions is not None or not calls or seen != calls * tokens):
-            raise LayerError(
-                f"Layer {layer!r} sees {seen} vectors an example in {calls or 'unequal'} call(s), where the longest "
-                f"example of the batch has {tokens} tokens: its part of a score belongs to no single token. Leave the "
-                "layer out with `layers=[...]`, or ask for sequence scores."
-            )
+
+def check_tokens(layer: str, captured: Captured, tokens: int) -> None:
+    """Refuse a layer whose vectors belong to no single tokens.
+
+    It must see one vector for each token of the batch's longest example, in each of its calls, or say which ones it
+    sees.
+
+    Args:
+        tokens: of that example.
+
+    Raises:
+        LayerError: names the layer.
+    """
+    seen, calls, positions = captured.gradients.shape[1], captured.calls, captured.positions
+    told = positions is not None and positions.length == tokens
+    if not told and (positions is not None or not calls or seen != calls * tokens):
+        raise LayerError(
+            f"Layer {layer!r} sees {seen} vectors an example in {calls or 'unequal'} call(s), where the longest "
+            f"example of the batch has {tokens} tokens: its part of a score belongs to no single token. Leave the "
+            "layer out with `layers=[...]`, or ask for sequence scores."
+        )
 
 
 @dataclass(frozen=True)
@@ -247,6 +257,58 @@ class TokenScores:
     def _pairs(self, number: int) -> Tensor:
         start = sum(self.shards[:number])
         return self.pairs[start : start + self.shards[number]]
+
+
+class ChunkHit(NamedTuple):
+    """One chunk of a training example behind a query, the tokens from `start` to before `stop`; rank 1 is the most
+    influential."""
+
+    query: int
+    rank: int
+    train: int
+    start: int
+    stop: int
+    score: float
+
+
+@dataclass(frozen=True)
+class TopChunks(Scaled):
+    """Each query's highest and lowest scores of chunks: what some tokens of a training example add to its score.
+
+    Of equal scores, the one of the earlier training example and chunk comes first.
+
+    Attributes:
+        values: the highest, best first, [query, k].
+        train: the training positions, int64 [query, k]; several chunks can be of one example.
+        spans: the first token of each chunk, and the one after its last, int64 [query, k, 2].
+        lowest_values, lowest_train, lowest_spans: of the lowest, lowest first.
+        fingerprint, rise_per_score, queries: as in `Scores`.
+    """
+
+    values: Tensor
+    train: Tensor
+    spans: Tensor
+    lowest_values: Tensor
+    lowest_train: Tensor
+    lowest_spans: Tensor
+    fingerprint: Fingerprint
+    rise_per_score: Tensor | None = None
+    queries: Dataset[object] | None = field(default=None, repr=False, compare=False)
+
+    def top(self, k: int = 10) -> list[ChunkHit]:
+        """The k most influential chunks of each query, best first, query by query.
+
+        Raises:
+            InputError: k is less than 1, or more than there are.
+        """
+        count = self.values.shape[1]
+        check_argument(1 <= k <= count, "k", k, f"1 to {count}, which were asked for")
+        found = []
+        for query in range(len(self.values)):
+            parts = (each[query, :k].tolist() for each in (self.train, self.spans, self.values))
+            for rank, (train, (start, stop), score) in enumerate(zip(*parts, strict=True), start=1):
+                found.append(ChunkHit(query, rank, train, start, stop, score))
+        return found
 
 
 def token_part(cache: Cache, pairs: Tensor, compute: Callable[[Unfinished], Mapping[str, Tensor]]) -> None:

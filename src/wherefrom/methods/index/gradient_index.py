@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
@@ -27,9 +27,10 @@ from wherefrom.methods.method import Context
 from wherefrom.runtime.errors import InputError, MismatchError, check_argument
 from wherefrom.runtime.memory import within_memory
 from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
-from wherefrom.scoring.keep import Top
+from wherefrom.scoring.keep import Tokens, Top
 from wherefrom.scoring.rescoring import exact_scores
 from wherefrom.scoring.results import RISE, TopScores, extremes
+from wherefrom.scoring.tokens import TopChunks
 from wherefrom.store.fingerprint import MODEL, TRAIN, Dataset, Fingerprint, model_digest, tensors_digest
 from wherefrom.store.names import check_result_name, log_others, result_name
 from wherefrom.tasks.task import Batch
@@ -93,7 +94,7 @@ class GradientIndex(Generic[Batch]):
 
     @property
     def bytes_per_example(self) -> int:
-        """What an example takes on disk."""
+        """What an example takes on disk, on average where it is in chunks."""
         return self.store.bytes_per_example
 
     def __len__(self) -> int:
@@ -114,11 +115,53 @@ class GradientIndex(Generic[Batch]):
                 `Scores.normalized("cosine")`. Not with `rerank`, whose scores are not divided.
 
         Raises:
-            InputError: an argument is impossible, or there are several processes.
+            InputError: an argument is impossible, there are several processes, or the index is of chunks.
             MismatchError: the model, or what is on the disk, is not what the index was opened with.
             DamagedError: a file is not what was written.
             MemoryLimitError: the queries' sketches do not fit.
         """
+        if self.store.sketch.chunk is not None:
+            raise InputError(
+                f"query of {self.path}, which has sketches of chunks of {self.store.sketch.chunk} token(s): call "
+                "query_chunks, or make an index of whole examples, with Sketch(chunk=None)."
+            )
+        return self._best(queries, k, rerank, normalized)
+
+    def query_chunks(
+        self, queries: Dataset[object], k: int = 10, *, rerank: int = 0, normalized: bool = False
+    ) -> TopChunks:
+        """Each query's `k` highest and `k` lowest scores of chunks, from an index with `Sketch(chunk=...)`.
+
+        Args:
+            rerank: how many chunks of each query's highest, and as many of its lowest, are scored again as the sums of
+                their tokens' scores (`keep=Tokens(...)` of their examples), and `k` of either taken from them.
+            queries, normalized: as in `query`.
+
+        Raises:
+            WherefromError: as `query`.
+            InputError: the index is of whole examples.
+        """
+        if self.store.sketch.chunk is None:
+            raise InputError(
+                f"query_chunks of {self.path}, which has sketches of whole examples: call query, or make an index of "
+                "chunks, such as with Sketch(chunk=64)."
+            )
+        top = self._best(queries, k, rerank, normalized)
+        highest, lowest = (self.store.chunks[1][each] for each in (top.train, top.lowest_train))  # [query, k, 3]
+        return TopChunks(
+            values=top.values,
+            train=highest[..., 0],
+            spans=highest[..., 1:],
+            lowest_values=top.lowest_values,
+            lowest_train=lowest[..., 0],
+            lowest_spans=lowest[..., 1:],
+            fingerprint=top.fingerprint,
+            rise_per_score=top.rise_per_score,
+            queries=top.queries,
+        )
+
+    def _best(self, queries: Dataset[object], k: int, rerank: int, normalized: bool) -> TopScores:
+        """What `query` returns; of an index of chunks, with their numbers in `SketchStore.chunks` for positions."""
         queries = indexed("queries", queries)
         self._check_query(k, rerank, normalized)
         self._model.check()
@@ -126,7 +169,8 @@ class GradientIndex(Generic[Batch]):
         advice = "Give fewer queries at once, or make an index of fewer numbers."
         with within_memory("query does", store.sweep.device, advice):
             counters, norms = store.of("query gradients", examples)
-            search = Search(store.sketch, store.shards, store.sweep.device)
+            shards = store.shards if store.sketch.chunk is None else store.chunks[0]
+            search = Search(store.sketch, shards, store.sweep.device)
             best = search.best(counters, norms, max(k, rerank), normalized)
             if rerank:
                 best = self._exact(examples, best, k)
@@ -172,15 +216,28 @@ class GradientIndex(Generic[Batch]):
 
     def _exact(self, queries: Examples[Any], best: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         """The highest and the lowest of candidates, by whole gradients."""
-        scoring = self.method.scoring(self.context, queries, self.factors)
         both = [best[name].sort(1).values for name in ("train", "lowest_train")]
+        exact = self._exact_examples if self.store.sketch.chunk is None else self._exact_chunks
         with tempfile.TemporaryDirectory() as folder:
-            parts = self.context.cache(Path(folder), self.fingerprint)
-            scores = exact_scores(scoring, torch.cat(both, 1), parts)
-        highest, lowest = (
-            extremes(each, train, k) for each, train in zip(scores["values"].chunk(2, 1), both, strict=True)
-        )
+            values = exact(queries, torch.cat(both, 1), Path(folder))
+        highest, lowest = (extremes(each, train, k) for each, train in zip(values.chunk(2, 1), both, strict=True))
         return {name: (lowest if name.startswith("lowest_") else highest)[name] for name in highest}
+
+    def _exact_examples(self, queries: Examples[Any], positions: Tensor, folder: Path) -> Tensor:
+        """Scores of training examples, int64 [query, n]."""
+        scoring = self.method.scoring(self.context, queries, self.factors)
+        return exact_scores(scoring, positions, self.context.cache(folder, self.fingerprint))["values"]
+
+    def _exact_chunks(self, queries: Examples[Any], numbers: Tensor, folder: Path) -> Tensor:
+        """Scores of chunks, int64 [query, n], as the sums of their tokens'."""
+        chosen = self.store.chunks[1][numbers].tolist()  # train, start, stop
+        pairs = {(query, train) for query, each in enumerate(chosen) for train, _, _ in each}
+        method, context = replace(self.method, factors=self.factors), replace(self.context, path=folder)
+        tokens = method.score(context, queries.dataset, Tokens(pairs=tuple(sorted(pairs))))
+        sums = [
+            tokens[query, train][start:stop].sum() for query, each in enumerate(chosen) for train, start, stop in each
+        ]
+        return torch.stack(sums).view(numbers.shape)
 
 
 class _Weights:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -27,13 +27,14 @@ from wherefrom.engine.modules.layers import TrackedLayer
 from wherefrom.engine.sweep import Collector
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.runtime.memory import Workspace
+from wherefrom.scoring.tokens import check_tokens
 from wherefrom.store.artifacts import Layout
 
 Bits = Literal[1, 8, 32]
 
 # What is stored of examples: their counters, what products with these are to be
-# multiplied with, and the norms of whitened gradients.
-CODES, SCALES, NORMS = "codes", "scales", "norms"
+# multiplied with, and the norms of whitened gradients; of chunks also which tokens they are.
+CODES, SCALES, NORMS, SPANS = "codes", "scales", "norms", "spans"
 # What a sweep adds up.
 COUNTERS, SQUARES = "counters", "squares"
 # The largest whole number of an int8 that has a negative.
@@ -55,6 +56,8 @@ class Sketch:
             little curvature have much of the norms, and so of the error, and little of the scores: a smaller index
             gains from leaving most of them out. 0 takes the score as it is.
         seed: of the random signs and counters.
+        chunk: store a sketch for every so many tokens of an example, for answers that say which passage; 1 is each
+            token alone, None the whole example.
 
     Raises:
         InputError: one of them is impossible.
@@ -64,6 +67,7 @@ class Sketch:
     bits: Bits = 1
     focus: float = 2.0
     seed: int = 0
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         check_argument(self.bits in get_args(Bits), "bits", self.bits, "1, 8 or 32")
@@ -73,23 +77,28 @@ class Sketch:
         most = _MOST.get(self.bits, self.numbers)
         if self.numbers > most:
             raise InputError(f"numbers={self.numbers} with bits={self.bits}: expected at most {most}.")
+        if self.chunk is not None:
+            check_argument(self.chunk >= 1, "chunk", self.chunk, "at least 1 token, or None for whole examples")
 
     @property
     def label(self) -> str:
         """The settings, in a word: what the name of an index begins with."""
-        return f"sketch{self.numbers}-{self.bits}bit"
+        return f"sketch{self.numbers}-{self.bits}bit" + ("" if self.chunk is None else f"-chunk{self.chunk}")
 
     @property
     def settings(self) -> dict[str, str]:
         """What a fingerprint says of it."""
-        return {"sketch": f"{self.numbers} numbers, focus {self.focus}, seed {self.seed}", "bits": str(self.bits)}
+        chunk = {} if self.chunk is None else {"chunk": f"{self.chunk} tokens"}
+        sketch = f"{self.numbers} numbers, focus {self.focus}, seed {self.seed}"
+        return {"sketch": sketch, "bits": str(self.bits), **chunk}
 
     @classmethod
     def of(cls, settings: Mapping[str, str]) -> Sketch:
         """The sketch whose `settings` are among these."""
         numbers, focus, seed = (part.split()[-1] for part in settings["sketch"].replace(" numbers", "").split(", "))
         bits = {str(each): each for each in get_args(Bits)}[settings["bits"]]
-        return cls(numbers=int(numbers), bits=bits, focus=float(focus), seed=int(seed))
+        chunk = int(settings["chunk"].split()[0]) if "chunk" in settings else None
+        return cls(numbers=int(numbers), bits=bits, focus=float(focus), seed=int(seed), chunk=chunk)
 
     @property
     def code_bytes(self) -> int:
@@ -97,10 +106,11 @@ class Sketch:
         return self.numbers * self.bits // 8
 
     def layout(self, examples: int) -> Layout:
-        """The tensors that are stored of so many examples."""
+        """The tensors that are stored of so many examples, or chunks."""
         stored = {1: torch.uint8, 8: torch.int8, 32: None}[self.bits]
         width = self.code_bytes if self.bits == 1 else self.numbers
-        return {CODES: (stored, (examples, width)), SCALES: (None, (examples,)), NORMS: (None, (examples,))}
+        spans: Layout = {} if self.chunk is None else {SPANS: (torch.int32, (examples, 2))}
+        return {CODES: (stored, (examples, width)), SCALES: (None, (examples,)), NORMS: (None, (examples,)), **spans}
 
     def packed(self, counters: Tensor, norms: Tensor) -> dict[str, Tensor]:
         """What is stored of counters [examples, numbers] and norms [examples].
@@ -187,30 +197,80 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+class Chunks(NamedTuple):
+    """How examples are cut.
+
+    Attributes:
+        lengths: how many tokens each has, int64 [examples].
+        size: tokens of a chunk; the last one of an example may have fewer.
+    """
+
+    lengths: Tensor
+    size: int
+
+    @property
+    def counts(self) -> Tensor:
+        """How many chunks each example has, int64 [examples]."""
+        return (-(-self.lengths // self.size)).clamp_min(1)
+
+    @property
+    def firsts(self) -> Tensor:
+        """How many chunks stand before the first of each example, int64 [examples]."""
+        return self.counts.cumsum(0) - self.counts
+
+    @property
+    def spans(self) -> Tensor:
+        """The first token of each chunk, and the one after its last, int32 [chunks, 2]."""
+        lengths, firsts = (each.repeat_interleave(self.counts) for each in (self.lengths, self.firsts))
+        starts = (torch.arange(len(lengths)) - firsts) * self.size
+        return torch.stack([starts, torch.minimum(starts + self.size, lengths)], 1).int()
+
+
 class Sketches(Collector):
-    """The counters of every example.
+    """The counters of every example, or of every chunk.
 
     Args:
+        examples: how many there are, or how they are cut.
         training: whether the examples are those that the curvature is of, which has to be there where gradients are.
 
     Attributes:
-        sums: `counters` [examples, numbers], and `squares` [examples]: the squared norms of whitened gradients.
+        sums: `counters` [examples, numbers], and `squares` [examples]: the squared norms of whitened gradients; of
+            chunks, those of an example one after another.
     """
 
-    def __init__(self, projector: Projector, examples: int, training: bool, like: Tensor) -> None:
+    def __init__(self, projector: Projector, examples: int | Chunks, training: bool, like: Tensor) -> None:
         self._projector, self._training = projector, training
+        self._chunks = examples if isinstance(examples, Chunks) else None
+        count = examples if isinstance(examples, int) else int(examples.counts.sum())
         self._workspace = Workspace()
-        self.sums = {COUNTERS: like.new_zeros(examples, projector.numbers), SQUARES: like.new_zeros(examples)}
+        self.sums = {COUNTERS: like.new_zeros(count, projector.numbers), SQUARES: like.new_zeros(count)}
 
     def collect(self, layer: str, captured: Captured, batch: slice) -> None:
-        projector = self._projector
         if self._training:
-            projector.preconditioner.check_gradients(layer, captured)
+            self._projector.preconditioner.check_gradients(layer, captured)
+        counters, squares = self.sums[COUNTERS], self.sums[SQUARES]
+        if self._chunks is None:
+            self._add(layer, captured, counters[batch], squares[batch])
+            return
+        lengths, size = self._chunks.lengths[batch], self._chunks.size
+        firsts, longest = self._chunks.firsts[batch], int(lengths.max())
+        check_tokens(layer, captured, longest)
+        # The first chunk of each example, then the second, so that there are as many gradients as of whole examples.
+        for number, start in enumerate(range(0, longest, size)):
+            chosen = (lengths > start).nonzero().squeeze(1)
+            some = _of_tokens(captured, start, min(start + size, longest), longest).examples(chosen)
+            here = (firsts[chosen] + number).to(counters.device)
+            totals, norms = counters[here], squares[here]
+            self._add(layer, some, totals, norms)
+            counters[here], squares[here] = totals, norms
+
+    def _add(self, layer: str, captured: Captured, totals: Tensor, squares: Tensor) -> None:
+        """Add a layer's part of some examples to their counters [batch, numbers] and squared norms [batch]."""
+        projector = self._projector
         gradients = weight_gradients(captured, projector.transforms[layer], self._workspace)
         gradients *= captured.selected(projector.factors[layer])  # [batch, out, columns]
         gradients = gradients.to(self.sums[COUNTERS].device)
-        totals = self.sums[COUNTERS][batch]
-        self.sums[SQUARES][batch] += gradients.square().sum((1, 2))
+        squares += gradients.square().sum((1, 2))
         if captured.columns is None:
             projector.add(layer, gradients.flatten(1), totals)
             return
@@ -221,3 +281,16 @@ class Sketches(Collector):
 
     def release(self) -> None:
         self._workspace.release()
+
+
+def _of_tokens(captured: Captured, start: int, stop: int, length: int) -> Captured:
+    """What tokens from `start` to before `stop` of each example, of `length` tokens, add to the gradients."""
+    if captured.positions is not None:
+        tokens = captured.positions.tokens.to(captured.gradients.device)  # [batch, vectors]
+        inside = ((tokens >= start) & (tokens < stop)).unsqueeze(2)
+        return captured._replace(gradients=captured.gradients.where(inside, 0))
+    activations, gradients = (
+        each.unflatten(1, (captured.calls, length))[:, :, start:stop].flatten(1, 2)
+        for each in (captured.activations, captured.gradients)
+    )
+    return captured._replace(activations=activations, gradients=gradients)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from wherefrom.engine.loading import Examples
 from wherefrom.engine.sweep import Sweep
-from wherefrom.methods.index.sketches import COUNTERS, SQUARES, Projector, Sketch, Sketches
+from wherefrom.methods.index.sketches import COUNTERS, SPANS, SQUARES, Chunks, Projector, Sketch, Sketches
 from wherefrom.runtime.errors import MismatchError
+from wherefrom.scoring.token_scoring import token_lengths
 from wherefrom.store.artifacts import Layout, Partial, check_layout
 from wherefrom.store.cache import Cache, Unfinished
 from wherefrom.store.fingerprint import example_digests, tensors_digest
@@ -33,11 +34,11 @@ _DIGESTS = "digests"
 
 
 class Shard(NamedTuple):
-    """Some stored examples.
+    """Some stored examples, or chunks of examples.
 
     Attributes:
         tensors: what is stored of each, memory-mapped.
-        positions: in the dataset, int64 [n], ascending.
+        positions: of the examples in the dataset, int64 [n], ascending.
         examples: which of the stored they are, int64 [n]; None where these are all, one after another.
     """
 
@@ -68,10 +69,14 @@ class SketchStore(Generic[Batch]):
             WherefromError: see `wherefrom.runtime.errors`; finished shards stay valid.
         """
         missing = self._missing()
-        count = max(1, _SHARD_BYTES // (self.sketch.numbers * self.sweep.dtype.itemsize))
-        parts = missing.split(count) if len(missing) else ()
+        cut = self._cut(self.examples.subset(missing.tolist()))
+        counts = torch.ones_like(missing) if cut is None else cut.counts
+        most = max(1, _SHARD_BYTES // (self.sketch.numbers * self.sweep.dtype.itemsize))
+        _, sizes = ((counts.cumsum(0) - 1) // most).unique_consecutive(return_counts=True)
+        parts, sketches = (each.split(sizes.tolist()) if len(missing) else () for each in (missing, counts))
         shards = {_name(self._digests[positions]): positions for positions in parts}
-        self.cache.ranks.first(lambda: self._check_disk(len(missing), min(count, len(missing)), list(shards)))
+        together = max((int(each.sum()) for each in sketches), default=0)
+        self.cache.ranks.first(lambda: self._check_disk(int(counts.sum()), together, list(shards)))
         for name, positions in shards.items():
             self.cache.get_or_compute(name, partial(self._shard, positions))
 
@@ -81,8 +86,21 @@ class SketchStore(Generic[Batch]):
 
     @property
     def bytes_per_example(self) -> int:
-        """What an example takes on disk: its counters, a scale, a norm and a digest."""
-        return self.sketch.code_bytes + 2 * self.sweep.dtype.itemsize + 8
+        """What an example takes on disk: its counters, a scale, a norm and a digest; in chunks, on average."""
+        stored = len(self)
+        if self.sketch.chunk is not None:
+            stored = sum(int(torch.isin(each, self._digests).sum()) for each in self._stored())
+        return self._bytes_each * stored // len(self)
+
+    @property
+    def _bytes_each(self) -> int:
+        span = 0 if self.sketch.chunk is None else 2 * torch.int32.itemsize
+        return self.sketch.code_bytes + 2 * self.sweep.dtype.itemsize + 8 + span
+
+    def _cut(self, examples: Examples[Batch]) -> Chunks | None:
+        """How examples are cut, where they are."""
+        size = self.sketch.chunk
+        return None if size is None or not len(examples) else Chunks(token_lengths(self.sweep, examples), size)
 
     @cached_property
     def _digests(self) -> Tensor:
@@ -104,33 +122,43 @@ class SketchStore(Generic[Batch]):
             if artifact.available():
                 yield artifact.mapped(fresh=True)[_DIGESTS]  # a look at all bytes is for who reads them: `shards`
 
-    def _check_disk(self, examples: int, together: int, names: list[str]) -> None:
+    def _check_disk(self, sketches: int, together: int, names: list[str]) -> None:
         """Refuse to begin what there is too little disk space for; what is all there needs none."""
-        stays = examples * self.bytes_per_example
+        stays = sketches * self._bytes_each
         sums = together * self.sketch.numbers * self.sweep.dtype.itemsize
         step = Step("sketches of gradients", stays, stays + 2 * self.cache.ranks.count * sums)
         folder = self.cache.folder
         begun = [path for name in names for path in folder.glob(f"{name}.part*")]
-        if examples:
+        if sketches:
             check_space(folder, [step], used_bytes(begun))
 
     def _shard(self, positions: Tensor, result: Unfinished) -> dict[str, Tensor]:
-        examples = self.examples.subset(positions.tolist())
-        counters, norms = self.of("sketches of gradients", examples, result.sums, training=True)
-        return {**self.sketch.packed(counters, norms), _DIGESTS: self._digests[positions]}
+        examples, digests = self.examples.subset(positions.tolist()), self._digests[positions]
+        cut = self._cut(examples)
+        counters, norms = self.of("sketches of gradients", examples, result.sums, cut, training=True)
+        stored = self.sketch.packed(counters, norms)
+        if cut is None:
+            return {**stored, _DIGESTS: digests}
+        return {**stored, SPANS: cut.spans, _DIGESTS: digests.repeat_interleave(cut.counts)}
 
     def of(
-        self, name: str, examples: Examples[Batch], sums: Partial | None = None, training: bool = False
+        self,
+        name: str,
+        examples: Examples[Batch],
+        sums: Partial | None = None,
+        cut: Chunks | None = None,
+        training: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The counters [examples, numbers] and norms [examples] of other examples, in memory.
 
         Args:
             name: of the sweep.
+            cut: how examples are cut, for those of their chunks.
             training: as for `Sketches`.
         """
         sweep = self.sweep
         like = torch.empty(0, dtype=sweep.dtype, device=sweep.device)
-        collector = Sketches(self.projector, len(examples), training, like)
+        collector = Sketches(self.projector, cut or len(examples), training, like)
         sweep.run(name, examples, collector, batch_size=sweep.execution.train_batch_size, partial=sums)
         return collector.sums[COUNTERS], collector.sums[SQUARES].sqrt()
 
@@ -155,8 +183,8 @@ class SketchStore(Generic[Batch]):
             counts = ends - begins  # of how many examples each stored one is: none, one, or of equal ones several
             stored = torch.arange(len(digests)).repeat_interleave(counts)
             within = torch.arange(len(stored)) - (counts.cumsum(0) - counts)[stored]
-            positions, by_position = order[begins[stored] + within].sort()
-            stored, left = stored[by_position], left - len(positions)
+            positions, by_position = order[begins[stored] + within].sort(stable=True)
+            stored, left = stored[by_position], left - len(positions.unique_consecutive())
             if len(positions):
                 whole = torch.equal(stored, torch.arange(len(digests)))
                 found.append(Shard(tensors, positions, None if whole else stored))
@@ -166,6 +194,21 @@ class SketchStore(Generic[Batch]):
                 "Make it again by the same call."
             )
         return found
+
+    @cached_property
+    def chunks(self) -> tuple[list[Shard], Tensor]:
+        """The shards with numbers of chunks as positions, and what these are, int64 [chunks, 3].
+
+        That is the example's position, the chunk's first token and the one after its last, in this order.
+        """
+        parts = []
+        for shard in self.shards:
+            spans = shard.tensors[SPANS] if shard.examples is None else shard.tensors[SPANS][shard.examples]
+            parts.append(torch.cat([shard.positions.unsqueeze(1), spans], 1))
+        every = torch.cat(parts)
+        order = (every[:, 0] * every.max() + every[:, 1]).argsort()
+        numbers = order.argsort().split([len(part) for part in parts])
+        return [each._replace(positions=its) for each, its in zip(self.shards, numbers, strict=True)], every[order]
 
     def prune(self) -> int:
         """Delete what is stored of examples that are not in the dataset, and return how many these are.
@@ -177,7 +220,8 @@ class SketchStore(Generic[Batch]):
             WherefromError: see `wherefrom.runtime.errors`.
         """
         deleted = sum(self._prune(path.name) for path in finished(self.cache.folder))
-        self.__dict__.pop("shards", None)  # which may be open
+        for opened in ("shards", "chunks"):
+            self.__dict__.pop(opened, None)
         return deleted
 
     def _prune(self, shard: str) -> int:
@@ -186,12 +230,13 @@ class SketchStore(Generic[Batch]):
             return 0
         tensors = artifact.mapped()
         stays = torch.isin(tensors[_DIGESTS], self._digests)
-        if not stays.all():
+        deleted = len(tensors[_DIGESTS][~stays].unique())
+        if deleted:
             remaining = {name: each[stays] for name, each in tensors.items()}  # copies
             self.cache.forget(shard)
             if stays.any():
-                self.cache.get_or_compute(_name(remaining[_DIGESTS]), lambda _: remaining)
-        return int((~stays).sum())
+                self.cache.get_or_compute(_name(remaining[_DIGESTS].unique_consecutive()), lambda _: remaining)
+        return deleted
 
     def _layout(self, examples: int) -> Layout:
         return {**self.sketch.layout(examples), _DIGESTS: (torch.int64, (examples,))}

@@ -3,6 +3,7 @@
     python benchmarks/run_leaderboard.py                    # a few hours on two cores; it can be stopped and continued
     python benchmarks/run_leaderboard.py --size.model smollm2 --size.tokens 256 ...     # larger, on a GPU
     python benchmarks/run_leaderboard.py --size.board 2     # texts, queries and a training that nobody tuned on
+    python benchmarks/run_leaderboard.py --size.board 3 --size.train 1447 --size.queries 16     # and all of the texts
     python benchmarks/run_leaderboard.py --methods ekfac magic      # these rows; the others stay as they are
     python benchmarks/run_leaderboard.py --only_page        # only write the page again
 
@@ -39,7 +40,7 @@ class Arguments:
 
     size: Size = field(default_factory=Size)
     run_dir: Path | None = None
-    """By default runs/leaderboard, and of the second board runs/leaderboard-2."""
+    """By default runs/leaderboard, and of the other boards runs/leaderboard-2 and -3."""
     cache_dir: Path = ROOT / "cache"
     """Keeps the pre-trained small model."""
     masks: int = 100

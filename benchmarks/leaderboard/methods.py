@@ -7,7 +7,7 @@ how methods are ranked.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -36,6 +36,7 @@ class Entry:
         layers: which are tracked; all linear ones but the head by default.
         unit: what a score says of the rise of a query's summed loss when the example is left out: as much, or as much
             for each of the N examples, so that it has to be divided by N; None where it says nothing of a size.
+        half_precision: of the model's passes, with the fit and the solves.
     """
 
     method: wf.Method | Callable[[Subject], wf.Method]
@@ -44,11 +45,14 @@ class Entry:
     layers: tuple[str, ...] | None = None
     measure: Measure = "loss"
     unit: Literal["1", "1/N"] | None = "1/N"
+    half_precision: bool = False
 
     def scores(self, subject: Subject) -> wf.Scores:
         """Those of all pairs; positive where training on the example lowers the query's loss."""
         method = self.method if isinstance(self.method, wf.Method) else self.method(subject)
-        return subject.study(self.layers, self.measure).score(subject.setting.queries, method)
+        study = subject.study(self.layers, self.measure)
+        execution = replace(study.execution, half_precision=self.half_precision)
+        return study.score(subject.setting.queries, method, execution=execution)
 
     def rises(self, values: Tensor) -> Tensor:
         """What scores [queries, train] say of the rise of each query's summed loss when an example is left out."""
@@ -63,6 +67,11 @@ def source(adam: bool) -> Callable[[Subject], wf.Method]:
 def solved(solver: Solver) -> Callable[[Subject], wf.Method]:
     """The Gauss-Newton matrix, with Shampoo in Adam's coordinates as the preconditioner; None as its damping."""
     return lambda subject: wf.Shampoo(adam=True, solver=solver, loss_scale=subject.setting.loss_scale)
+
+
+def solved_without_factors(solver: Solver) -> Callable[[Subject], wf.Method]:
+    """The same matrix with Adam's preconditioner alone."""
+    return lambda subject: wf.Dot(adam=True, solver=solver, loss_scale=subject.setting.loss_scale)
 
 
 def naturally_damped_fisher(subject: Subject) -> wf.Method:
@@ -136,6 +145,26 @@ METHODS: dict[str, Entry] = {
         "the same matrix and weights, by conjugate gradients whose directions all queries share (O'Leary 1980)",
         NATURAL,
         BUT_POSITIONS,
+    ),
+    "block cg, no factors, 5 iterations, 25 examples": Entry(
+        solved_without_factors(wf.ConjugateGradients(5, examples=25, block_size=32)),
+        "the Gauss-Newton matrix of a twelfth of the examples, preconditioned by Adam's preconditioner alone",
+        NATURAL,
+        ALL,
+    ),
+    "block cg, no factors, 6 iterations, 50 examples, half precision": Entry(
+        solved_without_factors(wf.ConjugateGradients(6, examples=50, block_size=32)),
+        "the same of a sixth of the examples, the model's passes in bfloat16",
+        NATURAL,
+        ALL,
+        half_precision=True,
+    ),
+    "block cg, no factors, 8 iterations, 100 examples, half precision": Entry(
+        solved_without_factors(wf.ConjugateGradients(8, examples=100, block_size=32)),
+        "the same of a third of the examples",
+        NATURAL,
+        ALL,
+        half_precision=True,
     ),
     "astra, all weights, 40 batches": Entry(
         solved(wf.Astra(40, batch_size=32, decay=0.5, decay_every=10)),

@@ -47,8 +47,9 @@ class Size:
     """Kept along the training, the trained model among them."""
     epsilon: float = 1e-6
     """Of AdamW, inside its root: see `wherefrom.TrainingRecipe`."""
-    board: Literal[1, 2] = 1
-    """The first has the first of the texts and queries; the second has the last, and another seed of training."""
+    board: Literal[1, 2, 3] = 1
+    """The first has the first of the texts and queries, the second the last, the third those in the middle; each has
+    another seed of training."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class Setting:
 
     def _part(self, texts: Dataset, count: int) -> Dataset:
         """Those of this board."""
-        return texts.select(range(count) if self.size.board == 1 else range(len(texts) - count, len(texts)))
+        start = {1: 0, 2: len(texts) - count, 3: (len(texts) - count) // 2}[self.size.board]
+        return texts.select(range(start, start + count))
 
     @property
     def seed(self) -> int:

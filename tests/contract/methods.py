@@ -239,7 +239,6 @@ _NO_DAMPING = Unsupported("there is no curvature to be damped")
 _FULL_PRECISION = Unsupported("filters are of full precision", InputError, "half_precision=True with")
 _UNKNOWN_OPTION = Unsupported("gradients are projected in full precision", InputError, "half_precision=True with")
 _ANY_FACTORS = Unsupported("a solution does not depend on the factors that it was found with")
-_WHOLE_SOLUTIONS = Unsupported("solutions are in the model's type", InputError, "half_precision=True with a solver")
 
 METHODS: dict[str, Method] = {
     **{
@@ -267,13 +266,13 @@ METHODS: dict[str, Method] = {
         solved(wf.ConjugateGradients(iterations=100, tolerance=1e-11)),
         truth.gauss_newton,
         takes_factors="ekfac",
-        unsupported={"half precision": _WHOLE_SOLUTIONS, "seed": _ANY_FACTORS},
+        unsupported={"seed": _ANY_FACTORS},
     ),
     "ASTRA": Method(
         solved(wf.Astra(iterations=8, batch_size=None, learning_rate=1.0, momentum=0.0, decay=1.0)),
         truth.gauss_newton,
         takes_factors="ekfac",
-        unsupported={"half precision": _WHOLE_SOLUTIONS, "seed": _ANY_FACTORS},
+        unsupported={"seed": _ANY_FACTORS},
     ),
     "highest": Method(highest, truth.factored("ekfac"), takes_factors="ekfac"),
     "candidates": Method(of_candidates, truth.of_candidates(candidates), takes_factors="ekfac"),

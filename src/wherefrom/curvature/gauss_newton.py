@@ -124,12 +124,19 @@ class _ModelCall(NamedTuple):
     indices: list[int]
 
 
-def batch_product(loss: Callable[[], Tensor], model: nn.Module, space: WeightSpace, vectors: Tensor) -> Tensor:
-    """The sum over a batch's examples of J^T (d^2 loss / d z^2) J v, for each row v of [queries, weights].
+def batch_product(
+    loss: Callable[[], Tensor],
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    tangents: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The sum over a batch's examples of J^T (d^2 loss / d z^2) J v, for each of some vectors v.
 
     Args:
         loss: computes the batch's summed loss by calling the model.
-        model: frozen but for the parameters of `space`.
+        model: frozen but for `parameters`.
+        parameters: those that vectors have numbers for, by their names in the model.
+        tangents: the vectors, [queries, *shape] for each parameter, as the result has them.
 
     Raises:
         LossError: the loss is not a function, with a curvature, of what the model returns.
@@ -137,9 +144,8 @@ def batch_product(loss: Callable[[], Tensor], model: nn.Module, space: WeightSpa
     with _cut(model) as calls, torch.enable_grad():
         value = loss()
     leaves = [leaf for call in calls for leaf in call.leaves]
-    slopes = _slopes(value, leaves, list(space.parameters.values()))
-    weights = {name: parameter.detach() for name, parameter in space.parameters.items()}
-    tangents = space.to_parameters(vectors)
+    slopes = _slopes(value, leaves, list(parameters.values()))
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
     moved = [each for call in calls for each in _pushed(model, call, weights, tangents)]
     seen = [(slope, u) for slope, u in zip(slopes, moved, strict=True) if slope is not None and slope.requires_grad]
     if not seen:
@@ -148,24 +154,10 @@ def batch_product(loss: Callable[[], Tensor], model: nn.Module, space: WeightSpa
             "train_loss compute the loss from the model's logits or predictions, rather than take a loss that the "
             "model has computed itself."
         )
-    curved = torch.autograd.grad(
-        [slope for slope, _ in seen],
-        leaves,
-        [u for _, u in seen],
-        is_grads_batched=True,
-        allow_unused=True,
-    )
+    curved = _pulled([slope for slope, _ in seen], leaves, [u for _, u in seen])
     outputs = [output for call in calls for output in call.outputs]
-    pulled = [(output, each) for output, each in zip(outputs, curved, strict=True) if each is not None]
-    found = torch.autograd.grad(
-        [output for output, _ in pulled],
-        list(space.parameters.values()),
-        [each for _, each in pulled],
-        is_grads_batched=True,
-        materialize_grads=True,
-        allow_unused=True,
-    )
-    return space.from_parameters(dict(zip(space.parameters, found, strict=True)))
+    found = _pulled(outputs, list(parameters.values()), curved)
+    return dict(zip(parameters, found, strict=True))
 
 
 @contextmanager
@@ -231,6 +223,17 @@ def _pushed(
 
     with torch.no_grad():
         found: list[Tensor] = vmap(one)(dict(tangents))
+    return found
+
+
+def _pulled(values: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """J^T v of values by inputs, for each of some vectors [queries, *shape of a value]: [queries, *shape] by input."""
+
+    def one(these: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(values, inputs, these, retain_graph=True, materialize_grads=True, allow_unused=True)
+
+    # Not `is_grads_batched`, whose older vmap takes many operations' derivatives vector by vector.
+    found: tuple[Tensor, ...] = vmap(one)(list(vectors))
     return found
 
 
@@ -300,42 +303,52 @@ class DampedGaussNewton(Generic[Batch]):
 
     def _sum(self, examples: Examples[Batch], vectors: Tensor) -> Tensor:
         """This process's part of the sum over examples of H v."""
-        sweep, total = self._sweep, torch.zeros_like(vectors)
+        sweep, space, total = self._sweep, self.space, torch.empty_like(vectors)
         # As many vectors as examples: of one example, all vectors' weight gradients are moved for a product of few
         # tokens; one vector alone shares its pass with none.
         share, together = sweep.ranks.share(len(examples)), min(len(vectors), math.isqrt(self._pairs))
         with (
-            _following(sweep.model, self.space),
+            sweep.precision.passes(sweep.device),
+            _following(sweep.model, space),
             held_signals() as held,
             Loader(examples, sweep.device, end=share.stop, model=sweep.model) as loader,
         ):
             for some, sums in zip(vectors.split(together), total.split(together), strict=True):
                 size = max(1, self._pairs // len(some))
+                # Laid out as parameters are, once for all batches: moving weights costs as much as a product of them.
+                tangents = {name: each.contiguous() for name, each in space.to_parameters(some).items()}
+                added = {name: torch.zeros_like(each) for name, each in tangents.items()}
                 for start in range(share.start, share.stop, size):
-                    self._add(loader, range(start, min(start + size, share.stop)), some, sums)
+                    self._add(loader, range(start, min(start + size, share.stop)), tangents, added)
                     if held.received:
                         held.deliver()
+                sums.copy_(space.from_parameters(added))
         return total
 
-    def _add(self, loader: Loader[Batch], indices: range, vectors: Tensor, total: Tensor) -> None:
+    def _add(
+        self, loader: Loader[Batch], indices: range, tangents: Mapping[str, Tensor], added: Mapping[str, Tensor]
+    ) -> None:
         """Add a batch's sum of H v; in halves when memory runs out."""
         model, task = self._sweep.model, self._sweep.task
+        vectors = len(next(iter(tangents.values())))
         try:
             batch = loader.load(indices).batch
-            total += batch_product(lambda: task.train_loss(model, batch), model, self.space, vectors)
+            found = batch_product(lambda: task.train_loss(model, batch), model, self.space.parameters, tangents)
+            for name, each in found.items():
+                added[name].add_(each)
             return
         except (RuntimeError, MemoryError) as error:
-            pairs = len(indices) * len(vectors)
+            pairs = len(indices) * vectors
             if not out_of_memory(error) or pairs == 1:
                 raise
         self._pairs = min(self._pairs, pairs // 2)
         if len(indices) > 1:
             middle = len(indices) // 2
             for half in (indices[:middle], indices[middle:]):
-                self._add(loader, half, vectors, total)
+                self._add(loader, half, tangents, added)
         else:
-            middle = len(vectors) // 2
-            for some, sums in ((vectors[:middle], total[:middle]), (vectors[middle:], total[middle:])):
+            for part in (slice(vectors // 2), slice(vectors // 2, None)):
+                some, sums = ({name: each[part] for name, each in both.items()} for both in (tangents, added))
                 self._add(loader, indices, some, sums)
 
 

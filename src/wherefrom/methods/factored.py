@@ -108,14 +108,10 @@ class Factored(Approximation, Coordinates, Method):
 
     def check(self, keep: Keep[Any], half_precision: bool) -> None:
         super().check(keep, half_precision)
-        keeps_self = isinstance(keep, Pairs) and keep.self_influence
-        if self.solver is not None:
-            given = {"half_precision=True": half_precision, "self_influence=True": keeps_self}
-            for name in (name for name, used in given.items() if used):
-                raise InputError(
-                    f"{name} with a solver, whose solutions are whole, in the model's type, and of queries alone. "
-                    "Leave one of them out."
-                )
+        if self.solver is not None and isinstance(keep, Pairs) and keep.self_influence:
+            raise InputError(
+                "self_influence=True with a solver, whose solutions are of queries alone. Leave one of them out."
+            )
         if self.rescore and not (isinstance(keep, Tokens) or keep == Pairs() or keep == Pairs(self_influence=True)):
             raise InputError(
                 f"rescore={self.rescore} with keep={keep!r}: it replaces single scores of all pairs. Leave one of them "

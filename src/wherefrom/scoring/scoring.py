@@ -62,7 +62,9 @@ def make_plan(
         loaded: whether the factors are in memory already; otherwise memory is left for them.
     """
     execution = sweep.execution
-    dtype = torch.bfloat16 if execution.half_precision else sweep.dtype
+    # What a solver adds up in many steps is of the model's type; so is what it ends with.
+    half = execution.half_precision and approximation.solver is None
+    dtype = torch.bfloat16 if half else sweep.dtype
     job = Workload(
         layers=sweep.layers,
         strategy=strategy,

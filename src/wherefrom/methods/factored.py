@@ -234,7 +234,6 @@ class Factored(Approximation, Coordinates, Method):
 
         Raises:
             MismatchError: the factors are of another model.
-            InputError: a solver is given with conditioned factors.
         """
         factors.check_model(context.fingerprint)
         conditioned = factors.fingerprint.get("conditioning")

@@ -33,6 +33,8 @@ from workload import RESULTS, ROOT, save_results
 from wherefrom.runtime.errors import InputError, MismatchError
 from wherefrom.store.files import read_json, write_text
 
+BOARDS = ("leaderboard", "leaderboard-2", "leaderboard-3")
+
 
 @dataclass
 class Arguments:
@@ -60,7 +62,7 @@ class Arguments:
     @property
     def name(self) -> str:
         """Of its results."""
-        return "leaderboard" if self.size.board == 1 else f"leaderboard-{self.size.board}"
+        return BOARDS[self.size.board - 1]
 
 
 def main(arguments: Arguments) -> None:
@@ -69,7 +71,7 @@ def main(arguments: Arguments) -> None:
         file = RESULTS / f"{arguments.name}.json"
         earlier = json.loads(file.read_text()) if file.exists() else None
         save_results(arguments.name, merged(earlier, results(arguments)))
-    write_page(*(json.loads((RESULTS / f"{name}.json").read_text()) for name in ("leaderboard", "leaderboard-2")))
+    write_page(*(json.loads((RESULTS / f"{name}.json").read_text()) for name in BOARDS))
 
 
 def results(arguments: Arguments) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from leaderboard.methods import METHODS
 from leaderboard.plots import frontier, score_against_cost
 from leaderboard.retrainings import OnHalves, WithoutSome, removals
 from leaderboard.setting import Setting, Size, record
-from run_leaderboard import Arguments, merged, results
+from run_leaderboard import BOARDS, Arguments, merged, results
 from safetensors.torch import load_file
 from tables import README
 from torch import Tensor
@@ -79,13 +79,14 @@ def test_halves_and_removals_are_different_trainings(setting: Setting) -> None:
     assert not torch.equal(whole, other)
 
 
-def test_the_second_board_has_other_texts_and_queries_and_another_seed(setting: Setting) -> None:
-    second = Setting(replace(SIZE, board=2), setting.cache_dir)
+@pytest.mark.parametrize("board", [2, 3])
+def test_another_board_has_other_texts_and_queries_and_another_seed(setting: Setting, board: Literal[2, 3]) -> None:
+    second = Setting(replace(SIZE, board=board), setting.cache_dir)
     assert (len(second.train), len(second.queries)) == (SIZE.train, SIZE.queries)
     for part in ("train", "queries"):
-        first, other = ({str(each["input_ids"]) for each in getattr(board, part)} for board in (setting, second))
+        first, other = ({str(each["input_ids"]) for each in getattr(which, part)} for which in (setting, second))
         assert not first & other
-    assert (setting.seed, second.seed) == (0, 100)
+    assert (setting.seed, second.seed) == (0, 100 * (board - 1))
     assert setting.training().recipe.seed != second.training().recipe.seed
     assert setting.fingerprint() != second.fingerprint()
 
@@ -204,11 +205,11 @@ def test_the_published_page_is_made_of_the_published_figures(tmp_path: Path, mon
     readme = README.read_text()
     (tmp_path / "README.md").write_text(readme)
     monkeypatch.setattr(page, "README", tmp_path / "README.md")
-    result, second = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("leaderboard", "leaderboard-2"))
-    page.write_page(result, second)
+    first, *others = (json.loads((RESULTS / f"{name}.json").read_text()) for name in BOARDS)
+    page.write_page(first, *others)
     assert (tmp_path / "leaderboard.md").read_text() == published
     assert (tmp_path / "README.md").read_text() == readme
-    assert set(result["costs"]) == set(METHODS)
+    assert set(first["costs"]) == set(METHODS)
 
 
 def test_every_row_names_its_damping_and_solves_their_residuals() -> None:

@@ -123,6 +123,6 @@ def calibration_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, f
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("Predicted rise of a query's loss,\nthousandths of a nat a token")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7.5, loc="upper left")
+        axes.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(0, -0.2))  # below the axis
     figure.axes[0].set_ylabel("Measured rise, thousandths of a nat a token")
     return figure

@@ -80,10 +80,10 @@ def tensors(values: dict[tuple[int, int, int, int], float], like: dict[tuple[int
     return torch.tensor([values[key] for key in like], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("size", [1, 3, 64])
 LISTS = pytest.mark.skipif(TRANSFORMERS < (5,), reason="experts are lists of linear layers, routed by their owner")
 
 
+@pytest.mark.parametrize("size", [1, 3, 64])
 @pytest.mark.parametrize("make", [embeddings_case, pytest.param(mixture_case, marks=LISTS), twice_case])
 def test_a_chunk_is_the_sum_of_its_tokens(make: Any, size: int, tmp_path: Path) -> None:
     case = make()

@@ -230,7 +230,7 @@ def _pulled(values: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequenc
     """J^T v of values by inputs, for each of some vectors [queries, *shape of a value]: [queries, *shape] by input."""
 
     def one(these: list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(values, inputs, these, retain_graph=True, materialize_grads=True, allow_unused=True)
+        return torch.autograd.grad(values, inputs, these, materialize_grads=True, allow_unused=True)
 
     # Not `is_grads_batched`, whose older vmap takes many operations' derivatives vector by vector.
     found: tuple[Tensor, ...] = vmap(one)(list(vectors))

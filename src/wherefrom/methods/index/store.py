@@ -69,16 +69,18 @@ class SketchStore(Generic[Batch]):
             WherefromError: see `wherefrom.runtime.errors`; finished shards stay valid.
         """
         missing = self._missing()
+        if not len(missing):
+            return
         cut = self._cut(self.examples.subset(missing.tolist()))
         counts = torch.ones_like(missing) if cut is None else cut.counts
         most = max(1, _SHARD_BYTES // (self.sketch.numbers * self.sweep.dtype.itemsize))
-        _, sizes = ((counts.cumsum(0) - 1) // most).unique_consecutive(return_counts=True)
-        parts, sketches = (each.split(sizes.tolist()) if len(missing) else () for each in (missing, counts))
-        shards = {_name(self._digests[positions]): positions for positions in parts}
-        together = max((int(each.sum()) for each in sketches), default=0)
+        sizes = ((counts.cumsum(0) - 1) // most).unique_consecutive(return_counts=True)[1].tolist()
+        shards = {_name(self._digests[missing[part]]): part for part in torch.arange(len(missing)).split(sizes)}
+        together = max(int(counts[part].sum()) for part in shards.values())
         self.cache.ranks.first(lambda: self._check_disk(int(counts.sum()), together, list(shards)))
-        for name, positions in shards.items():
-            self.cache.get_or_compute(name, partial(self._shard, positions))
+        for name, part in shards.items():
+            own = None if cut is None else cut._replace(lengths=cut.lengths[part])
+            self.cache.get_or_compute(name, partial(self._shard, missing[part], own))
 
     def __len__(self) -> int:
         """How many examples there are."""
@@ -100,7 +102,7 @@ class SketchStore(Generic[Batch]):
     def _cut(self, examples: Examples[Batch]) -> Chunks | None:
         """How examples are cut, where they are."""
         size = self.sketch.chunk
-        return None if size is None or not len(examples) else Chunks(token_lengths(self.sweep, examples), size)
+        return None if size is None else Chunks(token_lengths(self.sweep, examples), size)
 
     @cached_property
     def _digests(self) -> Tensor:
@@ -123,18 +125,16 @@ class SketchStore(Generic[Batch]):
                 yield artifact.mapped(fresh=True)[_DIGESTS]  # a look at all bytes is for who reads them: `shards`
 
     def _check_disk(self, sketches: int, together: int, names: list[str]) -> None:
-        """Refuse to begin what there is too little disk space for; what is all there needs none."""
+        """Refuse to begin what there is too little disk space for."""
         stays = sketches * self._bytes_each
         sums = together * self.sketch.numbers * self.sweep.dtype.itemsize
         step = Step("sketches of gradients", stays, stays + 2 * self.cache.ranks.count * sums)
         folder = self.cache.folder
         begun = [path for name in names for path in folder.glob(f"{name}.part*")]
-        if sketches:
-            check_space(folder, [step], used_bytes(begun))
+        check_space(folder, [step], used_bytes(begun))
 
-    def _shard(self, positions: Tensor, result: Unfinished) -> dict[str, Tensor]:
+    def _shard(self, positions: Tensor, cut: Chunks | None, result: Unfinished) -> dict[str, Tensor]:
         examples, digests = self.examples.subset(positions.tolist()), self._digests[positions]
-        cut = self._cut(examples)
         counters, norms = self.of("sketches of gradients", examples, result.sums, cut, training=True)
         stored = self.sketch.packed(counters, norms)
         if cut is None:

@@ -69,15 +69,14 @@ def hits_table(
     found = [_hit_passage(hit, train) for hit in hits]
     said = [name for name in ("label", "source") if any(getattr(each, name) for each in found)]
     title = heading and f"[bold]{heading}[/bold]"
-    spans = [f"{hit.start} to {hit.stop - 1}" for hit in hits if isinstance(hit, ChunkHit)]
-    named = figures("Rank", "Train", *(["Tokens"] if spans else []), read.heading)
-    table = Table(*named, title=title, title_justify="left")
+    tokens = ["Tokens"] if any(isinstance(hit, ChunkHit) for hit in hits) else []
+    table = Table(*figures("Rank", "Train", *tokens, read.heading), title=title, title_justify="left")
     for name in said:
         table.add_column(name.capitalize(), max_width=14, overflow="fold")
     table.add_column("Training sequence", overflow="fold")
-    for number, (hit, each) in enumerate(zip(hits, found, strict=True)):
+    for hit, each in zip(hits, found, strict=True):
         facts = [Text(printable(getattr(each, name))) for name in said]
-        span = spans[number : number + 1]
+        span = [f"{hit.start} to {hit.stop - 1}"] if isinstance(hit, ChunkHit) else []
         table.add_row(str(hit.rank), str(hit.train), *span, read(hit.score), *facts, _shown(each, width))
     return table
 

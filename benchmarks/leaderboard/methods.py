@@ -64,14 +64,19 @@ def source(adam: bool) -> Callable[[Subject], wf.Method]:
     return lambda subject: wf.Source(adam=adam, loss_scale=subject.setting.loss_scale)
 
 
-def solved(solver: Solver) -> Callable[[Subject], wf.Method]:
-    """The Gauss-Newton matrix, with Shampoo in Adam's coordinates as the preconditioner; None as its damping."""
-    return lambda subject: wf.Shampoo(adam=True, solver=solver, loss_scale=subject.setting.loss_scale)
+def solved(solver: Solver, start: type[wf.Factored] = wf.Shampoo) -> Callable[[Subject], wf.Method]:
+    """The Gauss-Newton matrix, preconditioned by a method in Adam's coordinates; None as its damping."""
+    return lambda subject: start(adam=True, solver=solver, loss_scale=subject.setting.loss_scale)
 
 
-def solved_without_factors(solver: Solver) -> Callable[[Subject], wf.Method]:
-    """The same matrix with Adam's preconditioner alone."""
-    return lambda subject: wf.Dot(adam=True, solver=solver, loss_scale=subject.setting.loss_scale)
+def without_factors(iterations: int, examples: int, half_precision: bool) -> Entry:
+    """Blocks of queries solved for with Adam's preconditioner alone."""
+    what = f"the Gauss-Newton matrix of {examples} examples, in blocks, with Adam's preconditioner alone"
+    solver = wf.ConjugateGradients(iterations, examples=examples, block_size=32)
+    return Entry(
+        solved(solver, wf.Dot), what + "; passes in bfloat16" * half_precision, NATURAL, ALL,
+        half_precision=half_precision,
+    )  # fmt: skip
 
 
 def naturally_damped_fisher(subject: Subject) -> wf.Method:
@@ -146,26 +151,9 @@ METHODS: dict[str, Entry] = {
         NATURAL,
         BUT_POSITIONS,
     ),
-    "block cg, no factors, 5 iterations, 25 examples": Entry(
-        solved_without_factors(wf.ConjugateGradients(5, examples=25, block_size=32)),
-        "the Gauss-Newton matrix of 25 examples, in blocks, with Adam's preconditioner alone",
-        NATURAL,
-        ALL,
-    ),
-    "block cg, no factors, 6 iterations, 50 examples, half precision": Entry(
-        solved_without_factors(wf.ConjugateGradients(6, examples=50, block_size=32)),
-        "the Gauss-Newton matrix of 50 examples, with Adam's preconditioner alone; passes in bfloat16",
-        NATURAL,
-        ALL,
-        half_precision=True,
-    ),
-    "block cg, no factors, 8 iterations, 100 examples, half precision": Entry(
-        solved_without_factors(wf.ConjugateGradients(8, examples=100, block_size=32)),
-        "the Gauss-Newton matrix of 100 examples, with Adam's preconditioner alone; passes in bfloat16",
-        NATURAL,
-        ALL,
-        half_precision=True,
-    ),
+    "block cg, no factors, 5 iterations, 25 examples": without_factors(5, 25, half_precision=False),
+    "block cg, no factors, 6 iterations, 50 examples, half precision": without_factors(6, 50, half_precision=True),
+    "block cg, no factors, 8 iterations, 100 examples, half precision": without_factors(8, 100, half_precision=True),
     "astra, all weights, 40 batches": Entry(
         solved(wf.Astra(40, batch_size=32, decay=0.5, decay_every=10)),
         "the Gauss-Newton matrix, by ASTRA (Wang et al. 2025): batches of 32, half the rate every 10; the same weights",

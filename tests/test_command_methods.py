@@ -37,6 +37,11 @@ def test_only_what_a_shell_cannot_say_is_left_out() -> None:
     [
         ("kfac --damping 1e-3 --query-rank 4 --rescore 2", wf.KFAC(damping=1e-3, query_rank=4, rescore=2)),
         ("ekfac --solver cg --seed 5", wf.EKFAC(solver=wf.ConjugateGradients(), seed=5)),
+        (
+            "dot --adam --solver cg,iterations=8,examples=100,block-size=32",
+            wf.Dot(adam=True, solver=wf.ConjugateGradients(8, examples=100, block_size=32)),
+        ),
+        ("ekfac --solver astra,batch-size=None,decay=0.5", wf.EKFAC(solver=wf.Astra(batch_size=None, decay=0.5))),
         ("tracin --scored diagonal --weights 0.5 1", wf.TracIn(scored=wf.Diagonal(), weights=[0.5, 1.0])),
         ("source --segments 2 --adam --strategy diagonal", wf.Source(segments=2, adam=True, strategy="diagonal")),
         ("trackstar --rank 8 --mixing 0.5", wf.TrackStar(rank=8, mixing=0.5)),
@@ -59,6 +64,20 @@ def test_what_factors_were_fitted_with_stands_for_flags_that_are_not_given() -> 
 def test_impossible_fields_are_refused_by_the_method() -> None:
     with pytest.raises(InputError, match="mixing=2"):
         said("trackstar", "--mixing", "2")
+
+
+def test_impossible_solvers_are_refused() -> None:
+    with pytest.raises(InputError, match=r"solver='gmres,iterations=3': expected cg or astra"):
+        said("ekfac", "--solver", "gmres,iterations=3")
+    with pytest.raises(InputError, match="iterations=0"):
+        said("ekfac", "--solver", "cg,iterations=0")
+
+
+@pytest.mark.parametrize("setting", ["iterations=many", "batch-size=3", "iterations"])
+def test_settings_that_a_solver_has_not_got_are_named(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        said("ekfac", "--solver", f"cg,{setting}")
+    assert f"--{setting.partition('=')[0]}" in capsys.readouterr().err
 
 
 def test_the_first_method_stands_for_none() -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 import docstring_parser
 import tyro
 
-from wherefrom.curvature.solvers import SOLVERS
+from wherefrom.curvature.solvers import SOLVERS, Solver
 from wherefrom.engine.execution import Execution
 from wherefrom.hf.preparation import Preparation
 from wherefrom.methods import METHODS
@@ -22,6 +22,7 @@ from wherefrom.methods.factored import Factored
 from wherefrom.methods.magic.scores import Magic
 from wherefrom.methods.method import Method
 from wherefrom.methods.trajectory.scores import TrajectoryFisher
+from wherefrom.runtime.errors import InputError
 
 FACTORED = {name: kind for name, kind in METHODS.items() if issubclass(kind, Factored)}
 # A training cannot be said in a shell.
@@ -30,11 +31,12 @@ ALL = {name: kind for name, kind in METHODS.items() if kind not in (Magic, Traje
 # Fields that are other objects, and the words for these; and fields of methods that a shell cannot say, or need not:
 # what the command makes of texts has their column.
 _WORDS: dict[str, Mapping[str, Callable[..., object]]] = {
-    "solver": SOLVERS,
     "scored": FACTORED,
     "then": FACTORED,
     "first": {name: kind for name, kind in ALL.items() if name != "two-stage"},
 }
+# One word, too, with its settings.
+_SOLVER, _EXAMPLE = "solver", "cg,iterations=8,examples=100,block-size=32"
 _UNSPEAKABLE = ("conditioning", "factors", "training", "checkpoints", "column")
 # What the run's factors were fitted with stands for these, where they are not given.
 _OF_THE_FIT = ("empirical", "seed")
@@ -65,13 +67,32 @@ class Chosen:
         if issubclass(self.kind, Factored) or "empirical" in said:
             said |= {name: each for name, each in (fitted or {}).items() if said.get(name) is None}
         words = {name: _meant(name, each, fitted or {}) for name, each in said.items() if name in _WORDS and each}
-        return self.kind(**{name: each for name, each in {**said, **words}.items() if each is not None})
+        if said.get(_SOLVER):
+            words[_SOLVER] = _solver(said[_SOLVER])
+        # None says nothing, but where it is not what stands for nothing said.
+        silent = {each.name for each in fields(self) if each.default is None}
+        found = {**said, **words}
+        return self.kind(**{name: each for name, each in found.items() if each is not None or name not in silent})
 
 
 def _meant(name: str, word: str, fitted: Mapping[str, object]) -> object:
     """The object that a word stands for; a method with factors takes those of the run."""
     kind = _WORDS[name][word]
     return kind(**fitted) if word in FACTORED else kind()
+
+
+def _solver(said: str) -> Solver:
+    """The solver that `cg` or `cg,iterations=8,block-size=32` stands for; settings are read as flags are.
+
+    Raises:
+        InputError: there is no such solver, or a setting is impossible.
+    """
+    name, *settings = said.split(",")
+    if name not in SOLVERS:
+        raise InputError(f"solver={said!r}: expected {' or '.join(SOLVERS)}, or one with settings, such as {_EXAMPLE}.")
+    arguments = [part for each in settings for part in f"--{each.strip()}".split("=", 1)]
+    made: Solver = tyro.cli(flags(SOLVERS[name]), prog=f"--solver {name}", args=arguments).made()
+    return made
 
 
 def with_method(arguments: Sequence[str]) -> list[str]:
@@ -116,14 +137,17 @@ def flags(kind: type[Any], only: Collection[str] = (), of_the_fit: bool = False)
         if (each.name in _UNSPEAKABLE and issubclass(kind, Method)) or (only and each.name not in only):
             continue
         hint, start = hints[each.name], each.default
-        if each.name in _WORDS:
+        help_text = words.get(each.name, "")
+        if each.name == _SOLVER:
+            hint, start = str | None, None
+            help_text += f" One of {', '.join(SOLVERS)}, with settings after commas: {_EXAMPLE}; cg,help lists them."
+        elif each.name in _WORDS:
             hint = Literal[tuple(_WORDS[each.name])] | None
             start = None if each.default is None else each.default_factory().name  # type: ignore[operator]
         elif inherits and each.name in _OF_THE_FIT:
             hint, start = hint | None, None
         elif start is MISSING:
             start = None
-        help_text = words.get(each.name, "")
         flag = Annotated[hint, tyro.conf.arg(help=help_text[:1].upper() + help_text[1:])]  # type: ignore[valid-type]
         found.append((each.name, flag, field(default=start)))
     made = make_dataclass(kind.__name__, found, bases=(Chosen,), namespace={"kind": kind}, frozen=True, kw_only=True)

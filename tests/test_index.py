@@ -434,6 +434,16 @@ def test_answers_say_which_factors_they_are_of(tmp_path: Path) -> None:
     assert whole.items() <= found[0].items()  # and what the index adds
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [1, 8, 32])
+def test_an_example_takes_what_is_said(bits: Bits, dtype: torch.dtype, tmp_path: Path) -> None:
+    case = gpt2_case(dtype)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    index = study.index(wf.EKFAC(), wf.Sketch(numbers=2048, bits=bits))
+    taken = sum(each.numel() * each.element_size() for each in results(index.path).values())
+    assert taken == index.bytes_per_example * len(case.train)
+
+
 def test_fewer_bits_are_off_by_their_rounding(tmp_path: Path) -> None:
     case = gpt2_case(torch.float32)
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
@@ -442,8 +452,6 @@ def test_fewer_bits_are_off_by_their_rounding(tmp_path: Path) -> None:
     assert 0 < relative_error(scores[8], scores[32]) < 0.02
     assert 0.02 < relative_error(scores[1], scores[32]) < 0.5
     assert [indexes[bits].bytes_per_example for bits in (1, 8, 32)] == [256 + 16, 2048 + 16, 8192 + 16]
-    taken = sum(each.numel() * each.element_size() for each in results(indexes[1].path).values())
-    assert taken == indexes[1].bytes_per_example * len(case.train)
 
 
 def test_reranked_scores_are_exact(tmp_path: Path) -> None:

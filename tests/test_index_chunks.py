@@ -52,7 +52,7 @@ def tokens_of(examples: list[Any]) -> Tensor:
 
 def chunk_scores(index: GradientIndex[Any], queries: Any, **options: Any) -> dict[tuple[int, int, int, int], float]:
     """The score of each query with each chunk, by (query, train, start, stop), as the highest and as the lowest."""
-    every = len(index.store.chunks[1])
+    every = len(index.store.chunks.spans)
     found = index.query_chunks(queries, k=every, **options)
     lowest = replace(found, values=found.lowest_values, train=found.lowest_train, spans=found.lowest_spans)
     scores, again = (
@@ -192,7 +192,7 @@ def test_reranked_chunks_are_exact(tmp_path: Path) -> None:
     index = study.index(wf.EKFAC(), wf.Sketch(numbers=64, chunk=3))
     expected = sums_of_tokens(study.score(case.queries, wf.EKFAC(), keep=wf.Tokens()), 3)
     before = results(tmp_path).keys()
-    found = chunk_scores(index, case.queries, rerank=len(index.store.chunks[1]))
+    found = chunk_scores(index, case.queries, rerank=len(index.store.chunks.spans))
     assert relative_error(tensors(found, expected), tensors(expected, expected)) < 1e-10
     few = index.query_chunks(case.queries, k=2, rerank=6)
     assert results(tmp_path).keys() == before

@@ -147,7 +147,7 @@ class GradientIndex(Generic[Batch]):
                 "chunks, such as with Sketch(chunk=64)."
             )
         top = self._best(queries, k, rerank, normalized)
-        highest, lowest = (self.store.chunks[1][each] for each in (top.train, top.lowest_train))  # [query, k, 3]
+        highest, lowest = (self.store.chunks.spans[each] for each in (top.train, top.lowest_train))  # [query, k, 3]
         return TopChunks(
             values=top.values,
             train=highest[..., 0],
@@ -169,7 +169,7 @@ class GradientIndex(Generic[Batch]):
         advice = "Give fewer queries at once, or make an index of fewer numbers."
         with within_memory("query does", store.sweep.device, advice):
             counters, norms = store.of("query gradients", examples)
-            shards = store.shards if store.sketch.chunk is None else store.chunks[0]
+            shards = store.shards if store.sketch.chunk is None else store.chunks.shards
             search = Search(store.sketch, shards, store.sweep.device)
             best = search.best(counters, norms, max(k, rerank), normalized)
             if rerank:
@@ -230,7 +230,7 @@ class GradientIndex(Generic[Batch]):
 
     def _exact_chunks(self, queries: Examples[Any], numbers: Tensor, folder: Path) -> Tensor:
         """Scores of chunks, int64 [query, n], as the sums of their tokens'."""
-        chosen = self.store.chunks[1][numbers].tolist()  # train, start, stop
+        chosen = self.store.chunks.spans[numbers].tolist()  # train, start, stop
         pairs = {(query, train) for query, each in enumerate(chosen) for train, _, _ in each}
         method, context = replace(self.method, factors=self.factors), replace(self.context, path=folder)
         tokens = method.score(context, queries.dataset, Tokens(pairs=tuple(sorted(pairs))))

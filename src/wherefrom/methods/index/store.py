@@ -47,6 +47,18 @@ class Shard(NamedTuple):
     examples: Tensor | None
 
 
+class NumberedChunks(NamedTuple):
+    """The chunks of all examples, by their number: an example's one after another, in the order of the dataset.
+
+    Attributes:
+        shards: with numbers of chunks for positions.
+        spans: the example's position, the chunk's first token and the one after its last, int64 [chunks, 3].
+    """
+
+    shards: list[Shard]
+    spans: Tensor
+
+
 @dataclass(frozen=True)
 class SketchStore(Generic[Batch]):
     """Sketches of examples.
@@ -88,7 +100,7 @@ class SketchStore(Generic[Batch]):
 
     @property
     def bytes_per_example(self) -> int:
-        """What an example takes on disk: its counters, a scale, a norm and a digest; in chunks, on average."""
+        """What an example takes on disk: what is stored of it, and its digest; in chunks, on average."""
         stored = len(self)
         if self.sketch.chunk is not None:
             stored = sum(int(torch.isin(each, self._digests).sum()) for each in self._stored())
@@ -96,8 +108,9 @@ class SketchStore(Generic[Batch]):
 
     @property
     def _bytes_each(self) -> int:
-        span = 0 if self.sketch.chunk is None else 2 * torch.int32.itemsize
-        return self.sketch.code_bytes + 2 * self.sweep.dtype.itemsize + 8 + span
+        itemsize, span = self.sweep.dtype.itemsize, 0 if self.sketch.chunk is None else 2 * torch.int32.itemsize
+        codes = self.sketch.numbers * itemsize if self.sketch.bits == 32 else self.sketch.code_bytes
+        return codes + 2 * itemsize + torch.int64.itemsize + span
 
     def _cut(self, examples: Examples[Batch]) -> Chunks | None:
         """How examples are cut, where they are."""
@@ -196,11 +209,8 @@ class SketchStore(Generic[Batch]):
         return found
 
     @cached_property
-    def chunks(self) -> tuple[list[Shard], Tensor]:
-        """The shards with numbers of chunks as positions, and what these are, int64 [chunks, 3].
-
-        That is the example's position, the chunk's first token and the one after its last, in this order.
-        """
+    def chunks(self) -> NumberedChunks:
+        """The chunks of the examples of the dataset."""
         parts = []
         for shard in self.shards:
             spans = shard.tensors[SPANS] if shard.examples is None else shard.tensors[SPANS][shard.examples]
@@ -208,7 +218,8 @@ class SketchStore(Generic[Batch]):
         every = torch.cat(parts)
         order = (every[:, 0] * every.max() + every[:, 1]).argsort()
         numbers = order.argsort().split([len(part) for part in parts])
-        return [each._replace(positions=its) for each, its in zip(self.shards, numbers, strict=True)], every[order]
+        shards = [each._replace(positions=its) for each, its in zip(self.shards, numbers, strict=True)]
+        return NumberedChunks(shards, every[order])
 
     def prune(self) -> int:
         """Delete what is stored of examples that are not in the dataset, and return how many these are.

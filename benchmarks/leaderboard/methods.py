@@ -152,8 +152,10 @@ METHODS: dict[str, Entry] = {
         BUT_POSITIONS,
     ),
     "block cg, no factors, 5 iterations, 25 examples": without_factors(5, 25, half_precision=False),
+    "block cg, no factors, 6 iterations, 32 examples, half precision": without_factors(6, 32, half_precision=True),
     "block cg, no factors, 6 iterations, 50 examples, half precision": without_factors(6, 50, half_precision=True),
     "block cg, no factors, 8 iterations, 100 examples, half precision": without_factors(8, 100, half_precision=True),
+    "block cg, no factors, 16 iterations, 100 examples, half precision": without_factors(16, 100, half_precision=True),
     "astra, all weights, 40 batches": Entry(
         solved(wf.Astra(40, batch_size=32, decay=0.5, decay_every=10)),
         "the Gauss-Newton matrix, by ASTRA (Wang et al. 2025): batches of 32, half the rate every 10; the same weights",

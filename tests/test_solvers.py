@@ -66,7 +66,11 @@ def recorded(case: Case, folder: Path) -> list[RecordedCheckpoint]:
     found = []
     for step, since, rate in ((7, 7, 0.1), (12, 5, 0.02)):
         path = folder / f"checkpoint-{step}"
-        write_tensors(path / "model.safetensors", dict(case.model.state_dict()), {"format": "pt"})
+        write_tensors(
+            path / "model.safetensors",
+            {name: each.clone() for name, each in case.model.state_dict().items()},
+            {"format": "pt"},
+        )
         write_tensors(path / MOMENTS, {name: each.square() for name, each in numbers(case.model).items()}, {})
         group = ParameterGroup(rate, (0.9, 0.99), 1e-8, 0.0)
         found.append(RecordedCheckpoint(path, step, 1.0, since, "AdamW", (group,)))
@@ -91,6 +95,27 @@ def test_without_a_damping_it_is_what_the_training_has_left_unused(tmp_path: Pat
     assert relative_error(two_stage.values.sort().values, natural.values[:, :3].sort().values) < 1e-8
 
 
+def test_training_is_taken_to_have_averaged_over_what_a_loss_is_a_sum_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    damping, text = {}, gpt2_case()
+    sequences = [each for each in text.train if isinstance(each, dict)]
+    sequences[1]["prompt_length"] = 2
+    for name, case in (("examples", mlp_case()), ("tokens", text)):
+        study = wf.Study(
+            tmp_path / name, case.model, case.task, train=case.train, history=recorded(case, tmp_path / name)
+        )
+        scores = study.score(case.queries, wf.Dot(adam=True, solver=wf.ConjugateGradients(1)))
+        damping[name] = float(scores.fingerprint["damping"]) * (7 * 0.1 + 5 * 0.02)
+    assert damping["examples"] == pytest.approx(1)
+    tokens = [len(each["input_ids"]) - each.get("prompt_length", 1) for each in sequences]
+    assert sum(tokens) < sum(len(each["input_ids"]) - 1 for each in sequences)
+    assert damping["tokens"] == pytest.approx(sum(tokens) / len(tokens))
+    (said,) = (each for each in caplog.messages if each.startswith("loss_scale="))
+    assert f"an example has {sum(tokens) / len(tokens):.1f}" in said
+
+
 def test_without_a_damping_each_layer_has_that_of_its_factors(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
@@ -104,9 +129,6 @@ def test_without_a_damping_each_layer_has_that_of_its_factors(tmp_path: Path) ->
 def test_in_adams_coordinates_a_damping_has_to_follow_from_something(tmp_path: Path) -> None:
     case = mlp_case()
     history = recorded(case, tmp_path)
-    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train, history=history)
-    with pytest.raises(InputError, match=r"damping=None with a solver and adam=True, and no loss_scale"):
-        study.score(case.queries, wf.Shampoo(adam=True, solver=EXACT))
     paths: list[Path | RecordedCheckpoint] = [history[0].path, history[1]]
     partly = wf.Study(tmp_path / "partly", case.model, case.task, train=case.train, history=paths)
     with pytest.raises(InputError, match=r"damping=None with the checkpoint .*says nothing of learning rates"):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import wherefrom as wf
 from leaderboard.subject import Subject
-from wherefrom.curvature.solvers import Solver
 from wherefrom.tasks.language import Measure
 
 BUT_POSITIONS = ("transformer.h.*", "transformer.ln_f", "lm_head")  # the head is the embedding, too
@@ -59,22 +58,12 @@ class Entry:
         return values / values.shape[1] if self.unit == "1/N" else values
 
 
-def source(adam: bool) -> Callable[[Subject], wf.Method]:
-    """Three segments of the training, by gradient descent or by AdamW's steps."""
-    return lambda subject: wf.Source(adam=adam, loss_scale=subject.setting.loss_scale)
-
-
-def solved(solver: Solver, start: type[wf.Factored] = wf.Shampoo) -> Callable[[Subject], wf.Method]:
-    """The Gauss-Newton matrix, preconditioned by a method in Adam's coordinates; None as its damping."""
-    return lambda subject: start(adam=True, solver=solver, loss_scale=subject.setting.loss_scale)
-
-
 def without_factors(iterations: int, examples: int, half_precision: bool) -> Entry:
     """Blocks of queries solved for with Adam's preconditioner alone."""
     what = f"the Gauss-Newton matrix of {examples} examples, in blocks, with Adam's preconditioner alone"
     solver = wf.ConjugateGradients(iterations, examples=examples, block_size=32)
     return Entry(
-        solved(solver, wf.Dot), what + "; passes in bfloat16" * half_precision, NATURAL, ALL,
+        wf.Dot(adam=True, solver=solver), what + "; passes in bfloat16" * half_precision, NATURAL, ALL,
         half_precision=half_precision,
     )  # fmt: skip
 
@@ -137,16 +126,16 @@ METHODS: dict[str, Entry] = {
         naturally_damped_fisher, "the same with the damping of the solvers", NATURAL, ALL
     ),
     "bm25, then ekfac": Entry(two_stages, "EK-FAC for the tenth that BM25 names, 0 elsewhere", MEAN),
-    "source": Entry(source(adam=False), "SOURCE (Bae et al. 2024), three segments, six checkpoints", DECAY),
-    "source, adam": Entry(source(adam=True), "SOURCE with AdamW's steps", DECAY),
+    "source": Entry(wf.Source(), "SOURCE (Bae et al. 2024), three segments, six checkpoints", DECAY),
+    "source, adam": Entry(wf.Source(adam=True), "SOURCE with AdamW's steps", DECAY),
     "cg, all weights, 7 iterations, 100 examples": Entry(
-        solved(wf.ConjugateGradients(7, examples=100)),
+        wf.Shampoo(adam=True, solver=wf.ConjugateGradients(7, examples=100)),
         "the Gauss-Newton matrix of a third of the examples, by conjugate gradients; no embeddings of positions",
         NATURAL,
         BUT_POSITIONS,
     ),
     "block cg, all weights, 5 iterations, 100 examples": Entry(
-        solved(wf.ConjugateGradients(5, examples=100, block_size=32)),
+        wf.Shampoo(adam=True, solver=wf.ConjugateGradients(5, examples=100, block_size=32)),
         "the matrix of `cg`, by conjugate gradients whose directions all queries share (O'Leary 1980)",
         NATURAL,
         BUT_POSITIONS,
@@ -157,7 +146,7 @@ METHODS: dict[str, Entry] = {
     "block cg, no factors, 8 iterations, 100 examples, half precision": without_factors(8, 100, half_precision=True),
     "block cg, no factors, 16 iterations, 100 examples, half precision": without_factors(16, 100, half_precision=True),
     "astra, all weights, 40 batches": Entry(
-        solved(wf.Astra(40, batch_size=32, decay=0.5, decay_every=10)),
+        wf.Shampoo(adam=True, solver=wf.Astra(40, batch_size=32, decay=0.5, decay_every=10)),
         "the Gauss-Newton matrix, by ASTRA (Wang et al. 2025): batches of 32, half the rate every 10; the same weights",
         NATURAL,
         BUT_POSITIONS,

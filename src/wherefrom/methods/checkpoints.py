@@ -6,6 +6,7 @@ reused and what was interrupted goes on. This module knows checkpoint files, not
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from wherefrom.engine.loading import collated
 from wherefrom.methods.method import Context, dense
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.results import Scores
@@ -23,6 +25,8 @@ from wherefrom.store.files import checked_name
 if TYPE_CHECKING:
     from wherefrom.methods.method import Checkpoint
     from wherefrom.store.recording import RecordedCheckpoint
+
+logger = logging.getLogger("wherefrom")
 
 
 def chosen_checkpoints(context: Context[Any], given: Sequence[Checkpoint] | None) -> Sequence[Checkpoint]:
@@ -82,6 +86,31 @@ def recorded_times(checkpoints: Sequence[RecordedCheckpoint]) -> list[float]:
         raise InputError(f"checkpoints: of the steps {steps[1:]}; expected them in the order of one training.")
     since = [after - before for before, after in pairwise(steps)]
     return [each.learning_rate * count for each, count in zip(checkpoints, since, strict=True)]
+
+
+def trained_scale(context: Context[Any], given: float | None) -> float:
+    """What training minimised, in units of the mean over examples of the task's loss.
+
+    Args:
+        given: as it is; None is 1 / the mean number of tokens whose losses an example's is the sum of, which training
+            is taken to have averaged over.
+
+    Raises:
+        InputError: no training example has such a token.
+    """
+    if given is not None:
+        return given
+    train, model = context.train, context.sweep.model
+    tokens = sum(train.task.trained(model, collated(train, [index], model)[0]) for index in range(len(train)))
+    if not tokens:
+        raise InputError("loss_scale=None: no training example has a token with a loss. Give a number.")
+    scale = len(train) / tokens
+    if context.ranks.is_main and tokens != len(train):
+        logger.info(
+            f"loss_scale={scale:.4g}: training is taken to have averaged its loss over tokens, of which an example has "
+            f"{tokens / len(train):.1f}. Give another if it was summed over them, or weighted."
+        )
+    return scale
 
 
 def sum_settings(parts: Mapping[str, Mapping[str, str]], weights: Sequence[float]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from wherefrom.curvature.factors import STRATEGIES, Factors
 from wherefrom.curvature.fitting import Fitting
 from wherefrom.curvature.solvers import not_converged
 from wherefrom.engine.loading import Examples
-from wherefrom.methods.checkpoints import recorded_only, recorded_times
+from wherefrom.methods.checkpoints import recorded_only, recorded_times, trained_scale
 from wherefrom.methods.method import Context, Job, Method, dense
 from wherefrom.planning.plan import Plan
 from wherefrom.runtime.errors import InputError, check_argument
@@ -78,7 +78,7 @@ class Factored(Approximation, Coordinates, Method):
         seed: of the drawn targets.
         factors: fitted elsewhere, for the same model; None fits this study's, or loads them.
         loss_scale: what training minimised, in units of the mean over examples of the task's loss, which is a sum over
-            tokens: 1 / tokens of a sequence for a Trainer that averages over tokens. Only with a solver, `adam` and no
+            tokens; None takes it to have averaged over these, as a Trainer does. Only with a solver, `adam` and no
             damping: then D is P^-1 / tau, with tau the sum of learning rate x `loss_scale` over the recorded steps.
             Directions with less curvature than that, training has hardly used.
 
@@ -160,13 +160,8 @@ class Factored(Approximation, Coordinates, Method):
         """
         if self.solver is None or self.damping is not None or not self.adam:
             return self
-        if self.loss_scale is None:
-            raise InputError(
-                "damping=None with a solver and adam=True, and no loss_scale: expected one of them. The damping is 1 / "
-                "(loss_scale x learning rate x steps) then, and what was added to each example's loss only you know."
-            )
         times = recorded_times(recorded_only(context.history, "damping=None", "learning rates", "Give a number."))
-        return replace(self, damping=1 / (self.loss_scale * sum(times)))
+        return replace(self, damping=1 / (trained_scale(context, self.loss_scale) * sum(times)))
 
     def scoring(
         self, context: Context[Any], queries: Examples[Any], factors: Factors, keep: Keep[Any] | None = None

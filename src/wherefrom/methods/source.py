@@ -39,6 +39,7 @@ from wherefrom.methods.checkpoints import (
     recorded_only,
     recorded_times,
     sum_settings,
+    trained_scale,
     weighted_sum,
     with_record,
 )
@@ -84,7 +85,7 @@ class Source(Method):
             (a Trainer leaves out biases and normalisations; what is left out counts as the rest); 0 for paths. Adam's
             own, which P divides, is not in here: give 0.
         loss_scale: what training minimised, in units of the mean over examples of the task's loss, which is a sum over
-            tokens: 1 / tokens of a sequence for a Trainer that averages over tokens.
+            tokens; None takes it to have averaged over these, as a Trainer does.
         empirical: use the dataset's targets instead of targets drawn from the model.
         seed: of the drawn targets.
 
@@ -98,7 +99,7 @@ class Source(Method):
     checkpoints: Sequence[Checkpoint] | None = None
     times: Sequence[float] | None = None
     weight_decay: float | None = None
-    loss_scale: float = 1.0
+    loss_scale: float | None = None
     empirical: bool = False
     seed: int = 0
 
@@ -106,7 +107,8 @@ class Source(Method):
     full_precision: ClassVar[str] = "filters are of full precision"
 
     def __post_init__(self) -> None:
-        check_argument(0 < self.loss_scale < math.inf, "loss_scale", self.loss_scale, "a number above 0")
+        if self.loss_scale is not None:
+            check_argument(0 < self.loss_scale < math.inf, "loss_scale", self.loss_scale, "a number above 0, or None")
         if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
             raise InputError(
                 f"weight_decay={self.weight_decay}: expected a number >= 0, or None for what was recorded."
@@ -133,10 +135,11 @@ class Source(Method):
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
         checkpoints = chosen_checkpoints(context, self.checkpoints)
         paths = named_paths(checkpoints)
-        scaled = [time * self.loss_scale for time in self._times(checkpoints)]
+        scale = trained_scale(context, self.loss_scale)
+        scaled = [time * scale for time in self._times(checkpoints)]
         if not 1 <= self.segments <= len(paths):
             raise InputError(f"segments={self.segments}: expected 1 to {len(paths)}, as many as there are checkpoints.")
-        unrolled = Unrolled(context, queries, self, self._weight_decay(checkpoints) / self.loss_scale)
+        unrolled = Unrolled(context, queries, self, self._weight_decay(checkpoints) / scale)
         cut = self._cut(context, checkpoints, paths, scaled)
         weights = [1 / len(segment.paths) for segment in cut for _ in segment.paths]
         parts = {

@@ -110,7 +110,7 @@ class SequenceClassification(LanguageTask):
             labels = labels.view(len(labels), -1).to(widened_dtype(outputs.dtype))
         return outputs, labels
 
-    def counted(self, model: nn.Module, batch: TokenBatch) -> int:
+    def trained(self, model: nn.Module, batch: TokenBatch) -> int:
         return 1
 
     def outputs(self, model: nn.Module, batch: TokenBatch) -> Tensor:

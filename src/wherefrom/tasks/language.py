@@ -103,7 +103,7 @@ class LanguageTask(Task[TokenBatch]):
     def unit(self) -> str:
         return "log-odds" if self.measure == "margin" else "nats"
 
-    def counted(self, model: nn.Module, batch: TokenBatch) -> int:
+    def trained(self, model: nn.Module, batch: TokenBatch) -> int:
         return int((self.targets(model, batch) != IGNORED).sum())
 
     def select(self, model: nn.Module, example: object) -> object:

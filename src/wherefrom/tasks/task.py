@@ -68,9 +68,13 @@ class Task(Generic[Batch]):
         """What the measurement is in."""
         return "units of the loss"
 
-    def counted(self, model: nn.Module, batch: Batch) -> int:
-        """How many tokens the measurement of a batch of one example is a sum over; 1 without tokens."""
+    def trained(self, model: nn.Module, batch: Batch) -> int:
+        """How many tokens the training loss of a batch of one example is a sum over; 1 without tokens."""
         return 1
+
+    def counted(self, model: nn.Module, batch: Batch) -> int:
+        """How many tokens the measurement of a batch of one example is a sum over; those of the loss by default."""
+        return self.trained(model, batch)
 
     def mask(self, batch: Batch) -> Tensor | None:
         """Which tokens are real rather than padding: boolean [batch, tokens], or None when all are."""

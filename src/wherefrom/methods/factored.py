@@ -105,6 +105,11 @@ class Factored(Approximation, Coordinates, Method):
             )
         if self.loss_scale is not None:
             check_argument(0 < self.loss_scale < math.inf, "loss_scale", self.loss_scale, "a number above 0, or None")
+            if self.solver is None or not self.adam or self.damping is not None:
+                raise InputError(
+                    f"loss_scale={self.loss_scale} says which damping a solver has with adam=True and damping=None, "
+                    "and nothing else: give these, or leave it out."
+                )
 
     def check(self, keep: Keep[Any], half_precision: bool) -> None:
         super().check(keep, half_precision)
@@ -166,7 +171,7 @@ class Factored(Approximation, Coordinates, Method):
                 "(loss_scale x learning rate x steps) then, and what was added to each example's loss only you know."
             )
         times = recorded_times(recorded_only(context.history, "damping=None", "learning rates", "Give a number."))
-        return replace(self, damping=1 / (self.loss_scale * sum(times)))
+        return replace(self, damping=1 / (self.loss_scale * sum(times)), loss_scale=None)
 
     def scoring(
         self, context: Context[Any], queries: Examples[Any], factors: Factors, keep: Keep[Any] | None = None

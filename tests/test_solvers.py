@@ -91,6 +91,26 @@ def test_without_a_damping_it_is_what_the_training_has_left_unused(tmp_path: Pat
     assert relative_error(two_stage.values.sort().values, natural.values[:, :3].sort().values) < 1e-8
 
 
+@pytest.mark.parametrize(
+    "method", [wf.Dot(adam=True), wf.TracIn(), wf.Source(segments=1)], ids=["adam", "tracin", "source"]
+)
+def test_a_history_of_another_model_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, method: wf.Method
+) -> None:
+    case = mlp_case()
+    history = recorded(case, tmp_path)
+    said = f"ends with {history[-1].path}, whose weights are not those of the model (first.bias for one)"
+    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train, history=history)
+    before = study.score(case.queries, method)
+    assert said not in caplog.text
+    with torch.no_grad():
+        case.model.get_parameter("first.bias").add_(1.0)
+    after = study.score(case.queries, method)
+    assert caplog.text.count(said) == 1
+    if not isinstance(method, wf.Dot):  # which are about the history alone
+        assert torch.equal(after.values, before.values)
+
+
 def test_without_a_damping_each_layer_has_that_of_its_factors(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)

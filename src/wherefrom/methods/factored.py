@@ -19,7 +19,7 @@ from wherefrom.curvature.factors import STRATEGIES, Factors
 from wherefrom.curvature.fitting import Fitting
 from wherefrom.curvature.solvers import not_converged
 from wherefrom.engine.loading import Examples
-from wherefrom.methods.checkpoints import recorded_only, recorded_times
+from wherefrom.methods.checkpoints import recorded_only, recorded_times, warn_of_other_weights
 from wherefrom.methods.method import Context, Job, Method, dense
 from wherefrom.planning.plan import Plan
 from wherefrom.runtime.errors import InputError, check_argument
@@ -65,6 +65,7 @@ class Coordinates:
                     "adam=True: the study's history does not end with a recorded checkpoint. Give "
                     "Study(history=read_recording(folder)) of a training with Adam, or a conditioning."
                 )
+            warn_of_other_weights(context)
             conditioning = adam_conditioning(latest)
         return {} if conditioning is None else conditioning_scaling(context.sweep, conditioning)
 

@@ -27,6 +27,7 @@ from wherefrom.methods.method import Context
 from wherefrom.runtime.errors import InputError, MismatchError, check_argument
 from wherefrom.runtime.memory import within_memory
 from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
+from wherefrom.runtime.precision import own_precision
 from wherefrom.scoring.keep import Tokens, Top
 from wherefrom.scoring.rescoring import exact_scores
 from wherefrom.scoring.results import RISE, TopScores, extremes
@@ -167,7 +168,8 @@ class GradientIndex(Generic[Batch]):
         self._model.check()
         store, examples = self.store, self.context.measured(queries)
         advice = "Give fewer queries at once, or make an index of fewer numbers."
-        with within_memory("query does", store.sweep.device, advice):
+        device = store.sweep.device
+        with within_memory("query does", device, advice), own_precision(device):
             counters, norms = store.of("query gradients", examples)
             shards = store.shards if store.sketch.chunk is None else store.chunks.shards
             search = Search(store.sketch, shards, store.sweep.device)

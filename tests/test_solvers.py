@@ -21,6 +21,7 @@ from tests.test_conditioning import numbers
 from wherefrom.curvature.conditioning import adam_conditioning
 from wherefrom.curvature.solvers import CONVERGED, Solver
 from wherefrom.planning.plan import plan_scores
+from wherefrom.report.reading import computed_by
 from wherefrom.runtime.errors import InputError, LayerError, LossError, MismatchError
 from wherefrom.scoring.results import Scores
 from wherefrom.store.files import write_tensors
@@ -80,6 +81,8 @@ def test_without_a_damping_it_is_what_the_training_has_left_unused(tmp_path: Pat
     method = wf.Shampoo(adam=True, solver=EXACT, loss_scale=scale)
     natural = study.score(case.queries, method)
     damping = 1 / (scale * (7 * 0.1 + 5 * 0.02))
+    same = study.score(case.queries, wf.Dot(adam=True, solver=EXACT, damping=damping))
+    assert computed_by(same) == f"dot, ConjugateGradients, damping {damping}"  # which a plain dot product has not
     assert float(natural.fingerprint["damping"]) == pytest.approx(damping)
     preconditioner = adam_conditioning(history[-1])
     matrices = BruteForce(case.model, case.task, list(study.layers), [], [])

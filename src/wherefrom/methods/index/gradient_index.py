@@ -105,6 +105,9 @@ class GradientIndex(Generic[Batch]):
     def query(self, queries: Dataset[object], k: int = 10, *, rerank: int = 0, normalized: bool = False) -> TopScores:
         """Each query's `k` highest and `k` lowest scores, from sketches.
 
+        They rank examples; what a score is in nats, `predicted_rise`, is known after `rerank`, or of a
+        `Sketch(focus=0)` of 8 or 32 bits, whose products are the scores themselves.
+
         The first call reads the whole index once to check it; later ones read it as fast as the disk or the system's
         cache gives it. Nothing is written.
 
@@ -184,7 +187,9 @@ class GradientIndex(Generic[Batch]):
             **({"normalized": "cosine"} if normalized else {}),
         }
         both = best["values"], best["train"], best["lowest_values"], best["lowest_train"]
-        scale = None if normalized else self.method.scale(self.context, examples, Top(k)).get(RISE)
+        # Without focus the sketch's products are the scores, but those of signs; otherwise they only rank.
+        in_units = rerank or (store.sketch.focus == 0 and store.sketch.bits > 1 and not normalized)
+        scale = self.method.scale(self.context, examples, Top(k)).get(RISE) if in_units else None
         return TopScores(*both, fingerprint=fingerprint, rise_per_score=scale, queries=queries)
 
     def prune(self) -> int:

@@ -138,7 +138,7 @@ def test_in_adams_coordinates_a_damping_has_to_follow_from_something(tmp_path: P
         wf.Shampoo(loss_scale=0.0)
     for unused in ({"adam": True}, {"solver": EXACT}, {"adam": True, "solver": EXACT, "damping": 0.1}):
         with pytest.raises(InputError, match=r"loss_scale=2\.0 says which damping a solver has"):
-            wf.Shampoo(loss_scale=2.0, **unused)  # type: ignore[arg-type]
+            wf.Shampoo(loss_scale=2.0, **unused)
 
 
 # Embeddings of positions and of tokens, normalisations, and a head that is tied to the embedding.

@@ -175,12 +175,23 @@ def test_turns_are_those_that_marks_in_the_template_would_say(texts: list[str]) 
         ({"a": "b", "c": "d"}, {}, "say which has the text: pass column=NAME"),
         ({"prompt": "a", "completion": "b"}, {"unit": "blocks"}, "unit='blocks' of prompt and completion"),
         ({"text": "a"}, {"source_column": "from"}, "Example 0 of the dataset has no 'from'"),
+        # Of which Python would print something that no model was trained on.
+        ({"text": ["a", "b"]}, {"format": "text"}, "Example 0 of the dataset: 'text' is a list: expected a text."),
+        ({"question": "a", "answer": {"value": "b", "aliases": ["c"]}}, {}, "'answer' is a dict: expected a text"),
+        ({"question": ["a"], "answer": "b"}, {}, "'question' is a list: expected a text"),
+        ({"instruction": "a", "input": {"b": 1}, "output": "c"}, {}, "'input' is a dict: expected a text"),
     ],
 )
 def test_what_does_not_fit_is_named(example: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         prepared([example], **options)
     assert message in str(caught.value)
+
+
+def test_what_a_reader_could_not_be_shown_is_named() -> None:
+    turns = [{"role": "user", "content": {"parts": "a"}}, CHAT[1]]
+    with pytest.raises(InputError, match="Example 0 of the dataset makes no tokens"):
+        prepared([{"messages": turns}], TEMPLATE)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from wherefrom.methods.index.gradient_index import GradientIndex
 from wherefrom.methods.index.search import Search
 from wherefrom.methods.index.sketches import Bits, Projector, Sketch
 from wherefrom.methods.index.store import Shard
+from wherefrom.report.reading import reading
 from wherefrom.runtime.errors import DamagedError, InputError, MismatchError, StorageError
 
 WHOLE = wf.Sketch(numbers=2**16, bits=32, focus=0)  # more numbers than the small models have weights
@@ -474,6 +475,19 @@ def test_reranked_scores_are_exact(tmp_path: Path) -> None:
     candidates = index.query(case.queries, k=5)
     best = whole.gather(1, candidates.train).topk(2).values
     assert relative_error(few.values, best) < 1e-12
+
+
+def test_sketched_scores_are_in_nats_only_where_they_are_the_scores(tmp_path: Path) -> None:
+    case = gpt2_case(torch.float64)
+    study = wf.Study(tmp_path, case.model, case.task, train=case.train)
+    expected = study.score(case.queries, wf.EKFAC()).predicted_rise.topk(2).values
+    index = study.index(wf.EKFAC(), wf.Sketch())
+    with pytest.raises(InputError, match="these scores have no such scale"):  # focus and signs make them smaller
+        _ = index.query(case.queries, k=2).predicted_rise
+    assert "scores of sketches of ekfac have no scale" in reading(index.query(case.queries, k=2)).meaning
+    assert relative_error(index.query(case.queries, k=2, rerank=14).predicted_rise, expected) < 1e-10
+    whole = study.index(wf.EKFAC(), wf.Sketch(numbers=65536, bits=32, focus=0.0)).query(case.queries, k=2)
+    assert relative_error(whole.predicted_rise, expected) < 1e-3
 
 
 def test_impossible_arguments_are_refused(tmp_path: Path) -> None:

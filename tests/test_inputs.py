@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,52 @@ def test_frozen_wrapped_and_compiled_models_score_as_the_model_itself(tmp_path: 
     }
     for name, model in models.items():
         assert torch.equal(scores(tmp_path / name, model, case.task, case.train, case.queries), expected), name
+
+
+def test_the_head_of_a_model_in_data_parallel_is_not_tracked_either(tmp_path: Path) -> None:
+    model = gpt2(layers=1)
+    study = wf.Study(tmp_path, nn.DataParallel(model), wf.CausalLM(), train=token_rows(5))
+    assert list(study.layers) == list(wf.Study(tmp_path, model, wf.CausalLM(), train=token_rows(5)).layers)
+
+
+@pytest.mark.parametrize("method", [wf.EKFAC(), wf.Dot(), wf.LoGra(rank=2)], ids=["ekfac", "dot", "logra"])
+@pytest.mark.parametrize(
+    "mode", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode], ids=["autocast", "inference"]
+)
+def test_a_caller_s_own_autocast_changes_no_score(
+    tmp_path: Path, mode: Callable[[], AbstractContextManager[object]], method: wf.Method
+) -> None:
+    train, queries = token_rows(5), token_rows(2, seed=4)
+
+    def study(name: str) -> wf.Study[Any]:
+        return wf.Study(tmp_path / name, gpt2(torch.float32, layers=1), wf.CausalLM(), train=train)
+
+    expected, other = study("a").score(queries, method).values, study("b")
+    with mode():
+        found = other.score(queries, method).values
+    assert torch.equal(found, expected)
+
+
+def test_a_model_that_accelerate_runs_in_mixed_precision_is_refused(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, train = gpt2(torch.float32, layers=1), token_rows(5)
+    try:
+        prepared: Any = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(InputError, match="accelerate has made its forward run in mixed precision"):
+        wf.Study(tmp_path, prepared, wf.CausalLM(), train=train)
+    wf.Study(
+        tmp_path,
+        accelerate.utils.extract_model_from_parallel(prepared, keep_fp32_wrapper=False),
+        wf.CausalLM(),
+        train=train,
+    )
+
+
+def test_no_layers_are_no_choice() -> None:
+    with pytest.raises(InputError, match=r"layers=\[\]: expected names or patterns"):
+        wf.CausalLM([])
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,8 @@ def test_words_have_their_label_at_their_first_token() -> None:
     (found,) = prepared(rows, target="tokens")
     assert found["input_ids"] == ids("a b c d e f")
     assert found["labels"] == [4, -100, 5, 6, -100, -100]
+    with pytest.raises(InputError, match="Example 0 of the dataset: it has 4 labels of 3 words"):
+        prepared([{**rows[0], "ner_tags": [4, 5, 6, 7]}], target="tokens")
 
 
 def saved(folder: Path, model: Any) -> Path:

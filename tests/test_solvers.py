@@ -21,6 +21,7 @@ from tests.test_conditioning import numbers
 from wherefrom.curvature.conditioning import adam_conditioning
 from wherefrom.curvature.solvers import CONVERGED, Solver
 from wherefrom.planning.plan import plan_scores
+from wherefrom.report.reading import computed_by
 from wherefrom.runtime.errors import InputError, LayerError, LossError, MismatchError
 from wherefrom.scoring.results import Scores
 from wherefrom.store.files import write_tensors
@@ -84,6 +85,8 @@ def test_without_a_damping_it_is_what_the_training_has_left_unused(tmp_path: Pat
     method = wf.Shampoo(adam=True, solver=EXACT, loss_scale=scale)
     natural = study.score(case.queries, method)
     damping = 1 / (scale * (7 * 0.1 + 5 * 0.02))
+    same = study.score(case.queries, wf.Dot(adam=True, solver=EXACT, damping=damping))
+    assert computed_by(same) == f"dot, ConjugateGradients, damping {damping}"  # which a plain dot product has not
     assert float(natural.fingerprint["damping"]) == pytest.approx(damping)
     preconditioner = adam_conditioning(history[-1])
     matrices = BruteForce(case.model, case.task, list(study.layers), [], [])
@@ -116,6 +119,26 @@ def test_training_is_taken_to_have_averaged_over_what_a_loss_is_a_sum_of(
     assert f"an example has {sum(tokens) / len(tokens):.1f}" in said
 
 
+@pytest.mark.parametrize(
+    "method", [wf.Dot(adam=True), wf.TracIn(), wf.Source(segments=1)], ids=["adam", "tracin", "source"]
+)
+def test_a_history_of_another_model_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, method: wf.Method
+) -> None:
+    case = mlp_case()
+    history = recorded(case, tmp_path)
+    said = f"ends with {history[-1].path}, whose weights are not those of the model (first.bias for one)"
+    study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train, history=history)
+    before = study.score(case.queries, method)
+    assert said not in caplog.text
+    with torch.no_grad():
+        case.model.get_parameter("first.bias").add_(1.0)
+    after = study.score(case.queries, method)
+    assert caplog.text.count(said) == 1
+    if not isinstance(method, wf.Dot):  # which are about the history alone
+        assert torch.equal(after.values, before.values)
+
+
 def test_without_a_damping_each_layer_has_that_of_its_factors(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
@@ -135,6 +158,9 @@ def test_in_adams_coordinates_a_damping_has_to_follow_from_something(tmp_path: P
         partly.score(case.queries, wf.Shampoo(adam=True, solver=EXACT, loss_scale=1.0))
     with pytest.raises(InputError, match="loss_scale=0"):
         wf.Shampoo(loss_scale=0.0)
+    for unused in ({"adam": True}, {"solver": EXACT}, {"adam": True, "solver": EXACT, "damping": 0.1}):
+        with pytest.raises(InputError, match=r"loss_scale=2\.0 says which damping a solver has"):
+            wf.Shampoo(loss_scale=2.0, **unused)
 
 
 # Embeddings of positions and of tokens, normalisations, and a head that is tied to the embedding.

@@ -18,7 +18,7 @@ from wherefrom.curvature.factors import Factors
 from wherefrom.engine.execution import Execution
 from wherefrom.engine.loading import DatasetLike, Examples, indexed
 from wherefrom.engine.modules.coverage import coverage, mostly_left_out, never_run
-from wherefrom.engine.modules.layers import TrackedLayer, select_layers
+from wherefrom.engine.modules.layers import TrackedLayer, select_layers, unwrapped
 from wherefrom.engine.sweep import Sweep
 from wherefrom.methods.factored import EKFAC, Factored
 from wherefrom.methods.index.gradient_index import GradientIndex
@@ -31,6 +31,7 @@ from wherefrom.report.notebook import View, query_view
 from wherefrom.report.passages import DatasetPassages, DatasetTokens, Tokenizer
 from wherefrom.runtime.errors import InputError, check_argument
 from wherefrom.runtime.memory import within_memory
+from wherefrom.runtime.precision import own_precision
 from wherefrom.scoring.keep import Keep, Pairs, Scores_co
 from wherefrom.scoring.results import Result, Scores
 from wherefrom.scoring.tokens import TokenScores
@@ -86,8 +87,7 @@ class Study(Generic[Batch]):
         execution: Execution | None = None,
     ) -> None:
         train = indexed("train", train)
-        if not isinstance(model, nn.Module):
-            raise InputError(f"model is a {type(model).__name__}: expected a torch.nn.Module.")
+        model = unwrapped(model)
         self.path, self.train, self.history = Path(path), train, history
         chosen = select_layers(model, task.layers, task.head(model))
         self._sweep = Sweep(model, task, chosen, execution or Execution())
@@ -142,8 +142,9 @@ class Study(Generic[Batch]):
 
     @contextmanager
     def _work(self, what: str) -> Iterator[None]:
-        """As `alone`, and say in our words that memory has run out."""
-        with self.alone(), within_memory(f"{what} does", self._sweep.device, _MEMORY_ADVICE):
+        """As `alone`, in the precision that is said here, and say in our words that memory has run out."""
+        device = self._sweep.device
+        with self.alone(), own_precision(device), within_memory(f"{what} does", device, _MEMORY_ADVICE):
             yield
 
     @overload

@@ -10,7 +10,8 @@ import ast
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import get_args, get_type_hints
 import tyro
 
 from wherefrom.cli.shared import command_line
+from wherefrom.runtime.errors import InputError
 from wherefrom.runtime.progress import show_log
 from wherefrom.version import VERSION
 
@@ -65,6 +67,7 @@ def main() -> None:
 
         arguments = with_method(arguments)
     with command_line(lambda: _flags(chosen)):
+        _refuse_repeated(arguments)
         app.cli(
             args=arguments,
             prog="wherefrom",
@@ -78,6 +81,18 @@ def function(name: str) -> Callable[..., None]:
     """The function of a subcommand."""
     found: Callable[..., None] = getattr(import_module(f"wherefrom.cli.{COMMANDS[name]}"), name.replace("-", "_"))
     return found
+
+
+def _refuse_repeated(arguments: Sequence[str]) -> None:
+    """Refuse a flag that is given again, of which the parser would take the last and drop the others in silence.
+
+    Raises:
+        InputError: names it.
+    """
+    given = Counter(each.partition("=")[0].replace("_", "-") for each in arguments if each.startswith("--"))
+    for flag, times in given.items():
+        if times > 1:
+            raise InputError(f"{flag} is given {times} times: expected once, with all that belongs to it after it.")
 
 
 def _described(name: str) -> Callable[[], None]:

@@ -187,6 +187,8 @@ class Encoder:
     def _words(self, text: str, example: Example, number: int) -> dict[str, Any]:
         """A label for each word is that of its first token; others are not counted, as in transformers' run_ner.py."""
         labels = _labels(example, "labels", "ner_tags")
+        if len(labels) != len(example["tokens"]):
+            raise InputError(f"it has {len(labels)} labels of {len(example['tokens'])} words: expected one of each.")
         encoded = self._cut_off(example["tokens"], number, is_split_into_words=True)
         words = encoded.word_ids()
         before = [None, *words[:-1]]

@@ -103,7 +103,10 @@ class Reading(NamedTuple):
 
 
 def _text(example: Example, column: str) -> str:
-    return str(example[column])
+    value = example[column]
+    if not isinstance(value, str | int | float):  # or what Python prints of it would be read as text
+        raise InputError(f"{column!r} is a {type(value).__name__}: expected a text.")
+    return str(value)
 
 
 def _words(example: Example, column: str) -> str:
@@ -123,14 +126,14 @@ def _prompt_completion(example: Example, column: str) -> Pair | Chat:
 
 
 def _alpaca(example: Example, column: str) -> Pair:
-    instruction, given = example[column], example.get("input") or ""
+    instruction, given = _text(example, column), _text(example, "input") if example.get("input") else ""
     prompt = (_ALPACA_WITH_INPUT if given else _ALPACA).format(instruction=instruction, input=given)
     return Pair(prompt, example["output"], f"{instruction}\n{given}".strip())
 
 
 def _question_answer(example: Example, column: str) -> Pair:
-    question = example[column]
-    return Pair(f"Question: {question}\nAnswer:", f" {example['answer']}", question)
+    question = _text(example, column)
+    return Pair(f"Question: {question}\nAnswer:", f" {_text(example, 'answer')}", question)
 
 
 def _conversation(example: Example, column: str) -> Chat:

@@ -231,6 +231,7 @@ def _encoded(encoder: Encoder, reading: Reading, example: Example, number: int, 
     try:
         content = reading.read(example, reading.columns[0])
         encoded = encoder.encode(content, example, number)
+        said = {} if "text" in encoded else readable(content)
     except InputError as error:
         raise InputError(f"{which}: {error}") from error
     except Exception as error:  # whatever tokenizers, chat templates and json make of examples that are not theirs
@@ -241,4 +242,4 @@ def _encoded(encoder: Encoder, reading: Reading, example: Example, number: int, 
     if not encoded.get("input_ids", True):
         raise InputError(f"{which} has no token; leave it out.")
     shown = {name: example[name] for name in _SHOWN if example.get(name) is not None and name not in encoded}
-    return {**shown, **({} if "text" in encoded else readable(content)), **encoded}
+    return {**shown, **said, **encoded}

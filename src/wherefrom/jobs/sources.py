@@ -75,6 +75,8 @@ class DataSource:
 
     def __post_init__(self) -> None:
         check_argument(bool(self.names), "train", "", "a file, a saved dataset or a name on the hub")
+        twice = [name for name, times in Counter(self.names).items() if times > 1]
+        check_argument(not twice, "train", ", ".join(twice), "each name once; it is there twice")
 
     def read(self) -> list[Source]:
         """Read the examples; several sources are called by their files' names, if these tell them."""

@@ -41,7 +41,22 @@ def chosen_checkpoints(context: Context[Any], given: Sequence[Checkpoint] | None
             f"checkpoints={given!r}: expected a list of at least one checkpoint, or None for the study's history, "
             "Study(history=read_recording(folder))."
         )
+    if given is None:
+        warn_of_other_weights(context)
     return found
+
+
+def warn_of_other_weights(context: Context[Any]) -> None:
+    """Say that a study's history ends with other weights than its model has: it is another training's, or longer."""
+    last = context.history[-1]
+    path = Path(last) if isinstance(last, str | Path) else last.path
+    differing = context.states.differing(path)
+    if differing is not None and context.ranks.is_main:
+        logger.warning(
+            f"The study's history ends with {path}, whose weights are not those of the model ({differing} for one). "
+            "What is taken from it is about that training, up to there: give the history of the training that ended "
+            "with this model, or the model that this training ended with."
+        )
 
 
 def named_paths(checkpoints: Sequence[Checkpoint]) -> dict[str, Path]:

@@ -19,7 +19,7 @@ from wherefrom.curvature.factors import STRATEGIES, Factors
 from wherefrom.curvature.fitting import Fitting
 from wherefrom.curvature.solvers import not_converged
 from wherefrom.engine.loading import Examples
-from wherefrom.methods.checkpoints import recorded_only, recorded_times, trained_scale
+from wherefrom.methods.checkpoints import recorded_only, recorded_times, trained_scale, warn_of_other_weights
 from wherefrom.methods.method import Context, Job, Method, dense
 from wherefrom.planning.plan import Plan
 from wherefrom.runtime.errors import InputError, check_argument
@@ -65,6 +65,7 @@ class Coordinates:
                     "adam=True: the study's history does not end with a recorded checkpoint. Give "
                     "Study(history=read_recording(folder)) of a training with Adam, or a conditioning."
                 )
+            warn_of_other_weights(context)
             conditioning = adam_conditioning(latest)
         return {} if conditioning is None else conditioning_scaling(context.sweep, conditioning)
 
@@ -105,6 +106,11 @@ class Factored(Approximation, Coordinates, Method):
             )
         if self.loss_scale is not None:
             check_argument(0 < self.loss_scale < math.inf, "loss_scale", self.loss_scale, "a number above 0, or None")
+            if self.solver is None or not self.adam or self.damping is not None:
+                raise InputError(
+                    f"loss_scale={self.loss_scale} says which damping a solver has with adam=True and damping=None, "
+                    "and nothing else: give these, or leave it out."
+                )
 
     def check(self, keep: Keep[Any], half_precision: bool) -> None:
         super().check(keep, half_precision)
@@ -161,7 +167,8 @@ class Factored(Approximation, Coordinates, Method):
         if self.solver is None or self.damping is not None or not self.adam:
             return self
         times = recorded_times(recorded_only(context.history, "damping=None", "learning rates", "Give a number."))
-        return replace(self, damping=1 / (trained_scale(context, self.loss_scale) * sum(times)))
+        scale = trained_scale(context, self.loss_scale)
+        return replace(self, damping=1 / (scale * sum(times)), loss_scale=None)
 
     def scoring(
         self, context: Context[Any], queries: Examples[Any], factors: Factors, keep: Keep[Any] | None = None

@@ -56,6 +56,7 @@ def reading(scores: Scores | TopScores | TopChunks, query: int = 0) -> Reading:
     ends = [scores.values] if isinstance(scores, Scores) else [scores.values, scores.lowest_values]
     largest = max(float(each[query].abs().max()) for each in ends)
     method = scores.fingerprint.get("normalized") or scores.fingerprint.get("method", "this kind")
+    method = f"sketches of {method}" if scores.fingerprint.get("re-ranked") == "0" else method
     return Reading("Of largest", _RELATIVE.format(method=printable(method)), 1 / largest if largest > 0 else 0.0)
 
 
@@ -72,9 +73,10 @@ def contrast_reading(scores: Scores | TopScores, tokens: int) -> Reading:
 
 
 def computed_by(scores: Scores | TopScores | TopChunks) -> str:
-    """The method of scores, and its damping where it has one."""
-    damping = scores.fingerprint.get("damping") if scores.method not in _WITHOUT_CURVATURE else None
-    return scores.method + (f", damping {damping}" if damping else "")
+    """The method of scores, and its solver and damping where it has them."""
+    solver, damping = (scores.fingerprint.get(name, "") for name in ("solver", "damping"))
+    damping = damping if solver or scores.method not in _WITHOUT_CURVATURE else ""
+    return ", ".join(filter(None, (scores.method, solver.partition("(")[0], damping and f"damping {damping}")))
 
 
 def _caveat(scores: Scores | TopScores | TopChunks) -> str:

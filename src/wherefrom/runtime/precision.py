@@ -9,7 +9,7 @@ up stay in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -102,6 +102,17 @@ def _float32_sums() -> Iterator[None]:
         yield
     finally:
         matmul.allow_bf16_reduced_precision_reduction = allowed if split else (allowed, split)
+
+
+@contextmanager
+def own_precision(device: torch.device) -> Iterator[None]:
+    """Keep out what a caller's own autocast or inference mode would do to numbers, on a device and the host."""
+    with ExitStack() as stack:
+        for kind in {device.type, "cpu"}:
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        yield
 
 
 def native_bfloat16(device: torch.device) -> bool:

@@ -113,7 +113,8 @@ class Scaled:
         if self.rise_per_score is None:
             raise InputError(
                 f"predicted_rise of {self.fingerprint.get('method', 'these scores')}: these scores have no such scale. "
-                "Read their ranks, or score with a method whose curvature is a mean over examples, such as EKFAC()."
+                "Read their ranks, or score with a method whose curvature is a mean over examples, such as EKFAC(); of "
+                "an index, give query its rerank."
             )
         return self.values.to("cpu", torch.float64) * self.rise_per_score.unsqueeze(1)
 

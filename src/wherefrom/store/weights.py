@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wherefrom.runtime.errors import DamagedError, InputError, first_line, require
+from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
 from wherefrom.store.files import checked_name, read_json
 from wherefrom.store.fingerprint import model_digest
 
@@ -41,12 +42,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         DamagedError: a file cannot be read.
     """
     path = Path(path)
-    file = path if path.is_file() else next((path / name for name in _WEIGHT_FILES if (path / name).is_file()), None)
+    file = _weight_file(path)
     if file is None:
         raise InputError(
             f"{path}: no weights there; expected a file, or a directory with one of {', '.join(_WEIGHT_FILES)}."
         )
-    state = _read_shards(file) if file.name.endswith(".index.json") else read_weights(file)
+    state = _read_state(file)
     if file.name.startswith("adapter_model"):
         _load_adapter(model, state, path)
         return
@@ -57,6 +58,14 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     _check_names(path, missing, [name for name in state if name not in own])
     _check_shapes(path, own, state)
     model.load_state_dict(state, strict=False)
+
+
+def _weight_file(path: Path) -> Path | None:
+    return path if path.is_file() else next((path / name for name in _WEIGHT_FILES if (path / name).is_file()), None)
+
+
+def _read_state(file: Path) -> dict[str, Tensor]:
+    return _read_shards(file) if file.name.endswith(".index.json") else read_weights(file)
 
 
 def _load_adapter(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -126,6 +135,25 @@ class ModelStates:
             self._model.load_state_dict(self._own, strict=False)
         else:
             load_weights(self._model, wanted)
+
+    def differing(self, checkpoint: Path) -> str | None:
+        """The first tensor of a checkpoint that the model itself has otherwise.
+
+        None where all are the same, and where that cannot be told: without weights there, or within another's.
+        """
+        file = _weight_file(checkpoint)
+        if file is None or self._entered[-1] is not None:
+            return None
+        adapter = file.name.startswith("adapter_model") and hasattr(self._model, "peft_config")
+        own = require("peft", "lora").get_peft_model_state_dict(self._model) if adapter else self._model.state_dict()
+        for name, tensor in sorted(_read_state(file).items()):
+            if name not in own or own[name].shape != tensor.shape:
+                return name
+            mine = read_tensor(self._model, name, own[name])
+            mine = mine.full_tensor() if is_sharded_tensor(mine) else mine
+            if not torch.equal(mine.cpu(), tensor.to(mine.dtype)):
+                return name
+        return None
 
     def digest(self, checkpoint: Path | None) -> str:
         """What tells a model with these weights from others."""

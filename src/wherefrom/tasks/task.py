@@ -44,6 +44,7 @@ class Task(Generic[Batch]):
     def __init__(self, layers: Sequence[str] | None = None) -> None:
         expected = f"a list of names or patterns; write layers=[{layers!r}]"
         check_argument(not isinstance(layers, str), "layers", layers, expected)
+        check_argument(layers is None or len(layers) > 0, "layers", layers, "names or patterns, or None for the usual")
         self.layers = None if layers is None else tuple(layers)
 
     def train_loss(self, model: nn.Module, batch: Batch, sampler: Sampler | None = None) -> Tensor:

@@ -28,7 +28,7 @@ from wherefrom.engine.modules.layer_types import (
 )
 from wherefrom.engine.modules.linear_map import Map, Part
 from wherefrom.engine.modules.written_out import WrittenOut, written_out, written_out_kind
-from wherefrom.runtime.errors import LayerError
+from wherefrom.runtime.errors import InputError, LayerError
 from wherefrom.runtime.placement import tied_names
 from wherefrom.tasks.adapters.composition import adapters_of, beside_text
 from wherefrom.tasks.adapters.quantized import stored_as
@@ -208,6 +208,25 @@ def _not_added_up(one: Use, other: Use, reason: str) -> LayerError:
 
 
 _SCRIPTED = "a TorchScript module, which shows nothing of its layers: load the original nn.Module and its state_dict"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, of one in `DataParallel`.
+
+    Raises:
+        InputError: it is none, or its passes would be of another precision than it is in.
+    """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}: expected a torch.nn.Module.")
+    if hasattr(model, "_original_forward"):
+        raise InputError(
+            "model: accelerate has made its forward run in mixed precision, as a Trainer with bf16 or fp16 does, "
+            "whatever half_precision says. Load what was saved, or give "
+            "accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)."
+        )
+    return model
 
 
 def select_layers(

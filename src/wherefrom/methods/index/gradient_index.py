@@ -27,6 +27,7 @@ from wherefrom.methods.method import Context
 from wherefrom.runtime.errors import InputError, MismatchError, check_argument
 from wherefrom.runtime.memory import within_memory
 from wherefrom.runtime.placement import is_sharded_tensor, read_tensor
+from wherefrom.runtime.precision import own_precision
 from wherefrom.scoring.keep import Tokens, Top
 from wherefrom.scoring.rescoring import exact_scores
 from wherefrom.scoring.results import RISE, TopScores, extremes
@@ -104,6 +105,9 @@ class GradientIndex(Generic[Batch]):
     def query(self, queries: Dataset[object], k: int = 10, *, rerank: int = 0, normalized: bool = False) -> TopScores:
         """Each query's `k` highest and `k` lowest scores, from sketches.
 
+        They rank examples; what a score is in nats, `predicted_rise`, is known after `rerank`, or of a
+        `Sketch(focus=0)` of 8 or 32 bits, whose products are the scores themselves.
+
         The first call reads the whole index once to check it; later ones read it as fast as the disk or the system's
         cache gives it. Nothing is written.
 
@@ -167,7 +171,8 @@ class GradientIndex(Generic[Batch]):
         self._model.check()
         store, examples = self.store, self.context.measured(queries)
         advice = "Give fewer queries at once, or make an index of fewer numbers."
-        with within_memory("query does", store.sweep.device, advice):
+        device = store.sweep.device
+        with within_memory("query does", device, advice), own_precision(device):
             counters, norms = store.of("query gradients", examples)
             shards = store.shards if store.sketch.chunk is None else store.chunks.shards
             search = Search(store.sketch, shards, store.sweep.device)
@@ -182,7 +187,9 @@ class GradientIndex(Generic[Batch]):
             **({"normalized": "cosine"} if normalized else {}),
         }
         both = best["values"], best["train"], best["lowest_values"], best["lowest_train"]
-        scale = None if normalized else self.method.scale(self.context, examples, Top(k)).get(RISE)
+        # Without focus the sketch's products are the scores, but those of signs; otherwise they only rank.
+        in_units = rerank or (store.sketch.focus == 0 and store.sketch.bits > 1 and not normalized)
+        scale = self.method.scale(self.context, examples, Top(k)).get(RISE) if in_units else None
         return TopScores(*both, fingerprint=fingerprint, rise_per_score=scale, queries=queries)
 
     def prune(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,33 @@ def test_a_run_is_found_again_with_its_scores(folder: Path) -> None:
     queries, train, _ = RunSources.of_result(shown).passages(load_scores(shown).fingerprint)
     assert [each.text for each in (queries[0], queries[1], train[5])] == [TEXTS[0], TEXTS[1], TEXTS[5]]
     assert (train[5].title, train[5].source) == (TEXTS[5][:5], "b")
+
+
+def test_a_name_means_what_it_did_where_the_run_was_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, elsewhere = folder / "project", folder / "elsewhere"
+    for each in (project, elsewhere):  # with files of the same names
+        shutil.copytree(folder / "model", each / "model")
+        shutil.copy(folder / "a.jsonl", each)
+    monkeypatch.chdir(project)
+    wf.record_sources(wf.study_from_pretrained("model", "a.jsonl", run="runs/mine", device="cpu"))
+    assert RunSources.load(Path("runs/mine")).train.names == ("a.jsonl",)
+
+    monkeypatch.chdir(project / "runs")
+    with pytest.raises(InputError, match=f"'model' was {project / 'model'}.*run the command in {project}"):
+        RunSources.load(Path("mine"))
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(InputError, match=f"'model' was {project / 'model'}.*run the command in {project}"):
+        RunSources.load(project / "runs" / "mine")
+    (elsewhere / "linked").symlink_to(project / "runs" / "mine")
+    with pytest.raises(InputError, match=f"run the command in {project}"):
+        RunSources.load(Path("linked"))
+
+    moved = project.rename(folder / "moved")
+    monkeypatch.chdir(moved)
+    assert RunSources.load(Path("runs/mine")).train.names == ("a.jsonl",)
+    monkeypatch.chdir(elsewhere)
+    shutil.move(moved / "runs", elsewhere / "runs")  # without its files, which these take the place of
+    assert RunSources.load(Path("runs/mine")).model == "model"
 
 
 def test_what_commands_could_not_find_or_say_is_refused(folder: Path) -> None:

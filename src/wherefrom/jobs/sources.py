@@ -174,10 +174,11 @@ class RunSources:
             raise DamagedError(f"{file} is another version's. {advice}")
         try:
             train, queries, loading = found.pop("train"), found.pop("queries"), found.pop("loading")
-            trained, commands = found.pop("trained", {}), found.pop("commands", [])  # not of earlier versions
+            # Not of earlier versions.
+            trained, commands, folder = found.pop("trained", {}), found.pop("commands", []), found.pop("folder", None)
             for part in (found, loading, trained):
                 _check_types(part)
-            return cls(
+            sources = cls(
                 train=_source(train),
                 queries=None if queries is None else _source(queries),
                 loading=ModelLoading(**loading, trust_remote_code=trust_remote_code),
@@ -187,12 +188,32 @@ class RunSources:
             )
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise DamagedError(f"{file} cannot be read ({error}). {advice}") from error
+        if isinstance(folder, str):
+            sources._check_folder(file.parent.resolve() / folder)
+        return sources
+
+    def _check_folder(self, folder: Path) -> None:
+        """Refuse to read, from where the command runs, other files than were meant where it ran before.
+
+        Args:
+            folder: where that was. It moves together with the run, and files that are not there any more are looked
+                for from here.
+        """
+        data = [each.names for each in (self.train, self.queries) if each is not None]
+        for name in (self.model, *filter(None, [self.history]), *(name for names in data for name in names)):
+            before, now = folder / name, Path(name)
+            if before.exists() and not (now.exists() and now.samefile(before)):
+                raise InputError(
+                    f"{name!r} was {before.resolve()}, and from {Path.cwd()} it is not: run the command in "
+                    f"{folder.resolve()}, or fit with absolute names."
+                )
 
     def save(self, run: Path, name: str | None = None) -> None:
         """Write the file of a run, or of its scores of a name."""
         folder = run if name is None else within(run, "scores", name)
         written = {"format": _FORMAT, **asdict(self)}
         del written["loading"]["trust_remote_code"]
+        written["folder"] = os.path.relpath(Path.cwd(), folder.resolve())  # where names begin
         with run_lock(run):
             write_text(folder / SOURCES, json.dumps(written, indent=1) + "\n")
 

@@ -234,7 +234,7 @@ def test_a_second_use_of_a_run_lies_beside_the_first(folder: Path, said: Said) -
             "--self-influence belongs to single examples",
         ),
         (["fit", "new", "--model", "model", "--train", "missing.txt"], "missing.txt"),
-        # Of which the parser, or a table by their names, would keep the last.
+        # Of which the parser, or a table by their names, would take the last alone.
         (["fit", "new", "--model", "model", "--train", "train.txt", "--train", "queries.jsonl"], "--train is given 2"),
         (["fit", "new", "--model", "model", "--train", "train.txt", "train.txt"], "expected each name once"),
         (["fit", "new", "--model", "no-such-directory/x/y", "--train", "train.txt"], "no-such-directory/x/y"),

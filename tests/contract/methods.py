@@ -174,6 +174,7 @@ def source(adam: bool) -> Callable[[Path, Setting], Result]:
             segments=2,
             adam=adam,
             weight_decay=setting.weight_decay,
+            loss_scale=1.0,  # of the mean over examples of summed losses
             empirical=setting.empirical,
             seed=setting.seed,
         )

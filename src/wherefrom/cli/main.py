@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -67,7 +67,7 @@ def main() -> None:
 
         arguments = with_method(arguments)
     with command_line(lambda: _flags(chosen)):
-        _refuse_repeated(arguments)
+        _refuse_repeated(chosen, arguments)
         app.cli(
             args=arguments,
             prog="wherefrom",
@@ -83,16 +83,22 @@ def function(name: str) -> Callable[..., None]:
     return found
 
 
-def _refuse_repeated(arguments: Sequence[str]) -> None:
-    """Refuse a flag that is given again, of which the parser would take the last and drop the others in silence.
+def _refuse_repeated(command: str, arguments: Sequence[str]) -> None:
+    """Refuse a flag of several values that is given again: the parser would drop the first ones in silence.
+
+    Of a flag of one value the last counts, as people and scripts expect who add one to what is there.
 
     Raises:
         InputError: names it.
     """
-    given = Counter(each.partition("=")[0].replace("_", "-") for each in arguments if each.startswith("--"))
-    for flag, times in given.items():
-        if times > 1:
-            raise InputError(f"{flag} is given {times} times: expected once, with all that belongs to it after it.")
+    hints = get_type_hints(function(command)) if command in COMMANDS else {}
+    given = Counter(each.partition("=")[0].replace("_", "-") for each in arguments)
+    for name, kind in hints.items():
+        flag = "--" + name.replace("_", "-")
+        if get_origin(kind) is tuple and given[flag] > 1:
+            raise InputError(
+                f"{flag} is given {given[flag]} times: expected once, with all that belongs to it after it."
+            )
 
 
 def _described(name: str) -> Callable[[], None]:

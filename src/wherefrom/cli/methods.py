@@ -31,12 +31,12 @@ ALL = {name: kind for name, kind in METHODS.items() if kind not in (Magic, Traje
 # Fields that are other objects, and the words for these; and fields of methods that a shell cannot say, or need not:
 # what the command makes of texts has their column.
 _WORDS: dict[str, Mapping[str, Callable[..., object]]] = {
+    "solver": SOLVERS,
     "scored": FACTORED,
     "then": FACTORED,
     "first": {name: kind for name, kind in ALL.items() if name != "two-stage"},
 }
-# One word, too, with its settings.
-_SOLVER, _EXAMPLE = "solver", "cg,iterations=8,examples=100,block-size=32"
+_SOLVER, _EXAMPLE = "solver", "cg,iterations=8,examples=100,block-size=32"  # which is said with its settings
 _UNSPEAKABLE = ("conditioning", "factors", "training", "checkpoints", "column")
 # What the run's factors were fitted with stands for these, where they are not given.
 _OF_THE_FIT = ("empirical", "seed")
@@ -66,17 +66,16 @@ class Chosen:
         said: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         if issubclass(self.kind, Factored) or "empirical" in said:
             said |= {name: each for name, each in (fitted or {}).items() if said.get(name) is None}
-        words = {name: _meant(name, each, fitted or {}) for name, each in said.items() if name in _WORDS and each}
-        if said.get(_SOLVER):
-            words[_SOLVER] = _solver(said[_SOLVER])
+        said |= {name: _meant(name, each, fitted or {}) for name, each in said.items() if name in _WORDS and each}
         # None says nothing, but where it is not what stands for nothing said.
         silent = {each.name for each in fields(self) if each.default is None}
-        found = {**said, **words}
-        return self.kind(**{name: each for name, each in found.items() if each is not None or name not in silent})
+        return self.kind(**{name: each for name, each in said.items() if each is not None or name not in silent})
 
 
 def _meant(name: str, word: str, fitted: Mapping[str, object]) -> object:
     """The object that a word stands for; a method with factors takes those of the run."""
+    if name == _SOLVER:
+        return _solver(word)
     kind = _WORDS[name][word]
     return kind(**fitted) if word in FACTORED else kind()
 

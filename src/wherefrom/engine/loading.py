@@ -334,6 +334,12 @@ def collated(
         raise cause from None
 
 
+def token_counts(source: Examples[Batch], model: nn.Module) -> list[int]:
+    """How many tokens the loss of each example, or the measurement, is a sum over; 1 without tokens."""
+    count = source.task.counted if source.loss == "measurement" else source.task.trained
+    return [count(model, collated(source, [index], model)[0]) for index in range(len(source))]
+
+
 def _batch(
     source: Examples[Batch], examples: Sequence[object], model: nn.Module | None
 ) -> tuple[Batch, Sequence[Tensor]]:

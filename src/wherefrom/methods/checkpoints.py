@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wherefrom.engine.loading import collated
+from wherefrom.engine.loading import token_counts
 from wherefrom.methods.method import Context, dense
 from wherefrom.runtime.errors import InputError
 from wherefrom.scoring.results import Scores
@@ -115,15 +115,15 @@ def trained_scale(context: Context[Any], given: float | None) -> float:
     """
     if given is not None:
         return given
-    train, model = context.train, context.sweep.model
-    tokens = sum(train.task.trained(model, collated(train, [index], model)[0]) for index in range(len(train)))
+    counts = token_counts(context.train, context.sweep.model)
+    examples, tokens = len(counts), sum(counts)
     if not tokens:
         raise InputError("loss_scale=None: no training example has a token with a loss. Give a number.")
-    scale = len(train) / tokens
-    if context.ranks.is_main and tokens != len(train):
+    scale = examples / tokens
+    if context.ranks.is_main and tokens != examples:
         logger.info(
             f"loss_scale={scale:.4g}: training is taken to have averaged its loss over tokens, of which an example has "
-            f"{tokens / len(train):.1f}. Give another if it was summed over them, or weighted."
+            f"{tokens / examples:.1f}. Give another if it was summed over them, or weighted."
         )
     return scale
 

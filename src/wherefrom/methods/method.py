@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.curvature.factors import Factors
-from wherefrom.engine.loading import Examples, collated
+from wherefrom.engine.loading import Examples, token_counts
 from wherefrom.engine.sweep import Sweep
 from wherefrom.planning.plan import Plan
 from wherefrom.runtime.distributed import Ranks
@@ -218,11 +218,10 @@ class Method(ABC):
 
     def scale(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> dict[str, Tensor]:
         """`rise_per_score` of a result, [query]: by the query's token. Nothing where scores have no such scale."""
-        rise, model = self.rise(len(context.train)), context.sweep.model
+        rise = self.rise(len(context.train))
         if rise is None or not keep.of_sequences:
             return {}
-        batches = (collated(queries, [number], model)[0] for number in range(len(queries)))
-        counts = torch.tensor([queries.task.counted(model, batch) for batch in batches], dtype=torch.float64)
+        counts = torch.tensor(token_counts(queries, context.sweep.model), dtype=torch.float64)
         # Of nothing counted, all scores are 0.
         return {RISE: rise / keep.of_queries(counts).clamp_min(1)}
 

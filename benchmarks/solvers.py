@@ -24,7 +24,7 @@ from workload import Workload, save_results
 import wherefrom as wf
 from wherefrom.curvature.gauss_newton import DampedGaussNewton
 from wherefrom.curvature.operators import Operator
-from wherefrom.curvature.solvers import Solver
+from wherefrom.curvature.solvers.solver import Solver
 from wherefrom.engine.loading import Examples
 from wherefrom.engine.modules.layers import select_layers
 from wherefrom.engine.sweep import Sweep

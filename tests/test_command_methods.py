@@ -29,7 +29,7 @@ def test_every_method_is_a_subcommand_with_its_own_defaults(name: str) -> None:
 
 
 def test_only_what_a_shell_cannot_say_is_left_out() -> None:
-    assert set(METHODS) - set(ALL) == {"magic", "trajectory"}
+    assert set(METHODS) - set(ALL) == {"magic", "trajectory", "trajectory-flow"}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_impossible_fields_are_refused_by_the_method() -> None:
 
 
 def test_impossible_solvers_are_refused() -> None:
-    with pytest.raises(InputError, match=r"solver='gmres,iterations=3': expected cg or astra"):
+    with pytest.raises(InputError, match=r"solver='gmres,iterations=3': expected cg or flow or astra"):
         said("ekfac", "--solver", "gmres,iterations=3")
     with pytest.raises(InputError, match="iterations=0"):
         said("ekfac", "--solver", "cg,iterations=0")

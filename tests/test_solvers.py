@@ -19,7 +19,7 @@ from tests.reference import BruteForce
 from tests.runs import factored, labels
 from tests.test_conditioning import numbers
 from wherefrom.curvature.conditioning import adam_conditioning
-from wherefrom.curvature.solvers import CONVERGED, Solver
+from wherefrom.curvature.solvers.solver import CONVERGED, Solver
 from wherefrom.planning.plan import plan_scores
 from wherefrom.report.reading import computed_by
 from wherefrom.runtime.errors import InputError, LayerError, LossError, MismatchError
@@ -253,7 +253,7 @@ def test_each_query_is_solved_as_if_it_were_alone(tmp_path: Path) -> None:
     gradients[2] = 0
     solver = wf.ConjugateGradients(200, 1e-9)
     together = solver.solve(system, gradients)
-    assert together.vectors[2].count_nonzero() == 0 and together.residuals[-1].max() <= 1e-9
+    assert together.vectors[2].count_nonzero() == 0 and together.accuracy["residuals"].max() <= 1e-9
     for row in (0, 1, 3):
         alone = solver.solve(system, gradients[row : row + 1])
         assert relative_error(together.vectors[row], alone.vectors[0]) < 1e-7
@@ -269,6 +269,7 @@ def test_blocks_make_the_best_of_the_directions_of_all_of_their_queries() -> Non
 
     class Dense:
         examples = 1
+        damping = 0.1 * torch.ones(40, dtype=torch.float64)
 
         def product(self, vectors: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
             return vectors @ matrix
@@ -322,7 +323,7 @@ def test_factors_save_iterations_where_directions_differ(tmp_path: Path) -> None
     solver, counts = wf.ConjugateGradients(2000, 1e-6), {}
     for strategy in ("ekfac", "identity"):
         system = system_of(study, case, 0.01, factors=study.fit(factored(strategy)))
-        counts[strategy] = len(solver.solve(system, gradients).residuals)
+        counts[strategy] = solver.solve(system, gradients).iterations
     assert counts["ekfac"] < 0.5 * counts["identity"]
 
 
@@ -330,10 +331,10 @@ def test_part_of_the_examples_is_drawn_by_the_seed(tmp_path: Path) -> None:
     case = mlp_case()
     study = study_of(case, tmp_path)
     solvers = {
-        "one": wf.ConjugateGradients(100, 1e-10, 6, seed=0),
-        "same": wf.ConjugateGradients(100, 1e-10, 6, seed=0),
-        "other": wf.ConjugateGradients(100, 1e-10, 6, seed=1),
-        "all": wf.ConjugateGradients(100, 1e-10, 12),
+        "one": wf.ConjugateGradients(100, 1e-10, examples=6, seed=0),
+        "same": wf.ConjugateGradients(100, 1e-10, examples=6, seed=0),
+        "other": wf.ConjugateGradients(100, 1e-10, examples=6, seed=1),
+        "all": wf.ConjugateGradients(100, 1e-10, examples=12),
         "whole": wf.ConjugateGradients(100, 1e-10),
     }
     found = {
@@ -350,7 +351,9 @@ def test_scores_are_kept_under_the_solvers_name_and_reused(tmp_path: Path) -> No
     study = study_of(case, tmp_path)
     three, four = (wf.EKFAC(solver=wf.ConjugateGradients(iterations), damping=0.1) for iterations in (3, 4))
     found = study.score(case.queries, three)
-    assert found.fingerprint["solver"].startswith("ConjugateGradients(iterations=3")
+    assert (
+        found.fingerprint["solver"].startswith("ConjugateGradients(") and "iterations=3" in found.fingerprint["solver"]
+    )
     assert labels(tmp_path / "scores") == ["ekfac-cg"]
     assert torch.equal(study.score(case.queries, three).values, found.values)
     with pytest.raises(MismatchError, match="solver: stored .*iterations=3.* now .*iterations=4"):
@@ -364,7 +367,7 @@ def test_scores_are_kept_under_the_solvers_name_and_reused(tmp_path: Path) -> No
     [
         ({"solver": wf.Astra(), "query_rank": 2}, "query_rank=2 with a solver"),
         ({"solver": wf.Astra(), "damping": 0.0}, "damping=0 with a solver"),
-        ({"solver": "cg"}, r"solver='cg': expected ConjugateGradients\(...\)"),
+        ({"solver": "cg"}, r"solver='cg': expected GradientFlow\(...\)"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -398,11 +401,11 @@ def test_rates_at_which_astra_diverges_are_refused(tmp_path: Path) -> None:
     largest = float(torch.linalg.eigvals(system.precondition(matrix)).abs().max())
     limit, gradients = 2 * 1.9 / largest, torch.randn(2, len(matrix)).double()
     stable, unstable = (wf.Astra(400, None, factor * limit, decay=1.0) for factor in (0.9, 1.3))
-    assert float(stable.solve(system, gradients).final.max()) < 1e-3
+    assert float(stable.solve(system, gradients).accuracy["residuals"].max()) < 1e-3
     with pytest.raises(LossError, match=r"Astra: the iterations diverge with learning_rate="):
         unstable.solve(system, gradients)
     found = wf.Astra(400, None, decay=1.0).solve(system, gradients)
-    assert float(found.final.max()) < 1e-3
+    assert float(found.accuracy["residuals"].max()) < 1e-3
     with pytest.raises(LossError, match=r"learning_rate=50.0"):
         study.score(case.queries, wf.EKFAC(solver=wf.Astra(learning_rate=50.0), damping=0.1))
     assert not list((tmp_path / "scores").glob("*/manifest.json"))
@@ -449,9 +452,7 @@ def test_final_residuals_are_those_of_all_examples_and_part_of_every_result(
     assert found.residuals is not None
     assert relative_error(found.residuals, expected) < 1e-6
     assert str(solver) in caplog.text
-    count = int((expected > CONVERGED).sum())
-    assert f"{count} of {len(expected)} solves have not converged" in caplog.text
-    assert "larger damping than 0.003" in caplog.text
+    assert "has not converged" in caplog.text and "Give more iterations" in caplog.text
     caplog.clear()
     execution = wf.Execution(memory_budget=1e-9)  # one query at a time
     small = wf.Study(tmp_path, case.model, case.task, train=case.train, execution=execution)
@@ -459,7 +460,7 @@ def test_final_residuals_are_those_of_all_examples_and_part_of_every_result(
     stored = Scores.load(tmp_path / "scores" / f"ekfac-{solver.label}").residuals
     assert again.residuals is not None and stored is not None
     assert torch.equal(again.residuals, stored)
-    assert "have not converged" in caplog.text  # also when they were there
+    assert "has not converged" in caplog.text  # also when they were there
     top = small.score(case.queries, method, keep=wf.Top(2))
     total = small.score(case.queries, method, keep=wf.Aggregated(queries="sum"))
     chosen = torch.arange(3).expand(len(expected), 3)

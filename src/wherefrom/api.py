@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 
 from wherefrom.curvature.conditioning import adam_conditioning
 from wherefrom.curvature.factors import Factors
-from wherefrom.curvature.solvers import Astra, ConjugateGradients
+from wherefrom.curvature.solvers.astra import Astra
+from wherefrom.curvature.solvers.conjugate_gradients import ConjugateGradients
+from wherefrom.curvature.solvers.gradient_flow import GradientFlow
 from wherefrom.engine.execution import Execution
 from wherefrom.engine.loading import read_stream
 from wherefrom.hf.preparation import Preparation
@@ -30,6 +32,7 @@ from wherefrom.methods.retrieval import TwoStage
 from wherefrom.methods.sampled_fisher import Fisher
 from wherefrom.methods.source import Source
 from wherefrom.methods.tracin import TracIn
+from wherefrom.methods.trajectory.flow import TrajectoryFlow
 from wherefrom.methods.trajectory.scores import TrajectoryFisher
 from wherefrom.report.attribution import Attribution, Found
 from wherefrom.runtime.distributed import join_ranks
@@ -78,6 +81,7 @@ __all__ = [
     "Factors",
     "Fisher",
     "Found",
+    "GradientFlow",
     "GradientIndex",
     "GroupScore",
     "Hit",
@@ -120,6 +124,7 @@ __all__ = [
     "TrainingRecipe",
     "TrainingRecorder",
     "TrajectoryFisher",
+    "TrajectoryFlow",
     "Trak",
     "TwoStage",
     "WherefromError",

@@ -116,12 +116,12 @@ def rescored(run: Path, setting: Setting) -> Result:
     return pairwise("ekfac", query_rank=1, rescore=len(setting.train))(run, setting)
 
 
-def solved(solver: Any) -> Callable[[Path, Setting], Result]:
+def solved(solver: Any, strategy: str = "ekfac") -> Callable[[Path, Setting], Result]:
     """With a solver, and a damping with which it converges."""
 
     def score(run: Path, setting: Setting) -> Result:
         damping = truth.SOLVER_DAMPING if setting.damping is None else setting.damping
-        return result(run, setting, factored("ekfac", setting, solver=solver, damping=damping))
+        return result(run, setting, factored(strategy, setting, solver=solver, damping=damping))
 
     return score
 
@@ -222,6 +222,11 @@ def trajectory(run: Path, setting: Setting) -> Result:
     return result(run, setting, method)
 
 
+def trajectory_flow(run: Path, setting: Setting) -> Result:
+    flow = wf.GradientFlow(300, 0.0, block_size=2)
+    return result(run, setting, wf.TrajectoryFlow(training=recorded_training(setting), flow=flow))
+
+
 def indexed(run: Path, setting: Setting) -> Result:
     """An index of so many numbers that nothing is lost, and a query of it."""
     method, sketch = factored("ekfac", setting), wf.Sketch(numbers=2**16, bits=32, focus=0)
@@ -268,6 +273,12 @@ METHODS: dict[str, Method] = {
         truth.gauss_newton,
         takes_factors="ekfac",
         unsupported={"seed": _ANY_FACTORS},
+    ),
+    "gradient flow": Method(
+        solved(wf.GradientFlow(100, 0.0, block_size=2), "identity"),
+        truth.flow,
+        takes_factors="identity",
+        unsupported={"seed": _NOTHING_DRAWN},
     ),
     "ASTRA": Method(
         solved(wf.Astra(iterations=8, batch_size=None, learning_rate=1.0, momentum=0.0, decay=1.0)),
@@ -328,6 +339,16 @@ METHODS: dict[str, Method] = {
             "order": Unsupported("an example's position decides in which steps it is trained on"),
             "damping": _NO_DAMPING,
             "half precision": _FULL_PRECISION,
+        },
+    ),
+    "trajectory flow": Method(
+        trajectory_flow,
+        truth.trajectory_flow(recorded_training),
+        checks=4,
+        unsupported={
+            "seed": _NOTHING_DRAWN,
+            "order": Unsupported("an example's position decides in which steps it is trained on"),
+            "damping": _NO_DAMPING,
         },
     ),
     "index": Method(

@@ -20,12 +20,14 @@ from tests.dense_gauss_newton import token_logits
 from tests.reference import BruteForce
 from tests.test_baselines import bm25 as bm25_formula
 from tests.test_conditioning import numbers
+from tests.test_gradient_flow import flow_matrix
 from tests.test_magic import by_one_graph
 from tests.test_projected import damped, measured, projected
 from tests.test_sampled_fisher import dense as dense_fisher
 from tests.test_source import adam_steps, by_matrix_exponentials
 from tests.test_trajectory import dense as dense_trajectory
 from tests.test_trajectory import parameters_of
+from tests.test_trajectory_flow import dense_steps
 from wherefrom.engine.modules.layers import select_layers
 from wherefrom.methods.projected.projections import Compression, Projection
 from wherefrom.store.weights import load_weights
@@ -110,6 +112,16 @@ def of_tokens(setting: Setting) -> Tensor:
 
 
 def gauss_newton(setting: Setting) -> Tensor:
+    return _with_gauss_newton(setting, lambda matrix, damping: torch.linalg.inv(damped(matrix, damping)))
+
+
+def flow(setting: Setting) -> Tensor:
+    """Training for a finite time, by matrix exponentials."""
+    return _with_gauss_newton(setting, lambda matrix, damping: flow_matrix(matrix, torch.full_like(matrix[0], damping)))
+
+
+def _with_gauss_newton(setting: Setting, function: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """Scores with what a function makes of the dense matrix and the damping."""
     damping = SOLVER_DAMPING if setting.damping is None else setting.damping
     brute = brute_force(setting)
     queries, train = (
@@ -118,8 +130,7 @@ def gauss_newton(setting: Setting) -> Tensor:
     )
     with tempfile.TemporaryDirectory() as run:
         matrix = dense_gauss_newton(setting.case, study_of(setting, run), token_logits)
-    found: Tensor = queries @ torch.linalg.solve(damped(matrix, damping), train.T)
-    return found
+    return queries @ function(matrix.detach(), damping) @ train.T
 
 
 def at_checkpoints(setting: Setting) -> list[BruteForce]:
@@ -221,6 +232,17 @@ def trajectory(training_of: Callable[[Setting], wf.ReplayableTraining[Any]]) -> 
         return dense_trajectory(
             setting.case, training_of(setting), setting.checkpoints, names, seed=setting.seed, draws=SAMPLES
         )
+
+    return truth
+
+
+def trajectory_flow(training_of: Callable[[Setting], wf.ReplayableTraining[Any]]) -> Truth:
+    """By dense steps with a dense Gauss-Newton matrix."""
+
+    def truth(setting: Setting) -> Tensor:
+        with tempfile.TemporaryDirectory() as run:
+            layers = list(study_of(setting, run).layers)
+        return dense_steps(setting.case, training_of(setting), setting.checkpoints[-1], layers, token_logits)
 
     return truth
 

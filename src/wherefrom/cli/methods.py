@@ -14,19 +14,25 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 import docstring_parser
 import tyro
 
-from wherefrom.curvature.solvers import SOLVERS, Solver
+from wherefrom.curvature.solvers.astra import Astra
+from wherefrom.curvature.solvers.conjugate_gradients import ConjugateGradients
+from wherefrom.curvature.solvers.gradient_flow import GradientFlow
+from wherefrom.curvature.solvers.solver import Solver
 from wherefrom.engine.execution import Execution
 from wherefrom.hf.preparation import Preparation
 from wherefrom.methods import METHODS
 from wherefrom.methods.factored import Factored
 from wherefrom.methods.magic.scores import Magic
 from wherefrom.methods.method import Method
+from wherefrom.methods.trajectory.flow import TrajectoryFlow
 from wherefrom.methods.trajectory.scores import TrajectoryFisher
 from wherefrom.runtime.errors import InputError
 
 FACTORED = {name: kind for name, kind in METHODS.items() if issubclass(kind, Factored)}
 # A training cannot be said in a shell.
-ALL = {name: kind for name, kind in METHODS.items() if kind not in (Magic, TrajectoryFisher)}
+ALL = {name: kind for name, kind in METHODS.items() if kind not in (Magic, TrajectoryFisher, TrajectoryFlow)}
+
+SOLVERS = {each.label: each for each in (ConjugateGradients, GradientFlow, Astra)}
 
 # Fields that are other objects, and the words for these; and fields of methods that a shell cannot say, or need not:
 # what the command makes of texts has their column.

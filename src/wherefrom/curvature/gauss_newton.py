@@ -269,7 +269,7 @@ class DampedGaussNewton(Generic[Batch]):
         self.examples = len(train)
         self.space = WeightSpace(sweep.model, sweep.layers)
         self._sweep, self._preconditioner, self._train, self._pairs = sweep, preconditioner, train, pairs
-        self._added = torch.cat([self._damping(*each, damping) for each in self.space.shapes.items()])
+        self.damping = torch.cat([self._damping(*each, damping) for each in self.space.shapes.items()])
 
     def _damping(self, layer: str, shape: tuple[int, int], given: float | None) -> Tensor:
         """D of a layer's weights, [weights]: its damping, times P^-1 where the filter is conditioned."""
@@ -299,7 +299,7 @@ class DampedGaussNewton(Generic[Batch]):
             with self._sweep.ranks.agreeing():
                 total = self._sum(examples, vectors)
             self._sweep.ranks.all_reduce([total])
-        return total.div_(len(examples)).addcmul_(vectors, self._added)
+        return total.div_(len(examples)).addcmul_(vectors, self.damping)
 
     def _sum(self, examples: Examples[Batch], vectors: Tensor) -> Tensor:
         """This process's part of the sum over examples of H v."""

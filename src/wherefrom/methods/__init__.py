@@ -9,13 +9,14 @@ from wherefrom.methods.retrieval import TwoStage
 from wherefrom.methods.sampled_fisher import Fisher
 from wherefrom.methods.source import Source
 from wherefrom.methods.tracin import TracIn
+from wherefrom.methods.trajectory.flow import TrajectoryFlow
 from wherefrom.methods.trajectory.scores import TrajectoryFisher
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        EKFAC, KFAC, Diagonal, Shampoo, Dot, Cosine, Fisher, TracIn, Source, Magic, TrajectoryFisher, Trak,
-        LoGra, TrackStar, TwoStage, BM25, Random,
+        EKFAC, KFAC, Diagonal, Shampoo, Dot, Cosine, Fisher, TracIn, Source, Magic, TrajectoryFisher, TrajectoryFlow,
+        Trak, LoGra, TrackStar, TwoStage, BM25, Random,
     )
 }  # fmt: skip
 """Every method by its name, the word of `wherefrom score`."""

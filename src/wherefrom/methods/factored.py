@@ -17,7 +17,7 @@ from torch import Tensor
 from wherefrom.curvature.conditioning import Conditioning, adam_conditioning, conditioning_digest, conditioning_scaling
 from wherefrom.curvature.factors import STRATEGIES, Factors
 from wherefrom.curvature.fitting import Fitting
-from wherefrom.curvature.solvers import not_converged
+from wherefrom.curvature.solvers.solver import not_converged
 from wherefrom.engine.loading import Examples
 from wherefrom.methods.checkpoints import recorded_only, recorded_times, trained_scale, warn_of_other_weights
 from wherefrom.methods.method import Context, Job, Method, dense
@@ -103,6 +103,11 @@ class Factored(Approximation, Coordinates, Method):
             raise InputError(
                 f"factors are of the strategy {self.factors.strategy!r}: expected those of {type(self).__name__}, "
                 f"{self.strategy!r}."
+            )
+        if self.solver is not None and not self.solver.filtered and self.strategy != Dot.strategy:
+            raise InputError(
+                f"solver={self.solver} with {type(self).__name__}: it starts from no factors, so they would be fitted "
+                "for nothing. Take Dot(adam=True, solver=...), or ConjugateGradients."
             )
         if self.loss_scale is not None:
             check_argument(0 < self.loss_scale < math.inf, "loss_scale", self.loss_scale, "a number above 0, or None")
@@ -250,9 +255,9 @@ class Factored(Approximation, Coordinates, Method):
         }
 
     def remark(self, result: Result | TokenScores) -> str | None:
-        if self.solver is None or isinstance(result, TokenScores) or result.residuals is None:
+        if self.solver is None or isinstance(result, TokenScores):
             return None
-        return not_converged(result.residuals, self.solver, result.fingerprint["damping"])
+        return not_converged(result.accuracy, self.solver, result.fingerprint["damping"])
 
     def plan(self, context: Context[Any], queries: Dataset[object], keep: Keep[Any]) -> Plan:
         strategy, examples = STRATEGIES[self.strategy], context.measured(queries)

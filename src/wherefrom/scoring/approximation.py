@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from wherefrom.curvature.solvers import Solver
+from wherefrom.curvature.solvers.solver import Solver
 from wherefrom.runtime.errors import InputError
 
 
@@ -59,7 +59,9 @@ class Approximation:
         if self.solver is None:
             return
         if not isinstance(self.solver, Solver):
-            raise InputError(f"solver={self.solver!r}: expected ConjugateGradients(...), Astra(...) or None.")
+            raise InputError(
+                f"solver={self.solver!r}: expected GradientFlow(...), ConjugateGradients(...), Astra(...) or None."
+            )
         for name in ("query_rank", "query_bits"):
             if getattr(self, name):
                 raise InputError(

@@ -43,10 +43,8 @@ class GradientBank(Collector):
             `LAYER.right` [queries, rank, width]. Of a one-hot layer only columns that a query touches, [queries, out,
             columns], and which those are, `LAYER.columns` int64 [queries, columns]. The 8-bit integers
             of an output are to be multiplied with its scale, `LAYER.scales` [queries, out].
-        residuals: of the solves that the gradients come from, relative, [queries]; None without a solver.
+        accuracy: of the solves that the gradients come from, `Solution.accuracy`; empty without a solver.
     """
-
-    residuals: Tensor | None = None
 
     def __init__(
         self,
@@ -60,7 +58,7 @@ class GradientBank(Collector):
         self._preconditioner = preconditioner
         self._transforms, self._filters = preconditioner.transforms(layers), preconditioner.aligned_filters(layers)
         self._workspace, self._rebuilt = Workspace(), Workspace()
-        self.sums = {}
+        self.sums, self.accuracy = dict[str, Tensor](), dict[str, Tensor]()
         for name, layer in layers.items():
             outputs, width = layer.padded_shape
             if form.rank is not None and form.low_rank(layer):
@@ -206,11 +204,11 @@ class GradientBank(Collector):
         """
         if total is None:
             total = copy.copy(self)
-            total._queries, total.sums = 1, {}
+            total._queries, total.sums, total.accuracy = 1, {}, {}
             total._form = replace(self._form, dtype=widened_dtype(self._form.dtype))
-        if self.residuals is not None:
-            worst = [] if total is self or total.residuals is None else [total.residuals]
-            total.residuals = torch.cat([*worst, self.residuals]).amax(0, keepdim=True)
+        for name, each in self.accuracy.items():
+            worst = [total.accuracy[name]] if name in total.accuracy else []
+            total.accuracy[name] = torch.cat([*worst, each]).amax(0, keepdim=True)
         for name, each in self.sums.items():
             if name.endswith(_COLUMNS):
                 continue

@@ -64,9 +64,9 @@ def exact_scores(scoring: Scoring[Batch], positions: Tensor, parts: Cache) -> di
         parts: where blocks are stored.
 
     Returns:
-        `values` [queries, chosen], and with a solver the `residuals` of its solves, [queries].
+        `values` [queries, chosen], and with a solver the accuracy of its solves, [queries] each.
     """
-    residuals: list[Tensor] = []
+    accuracy: dict[str, list[Tensor]] = {}
     scores = torch.zeros(positions.shape, dtype=scoring.sweep.dtype)
     whole = replace(scoring, approximation=scoring.approximation.whole(), self_influence=False, groups={})
     blocks = Blocks(parts, len(scoring.queries), len(scoring.train))
@@ -82,9 +82,10 @@ def exact_scores(scoring: Scoring[Batch], positions: Tensor, parts: Cache) -> di
                 inside = (indices >= columns.start) & (indices < columns.stop)
                 local = (indices - columns.start).clamp(0, len(columns) - 1)
                 found[inside] = tensors["values"].gather(1, local)[inside]
-            if "residuals" in tensors:
-                residuals.append(tensors["residuals"])
-    return {"values": scores} | ({"residuals": torch.cat(residuals)} if residuals else {})
+            for name, each in tensors.items():
+                if name != "values":
+                    accuracy.setdefault(name, []).append(each)
+    return {"values": scores} | {name: torch.cat(parts) for name, parts in accuracy.items()}
 
 
 def checked_positions(given: Tensor, queries: int, train: int) -> Tensor:

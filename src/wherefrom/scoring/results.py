@@ -37,6 +37,7 @@ SCORES: Layout = {"values": (None, ("query", "train"))}
 BESIDE_SCORES: Layout = {
     "query_errors": (None, ("query",)),
     "residuals": (None, ("query",)),
+    "last_changes": (None, ("query",)),
     "changes": (None, ("query", "rescored")),
     "self_influence": (None, ("train",)),
     "query_self_influence": (None, ("query",)),
@@ -52,7 +53,7 @@ _EXTREMES: Layout = {
 }
 
 
-_BESIDE_EXTREMES = ("query_errors", "residuals", RISE)
+_BESIDE_EXTREMES = ("query_errors", "residuals", "last_changes", RISE)
 
 
 class Hit(NamedTuple):
@@ -86,11 +87,19 @@ class Scaled:
     values: Tensor
     fingerprint: Fingerprint
     rise_per_score: Tensor | None
+    residuals: Tensor | None
+    last_changes: Tensor | None
 
     @property
     def method(self) -> str:
         """The name of the method that made them."""
         return self.fingerprint["method"]
+
+    @property
+    def accuracy(self) -> dict[str, Tensor]:
+        """How far a solver's solutions are from what they are meant to be, by attribute; empty without one."""
+        found = {"residuals": self.residuals, "last_changes": self.last_changes}
+        return {name: each for name, each in found.items() if each is not None}
 
     def _repr_html_(self) -> str | None:
         return in_notebooks(self)
@@ -142,7 +151,11 @@ class Scores(Scaled):
         changes: by how much re-scoring at full rank has changed each query's highest scores, [query, rescored], in
             the order that they had; None without it.
         residuals: with a `solver`, |g - (H + D) x| / |g| of each query's solve, [query]: 0 for a solution, 1 for no
-            answer at all; above 0.1 it is said not to have converged. Of aggregated queries, the largest.
+            answer at all. Scores come out well before it is small. Of aggregated queries, the largest; None where
+            nothing is solved.
+        last_changes: with a `solver` that can tell, by how much its last iteration has changed each query's scores, as
+            a part of them, estimated, [query]; above 0.1 it is said not to have converged. Of aggregated queries, the
+            largest.
         rise_per_score: what a score is multiplied with to be the predicted rise in `unit`, float64 [query]; None where
             the method has no such scale.
         name: what they are called in their run directory; empty for scores that are not stored.
@@ -158,6 +171,7 @@ class Scores(Scaled):
     query_self_influence: Tensor | None = None
     preconditioned_norms: Tensor | None = None
     residuals: Tensor | None = None
+    last_changes: Tensor | None = None
     rise_per_score: Tensor | None = None
     name: str = ""
     queries: Dataset[object] | None = field(default=None, repr=False, compare=False)
@@ -301,7 +315,7 @@ class TopScores(Scaled):
         values, train: the highest scores, best first, and their training positions, [query, k].
         lowest_values, lowest_train: the lowest, lowest first.
         fingerprint: what they were computed from.
-        query_errors, residuals, rise_per_score, name, queries: as in `Scores`.
+        query_errors, residuals, last_changes, rise_per_score, name, queries: as in `Scores`.
     """
 
     values: Tensor
@@ -311,6 +325,7 @@ class TopScores(Scaled):
     fingerprint: Fingerprint
     query_errors: Tensor | None = None
     residuals: Tensor | None = None
+    last_changes: Tensor | None = None
     rise_per_score: Tensor | None = None
     name: str = ""
     queries: Dataset[object] | None = field(default=None, repr=False, compare=False)

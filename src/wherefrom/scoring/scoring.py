@@ -229,7 +229,7 @@ class Scoring(Generic[Batch]):
         """A sweep over the training examples at these positions against resident queries."""
         sweep, resident = self.sweep, bank()
         examples = self.train if train == range(len(self.train)) else self.train.subset(train)
-        with self.ranks.agreeing(), self._within_memory(len(queries)):
+        with self.ranks.agreeing(), self.within_memory(len(queries)):
             collector: Collector = PairwiseCollector(
                 resident, len(train), sweep.dtype, sweep.device, self.groups, summed=self.sum_train is not None
             )
@@ -237,8 +237,8 @@ class Scoring(Generic[Batch]):
                 collector = Together(collector, self._self_influence(examples))
         batch, smallest = self.train_batch(len(resident))
         sweep.run("pairwise scores", examples, collector, batch_size=batch, smallest_batch=smallest, partial=part.sums)
-        of_queries = {"query_errors": resident.relative_errors(), "residuals": resident.residuals}
-        return collector.sums | {name: each for name, each in of_queries.items() if each is not None}
+        errors = resident.relative_errors()
+        return collector.sums | resident.accuracy | ({} if errors is None else {"query_errors": errors})
 
     def _self_influence(self, examples: Examples[Batch], training: bool = True) -> SelfInfluenceCollector:
         sweep, count = self.sweep, len(examples)
@@ -280,30 +280,34 @@ class Scoring(Generic[Batch]):
         """The planned parts of a training set; a batch for every process at least."""
         return self.plan.shards(len(queries) * self._matrices, train, self.ranks.count * self.plan.train_batch)
 
-    def _within_memory(self, queries: int) -> AbstractContextManager[None]:
+    def within_memory(self, queries: int) -> AbstractContextManager[None]:
         """Turn a failed allocation into the error of our own that means fewer resident queries."""
         advice = "Give query_bits=8 or a query_rank, track fewer layers, or use a device with more memory."
         return within_memory(f"Gradients of {queries} queries, and what is made of them, do", self.sweep.device, advice)
 
     def bank(self, queries: range) -> GradientBank:
         """The preconditioned gradients of some queries: a sweep over them, and what a solver makes of those."""
-        system = self._system()
-        with self.ranks.agreeing(), self._within_memory(len(queries)):
-            # A solver preconditions by itself.
-            operator = Operator({}, {}, self.operator.flat) if system else self.operator
-            bank = GradientBank(self.sweep.layers, operator, len(queries), self.plan.form)
-        batch, smallest = self._batch(self.plan.query_batch, len(queries))
-        with self.at_query_weights():
-            examples = self.queries.subset(queries)
-            self.sweep.run("query gradients", examples, bank, batch_size=batch, smallest_batch=smallest)
-        with self._within_memory(len(queries)):
+        system = self.system()
+        # A solver preconditions by itself.
+        bank = self.gradients(queries, Operator({}, {}, self.operator.flat) if system else self.operator)
+        with self.within_memory(len(queries)):
             for each in self.later:
                 bank.apply(each, self.sweep.layers, self.sweep.device)
             if system is not None:
                 self._solve(system, bank)
         return bank
 
-    def _system(self) -> DampedGaussNewton[Batch] | None:
+    def gradients(self, queries: range, operator: Operator) -> GradientBank:
+        """A sweep over some queries for their gradients, preconditioned with an operator."""
+        with self.ranks.agreeing(), self.within_memory(len(queries)):
+            bank = GradientBank(self.sweep.layers, operator, len(queries), self.plan.form)
+        batch, smallest = self._batch(self.plan.query_batch, len(queries))
+        with self.at_query_weights():
+            examples = self.queries.subset(queries)
+            self.sweep.run("query gradients", examples, bank, batch_size=batch, smallest_batch=smallest)
+        return bank
+
+    def system(self) -> DampedGaussNewton[Batch] | None:
         """What a solver solves; None without one."""
         if self.approximation.solver is None:
             return None
@@ -318,12 +322,9 @@ class Scoring(Generic[Batch]):
         solution = solver.solve(system, gradients)
         for name, matrices in system.space.split(solution.vectors).items():
             bank.replace(name, matrices)
-        bank.residuals = last = solution.final
+        bank.accuracy = solution.accuracy
         if self.ranks.is_main:
-            logger.info(
-                f"{solver}: after {len(solution.residuals) - 1} iterations, the relative residual is "
-                f"{last.median():.2g} in the median of {len(last)} queries, {last.max():.2g} at most."
-            )
+            logger.info(f"{solver}: {solution}.")
 
     def _summed_bank(self) -> GradientBank:
         """One gradient, the sum of all queries' preconditioned gradients."""
@@ -373,7 +374,7 @@ class Resident(Generic[Batch]):
         scoring = self._scoring
         alone = scoring.ranks.count == 1
         try:
-            with scoring._within_memory(len(queries)) if alone else nullcontext():
+            with scoring.within_memory(len(queries)) if alone else nullcontext():
                 yield
         except MemoryLimitError as error:
             # Of processes that share a model's weights, the others may be in the middle of a pass.

@@ -25,15 +25,21 @@ from torch import Tensor
 
 from wherefrom.curvature.conditioning import adam_conditioning, conditioning_digest, conditioning_scaling
 from wherefrom.engine.loading import Examples
-from wherefrom.methods.checkpoints import chosen_checkpoints, recorded_only
 from wherefrom.methods.magic.training import ReplayableTraining
 from wherefrom.methods.method import Context, Job, Method
 from wherefrom.methods.trajectory.directions import ConditionedCovariances, Directions, by_layer, leading
 from wherefrom.methods.trajectory.products import TrajectoryProducts, Visits
-from wherefrom.runtime.errors import InputError, check_argument
+from wherefrom.methods.trajectory.steps import (
+    Step,
+    check_unclipped,
+    recorded_checkpoints,
+    step_settings,
+    steps_of,
+)
+from wherefrom.runtime.errors import check_argument
 from wherefrom.scoring.keep import Keep
 from wherefrom.store.cache import Cache, Unfinished
-from wherefrom.store.fingerprint import MODEL, dataset_digest, tensors_digest
+from wherefrom.store.fingerprint import MODEL, tensors_digest
 from wherefrom.store.names import result_name
 
 if TYPE_CHECKING:
@@ -77,17 +83,13 @@ class TrajectoryFisher(Method):
     def __post_init__(self) -> None:
         check_argument(self.draws >= 1, "draws", self.draws, "at least 1")
         check_argument(self.rank is None or self.rank >= 1, "rank", self.rank, "at least 1, or None for all")
-        if self.training.recipe.max_norm is not None:
-            raise InputError(
-                f"training: its gradients were clipped to max_norm={self.training.recipe.max_norm}, which this method "
-                "cannot follow. Use Magic(training=...)."
-            )
+        check_unclipped(self.training)
 
     def rise(self, train: int) -> float | None:
         return 1.0
 
     def job(self, context: Context[Any], queries: Examples[Any], keep: Keep[Any]) -> Job:
-        checkpoints = self._checkpoints(context)
+        checkpoints = recorded_checkpoints(context, self.training, type(self).__name__)
         visits, steps = trajectory(self.training, checkpoints)
         scaling = conditioning_scaling(context.sweep, adam_conditioning(checkpoints[-1], inside=True))
         models = [context.states.digest(each.checkpoint) for each in visits]
@@ -100,15 +102,7 @@ class TrajectoryFisher(Method):
             "precision": str(context.sweep.precision),
             **conditioning_digest(scaling),
         }
-        described = {
-            f"{number} {key}": each for number, step in enumerate(steps) for key, each in step.tensors().items()
-        }
-        settings = {
-            **drawn,
-            "steps": tensors_digest(described)[:16],
-            "beta1": repr(recipe.betas[0]),
-            "weight decay": repr(recipe.weight_decay),
-        }
+        settings = {**drawn, **step_settings(self.training, steps)}
 
         def compute(result: Unfinished) -> Mapping[str, Tensor]:
             fingerprint = {key: each for key, each in context.fingerprint.items() if key != MODEL} | drawn
@@ -145,65 +139,24 @@ class TrajectoryFisher(Method):
         called = result_name("directions", cache.fingerprint)
         return by_layer(cache.get_or_compute(called, compute), sweep.layers, sweep.device)
 
-    def _checkpoints(self, context: Context[Any]) -> list[RecordedCheckpoint]:
-        training = self.training
-        if training.train is not context.train.dataset and dataset_digest(training.train) != context.train.digest:
-            raise InputError(
-                "training: its examples are not the study's. Make the Study with the training set that the model was "
-                "trained on."
-            )
-        advice = "Give Study(history=training.record(folder))."
-        given = chosen_checkpoints(context, None)
-        found = recorded_only(given, "TrajectoryFisher", "Adam's second moments", advice)
-        recipe, last = training.recipe, found[-1]
-        expected = (len(training.batches), {(recipe.betas, recipe.epsilon, recipe.weight_decay)})
-        recorded = (last.step, {(group.betas, group.eps, group.weight_decay) for group in last.groups})
-        if recorded != expected:
-            raise InputError(
-                "history: its last checkpoint was recorded with (step, {(betas, epsilon, weight decay)}) "
-                f"{recorded}, and the training ends with {expected}. {advice}"
-            )
-        return found
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of a training.
-
-    Attributes:
-        rate: the learning rate.
-        visits: which examples' gradients it has followed, int64 [batch], by their numbers among all visits.
-        shares: what each was multiplied with, [batch].
-    """
-
-    rate: float
-    visits: Tensor
-    shares: Tensor
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it."""
-        return {"rate": torch.tensor(self.rate, dtype=torch.float64), "visits": self.visits, "shares": self.shares}
-
 
 def trajectory(
     training: ReplayableTraining[Any], checkpoints: Sequence[RecordedCheckpoint]
 ) -> tuple[list[Visits], list[Step]]:
-    """Which gradients are taken at which checkpoint, the nearest to the step, and which of them a step has followed."""
-    marks = torch.tensor([each.step for each in checkpoints])
-    nearest = [int((marks - step).abs().argmin()) for step in range(len(training.batches))]
+    """Which gradients are taken at which checkpoint, the nearest to the step, and which of them a step has followed.
+
+    These steps have the numbers of visits among all of them where others have examples' positions.
+    """
+    marks, steps = torch.tensor([each.step for each in checkpoints]), steps_of(training)
+    nearest = [int((marks - step).abs().argmin()) for step in range(len(steps))]
     visits, numbers, start = list[Visits](), list[Tensor](), 0
     for number, checkpoint in enumerate(checkpoints):
-        here = [each for each, place in zip(training.batches, nearest, strict=True) if place == number]
+        here = [each.followed for each, place in zip(steps, nearest, strict=True) if place == number]
         examples = torch.cat([*here, torch.empty(0, dtype=torch.int64)]).unique()
         visits.append(Visits(checkpoint.path, examples))
         numbers += [start + torch.searchsorted(examples, each) for each in here]
         start += len(examples)
-    divisors, rates = map(training.divisor, range(len(training.batches))), training.recipe.learning_rates
-    shares = [
-        torch.full(each.shape, 1 / divisor, dtype=torch.float64)
-        for each, divisor in zip(training.batches, divisors, strict=True)
-    ]
-    return visits, [Step(*each) for each in zip(rates, numbers, shares, strict=True)]
+    return visits, [replace(step, followed=each) for step, each in zip(steps, numbers, strict=True)]
 
 
 def walked_back(
@@ -228,7 +181,7 @@ def walked_back(
         rate = step.rate / (1 - beta ** (number + 1))
         gamma -= rate * alpha
         by_mean -= rate * by_weights
-        here = step.visits.to(pairs.device)
+        here = step.followed.to(pairs.device)
         found = gamma * pairs[:, here] + by_mean @ train[:, here]
         values[:, here] -= (1 - beta) * step.shares.to(pairs) * found
         left = 1 - step.rate * weight_decay
@@ -244,5 +197,5 @@ def _draw_weights(steps: Sequence[Step], draws: int, visits: Sequence[Visits]) -
     """W, [draws]: so that H is the mean over steps of what their losses have for a Fisher matrix."""
     each = torch.zeros(sum(len(place.examples) for place in visits), dtype=torch.float64)
     for step in steps:
-        each[step.visits] += step.shares.double() / (len(steps) * draws)
+        each[step.followed] += step.shares.double() / (len(steps) * draws)
     return torch.cat([part.repeat(draws) for part in each.split([len(place.examples) for place in visits])])

@@ -68,6 +68,29 @@ def without_factors(iterations: int, examples: int, half_precision: bool) -> Ent
     )  # fmt: skip
 
 
+def flow(iterations: int, examples: int) -> wf.GradientFlow:
+    """In blocks, of all iterations."""
+    return wf.GradientFlow(iterations, 0.0, examples=examples, block_size=32)
+
+
+def finite_training(iterations: int, examples: int) -> Entry:
+    """A training of finite time, of any order."""
+    return Entry(
+        wf.Dot(adam=True, solver=flow(iterations, examples)),
+        f"(1 - exp(-tau P H)) / H with the Gauss-Newton matrix of {examples} examples, in blocks; passes in bfloat16",
+        NATURAL, ALL, half_precision=True,
+    )  # fmt: skip
+
+
+def walked_back(iterations: int, examples: int) -> Entry:
+    """This very training, in the same Krylov spaces."""
+    return Entry(
+        lambda subject: wf.TrajectoryFlow(training=subject.setting.training(), flow=flow(iterations, examples)),
+        f"linearised AdamW with the Gauss-Newton matrix of {examples} examples, in blocks; passes in bfloat16",
+        layers=ALL, unit="1", half_precision=True,
+    )  # fmt: skip
+
+
 def naturally_damped_fisher(subject: Subject) -> wf.Method:
     """The sampled Fisher matrix with the damping of the solvers."""
     return wf.Fisher(adam=True, damping=1 / (subject.setting.loss_scale * subject.time))
@@ -145,6 +168,10 @@ METHODS: dict[str, Entry] = {
     "block cg, no factors, 6 iterations, 50 examples, half precision": without_factors(6, 50, half_precision=True),
     "block cg, no factors, 8 iterations, 100 examples, half precision": without_factors(8, 100, half_precision=True),
     "block cg, no factors, 16 iterations, 100 examples, half precision": without_factors(16, 100, half_precision=True),
+    "flow, 5 iterations, 40 examples, half precision": finite_training(5, 40),
+    "flow, 8 iterations, 100 examples, half precision": finite_training(8, 100),
+    "trajectory flow, 5 iterations, 40 examples, half precision": walked_back(5, 40),
+    "trajectory flow, 8 iterations, 100 examples, half precision": walked_back(8, 100),
     "astra, all weights, 40 batches": Entry(
         wf.Shampoo(adam=True, solver=wf.Astra(40, batch_size=32, decay=0.5, decay_every=10)),
         "the Gauss-Newton matrix, by ASTRA (Wang et al. 2025): batches of 32, half the rate every 10; the same weights",

@@ -73,7 +73,7 @@ class GradientFlow(Blocks):
             going = [
                 number
                 for number, (space, change) in enumerate(zip(spaces, changes, strict=True))
-                if len(space.following) and bool((change > self.tolerance).any())
+                if not space.complete and bool((change > self.tolerance).any())
             ]
             if not going:
                 break

@@ -9,16 +9,19 @@ rounding makes those of short recurrences dependent.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wherefrom.curvature.solvers.solver import dots
+from wherefrom.runtime.errors import LossError
 
-# Numbers of a vector that are in float64 at a time.
-_COLUMNS = 2**20
+# The part of a vector that has to be left for the rounding of the rest not to count.
+_MUCH = 0.5
+# An eigenvalue of dot products, as a part of the largest, below which vectors are too nearly dependent to be made
+# orthonormal together with the others: what is left of them beside these is another step.
+_DEPENDENT = 1e-3
 
 
 class KrylovSpace:
@@ -29,21 +32,31 @@ class KrylovSpace:
         gradients: of the queries of the block, [queries, weights].
 
     Attributes:
-        directions: V, found so far, [directions, weights]: V D V^T = 1.
-        following: those to be multiplied next, [some, weights]; none where the space is complete.
+        directions: orthonormal ones where D is 1, D^(1/2) V, found so far: [some, weights] for each product.
         curvature: V H V^T, [directions, directions], float64.
-        coefficients: of D^-1 g, [queries, directions], float64: it is these times `directions`.
     """
 
     def __init__(self, damping: Tensor, gradients: Tensor) -> None:
-        self._damping = damping
+        self._root = damping.sqrt()
         self.directions: list[Tensor] = []
-        self.following = self._orthonormal(gradients / damping, self._norms(gradients / damping))
-        self._first = _products(gradients, self.following)
+        start = gradients / self._root
+        self._next = self._basis(start, start.norm(dim=1))
+        self._first = (start @ self._next.T).double()
         self.curvature = self._first.new_zeros(0, 0)
 
     @property
+    def following(self) -> Tensor:
+        """Directions V that are to be multiplied next, [some, weights]; none where the space is complete."""
+        return self._next / self._root
+
+    @property
+    def complete(self) -> bool:
+        """Whether products lead no further."""
+        return not len(self._next)
+
+    @property
     def coefficients(self) -> Tensor:
+        """D^-1 g in terms of V, [queries, directions], float64."""
         return functional.pad(self._first, (0, len(self.curvature) - self._first.shape[1]))
 
     def extend(self, products: Tensor) -> None:
@@ -51,21 +64,31 @@ class KrylovSpace:
 
         Args:
             products: (H + D) v of each of them, [some, weights].
+
+        Raises:
+            LossError: they are not finite.
         """
-        norms = self._norms(products / self._damping)
-        products = products - self.following * self._damping
-        self.directions.append(self.following)
-        beside = torch.cat([_products(each, products) for each in self.directions])  # [directions, some]
-        count, some = len(self.curvature), len(products)
-        larger = beside.new_zeros(count + some, count + some)
+        if not bool(products.isfinite().all()):
+            raise LossError("A product with the Gauss-Newton matrix is not finite. Leave half_precision out.")
+        moved = products / self._root
+        norms = moved.norm(dim=1)  # of what is computed, by whose rounding the rest is off
+        moved -= self._next
+        self.directions.append(self._next)
+        count, some = len(self.curvature), len(moved)
+        larger = self.curvature.new_zeros(count + some, count + some)
         larger[:count, :count] = self.curvature
-        larger[:, count:], larger[count:] = beside, beside.T
-        larger[count:, count:] = (beside[count:] + beside[count:].T) / 2
-        self.curvature = larger
-        self.following = self._orthonormal(products / self._damping, norms)
+        start = 0
+        for each in self.directions:
+            beside = moved @ each.T  # [some, directions]
+            moved.addmm_(beside, each, alpha=-1)
+            here = slice(start, start + len(each))
+            larger[count:, here], larger[here, count:] = beside.double(), beside.T.double()
+            start += len(each)
+        self.curvature = (larger + larger.T) / 2
+        self._next = self._basis(moved, norms)
 
     def function(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """The coefficients of f(D^-1 H) D^-1 g in the space, [queries, directions].
+        """The coefficients of f(D^-1 H) D^-1 g in terms of V, [queries, directions], float64.
 
         Args:
             function: f of the eigenvalues of the curvature in units of the damping, [directions].
@@ -75,48 +98,51 @@ class KrylovSpace:
         return found
 
     def combined(self, coefficients: Tensor) -> Tensor:
-        """Combinations of directions, [queries, weights].
+        """Combinations of V, [queries, weights].
 
         Args:
             coefficients: [queries, directions].
         """
-        parts = coefficients.to(self._damping.dtype).split([len(each) for each in self.directions], 1)
-        found = torch.zeros(
-            len(coefficients), len(self._damping), dtype=self._damping.dtype, device=self._damping.device
-        )
+        parts = coefficients.to(self._root.dtype).split([len(each) for each in self.directions], 1)
+        found = self._root.new_zeros(len(coefficients), len(self._root))
         for part, each in zip(parts, self.directions, strict=True):
             found.addmm_(part, each)
+        return found.div_(self._root)
+
+    def release(self) -> Tensor:
+        """V, [directions, weights], which the space then has no more: only its numbers stay."""
+        found = torch.cat([self._next[:0], *self.directions]).div_(self._root)
+        self.directions, self._next = [], self._next[:0]
         return found
 
-    def _orthonormal(self, vectors: Tensor, norms: Tensor) -> Tensor:
-        """A basis of what vectors have beside the directions, [as many at most, weights].
+    def _basis(self, vectors: Tensor, norms: Tensor) -> Tensor:
+        """An orthonormal basis of what vectors have beside the directions, [as many at most, weights].
 
         Args:
-            norms: of what they are computed from, [vectors], by whose rounding they are off.
+            vectors: [some, weights], orthogonal to the directions but for rounding.
+            norms: of what they were computed from, [some].
         """
-        noise = 100 * torch.finfo(vectors.dtype).eps
-        # Twice, since what is small after the first time has the rounding of what was large.
-        for _ in range(2):
-            for each in self.directions:
-                vectors = vectors - (vectors * self._damping) @ each.T @ each
-            left = self._norms(vectors)
+        noise, found = 100 * torch.finfo(vectors.dtype).eps, list[Tensor]()
+        while True:
+            vectors, left = _beside(vectors, [*self.directions, *found])
             new = left > noise * norms
+            if not bool(new.any()):
+                return torch.cat([vectors[:0], *found])
             vectors = vectors[new] / left[new].unsqueeze(1)
-            values, rotation = torch.linalg.eigh(_products(vectors * self._damping, vectors))
-            apart = values > max(noise**2, 1e-14) * len(values)
-            vectors = (rotation[:, apart] / values[apart].sqrt()).T.to(vectors.dtype) @ vectors
-            norms = self._norms(vectors)
-        return vectors
-
-    def _norms(self, vectors: Tensor) -> Tensor:
-        """In the damping, [vectors]."""
-        return dots(vectors * self._damping, vectors).sqrt()
+            values, rotation = torch.linalg.eigh((vectors @ vectors.T).double())
+            apart = values > _DEPENDENT * values[-1]
+            found.append((rotation[:, apart] / values[apart].sqrt()).T.to(vectors.dtype) @ vectors)
+            vectors = rotation[:, ~apart].T.to(vectors.dtype) @ vectors
+            norms = torch.ones_like(vectors[:, 0])
 
 
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Dot products of rows, [left, right], in float64, some columns at a time: rounding decides what is dependent."""
-    parts = zip(left.split(_COLUMNS, 1), right.split(_COLUMNS, 1), strict=True)
-    found = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
-    for one, other in parts:
-        found.addmm_(one.double(), other.double().T)
-    return found
+def _beside(vectors: Tensor, directions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What vectors have beside orthonormal directions, and its norms; again while the rounding of what goes counts."""
+    left = vectors.norm(dim=1)
+    while True:
+        before = left
+        for each in directions:
+            vectors = torch.addmm(vectors, vectors @ each.T, each, alpha=-1)
+        left = vectors.norm(dim=1)
+        if not bool((left < _MUCH * before).any()):
+            return vectors, left

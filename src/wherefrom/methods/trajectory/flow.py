@@ -170,9 +170,7 @@ class _WalkedScoring(Scoring[Batch], Generic[Batch]):
         gradients = self.gradients(queries, Operator({}, {}))
         with self.within_memory(len(queries)):
             spaces, changes = flow.spaces(system, system.space.join(gradients.whole(layers)).to(self.sweep.device))
-            directions = torch.cat([each for space in spaces for each in space.directions])
-            for space in spaces:
-                space.directions.clear()  # they are in the bank
+            directions = torch.cat([each.release() for each in spaces])
             bank = _DirectionBank(layers, Operator({}, {}), len(directions), self.plan.form)
             for name, matrices in system.space.split(directions).items():
                 bank.replace(name, matrices)

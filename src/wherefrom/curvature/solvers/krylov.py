@@ -40,19 +40,27 @@ class KrylovSpace:
         self._root = damping.sqrt()
         self.directions: list[Tensor] = []
         start = gradients / self._root
-        self._next = self._basis(start, start.norm(dim=1))
-        self._first = (start @ self._next.T).double()
+        # Vectors that go further than the directions, and the norms of what they were computed from.
+        self._further, self._next = (start, start.norm(dim=1)), start[:0]
+        self._first = (start @ self._following().T).double()
         self.curvature = self._first.new_zeros(0, 0)
 
     @property
     def following(self) -> Tensor:
         """Directions V that are to be multiplied next, [some, weights]; none where the space is complete."""
-        return self._next / self._root
+        return self._following() / self._root
 
     @property
     def complete(self) -> bool:
         """Whether products lead no further."""
-        return not len(self._next)
+        return not len(self._following())
+
+    def _following(self) -> Tensor:
+        """The same where D is 1; after the last product nobody asks."""
+        vectors, norms = self._further
+        if len(vectors):
+            self._next, self._further = self._basis(vectors, norms), (vectors[:0], norms[:0])
+        return self._next
 
     @property
     def coefficients(self) -> Tensor:
@@ -68,12 +76,12 @@ class KrylovSpace:
         Raises:
             LossError: they are not finite.
         """
-        if not bool(products.isfinite().all()):
-            raise LossError("A product with the Gauss-Newton matrix is not finite. Leave half_precision out.")
         moved = products / self._root
         norms = moved.norm(dim=1)  # of what is computed, by whose rounding the rest is off
-        moved -= self._next
-        self.directions.append(self._next)
+        if not bool(norms.isfinite().all()):
+            raise LossError("A product with the Gauss-Newton matrix is not finite. Leave half_precision out.")
+        moved -= self._following()
+        self.directions.append(self._following())
         count, some = len(self.curvature), len(moved)
         larger = self.curvature.new_zeros(count + some, count + some)
         larger[:count, :count] = self.curvature
@@ -85,7 +93,7 @@ class KrylovSpace:
             larger[count:, here], larger[here, count:] = beside.double(), beside.T.double()
             start += len(each)
         self.curvature = (larger + larger.T) / 2
-        self._next = self._basis(moved, norms)
+        self._further, self._next = (moved, norms), self._next[:0]
 
     def function(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """The coefficients of f(D^-1 H) D^-1 g in terms of V, [queries, directions], float64.
@@ -112,7 +120,7 @@ class KrylovSpace:
     def release(self) -> Tensor:
         """V, [directions, weights], which the space then has no more: only its numbers stay."""
         found = torch.cat([self._next[:0], *self.directions]).div_(self._root)
-        self.directions, self._next = [], self._next[:0]
+        self.directions, self._further, self._next = [], (found[:0], found[:0, 0]), found[:0]
         return found
 
     def _basis(self, vectors: Tensor, norms: Tensor) -> Tensor:
@@ -123,17 +131,18 @@ class KrylovSpace:
             norms: of what they were computed from, [some].
         """
         noise, found = 100 * torch.finfo(vectors.dtype).eps, list[Tensor]()
-        while True:
-            vectors, left = _beside(vectors, [*self.directions, *found])
-            new = left > noise * norms
-            if not bool(new.any()):
-                return torch.cat([vectors[:0], *found])
-            vectors = vectors[new] / left[new].unsqueeze(1)
-            values, rotation = torch.linalg.eigh((vectors @ vectors.T).double())
-            apart = values > _DEPENDENT * values[-1]
-            found.append((rotation[:, apart] / values[apart].sqrt()).T.to(vectors.dtype) @ vectors)
-            vectors = rotation[:, ~apart].T.to(vectors.dtype) @ vectors
+        left = vectors.norm(dim=1)
+        if bool((left < _MUCH * norms).any()):
+            vectors, left = _beside(vectors, self.directions)
+        while bool((new := left > noise * norms).any()):
+            vectors, left = vectors[new], left[new].unsqueeze(1)
+            values, rotation = torch.linalg.eigh((vectors @ vectors.T / left / left.T).double())
+            apart, rotation = values > _DEPENDENT * values[-1], rotation.to(vectors.dtype) / left
+            found.append((rotation[:, apart] / values[apart].sqrt().to(vectors.dtype)).T @ vectors)
+            vectors = rotation[:, ~apart].T @ vectors
             norms = torch.ones_like(vectors[:, 0])
+            vectors, left = _beside(vectors, [*self.directions, *found])
+        return found[0] if len(found) == 1 else torch.cat([vectors[:0], *found])
 
 
 def _beside(vectors: Tensor, directions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

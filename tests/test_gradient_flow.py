@@ -19,8 +19,8 @@ from tests.models import mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.test_solvers import recorded
 from wherefrom.curvature.conditioning import adam_conditioning
-from wherefrom.curvature.solvers.solver import CONVERGED
-from wherefrom.runtime.errors import InputError
+from wherefrom.curvature.solvers.solver import SETTLED
+from wherefrom.runtime.errors import InputError, LossError
 from wherefrom.scoring.results import Scores
 
 
@@ -156,13 +156,20 @@ def test_scores_that_still_change_are_told(tmp_path: Path, caplog: pytest.LogCap
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     with caplog.at_level(logging.WARNING, "wherefrom"):
         found = study.score(case.queries, wf.Dot(damping=1e-3, solver=wf.GradientFlow(2)))
-    assert found.last_changes is not None and float(found.last_changes.max()) > CONVERGED
+    assert found.last_changes is not None and float(found.last_changes.max()) > SETTLED
     assert str(wf.GradientFlow(2)) in caplog.text and "has not converged: the last iteration" in caplog.text
     assert "larger damping" not in caplog.text
     caplog.clear()
     done = study.score(case.queries, wf.Dot(damping=1e-3, solver=wf.GradientFlow(100)))
     assert done.last_changes is not None and float(done.last_changes.max()) <= wf.GradientFlow().tolerance
     assert "converged" not in caplog.text
+
+
+def test_products_that_are_not_finite_are_an_error() -> None:
+    system, _ = a_system(30, 5, 0)
+    system.curvature[3] = torch.inf
+    with pytest.raises(LossError, match="not finite"):
+        wf.GradientFlow(3).solve(system, torch.ones(2, 30, dtype=torch.float64))
 
 
 def test_factors_that_it_would_not_use_are_refused() -> None:

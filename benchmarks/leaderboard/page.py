@@ -21,16 +21,17 @@ DOCUMENT, IMAGES = ROOT / "docs" / "leaderboard.md", ROOT / "docs" / "images"
 
 # The methods that the README shows, and those in the plot of predicted rises.
 SHORT = (
-    "magic", "block cg, no factors, 8 iterations, 100 examples, half precision",
-    "block cg, no factors, 6 iterations, 50 examples, half precision",
-    "block cg, no factors, 6 iterations, 32 examples, half precision", "astra, all weights, 40 batches",
+    "magic", "trajectory flow, 8 iterations, 100 examples, half precision",
+    "trajectory flow, 5 iterations, 40 examples, half precision",
+    "flow, 8 iterations, 100 examples, half precision", "flow, 5 iterations, 40 examples, half precision",
+    "block cg, no factors, 8 iterations, 100 examples, half precision", "astra, all weights, 40 batches",
     "fisher, all weights", "shampoo, adam, all weights", "ekfac, all weights", "shampoo", "ekfac", "kfac",
     "source, adam", "trackstar", "logra", "bm25", "trak", "dot", "random",
 )  # fmt: skip
 CURVES = {
     "Damping 1/tau x P^-1": (
-        "block cg, no factors, 8 iterations, 100 examples, half precision",
-        "block cg, no factors, 5 iterations, 25 examples", "fisher, adam, all weights, 1/tau",
+        "flow, 8 iterations, 100 examples, half precision",
+        "block cg, no factors, 8 iterations, 100 examples, half precision", "fisher, adam, all weights, 1/tau",
     ),
     "Kronecker factors, 0.1 x mean eigenvalue": ("shampoo, adam, all weights", "ekfac, all weights", "ekfac"),
 }  # fmt: skip

@@ -154,7 +154,7 @@ class Scores(Scaled):
             answer at all. Scores come out well before it is small. Of aggregated queries, the largest; None where
             nothing is solved.
         last_changes: with a `solver` that can tell, by how much its last iteration has changed each query's scores, as
-            a part of them, estimated, [query]; above 0.1 it is said not to have converged. Of aggregated queries, the
+            a part of them, estimated, [query]; above 0.2 it is said not to have converged. Of aggregated queries, the
             largest.
         rise_per_score: what a score is multiplied with to be the predicted rise in `unit`, float64 [query]; None where
             the method has no such scale.

@@ -32,10 +32,10 @@ class System(Protocol):
         """What the filter makes of each row of [queries, weights]."""
 
 
-# The relative residual above which a solve is said not to have converged: 0 is a solution, and 1 what x = 0 has. And
-# the part of scores that the last iteration has changed above which it is: one that changes them by 0.14 leaves ranks
-# that correlate with those before by 0.97.
-CONVERGED = 0.1
+# Above these a solve is said not to have converged: the part of scores that the last iteration has changed (one that
+# changes them by 0.14 leaves ranks that correlate with those before by 0.97) and, where that is not known, the relative
+# residual: 0 is a solution, and 1 what x = 0 has.
+SETTLED, CONVERGED = 0.2, 0.1
 
 
 _SAID = {
@@ -198,10 +198,10 @@ def not_converged(accuracy: Mapping[str, Tensor], solver: Solver, damping: str) 
     """
     changes, residuals = (accuracy.get(name) for name in ("last_changes", "residuals"))
     said, advice = [], "Give more iterations"
-    if changes is not None and bool((changes > CONVERGED).any()):
+    if changes is not None and bool((changes > SETTLED).any()):
         said.append(
             f"the last iteration has changed scores by an estimated {changes.median():.2g} of their size in the median "
-            f"and {changes.max():.2g} at most, where {CONVERGED} leaves their order alone"
+            f"and {changes.max():.2g} at most, where {SETTLED} hardly moves their order"
         )
     # Scores come out well long before the residual is small, which is a norm over all weights.
     if residuals is not None and bool((residuals > (CONVERGED if changes is None else 1)).any()):

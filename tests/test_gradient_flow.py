@@ -19,7 +19,7 @@ from tests.models import mlp_case, relative_error
 from tests.reference import BruteForce
 from tests.test_solvers import recorded
 from wherefrom.curvature.conditioning import adam_conditioning
-from wherefrom.curvature.solvers.solver import SETTLED
+from wherefrom.curvature.solvers.solver import MOST_CHANGE, not_converged
 from wherefrom.runtime.errors import InputError, LossError
 from wherefrom.scoring.results import Scores
 
@@ -151,12 +151,51 @@ def test_a_block_is_done_when_an_iteration_changes_its_scores_by_little(
     assert relative_error(found.vectors[:2], alone.vectors) < 1e-12
 
 
+def test_what_is_solved_or_nothing_is_not_said_to_change() -> None:
+    system = Dense(2 * torch.eye(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64))
+    gradients = torch.eye(6, dtype=torch.float64)[:3].clone()
+    gradients[2] = 0
+    for solver in (wf.GradientFlow(4), wf.GradientFlow(1), wf.ConjugateGradients(4), wf.ConjugateGradients(1)):
+        found = solver.solve(system, gradients)
+        assert found.iterations == 1 and found.vectors[2].count_nonzero() == 0
+        assert not_converged(found.accuracy, solver, "1") is None
+    nothing = wf.GradientFlow(4).solve(system, torch.zeros_like(gradients))
+    assert not nothing.vectors.any() and float(nothing.accuracy["last_changes"].max()) == 0
+
+
+@pytest.mark.parametrize("ratio", [1e4, 1e6, 1e7])
+def test_curvature_that_is_lost_in_rounding_ends_nothing(ratio: float) -> None:
+    """Weights that training has hardly seen, of little damping, beside those with curvature, in float32."""
+    generator = torch.Generator().manual_seed(3)
+    train = torch.randn(40, 100, generator=generator, dtype=torch.float64)
+    curvature = torch.block_diag(torch.zeros(100, 100, dtype=torch.float64), train.T @ train / 40)
+    damping = torch.cat([torch.full((100,), 1 / ratio), torch.ones(100)]).double()
+    system = Dense(curvature.float(), damping.float())
+    gradients = torch.randn(20, 200, generator=generator)
+    usual, watched = (wf.ConjugateGradients(50, change=each).solve(system, gradients) for each in (0.0, 1e-30))
+    assert torch.equal(usual.vectors, watched.vectors)
+    assert usual.changes is not None and usual.residuals is not None
+    assert bool(((usual.changes[-1] > 0) | (usual.residuals[-1] <= 1e-3)).all())
+
+
+def test_a_released_space_holds_none_of_its_directions() -> None:
+    system, generator = a_system(30, 20, 0)
+    (space,), _ = wf.GradientFlow(3, 0.0, block_size=4).spaces(
+        system, torch.randn(4, 30, generator=generator, dtype=torch.float64)
+    )
+    directions, curvature = space.release(), space.curvature
+    added = directions * system.damping @ directions.T
+    assert relative_error(added, torch.eye(12, dtype=torch.float64)) < 1e-12
+    assert relative_error(directions @ system.curvature @ directions.T, curvature) < 1e-10
+    assert not any(each.untyped_storage().nbytes() for each in (space._next, *space._further, *space.directions))
+
+
 def test_scores_that_still_change_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case = mlp_case()
     study = wf.Study(tmp_path, case.model, case.task, train=case.train)
     with caplog.at_level(logging.WARNING, "wherefrom"):
         found = study.score(case.queries, wf.Dot(damping=1e-3, solver=wf.GradientFlow(2)))
-    assert found.last_changes is not None and float(found.last_changes.max()) > SETTLED
+    assert found.last_changes is not None and float(found.last_changes.max()) > MOST_CHANGE
     assert str(wf.GradientFlow(2)) in caplog.text and "has not converged: the last iteration" in caplog.text
     assert "larger damping" not in caplog.text
     caplog.clear()

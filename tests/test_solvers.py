@@ -19,7 +19,7 @@ from tests.reference import BruteForce
 from tests.runs import factored, labels
 from tests.test_conditioning import numbers
 from wherefrom.curvature.conditioning import adam_conditioning
-from wherefrom.curvature.solvers.solver import CONVERGED, Solver
+from wherefrom.curvature.solvers.solver import MOST_RESIDUAL, Solver
 from wherefrom.planning.plan import plan_scores
 from wherefrom.report.reading import computed_by
 from wherefrom.runtime.errors import InputError, LayerError, LossError, MismatchError
@@ -446,7 +446,7 @@ def test_final_residuals_are_those_of_all_examples_and_part_of_every_result(
     study = study_of(case, tmp_path)
     method = wf.EKFAC(solver=solver, damping=0.003)
     expected = exact_residuals(study, case, solver, 0.003)
-    assert expected.max() > CONVERGED
+    assert expected.max() > MOST_RESIDUAL
     with caplog.at_level(logging.WARNING, "wherefrom"):
         found = study.score(case.queries, method)
     assert found.residuals is not None

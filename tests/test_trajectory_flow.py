@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import wherefrom as wf
-from tests.dense_gauss_newton import Logits, dense, label_rows, token_logits
+from tests.dense_gauss_newton import Logits, dense, label_rows, system_of, token_logits
 from tests.models import Case, relative_error
 from tests.reference import BruteForce
 from tests.test_magic import CASES, RECIPE, magic_scores, training_of
 from tests.test_trajectory import study_of
 from wherefrom.curvature.conditioning import adam_conditioning
-from wherefrom.runtime.errors import InputError
+from wherefrom.curvature.solvers.krylov import KrylovSpace
+from wherefrom.methods.trajectory.flow import Walk
+from wherefrom.methods.trajectory.steps import steps_of
+from wherefrom.runtime.errors import InputError, LossError
 from wherefrom.scoring.results import Scores
 from wherefrom.store.recording import RecordedCheckpoint
 from wherefrom.store.weights import load_weights
@@ -74,6 +77,7 @@ def test_scores_are_those_of_dense_steps(name: str, logits: Logits, tmp_path: Pa
     assert found.predicted_rise is not None and found.last_changes is not None
     top = study.score(case.queries, wf.TrajectoryFlow(training=training, flow=COMPLETE), keep=wf.Top(2))
     assert torch.equal(top.values, found.values.topk(2, dim=1).values)
+    assert top.last_changes is not None and torch.equal(top.last_changes, found.last_changes)
 
 
 def test_it_is_magic_where_a_training_is_linear(tmp_path: Path) -> None:
@@ -101,7 +105,22 @@ def test_an_example_counts_for_the_steps_that_saw_it(tmp_path: Path) -> None:
     assert not found[:, ~seen].any() and bool(found[:, seen].all())
 
 
-def test_what_is_interrupted_or_resident_in_parts_is_the_same(tmp_path: Path) -> None:
+def test_what_would_have_diverged_is_an_error(tmp_path: Path) -> None:
+    case, recipe = CASES["classification"]()
+    training = training_of(case, replace(recipe, learning_rates=[0.02] * 60, epsilon=1e-6))
+    study = study_of(training, tmp_path, checkpoints=1)
+    steps = [replace(each, rate=100 * each.rate) for each in steps_of(training)]
+    walk = Walk(steps, 0.9, 0.0)
+    system = system_of(study, case, 1.0)
+    space = KrylovSpace(system.damping, torch.randn(2, len(system.damping), dtype=torch.float64))
+    for _ in range(3):
+        space.extend(1e4 * system.product(space.following))
+    products = torch.ones(len(space.curvature), len(case.train))
+    with pytest.raises(LossError, match="would have diverged"):
+        walk.back(space, products, walk.seen(range(len(case.train))))
+
+
+def test_what_is_resident_in_parts_is_the_same(tmp_path: Path) -> None:
     case, recipe = CASES["GPT-2"]()
     training = training_of(case, recipe)
     method = wf.TrajectoryFlow(training=training, flow=wf.GradientFlow(3, 0.0, examples=4, block_size=2))

@@ -230,8 +230,8 @@ class Method(ABC):
         job = self.job(context, examples, Pairs())
 
         def compute(_: Unfinished) -> dict[str, Tensor]:
-            values = self.score(context, queries, Pairs()).values
-            return extremes(values, torch.arange(values.shape[1]), keep.k)
+            whole = self.score(context, queries, Pairs())
+            return {**whole.accuracy, **extremes(whole.values, torch.arange(whole.values.shape[1]), keep.k)}
 
         return replace(job, compute=compute)
 

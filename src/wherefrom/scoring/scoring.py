@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Generic
+from typing import ClassVar, Generic
 
 import torch
 from torch import Tensor
@@ -120,6 +120,9 @@ class Scoring(Generic[Batch]):
     sum_train: Aggregation | None = None
     later: Sequence[Operator] = ()
     at_query_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    # Whether a block that was interrupted goes on where it was: what its bank holds is the same each time.
+    resumes: ClassVar[bool] = True
 
     @cached_property
     def plan(self) -> Plan:
@@ -236,7 +239,10 @@ class Scoring(Generic[Batch]):
             if self.self_influence and not queries.start:  # once is enough
                 collector = Together(collector, self._self_influence(examples))
         batch, smallest = self.train_batch(len(resident))
-        sweep.run("pairwise scores", examples, collector, batch_size=batch, smallest_batch=smallest, partial=part.sums)
+        partial_sums = part.sums if self.resumes else None
+        sweep.run(
+            "pairwise scores", examples, collector, batch_size=batch, smallest_batch=smallest, partial=partial_sums
+        )
         errors = resident.relative_errors()
         return collector.sums | resident.accuracy | ({} if errors is None else {"query_errors": errors})
 
@@ -282,7 +288,9 @@ class Scoring(Generic[Batch]):
 
     def within_memory(self, queries: int) -> AbstractContextManager[None]:
         """Turn a failed allocation into the error of our own that means fewer resident queries."""
-        advice = "Give query_bits=8 or a query_rank, track fewer layers, or use a device with more memory."
+        form = "query_bits=8 or a query_rank"
+        form = form if self.approximation.solver is None else "the solver a smaller block_size, or fewer iterations"
+        advice = f"Give {form}, track fewer layers, or use a device with more memory."
         return within_memory(f"Gradients of {queries} queries, and what is made of them, do", self.sweep.device, advice)
 
     def bank(self, queries: range) -> GradientBank:

@@ -14,7 +14,7 @@ from wherefrom.curvature.solvers.solver import (
     System,
     change_of_scores,
     check_at_least_one,
-    check_part,
+    check_not_negative,
     checked,
     dots,
     relative,
@@ -52,7 +52,7 @@ class ConjugateGradients(Blocks):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least_one(self, "iterations")
-        check_part(self, "tolerance", "change")
+        check_not_negative(self, "tolerance", "change")
 
     @property
     def held(self) -> int:
@@ -63,10 +63,12 @@ class ConjugateGradients(Blocks):
         norms = gradients.norm(dim=1)
         found, residual = torch.zeros_like(gradients), gradients.clone()
         direction = system.precondition(residual)
-        residuals, changes = [relative(residual, norms)], [torch.ones_like(norms)]
+        residuals, changes = [relative(residual, norms)], [(norms > 0).to(norms)]
         while len(residuals) <= self.iterations:
-            unsolved = ((residuals[-1] > self.tolerance) & (changes[-1] > self.change)).split(size)
-            going = torch.cat([each.any().expand(len(each)) for each in unsolved])
+            unsolved = residuals[-1] > self.tolerance
+            if self.change:
+                unsolved &= changes[-1] > self.change
+            going = torch.cat([each.any().expand(len(each)) for each in unsolved.split(size)])
             if not bool(going.any()):
                 break
             curved = torch.zeros_like(direction)
@@ -79,10 +81,10 @@ class ConjugateGradients(Blocks):
                 steps = (inverse @ (v @ r.T)).T  # [queries, directions]
                 step = steps @ v
                 # dx^T (H + D) dx = dx . r, and x^T (H + D) x = x . (g - r).
-                energy = dots(step, r) - dots(step * system.damping, step)
+                moved = dots(step, r), dots(step * system.damping, step)
                 x.add_(step)
                 r.sub_(steps @ w)
-                changed.append(change_of_scores(energy, dots(x, g - r) - dots(x * system.damping, x)))
+                changed.append(change_of_scores(moved, (dots(x, g - r), dots(x * system.damping, x))))
             residuals.append(checked(relative(residual, norms), "ConjugateGradients"))
             changes.append(torch.where(going, torch.cat(changed), changes[-1]))
             following = system.precondition(residual)

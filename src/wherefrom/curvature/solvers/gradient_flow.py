@@ -11,13 +11,13 @@ from torch.nn import functional
 
 from wherefrom.curvature.solvers.krylov import KrylovSpace
 from wherefrom.curvature.solvers.solver import (
+    MOST_CHANGE,
     Blocks,
     Solution,
     System,
     change_of_scores,
     check_at_least_one,
-    check_part,
-    dots,
+    check_not_negative,
 )
 
 
@@ -51,11 +51,11 @@ class GradientFlow(Blocks):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least_one(self, "iterations")
-        check_part(self, "tolerance")
+        check_not_negative(self, "tolerance")
 
     @property
     def held(self) -> int:
-        return self.iterations + 6
+        return 2 * self.iterations + 6  # directions of all iterations, and a copy that training gradients meet
 
     def solve(self, system: System, gradients: Tensor) -> Solution:
         spaces, changes = self.spaces(system, gradients)
@@ -67,8 +67,8 @@ class GradientFlow(Blocks):
         chosen, blocks = self.chosen(system.examples), gradients.split(self.block_size)
         spaces = [KrylovSpace(system.damping, each) for each in blocks]
         found = [each.function(passed) for each in spaces]
-        changes = [each.new_full((len(each),), torch.inf, dtype=torch.float64) for each in blocks]
-        history = [torch.zeros_like(torch.cat(changes))]
+        changes = [each.any(1).double() for each in blocks]
+        history = [torch.cat(changes)]
         while len(history) <= self.iterations:
             going = [
                 number
@@ -84,8 +84,11 @@ class GradientFlow(Blocks):
                 space.extend(product)
                 found[number] = after = space.function(passed)
                 step = after - functional.pad(before, (0, after.shape[1] - before.shape[1]))
-                changes[number] = change_of_scores(*(dots(each @ space.curvature, each) for each in (step, after)))
+                changes[number] = change_of_scores(*(space.energies(each) for each in (step, after)))
             history.append(torch.cat(changes))
+        for space, change, last in zip(spaces, changes, history[-1].split(self.block_size), strict=True):
+            if bool((change > MOST_CHANGE).any()) and space.complete:
+                last.zero_()  # another iteration would change nothing
         return spaces, torch.stack(history[1:] or history)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from wherefrom.curvature.solvers.solver import dots
 from wherefrom.runtime.errors import LossError
 
 # The part of a vector that has to be left for the rounding of the rest not to count.
@@ -41,7 +42,7 @@ class KrylovSpace:
         self.directions: list[Tensor] = []
         start = gradients / self._root
         # Vectors that go further than the directions, and the norms of what they were computed from.
-        self._further, self._next = (start, start.norm(dim=1)), start[:0]
+        self._further, self._next = (start, start.norm(dim=1)), start.new_empty(0, start.shape[1])
         self._first = (start @ self._following().T).double()
         self.curvature = self._first.new_zeros(0, 0)
 
@@ -52,14 +53,15 @@ class KrylovSpace:
 
     @property
     def complete(self) -> bool:
-        """Whether products lead no further."""
+        """Whether products lead no further, but for rounding."""
         return not len(self._following())
 
     def _following(self) -> Tensor:
-        """The same where D is 1; after the last product nobody asks."""
+        """`following` where D is 1: made when it is asked for, which it is not after the last product."""
         vectors, norms = self._further
         if len(vectors):
-            self._next, self._further = self._basis(vectors, norms), (vectors[:0], norms[:0])
+            nothing = vectors.new_empty(0, vectors.shape[1])
+            self._next, self._further = self._basis(vectors, norms), (nothing, norms.new_empty(0))
         return self._next
 
     @property
@@ -79,7 +81,10 @@ class KrylovSpace:
         moved = products / self._root
         norms = moved.norm(dim=1)  # of what is computed, by whose rounding the rest is off
         if not bool(norms.isfinite().all()):
-            raise LossError("A product with the Gauss-Newton matrix is not finite. Leave half_precision out.")
+            raise LossError(
+                "A product with the Gauss-Newton matrix is not finite. Leave half_precision out, or load the model in "
+                "float64."
+            )
         moved -= self._following()
         self.directions.append(self._following())
         count, some = len(self.curvature), len(moved)
@@ -93,7 +98,7 @@ class KrylovSpace:
             larger[count:, here], larger[here, count:] = beside.double(), beside.T.double()
             start += len(each)
         self.curvature = (larger + larger.T) / 2
-        self._further, self._next = (moved, norms), self._next[:0]
+        self._further, self._next = (moved, norms), moved.new_empty(0, moved.shape[1])
 
     def function(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """The coefficients of f(D^-1 H) D^-1 g in terms of V, [queries, directions], float64.
@@ -104,6 +109,11 @@ class KrylovSpace:
         values, vectors = torch.linalg.eigh(self.curvature)
         found: Tensor = self.coefficients @ (vectors * function(values.clamp_min(0))) @ vectors.T
         return found
+
+    def energies(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """x^T (H + D) x and x^T D x of combinations x of V, [queries] each."""
+        added = dots(coefficients, coefficients)
+        return dots(coefficients @ self.curvature, coefficients) + added, added
 
     def combined(self, coefficients: Tensor) -> Tensor:
         """Combinations of V, [queries, weights].
@@ -120,7 +130,8 @@ class KrylovSpace:
     def release(self) -> Tensor:
         """V, [directions, weights], which the space then has no more: only its numbers stay."""
         found = torch.cat([self._next[:0], *self.directions]).div_(self._root)
-        self.directions, self._further, self._next = [], (found[:0], found[:0, 0]), found[:0]
+        nothing = found.new_empty(0, found.shape[1])  # a slice would keep all of it
+        self.directions, self._further, self._next = [], (nothing, found.new_empty(0)), nothing
         return found
 
     def _basis(self, vectors: Tensor, norms: Tensor) -> Tensor:

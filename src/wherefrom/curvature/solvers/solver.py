@@ -13,6 +13,11 @@ from torch import Tensor
 
 from wherefrom.runtime.errors import InputError, LossError
 
+# Above these a solve is said not to have converged: the part of scores that the last iteration has changed (one that
+# changes them by 0.14 leaves ranks that correlate with those before by 0.97) and, where that is not known, the relative
+# residual: 0 is a solution, and 1 what x = 0 has.
+MOST_CHANGE, MOST_RESIDUAL = 0.2, 0.1
+
 
 class System(Protocol):
     """The matrix H + D, a mean over examples plus the damping, and what stands for its inverse."""
@@ -30,12 +35,6 @@ class System(Protocol):
 
     def precondition(self, vectors: Tensor) -> Tensor:
         """What the filter makes of each row of [queries, weights]."""
-
-
-# Above these a solve is said not to have converged: the part of scores that the last iteration has changed (one that
-# changes them by 0.14 leaves ranks that correlate with those before by 0.97) and, where that is not known, the relative
-# residual: 0 is a solution, and 1 what x = 0 has.
-SETTLED, CONVERGED = 0.2, 0.1
 
 
 _SAID = {
@@ -132,16 +131,20 @@ class Blocks(Solver):
         return sorted(order[: self.examples].tolist())
 
 
-def change_of_scores(step: Tensor, solution: Tensor) -> Tensor:
-    """By how much a step has changed a query's scores, as a part of theirs, [queries].
+def change_of_scores(step: tuple[Tensor, Tensor], solution: tuple[Tensor, Tensor]) -> Tensor:
+    """By how much a step has changed a query's scores, as a part of theirs, [queries]; 0 where there are none.
 
     A score is x . g_t, and H is about the mean of g_t g_t^T, so x^T H x is about the mean square of a query's scores.
+    Where that is lost in the rounding of x^T (H + D) x, the rounding stands for it, so that nothing is said to be done.
 
     Args:
-        step: dx^T H dx, [queries].
-        solution: x^T H x, [queries].
+        step: dx^T (H + D) dx and dx^T D dx, [queries] each.
+        solution: x^T (H + D) x and x^T D x.
     """
-    return torch.where(solution > 0, step.clamp_min(0) / solution, 0).sqrt()
+    moved, whole = (
+        torch.maximum(both - added, 100 * torch.finfo(both.dtype).eps * both) for both, added in (step, solution)
+    )
+    return torch.where(whole > 0, moved.clamp_min(0) / whole, 0).sqrt()
 
 
 def check_at_least_one(solver: Solver, *names: str) -> None:
@@ -156,7 +159,7 @@ def check_at_least_one(solver: Solver, *names: str) -> None:
             raise InputError(f"{type(solver).__name__}: {name}={value}: expected at least 1.")
 
 
-def check_part(solver: Solver, *names: str) -> None:
+def check_not_negative(solver: Solver, *names: str) -> None:
     """Refuse what is no finite number from 0.
 
     Raises:
@@ -198,13 +201,15 @@ def not_converged(accuracy: Mapping[str, Tensor], solver: Solver, damping: str) 
     """
     changes, residuals = (accuracy.get(name) for name in ("last_changes", "residuals"))
     said, advice = [], "Give more iterations"
-    if changes is not None and bool((changes > SETTLED).any()):
+    # What is solved is done, by however long a step.
+    unsolved = True if residuals is None else residuals > MOST_RESIDUAL
+    if changes is not None and bool(((changes > MOST_CHANGE) & unsolved).any()):
         said.append(
             f"the last iteration has changed scores by an estimated {changes.median():.2g} of their size in the median "
-            f"and {changes.max():.2g} at most, where {SETTLED} hardly moves their order"
+            f"and {changes.max():.2g} at most, where {MOST_CHANGE} hardly moves their order"
         )
     # Scores come out well long before the residual is small, which is a norm over all weights.
-    if residuals is not None and bool((residuals > (CONVERGED if changes is None else 1)).any()):
+    if residuals is not None and bool((residuals > (MOST_RESIDUAL if changes is None else 1)).any()):
         worse = int((residuals > 1).sum())
         than_nothing = f" ({worse} of them worse than x = 0 would be)" * bool(worse)
         said.append(
@@ -218,6 +223,6 @@ def not_converged(accuracy: Mapping[str, Tensor], solver: Solver, damping: str) 
     if not said:
         return None
     return (
-        f"{solver} has not converged: {'; and '.join(said)}. These scores are not those of the Gauss-Newton matrix. "
-        f"{advice}."
+        f"{solver} has not converged: {'; and '.join(said)}. These scores are not those of the whole "
+        f"Gauss-Newton matrix yet. {advice}."
     )

@@ -38,6 +38,7 @@ from wherefrom.methods.trajectory.steps import (
     step_settings,
     steps_of,
 )
+from wherefrom.runtime.errors import LossError
 from wherefrom.scoring.approximation import Approximation
 from wherefrom.scoring.bank import GradientBank
 from wherefrom.scoring.keep import Keep
@@ -62,10 +63,12 @@ class TrajectoryFlow(Method):
     Attributes:
         training: what made the study's model, of its training examples; it says which examples were in which batch. The
             study's history has its last checkpoint: `Study(history=training.record(folder))`.
-        flow: how large the Krylov space is, and of how many examples the curvature.
+        flow: how large the Krylov space is, and of how many examples the curvature. Its tolerance, and what is said of
+            its last iteration, are about gradient flow for the time of this training, in the same space.
 
     Raises:
         InputError: gradients were clipped.
+        LossError: (when scored) with the curvature of its end, the training would have diverged.
     """
 
     training: ReplayableTraining[Any]
@@ -109,6 +112,10 @@ class TrajectoryFlow(Method):
         return not_converged(result.accuracy, self.flow, result.fingerprint["damping"])
 
 
+# Derivatives only shrink on their way back, but for momentum; what has grown so much is on its way to infinity.
+_GROWTH = 100
+
+
 @dataclass(frozen=True)
 class Walk:
     """The walk back through the steps of a training.
@@ -126,29 +133,47 @@ class Walk:
         """What a step's loss is, in units of the mean over examples of their losses: the mean over steps."""
         return float(sum(float(each.shares.sum()) for each in self.steps)) / len(self.steps)
 
-    def back(self, space: KrylovSpace, products: Tensor, train: Sequence[int]) -> Tensor:
+    def seen(self, train: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Of some training examples, those that each step has followed: their places among these, and their shares."""
+        places = {each: place for place, each in enumerate(train)}
+        found = []
+        for step in self.steps:
+            there = torch.tensor([each in places for each in step.followed.tolist()])
+            here = torch.tensor([places[each] for each in step.followed[there].tolist()], dtype=torch.int64)
+            found.append((here, step.shares[there]))
+        return found
+
+    def back(self, space: KrylovSpace, products: Tensor, seen: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Minus the derivative of each query's measurement by the weight of some training examples, [queries, train].
 
         Args:
             space: of the queries; its damping is P^-1 / (tau `scale`), tau being the sum of learning rates.
             products: of its directions with the examples' gradients, [directions, train].
-            train: positions of these examples.
+            seen: which of them each step has followed.
+
+        Raises:
+            LossError: steps as large as these diverge with the curvature and the second moments of the end.
         """
-        columns = dict(zip(train, range(len(train)), strict=True))
         products = products.to(space.curvature)
         # In the space, P is 1 / (tau scale), and H what it is.
         preconditioner = 1 / (self.scale * sum(each.rate for each in self.steps))
         by_weights = space.coefficients  # D^-1 a
-        by_mean, values = torch.zeros_like(by_weights), products.new_zeros(len(by_weights), len(train))
-        for number, step in reversed(list(enumerate(self.steps))):
+        by_mean, values = torch.zeros_like(by_weights), products.new_zeros(len(by_weights), products.shape[1])
+        start = by_weights.norm()
+        for number, (step, (here, shares)) in reversed(list(enumerate(zip(self.steps, seen, strict=True)))):
             by_mean = by_mean - step.rate / (1 - self.beta ** (number + 1)) * preconditioner * by_weights
-            there = [place for place, each in enumerate(step.followed.tolist()) if each in columns]
-            here = [columns[each] for each in step.followed[there].tolist()]
-            found = (1 - self.beta) * step.shares[there].to(values.device) * (by_mean @ products[:, here])
+            found = (1 - self.beta) * shares.to(values.device) * (by_mean @ products[:, here])
             values[:, here] -= found
             curved = self.scale * by_mean @ space.curvature
             by_weights = (1 - step.rate * self.weight_decay) * by_weights + (1 - self.beta) * curved
             by_mean = self.beta * by_mean
+            if not bool(by_weights.norm() <= _GROWTH * start):
+                raise LossError(
+                    f"TrajectoryFlow: walked back to step {number + 1} of {len(self.steps)}, derivatives have grown "
+                    f"more than {_GROWTH} times: with the curvature and the second moments of its end, this training "
+                    "would have diverged, so it is not linear enough for that. Use Magic(training=...), or "
+                    "Dot(adam=True, solver=GradientFlow(...))."
+                )
         return values
 
 
@@ -164,12 +189,20 @@ class _WalkedScoring(Scoring[Batch], Generic[Batch]):
 
     walk: Walk
 
+    # Directions are the same each time but for a rotation that rounding decides.
+    resumes: ClassVar[bool] = False
+
+    def shards(self, queries: range, train: int) -> list[range]:
+        flow = self.approximation.solver
+        assert isinstance(flow, GradientFlow)
+        return super().shards(range(len(queries) * flow.iterations), train)
+
     def bank(self, queries: range) -> GradientBank:
         system, layers, flow = self.system(), self.sweep.layers, self.approximation.solver
         assert system is not None and isinstance(flow, GradientFlow)
-        gradients = self.gradients(queries, Operator({}, {}))
+        gradients = system.space.join(self.gradients(queries, Operator({}, {})).whole(layers)).to(self.sweep.device)
         with self.within_memory(len(queries)):
-            spaces, changes = flow.spaces(system, system.space.join(gradients.whole(layers)).to(self.sweep.device))
+            spaces, changes = flow.spaces(system, gradients)
             directions = torch.cat([each.release() for each in spaces])
             bank = _DirectionBank(layers, Operator({}, {}), len(directions), self.plan.form)
             for name, matrices in system.space.split(directions).items():
@@ -184,5 +217,6 @@ class _WalkedScoring(Scoring[Batch], Generic[Batch]):
         assert isinstance(resident, _DirectionBank)
         found = super().block(lambda: resident, queries, train, part)
         products = found["values"].split([len(each.curvature) for each in resident.spaces])
-        values = [self.walk.back(*each, train) for each in zip(resident.spaces, products, strict=True)]
+        seen = self.walk.seen(train)
+        values = [self.walk.back(*each, seen) for each in zip(resident.spaces, products, strict=True)]
         return {**found, "values": torch.cat(values).to(found["values"])}

@@ -28,7 +28,8 @@ class Step:
 
     Attributes:
         rate: the learning rate.
-        followed: whose gradients it has followed, int64 [batch]: positions of training examples.
+        followed: whose gradients it has followed, int64 [batch]: positions of training examples, or of what else
+            gradients are numbered by.
         shares: what each was multiplied with, float64 [batch].
     """
 
@@ -88,7 +89,9 @@ def recorded_checkpoints(
             "trained on."
         )
     advice = "Give Study(history=training.record(folder))."
-    found = recorded_only(chosen_checkpoints(context, None), method, "Adam's second moments", advice)
+    # The training says which model this is about, whatever the study's own is.
+    given = chosen_checkpoints(context, context.history)
+    found = recorded_only(given, method, "Adam's second moments", advice)
     recipe, last = training.recipe, found[-1]
     expected = (len(training.batches), {(recipe.betas, recipe.epsilon, recipe.weight_decay)})
     recorded = (last.step, {(group.betas, group.eps, group.weight_decay) for group in last.groups})

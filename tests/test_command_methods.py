@@ -66,6 +66,15 @@ def test_impossible_fields_are_refused_by_the_method() -> None:
         said("trackstar", "--mixing", "2")
 
 
+def test_a_training_of_finite_time_can_be_said() -> None:
+    flow = wf.GradientFlow(5, examples=40, block_size=32)
+    assert said("dot", "--adam", "--solver", "flow,iterations=5,examples=40,block-size=32") == wf.Dot(
+        adam=True, solver=flow
+    )
+    with pytest.raises(InputError, match="fitted for nothing"):
+        said("ekfac", "--solver", "flow")
+
+
 def test_impossible_solvers_are_refused() -> None:
     with pytest.raises(InputError, match=r"solver='gmres,iterations=3': expected cg or flow or astra"):
         said("ekfac", "--solver", "gmres,iterations=3")

@@ -9,6 +9,7 @@ import tyro
 
 import wherefrom as wf
 from wherefrom.cli.methods import ALL, FACTORED, default, flags, subcommands, with_method
+from wherefrom.cli.shared import in_flags
 from wherefrom.methods import METHODS
 from wherefrom.runtime.errors import InputError
 
@@ -71,8 +72,9 @@ def test_a_training_of_finite_time_can_be_said() -> None:
     assert said("dot", "--adam", "--solver", "flow,iterations=5,examples=40,block-size=32") == wf.Dot(
         adam=True, solver=flow
     )
-    with pytest.raises(InputError, match="fitted for nothing"):
+    with pytest.raises(InputError, match="fitted for nothing") as refused:
         said("ekfac", "--solver", "flow")
+    assert in_flags(str(refused.value), {"seed": "seed", "solver": "solver"}) == str(refused.value)
 
 
 def test_impossible_solvers_are_refused() -> None:

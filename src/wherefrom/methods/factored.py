@@ -106,8 +106,8 @@ class Factored(Approximation, Coordinates, Method):
             )
         if self.solver is not None and not self.solver.filtered and self.strategy != Dot.strategy:
             raise InputError(
-                f"solver={self.solver} with {type(self).__name__}: it starts from no factors, so they would be fitted "
-                "for nothing. Take Dot(adam=True, solver=...), or ConjugateGradients."
+                f"{self.solver} with {type(self).__name__}: it starts from no factors, so they would be fitted for "
+                "nothing. Take Dot(adam=True, solver=...), or ConjugateGradients."
             )
         if self.loss_scale is not None:
             check_argument(0 < self.loss_scale < math.inf, "loss_scale", self.loss_scale, "a number above 0, or None")

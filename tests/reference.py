@@ -51,6 +51,10 @@ class BruteForce:
         self.fisher = [self.weight_gradients(example, sampler) for example, sampler in pairs]
         self.tokens = [self.token_tensors(example, sampler) for example, sampler in pairs]
 
+    def vectors(self, gradients: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Gradients of examples, all layers of each one after the other, [examples, weights]."""
+        return torch.stack([torch.cat([each[name].flatten() for name in self.layers]) for each in gradients]).detach()
+
     def weight_gradients(
         self, example: object, sampler: Sampler | None = None, measured: bool = False
     ) -> dict[str, Tensor]:

@@ -96,10 +96,7 @@ def test_scores_are_those_of_dense_exponentials_in_adams_coordinates(tmp_path: P
     history = recorded(case, tmp_path)
     study = wf.Study(tmp_path / "run", case.model, case.task, train=case.train, history=history)
     brute = BruteForce(case.model, case.task, list(study.layers), case.train, case.queries)
-    queries, train = (
-        torch.stack([torch.cat([each[name].flatten() for name in brute.layers]) for each in gradients]).detach()
-        for gradients in (brute.queries, brute.train)
-    )
+    queries, train = brute.vectors(brute.queries), brute.vectors(brute.train)
     preconditioner = adam_conditioning(history[-1])
     inverse = torch.cat([1 / brute.matrix(name, preconditioner).flatten() for name in brute.layers])
     method = wf.Dot(adam=True, damping=0.05, solver=wf.GradientFlow(300, 0.0, block_size=3))

@@ -41,10 +41,7 @@ def dense_steps(
     load_weights(model, last.path)
     trained = replace(case, model=model)
     brute = BruteForce(model, case.task, layers, case.train, case.queries)
-    queries, train = (
-        torch.stack([torch.cat([each[name].flatten() for name in layers]) for each in gradients]).detach()
-        for gradients in (brute.queries, brute.train)
-    )
+    queries, train = brute.vectors(brute.queries), brute.vectors(brute.train)
     step_sizes = adam_conditioning(last, inside=True)
     preconditioner = torch.cat([brute.matrix(name, step_sizes).flatten() for name in layers])
     divisors = [training.divisor(step) for step in range(len(training.batches))]

@@ -124,10 +124,7 @@ def _with_gauss_newton(setting: Setting, function: Callable[[Tensor, float], Ten
     """Scores with what a function makes of the dense matrix and the damping."""
     damping = SOLVER_DAMPING if setting.damping is None else setting.damping
     brute = brute_force(setting)
-    queries, train = (
-        torch.stack([torch.cat([each[name].flatten() for name in brute.layers]) for each in gradients]).detach()
-        for gradients in (brute.queries, brute.train)
-    )
+    queries, train = brute.vectors(brute.queries), brute.vectors(brute.train)
     with tempfile.TemporaryDirectory() as run:
         matrix = dense_gauss_newton(setting.case, study_of(setting, run), token_logits)
     return queries @ function(matrix.detach(), damping) @ train.T

@@ -22,15 +22,12 @@ from wherefrom.engine.execution import Execution
 from wherefrom.hf.preparation import Preparation
 from wherefrom.methods import METHODS
 from wherefrom.methods.factored import Factored
-from wherefrom.methods.magic.scores import Magic
 from wherefrom.methods.method import Method
-from wherefrom.methods.trajectory.flow import TrajectoryFlow
-from wherefrom.methods.trajectory.scores import TrajectoryFisher
 from wherefrom.runtime.errors import InputError
 
 FACTORED = {name: kind for name, kind in METHODS.items() if issubclass(kind, Factored)}
 # A training cannot be said in a shell.
-ALL = {name: kind for name, kind in METHODS.items() if kind not in (Magic, TrajectoryFisher, TrajectoryFlow)}
+ALL = {name: kind for name, kind in METHODS.items() if "training" not in kind.__dataclass_fields__}
 
 SOLVERS = {each.label: each for each in (ConjugateGradients, GradientFlow, Astra)}
 

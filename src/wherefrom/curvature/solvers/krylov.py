@@ -3,8 +3,8 @@
 In coordinates in which the damping D is 1, the curvature is D^(-1/2) H D^(-1/2) and a gradient D^(-1/2) g. The space of
 k iterations is that of the gradients of a block times the powers of the curvature below k; what a polynomial of lower
 degree makes of these gradients is in it, and the projection of the curvature there stands for the matrix itself (block
-Lanczos; Saad 1992, section 2, for exponentials). Directions are orthogonalised against all before, twice, since
-rounding makes those of short recurrences dependent.
+Lanczos; Saad 1992, section 2, for exponentials). Directions are orthogonalised against all before, since rounding makes
+those of short recurrences dependent; and again where little is left, which has the rounding of the whole.
 """
 
 from __future__ import annotations

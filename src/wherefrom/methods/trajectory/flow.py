@@ -87,7 +87,7 @@ class TrajectoryFlow(Method):
         scaling = conditioning_scaling(context.sweep, adam_conditioning(last, inside=True))
         recipe, steps = self.training.recipe, steps_of(self.training)
         walk = Walk(steps, recipe.betas[0], recipe.weight_decay)
-        approximation = Approximation(damping=1 / (walk.scale * sum(each.rate for each in steps)), solver=self.flow)
+        approximation = Approximation(damping=walk.damping, solver=self.flow)
         scoring = _WalkedScoring(
             context.sweep, STRATEGIES["identity"], Operator({}, {}, scaling=scaling), queries, context.train,
             approximation, walk=walk,
@@ -133,6 +133,11 @@ class Walk:
         """What a step's loss is, in units of the mean over examples of their losses: the mean over steps."""
         return float(sum(float(each.shares.sum()) for each in self.steps)) / len(self.steps)
 
+    @property
+    def damping(self) -> float:
+        """1 / (tau `scale`), tau being the sum of learning rates; where this x P^-1 is the damping, it is P."""
+        return 1 / (self.scale * sum(each.rate for each in self.steps))
+
     def seen(self, train: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Of some training examples, those that each step has followed: their places among these, and their shares."""
         places = {each: place for place, each in enumerate(train)}
@@ -147,7 +152,7 @@ class Walk:
         """Minus the derivative of each query's measurement by the weight of some training examples, [queries, train].
 
         Args:
-            space: of the queries; its damping is P^-1 / (tau `scale`), tau being the sum of learning rates.
+            space: of the queries; its damping is `damping` x P^-1.
             products: of its directions with the examples' gradients, [directions, train].
             seen: which of them each step has followed.
 
@@ -155,15 +160,13 @@ class Walk:
             LossError: steps as large as these diverge with the curvature and the second moments of the end.
         """
         products = products.to(space.curvature)
-        # In the space, P is 1 / (tau scale), and H what it is.
-        preconditioner = 1 / (self.scale * sum(each.rate for each in self.steps))
+        preconditioner = self.damping
         by_weights = space.coefficients  # D^-1 a
         by_mean, values = torch.zeros_like(by_weights), products.new_zeros(len(by_weights), products.shape[1])
         start = by_weights.norm()
         for number, (step, (here, shares)) in reversed(list(enumerate(zip(self.steps, seen, strict=True)))):
             by_mean = by_mean - step.rate / (1 - self.beta ** (number + 1)) * preconditioner * by_weights
-            found = (1 - self.beta) * shares.to(values.device) * (by_mean @ products[:, here])
-            values[:, here] -= found
+            values[:, here] -= (1 - self.beta) * shares.to(values.device) * (by_mean @ products[:, here])
             curved = self.scale * by_mean @ space.curvature
             by_weights = (1 - step.rate * self.weight_decay) * by_weights + (1 - self.beta) * curved
             by_mean = self.beta * by_mean
